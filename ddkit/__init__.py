@@ -1,0 +1,123 @@
+"""ddkit: dataset distillation from a few real images and a trained model, with every part a plugin.
+
+Importing this package costs no torch: names are loaded on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddkit.api import Run, distill, evaluate, train
+    from ddkit.artifact import Artifact, load
+    from ddkit.components import (
+        API_VERSION,
+        Augmenter,
+        Component,
+        DataInfo,
+        Dataset,
+        Evaluation,
+        EvaluationData,
+        Evaluator,
+        Exporter,
+        Initializer,
+        Loss,
+        LossGroup,
+        Model,
+        Start,
+    )
+    from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
+    from ddkit.hookspecs import hookimpl
+    from ddkit.images import Normalisation
+    from ddkit.networks import build_network, redraw
+    from ddkit.options import Option, Options, Parameter, Requires
+    from ddkit.plugins import create
+    from ddkit.randomness import generator
+    from ddkit.step import RealStep, Step, View
+    from ddkit.teacher import Teacher
+    from ddkit.training import Schedule, accuracy, compiled, fit, pick_precision
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "ddkit.api": ("Run", "distill", "evaluate", "train"),
+    "ddkit.artifact": ("Artifact", "load"),
+    "ddkit.components": (
+        "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
+        "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
+    ),
+    "ddkit.errors": (
+        "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
+    ),
+    "ddkit.hookspecs": ("hookimpl",),
+    "ddkit.images": ("Normalisation",),
+    "ddkit.networks": ("build_network", "redraw"),
+    "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
+    "ddkit.plugins": ("create",),
+    "ddkit.randomness": ("generator",),
+    "ddkit.step": ("RealStep", "Step", "View"),
+    "ddkit.teacher": ("Teacher",),
+    "ddkit.training": ("Schedule", "accuracy", "compiled", "fit", "pick_precision"),
+}  # fmt: skip
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "API_VERSION",
+    "Artifact",
+    "Augmenter",
+    "Component",
+    "DataInfo",
+    "Dataset",
+    "DdkitError",
+    "Evaluation",
+    "EvaluationData",
+    "Evaluator",
+    "Exporter",
+    "FlagError",
+    "Initializer",
+    "InputError",
+    "Interrupted",
+    "Loss",
+    "LossGroup",
+    "Model",
+    "Normalisation",
+    "Option",
+    "Options",
+    "Parameter",
+    "PluginError",
+    "RealStep",
+    "Requires",
+    "Run",
+    "RunFailed",
+    "RunFilesError",
+    "Schedule",
+    "Start",
+    "Step",
+    "Teacher",
+    "View",
+    "__version__",
+    "accuracy",
+    "build_network",
+    "compiled",
+    "create",
+    "distill",
+    "evaluate",
+    "fit",
+    "generator",
+    "hookimpl",
+    "load",
+    "pick_precision",
+    "redraw",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'ddkit' has no attribute '{name}'")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -1,0 +1,359 @@
+"""The public functions: distill, evaluate, train. The command line is a thin layer over them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ddkit import plugins
+from ddkit.artifact import FILE, Artifact, load
+from ddkit.bank import Bank
+from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
+from ddkit.data import RealData, open_dataset
+from ddkit.errors import DdkitError, InputError, PluginError, RunFailed, RunFilesError
+from ddkit.files import read_json, write_atomic, write_json
+from ddkit.hookspecs import Observers
+from ddkit.images import sheet_png
+from ddkit.jobs import Job
+from ddkit.recipe import EvaluatorTable, Recipe, parse_recipe, recipe_dict
+from ddkit.recipes import recipe_for
+from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory
+from ddkit.teacher import Teacher
+from ddkit.teachers import load_teacher, save_teacher, train_teacher
+from ddkit.training import pick_device
+
+Sets = Iterable[tuple[str, Any]]
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished run: its directory, steps, seconds of distillation (without training a teacher), and evaluations."""
+
+    path: Path
+    steps: int
+    seconds: float
+    evaluations: list[Evaluation]
+
+
+def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
+    """Returns what a run of `recipe` would do, as data; opens the accessible images, trains and writes nothing."""
+    job = Job(recipe, device=device)
+    return {
+        "schema": 1,
+        "recipe": recipe_dict(job.resolved()),
+        "device": str(job.device),
+        "classes": list(job.info.class_names),
+        "image_shape": list(job.info.shape),
+        "accessible_images": len(job.real.indices),
+        "synthetic_images": job.info.classes * recipe.ipc,
+        "teacher": recipe.teacher.use if job.needs_teacher else None,
+        "plugins": job.plugins_used(),
+    }
+
+
+def distill(
+    recipe: str | Mapping[str, Any] | None = None,
+    *,
+    losses: str | None = None,
+    dataset: str | None = None,
+    ipc: int | None = None,
+    pipc: int | str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    teacher: str | None = None,
+    model: str | None = None,
+    init: str | None = None,
+    augment: str | None = None,
+    evaluators: str | None = None,
+    protocol: str | None = None,
+    data_dir: str | None = None,
+    sets: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    out: str | Path | None = None,
+    observers: Sequence[Any] = (),
+) -> Run:
+    """Makes a synthetic set and returns its run; the arguments are the flags of `ddkit distill`.
+
+    `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. Raises DdkitError.
+    """
+    built = recipe_for(
+        recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
+        data__use=dataset, ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
+        augmenter__use=augment, data__dir=data_dir,
+    )  # fmt: skip
+    stem = losses or (recipe if isinstance(recipe, str) else "run")
+    return run_recipe(built, stem=stem, device=device, out=None if out is None else Path(out), observers=observers)
+
+
+def run_recipe(recipe: Recipe, *, stem: str, device: str = "auto", out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
+    """Runs `recipe` into `out` (None: runs/<stem>-<dataset>-<n>); nothing stays of a run that never began."""
+    pick_device(device)
+    short = Path(stem).stem if stem.endswith(".toml") else stem.replace(",", "+").replace(":", "-")
+    name = f"{short}-{plugins.split_name(recipe.data.use)[0]}"
+    directory = RunDirectory.numbered(name) if out is None else RunDirectory.claim(out)
+    watchers = Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
+    try:
+        job = Job(recipe, device=device)
+        job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+        bank = job.bank()
+        engine = job.engine(bank)
+        resolved = job.resolved()
+        engine.start()
+        directory.write_recipe(recipe_dict(resolved))
+        directory.write_checkpoint(0, bank.state())
+    except BaseException:
+        directory.discard()
+        raise
+    return _finish(job, bank, engine, resolved, directory, watchers, start=0)
+
+
+def resume(path: Path, *, steps: int | None = None, device: str = "auto", observers: Sequence[Any] = ()) -> Run:
+    """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it."""
+    directory = RunDirectory.existing(path)
+    recipe = parse_recipe(directory.read_recipe())
+    if steps is not None:
+        recipe = msgspec.structs.replace(recipe, steps=steps)
+    newest = directory.newest_checkpoint()
+    if newest is None:
+        raise RunFilesError(f"{path} has no readable checkpoint. Start anew: ddkit distill --recipe {path / 'recipe.toml'}")
+    start, state = newest
+    if start > recipe.steps:
+        raise RunFilesError(f"{path} is at step {start} already, past --steps {recipe.steps}.")
+    watchers = Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
+    job = Job(recipe, device=device)
+    job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+    bank = job.bank()
+    try:
+        bank.load_state(state)
+    except (KeyError, RuntimeError) as error:
+        raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
+    directory.cut_metrics(start)
+    resolved = job.resolved()
+    directory.write_recipe(recipe_dict(resolved))
+    return _finish(job, bank, job.engine(bank), resolved, directory, watchers, start=start)
+
+
+def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
+    watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
+    began = time.perf_counter()
+    _iterate(engine, bank, recipe, directory, watchers, start)
+    seconds = time.perf_counter() - began
+    _write_set(job, bank, recipe, directory)
+    evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
+    facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
+    directory.write_manifest(facts)
+    run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
+    watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
+    return run
+
+
+def _iterate(engine: Any, bank: Bank, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
+    began, every = time.perf_counter(), recipe.engine
+
+    def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
+        line = None
+        if index in (0, recipe.steps - 1) or index % every.log_every == 0:
+            line = record() | {"seconds": round(time.perf_counter() - began, 3)}
+            directory.append_metrics(line)
+        watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
+        if (index + 1) % every.checkpoint_every == 0:
+            directory.write_checkpoint(index + 1, bank.state())
+
+    engine.run(start, recipe.steps, observe=observe, save=lambda step: directory.write_checkpoint(step, bank.state()))
+    directory.write_checkpoint(recipe.steps, bank.state())
+
+
+def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
+    images = job.normalisation.to_pixels(bank.images.detach()).cpu()
+    metadata_ = {
+        "class_names": list(job.info.class_names),
+        "mean": list(job.normalisation.mean),
+        "std": list(job.normalisation.std),
+        "ipc": recipe.ipc,
+        "pipc": recipe.pipc,
+        "seed": recipe.seed,
+        "recipe": recipe.summary,
+    }
+    extra = {name: tensor.detach().cpu() for name, tensor in bank.parameters.items()}
+    Artifact(images, bank.labels.cpu(), metadata_, extra).save(directory.path / FILE)
+    write_atomic(directory.path / PREVIEW, sheet_png(images, bank.labels.cpu(), job.info.class_names))
+
+
+def _evaluate_run(job: Job, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
+    if not job.evaluators:
+        return []
+    rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers)
+    write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
+    return rows
+
+
+def run_evaluators(
+    evaluators: Mapping[str, Evaluator],
+    artifact: Artifact,
+    real: RealData,
+    teacher: Teacher | None,
+    seed: int,
+    device: torch.device,
+    watchers: Observers,
+) -> list[Evaluation]:
+    """Returns the rows of every evaluator, in order of label."""
+    images, labels = real.test_set()
+    data = EvaluationData(
+        info=real.info, test_images=images, test_labels=labels, real_images=real.images, real_labels=real.labels,
+        seed=seed, device=device,
+        report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
+    )  # fmt: skip
+    rows: list[Evaluation] = []
+    for label, evaluator in sorted(evaluators.items()):
+        try:
+            rows += evaluator(artifact, data, teacher)
+        except DdkitError:
+            raise
+        except Exception as error:  # a stranger's evaluator can raise anything
+            raise RunFailed(f"The evaluator '{label}' raised {type(error).__name__}: {error}.") from error
+    return rows
+
+
+def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
+    teacher = job.teacher
+    return {
+        "seed": recipe.seed,
+        "device": str(job.device),
+        "threads": torch.get_num_threads(),
+        "plugins": job.plugins_used(),
+        "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
+        "real_files": job.real.sources,
+    }
+
+
+def _installed_observers() -> list[tuple[str, Any]]:
+    found = []
+    for plugin in plugins.plugins():
+        if plugin.kind == "observer":
+            try:
+                found.append((plugin.name, plugins.load_plugin(plugin)))
+            except PluginError as error:
+                import logging
+
+                logging.getLogger("ddkit").warning("%s", error)
+    return found
+
+
+def evaluate(
+    target: Artifact | str | Path,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    evaluators: str | None = None,
+    protocol: str | None = None,
+    model: str | None = None,
+    repeats: int | None = None,
+    teacher: str | None = None,
+    seed: int | None = None,
+    pipc: int | str | None = None,
+    sets: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    observers: Sequence[Any] = (),
+) -> list[Evaluation]:
+    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory, whose files it rewrites.
+
+    Without `dataset` a run's own is used. `model` may name several, separated by commas. Raises DdkitError.
+    """
+    artifact = target if isinstance(target, Artifact) else load(target)
+    directory = RunDirectory.existing(Path(target)) if not isinstance(target, Artifact) and Path(target).is_dir() else None
+    base = None if directory is None else directory.read_recipe()
+    if base is None and dataset is None and not any(key.startswith("data.") for key in sets or {}):
+        raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+    recipe = recipe_for(
+        base, evaluators=evaluators, protocol=protocol, sets=list((sets or {}).items()), data__use=dataset,
+        data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
+    )  # fmt: skip
+    tables = _with_models(recipe, model, repeats)
+    where = pick_device(device)
+    real = RealData(open_dataset(recipe.data), recipe.pipc, recipe.seed, _image_shape(artifact))
+    _check_fit(artifact, real.info)
+    made = {n: plugins.create("evaluator", t.use or n, t.options, data=real.info, where=f"evaluators.{n}") for n, t in tables.items()}
+    guide = load_teacher(recipe.teacher, real.info, where) if recipe.teacher.use != "auto" else None
+    watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
+    rows = run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
+    if directory is not None:
+        _record_evaluation(directory, rows)
+    return rows
+
+
+def _with_models(recipe: Recipe, model: str | None, repeats: int | None) -> dict[str, EvaluatorTable]:
+    extra = {key: value for key, value in (("model", model), ("repeats", repeats)) if value is not None}
+    tables = recipe.evaluators or {"accuracy": EvaluatorTable()}
+    return {n: msgspec.structs.replace(t, options=t.options | extra) for n, t in tables.items()}
+
+
+def _image_shape(artifact: Artifact) -> tuple[int, int, int]:
+    channels, height, width = artifact.images.shape[1:]
+    return channels, height, width
+
+
+def _check_fit(artifact: Artifact, info: DataInfo) -> None:
+    if list(artifact.class_names) != list(info.class_names):
+        raise InputError(
+            f"The synthetic set has the classes {artifact.class_names[:12]}, the data set {list(info.class_names)[:12]}: "
+            "it can only be tested on data of the same classes in the same order."
+        )
+
+
+def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
+    """Adds rows to evaluation.json, a new row replacing an older one of the same evaluator, model, protocol and labels."""
+    manifest = directory.read_manifest()
+    file = directory.path / EVALUATION
+    older = read_json(file)["evaluations"] if file.is_file() else []
+    fresh = msgspec.to_builtins(rows)
+    keys = [_identity(row) for row in fresh]
+    write_json(file, {"schema": 1, "evaluations": [row for row in older if _identity(row) not in keys] + fresh})
+    directory.write_manifest({key: value for key, value in manifest.items() if key not in ("schema", "versions", "files")})
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(key) for key in ("evaluator", "model", "protocol", "labels"))
+
+
+def train(
+    out: str | Path,
+    *,
+    dataset: str | None = None,
+    model: str | None = None,
+    data_dir: str | None = None,
+    seed: int | None = None,
+    recipe: str | Mapping[str, Any] | None = None,
+    sets: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    report: Callable[[int, int], None] | None = None,
+) -> Teacher:
+    """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it."""
+    path = Path(out)
+    if path.exists():
+        raise RunFilesError(f"--out {path} exists already; name a new file.")
+    built = recipe_for(
+        recipe,
+        model=model,
+        evaluators="none",
+        sets=list((sets or {}).items()),
+        data__use=dataset,
+        data__dir=data_dir,
+        seed=seed,
+    )
+    where = pick_device(device)
+    found = open_dataset(built.data)
+    write_atomic(path, b"")  # shows that it can be written before an hour of training
+    path.unlink()
+    teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
+    save_teacher(path, teacher)
+    return teacher
+
+
+def ddkit_version() -> str:
+    """Returns the version of the installed distribution."""
+    return metadata.version("ddkit")

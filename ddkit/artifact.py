@@ -1,0 +1,86 @@
+"""The result of a run: a synthetic set read back from its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from ddkit.errors import RunFilesError
+from ddkit.files import read_tensors, write_tensors
+from ddkit.images import Normalisation
+
+FILE = "synthetic.safetensors"
+
+
+class Artifact:
+    """A synthetic set: `images` (n, C, H, W) float32 in pixel units (0..1 nominal, not clipped), `labels` (n,) int64.
+
+    `mean` and `std` are the channel statistics that training on it should use; `parameters` are extra tensors that
+    losses declared (DKKT's multipliers); `metadata` is what the file records.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
+        self.images, self.labels, self.metadata = images, labels, metadata
+        self.parameters = dict(parameters or {})
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.metadata["class_names"])
+
+    @property
+    def mean(self) -> list[float]:
+        return list(self.metadata["mean"])
+
+    @property
+    def std(self) -> list[float]:
+        return list(self.metadata["std"])
+
+    @property
+    def normalised(self) -> Tensor:
+        """(n, C, H, W) images as (x - mean) / std."""
+        return Normalisation(self.mean, self.std).normalise(self.images)
+
+    def as_dataset(self, *, normalised: bool = True) -> TensorDataset:
+        """Returns a torch Dataset of (image, label), normalised or in pixel units."""
+        return TensorDataset(self.normalised if normalised else self.images, self.labels)
+
+    def save(self, path: Path) -> None:
+        """Writes the set as safetensors, whole or not at all."""
+        write_tensors(path, {**self.parameters, "images": self.images, "labels": self.labels}, self.metadata)
+
+
+def load(path: str | Path) -> Artifact:
+    """Returns the synthetic set of a run directory or of a file; raises RunFilesError naming the file if it is unusable."""
+    file = Path(path)
+    file = file / FILE if file.is_dir() else file
+    if not file.is_file():
+        raise RunFilesError(f"{file} does not exist, so {path} is no finished run. (`ddkit distill --out {path} --resume` continues one.)")
+    try:
+        tensors, metadata = read_tensors(file)
+    except ValueError as error:
+        raise RunFilesError(f"{error}.") from None
+    problem = _problem(tensors, metadata)
+    if problem:
+        raise RunFilesError(f"{file} is not a synthetic set written by ddkit: {problem}.")
+    parameters = {name: value for name, value in tensors.items() if name not in ("images", "labels")}
+    return Artifact(tensors["images"], tensors["labels"], metadata, parameters)
+
+
+def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None:
+    images, labels = tensors.get("images"), tensors.get("labels")
+    if images is None or labels is None:
+        return "it has no tensors 'images' and 'labels'"
+    if images.ndim != 4 or images.dtype != torch.float32 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+        return f"images are {images.dtype} {tuple(images.shape)}, labels {labels.dtype} {tuple(labels.shape)}"
+    missing = [key for key in ("class_names", "mean", "std") if not isinstance(metadata.get(key), list)]
+    if missing:
+        return f"its metadata lacks {', '.join(missing)}"
+    if len(metadata["mean"]) != images.shape[1] or len(metadata["std"]) != images.shape[1]:
+        return "its mean and std do not fit its channels"
+    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(metadata["class_names"])):
+        return "a label lies outside its class names"
+    return None if bool(images.isfinite().all()) else "an image value is not finite"

@@ -1,0 +1,105 @@
+"""The synthetic set while it is being optimised: images, extra parameters, their optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ddkit.errors import InputError
+from ddkit.options import Parameter
+from ddkit.recipe import OptimizerTable
+
+Optimizer = torch.optim.Optimizer
+
+
+class Bank:
+    """Synthetic parameters: `images` (n, C, H, W) normalised, and the `parameters` that losses declared.
+
+    `labels` (n,) int64 are grouped by ascending class. All parameters are leaves that require gradients.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        declared: Mapping[str, Parameter],
+        settings: Mapping[str, OptimizerTable],
+    ) -> None:
+        self.labels = labels
+        self.declared = dict(sorted(declared.items()))
+        self.images = images.detach().clone().requires_grad_()
+        self.parameters = {name: _initial(spec, images) for name, spec in self.declared.items()}
+        for name in settings:
+            if name not in self.tensors():
+                known = ", ".join(self.tensors())
+                raise InputError(f"optimizer.{name}: this run has no parameter '{name}'; it has {known}.", f"optimizer.{name}")
+        self.optimizers = {name: _optimizer(tensor, self._setting(name, settings)) for name, tensor in self.tensors().items()}
+
+    def _setting(self, name: str, settings: Mapping[str, OptimizerTable]) -> OptimizerTable:
+        if name in settings:
+            return settings[name]
+        return OptimizerTable(lr=self.declared[name].lr) if name in self.declared else OptimizerTable()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns every optimised tensor by name."""
+        return {"images": self.images, **self.parameters}
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Sets an extra parameter to initial values computed by its loss."""
+        with torch.no_grad():
+            self.parameters[name].copy_(value)
+        self.project()
+
+    def update(self, gradients: Mapping[str, Tensor]) -> None:
+        """Takes one step of each optimizer along `gradients`, then projects onto the constraints."""
+        for name, tensor in self.tensors().items():
+            tensor.grad = gradients[name]
+            self.optimizers[name].step()
+            tensor.grad = None
+        self.project()
+
+    def project(self) -> None:
+        """Puts every parameter back inside its declared constraint."""
+        with torch.no_grad():
+            for name, spec in self.declared.items():
+                if spec.constraint == "nonnegative":
+                    self.parameters[name].clamp_(min=0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns copies of all that an exact continuation needs, as tensors by name."""
+        state = {f"bank.{name}": tensor for name, tensor in self.tensors().items()} | {"labels": self.labels}
+        for name, optimizer in self.optimizers.items():
+            for key, value in optimizer.state.get(self.tensors()[name], {}).items():
+                if value is not None:
+                    state[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        return {key: value.detach().clone() for key, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from what state() returned."""
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(state[f"bank.{name}"])
+        for name, optimizer in self.optimizers.items():
+            tensor, prefix = self.tensors()[name], f"optimizer.{name}."
+            kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            optimizer.state[tensor].clear()
+            optimizer.state[tensor].update(
+                {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept.items()}
+            )
+
+    def finite(self) -> bool:
+        """Returns whether every value of every parameter is finite."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
+
+
+def _initial(spec: Parameter, images: Tensor) -> Tensor:
+    shape = (len(images), *spec.shape) if spec.per == "sample" else spec.shape
+    return torch.full(shape, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
+
+
+def _optimizer(tensor: Tensor, setting: OptimizerTable) -> Optimizer:
+    if setting.kind == "sgd":
+        return torch.optim.SGD([tensor], lr=setting.lr, momentum=setting.momentum)
+    return torch.optim.Adam([tensor], lr=setting.lr, betas=setting.betas)

@@ -1,0 +1,60 @@
+"""The command `ddkit`: parses, makes one typed call, prints. Importing it costs neither torch nor numpy."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import textwrap
+import traceback
+from typing import NoReturn
+
+import click
+
+from ddkit.cli import catalogue, evaluating, making
+from ddkit.errors import DdkitError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ddkit", message="%(prog)s %(version)s")
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show where in the code an error comes from.")
+def cli(show_traceback: bool) -> None:
+    """Dataset distillation: a tiny synthetic training set from a few real images and a trained model.
+
+    \b
+    ddkit distill --losses dm,dkkt --ipc 10    # offline, on the digits that come along
+    ddkit list                                 # every installed component
+    ddkit info practical                       # what a recipe or component does
+    """
+
+
+for command in (*making.COMMANDS, *evaluating.COMMANDS, *catalogue.COMMANDS):
+    cli.add_command(command)
+
+
+def main() -> NoReturn:
+    """Runs the command line; a DdkitError becomes one paragraph on stderr and its exit code."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    arguments = sys.argv[1:]
+    show = "--traceback" in arguments
+    try:
+        cli.main([a for a in arguments if a != "--traceback"], prog_name="ddkit", standalone_mode=False)
+        sys.exit(0)
+    except DdkitError as error:
+        _fail(str(error), error.exit_code, show)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("Interrupted.", 130, show)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _fail(message: str, code: int, show: bool) -> NoReturn:
+    if show:
+        traceback.print_exc()
+    text = " ".join(message.split())
+    print(textwrap.fill(f"ddkit: {text}", width=110, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
+    sys.exit(code)

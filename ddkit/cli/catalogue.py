@@ -1,0 +1,154 @@
+"""The commands that tell what is installed: list and info."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddkit import plugins
+from ddkit.cli.common import echo_json
+from ddkit.errors import PluginError, suggestion
+
+
+@click.command(name="list")
+@click.argument("kind", required=False)
+@click.option("--check", is_flag=True, help="Import each component, in another process, and say which fail.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def list_components(kind: str | None, check: bool, as_json: bool) -> None:
+    """List the installed components, all or of one KIND (losses, recipes, ...). Imports none of them."""
+    wanted = plugins.parse_kind(kind) if kind else None
+    found = [p for p in plugins.plugins() if wanted in (None, p.kind)]
+    rows = [_row(p) for p in found]
+    if check:
+        for row, problem in zip(rows, _check(found), strict=True):
+            row["status"] = problem if row["status"] == "ok" else row["status"]
+    if as_json:
+        echo_json({"schema": 1, "components": rows})
+        return
+    from tabulate import tabulate
+
+    table = [[r["kind"], r["name"], r["distribution"], r["status"], r["summary"]] for r in rows]
+    click.echo(tabulate(table, ["kind", "name", "from", "status", "summary"], tablefmt="simple", disable_numparse=True))
+
+
+def _row(plugin: plugins.Plugin) -> dict[str, str]:
+    status, summary = plugins.status(plugin)
+    return {
+        "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version,
+        "summary": summary, "status": status,
+    }  # fmt: skip
+
+
+_CHECKER = """
+import json, sys
+from ddkit import plugins
+for plugin in plugins.plugins():
+    if plugin.kind == "recipe" or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
+        continue
+    try:
+        plugins.load_plugin(plugin)
+        problem = "ok"
+    except BaseException as error:
+        problem = str(error)
+    print(json.dumps([plugin.kind, plugin.distribution, plugin.name, problem]), file=sys.__stdout__, flush=True)
+"""
+
+
+def _check(found: list[plugins.Plugin]) -> list[str]:
+    """Returns "ok" or what went wrong for each plugin; a process that dies blames the plugin it was importing."""
+    results: dict[tuple[str, ...], str] = {}
+    waiting = [p for p in found if p.kind != "recipe"]
+    while waiting:
+        keys = [[p.kind, p.distribution, p.name] for p in waiting]
+        done = subprocess.run([sys.executable, "-c", _CHECKER, json.dumps(keys)], capture_output=True, text=True, check=False)
+        for line in done.stdout.splitlines():
+            try:
+                *key, problem = json.loads(line)
+            except ValueError:
+                continue
+            results[tuple(key)] = problem
+        waiting = [p for p in waiting if (p.kind, p.distribution, p.name) not in results]
+        if waiting:
+            culprit = waiting.pop(0)
+            results[culprit.kind, culprit.distribution, culprit.name] = f"importing it ended the process (exit {done.returncode})"
+    return [results.get((p.kind, p.distribution, p.name), "ok") for p in found]
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def info(words: tuple[str, ...], as_json: bool) -> None:
+    """Tell what a component or recipe does, its options and requirements."""
+    if len(words) > 2:
+        raise click.UsageError("info takes [KIND] NAME.")
+    facts = _facts(_plugin(words))
+    if as_json:
+        echo_json({"schema": 1, **facts})
+    else:
+        click.echo(_page(facts))
+
+
+def _plugin(words: tuple[str, ...]) -> plugins.Plugin:
+    name = words[-1]
+    if len(words) == 2:
+        return _recipe(name) if plugins.parse_kind(words[0]) == "recipe" else plugins.find(plugins.parse_kind(words[0]), name)
+    short = name.rpartition("/")[2]
+    kinds = list(dict.fromkeys(p.kind for p in plugins.plugins() if p.name == short))
+    if not kinds:
+        known = {p.name for p in plugins.plugins()}
+        raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")
+    if len(kinds) > 1:
+        raise PluginError(f"'{name}' is a {' and a '.join(kinds)}: say which, for example ddkit info {kinds[0]} {name}")
+    return _recipe(name) if kinds[0] == "recipe" else plugins.find(kinds[0], name)
+
+
+def _recipe(name: str) -> plugins.Plugin:
+    return plugins.find("recipe", name)
+
+
+def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
+    base = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+    if plugin.kind == "recipe":
+        return base | {"text": Path(plugin.value).read_text(encoding="utf-8")}
+    import inspect
+
+    import msgspec
+
+    from ddkit.options import describe_options
+
+    found = plugins.load_plugin(plugin)
+    facts: dict[str, Any] = base | {"description": inspect.getdoc(found) or ""}
+    if plugin.kind == "loss-group":
+        return facts | {"members": list(found.members)}
+    if plugin.kind == "observer":
+        return facts
+    requires = found.requires if not isinstance(found.requires, property) else found(found.Options()).requires
+    asked = {key: value for key, value in msgspec.to_builtins(requires).items() if value not in (False, None, [], {}, ())}
+    return facts | {"options": describe_options(found.Options), "requires": asked}
+
+
+def _page(facts: dict[str, Any]) -> str:
+    lines = [f"{facts['name']} ({facts['kind']}, {facts['distribution']} {facts['version']})", ""]
+    if "text" in facts:
+        return "\n".join([*lines, facts["text"].rstrip()])
+    lines += [facts["description"], ""]
+    if facts.get("members"):
+        lines += [f"Losses: {', '.join(facts['members'])}"]
+    for option in facts.get("options", []):
+        bounds = f", {option['bounds']}" if option["bounds"] else ""
+        lines += [f"  {option['name']} = {json.dumps(option['default'])}    ({option['type']}{bounds})"]
+        lines += [f"      {option['description']}"] if option["description"] else []
+    if facts.get("requires"):
+        lines += [
+            "",
+            "Requires: " + ", ".join(f"{key}={json.dumps(value)}" for key, value in facts["requires"].items()),
+        ]
+    return "\n".join(lines).rstrip()
+
+
+COMMANDS = (list_components, info)

@@ -1,0 +1,98 @@
+"""What several commands share: flags, flag errors, tables."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+from ddkit.errors import FlagError, InputError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Pipc(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """A number of real images per class, or "all"."""
+
+    name = "n|all"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "all":
+            return "all"
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a number nor 'all'.", param, ctx)
+        if number < 0:
+            self.fail(f"{number} is negative.", param, ctx)
+        return number
+
+
+def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Returns one decorator that applies several options, first one first in the help."""
+
+    def apply(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+shared = options(
+    click.option("--dataset", metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."),
+    click.option("--data-dir", metavar="DIR", help="Folder for datasets that download."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps", help="Where to compute."),
+    click.option("--seed", type=click.IntRange(min=0, max=2**53), help="Seed of every random draw."),
+    click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value, e.g. losses.dm.weight=0.01."),
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+)
+quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
+
+
+def set_verbosity(quiet: bool, verbose: bool = False) -> None:
+    """Sets how much of ddkit's log reaches stderr."""
+    logging.getLogger("ddkit").setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+
+
+@contextmanager
+def blaming_flags(flags: Mapping[str, Any]) -> Iterator[None]:
+    """Turns an InputError about a recipe path that a flag set into a FlagError naming the flag (exit code 2)."""
+    try:
+        yield
+    except InputError as error:
+        for path, flag in (("ipc", "--ipc"), ("pipc", "--pipc"), ("steps", "--steps"), ("seed", "--seed")):
+            if error.path == path and flags.get(path) is not None and "is not possible" in str(error):
+                raise FlagError(f"{flag}: {error}") from None
+        if (error.path or "").endswith(".protocol") and flags.get("protocol") is not None:
+            raise FlagError(f"--protocol: {error}") from None
+        raise
+
+
+def echo_json(value: Any) -> None:
+    """Prints one JSON object on stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+
+def percent(mean: float | None, std: float | None) -> str:
+    """Returns a fraction as "81.2 ± 0.4 %"."""
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %"
+
+
+def evaluation_table(rows: Sequence[Any]) -> str:
+    """Returns the evaluations as a text table."""
+    from tabulate import tabulate
+
+    header = ["evaluator", "model", "protocol", "labels", "accuracy", "random real", "networks"]
+    lines = [
+        [r.evaluator, r.model, r.protocol, r.labels, percent(r.accuracy_mean, r.accuracy_std),
+         percent(r.random_real_mean, r.random_real_std), r.repeats]
+        for r in rows
+    ]  # fmt: skip
+    return tabulate(lines, header, tablefmt="simple", disable_numparse=True)

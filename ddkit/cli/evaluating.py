@@ -1,0 +1,43 @@
+"""The command that judges a synthetic set: evaluate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, quiet, set_verbosity, shared
+from ddkit.recipes import parse_set
+
+
+@click.command()
+@click.argument("target", metavar="RUN|FILE", type=click.Path())
+@shared
+@click.option("--evaluate", "evaluators", metavar="NAMES", help="Evaluators (default: those of the run, else accuracy).")
+@click.option("--model", metavar="NAMES", help="Networks to train on the set, separated by commas.")
+@click.option("--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official.")
+@click.option("--repeats", type=click.IntRange(min=1), help="Networks trained (default: the protocol's).")
+@click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")
+@click.option("--pipc", type=Pipc(), help="Real images per class for the random-real baseline (default: the run's).")
+@quiet
+def evaluate(target: str, **flags: Any) -> None:
+    """Evaluate the synthetic set of a run directory or file, as it reads back."""
+    set_verbosity(flags["quiet"])
+    from ddkit import api
+    from ddkit.cli.progress import observers
+
+    with blaming_flags(flags):
+        rows = api.evaluate(
+            target, dataset=flags["dataset"], data_dir=flags["data_dir"], evaluators=flags["evaluators"], protocol=flags["protocol"],
+            model=flags["model"], repeats=flags["repeats"], teacher=flags["teacher"], seed=flags["seed"], pipc=flags["pipc"],
+            sets=dict(parse_set(text) for text in flags["sets"]), device=flags["device"], observers=observers(flags["quiet"]),
+        )  # fmt: skip
+    if flags["as_json"]:
+        import msgspec
+
+        echo_json({"schema": 1, "run": target, "evaluations": msgspec.to_builtins(rows)})
+    else:
+        click.echo(evaluation_table(rows))
+
+
+COMMANDS = (evaluate,)

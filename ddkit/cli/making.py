@@ -1,0 +1,176 @@
+"""The commands that make something: distill and train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddkit.cli.common import (
+    Pipc,
+    blaming_flags,
+    echo_json,
+    evaluation_table,
+    options,
+    percent,
+    quiet,
+    set_verbosity,
+    shared,
+)
+from ddkit.errors import FlagError
+
+FLAG_PATHS = {
+    "dataset": "data__use",
+    "data_dir": "data__dir",
+    "teacher": "teacher__use",
+    "init": "initializer__use",
+    "augment": "augmenter__use",
+    "ipc": "ipc",
+    "pipc": "pipc",
+    "steps": "steps",
+    "seed": "seed",
+}
+
+recipe_flags = options(
+    click.option("--recipe", metavar="NAME|FILE", help="Recipe to start from (default: default)."),
+    click.option("--losses", metavar="NAMES", help="Losses, with weights if you like: dm,dkkt or dm:0.001,dkkt-primal:1."),
+    click.option("--ipc", type=click.IntRange(min=1), help="Synthetic images per class."),
+    click.option("--pipc", type=Pipc(), help="Real images per class that may be used, or all."),
+    click.option("--steps", type=click.IntRange(min=0), help="Updates of the synthetic set."),
+    click.option("--teacher", metavar="FILE|auto", help="Trained model; auto trains one on all training images and caches it."),
+    click.option("--model", metavar="NAME", help="Architecture of the teacher, the matched network and the evaluation."),
+    click.option("--init", metavar="NAME", help="Initializer: real, noise, ..."),
+    click.option("--augment", metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."),
+    click.option("--evaluate", metavar="NAMES|none", help="Evaluators, or none."),
+    click.option("--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official."),
+)
+
+
+@click.command()
+@recipe_flags
+@shared
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory, absent or empty.")
+@click.option("--resume", is_flag=True, help="Continue the run in --out; only --steps and --device may be given with it.")
+@click.option("--plan", is_flag=True, help="Show what would be done; train and write nothing.")
+@quiet
+@click.option("--verbose", is_flag=True, help="Say more.")
+def distill(**flags: Any) -> None:
+    """Make a synthetic training set.
+
+    Without flags: 1 image per class of the digits that come along, in a minute.
+    """
+    set_verbosity(flags["quiet"], flags["verbose"])
+    if flags["resume"]:
+        _show_run(_resumed(flags), flags["as_json"])
+        return
+    recipe = _recipe(flags)
+    from ddkit import api
+    from ddkit.cli.progress import observers
+
+    if flags["plan"]:
+        with blaming_flags(flags):
+            _show_plan(api.plan(recipe, device=flags["device"]), flags["as_json"])
+        return
+    with blaming_flags(flags):
+        run = api.run_recipe(recipe, stem=_stem(flags), device=flags["device"], out=flags["out"], observers=observers(flags["quiet"]))
+    _show_run(run, flags["as_json"])
+
+
+def _recipe(flags: dict[str, Any]) -> Any:
+    from ddkit.recipes import parse_set, recipe_for
+
+    paths = {path: flags[name] for name, path in FLAG_PATHS.items()}
+    with blaming_flags(flags):
+        return recipe_for(
+            flags["recipe"], losses=flags["losses"], evaluators=flags["evaluate"], protocol=flags["protocol"], model=flags["model"],
+            sets=[parse_set(text) for text in flags["sets"]], **paths,
+        )  # fmt: skip
+
+
+def _stem(flags: dict[str, Any]) -> str:
+    return flags["losses"] or flags["recipe"] or "default"
+
+
+def _resumed(flags: dict[str, Any]) -> Any:
+    given = [
+        name for name in (*FLAG_PATHS, "recipe", "losses", "model", "evaluate", "protocol") if flags[name] is not None and name != "steps"
+    ]
+    if given or flags["sets"]:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given or ["set"])
+        raise FlagError(f"--resume takes the run's own recipe; {names} cannot change it. Start a new run, or leave it out.")
+    if flags["out"] is None:
+        raise FlagError("--resume continues the run in --out: name it, for example --out runs/dm-digits-1 --resume.")
+    from ddkit import api
+    from ddkit.cli.progress import observers
+
+    return api.resume(flags["out"], steps=flags["steps"], device=flags["device"], observers=observers(flags["quiet"]))
+
+
+def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        echo_json(plan)
+        return
+    import tomli_w
+
+    height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
+    click.echo(
+        f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
+        f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
+        f"{plan['device']}; teacher: {plan['teacher'] or 'none needed'}.\n"
+    )
+    click.echo(tomli_w.dumps(plan["recipe"]), nl=False)
+
+
+def _show_run(run: Any, as_json: bool) -> None:
+    if as_json:
+        import msgspec
+
+        rows = msgspec.to_builtins(run.evaluations)
+        echo_json(
+            {
+                "schema": 1,
+                "run": str(run.path),
+                "steps": run.steps,
+                "seconds": round(run.seconds, 3),
+                "evaluations": rows,
+            }
+        )
+        return
+    if run.evaluations:
+        click.echo(evaluation_table(run.evaluations))
+    click.echo(f"\n{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
+
+
+@click.command()
+@shared
+@click.option("--model", metavar="NAME", help="Architecture: convnet, mlp, ...")
+@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose [teacher] and [train] tables are used (default: default).")
+@click.option("--out", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Teacher file to write, .safetensors.")
+@quiet
+def train(**flags: Any) -> None:
+    """Train a teacher on all training images and save it.
+
+    Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8
+    """
+    set_verbosity(flags["quiet"])
+    from ddkit.recipes import parse_set
+
+    sets = [parse_set(text) for text in flags["sets"]]
+    from ddkit import api
+    from ddkit.cli.progress import observers
+
+    watchers = observers(flags["quiet"])
+    teacher = api.train(
+        flags["out"], dataset=flags["dataset"], model=flags["model"], data_dir=flags["data_dir"], seed=flags["seed"],
+        recipe=flags["recipe"], sets=dict(sets), device=flags["device"],
+        report=(lambda done, total: watchers[0].stage_progress("training", done, total)) if watchers else None,
+    )  # fmt: skip
+    found = teacher.info["test_accuracy"]
+    if flags["as_json"]:
+        echo_json({"schema": 1, "teacher": str(flags["out"]), "test_accuracy": found, "model": teacher.info["model"]})
+    else:
+        click.echo(f"teacher  {flags['out']}\ntest accuracy  {percent(found, None)}")
+
+
+COMMANDS = (distill, train)

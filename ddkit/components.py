@@ -1,0 +1,213 @@
+"""Base classes of the named components: what a plugin author subclasses. Importing this module costs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from ddkit.options import Options, Requires
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor, nn
+
+    from ddkit.artifact import Artifact
+    from ddkit.step import Step
+    from ddkit.teacher import Teacher
+
+API_VERSION = 1
+
+
+class DataInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of the data before an image is used: `size` is (height, width) in pixels."""
+
+    class_names: tuple[str, ...]
+    channels: int
+    size: tuple[int, int]
+    mirror: bool = True  # whether a mirrored image is still one of its class
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, *self.size)
+
+
+class Component:
+    """Base of every named component; `options` are validated before the component is built.
+
+    `api` is the version of the plugin API that the class was written for; another number is refused on load.
+    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none.
+    """
+
+    api: ClassVar[int] = 1
+    argument: ClassVar[str | None] = None
+    Options: type[Options] = Options
+    requires: Requires = Requires()
+
+    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
+        self.options: Any = self.Options() if options is None else options
+        self.name = name or type(self).__name__
+
+    @classmethod
+    def resolve(cls, options: Any, data: DataInfo) -> Any:
+        """Returns the options with what depends on the data filled in; the resolved recipe records them."""
+        return options
+
+
+class Loss(Component):
+    """A loss: `__call__(step)` returns a finite scalar attached to the graph of the synthetic set.
+
+    It never calls backward, steps an optimizer, seeds globally, prints, or writes to the bank.
+    """
+
+    def __call__(self, step: Step) -> Tensor:
+        raise NotImplementedError
+
+    def initial(self, step: Step) -> Mapping[str, Tensor]:
+        """Returns initial values of declared parameters that depend on the data ({}: those declared). Called once."""
+        return {}
+
+
+class LossGroup(Component):
+    """A name for several losses, chosen together; their weights stay the recipe's."""
+
+    members: ClassVar[tuple[str, ...]] = ()
+
+
+class Start(msgspec.Struct, frozen=True, kw_only=True):
+    """What an initializer sees. Images are normalised.
+
+    labels: (n,) int64, ascending; shape: (C, H, W); real_images: (m, C, H, W) and real_labels: (m,), the accessible
+    images, class by class (m = 0 without data); generator(label): the random generator of one class.
+    """
+
+    labels: Any
+    shape: tuple[int, int, int]
+    real_images: Any
+    real_labels: Any
+    generator: Callable[[int], Any]
+
+
+class Initializer(Component):
+    """Returns the first synthetic images for labels."""
+
+    def check(self, ipc: int, available: Mapping[str, int]) -> None:
+        """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run."""
+
+    def __call__(self, start: Start) -> Tensor:
+        """Returns (n, C, H, W) normalised images, one for each of `start.labels`."""
+        raise NotImplementedError
+
+
+class Augmenter(Component):
+    """Random, differentiable image augmentation whose draw and application are apart.
+
+    So a draw can be shared by a class's real and synthetic images (siamese augmentation).
+    """
+
+    def sample(self, generator: Generator, groups: int) -> dict[str, Tensor]:
+        """Returns parameters for `groups` groups, each tensor of first dimension `groups`."""
+        raise NotImplementedError
+
+    def sample_batch(self, generator: Generator, rows: int) -> dict[str, Tensor]:
+        """Returns parameters per image for a training batch of `rows` images (default: a group per image)."""
+        return self.sample(generator, rows)
+
+    def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Returns x (n, C, H, W) augmented; row i uses row i of each parameter tensor."""
+        raise NotImplementedError
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """One row of an evaluation. Accuracies are fractions; std is the sample standard deviation, None for one repeat."""
+
+    evaluator: str
+    model: str
+    protocol: str
+    labels: str
+    repeats: int
+    accuracy_mean: float
+    accuracy_std: float | None
+    random_real_mean: float | None = None
+    random_real_std: float | None = None
+    details: dict[str, Any] = {}
+
+
+class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
+    """The real data an evaluator may use. Images are in pixel units, float32 in 0..1 or uint8.
+
+    test_images (t, C, H, W), test_labels (t,): the test set; real_images (m, C, H, W), real_labels (m,): the
+    accessible training images. `seed` is the run's; `device` where to compute; `report(done, total)` shows progress.
+    """
+
+    info: DataInfo
+    test_images: Any
+    test_labels: Any
+    real_images: Any
+    real_labels: Any
+    seed: int
+    device: Any
+    report: Callable[[int, int], None]
+
+
+class Evaluator(Component):
+    """Judges a synthetic set as it was read back from its file."""
+
+    def __call__(self, artifact: Artifact, data: EvaluationData, teacher: Teacher | None) -> Sequence[Evaluation]:
+        raise NotImplementedError
+
+
+class Model(Component):
+    """A factory of classifiers: `__call__(channels, size, classes)` returns a freshly initialised nn.Module.
+
+    The module maps (n, C, H, W) to (n, classes) logits. Where it has a method `embed(x)`, that gives its features;
+    elsewhere the input of its last linear layer does.
+    """
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        raise NotImplementedError
+
+
+class Dataset(Component):
+    """Labelled real images in two splits, "train" and "test"; labels are had without opening an image.
+
+    `directory` is where a dataset that downloads keeps its files. `mirror` says whether a mirrored image keeps its class.
+    """
+
+    mirror: ClassVar[bool] = True
+
+    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
+        super().__init__(options, name=name)
+        self.directory = directory
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        """Class names in label order."""
+        raise NotImplementedError
+
+    def labels(self, split: str) -> Tensor:
+        """Returns (n,) int64 labels of a split."""
+        raise NotImplementedError
+
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
+        """Returns the images (C, H, W) of `indices`, uint8 or float in 0..1; sizes and channels may differ."""
+        raise NotImplementedError
+
+    def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
+        """Returns what the manifest lists for `indices`: file names, or the indices themselves."""
+        return list(indices)
+
+    def fingerprint(self) -> str:
+        """Returns a key of the content of the training and test splits (a sha256), for the teacher cache."""
+        raise NotImplementedError
+
+
+class Exporter(Component):
+    """Writes a synthetic set in a format that others read."""
+
+    def __call__(self, artifact: Artifact, folder: str) -> None:
+        raise NotImplementedError

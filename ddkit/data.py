@@ -1,0 +1,89 @@
+"""The real data of a run: the accessible images, the test set, and nothing opened that need not be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ddkit import plugins
+from ddkit.components import DataInfo, Dataset
+from ddkit.errors import DdkitError, InputError
+from ddkit.images import common_shape, conform
+from ddkit.randomness import generator
+from ddkit.recipe import DataTable
+
+
+def open_dataset(table: DataTable) -> Dataset:
+    """Returns the recipe's dataset; raises InputError where its files cannot be used."""
+    try:
+        dataset: Dataset = plugins.create("dataset", table.use, table.options, where="data", directory=table.dir)
+        counts = class_counts(dataset.labels("train"), len(dataset.class_names))
+    except DdkitError:
+        raise
+    except Exception as error:  # a stranger's dataset can raise anything
+        raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.") from error
+    for name, count in zip(dataset.class_names, counts, strict=True):
+        if count == 0:
+            raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add some or remove the class.")
+    return dataset
+
+
+def class_counts(labels: Tensor, classes: int) -> list[int]:
+    """Returns the number of rows of each class 0..classes-1."""
+    return torch.bincount(labels, minlength=classes).tolist()
+
+
+def accessible_indices(labels: Tensor, classes: int, pipc: int | str, seed: int) -> list[int]:
+    """Returns the indices of at most `pipc` rows of each class, class by class, each class's in ascending order.
+
+    The choice for a class depends on (seed, class) alone.
+    """
+    order = labels.argsort(stable=True)
+    chosen: list[int] = []
+    for label, rows in enumerate(order.split(class_counts(labels, classes))):
+        if pipc != "all" and int(pipc) < len(rows):
+            rows = rows[torch.randperm(len(rows), generator=generator(seed, "accessible", label))[: int(pipc)]]
+        chosen += sorted(rows.tolist())
+    return chosen
+
+
+def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: tuple[int, int, int] | None) -> Tensor:
+    """Returns images `indices` of a split as (n, C, H, W) of `shape` (None: the most common one among them)."""
+    images = dataset.images(split, indices)
+    return conform(images, shape or common_shape(images))
+
+
+class RealData:
+    """The accessible real images of a run: `images` (m, C, H, W) in pixel units (uint8 or float), `labels` (m,)."""
+
+    def __init__(self, dataset: Dataset, pipc: int | str, seed: int, shape: tuple[int, int, int] | None = None) -> None:
+        """Opens only the accessible images; `shape` is needed where pipc is 0."""
+        self.dataset = dataset
+        labels = dataset.labels("train")
+        self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
+        if not self.indices and shape is None:
+            raise InputError(
+                "With --pipc 0 nothing tells the image shape: give a teacher made by ddkit, which records it (--teacher FILE)."
+            )
+        self.images = load_images(dataset, "train", self.indices, shape)
+        self.labels = labels[self.indices]
+        channels, height, width = self.images.shape[1:]
+        self.info = DataInfo(class_names=tuple(dataset.class_names), channels=channels, size=(height, width), mirror=dataset.mirror)
+
+    @property
+    def sources(self) -> list[str | int]:
+        """File names or indices of the accessible images."""
+        return self.dataset.sources("train", self.indices)
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of accessible images by class name."""
+        return dict(zip(self.info.class_names, class_counts(self.labels, self.info.classes), strict=True))
+
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """Returns (images, labels) of the test split; raises InputError if it is empty."""
+        labels = self.dataset.labels("test")
+        if len(labels) == 0:
+            raise InputError("The dataset has no test images, so nothing can be evaluated. Use --evaluate none.")
+        return load_images(self.dataset, "test", range(len(labels)), self.info.shape), labels

@@ -1,0 +1,64 @@
+"""The errors that ddkit raises for bad input, one class per documented exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DdkitError(Exception):
+    """A problem that the user can mend: the message is one paragraph saying what, where and how to mend it."""
+
+    exit_code = 1
+
+
+class RunFailed(DdkitError):
+    """The run itself failed: a non-finite loss term, a plugin that raised (exit code 1)."""
+
+
+class FlagError(DdkitError):
+    """The value of a flag or argument is impossible by itself (exit code 2)."""
+
+    exit_code = 2
+
+
+class PluginError(DdkitError):
+    """A plugin was not found or could not be loaded (exit code 3)."""
+
+    exit_code = 3
+
+
+class InputError(DdkitError):
+    """A recipe, a --set, the data or the teacher cannot be used (exit code 4).
+
+    `path` is the recipe path at fault (`losses.dm.weight`) where there is one.
+    """
+
+    exit_code = 4
+
+    def __init__(self, message: str, path: str | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+
+
+class RunFilesError(DdkitError):
+    """A run or artifact is unusable, or the output cannot be written (exit code 5)."""
+
+    exit_code = 5
+
+
+class Interrupted(DdkitError):
+    """A signal ended the run, after a checkpoint (exit code 130 or 143)."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def suggestion(name: str, choices: Iterable[str]) -> str:
+    """Returns "Did you mean 'x'?" where one of `choices` is near `name`, else the choices themselves."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"Did you mean '{near[0]}'?"
+    return f"Choose from: {', '.join(known)}." if known else "There is none to choose from."

@@ -1,0 +1,81 @@
+"""Hook specifications for observers: any number at once, loaded when a run starts, never able to spoil it.
+
+An observer is a module or object whose functions carry `@ddkit.hookimpl`; its distribution names it in the entry-point
+group `ddkit.hooks`. Implementations may take any subset of a hook's arguments.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ddkit.components import Evaluation
+    from ddkit.recipe import Recipe
+
+hookspec = pluggy.HookspecMarker("ddkit")
+hookimpl = pluggy.HookimplMarker("ddkit")
+log = logging.getLogger("ddkit")
+
+
+@hookspec
+def run_started(recipe: Recipe, path: Path, start: int) -> None:
+    """Called: once, before the first step. Receives: the resolved recipe, the run directory, the first step's number.
+
+    May: open files of its own. May not: change the recipe. Since: 0.1.
+    """
+
+
+@hookspec
+def step_finished(index: int, steps: int, record: Mapping[str, Any] | None) -> None:
+    """Called: after each step. Receives: its number, the number of steps, and the logged values every log_every-th step.
+
+    May: write or draw. May not: touch the bank. Since: 0.1.
+    """
+
+
+@hookspec
+def stage_progress(stage: str, done: int, total: int) -> None:
+    """Called: during "teacher" training and "evaluation". Receives: the stage and how far it is.
+
+    May: write or draw. May not: assume that every value of `done` is seen. Since: 0.1.
+    """
+
+
+@hookspec
+def run_finished(path: Path, evaluations: list[Evaluation]) -> None:
+    """Called: once, after the manifest is written. Receives: the run directory and its evaluations.
+
+    May: read the run's files. May not: change them. Since: 0.1.
+    """
+
+
+class Observers:
+    """Calls the hooks of every observer; one that raises is reported once and left out from then on."""
+
+    def __init__(self, observers: Iterable[tuple[str, Any]]) -> None:
+        self._manager = pluggy.PluginManager("ddkit")
+        self._manager.add_hookspecs(__import__(__name__, fromlist=["hookspecs"]))
+        for name, observer in observers:
+            self._manager.register(observer, name)
+        self._hooks = [(name, self._alone(observer)) for name, observer in self._manager.list_name_plugin() if observer is not None]
+
+    def _alone(self, observer: Any) -> dict[str, Any]:
+        others = [other for other in self._manager.get_plugins() if other is not observer]
+        names = ("run_started", "step_finished", "stage_progress", "run_finished")
+        return {name: self._manager.subset_hook_caller(name, others) for name in names}
+
+    def call(self, hook: str, **arguments: Any) -> None:
+        """Calls `hook` of every observer that has it."""
+        for entry in list(self._hooks):
+            name, hooks = entry
+            try:
+                hooks[hook](**arguments)
+            except Exception as error:  # an observer can raise anything
+                log.warning("The observer '%s' raised %s: %s; the run goes on without it.", name, type(error).__name__, error)
+                self._hooks.remove(entry)

@@ -1,0 +1,114 @@
+"""Images as tensors: one shape for all, pixel units to normalised and back, and the picture of a set."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger("ddkit")
+
+LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
+
+
+def common_shape(images: Sequence[Tensor]) -> tuple[int, int, int]:
+    """Returns (C, H, W): 1 channel if all have one, else 3; the most frequent size (of equals, the larger)."""
+    channels = 1 if all(image.shape[0] == 1 for image in images) else 3
+    sizes = Counter((image.shape[1], image.shape[2]) for image in images)
+    height, width = max(sizes, key=lambda size: (sizes[size], size))
+    return channels, height, width
+
+
+def conform(images: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """Returns the images (C, H, W) stacked as (n, *shape): uint8 where all are, else float32 in 0..1.
+
+    Other sizes are resized (bilinear, antialiased), other channel counts repeated or reduced to luminance.
+    """
+    if not images:
+        return torch.empty((0, *shape), dtype=torch.uint8)
+    resized = sum(tuple(image.shape[1:]) != shape[1:] for image in images)
+    if resized:
+        log.warning("%d of %d images were resized to %d x %d pixels.", resized, len(images), shape[1], shape[2])
+    fitted = [_fitted(image, shape) for image in images]
+    if all(image.dtype == torch.uint8 for image in fitted):
+        return torch.stack(fitted)
+    return torch.stack([to_unit(image) for image in fitted])
+
+
+def _fitted(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    if tuple(image.shape) == shape:
+        return image
+    x = to_unit(image)
+    if x.shape[0] == 1 and shape[0] == 3:
+        x = x.expand(3, -1, -1)
+    elif x.shape[0] == 3 and shape[0] == 1:
+        x = (x * torch.tensor(LUMINANCE).view(3, 1, 1)).sum(0, keepdim=True)
+    if tuple(x.shape[1:]) != shape[1:]:
+        x = torch.nn.functional.interpolate(x[None], shape[1:], mode="bilinear", antialias=True)[0]
+    return (x * 255).round().to(torch.uint8) if image.dtype == torch.uint8 else x
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Returns images as float32 in pixel units (0..1)."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64."""
+    chunks = [to_unit(part).double() for part in images.split(1000)]
+    count = images.shape[0] * images.shape[2] * images.shape[3]
+    mean = sum((part.sum((0, 2, 3)) for part in chunks), torch.zeros(images.shape[1], dtype=torch.float64)) / count
+    centred = [(part - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for part in chunks]
+    std = (sum(centred, torch.zeros_like(mean)) / count).sqrt().clamp_min(1e-6)
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+class Normalisation:
+    """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+
+    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (-1, 1, 1)
+        return like.new_tensor(self.mean).view(shape), like.new_tensor(self.std).view(shape)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Returns float32 normalised images (n, C, H, W) from uint8 or pixel units."""
+        x = to_unit(images)
+        mean, std = self._constants(x)
+        return (x - mean) / std
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Returns images in pixel units from normalised ones; not clipped."""
+        mean, std = self._constants(images)
+        return images * std + mean
+
+
+def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
+    """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    height, width = images.shape[2:]
+    scale = max(1, round(64 / max(height, width)))
+    font = ImageFont.load_default(size=14)
+    rows = sorted(set(labels.tolist()))
+    margin = 12 + max(int(font.getlength(class_names[label])) for label in rows)
+    most = min(columns, max(int((labels == label).sum()) for label in rows))
+    cell_h, cell_w = height * scale + 4, width * scale + 4
+    sheet = Image.new("RGB", (margin + most * cell_w, len(rows) * cell_h), "white")
+    draw = ImageDraw.Draw(sheet)
+    pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    for y, label in enumerate(rows):
+        draw.text((6, y * cell_h + cell_h // 2), class_names[label], fill="black", font=font, anchor="lm")
+        for x, image in enumerate(pixels[labels == label][:most]):
+            array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (margin + x * cell_w, y * cell_h + 2))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()

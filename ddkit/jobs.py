@@ -1,0 +1,263 @@
+"""From a recipe to the objects of a run: components built, data opened, what the engine decides decided once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ddkit import plugins
+from ddkit.bank import Bank
+from ddkit.components import Augmenter, DataInfo, Evaluator, Initializer, Loss, Model, Start
+from ddkit.data import RealData, class_counts, open_dataset
+from ddkit.engine import Engine, Term
+from ddkit.errors import FlagError, InputError, PluginError, RunFailed
+from ddkit.images import Normalisation, channel_statistics
+from ddkit.networks import build_network, couples_samples, saved_bytes
+from ddkit.options import Parameter, Requires
+from ddkit.randomness import generator
+from ddkit.recipe import Recipe
+from ddkit.step import StepSource, ViewSpec
+from ddkit.teacher import Teacher
+from ddkit.teachers import Report, automatic_teacher, load_teacher
+from ddkit.training import pick_device
+
+BUILT_IN_VIEWS = ("default", "raw", "augmented")
+
+
+class Job:
+    """Everything a run needs, checked before anything is trained or written."""
+
+    def __init__(self, recipe: Recipe, *, device: str = "auto") -> None:
+        self.recipe = recipe
+        self.device = pick_device(device)
+        self.terms = _terms(recipe)
+        self.requires = [term.loss.requires for term in self.terms]
+        _check_access(recipe, self.terms)
+        self.dataset = open_dataset(recipe.data)
+        self._check_room()
+        self.teacher: Teacher | None = None
+        self.real = RealData(self.dataset, recipe.pipc, recipe.seed, self._shape())
+        self.info: DataInfo = self.real.info
+        self._build_components()
+
+    def _check_room(self) -> None:
+        """Raises InputError, before an image is opened, where the initializer cannot have its images."""
+        counts = class_counts(self.dataset.labels("train"), len(self.dataset.class_names))
+        limit = math.inf if self.recipe.pipc == "all" else self.recipe.pipc
+        available = {name: int(min(count, limit)) for name, count in zip(self.dataset.class_names, counts, strict=True)}
+        table = self.recipe.initializer
+        self.initializer: Initializer = plugins.create("initializer", table.use, table.options, where="initializer")
+        self.initializer.check(self.recipe.ipc, available)
+
+    def _shape(self) -> tuple[int, int, int] | None:
+        """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
+        if self.recipe.pipc != 0 or self.recipe.teacher.use == "auto":
+            return None if self.recipe.pipc != 0 else self._first_shape()
+        from ddkit.files import read_tensors
+
+        path = Path(self.recipe.teacher.use)
+        try:
+            shape = read_tensors(path)[1].get("input_shape") if path.is_file() else None
+        except ValueError:
+            shape = None
+        return (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None
+
+    def _first_shape(self) -> tuple[int, int, int]:
+        """Returns the shape of the first training image: an automatic teacher is trained on all of them anyway."""
+        channels, height, width = self.dataset.images("train", [0])[0].shape
+        return channels, height, width
+
+    def _build_components(self) -> None:
+        recipe, info = self.recipe, self.info
+        self.model: Model = plugins.create("model", recipe.network.model, recipe.network.options, data=info, where="network")
+        self.augmenter: Augmenter = plugins.create(
+            "augmenter", recipe.augmenter.use, recipe.augmenter.options, data=info, where="augmenter"
+        )
+        self.views = {name: self._view(name) for name in recipe.views}
+        for term in self.terms:
+            for name in term.loss.requires.views:
+                if name not in self.views and name not in BUILT_IN_VIEWS:
+                    known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
+                    raise InputError(f"The loss '{term.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
+        self.evaluators: dict[str, Evaluator] = {
+            label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
+            for label, table in recipe.evaluators.items()
+        }
+        self._decide()
+
+    def _view(self, name: str) -> ViewSpec:
+        table = self.recipe.views[name]
+        options = table.options | ({} if table.compose is None else {"compose": table.compose})
+        return ViewSpec(plugins.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
+
+    def _decide(self) -> None:
+        """Resolves what the engine decides by itself, from model, shapes and device alone."""
+        engine = self.recipe.engine
+        self.precision = torch.bfloat16 if engine.precision == "bfloat16" else torch.float32
+        self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
+        if self.chunk and self.needs_network and couples_samples(build_network(self.model, self.info, 0, "probe"), self.info):
+            raise InputError(
+                "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
+                "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
+                "engine.chunk",
+            )
+
+    def _automatic_chunk(self) -> int:
+        if not self.needs_network or not any(requires.separable for requires in self.requires):
+            return 0
+        network = build_network(self.model, self.info, 0, "probe")
+        per_class = saved_bytes(network, self.info) * self.recipe.ipc
+        chunk = max(1, int(self.recipe.engine.memory * 2**20 / max(1, per_class)))
+        return 0 if chunk >= self.info.classes or couples_samples(network, self.info) else chunk
+
+    @property
+    def needs_network(self) -> bool:
+        return any(requires.embedder or requires.network_gradients for requires in self.requires)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(requires.teacher for requires in self.requires) or self.recipe.teacher.use != "auto"
+
+    def load_teacher(self, report: Report | None = None) -> None:
+        """Loads the teacher, or trains an automatic one; a recipe that needs none gets none."""
+        if not self.needs_teacher:
+            return
+        if self.recipe.teacher.use == "auto":
+            self.teacher = automatic_teacher(self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, report)
+        else:
+            self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The teacher's statistics where there is a teacher, else those of the accessible images."""
+        if self.teacher is not None:
+            return Normalisation(self.teacher.mean, self.teacher.std)
+        if len(self.real.images) == 0:
+            raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
+        return Normalisation(*channel_statistics(self.real.images))
+
+    def bank(self) -> Bank:
+        """Returns the initial synthetic set."""
+        labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.ipc)
+        start = Start(
+            labels=labels,
+            shape=self.info.shape,
+            real_images=self.normalisation.normalise(self.real.images),
+            real_labels=self.real.labels,
+            generator=lambda label: generator(self.recipe.seed, "initializer", label),
+        )
+        images = self.initializer(start)
+        if tuple(images.shape) != (len(labels), *self.info.shape) or not bool(images.isfinite().all()):
+            raise RunFailed(
+                f"The initializer '{self.recipe.initializer.use}' returned images of shape {tuple(images.shape)} or not finite."
+            )
+        return Bank(images.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer)
+
+    def engine(self, bank: Bank) -> Engine:
+        """Returns the engine of this run over `bank`."""
+        source = StepSource(
+            seed=self.recipe.seed,
+            info=self.info,
+            normalisation=self.normalisation,
+            real_images=self.real.images,
+            real_labels=self.real.labels,
+            batch=self.recipe.data.batch,
+            augmenter=self.augmenter,
+            views=self.views,
+            model=self.model if self.needs_network else None,
+            renew_every=self.recipe.network.renew_every,
+            teacher=self.teacher,
+            device=self.device,
+            precision=self.precision,
+        )
+        return Engine(bank, source, self.terms, chunk=self.chunk)
+
+    def resolved(self) -> Recipe:
+        """Returns the recipe with every option, and what the engine decided, written out."""
+        recipe = self.recipe
+        replace = msgspec.structs.replace
+        teacher = recipe.teacher if recipe.teacher.use == "auto" else replace(recipe.teacher, use=str(Path(recipe.teacher.use).absolute()))
+        losses = {
+            term.label: replace(recipe.losses[term.label], use=recipe.loss_name(term.label), options=_written(term.loss))
+            for term in self.terms
+        }
+        return replace(
+            recipe,
+            teacher=teacher,
+            data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=_written(self.dataset)),
+            network=replace(recipe.network, options=_written(self.model)),
+            initializer=replace(
+                recipe.initializer,
+                use=plugins.split_name(recipe.initializer.use)[0],
+                options=_written(self.initializer),
+            ),
+            augmenter=replace(recipe.augmenter, options=_written(self.augmenter)),
+            views={name: replace(recipe.views[name], compose=None, options=_written(view.augmenter)) for name, view in self.views.items()},
+            engine=replace(
+                recipe.engine,
+                chunk=self.chunk,
+                compile=False,
+                precision="bfloat16" if self.precision == torch.bfloat16 else "float32",
+            ),
+            losses=losses,
+            evaluators={label: replace(recipe.evaluators[label], options=_written(e)) for label, e in self.evaluators.items()},
+        )
+
+    def plugins_used(self) -> list[dict[str, str]]:
+        """Returns kind, name, distribution and version of every plugin of the run."""
+        recipe = self.recipe
+        named = [
+            ("dataset", recipe.data.use),
+            ("initializer", recipe.initializer.use),
+            ("augmenter", recipe.augmenter.use),
+        ]
+        named += [("model", recipe.network.model)]
+        named += [("augmenter", view.augmenter) for view in recipe.views.values()]
+        named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
+        named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
+        used = [plugins.find(kind, plugins.split_name(name)[0]) for kind, name in sorted(set(named))]
+        return [{"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version} for p in used]
+
+
+def _written(component: Any) -> dict[str, Any]:
+    values: dict[str, Any] = msgspec.to_builtins(component.options)
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _terms(recipe: Recipe) -> list[Term]:
+    if not recipe.losses:
+        raise InputError("The recipe has no loss. Choose some: --losses dm,dkkt")
+    terms = []
+    for label, table in recipe.losses.items():
+        name = recipe.loss_name(label)
+        loss: Loss = plugins.create("loss", name, table.options, where=f"losses.{label}")
+        if not isinstance(loss.requires, Requires):
+            raise PluginError(f"The {plugins.find('loss', name).label}: `requires` must be a ddkit.Requires(...).")
+        terms.append(Term(label, loss, table.weight))
+    return terms
+
+
+def _check_access(recipe: Recipe, terms: list[Term]) -> None:
+    if recipe.pipc == 0:
+        needing = [term.label for term in terms if term.loss.requires.real]
+        if needing:
+            raise InputError(
+                f"With pipc 0 there are no real images, but {', '.join(needing)} needs some. Give --pipc 1 or more.",
+                "pipc",
+            )
+
+
+def _declared(terms: list[Term]) -> Mapping[str, Parameter]:
+    declared: dict[str, Parameter] = {}
+    for term in terms:
+        for name, spec in term.loss.requires.parameters.items():
+            if name in ("images", "labels", "soft_labels"):
+                raise FlagError(f"The loss '{term.label}' declares a parameter '{name}', a name that the set itself uses.")
+            if declared.setdefault(name, spec) != spec:
+                raise InputError(f"Two losses declare the parameter '{name}' differently; '{term.label}' is one of them.")
+    return declared

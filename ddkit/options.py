@@ -1,0 +1,162 @@
+"""Options of plugins: typed, bounded, validated without running plugin code."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from ddkit.errors import InputError, suggestion
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """Base of a plugin's options: annotated fields with defaults.
+
+    An unknown option or a value outside its bounds is an error that names plugin, option and nearest name.
+    """
+
+
+def Option(
+    description: str = "",
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    min_length: int | None = None,
+) -> msgspec.Meta:
+    """Returns the annotation of an option: `power: Annotated[float, Option("exponent", gt=0)] = 1.0`."""
+    bounds: dict[str, Any] = {"gt": gt, "ge": ge, "lt": lt, "le": le, "min_length": min_length}
+    return msgspec.Meta(description=description or None, **bounds)
+
+
+class Parameter(msgspec.Struct, frozen=True):
+    """An extra parameter of the synthetic set, declared by a loss in its `requires`.
+
+    It is optimised with the images, projected, checkpointed and written to the artifact. `per` is "sample" (one value
+    of `shape` per row) or "set" (one for the whole set); `constraint` "nonnegative" clamps it at 0 after each update.
+    `lr` is that of its Adam optimizer, unless the recipe has a table `[optimizer.NAME]`.
+    """
+
+    shape: tuple[int, ...] = ()
+    per: str = "sample"
+    init: float = 1.0
+    constraint: str | None = None
+    lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.per not in ("sample", "set"):
+            raise ValueError(f"Parameter(per={self.per!r}): per is 'sample' or 'set'")
+        if self.constraint not in (None, "nonnegative"):
+            raise ValueError(f"Parameter(constraint={self.constraint!r}): constraint is None or 'nonnegative'")
+
+
+class Requires(msgspec.Struct, frozen=True, kw_only=True):
+    """What a component asks of a run, read before it starts; every default asks for nothing.
+
+    separable: "sum" (the value is the sum over any partition of the set by class), "mean" (the same, weighted by
+    rows) or None (the loss always sees the whole set and is never chunked).
+    """
+
+    real: bool = False
+    embedder: bool = False
+    teacher: bool = False
+    teacher_gradients: bool = False
+    network_gradients: bool = False
+    second_order: bool = False
+    views: tuple[str, ...] = ()
+    parameters: Mapping[str, Parameter] = {}
+    separable: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.separable not in (None, "sum", "mean"):
+            raise ValueError(f"Requires(separable={self.separable!r}): separable is None, 'sum' or 'mean'")
+        if (self.teacher_gradients or self.views) and not self.teacher:
+            raise ValueError("Requires: teacher_gradients and views need teacher=True as well")
+
+
+def parse_struct(kind: type[T], table: Mapping[str, Any], where: str) -> T:
+    """Returns `table` as a `kind`, or raises InputError naming `where`, the key, and what would be right."""
+    fields = {field.encode_name for field in msgspec.structs.fields(kind)}
+    for key in table:
+        if key not in fields:
+            at = f"{where}.{key}" if where else key
+            raise InputError(f"{where or 'the recipe'} has no key '{key}'. {suggestion(key, fields)}", at)
+    for path, value in _leaves(table, where):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{path} is {value}; it must be a finite number.", path)
+    try:
+        return msgspec.convert(dict(table), kind)
+    except msgspec.ValidationError as error:
+        raise _explained(error, where, table) from None
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item, path)
+    else:
+        yield path, value
+
+
+def _explained(error: msgspec.ValidationError, where: str, table: Mapping[str, Any]) -> InputError:
+    text, _, place = str(error).partition(" - at `$")
+    keys = re.sub(r"\[\.\.\.\]|\[\d+\]", "", place.rstrip("`")).strip(".")
+    path = ".".join(part for part in (where, keys) if part)
+    value: Any = table
+    for key in filter(None, keys.split(".")):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    text = text[:1].lower() + text[1:]
+    return InputError(f"{path} = {value!r} is not possible: {text.replace('`', '')}.", path)
+
+
+def literal_choices(kind: type[msgspec.Struct], name: str) -> tuple[str, ...]:
+    """Returns the strings that field `name` of `kind` may take, () if it is not a choice among strings."""
+    for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
+        if field.encode_name == name and isinstance(field.type, msgspec.inspect.LiteralType):
+            return tuple(str(value) for value in field.type.values)
+    return ()
+
+
+def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str) -> T:
+    """Returns a plugin's options; errors name the plugin as well as the recipe path."""
+    try:
+        return parse_struct(kind, table, where)
+    except InputError as error:
+        key = (error.path or "").removeprefix(f"{where}.")
+        choices = literal_choices(kind, key)
+        more = f" {suggestion(str(table.get(key)), choices)}" if choices else ""
+        raise InputError(f"{plugin}: {error}{more} (`ddkit info {plugin}` lists its options.)", error.path) from None
+
+
+def describe_options(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:
+    """Returns name, type, default, bounds and description of every option, in order of declaration."""
+    definitions = msgspec.json.schema(kind).get("$defs", {})
+    properties = definitions[kind.__name__]["properties"] if kind.__name__ in definitions else {}
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    return [_describe(name, schema, fields[name]) for name, schema in properties.items()]
+
+
+_BOUNDS = {"exclusiveMinimum": "> {}", "minimum": ">= {}", "exclusiveMaximum": "< {}", "maximum": "<= {}"}
+
+
+def _describe(name: str, schema: Mapping[str, Any], field: Any) -> dict[str, Any]:
+    alternatives = schema.get("anyOf", [schema])
+    merged = {key: value for part in alternatives for key, value in part.items()} | dict(schema)
+    kinds = [kind for part in alternatives for kind in part.get("enum") or [part.get("type", "any")]]
+    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+    return {
+        "name": name,
+        "type": " | ".join(str(kind) for kind in kinds),
+        "default": list(default) if isinstance(default, tuple) else default,
+        "bounds": ", ".join(text.format(merged[key]) for key, text in _BOUNDS.items() if key in merged),
+        "description": merged.get("description", ""),
+    }

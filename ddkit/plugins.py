@@ -1,0 +1,197 @@
+"""Finds and loads plugins through entry points. Listing imports none of them."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ddkit import components, source
+from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
+from ddkit.options import parse_options
+
+GROUPS = {
+    "loss": "ddkit.losses",
+    "loss-group": "ddkit.loss_groups",
+    "initializer": "ddkit.initializers",
+    "augmenter": "ddkit.augmenters",
+    "evaluator": "ddkit.evaluators",
+    "model": "ddkit.models",
+    "dataset": "ddkit.datasets",
+    "exporter": "ddkit.exporters",
+    "recipe": "ddkit.recipes",
+    "observer": "ddkit.hooks",
+}
+BASES: dict[str, type[components.Component]] = {
+    "loss": components.Loss,
+    "loss-group": components.LossGroup,
+    "initializer": components.Initializer,
+    "augmenter": components.Augmenter,
+    "evaluator": components.Evaluator,
+    "model": components.Model,
+    "dataset": components.Dataset,
+    "exporter": components.Exporter,
+}
+NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+
+class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    """An installed component as its distribution's metadata tells it; `value` is "module:Class" or a recipe's path."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    value: str
+
+    @property
+    def first_party(self) -> bool:
+        return self.distribution == "ddkit"
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} '{self.name}' of {self.distribution} {self.version}"
+
+
+def parse_kind(text: str) -> str:
+    """Returns the kind that `text` names, singular or plural; raises FlagError otherwise."""
+    name = text.lower().replace("_", "-")
+    for kind in GROUPS:
+        if name in (kind, kind + "s", kind.replace("loss", "losse") + "s"):
+            return kind
+    raise FlagError(f"There is no kind of component '{text}'. {suggestion(name, GROUPS)}")
+
+
+@cache
+def plugins() -> tuple[Plugin, ...]:
+    """Returns every installed component, in order of kind and name, first-party ones first. One metadata scan a process."""
+    found = [_plugin(kind, point) for kind, group in GROUPS.items() for point in metadata.entry_points(group=group)]
+    allowed = os.environ.get("DDKIT_PLUGINS")
+    if allowed is not None:
+        names = {_canonical(name) for name in allowed.split(",") if name.strip()}
+        found = [p for p in found if p.first_party or p.distribution in names]
+    listed = [item for p in found for item in (_recipes(p) if p.kind == "recipe" else [p])]
+    order = list(GROUPS)
+    return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
+
+
+def _plugin(kind: str, point: metadata.EntryPoint) -> Plugin:
+    name = point.dist.name if point.dist else "unknown"
+    version = point.dist.version if point.dist else "0"
+    return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _recipes(package: Plugin) -> list[Plugin]:
+    folder = source.package_folder(package.value)
+    files = sorted(folder.glob("*.toml")) if folder else []
+    return [msgspec.structs.replace(package, name=file.stem, value=str(file)) for file in files]
+
+
+def find(kind: str, name: str) -> Plugin:
+    """Returns the plugin that `name` or `distribution/name` means; raises PluginError with the nearest name."""
+    distribution, _, short = name.rpartition("/")
+    of_kind = [p for p in plugins() if p.kind == kind]
+    matches = [p for p in of_kind if p.name == short and distribution in ("", p.distribution)]
+    if not matches:
+        names = {p.name for p in of_kind}
+        raise PluginError(f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed.)")
+    if len(matches) > 1 and not matches[0].first_party:
+        owners = " and ".join(f"{p.distribution}/{p.name}" for p in matches)
+        raise PluginError(f"The {kind} '{name}' is claimed by two distributions: say {owners}.")
+    return matches[0]
+
+
+def status(plugin: Plugin) -> tuple[str, str]:
+    """Returns (status, summary) of a plugin from metadata and source alone; status "ok" means found and parses."""
+    if plugin.kind == "recipe":
+        return source.recipe_summary(Path(plugin.value))
+    if not NAME.fullmatch(plugin.name):
+        return "bad name (lower-case letters, digits and hyphens)", ""
+    namesakes = [p for p in plugins() if p.kind == plugin.kind and p.name == plugin.name]
+    if namesakes[0] != plugin and namesakes[0].first_party:
+        return f"name taken (say {plugin.distribution}/{plugin.name})", source.summary(plugin.value)[1]
+    return source.summary(plugin.value)
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """Returns the class of a plugin; raises PluginError with distribution, version, cause and remedy."""
+    return load_plugin(find(kind, name))
+
+
+@cache
+def load_plugin(plugin: Plugin) -> type[Any]:
+    """Returns the class of `plugin`, imported once and checked against its kind's base class and API number."""
+    remedy = f"Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
+    module_name, _, attribute = plugin.value.partition(":")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # a stranger's module can raise anything
+        cause = f"{type(error).__name__}: {error}"
+        raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {cause}. {remedy}") from error
+    base = BASES.get(plugin.kind)
+    if base is not None and not (isinstance(found, type) and issubclass(found, base)):
+        raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{base.__name__} ({plugin.value}). {remedy}")
+    if base is not None and found.api != components.API_VERSION:
+        raise PluginError(
+            f"The {plugin.label} is written for plugin API {found.api}, this ddkit has {components.API_VERSION}. "
+            f"Install a version of {plugin.distribution} made for it."
+        )
+    return found
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Returns (component name, argument) of "imagefolder:PATH"; the argument is None where there is no colon."""
+    short, colon, argument = name.partition(":")
+    return short, argument if colon else None
+
+
+def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data: components.DataInfo | None = None) -> Any:
+    """Returns the validated options of component `name`, which may carry an argument, from a recipe table."""
+    short, argument = split_name(name)
+    found = load(kind, short)
+    merged = dict(table)
+    if argument is not None:
+        if found.argument is None:
+            raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
+        merged[found.argument] = argument
+    options = parse_options(found.Options, merged, where, short)
+    return options if data is None else found.resolve(options, data)
+
+
+def create(
+    kind: str,
+    name: str,
+    table: Mapping[str, Any] | None = None,
+    *,
+    data: components.DataInfo | None = None,
+    where: str | None = None,
+    **arguments: Any,
+) -> Any:
+    """Returns a component built by name, as a recipe would build it.
+
+    `table` holds its options; with `data` the options that depend on the data are filled in; `where` is the recipe
+    path for error messages. Raises PluginError if it cannot be loaded and InputError for a bad option.
+    """
+    options = options_of(kind, name, table or {}, where or kind, data)
+    short = split_name(name)[0]
+    found = load(kind, short)
+    try:
+        return found(options, name=short, **arguments)
+    except DdkitError:
+        raise
+    except Exception as error:
+        label = find(kind, short).label
+        raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.") from error

@@ -1,0 +1,202 @@
+"""The recipe: what a run consists of, as data. Validated before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from ddkit.errors import InputError
+from ddkit.options import Option, parse_struct
+
+Positive = Annotated[int, Option(ge=1)]
+Seed = Annotated[int, Option("seed of every random draw", ge=0, le=2**53)]
+
+
+class Table(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table whose keys are all ddkit's."""
+
+
+class PluginTable(Table):
+    """A table that also carries the options of the plugin it names, beside its own keys."""
+
+    options: dict[str, Any] = {}
+
+
+class DataTable(PluginTable):
+    use: Annotated[str, Option("dataset, NAME or NAME:ARGUMENT")] = "digits"
+    dir: Annotated[str, Option("folder for datasets that download")] | None = None
+    batch: Annotated[int, Option("real images a class and step, at most", ge=1)] = 256
+
+
+class TeacherTable(PluginTable):
+    use: Annotated[str, Option("safetensors file, or auto: train one on all of the training set and cache it")] = "auto"
+    model: Annotated[str, Option("architecture, where the file does not record it")] = "convnet"
+    mean: Annotated[list[float], Option("channel means the teacher was trained with, of pixels in 0..1")] | None = None
+    std: Annotated[list[float], Option("channel standard deviations, likewise")] | None = None
+
+
+class TrainTable(PluginTable):
+    """How `ddkit train` and an automatic teacher are trained; `options` are those of the augmenter."""
+
+    epochs: Annotated[int, Option("passes over the training set", ge=1)] = 20
+    batch: Annotated[int, Option("images a step", ge=1)] = 256
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: Annotated[float, Option("peak learning rate", gt=0)] = 0.1
+    weight_decay: Annotated[float, Option(ge=0)] = 5e-4
+    schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
+    augmenter: str = "dsa"
+
+
+class NetworkTable(PluginTable):
+    """The network that embeds or is matched: freshly initialised every `renew_every` steps."""
+
+    model: str = "convnet"
+    renew_every: Annotated[int, Option("steps that share one fresh network", ge=1)] = 1
+
+
+class InitializerTable(PluginTable):
+    use: str = "real"
+
+
+class AugmenterTable(PluginTable):
+    use: str = "dsa"
+
+
+class ViewTable(PluginTable):
+    """A named view of the synthetic images: an augmenter (with its options) and input noise, in normalised units."""
+
+    augmenter: str = "none"
+    compose: Annotated[int, Option("operations composed, for augmenters with that option", ge=1)] | None = None
+    noise: Annotated[float, Option("standard deviation of added Gaussian noise", ge=0)] = 0.0
+
+
+class OptimizerTable(Table):
+    kind: Literal["sgd", "adam"] = "adam"
+    lr: Annotated[float, Option("learning rate in normalised units", gt=0)] = 0.1
+    momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.0
+    betas: Annotated[tuple[float, float], Option("of adam")] = (0.9, 0.999)
+
+
+class EngineTable(Table):
+    compile: bool | Literal["auto"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    memory: Annotated[int, Option("MiB that the embedder's activations may take; more is done in chunks of classes", ge=1)] = 4096
+    chunk: Annotated[int, Option("classes a chunk for separable losses, 0 for all at once; auto: from memory", ge=0)] | Literal["auto"] = (
+        "auto"
+    )
+    log_every: Positive = 10
+    checkpoint_every: Positive = 500
+    deterministic: bool = False
+
+
+class LossTable(PluginTable):
+    weight: Annotated[float, Option("factor of this term in the total", ge=0)] = 1.0
+    use: str | None = None
+
+
+class EvaluatorTable(PluginTable):
+    use: str | None = None
+
+
+class RuleTable(Table):
+    when: dict[Literal["ipc_min", "ipc_max", "pipc_min", "pipc_max"], int]
+    set: dict[str, Any]
+
+
+class Recipe(Table):
+    """One run as data; the fields and tables of ../docs/recipes.md."""
+
+    summary: str = ""
+    source: str = ""
+    ipc: Positive = 1
+    pipc: Annotated[int, Option("real images a class that may be used", ge=0)] | Literal["all"] = 50
+    steps: Annotated[int, Option("updates of the synthetic set", ge=0)] = 300
+    seed: Seed = 0
+    data: DataTable = msgspec.field(default_factory=DataTable)
+    teacher: TeacherTable = msgspec.field(default_factory=TeacherTable)
+    train: TrainTable = msgspec.field(default_factory=TrainTable)
+    network: NetworkTable = msgspec.field(default_factory=NetworkTable)
+    initializer: InitializerTable = msgspec.field(default_factory=InitializerTable)
+    augmenter: AugmenterTable = msgspec.field(default_factory=AugmenterTable)
+    views: dict[str, ViewTable] = {}
+    optimizer: dict[str, OptimizerTable] = {}
+    engine: EngineTable = msgspec.field(default_factory=EngineTable)
+    losses: dict[str, LossTable] = {}
+    evaluators: dict[str, EvaluatorTable] = {}
+
+    def loss_name(self, label: str) -> str:
+        """Returns the plugin name of the loss labelled `label`."""
+        return self.losses[label].use or label
+
+
+TABLES: dict[str, type[Table]] = {
+    "data": DataTable,
+    "teacher": TeacherTable,
+    "train": TrainTable,
+    "network": NetworkTable,
+    "initializer": InitializerTable,
+    "augmenter": AugmenterTable,
+    "engine": EngineTable,
+}
+NAMED_TABLES: dict[str, type[Table]] = {
+    "views": ViewTable,
+    "optimizer": OptimizerTable,
+    "losses": LossTable,
+    "evaluators": EvaluatorTable,
+}
+SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "augmenter": "use"}
+
+T = TypeVar("T", bound=Table)
+
+
+def own_keys(kind: type[Table]) -> set[str]:
+    """Returns the keys of a table that are ddkit's own, not a plugin's options."""
+    return {field.encode_name for field in msgspec.structs.fields(kind)} - {"options"}
+
+
+def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    """Returns a recipe from TOML data (rules already applied); raises InputError naming the path at fault."""
+    values: dict[str, Any] = {key: value for key, value in table.items() if key not in TABLES and key not in NAMED_TABLES}
+    for key, kind in TABLES.items():
+        if key in table:
+            values[key] = _parse_table(kind, table[key], key)
+    for key, kind in NAMED_TABLES.items():
+        if key in table:
+            entries = _as_table(table[key], key)
+            values[key] = {name: _parse_table(kind, item, f"{key}.{name}") for name, item in entries.items()}
+    return parse_struct(Recipe, values, "")
+
+
+def _as_table(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str) and where in SHORTHAND:
+        return {SHORTHAND[where]: value}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} is a table of the recipe; got {value!r}.", where)
+    return dict(value)
+
+
+def _parse_table(kind: type[T], value: Any, where: str) -> T:
+    table = _as_table(value, where)
+    if not issubclass(kind, PluginTable):
+        return parse_struct(kind, table, where)
+    own = own_keys(kind)
+    options = {key: item for key, item in table.items() if key not in own}
+    parsed = parse_struct(kind, {key: item for key, item in table.items() if key in own}, where)
+    return msgspec.structs.replace(parsed, options=options)
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns the recipe as TOML data, the inverse of parse_recipe; None is left out."""
+    return {key: value for key, value in _plain(recipe).items() if value not in ({}, "")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PluginTable):
+        return _plain({key: getattr(value, key) for key in sorted(own_keys(type(value)))} | value.options)
+    if isinstance(value, msgspec.Struct):
+        return _plain(msgspec.structs.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

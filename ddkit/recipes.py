@@ -1,0 +1,248 @@
+"""Where a recipe comes from: files and names, rules, --set, flags, and which of them wins."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ddkit import plugins
+from ddkit.errors import FlagError, InputError, PluginError, suggestion
+from ddkit.options import parse_struct
+from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, own_keys, parse_recipe
+
+Raw = dict[str, Any]
+CHOOSING_KEYS = {"data": "use", "teacher": "model", "network": "model", "initializer": "use", "augmenter": "use"}
+
+
+def read_recipe(name: str) -> Raw:
+    """Returns the TOML data of an installed recipe or of a file; raises InputError with the nearest name."""
+    if "/" in name or name.endswith(".toml"):
+        return parse_toml(Path(name))
+    known = {p.name: p for p in reversed(plugins.plugins()) if p.kind == "recipe"}
+    if name not in known:
+        hint = f"There is no recipe '{name}'. {suggestion(name, known)}"
+        raise InputError(f"{hint} A file is given by its path: --recipe ./{name}.toml")
+    return parse_toml(Path(known[name].value))
+
+
+def parse_toml(path: Path) -> Raw:
+    """Returns the TOML data of a file; raises InputError naming the file and line."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"The recipe file {path} does not exist.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"The recipe file {path} cannot be read as TOML: {error}.") from None
+
+
+def build_recipe(
+    recipe: str | Mapping[str, Any] | None = None,
+    *,
+    losses: str | None = None,
+    sets: Iterable[tuple[str, Any]] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Returns the recipe of a run: flags > sets > recipe (its rules over its tables) > defaults of the plugins.
+
+    `sets` and `flags` are (path, value): ("losses.dm.weight", 0.01). `losses` selects as on the command line.
+    """
+    sets, flags = list(sets), dict(flags or {})
+    raw = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe or "default")
+    override = [*sets, *flags.items()]
+    ipc, pipc = (_final(raw, override, key, default) for key, default in (("ipc", 1), ("pipc", 50)))
+    raw = _with_rules(raw, ipc, pipc)
+    if losses is not None:
+        fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
+        raw["losses"] = select_losses(losses, raw.get("losses", {}), fallback.get("losses", {}))
+    for path, value in override:
+        assign(raw, path, value)
+    return parse_recipe(raw)
+
+
+def _has_default() -> bool:
+    return any(p.kind == "recipe" and p.name == "default" for p in plugins.plugins())
+
+
+def _final(raw: Raw, override: Iterable[tuple[str, Any]], key: str, default: Any) -> Any:
+    value = raw.get(key, default)
+    for path, replacement in override:
+        value = replacement if path == key else value
+    return value
+
+
+def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
+    """Returns `raw` with the settings of every matching rule, in order, and without the rules."""
+    result = copy.deepcopy(raw)
+    rules = result.pop("rules", [])
+    if not isinstance(rules, list):
+        raise InputError("rules is an array of tables: [[rules]].", "rules")
+    for number, entry in enumerate(rules):
+        where = f"rules[{number}]"
+        rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, where)
+        if _matches(rule.when, ipc, pipc):
+            for path, value in _flatten(rule.set):
+                assign(result, path, value)
+    return result
+
+
+def _matches(when: Mapping[Any, int], ipc: Any, pipc: Any) -> bool:
+    values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
+    if not all(isinstance(value, int | float) for value in values.values()):
+        return False  # the recipe's own check will name the bad value
+    least = all(values[key.removesuffix("_min")] >= bound for key, bound in when.items() if key.endswith("_min"))
+    most = all(values[key.removesuffix("_max")] <= bound for key, bound in when.items() if key.endswith("_max"))
+    return least and most
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        path = f"{prefix}.{key}" if prefix else key
+        pairs += _flatten(value, path) if isinstance(value, Mapping) and value else [(path, value)]
+    return pairs
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """Returns (path, value) of a `--set PATH=VALUE`; VALUE is TOML, else a string."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise FlagError(f"--set {text}: it is PATH=VALUE, for example --set losses.dm.weight=0.01")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return path.strip(), value
+    return path.strip(), parsed["value"] if set(parsed) == {"value"} else value
+
+
+def assign(raw: Raw, path: str, value: Any) -> None:
+    """Sets `path` of raw recipe data. Naming another component drops the options of the one before."""
+    keys = path.split(".")
+    _check_path(raw, keys, path)
+    top = keys[0]
+    if len(keys) == 1 and top in SHORTHAND and isinstance(value, str):
+        keys, path = [top, SHORTHAND[top]], f"{top}.{SHORTHAND[top]}"
+    table = raw
+    for key in keys[:-1]:
+        if isinstance(table.get(key), str) and key in SHORTHAND:
+            table[key] = {SHORTHAND[key]: table[key]}
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{path} cannot be set: {key} is not a table in this recipe.", path)
+    if CHOOSING_KEYS.get(top) == keys[-1] and len(keys) == 2 and table.get(keys[1]) != value:
+        own = own_keys(TABLES[top])
+        raw[top] = table = {key: item for key, item in table.items() if key in own}
+    table[keys[-1]] = value
+
+
+def _check_path(raw: Raw, keys: list[str], path: str) -> None:
+    known = {field.encode_name for field in msgspec.structs.fields(Recipe)}
+    if keys[0] not in known:
+        raise InputError(f"The recipe has no key '{keys[0]}' ({path}). {suggestion(keys[0], known)}", path)
+    if keys[0] == "losses" and len(keys) > 1 and keys[1] not in raw.get("losses", {}):
+        chosen = raw.get("losses", {})
+        raise InputError(f"{path}: this run has no loss labelled '{keys[1]}'. {suggestion(keys[1], chosen)}", path)
+    if len(keys) > 1 and keys[0] not in TABLES and keys[0] not in NAMED_TABLES:
+        raise InputError(f"{path}: {keys[0]} is a value, not a table.", path)
+
+
+def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
+    """Returns the loss tables that `--losses text` selects; weights and options from `tables`, else `fallback`.
+
+    Raises FlagError for a name given twice or an impossible weight, PluginError for an unknown loss.
+    """
+    chosen: Raw = {}
+    for item in text.split(","):
+        name, weight = _name_and_weight(item.strip())
+        for label, table in _members(name, weight, tables, fallback):
+            if label in chosen:
+                raise FlagError(f"--losses {text}: the loss '{label}' is chosen twice. Name it once.")
+            chosen[label] = table
+    return chosen
+
+
+def _name_and_weight(item: str) -> tuple[str, float | None]:
+    name, colon, text = item.partition(":")
+    if not name:
+        raise FlagError("--losses: a loss name is empty. Write them as --losses dm,dkkt")
+    if not colon:
+        return name, None
+    try:
+        weight = float(text)
+    except ValueError:
+        raise FlagError(f"--losses {item}: the weight '{text}' is not a number.") from None
+    if not (math.isfinite(weight) and weight >= 0):
+        raise FlagError(f"--losses {item}: the weight must be a finite number of at least 0.")
+    return name, weight
+
+
+def _members(name: str, weight: float | None, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> list[tuple[str, Raw]]:
+    if name in tables or not _is_group(name):
+        table = _loss_table(name, tables, fallback)
+        return [(name, table if weight is None else table | {"weight": weight})]
+    factor = 1.0 if weight is None else weight
+    members = []
+    for member in plugins.load("loss-group", name).members:
+        table = _loss_table(member, tables, fallback)
+        members.append((member, table | {"weight": factor * table.get("weight", 1.0)}))
+    return members
+
+
+def _is_group(name: str) -> bool:
+    return any(p.kind == "loss-group" and p.name == name for p in plugins.plugins())
+
+
+def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
+    for source in (tables, fallback):
+        if label in source:
+            return dict(source[label])
+    known = {p.name for p in plugins.plugins() if p.kind in ("loss", "loss-group")}
+    if label.rpartition("/")[2] not in known:
+        raise PluginError(f"There is no loss '{label}'. {suggestion(label, known)} (`ddkit list losses` shows them.)")
+    return {}
+
+
+def recipe_for(
+    recipe: str | Mapping[str, Any] | None = None,
+    *,
+    losses: str | None = None,
+    evaluators: str | None = None,
+    protocol: str | None = None,
+    model: str | None = None,
+    sets: Iterable[tuple[str, Any]] = (),
+    **values: Any,
+) -> Recipe:
+    """Returns the recipe that the arguments of `distill` describe, checked as far as that needs no torch.
+
+    `values` are recipe paths with dots as double underscores (`data__use`); None means not given.
+    """
+    flags = {key.replace("__", "."): value for key, value in values.items() if value is not None}
+    if model is not None:
+        flags |= {"teacher.model": model, "network.model": model}
+    built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
+    if evaluators is not None:
+        names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
+        built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
+    extra = {key: value for key, value in (("protocol", protocol), ("model", model)) if value is not None}
+    if extra:
+        tables = {n: msgspec.structs.replace(t, options=t.options | extra) for n, t in built.evaluators.items()}
+        built = msgspec.structs.replace(built, evaluators=tables)
+    check_names(built)
+    return built
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises PluginError for a component of the recipe that is not installed. Imports none of them."""
+    named = [("dataset", recipe.data.use), ("model", recipe.network.model), ("model", recipe.teacher.model)]
+    named += [("initializer", recipe.initializer.use), ("augmenter", recipe.augmenter.use)]
+    named += [("augmenter", recipe.train.augmenter)]
+    named += [("augmenter", view.augmenter) for view in recipe.views.values()]
+    named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
+    named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
+    for kind, name in named:
+        plugins.find(kind, plugins.split_name(name)[0])

@@ -1,0 +1,160 @@
+"""A run directory: claimed before the run, every file whole or absent, the manifest last."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+from ddkit import artifact
+from ddkit.errors import RunFilesError
+from ddkit.files import SCHEMA, read_json, read_tensors, sha256, write_atomic, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECIPE, MANIFEST, METRICS, EVALUATION, PREVIEW = (
+    "recipe.toml",
+    "manifest.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "preview.png",
+)
+KEPT_CHECKPOINTS = 2
+
+
+class RunDirectory:
+    """The files of one run at `path`."""
+
+    def __init__(self, path: Path, created: Path | None = None) -> None:
+        self.path, self._created = path, created
+
+    @classmethod
+    def claim(cls, path: Path) -> RunDirectory:
+        """Returns an absent or empty `path`, made and shown to be writable; raises RunFilesError otherwise."""
+        if path.exists() and not path.is_dir():
+            raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
+        if path.is_dir() and any(path.iterdir()):
+            raise RunFilesError(
+                f"--out {path} already holds something. Name another folder, or continue a run that is there with --resume."
+            )
+        created = next((p for p in reversed([path, *path.parents]) if not p.exists()), None)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".ddkit"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
+        return cls(path, created)
+
+    @classmethod
+    def numbered(cls, stem: str) -> RunDirectory:
+        """Returns runs/<stem>-<n> for the first n that is free."""
+        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "run"
+        number = 1
+        while (Path("runs") / f"{name}-{number}").exists():
+            number += 1
+        return cls.claim(Path("runs") / f"{name}-{number}")
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """Returns the run at `path`; raises RunFilesError if there is none."""
+        if not (path / RECIPE).is_file():
+            raise RunFilesError(f"{path} is no run directory: it has no {RECIPE}.")
+        return cls(path)
+
+    def discard(self) -> None:
+        """Removes what claim() made: nothing half-written stays behind a run that never began."""
+        if self._created is not None:
+            shutil.rmtree(self._created, ignore_errors=True)
+
+    def write_recipe(self, table: Mapping[str, Any]) -> None:
+        write_atomic(self.path / RECIPE, tomli_w.dumps(dict(table)).encode())
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Returns the resolved recipe as TOML data; raises RunFilesError if it cannot be read."""
+        try:
+            return tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFilesError(f"{self.path / RECIPE} cannot be read: {error}.") from None
+
+    def write_checkpoint(self, step: int, state: Mapping[str, Tensor]) -> None:
+        """Writes the state before step `step` and removes all but the last two checkpoints."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
+        for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
+            old.unlink()
+
+    def _checkpoints(self) -> list[Path]:
+        return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
+
+    def newest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
+        """Returns (step, state) of the newest checkpoint that reads whole, None if there is none."""
+        for file in self._checkpoints():
+            try:
+                tensors, record = read_tensors(file)
+                return int(record["step"]), tensors
+            except (ValueError, KeyError):
+                continue
+        return None
+
+    def cut_metrics(self, step: int) -> None:
+        """Removes metrics of `step` and later, and a half-written last line."""
+        file = self.path / METRICS
+        if not file.is_file():
+            return
+        kept = []
+        for line in file.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError):
+                break
+        write_atomic(file, "".join(kept).encode())
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl and flushes it."""
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
+
+    def write_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
+        names = [artifact.FILE, RECIPE, METRICS, EVALUATION, PREVIEW]
+        files = {
+            name: {"sha256": sha256(self.path / name), "bytes": (self.path / name).stat().st_size}
+            for name in names
+            if (self.path / name).is_file()
+        }
+        write_json(self.path / MANIFEST, {"schema": SCHEMA, **facts, "versions": versions(), "files": files})
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Returns the manifest; raises RunFilesError where it is missing or of another schema."""
+        found = read_json(self.path / MANIFEST)
+        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+            raise RunFilesError(f"{self.path / MANIFEST} is not a manifest of schema {SCHEMA}.")
+        return found
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, ddkit and what it computes with."""
+    names = ("ddkit", "torch", "torchvision", "numpy", "safetensors", "scikit-learn", "pillow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

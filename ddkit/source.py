@@ -1,0 +1,89 @@
+"""What a plugin's source tells without importing it: where it is, whether it parses, its summary line."""
+
+from __future__ import annotations
+
+import ast
+import sys
+import tomllib
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+
+def package_folder(name: str) -> Path | None:
+    """Returns the folder of package `name` without importing it or a parent, None if there is none."""
+    top, *rest = name.split(".")
+    spec = PathFinder.find_spec(top, sys.path)
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        folder = Path(location, *rest)
+        if folder.is_dir():
+            return folder
+    return None
+
+
+def module_file(name: str) -> Path | None:
+    """Returns the source file of module `name` without importing it, None if there is none."""
+    folder = package_folder(name)
+    if folder is not None and (folder / "__init__.py").is_file():
+        return folder / "__init__.py"
+    parent, _, leaf = name.rpartition(".")
+    if parent:
+        above = package_folder(parent)
+        return above / f"{leaf}.py" if above and (above / f"{leaf}.py").is_file() else None
+    spec = PathFinder.find_spec(name, sys.path)
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
+def summary(value: str) -> tuple[str, str]:
+    """Returns (status, first line of the docstring) of the class that an entry point's `value` names."""
+    module, _, attribute = value.partition(":")
+    for _ in range(4):  # follows `from .other import Class`
+        file = module_file(module)
+        if file is None:
+            return f"module {module} not found", ""
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError, OSError) as error:
+            line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+            return f"{type(error).__name__} in {file.name}{line}", ""
+        found = _definition(tree, attribute)
+        if not isinstance(found, ast.ImportFrom):
+            return _described(found, attribute, module)
+        module, attribute = _target(found, module, file, attribute)
+    return "ok", ""
+
+
+def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            return node
+        if isinstance(node, ast.ImportFrom) and any((a.asname or a.name) == name for a in node.names):
+            return node
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return node
+    return None
+
+
+def _described(node: ast.stmt | None, name: str, module: str) -> tuple[str, str]:
+    if node is None:
+        return f"{module} has no {name}", ""
+    text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+    return "ok", (text or "").partition("\n")[0]
+
+
+def _target(node: ast.ImportFrom, module: str, file: Path, name: str) -> tuple[str, str]:
+    original = next(a.name for a in node.names if (a.asname or a.name) == name)
+    if not node.level:
+        return node.module or "", original
+    parts = module.split(".")
+    package = parts if file.name == "__init__.py" else parts[:-1]
+    base = package[: len(package) - node.level + 1]
+    return ".".join([*base, *([node.module] if node.module else [])]), original
+
+
+def recipe_summary(file: Path) -> tuple[str, str]:
+    """Returns (status, summary) of a recipe file."""
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return f"{type(error).__name__}: {error}", ""
+    return "ok", str(table.get("summary", ""))

@@ -1,0 +1,325 @@
+"""One step as losses see it: everything they declared, each thing built once and shared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.bank import Bank
+from ddkit.components import Augmenter, DataInfo, Model
+from ddkit.errors import RunFailed
+from ddkit.images import Normalisation
+from ddkit.networks import build_network, embed, redraw
+from ddkit.options import Requires
+from ddkit.randomness import generator
+from ddkit.teacher import Teacher
+
+Parameters = dict[str, Tensor]
+
+
+class View(NamedTuple):
+    """A named view of the synthetic set: images (n, C, H, W), labels (n,), teacher_logits (n, K)."""
+
+    images: Tensor
+    labels: Tensor
+    teacher_logits: Tensor
+
+
+class ViewSpec(NamedTuple):
+    augmenter: Augmenter
+    noise: float
+
+
+class StepSource:
+    """What does not change between the steps of a run, and the draws of the step at hand."""
+
+    def __init__(
+        self,
+        *,
+        seed: int,
+        info: DataInfo,
+        normalisation: Normalisation,
+        real_images: Tensor,
+        real_labels: Tensor,
+        batch: int,
+        augmenter: Augmenter,
+        views: Mapping[str, ViewSpec],
+        model: Model | None,
+        renew_every: int,
+        teacher: Teacher | None,
+        device: torch.device,
+        precision: torch.dtype,
+    ) -> None:
+        self.seed, self.info, self.normalisation, self.device = seed, info, normalisation, device
+        self.real_images, self.real_labels = real_images.to(device), real_labels
+        self.counts = torch.bincount(real_labels, minlength=info.classes).tolist()
+        self.batch, self.augmenter, self.views = batch, augmenter, dict(views)
+        self.model, self.renew_every, self.teacher, self.precision = model, renew_every, teacher, precision
+        self._network: nn.Module | None = None
+        self._network_index = -1
+        self._draws: tuple[int, dict[str, Parameters]] = (-1, {})
+
+    def real_rows(self, index: int) -> Tensor:
+        """Returns the rows of the real images of this step, class by class, at most `batch` of each class."""
+        draw = generator(self.seed, "real", index)
+        parts, start = [], 0
+        for count in self.counts:
+            rows = torch.arange(start, start + count)
+            if count > self.batch:
+                rows = start + torch.randperm(count, generator=draw)[: self.batch]
+            parts.append(rows)
+            start += count
+        return torch.cat(parts)
+
+    def augmentation(self, index: int, purpose: str, augmenter: Augmenter) -> Parameters:
+        """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
+        if self._draws[0] != index:
+            self._draws = (index, {})
+        drawn = self._draws[1]
+        if purpose not in drawn:
+            drawn[purpose] = augmenter.sample(generator(self.seed, purpose, index), self.info.classes)
+        return drawn[purpose]
+
+    def network(self, index: int) -> nn.Module:
+        """Returns the network of step `index`, its weights a function of the seed and index // renew_every."""
+        if self.model is None:
+            raise RunFailed("This run has no network.")
+        draw = index // self.renew_every
+        if self._network is None:
+            self._network = build_network(self.model, self.info, self.seed, "network", draw).to(self.device)
+        elif draw != self._network_index:
+            redraw(self._network, self.model, self.info, self.seed, "network", draw)
+        self._network_index = draw
+        return self._network
+
+
+class RealStep:
+    """The real images of a step: `images` (m, C, H, W) normalised, `labels` (m,), `augmented`, `embeddings`."""
+
+    def __init__(self, step: SharedStep) -> None:
+        self._step = step
+        source = step.source
+        rows = source.real_rows(step.index)
+        labels = source.real_labels[rows]
+        if step.classes is not None:
+            rows = rows[(labels >= step.classes.start) & (labels < step.classes.stop)]
+        self.labels = source.real_labels[rows].to(source.device)
+        self.images = source.normalisation.normalise(source.real_images[rows.to(source.device)])
+
+    @cached_property
+    def augmented(self) -> Tensor:
+        return self._step.augment(self.images, self.labels)
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        with torch.no_grad():
+            return self._step.embed(self.augmented)
+
+
+class SharedStep:
+    """All members of one step for the classes `classes` (None: all); every member is built once, on first use."""
+
+    def __init__(self, source: StepSource, bank: Bank, index: int, classes: range | None = None) -> None:
+        self.source, self.bank, self.index, self.classes = source, bank, index, classes
+        inside = torch.ones_like(bank.labels, dtype=torch.bool)
+        if classes is not None:
+            inside = (bank.labels >= classes.start) & (bank.labels < classes.stop)
+        kept = inside.nonzero().flatten()
+        self.rows = slice(int(kept[0]), int(kept[-1]) + 1) if len(kept) else slice(0, 0)
+        self.images, self.labels, self.size = bank.images[self.rows], bank.labels[self.rows], len(bank.labels)
+        self.network_gradients = self.teacher_gradients = False
+        self.logged: dict[str, dict[str, Tensor]] = {}
+        self._views: dict[str, View] = {}
+
+    def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        drawn = self.source.augmentation(self.index, "augmentation", self.source.augmenter)
+        return self._apply(self.source.augmenter, drawn, x, self.labels if labels is None else labels)
+
+    def _apply(self, augmenter: Augmenter, drawn: Parameters, x: Tensor, labels: Tensor) -> Tensor:
+        per_row = {key: value[labels.to(value.device)] for key, value in drawn.items()}
+        return augmenter.apply(x, per_row)
+
+    @cached_property
+    def augmented(self) -> Tensor:
+        return self.augment(self.images)
+
+    @cached_property
+    def real(self) -> RealStep:
+        return RealStep(self)
+
+    @cached_property
+    def network(self) -> nn.Module:
+        return self.source.network(self.index).requires_grad_(self.network_gradients)
+
+    def embed(self, x: Tensor) -> Tensor:
+        reduced = self.source.precision == torch.bfloat16
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=reduced):
+            return embed(self.network, x).float()
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        return self.embed(self.augmented)
+
+    @property
+    def teacher(self) -> Teacher:
+        if self.source.teacher is None:
+            raise RunFailed("This run has no teacher.")
+        return self.source.teacher
+
+    @cached_property
+    def teacher_parameters(self) -> Parameters:
+        own = self.teacher.parameters
+        return {name: value.detach().requires_grad_(self.teacher_gradients) for name, value in own.items()}
+
+    def view(self, name: str) -> View:
+        if name not in self._views:
+            images = self._view_images(name)
+            self._views[name] = View(images, self.labels, self.teacher.logits(images, self.teacher_parameters))
+        return self._views[name]
+
+    def _view_images(self, name: str) -> Tensor:
+        if name == "augmented":
+            return self.augmented
+        spec = self.source.views.get(name)
+        if spec is None:
+            return self.images  # "raw", and "default" where the recipe defines no other
+        drawn = self.source.augmentation(self.index, f"view {name}", spec.augmenter)
+        images = self._apply(spec.augmenter, drawn, self.images, self.labels)
+        if spec.noise == 0:
+            return images
+        draw = generator(self.source.seed, "view noise", name, self.index)
+        noise = torch.randn((self.size, *self.source.info.shape), generator=draw)[self.rows]
+        return images + spec.noise * noise.to(images)
+
+
+class Step:
+    """One step as one loss sees it: read-only, holding exactly what the loss declared in `requires`.
+
+    Touching an undeclared member raises an error that names the loss and the member.
+    """
+
+    def __init__(self, shared: SharedStep, label: str, requires: Requires) -> None:
+        self._shared, self._label, self._requires = shared, label, requires
+
+    def _declared(self, requirement: str, member: str) -> SharedStep:
+        if not getattr(self._requires, requirement):
+            raise RunFailed(
+                f"The loss '{self._label}' uses step.{member}, which it does not declare: "
+                f"add {requirement}=True to its ddkit.Requires(...)."
+            )
+        return self._shared
+
+    @property
+    def images(self) -> Tensor:
+        """(n, C, H, W) synthetic images, normalised, differentiable."""
+        return self._shared.images
+
+    @property
+    def labels(self) -> Tensor:
+        """(n,) int64, rows grouped by ascending class."""
+        return self._shared.labels
+
+    @property
+    def size(self) -> int:
+        """Rows in the whole synthetic set (n is fewer in a chunk)."""
+        return self._shared.size
+
+    @property
+    def index(self) -> int:
+        """The number of this step, from 0."""
+        return self._shared.index
+
+    @property
+    def info(self) -> DataInfo:
+        """Class names, channels and size of the data."""
+        return self._shared.source.info
+
+    def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Returns x under the step's siamese augmentation: one operation and parameter set per class (None: `labels`)."""
+        return self._shared.augment(x, labels)
+
+    @property
+    def augmented(self) -> Tensor:
+        """The synthetic images under `augment`."""
+        return self._shared.augmented
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """A CPU generator keyed by the loss's label and the step."""
+        return generator(self._shared.source.seed, "loss", self._label, self.index)
+
+    def total(self, t: Tensor) -> Tensor:
+        """Returns t summed over all parts of the set that the loss is evaluated on; in a plain run t itself."""
+        return t
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Records a diagnostic scalar or short vector beside the loss's value in metrics.jsonl."""
+        self._shared.logged.setdefault(self._label, {})[name] = value.detach()
+
+    @property
+    def real(self) -> RealStep:
+        """This step's real images, their labels, augmentation and embeddings (declare real)."""
+        return self._declared("real", "real").real
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Returns features (n, d) of this step's network (declare embedder)."""
+        return self._declared("embedder", "embed").embed(x)
+
+    @property
+    def embeddings(self) -> Tensor:
+        """(n, d) features of the augmented synthetic images (declare embedder)."""
+        return self._declared("embedder", "embeddings").embeddings
+
+    @property
+    def network(self) -> nn.Module:
+        """This step's network, its parameters requiring gradients (declare network_gradients)."""
+        return self._declared("network_gradients", "network").network
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher; its module is never updated (declare teacher)."""
+        return self._declared("teacher", "teacher").teacher
+
+    @property
+    def teacher_parameters(self) -> Mapping[str, Tensor]:
+        """The teacher's parameters by name; they require gradients where teacher_gradients is declared."""
+        return self._declared("teacher", "teacher_parameters").teacher_parameters
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        """(n, K) logits of the view "default" (declare teacher)."""
+        return self._declared("teacher", "teacher_logits").view("default").teacher_logits
+
+    def view(self, name: str) -> View:
+        """Returns images, labels and teacher logits of a named view (declare teacher and the view's name in views)."""
+        shared = self._declared("teacher", "view")
+        if name not in self._requires.views:
+            raise RunFailed(f"The loss '{self._label}' uses view '{name}', which it does not declare in ddkit.Requires(views=...).")
+        return shared.view(name)
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The extra parameters that this loss declared, by name."""
+        shared, declared = self._shared, self._requires.parameters
+        return _DeclaredOnly(
+            self._label,
+            {
+                name: shared.bank.parameters[name][shared.rows] if spec.per == "sample" else shared.bank.parameters[name]
+                for name, spec in declared.items()
+            },
+        )
+
+
+class _DeclaredOnly(dict[str, Tensor]):
+    def __init__(self, label: str, values: Mapping[str, Tensor]) -> None:
+        super().__init__(values)
+        self._label = label
+
+    def __missing__(self, name: str) -> Any:
+        raise RunFailed(
+            f"The loss '{self._label}' uses step.parameters['{name}'], which it does not declare in ddkit.Requires(parameters=...)."
+        )

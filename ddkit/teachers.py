@@ -1,0 +1,223 @@
+"""Where a teacher comes from: a file, or trained once on all of the training set and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ddkit import plugins
+from ddkit.components import DataInfo, Dataset
+from ddkit.data import load_images
+from ddkit.errors import InputError
+from ddkit.files import read_tensors, sha256, write_tensors
+from ddkit.images import Normalisation, channel_statistics
+from ddkit.networks import build_network
+from ddkit.randomness import generator
+from ddkit.recipe import TeacherTable, TrainTable
+from ddkit.teacher import Teacher
+from ddkit.training import Schedule, accuracy, compiled, fit, pick_precision
+
+log = logging.getLogger("ddkit")
+Report = Callable[[int, int], None]
+
+
+def cache_folder() -> Path:
+    """Returns $DDKIT_CACHE, else ddkit's folder in the XDG cache."""
+    own = os.environ.get("DDKIT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit"
+
+
+def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> Teacher:
+    """Returns the teacher of a file; raises InputError with the difference where it does not fit the data."""
+    path = Path(table.use)
+    if not path.is_file():
+        raise InputError(f"The teacher file {path} does not exist. `--teacher auto` trains one.", "teacher.use")
+    try:
+        tensors, record = read_tensors(path)
+    except ValueError as error:
+        raise InputError(f"The teacher: {error}. ddkit reads safetensors state dicts only.", "teacher.use") from None
+    _check_record(path, record, info)
+    mean, std = _statistics(table, record, info.channels, path)
+    model = record.get("model", table.model)
+    options = record.get("options", table.options)
+    factory = plugins.create("model", model, options, data=info, where="teacher")
+    module = build_network(factory, info, 0, "teacher shape")
+    _load_state(module, tensors, path, model, recorded=bool(record))
+    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path))
+
+
+def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
+    names, shape = record.get("class_names"), record.get("input_shape")
+    if names is not None and len(names) != info.classes:
+        raise InputError(
+            f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}."
+        )
+    if names is not None and list(names) != list(info.class_names):
+        if sorted(names) == sorted(info.class_names):
+            raise InputError(f"The teacher {path} has the data's classes in another order: {names}.")
+        log.warning("The teacher's class names differ from the data's: %s.", _difference(names, info.class_names))
+    if shape is not None and tuple(shape) != info.shape:
+        raise InputError(f"The teacher {path} takes images of shape {tuple(shape)} (C, H, W), the data has {info.shape}.")
+
+
+def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    only_teacher = [name for name in theirs if name not in ours][:5]
+    only_data = [name for name in ours if name not in theirs][:5]
+    return f"only the teacher has {only_teacher}, only the data has {only_data}"
+
+
+def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = table.mean or record.get("mean"), table.std or record.get("std")
+    if mean is None or std is None:
+        raise InputError(
+            f"The teacher {path} is a bare state dict: say how its inputs were normalised, "
+            "for example --set teacher.mean=[0.49,0.48,0.45] --set teacher.std=[0.2,0.2,0.2]",
+            "teacher.mean",
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise InputError(f"teacher.{name} has {len(values)} values for {channels} channels.", f"teacher.{name}")
+    if min(std) <= 0:
+        raise InputError("teacher.std must be positive in every channel.", "teacher.std")
+    return tuple(mean), tuple(std)
+
+
+def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path, model: str, *, recorded: bool) -> None:
+    own = module.state_dict()
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)}, the model's {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & tensors.keys())
+        if own[key].shape != tensors[key].shape
+    ]
+    lists = (("missing", missing), ("not in the model", surplus), ("of another shape", shapes))
+    problems = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in lists if keys]
+    if problems:
+        hint = (
+            ""
+            if recorded
+            else f" Name its architecture with --model and its options with --set teacher.OPTION=VALUE (`ddkit info model {model}`)."
+        )
+        raise InputError(f"The teacher {path} does not fit the model '{model}'; {'; '.join(problems)}.{hint}")
+    if not all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()):
+        raise InputError(f"The teacher {path} holds values that are not finite.")
+    module.load_state_dict(tensors)
+
+
+def save_teacher(path: Path, teacher: Teacher) -> None:
+    """Writes a teacher file: its state dict, and its record as metadata."""
+    record = {key: value for key, value in teacher.info.items() if key != "schema"}
+    write_tensors(path, teacher.module.state_dict(), record)
+
+
+def train_teacher(
+    dataset: Dataset,
+    shape: tuple[int, int, int] | None,
+    table: TeacherTable,
+    train: TrainTable,
+    *,
+    seed: int,
+    device: torch.device,
+    report: Report | None = None,
+) -> Teacher:
+    """Returns a teacher trained on all of the training split; its test accuracy, if there is a test split, is recorded."""
+    labels = dataset.labels("train")
+    images = load_images(dataset, "train", range(len(labels)), shape)
+    mean, std = channel_statistics(images)
+    channels, height, width = images.shape[1:]
+    info = DataInfo(class_names=tuple(dataset.class_names), channels=channels, size=(height, width), mirror=dataset.mirror)
+    options = plugins.options_of("model", table.model, table.options, "teacher", info)
+    model = plugins.load("model", table.model)(options, name=table.model)
+    module = build_network(model, info, seed, "teacher").to(device)
+    _fit_teacher(module, Normalisation(mean, std).normalise(images).to(device), labels.to(device), train, info, seed, report)
+    record = {
+        "model": table.model,
+        "options": {key: value for key, value in _fields(options).items() if value is not None},
+        "mean": list(mean),
+        "std": list(std),
+        "class_names": list(info.class_names),
+        "input_shape": list(info.shape),
+        "test_accuracy": _test_accuracy(module, dataset, info, Normalisation(mean, std), device),
+        "training": {**_fields(train), "seed": seed},
+    }
+    return Teacher(module, mean=mean, std=std, info=record)
+
+
+def _fields(struct: Any) -> dict[str, Any]:
+    return {name: getattr(struct, name) for name in struct.__struct_fields__}
+
+
+def _fit_teacher(
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    train: TrainTable,
+    info: DataInfo,
+    seed: int,
+    report: Report | None,
+) -> None:
+    chosen = {key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule")}
+    augmenter = plugins.create("augmenter", train.augmenter, train.options, data=info, where="train")
+    # Offline rule: compiling takes some 25 s here and pays from about 2e8 input values of training on.
+    large = images.numel() * train.epochs > 2e8
+    if large and images.device.type == "cpu":
+        images = images.contiguous(memory_format=torch.channels_last)
+        module.to(memory_format=torch.channels_last)
+    fit(
+        module,
+        images,
+        labels,
+        Schedule(**chosen),
+        augmenter=augmenter,
+        generator=generator(seed, "teacher training"),
+        forward=compiled(module, wanted=large),
+        precision=pick_precision("auto", images.device, automatic=large),
+        report=report,
+    )
+
+
+def _test_accuracy(module: nn.Module, dataset: Dataset, info: DataInfo, norm: Normalisation, device: torch.device) -> float | None:
+    labels = dataset.labels("test")
+    if len(labels) == 0:
+        return None
+    images = norm.normalise(load_images(dataset, "test", range(len(labels)), info.shape)).to(device)
+    return accuracy(module, images, labels.to(device))
+
+
+def automatic_teacher(
+    dataset: Dataset,
+    shape: tuple[int, int, int],
+    table: TeacherTable,
+    train: TrainTable,
+    device: torch.device,
+    report: Report | None = None,
+) -> Teacher:
+    """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so."""
+    key = {
+        "dataset": dataset.fingerprint(),
+        "shape": shape,
+        "model": table.model,
+        "options": table.options,
+        "train": _fields(train),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = cache_folder() / "teachers" / f"{table.model.replace('/', '-').replace(':', '-')}-{digest}.safetensors"
+    if not path.is_file():
+        log.warning(
+            "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
+            table.model, train.epochs, len(dataset.labels("train")),
+        )  # fmt: skip
+        teacher = train_teacher(dataset, shape, table, train, seed=0, device=device, report=report)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_teacher(path, teacher)
+    _, height, width = shape
+    info = DataInfo(class_names=tuple(dataset.class_names), channels=shape[0], size=(height, width), mirror=dataset.mirror)
+    return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)

@@ -1,0 +1,117 @@
+"""Differentiable augmentations: `none`, `dsa` (siamese augmentation) and `dsv` (that of deep support vectors)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import msgspec
+import torch
+from torch import Tensor
+
+import ddkit
+from ddkit_augmenters import operations
+
+Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
+
+
+class Identity(ddkit.Augmenter):
+    """No augmentation."""
+
+    def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
+        return {}
+
+    def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        return x
+
+
+class SiameseAugmentation(ddkit.Augmenter):
+    """Differentiable siamese augmentation: one of six operations per class and step, with the published strengths.
+
+    Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, Section 3.
+    """
+
+    class Options(ddkit.Options):
+        operations: Annotated[tuple[Operation, ...], ddkit.Option("the strategy: which operations to choose from", min_length=1)] = (
+            "color", "crop", "cutout", "flip", "scale", "rotate",
+        )  # fmt: skip
+        compose: Annotated[int, ddkit.Option("distinct operations applied, in the strategy's order; all if it has fewer", ge=1)] = 1
+        flip: Annotated[bool, ddkit.Option("whether flip is allowed; left out: as the dataset says (not for digits)")] | None = None
+        brightness: Annotated[float, ddkit.Option("width of the uniform shift", ge=0)] = 1.0
+        saturation: Annotated[float, ddkit.Option("largest factor", ge=0)] = 2.0
+        contrast: Annotated[float, ddkit.Option("smallest factor; the largest is 1 more", ge=0)] = 0.5
+        crop: Annotated[float, ddkit.Option("largest shift, as a fraction of the side", ge=0, le=1)] = 0.125
+        cutout: Annotated[float, ddkit.Option("side of the square, as a fraction of the image's", ge=0, le=1)] = 0.5
+        flip_probability: Annotated[float, ddkit.Option(ge=0, le=1)] = 0.5
+        scale: Annotated[float, ddkit.Option("largest factor of each axis; the smallest is its inverse", ge=1)] = 1.2
+        rotate: Annotated[float, ddkit.Option("largest angle in degrees", ge=0, le=180)] = 15.0
+
+    @classmethod
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
+        return msgspec.structs.replace(options, flip=data.mirror if options.flip is None else options.flip)
+
+    @property
+    def strategy(self) -> list[str]:
+        """The operations in use, in order."""
+        allowed = [name for name in self.options.operations if name != "flip" or self.options.flip is not False]
+        return list(dict.fromkeys(allowed))
+
+    def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
+        """Returns `chosen` (groups, operations) bool, and uniform numbers (groups, k) for each operation."""
+        names = self.strategy
+        ranks = torch.rand(groups, len(names), generator=generator).argsort(1).argsort(1)
+        drawn = {name: torch.rand(groups, operations.NUMBERS[name], generator=generator) for name in names}
+        return {"chosen": ranks < self.options.compose, **drawn}
+
+    def sample_batch(self, generator: torch.Generator, rows: int) -> dict[str, Tensor]:
+        """Returns the parameters of a training batch: the same operations for all, numbers per image."""
+        drawn = self.sample(generator, rows)
+        return drawn | {"chosen": drawn["chosen"][:1].expand(rows, -1)}
+
+    def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        chosen = parameters["chosen"].cpu()
+        for column, name in enumerate(self.strategy):
+            rows = chosen[:, column].nonzero().flatten()
+            if len(rows) == 0:
+                continue
+            numbers, function = parameters[name].to(x.device), operations.FUNCTIONS[name]
+            if len(rows) == len(x):
+                x = function(x, numbers, self.options)
+            else:
+                rows = rows.to(x.device)
+                x = x.index_copy(0, rows, function(x[rows], numbers[rows], self.options))
+        return x
+
+
+class SupportVectorAugmentation(ddkit.Augmenter):
+    """Translation, zoomed crop and flip, composed: the augmentation under which deep support vectors must stay valid.
+
+    Its input noise of 0.01 is the view's setting (`[views.NAME] noise = 0.01`).
+    Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, implementation details; the order and the reading of
+    "crop 0.2" (up to a fifth of each side is cut away, the rest enlarged) are ddkit's.
+    """
+
+    class Options(ddkit.Options):
+        translation: Annotated[float, ddkit.Option("largest shift, as a fraction of the side", ge=0, le=1)] = 0.125
+        crop: Annotated[float, ddkit.Option("largest fraction of each side cut away", ge=0, lt=1)] = 0.2
+        flip_probability: Annotated[float, ddkit.Option(ge=0, le=1)] = 0.5
+        flip: Annotated[bool, ddkit.Option("whether flip is allowed; left out: as the dataset says")] | None = None
+
+    @classmethod
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
+        return msgspec.structs.replace(options, flip=data.mirror if options.flip is None else options.flip)
+
+    def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
+        return {"numbers": torch.rand(groups, 6, generator=generator)}
+
+    def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        numbers, options = parameters["numbers"].to(x), self.options
+        kept = 1 - options.crop * numbers[:, 0]
+        room = 1 - kept
+        centre_x = room * (2 * numbers[:, 1] - 1) + 2 * options.translation * (2 * numbers[:, 3] - 1)
+        centre_y = room * (2 * numbers[:, 2] - 1) + 2 * options.translation * (2 * numbers[:, 4] - 1)
+        mirrored = (numbers[:, 5] < options.flip_probability) & (options.flip is not False)
+        side = torch.where(mirrored, -kept, kept)
+        zero = torch.zeros_like(kept)
+        rows = [torch.stack([side, zero, centre_x], 1), torch.stack([zero, kept, centre_y], 1)]
+        return operations.warp(x, torch.stack(rows, 1))

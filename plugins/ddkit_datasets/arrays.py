@@ -1,0 +1,149 @@
+"""Datasets that are arrays in memory: scikit-learn's digits, the user's npz files."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+import ddkit
+
+Splits = dict[str, tuple[Tensor, Tensor]]
+
+
+class InMemory(ddkit.Dataset):
+    """A dataset whose splits are tensors: images (n, C, H, W) and labels (n,)."""
+
+    splits: Splits
+
+    def labels(self, split: str) -> Tensor:
+        return self.splits[split][1]
+
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
+        return list(self.splits[split][0][torch.as_tensor(list(indices), dtype=torch.long)])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(self.splits):
+            for tensor in self.splits[name]:
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Digits(InMemory):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, offline; every fifth of each class is the test split."""
+
+    mirror = False
+
+    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
+        from sklearn.datasets import load_digits
+
+        super().__init__(options, name=name, directory=directory)
+        data = load_digits()
+        images = torch.from_numpy(data.images).float().div(16).unsqueeze(1)
+        labels = torch.from_numpy(data.target).long()
+        held_out = torch.zeros(len(labels), dtype=torch.bool)
+        for label in range(10):
+            held_out[(labels == label).nonzero().flatten()[4::5]] = True
+        self.splits = {"train": (images[~held_out], labels[~held_out]), "test": (images[held_out], labels[held_out])}
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return [str(digit) for digit in range(10)]
+
+
+class Npz(InMemory):
+    """A NumPy .npz file of the user's: arrays x_train, y_train, x_test, y_test (and class_names, if you like).
+
+    Images are (n, H, W), (n, H, W, C) or (n, C, H, W) with C 1 or 3; uint8, or floats in 0..1. Labels are integers
+    from 0. Without x_test, `holdout` of each class becomes the test split. Nothing is unpickled.
+    """
+
+    argument = "path"
+
+    class Options(ddkit.Options):
+        path: Annotated[str, ddkit.Option("the .npz file")] = ""
+        holdout: Annotated[float, ddkit.Option("test share of each class, without x_test", gt=0, lt=1)] = 0.2
+        holdout_seed: Annotated[int, ddkit.Option("seed of that split", ge=0)] = 0
+
+    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
+        super().__init__(options, name=name, directory=directory)
+        path = Path(self.options.path).absolute()
+        self.options = msgspec.structs.replace(self.options, path=str(path))
+        arrays = _read(path)
+        self.splits = {"train": _split(arrays, "train", path)}
+        if "x_test" in arrays:
+            self.splits["test"] = _split(arrays, "test", path)
+        else:
+            images, labels = self.splits["train"]
+            kept, held = holdout(labels, self.options.holdout, self.options.holdout_seed)
+            self.splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
+        self._names = _class_names(arrays, max(int(labels.max()) for _, labels in self.splits.values() if len(labels)) + 1, path)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._names
+
+
+def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Returns (kept, held out) row indices, ascending: `share` of each class, at least one where it has two, is held out."""
+    kept, held = [], []
+    for label in labels.unique().tolist():
+        rows = (labels == label).nonzero().flatten()
+        count = min(max(1, round(share * len(rows))), len(rows) - 1)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + label))
+        held.append(rows[order[:count]])
+        kept.append(rows[order[count:]])
+    return torch.cat(kept).sort().values, torch.cat(held).sort().values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ddkit.InputError(f"The data file {path} does not exist.")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+        raise ddkit.InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error}.") from None
+    if "x_train" not in arrays or "y_train" not in arrays:
+        raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
+    return arrays
+
+
+def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tensor]:
+    x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}")
+    if y is None or y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
+        raise ddkit.InputError(f"{path}: y_{split} must be integers, one for each image of x_{split}.")
+    if len(y) and int(y.min()) < 0:
+        raise ddkit.InputError(f"{path}: y_{split} holds a negative label; labels count from 0.")
+    return _images(x, split, path), torch.from_numpy(y.astype(np.int64))
+
+
+def _images(x: Any, split: str, path: Path) -> Tensor:
+    if x.ndim == 3:
+        x = x[:, None]
+    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
+        x = x.transpose(0, 3, 1, 2)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ddkit.InputError(f"{path}: x_{split} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1 or 3.")
+    if x.dtype == np.uint8:
+        return torch.from_numpy(np.ascontiguousarray(x))
+    if x.dtype.kind != "f" or not np.isfinite(x).all() or (x.size and (x.min() < 0 or x.max() > 1)):
+        raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+def _class_names(arrays: dict[str, Any], classes: int, path: Path) -> list[str]:
+    if "class_names" not in arrays:
+        return [str(label) for label in range(classes)]
+    names = [str(name) for name in arrays["class_names"]]
+    if len(names) < classes:
+        raise ddkit.InputError(f"{path}: class_names has {len(names)} names for {classes} classes.")
+    return names

@@ -1,0 +1,196 @@
+"""Stationarity: the teacher's parameters are a weighted sum of the synthetic images' gradients."""
+
+from __future__ import annotations
+
+import fnmatch
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ddkit
+from ddkit_dkkt.invariance import module_groups, scale_invariant_groups
+
+log = logging.getLogger("ddkit")
+
+TINY = 1e-12
+Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+def negative_gradient(logits: Tensor, labels: Tensor, multipliers: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Returns - sum_i lambda_i grad_theta L(logits_i, label_i) for each of `parameters`, differentiable.
+
+    logits (n, K) must depend on the parameters; multipliers (n,) >= 0. Right-hand side of [D Eq. 6, stationarity].
+    """
+    weighted = (multipliers * functional.cross_entropy(logits, labels, reduction="none")).sum()
+    return [-g for g in torch.autograd.grad(weighted, list(parameters), create_graph=True)]
+
+
+def stationarity_distance(pairs: Pairs, distance: str, *, average: bool = True) -> Tensor:
+    """Returns the distance of theta to the negative gradient over all (theta, negative gradient) tensors, a scalar.
+
+    "l1": sum |theta - g|, [D Eq. 8]; "l2": sum (theta - g)^2, Algorithm 1 of [D]; both divided by the number of scalars
+    with `average`, [D App. D]. "cosine": 1 - cosine of the concatenated vectors; "layer-cosine": the mean over tensors
+    of 1 - cosine. Source: Lee et al., Deep Support Vectors, arXiv 2403.17329.
+    """
+    if distance == "layer-cosine":
+        return torch.stack([_one_minus_cosine([pair]) for pair in pairs]).mean()
+    if distance == "cosine":
+        return _one_minus_cosine(pairs)
+    power = 1 if distance == "l1" else 2
+    value = torch.stack([(theta - g).abs().pow(power).sum() for theta, g in pairs]).sum()
+    return value / sum(theta.numel() for theta, _ in pairs) if average else value
+
+
+def _one_minus_cosine(pairs: Pairs) -> Tensor:
+    inner = torch.stack([(theta * g).sum() for theta, g in pairs]).sum()
+    squares = [torch.stack([t.square().sum() for t in side]).sum() for side in zip(*pairs, strict=True)]
+    return 1 - inner / (squares[0] * squares[1] + TINY).sqrt()
+
+
+def least_squares_scale(pairs: Pairs) -> float:
+    """Returns the multiplier s that brings s * g nearest to theta: <theta, g> / <g, g>; nan where g is zero."""
+    inner = sum(float((theta * g.detach()).sum()) for theta, g in pairs)
+    square = sum(float(g.detach().square().sum()) for _, g in pairs)
+    return inner / square if square > 0 else math.nan
+
+
+class Stationarity(ddkit.Loss):
+    """Distance of the teacher's parameters to the multiplier-weighted sum of negative loss gradients.
+
+    Parameter groups in which stationarity cannot be attained (scale-invariant layers, such as a convolution before
+    instance norm) are found numerically and left out, unless `scale_invariant` says otherwise.
+    """
+
+    class Options(ddkit.Options):
+        distance: Annotated[Literal["l1", "l2", "cosine", "layer-cosine"], ddkit.Option("[D] writes l1 (Eq. 8) and l2 (Algorithm 1)")] = (
+            "cosine"
+        )
+        average: Annotated[bool, ddkit.Option("l1 and l2: per parameter, else the sum")] = True
+        parameters: Annotated[str, ddkit.Option("all, weights (no biases or norms), classifier (the last layer), or a name pattern")] = (
+            "all"
+        )
+        scale_invariant: Annotated[Literal["skip", "keep"], ddkit.Option("what to do with scale-invariant groups")] = "skip"
+        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors")] = msgspec.field(
+            default_factory=lambda: {"default": 1.0}
+        )
+        init: Annotated[float, ddkit.Option("first multiplier", gt=0)] | Literal["least-squares"] = 1.0
+        lr: Annotated[float, ddkit.Option("learning rate of the multipliers (Adam)", ge=0)] = 0.01
+        constraint: Annotated[
+            Literal["project", "softplus"],
+            ddkit.Option("how multipliers stay >= 0: cut at 0, or softplus of a free value"),
+        ] = "project"
+
+    @property
+    def requires(self) -> ddkit.Requires:  # type: ignore[override]
+        options = self.options
+        first = 1.0 if options.init == "least-squares" else options.init
+        return ddkit.Requires(
+            teacher=True,
+            teacher_gradients=True,
+            second_order=True,
+            views=tuple(options.views),
+            parameters={
+                "multipliers": ddkit.Parameter(
+                    init=_inverse_softplus(first) if options.constraint == "softplus" else first,
+                    constraint="nonnegative" if options.constraint == "project" else None,
+                    lr=options.lr,
+                )
+            },
+        )
+
+    def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
+        """Returns the least-squares multipliers, -<theta, G> / <G, G> with G = sum_i grad L_i, where they were asked for."""
+        if self.options.init != "least-squares":
+            return {}
+        free = step.parameters["multipliers"]
+        pairs = [pair for view in self.options.views for pair in self._pairs(step, view, torch.ones_like(free))]
+        scale = least_squares_scale(pairs)
+        if not scale > 0:
+            log.warning("dkkt-stationarity: the least-squares multiplier is %.3g; starting from 1 instead.", scale)
+            return {}
+        value = _inverse_softplus(scale) if self.options.constraint == "softplus" else scale
+        return {"multipliers": torch.full_like(free, value)}
+
+    def __call__(self, step: ddkit.Step) -> Tensor:
+        free = step.parameters["multipliers"]
+        multipliers = functional.softplus(free) if self.options.constraint == "softplus" else free
+        step.log("multiplier mean", multipliers.mean())
+        if "cosine" in self.options.distance:  # the scale is undetermined
+            multipliers = multipliers / multipliers.mean().clamp_min(TINY)
+        terms = []
+        for view, factor in sorted(self.options.views.items()):
+            pairs = self._pairs(step, view, multipliers)
+            terms.append(factor * stationarity_distance(pairs, self.options.distance, average=self.options.average))
+            self._log_layers(step, view, pairs)
+        return torch.stack(terms).sum()
+
+    def _pairs(self, step: ddkit.Step, view: str, multipliers: Tensor) -> list[tuple[Tensor, Tensor]]:
+        names = self._included(step)
+        theta = [step.teacher_parameters[name] for name in names]
+        found = step.view(view)
+        return list(
+            zip(
+                [t.detach() for t in theta],
+                negative_gradient(found.teacher_logits, found.labels, multipliers, theta),
+                strict=True,
+            )
+        )
+
+    def _log_layers(self, step: ddkit.Step, view: str, pairs: Pairs) -> None:
+        with torch.no_grad():
+            for name, pair in zip(self._included(step), pairs, strict=True):
+                step.log(f"distance {view} {name}", stationarity_distance([pair], self.options.distance))
+
+    def _included(self, step: ddkit.Step) -> list[str]:
+        if "_names" not in self.__dict__:
+            self._names = self._choose(step)
+        return self._names
+
+    def _choose(self, step: ddkit.Step) -> list[str]:
+        own = {name: value.detach() for name, value in step.teacher_parameters.items()}
+        chosen = selected_parameters(step.teacher.module, list(own), self.options.parameters)
+        if not chosen:
+            raise ddkit.InputError(
+                f"dkkt-stationarity: the teacher has no parameter that '{self.options.parameters}' selects; it has {', '.join(own)}."
+            )
+        if self.options.scale_invariant == "keep":
+            return chosen
+        invariant = scale_invariant_groups(step.teacher.exact_logits, own, step.info.shape)
+        skipped = {name for group, names in module_groups(list(own)).items() if group in invariant for name in names}
+        kept = [name for name in chosen if name not in skipped]
+        if not kept:
+            raise ddkit.InputError(
+                "dkkt-stationarity: every selected parameter of the teacher belongs to a scale-invariant layer, where "
+                "stationarity cannot be attained. Use a teacher with batch norm or no norm (--set teacher.norm=batch)."
+            )
+        if len(kept) < len(chosen):
+            share = sum(own[name].numel() for name in kept) / sum(own[name].numel() for name in chosen)
+            log.warning(
+                "dkkt-stationarity: the teacher's layers %s are scale-invariant (|cosine| of parameters and gradient < 1e-4), so "
+                "stationarity cannot be attained there; they are left out and %.1f %% of the selected parameters stay.",
+                ", ".join(invariant), 100 * share,
+            )  # fmt: skip
+        return kept
+
+
+def selected_parameters(module: nn.Module, names: Sequence[str], which: str) -> list[str]:
+    """Returns the parameter names that `which` selects: all, weights, classifier (the last linear layer), or a pattern."""
+    parameters = dict(module.named_parameters())
+    if which == "all":
+        return list(names)
+    if which == "weights":
+        return [name for name in names if parameters[name].ndim >= 2]
+    if which == "classifier":
+        linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+        return [name for name in names if linear and name.rpartition(".")[0] == linear[-1]]
+    return [name for name in names if fnmatch.fnmatchcase(name, which)]
+
+
+def _inverse_softplus(value: float) -> float:
+    return value + math.log(-math.expm1(-value))

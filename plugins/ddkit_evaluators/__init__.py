@@ -1,0 +1,143 @@
+"""Evaluators: `accuracy`, under the protocols of the field's public code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+import ddkit
+
+
+class Protocol(NamedTuple):
+    """How networks are trained on a synthetic set, and how many."""
+
+    schedule: ddkit.Schedule
+    augmenter: str
+    repeats: int
+
+
+# SGD 0.01, momentum 0.9, weight decay 5e-4, batch 256, rate x 0.1 after half: the public DC, DSA and DM code.
+PROTOCOLS = {
+    "dm-official": Protocol(ddkit.Schedule(epochs=1000), "dsa", 20),
+    "dc-official": Protocol(ddkit.Schedule(epochs=300), "none", 20),
+    "short": Protocol(ddkit.Schedule(epochs=300), "dsa", 3),
+}
+
+
+class Accuracy(ddkit.Evaluator):
+    """Test accuracy, last epoch, of networks trained from scratch on the set, beside random real images.
+
+    Protocol "short" is dm-official cut from 1,000 to 300 epochs and from 20 to 3 networks: for a first look, not for a
+    table beside published figures.
+    """
+
+    class Options(ddkit.Options):
+        protocol: Annotated[Literal["short", "dm-official", "dc-official"], ddkit.Option("how networks are trained")] = "short"
+        model: Annotated[str, ddkit.Option("network, or several separated by commas")] = "convnet"
+        model_options: Annotated[dict[str, Any], ddkit.Option("options of those models")] = msgspec.field(default_factory=dict)
+        repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
+        epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
+        random_real: Annotated[bool, ddkit.Option("whether random real images are evaluated beside the set")] = True
+        precision: Literal["auto", "float32", "bfloat16"] = "auto"
+        compile: Annotated[Literal["auto", "always", "never"], ddkit.Option("auto: where it pays back")] = "auto"
+
+    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+        names = [name.strip() for name in self.options.model.split(",")]
+        models = {name: ddkit.create("model", name, self.options.model_options, data=data.info, where="model_options") for name in names}
+        return [self._evaluation(name, model, artifact, data, len(models)) for name, model in models.items()]
+
+    def _evaluation(
+        self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, models: int
+    ) -> ddkit.Evaluation:
+        protocol = PROTOCOLS[self.options.protocol]
+        schedule = msgspec.structs.replace(protocol.schedule, epochs=self.options.epochs or protocol.schedule.epochs)
+        repeats = self.options.repeats or protocol.repeats
+        compare = self.options.random_real and len(data.real_images) > 0
+        trainer = _Trainer(self.options, name, model, artifact, data, schedule, protocol.augmenter, networks=repeats * (1 + compare))
+        made = [trainer.accuracy(artifact.normalised, artifact.labels, "synthetic", repeat) for repeat in range(repeats)]
+        real = [trainer.accuracy(*_random_real(artifact, data, repeat), "random real", repeat) for repeat in range(repeats * compare)]
+        return ddkit.Evaluation(
+            evaluator=self.name,
+            model=name,
+            protocol=self.options.protocol,
+            labels="hard",
+            repeats=repeats,
+            accuracy_mean=_mean(made),
+            accuracy_std=_std(made),
+            random_real_mean=_mean(real) if real else None,
+            random_real_std=_std(real),
+            details={"epochs": schedule.epochs, "accuracies": made, "random_real_accuracies": real, **trainer.decided},
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _std(values: Sequence[float]) -> float | None:
+    """Returns the sample standard deviation, None for fewer than two values."""
+    return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else None
+
+
+def _random_real(artifact: ddkit.Artifact, data: ddkit.EvaluationData, repeat: int) -> tuple[Tensor, Tensor]:
+    """Returns as many accessible real images of each class as the set has, drawn anew per repeat, normalised alike."""
+    rows = []
+    for label, count in zip(*artifact.labels.unique(return_counts=True), strict=True):
+        own = (data.real_labels == label).nonzero().flatten()
+        draw = ddkit.generator(data.seed, "random real", repeat, int(label))
+        rows.append(own[torch.randperm(len(own), generator=draw)[: int(count)]])
+    chosen = torch.cat(rows)
+    return ddkit.Normalisation(artifact.mean, artifact.std).normalise(data.real_images[chosen]), data.real_labels[chosen]
+
+
+class _Trainer:
+    """Trains one network after another, re-drawn in place so that a compiled forward stays valid."""
+
+    def __init__(
+        self,
+        options: Any,
+        name: str,
+        model: ddkit.Model,
+        artifact: ddkit.Artifact,
+        data: ddkit.EvaluationData,
+        schedule: ddkit.Schedule,
+        augmenter: str,
+        *,
+        networks: int,
+    ) -> None:
+        self.name, self.model, self.data, self.schedule, self.networks = name, model, data, schedule, networks
+        self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
+        self.module = ddkit.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
+        # Offline rule (2 CPU cores, ConvNet of width 128): from about 2e8 input values on, compiling and bfloat16 pay back.
+        large = artifact.images.numel() * schedule.epochs * networks > 2e8
+        self.precision = ddkit.pick_precision(options.precision, data.device, automatic=large)
+        compile_it = options.compile == "always" or (options.compile == "auto" and large and data.device.type == "cpu")
+        self.decided = {"precision": str(self.precision).removeprefix("torch."), "compiled": compile_it}
+        self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(self.module, wanted=compile_it)
+        self.channels_last = compile_it
+        self.test_images = ddkit.Normalisation(artifact.mean, artifact.std).normalise(data.test_images).to(data.device)
+        self.test_labels = data.test_labels.to(data.device)
+        self.done = 0
+
+    def accuracy(self, images: Tensor, labels: Tensor, kind: str, repeat: int) -> float:
+        """Returns the test accuracy of a fresh network trained on normalised images; synthetic and real start alike."""
+        data = self.data
+        ddkit.redraw(self.module, self.model, data.info, data.seed, "evaluate", self.name, repeat)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        ddkit.fit(
+            self.module.to(memory_format=layout),
+            images.to(data.device).contiguous(memory_format=layout),
+            labels.to(data.device),
+            self.schedule,
+            augmenter=self.augmenter,
+            generator=ddkit.generator(data.seed, "evaluate", kind, self.name, repeat),
+            forward=self.forward,
+            precision=self.precision,
+        )
+        self.done += 1
+        data.report(self.done, self.networks)
+        return ddkit.accuracy(self.module, self.test_images, self.test_labels, precision=self.precision)
