@@ -1,0 +1,83 @@
+"""Fixtures that most tests share: a cache of their own, a small data set, a small teacher, the command line in-process."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+SMALL = {  # keeps every run in tests to a fraction of a second
+    "steps": 2,
+    "train.epochs": 1,
+    "teacher.width": 8,
+    "network.width": 8,
+    "evaluators.accuracy.epochs": 2,
+    "evaluators.accuracy.repeats": 2,
+    "evaluators.accuracy.model_options.width": 8,
+}
+SMALL_FLAGS = [part for path, value in SMALL.items() for part in ("--set", f"{path}={value}")]
+
+
+class Result(NamedTuple):
+    """What a command gave: exit code, stdout, stderr."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight."""
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ["DDKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    del os.environ["DDKIT_CACHE"]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
+    """Returns a function that runs `ddkit ARGS...` in this process, in an empty folder."""
+    from ddkit.cli import main
+
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ddkit", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return Result(int(ended.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """Returns a folder train/{cat,dog,owl} with 6 and test/ with 3 RGB images of 12 x 12 a class."""
+    return write_image_folder(tmp_path / "images")
+
+
+def write_image_folder(root: Path, *, size: tuple[int, int] = (12, 12), train: int = 6, test: int = 3) -> Path:
+    """Writes class folders of random PNG images whose brightness tells the class; returns `root`."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(("cat", "dog", "owl")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = random.integers(80 * label, 80 * label + 80, (*size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number:03d}.png")
+    return root
