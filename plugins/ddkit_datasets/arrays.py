@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -85,7 +86,7 @@ class Npz(InMemory):
             images, labels = self.splits["train"]
             kept, held = holdout(labels, self.options.holdout, self.options.holdout_seed)
             self.splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
-        self._names = _class_names(arrays, max(int(labels.max()) for _, labels in self.splits.values() if len(labels)) + 1, path)
+        self._names = _class_names(arrays, torch.cat([labels for _, labels in self.splits.values()]), path)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -110,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
         raise ddkit.InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error}.") from None
     if "x_train" not in arrays or "y_train" not in arrays:
         raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
@@ -119,11 +120,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tensor]:
     x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}")
+    images = _images(x, split, path)
     if y is None or y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
         raise ddkit.InputError(f"{path}: y_{split} must be integers, one for each image of x_{split}.")
+    if split == "train" and len(y) == 0:
+        raise ddkit.InputError(f"{path}: x_train holds no image.")
     if len(y) and int(y.min()) < 0:
         raise ddkit.InputError(f"{path}: y_{split} holds a negative label; labels count from 0.")
-    return _images(x, split, path), torch.from_numpy(y.astype(np.int64))
+    return images, torch.from_numpy(y.astype(np.int64))
 
 
 def _images(x: Any, split: str, path: Path) -> Tensor:
@@ -140,10 +144,13 @@ def _images(x: Any, split: str, path: Path) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 
 
-def _class_names(arrays: dict[str, Any], classes: int, path: Path) -> list[str]:
+def _class_names(arrays: dict[str, Any], labels: Tensor, path: Path) -> list[str]:
+    classes = int(labels.max()) + 1
+    if classes > len(labels):  # so that a stray label makes an error, not a million classes
+        raise ddkit.InputError(f"{path}: the largest label is {classes - 1}, but there are only {len(labels)} images; labels count from 0.")
     if "class_names" not in arrays:
         return [str(label) for label in range(classes)]
-    names = [str(name) for name in arrays["class_names"]]
+    names = [str(name) for name in np.atleast_1d(arrays["class_names"])]
     if len(names) < classes:
         raise ddkit.InputError(f"{path}: class_names has {len(names)} names for {classes} classes.")
     return names

@@ -20,6 +20,7 @@ import ddkit
 from ddkit_datasets.arrays import holdout
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 Files = list[tuple[Path, int]]
 
 
@@ -48,7 +49,7 @@ class ImageFolder(ddkit.Dataset):
             raise ddkit.InputError(f"The image folder {self.root} does not exist or is no folder.")
         self._whole = not (self.root / "train").is_dir()
         self.train_root = self.root if self._whole else self.root / "train"
-        self._names = sorted(entry.name for entry in os.scandir(self.train_root) if entry.is_dir() and not entry.name.startswith("."))
+        self._names = [entry.name for entry in _visible(self.train_root) if entry.is_dir()]
         if not self._names:
             raise ddkit.InputError(f"{self.train_root} holds no class folders; the layout is {self.train_root}/CLASS/IMAGE.")
         empty = [name for name, count in zip(self._names, self._counts(), strict=True) if count == 0]
@@ -77,9 +78,9 @@ class ImageFolder(ddkit.Dataset):
         return {"train": [self._listing[i] for i in kept.tolist()], "test": [self._listing[i] for i in held.tolist()]}
 
     def _test_files(self, folder: Path) -> Files:
-        strangers = [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".") and e.name not in self._names]
+        strangers = [entry.name for entry in _visible(folder) if entry.is_dir() and entry.name not in self._names]
         if strangers:
-            raise ddkit.InputError(f"{folder} has a class '{sorted(strangers)[0]}' that {self.train_root} lacks.")
+            raise ddkit.InputError(f"{folder} has a class '{strangers[0]}' that {self.train_root} lacks.")
         return _list_files(folder, self._names)
 
     def labels(self, split: str) -> Tensor:
@@ -109,19 +110,39 @@ def _list_files(root: Path, names: Sequence[str]) -> Files:
         folder = root / name
         if not folder.is_dir():
             continue
-        inside = sorted(e.name for e in os.scandir(folder) if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file())
+        inside = [e.name for e in _visible(folder) if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
         found += [(folder / file, label) for file in inside]
     return found
+
+
+def _visible(folder: Path) -> list[os.DirEntry[str]]:
+    """Returns the entries of a folder in order of name, without the hidden ones (macOS leaves ._NAME.png beside NAME.png)."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ddkit.InputError(f"The folder {folder} cannot be listed: {error.strerror or error}.") from None
 
 
 def _decode(file: Path, size: tuple[int, ...] | None) -> Tensor:
     """Returns the image (C, H, W) uint8: one channel if the file is grey, else RGB."""
     try:
         with Image.open(file) as image:
-            found = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+            found = _eight_bit(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
     if size is not None and found.size != (size[1], size[0]):
         found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
     array = np.asarray(found)
     return torch.from_numpy(array.copy()).permute(2, 0, 1) if array.ndim == 3 else torch.from_numpy(array.copy())[None]
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Returns the image in mode L or RGB; 16-bit grey is scaled, which Pillow's own conversion would clip."""
+    if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
