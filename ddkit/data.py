@@ -19,12 +19,14 @@ def open_dataset(table: DataTable) -> Dataset:
     """Returns the recipe's dataset; raises InputError where its files cannot be used."""
     try:
         dataset: Dataset = plugins.create("dataset", table.use, table.options, where="data", directory=table.dir)
-        counts = class_counts(dataset.labels("train"), len(dataset.class_names))
+        names, counts = list(dataset.class_names), class_counts(dataset.labels("train"), len(dataset.class_names))
     except DdkitError:
         raise
     except Exception as error:  # a stranger's dataset can raise anything
         raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.") from error
-    for name, count in zip(dataset.class_names, counts, strict=True):
+    if len(counts) > len(names):
+        raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
+    for name, count in zip(names, counts, strict=True):
         if count == 0:
             raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add some or remove the class.")
     return dataset

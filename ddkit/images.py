@@ -59,11 +59,13 @@ def to_unit(images: Tensor) -> Tensor:
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64."""
-    chunks = [to_unit(part).double() for part in images.split(1000)]
     count = images.shape[0] * images.shape[2] * images.shape[3]
-    mean = sum((part.sum((0, 2, 3)) for part in chunks), torch.zeros(images.shape[1], dtype=torch.float64)) / count
-    centred = [(part - mean.view(-1, 1, 1)).square().sum((0, 2, 3)) for part in chunks]
-    std = (sum(centred, torch.zeros_like(mean)) / count).sqrt().clamp_min(1e-6)
+    mean, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
+    for part in images.split(1000):
+        mean = mean + to_unit(part).double().sum((0, 2, 3)) / count
+    for part in images.split(1000):
+        squares = squares + (to_unit(part).double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
+    std = (squares / count).sqrt().clamp_min(1e-6)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
