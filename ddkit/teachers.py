@@ -203,6 +203,7 @@ def automatic_teacher(
     """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so."""
     key = {
         "dataset": dataset.fingerprint(),
+        "classes": list(dataset.class_names),
         "shape": shape,
         "model": table.model,
         "options": table.options,

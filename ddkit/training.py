@@ -82,7 +82,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: in
         if schedule.schedule == "constant":
             return 1.0
         if schedule.schedule == "step":
-            return 1.0 if step < (schedule.epochs // 2 + 1) * batches else 0.1
+            return 1.0 if step < -(-schedule.epochs // 2) * batches else 0.1
         warm = max(1, total // 5)
         return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
 
