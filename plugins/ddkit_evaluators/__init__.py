@@ -48,11 +48,9 @@ class Accuracy(ddkit.Evaluator):
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         names = [name.strip() for name in self.options.model.split(",")]
         models = {name: ddkit.create("model", name, self.options.model_options, data=data.info, where="model_options") for name in names}
-        return [self._evaluation(name, model, artifact, data, len(models)) for name, model in models.items()]
+        return [self._evaluation(name, model, artifact, data) for name, model in models.items()]
 
-    def _evaluation(
-        self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, models: int
-    ) -> ddkit.Evaluation:
+    def _evaluation(self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData) -> ddkit.Evaluation:
         protocol = PROTOCOLS[self.options.protocol]
         schedule = msgspec.structs.replace(protocol.schedule, epochs=self.options.epochs or protocol.schedule.epochs)
         repeats = self.options.repeats or protocol.repeats
