@@ -1,0 +1,41 @@
+"""A third-party loss for ddkit: class-wise second moments of features."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import Tensor
+
+import ddkit
+
+
+def moment_gap(real: Tensor, synthetic: Tensor, *, central: bool = False) -> Tensor:
+    """Returns || m(real) - m(synthetic) ||^2, a scalar, m the mean square (central: the variance) of each column.
+
+    real (m, d) and synthetic (n, d) are features of one class, m and n at least 1. Source: the second-order term of
+    Zellinger et al., Central Moment Discrepancy, arXiv 1702.08811, squared and without its scale factor.
+
+    >>> import torch
+    >>> float(moment_gap(torch.tensor([[3.0]]), torch.tensor([[1.0], [2.0]])))
+    42.25
+    """
+    moments = [(x - central * x.mean(0)).square().mean(0) for x in (real, synthetic)]
+    return (moments[0] - moments[1]).square().sum()
+
+
+class SecondMoment(ddkit.Loss):
+    """Squared distance of class-wise second moments of features, real to synthetic: what dm's means leave out."""
+
+    class Options(ddkit.Options):
+        central: Annotated[bool, ddkit.Option("compare variances instead of mean squares; needs ipc of 2 or more")] = False
+
+    requires = ddkit.Requires(real=True, embedder=True, separable="sum")
+
+    def __call__(self, step: ddkit.Step) -> Tensor:
+        real, synthetic = step.real.embeddings, step.embeddings
+        total = 0.0 * synthetic.sum()  # attached to the graph even where no class has real images
+        for label in step.labels.unique():
+            own = real[step.real.labels == label]
+            if len(own):
+                total = total + moment_gap(own, synthetic[step.labels == label], central=self.options.central)
+        return total
