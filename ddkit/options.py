@@ -108,7 +108,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 
 
 def _explained(error: msgspec.ValidationError, where: str, table: Mapping[str, Any]) -> InputError:
-    text, _, place = str(error).partition(" - at `$")
+    text, _, place = str(error).replace(" - at `key` in `$", " as a key - at `$").partition(" - at `$")
     keys = re.sub(r"\[\.\.\.\]|\[\d+\]", "", place.rstrip("`")).strip(".")
     path = ".".join(part for part in (where, keys) if part)
     value: Any = table

@@ -102,7 +102,7 @@ def find(kind: str, name: str) -> Plugin:
     """Returns the plugin that `name` or `distribution/name` means; raises PluginError with the nearest name."""
     distribution, _, short = name.rpartition("/")
     of_kind = [p for p in plugins() if p.kind == kind]
-    matches = [p for p in of_kind if p.name == short and distribution in ("", p.distribution)]
+    matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", p.distribution)]
     if not matches:
         names = {p.name for p in of_kind}
         raise PluginError(f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed.)")
@@ -119,9 +119,12 @@ def status(plugin: Plugin) -> tuple[str, str]:
     if not NAME.fullmatch(plugin.name):
         return "bad name (lower-case letters, digits and hyphens)", ""
     namesakes = [p for p in plugins() if p.kind == plugin.kind and p.name == plugin.name]
+    found, summary = source.summary(plugin.value)
     if namesakes[0] != plugin and namesakes[0].first_party:
-        return f"name taken (say {plugin.distribution}/{plugin.name})", source.summary(plugin.value)[1]
-    return source.summary(plugin.value)
+        return f"name taken (say {plugin.distribution}/{plugin.name})", summary
+    if found == "ok" and len(namesakes) > 1 and not namesakes[0].first_party:
+        return f"name claimed twice (say {plugin.distribution}/{plugin.name})", summary
+    return found, summary
 
 
 def load(kind: str, name: str) -> type[Any]:
@@ -134,11 +137,13 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     """Returns the class of `plugin`, imported once and checked against its kind's base class and API number."""
     remedy = f"Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
     module_name, _, attribute = plugin.value.partition(":")
+    if not NAME.fullmatch(plugin.name):
+        raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens. {remedy}")
     try:
         found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
+        for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
-    except Exception as error:  # a stranger's module can raise anything
+    except (Exception, SystemExit) as error:  # a stranger's module can raise anything
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {cause}. {remedy}") from error
     base = BASES.get(plugin.kind)

@@ -17,7 +17,17 @@ from ddkit.options import parse_struct
 from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, own_keys, parse_recipe
 
 Raw = dict[str, Any]
-CHOOSING_KEYS = {"data": "use", "teacher": "model", "network": "model", "initializer": "use", "augmenter": "use"}
+CHOOSING_KEYS = {
+    "data": "use",
+    "teacher": "model",
+    "train": "augmenter",
+    "network": "model",
+    "initializer": "use",
+    "augmenter": "use",
+    "views": "augmenter",
+    "losses": "use",
+    "evaluators": "use",
+}
 
 
 def read_recipe(name: str) -> Raw:
@@ -59,7 +69,7 @@ def build_recipe(
     raw = _with_rules(raw, ipc, pipc)
     if losses is not None:
         fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
-        raw["losses"] = select_losses(losses, raw.get("losses", {}), fallback.get("losses", {}))
+        raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
     for path, value in override:
         assign(raw, path, value)
     return parse_recipe(raw)
@@ -134,9 +144,11 @@ def assign(raw: Raw, path: str, value: Any) -> None:
         table = table.setdefault(key, {})
         if not isinstance(table, dict):
             raise InputError(f"{path} cannot be set: {key} is not a table in this recipe.", path)
-    if CHOOSING_KEYS.get(top) == keys[-1] and len(keys) == 2 and table.get(keys[1]) != value:
-        own = own_keys(TABLES[top])
-        raw[top] = table = {key: item for key, item in table.items() if key in own}
+    named = top in NAMED_TABLES
+    if CHOOSING_KEYS.get(top) == keys[-1] and len(keys) == 2 + named and table.get(keys[-1], keys[-2]) != value:
+        own = own_keys((NAMED_TABLES if named else TABLES)[top]) - {"compose"}
+        for key in table.keys() - own:
+            del table[key]
     table[keys[-1]] = value
 
 
@@ -144,8 +156,8 @@ def _check_path(raw: Raw, keys: list[str], path: str) -> None:
     known = {field.encode_name for field in msgspec.structs.fields(Recipe)}
     if keys[0] not in known:
         raise InputError(f"The recipe has no key '{keys[0]}' ({path}). {suggestion(keys[0], known)}", path)
-    if keys[0] == "losses" and len(keys) > 1 and keys[1] not in raw.get("losses", {}):
-        chosen = raw.get("losses", {})
+    chosen = raw.get("losses", {})
+    if keys[0] == "losses" and len(keys) > 1 and isinstance(chosen, Mapping) and keys[1] not in chosen:
         raise InputError(f"{path}: this run has no loss labelled '{keys[1]}'. {suggestion(keys[1], chosen)}", path)
     if len(keys) > 1 and keys[0] not in TABLES and keys[0] not in NAMED_TABLES:
         raise InputError(f"{path}: {keys[0]} is a value, not a table.", path)
@@ -185,16 +197,28 @@ def _members(name: str, weight: float | None, tables: Mapping[str, Any], fallbac
     if name in tables or not _is_group(name):
         table = _loss_table(name, tables, fallback)
         return [(name, table if weight is None else table | {"weight": weight})]
-    factor = 1.0 if weight is None else weight
-    members = []
-    for member in plugins.load("loss-group", name).members:
-        table = _loss_table(member, tables, fallback)
-        members.append((member, table | {"weight": factor * table.get("weight", 1.0)}))
-    return members
+    members = [(member, _loss_table(member, tables, fallback)) for member in plugins.load("loss-group", name).members]
+    return [(member, table if weight is None else _scaled(table, weight)) for member, table in members]
+
+
+def _scaled(table: Raw, factor: float) -> Raw:
+    weight = table.get("weight", 1.0)
+    fits = isinstance(weight, int | float) and abs(weight) < 2**63  # else the recipe's own check will name it
+    return table | {"weight": factor * weight if fits else weight}
+
+
+def _loss_tables(raw: Raw) -> dict[str, Raw]:
+    tables = raw.get("losses", {})
+    if not isinstance(tables, Mapping):
+        raise InputError(f"losses is a table of the recipe; got {tables!r}.", "losses")
+    for label, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise InputError(f"losses.{label} is a table of the recipe; got {table!r}.", f"losses.{label}")
+    return dict(tables)
 
 
 def _is_group(name: str) -> bool:
-    return any(p.kind == "loss-group" and p.name == name for p in plugins.plugins())
+    return any(p.kind == "loss-group" and p.name == name.rpartition("/")[2] for p in plugins.plugins())
 
 
 def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import re
 import shutil
 import tomllib
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,20 +36,21 @@ KEPT_CHECKPOINTS = 2
 class RunDirectory:
     """The files of one run at `path`."""
 
-    def __init__(self, path: Path, created: Path | None = None) -> None:
+    def __init__(self, path: Path, created: tuple[Path, ...] | None = None) -> None:
+        """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
         """Returns an absent or empty `path`, made and shown to be writable; raises RunFilesError otherwise."""
-        if path.exists() and not path.is_dir():
-            raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
-        if path.is_dir() and any(path.iterdir()):
-            raise RunFilesError(
-                f"--out {path} already holds something. Name another folder, or continue a run that is there with --resume."
-            )
-        created = next((p for p in reversed([path, *path.parents]) if not p.exists()), None)
         try:
+            if path.exists() and not path.is_dir():
+                raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
+            if path.is_dir() and any(path.iterdir()):
+                raise RunFilesError(
+                    f"--out {path} already holds something. Name another folder, or continue a run that is there with --resume."
+                )
+            created = tuple(p for p in (path, *path.parents) if not p.exists())
             path.mkdir(parents=True, exist_ok=True)
             probe = path / ".ddkit"
             probe.write_bytes(b"")
@@ -58,12 +61,20 @@ class RunDirectory:
 
     @classmethod
     def numbered(cls, stem: str) -> RunDirectory:
-        """Returns runs/<stem>-<n> for the first n that is free."""
+        """Returns runs/<stem>-<n> for the first n that is free, also where another process looks for one just now."""
         name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "run"
-        number = 1
-        while (Path("runs") / f"{name}-{number}").exists():
-            number += 1
-        return cls.claim(Path("runs") / f"{name}-{number}")
+        folder = Path("runs")
+        created = () if folder.exists() else (folder,)
+        try:
+            folder.mkdir(exist_ok=True)
+            for number in itertools.count(1):
+                path = folder / f"{name}-{number}"
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    break
+        except OSError as error:
+            raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
+        return cls(path, (path, *created))
 
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
@@ -73,9 +84,20 @@ class RunDirectory:
         return cls(path)
 
     def discard(self) -> None:
-        """Removes what claim() made: nothing half-written stays behind a run that never began."""
-        if self._created is not None:
-            shutil.rmtree(self._created, ignore_errors=True)
+        """Removes what is in a claimed folder, and the folders made for it that are then empty.
+
+        So nothing half-written stays behind a run that never began, and what others put beside it stays.
+        """
+        if self._created is None:
+            return
+        for entry in self.path.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink()
+        with suppress(OSError):
+            for folder in self._created:
+                folder.rmdir()
 
     def write_recipe(self, table: Mapping[str, Any]) -> None:
         write_atomic(self.path / RECIPE, tomli_w.dumps(dict(table)).encode())
@@ -90,7 +112,10 @@ class RunDirectory:
     def write_checkpoint(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Writes the state before step `step` and removes all but the last two checkpoints."""
         folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
         write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
         for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
             old.unlink()
@@ -104,7 +129,7 @@ class RunDirectory:
             try:
                 tensors, record = read_tensors(file)
                 return int(record["step"]), tensors
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 continue
         return None
 
@@ -118,7 +143,7 @@ class RunDirectory:
             try:
                 if json.loads(line)["step"] < step:
                     kept.append(line + "\n")
-            except (ValueError, KeyError):
+            except (ValueError, KeyError, TypeError):
                 break
         write_atomic(file, "".join(kept).encode())
 

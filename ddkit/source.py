@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import ast
-import sys
 import tomllib
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+
+
+def _top_spec(name: str) -> ModuleSpec | None:
+    try:
+        return find_spec(name)  # of a top-level name: imports nothing
+    except (ImportError, ValueError):
+        return None
 
 
 def package_folder(name: str) -> Path | None:
     """Returns the folder of package `name` without importing it or a parent, None if there is none."""
     top, *rest = name.split(".")
-    spec = PathFinder.find_spec(top, sys.path)
+    spec = _top_spec(top)
     for location in (spec.submodule_search_locations or []) if spec else []:
         folder = Path(location, *rest)
         if folder.is_dir():
@@ -29,7 +36,7 @@ def module_file(name: str) -> Path | None:
     if parent:
         above = package_folder(parent)
         return above / f"{leaf}.py" if above and (above / f"{leaf}.py").is_file() else None
-    spec = PathFinder.find_spec(name, sys.path)
+    spec = _top_spec(name)
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
@@ -42,10 +49,10 @@ def summary(value: str) -> tuple[str, str]:
             return f"module {module} not found", ""
         try:
             tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError, OSError) as error:
+        except (SyntaxError, ValueError, OSError) as error:
             line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
             return f"{type(error).__name__} in {file.name}{line}", ""
-        found = _definition(tree, attribute)
+        found = _definition(tree, attribute) if attribute else tree
         if not isinstance(found, ast.ImportFrom):
             return _described(found, attribute, module)
         module, attribute = _target(found, module, file, attribute)
@@ -63,10 +70,10 @@ def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
     return None
 
 
-def _described(node: ast.stmt | None, name: str, module: str) -> tuple[str, str]:
+def _described(node: ast.stmt | ast.Module | None, name: str, module: str) -> tuple[str, str]:
     if node is None:
         return f"{module} has no {name}", ""
-    text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+    text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) else None
     return "ok", (text or "").partition("\n")[0]
 
 

@@ -42,14 +42,23 @@ def main() -> NoReturn:
         sys.exit(0)
     except DdkitError as error:
         _fail(str(error), error.exit_code, show)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        _fail(_usage(error), error.exit_code, show)
     except (KeyboardInterrupt, click.Abort):
         _fail("Interrupted.", 130, show)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+
+
+def _usage(error: click.ClickException) -> str:
+    """Returns click's message in one paragraph, with the command that helps."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    help_ = f" (`{context.command_path} --help` shows what it takes.)" if context else ""
+    return error.format_message() + help_
 
 
 def _fail(message: str, code: int, show: bool) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -35,9 +36,17 @@ def evaluate(target: str, **flags: Any) -> None:
     if flags["as_json"]:
         import msgspec
 
-        echo_json({"schema": 1, "run": target, "evaluations": msgspec.to_builtins(rows)})
+        echo_json({"schema": 1, "run": target, **_made_in(Path(target)), "evaluations": msgspec.to_builtins(rows)})
     else:
         click.echo(evaluation_table(rows))
+
+
+def _made_in(target: Path) -> dict[str, Any]:
+    """Returns the steps and seconds that the run took, None where `target` is a file and does not tell."""
+    from ddkit.rundir import RunDirectory
+
+    manifest = RunDirectory.existing(target).read_manifest() if target.is_dir() else {}
+    return {key: manifest.get(key) for key in ("steps", "seconds")}
 
 
 COMMANDS = (evaluate,)

@@ -99,6 +99,8 @@ def _resumed(flags: dict[str, Any]) -> Any:
     if given or flags["sets"]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given or ["set"])
         raise FlagError(f"--resume takes the run's own recipe; {names} cannot change it. Start a new run, or leave it out.")
+    if flags["plan"]:
+        raise FlagError("--resume continues a run at once; --plan goes with a new one. Leave one of them out.")
     if flags["out"] is None:
         raise FlagError("--resume continues the run in --out: name it, for example --out runs/dm-digits-1 --resume.")
     from ddkit import api
