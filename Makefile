@@ -1,0 +1,24 @@
+# Everything that a contributor runs. PYTHON names the interpreter of the environment that has ddkit[dev].
+PYTHON ?= python
+BIN := $(shell $(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))')
+
+.PHONY: check lint test check-slow check-gpu
+
+check: lint test
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+	$(BIN)/lint-imports
+
+test:
+	$(PYTHON) -m pytest -n 2 -m "not slow and not gpu"
+
+check-slow:
+	$(PYTHON) -m pytest -m slow
+
+check-gpu:
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
+	then $(PYTHON) -m pytest -m gpu; \
+	else echo "check-gpu: no GPU here, so nothing was checked."; fi
