@@ -172,7 +172,7 @@ class Stationarity(ddkit.Loss):
         if len(kept) < len(chosen):
             share = sum(own[name].numel() for name in kept) / sum(own[name].numel() for name in chosen)
             log.warning(
-                "dkkt-stationarity: the teacher's layers %s are scale-invariant (|cosine| of parameters and gradient < 1e-4), so "
+                "dkkt-stationarity: the teacher's layers %s are scale-invariant (parameters and gradient are orthogonal), so "
                 "stationarity cannot be attained there; they are left out and %.1f %% of the selected parameters stay.",
                 ", ".join(invariant), 100 * share,
             )  # fmt: skip
