@@ -109,7 +109,7 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ddkit.InputError(f"The data file {path} does not exist.")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
         raise ddkit.InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error}.") from None
