@@ -1,0 +1,623 @@
+"""Real data: what is in the splits, what is opened, what is said of data that cannot be used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import ddkit
+from ddkit.components import Dataset
+from ddkit.data import RealData, accessible_indices, open_dataset
+from ddkit.images import Normalisation, channel_statistics, common_shape, conform, sheet_png
+from ddkit.recipe import DataTable
+from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def opened(use: str, **options: Any) -> Dataset:
+    return open_dataset(DataTable(use=use, options=options))
+
+
+def write_image(path: Path, pixels: Any, mode: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+    (image if mode is None else image.convert(mode)).save(path)
+    return path
+
+
+def grey(value: int, size: tuple[int, int] = (6, 6)) -> Any:
+    return np.full(size, value, dtype=np.uint8)
+
+
+def rgb(value: int, size: tuple[int, int] = (6, 6)) -> Any:
+    return np.full((*size, 3), (value, value // 2, 7), dtype=np.uint8)
+
+
+# digits
+
+
+def test_digits_are_the_1797_real_ones_in_a_stratified_split() -> None:
+    digits = opened("digits")
+    train, test = digits.labels("train"), digits.labels("test")
+    assert len(train) + len(test) == 1797
+    assert list(digits.class_names) == [str(digit) for digit in range(10)]
+    shares = torch.bincount(test) / (torch.bincount(test) + torch.bincount(train))
+    assert 0.19 < float(shares.min()) <= float(shares.max()) < 0.21
+    assert digits.mirror is False
+
+
+def test_digits_are_single_channel_in_unit_range() -> None:
+    images = torch.stack(list(opened("digits").images("train", range(200))))
+    assert images.shape == (200, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
+
+
+def test_digits_of_the_two_splits_are_all_of_the_source() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = opened("digits")
+    ours = [
+        (image * 16).round().int().flatten().tolist() for s in ("train", "test") for image in digits.images(s, range(len(digits.labels(s))))
+    ]
+    theirs = load_digits().data.astype(int).tolist()
+    assert sorted(ours) == sorted(theirs)
+
+
+# npz
+
+
+def write_npz(path: Path, **arrays: Any) -> str:
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+Y = np.array([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((6, 5, 4), (1, 5, 4)),
+        ((6, 5, 4, 3), (3, 5, 4)),
+        ((6, 5, 4, 1), (1, 5, 4)),
+        ((6, 3, 5, 4), (3, 5, 4)),
+        ((6, 1, 5, 4), (1, 5, 4)),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.uint8, np.float32, np.float64, np.float16])
+def test_npz_takes_the_common_layouts(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...], kind: type) -> None:
+    x = np.random.default_rng(0).random(shape)
+    x = (x * 255).astype(np.uint8) if kind is np.uint8 else x.astype(kind)
+    data = opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, x_test=x[:3], y_test=Y[:3]))
+    images = data.images("train", [0, 5])
+    assert [tuple(image.shape) for image in images] == [expected, expected]
+    assert images[0].dtype == (torch.uint8 if kind is np.uint8 else torch.float32)
+    channel_first = x[5][None] if len(shape) == 3 else (x[5] if shape[1] in (1, 3) else x[5].transpose(2, 0, 1))
+    np.testing.assert_array_equal(images[1].numpy(), channel_first.astype(images[1].numpy().dtype))
+    assert data.labels("test").tolist() == [0, 1, 2]
+
+
+def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path) -> None:
+    x = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    use = write_npz(tmp_path / "a.npz", x_train=x, y_train=np.arange(60) % 3, class_names=np.array(["α", "b c", "d"]))
+    data = opened(use, holdout=0.25)
+    assert torch.bincount(data.labels("test")).tolist() == [5, 5, 5]
+    rows = {s: [int(image[0, 0, 0]) for image in data.images(s, range(len(data.labels(s))))] for s in ("train", "test")}
+    assert sorted(rows["train"] + rows["test"]) == list(range(60))
+    assert all(row % 3 == label for s in rows for row, label in zip(rows[s], data.labels(s).tolist(), strict=True))
+    assert list(data.class_names) == ["α", "b c", "d"]
+    assert torch.equal(opened(use, holdout=0.25).labels("test"), data.labels("test"))
+    other = opened(use, holdout=0.25, holdout_seed=1)
+    assert [int(image[0, 0, 0]) for image in other.images("test", range(15))] != rows["test"]
+
+
+X = np.zeros((6, 4, 4), np.uint8)
+NAN = np.full((6, 4, 4), np.nan)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": X}, "x_train and y_train"),
+        ({}, "x_train and y_train"),
+        ({"x_train": X, "y_train": Y[:5]}, "one for each image"),
+        ({"x_train": X, "y_train": Y.astype(float)}, "must be integers"),
+        ({"x_train": X, "y_train": Y - 1}, "negative label"),
+        ({"x_train": X, "y_train": Y * 1_000_000}, "largest label is 2000000"),
+        ({"x_train": X, "y_train": Y * 2}, "class '1'.*has no training image"),
+        ({"x_train": X[:0], "y_train": Y[:0]}, "no image"),
+        ({"x_train": np.uint8(3), "y_train": Y}, "has shape"),
+        ({"x_train": np.zeros((6, 4, 4, 2), np.uint8), "y_train": Y}, "has shape"),
+        ({"x_train": X.astype(np.float32) + 3, "y_train": Y}, "floats in 0..1"),
+        ({"x_train": NAN, "y_train": Y}, "floats in 0..1"),
+        ({"x_train": X.astype(np.int64), "y_train": Y}, "must be uint8"),
+        ({"x_train": X, "y_train": Y, "x_test": X}, "y_test must be integers"),
+        ({"x_train": X, "y_train": Y, "class_names": np.array(["a", "b"])}, "2 names for 3 classes"),
+        ({"x_train": X, "y_train": Y, "class_names": np.array("abc")}, "1 names for 3 classes"),
+        ({"x_train": X, "y_train": np.array([object()] * 6)}, "plain arrays"),
+    ],
+)
+def test_unusable_npz_is_an_input_error_naming_the_fault(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(ddkit.InputError, match=message):
+        opened(write_npz(tmp_path / "a.npz", **arrays))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", "npy"])
+def test_file_that_is_no_npz_is_an_input_error(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "a.npz"
+    if isinstance(content, str):
+        with path.open("wb") as stream:
+            np.save(stream, X)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ddkit.InputError, match=r"a\.npz"):
+        opened(f"npz:{path}")
+
+
+def test_missing_npz_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(ddkit.InputError, match="does not exist"):
+        opened(f"npz:{tmp_path / 'none.npz'}")
+
+
+def test_npz_fingerprint_tells_a_changed_pixel(tmp_path: Path) -> None:
+    first = opened(write_npz(tmp_path / "a.npz", x_train=X, y_train=Y, x_test=X, y_test=Y)).fingerprint()
+    changed = X.copy()
+    changed[2, 3, 1] = 1
+    assert opened(write_npz(tmp_path / "b.npz", x_train=X, y_train=Y, x_test=X, y_test=Y)).fingerprint() == first
+    assert opened(write_npz(tmp_path / "c.npz", x_train=changed, y_train=Y, x_test=X, y_test=Y)).fingerprint() != first
+
+
+# image folders
+
+
+def test_folder_with_train_and_test_gives_both_splits(image_folder: Path) -> None:
+    data = opened(f"imagefolder:{image_folder}")
+    assert list(data.class_names) == NAMES
+    assert torch.bincount(data.labels("train")).tolist() == [6, 6, 6]
+    assert torch.bincount(data.labels("test")).tolist() == [3, 3, 3]
+    assert data.sources("train", [0, 17]) == ["train/cat/000.png", "train/owl/005.png"]
+    pixels = np.asarray(Image.open(image_folder / "train/owl/005.png"))
+    (image,) = data.images("train", [17])
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_single_folder_holds_out_a_seeded_share_of_each_class(image_folder: Path) -> None:
+    use = f"imagefolder:{image_folder / 'train'}"
+    data = opened(use, holdout=0.34)
+    assert torch.bincount(data.labels("test")).tolist() == [2, 2, 2]
+    train, test = (data.sources(s, range(len(data.labels(s)))) for s in ("train", "test"))
+    assert not set(train) & set(test)
+    assert len({*train, *test}) == 18
+    assert opened(use, holdout=0.34).sources("test", range(6)) == test
+    assert any(opened(use, holdout=0.34, holdout_seed=s).sources("test", range(6)) != test for s in (1, 2, 3))
+
+
+def test_class_of_one_image_keeps_it_for_training(tmp_path: Path) -> None:
+    write_image(tmp_path / "a/1.png", rgb(1))
+    for number in range(5):
+        write_image(tmp_path / f"b/{number}.png", rgb(number))
+    data = opened(f"imagefolder:{tmp_path}")
+    assert (data.labels("train").tolist(), data.labels("test").tolist()) == ([0, 1, 1, 1, 1], [1])
+
+
+def test_class_names_with_spaces_and_other_alphabets_reach_the_artifact(tmp_path: Path) -> None:
+    names = ["Große Katze", "два слова", "猫"]
+    for split in ("train", "test"):
+        for value, name in enumerate(names):
+            for number in range(2):
+                write_image(tmp_path / f"im ages/{split}/{name}/{number} é.png", rgb(60 * value + number, (8, 8)))
+    run = ddkit.distill(losses="dm", dataset=f"imagefolder:{tmp_path / 'im ages'}", ipc=1, pipc=2, sets=SMALL, out=tmp_path / "run")
+    assert ddkit.load(run.path).class_names == sorted(names)
+    manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["real_files"][0] == f"train/{sorted(names)[0]}/0 é.png"
+
+
+def test_hidden_and_other_files_are_ignored(image_folder: Path) -> None:
+    before = opened(f"imagefolder:{image_folder}")
+    for hidden in ("train/cat/._000.png", "train/cat/.DS_Store", "train/cat/notes.txt", "train/.git/x.png", "test/.cache/x.png"):
+        (image_folder / hidden).parent.mkdir(exist_ok=True)
+        (image_folder / hidden).write_bytes(b"no image")
+    after = opened(f"imagefolder:{image_folder}")
+    assert list(after.class_names) == NAMES
+    assert after.sources("train", range(18)) == before.sources("train", range(18))
+    assert after.fingerprint() == before.fingerprint()
+    assert len(after.labels("train")) == 18
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
+def test_every_common_image_mode_is_decoded(tmp_path: Path, mode: str) -> None:
+    pixels = np.zeros((6, 6, 3), np.uint8)
+    pixels[:3] = 255
+    write_image(tmp_path / "a/1.png", pixels, mode)
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert image.shape == ((1 if mode in ("L", "1", "LA") else 3), 6, 6)
+    assert image.dtype == torch.uint8
+    assert (image[:, :3] == 255).all()
+    assert (image[:, 3:] == 0).all()
+
+
+def test_palette_with_transparency_is_decoded_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(rgb(200)).quantize(4).save(tmp_path / "a/1.png", transparency=bytes([255, 0, 255, 0]))
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert image[:, 0, 0].tolist() == [200, 100, 7]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)).save(tmp_path / "a/1.png")
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert image.flatten().tolist() == [round(value * 1040 / 257) for value in range(64)]
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "a/1.tif")
+    with pytest.raises(ddkit.InputError, match="unknown range"):
+        opened(f"imagefolder:{tmp_path}").images("train", [0])
+
+
+def test_grey_and_colour_together_become_colour(tmp_path: Path) -> None:
+    write_image(tmp_path / "a/1.png", grey(10))
+    write_image(tmp_path / "b/1.png", rgb(20))
+    real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
+    assert real.images.shape == (2, 3, 6, 6)
+    assert real.images[:, :, 0, 0].tolist() == [[10, 10, 10], [20, 10, 7]]
+
+
+def test_folder_of_grey_images_stays_single_channel(tmp_path: Path) -> None:
+    write_image(tmp_path / "a/1.png", grey(10))
+    write_image(tmp_path / "b/1.png", grey(20))
+    assert RealData(opened(f"imagefolder:{tmp_path}"), "all", 0).info.shape == (1, 6, 6)
+
+
+def test_mixed_sizes_become_the_most_common_one_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, size in enumerate([(12, 4), (6, 8), (6, 8), (6, 8)]):
+        write_image(tmp_path / f"train/a/{number}.png", rgb(90, size))
+    with caplog.at_level(logging.WARNING, "ddkit"):
+        real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
+    assert real.images.shape == (4, 3, 6, 8)
+    assert real.images[0, :, 3, 4].tolist() == [90, 45, 7]
+    assert "1 of 4 images were resized to 6 x 8 pixels" in caplog.text
+
+
+def test_images_of_one_size_are_not_said_to_be_resized(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RealData(opened(f"imagefolder:{image_folder}"), "all", 0)
+    assert "resized" not in caplog.text
+
+
+def test_common_shape_is_the_most_frequent_and_of_equals_the_larger() -> None:
+    def of(*shapes: tuple[int, int, int]) -> tuple[int, int, int]:
+        return common_shape([torch.zeros(shape) for shape in shapes])
+
+    assert of((1, 4, 6), (1, 8, 8), (1, 4, 6)) == (1, 4, 6)
+    assert of((3, 4, 6), (1, 8, 8)) == (3, 8, 8)
+
+
+def test_size_option_resizes_every_image(tmp_path: Path, image_folder: Path) -> None:
+    data = opened(f"imagefolder:{image_folder}", size=[5, 9])
+    assert [tuple(image.shape) for image in data.images("train", [0, 7])] == [(3, 5, 9)] * 2
+    assert data.fingerprint() != opened(f"imagefolder:{image_folder}").fingerprint()
+    for bad in ([5], [0, 4], [3, 3, 3]):
+        with pytest.raises(ddkit.InputError, match="height, width"):
+            opened(f"imagefolder:{image_folder}", size=bad)
+
+
+def test_non_square_images_go_through_a_whole_run(tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "images", size=(8, 14), train=3, test=2)
+    run = ddkit.distill(losses="dm,dkkt", dataset=f"imagefolder:{folder}", ipc=1, pipc=3, sets=SMALL, out=tmp_path / "run")
+    assert ddkit.load(run.path).images.shape == (3, 3, 8, 14)
+
+
+def test_labels_and_listing_open_no_image(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "open", _poison)
+    data = opened(f"imagefolder:{image_folder}")
+    assert len(data.labels("train")) == 18
+    assert data.sources("train", [3])
+    with pytest.raises(RuntimeError, match="opened"):
+        data.images("train", [3])
+
+
+def _poison(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("an image was opened")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "does not exist"),
+        (lambda root: [shutil.rmtree(root / "train" / name) for name in NAMES], "no class folders"),
+        (lambda root: [file.unlink() for file in (root / "train/dog").iterdir()], "dog holds no image"),
+        (lambda root: (root / "test/zebra").mkdir(), "class 'zebra'"),
+    ],
+)
+def test_unusable_folder_is_an_input_error(image_folder: Path, prepare: Callable[[Path], Any], message: str) -> None:
+    prepare(image_folder)
+    with pytest.raises(ddkit.InputError, match=message):
+        opened(f"imagefolder:{image_folder}")
+
+
+def test_corrupt_image_is_an_input_error_naming_the_file(image_folder: Path) -> None:
+    (image_folder / "train/cat/000.png").write_bytes((image_folder / "train/cat/000.png").read_bytes()[:60])
+    with pytest.raises(ddkit.InputError, match=r"train/cat/000\.png cannot be decoded"):
+        opened(f"imagefolder:{image_folder}").images("train", [0])
+
+
+def test_folder_that_cannot_be_listed_is_an_input_error(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", denied)
+    with pytest.raises(ddkit.InputError, match="cannot be listed: Permission denied"):
+        opened(f"imagefolder:{image_folder}")
+
+
+# practical access
+
+
+@pytest.mark.parametrize("pipc", [0, 1, 4, 5, 100, "all"])
+def test_accessible_rows_are_ascending_per_class_and_at_most_pipc(pipc: int | str) -> None:
+    labels = torch.tensor([2, 0, 1, 0, 2, 2, 0, 2, 0, 2, 0])
+    chosen = accessible_indices(labels, 3, pipc, seed=0)
+    found = [labels[row].item() for row in chosen]
+    assert found == sorted(found)
+    for label, size in enumerate((5, 1, 5)):
+        rows = [row for row in chosen if labels[row] == label]
+        assert rows == sorted(set(rows))
+        assert len(rows) == (size if pipc == "all" else min(size, int(pipc)))
+
+
+def test_choice_of_a_class_depends_on_the_seed_and_that_class_alone() -> None:
+    labels = torch.arange(60) % 3
+    chosen = accessible_indices(labels, 3, 5, seed=0)
+    assert accessible_indices(labels, 3, 5, seed=0) == chosen
+    assert accessible_indices(labels, 3, 5, seed=1) != chosen
+    grown = accessible_indices(torch.cat([labels, torch.tensor([2, 2, 2])]), 3, 5, seed=0)
+    assert grown[:10] == chosen[:10]
+    assert grown[10:] != chosen[10:]
+
+
+def test_manifest_lists_the_accessible_images_and_only_these_are_counted(tmp_path: Path, image_folder: Path) -> None:
+    run = ddkit.distill(losses="dm", dataset=f"imagefolder:{image_folder}", ipc=1, pipc=2, seed=3, sets=SMALL, out=tmp_path / "run")
+    listed = json.loads((run.path / "manifest.json").read_text())["real_files"]
+    labels = opened(f"imagefolder:{image_folder}").labels("train")
+    expected = opened(f"imagefolder:{image_folder}").sources("train", accessible_indices(labels, 3, 2, 3))
+    assert listed == expected
+    assert len(listed) == 6
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, image_folder: Path) -> Path:
+    path = tmp_path / "teacher.safetensors"
+    ddkit.train(path, dataset=f"imagefolder:{image_folder}", sets={"train.epochs": 1, "teacher.width": 8})
+    return path
+
+
+def accessible(folder: Path, out: str) -> set[Path]:
+    return {folder / name for name in json.loads(Path(out, "manifest.json").read_text())["real_files"]}
+
+
+def test_garbage_in_every_inaccessible_file_changes_nothing(cli: Callable[..., Result], image_folder: Path, teacher: Path) -> None:
+    flags = ["--losses", "dm,dkkt", "--dataset", f"imagefolder:{image_folder}", "--teacher", teacher, "--pipc", 2, *SMALL_FLAGS]
+    assert cli("distill", *flags, "--out", "before").code == 0
+    others = set((image_folder / "train").rglob("*.png")) - accessible(image_folder, "before")
+    assert len(others) == 12
+    for file in others:
+        file.write_bytes(b"garbage")
+    after = cli("distill", *flags, "--out", "after")
+    assert after.code == 0, after.err
+    for name in ("synthetic.safetensors", "evaluation.json"):
+        assert Path("before", name).read_bytes() == Path("after", name).read_bytes()
+    # negative control: an accessible file is opened, and its garbage is an error of the data
+    spoilt = sorted(accessible(image_folder, "before"))[0]
+    spoilt.write_bytes(b"garbage")
+    failed = cli("distill", *flags, "--out", "failed")
+    assert failed.code == 4
+    assert str(spoilt) in failed.err
+    assert not Path("failed").exists()
+
+
+def test_distilling_opens_no_training_file_but_the_accessible_ones(
+    tmp_path: Path, image_folder: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_files: set[Path] = set()
+    original = Image.open
+
+    def recording(file: Any, *arguments: Any, **options: Any) -> Any:
+        opened_files.add(Path(file))
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", recording)
+    run = ddkit.distill(
+        losses="dm",
+        dataset=f"imagefolder:{image_folder}",
+        teacher=str(teacher),
+        pipc=2,
+        sets=SMALL,
+        evaluators="none",
+        out=tmp_path / "run",
+    )
+    assert opened_files == accessible(image_folder, str(run.path))
+
+
+# torchvision's data sets, without a network
+
+
+class FakeMnist:
+    def __init__(self, root: str, *, train: bool, download: bool) -> None:
+        assert Path(root).is_dir()
+        assert download
+        self.data = torch.arange(20 * 28 * 28).view(20, 28, 28).to(torch.uint8)
+        self.targets = torch.arange(20) % 10
+
+
+class FakeCifar(FakeMnist):
+    def __init__(self, root: str, *, train: bool, download: bool) -> None:
+        self.data = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # type: ignore[assignment]
+        self.targets = [row % 10 for row in range(20)]  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fake", "shape", "first"),
+    [
+        ("mnist", "MNIST", FakeMnist, (1, 28, 28), "0"),
+        ("fashion-mnist", "FashionMNIST", FakeMnist, (1, 28, 28), "t-shirt"),
+        ("cifar10", "CIFAR10", FakeCifar, (3, 32, 32), "airplane"),
+    ],
+)
+def test_torchvision_data_has_the_right_shape_and_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, fake: Any, shape: tuple[int, ...], first: str
+) -> None:
+    monkeypatch.setattr(f"torchvision.datasets.{source}", fake)
+    data = open_dataset(DataTable(use=name, dir=str(tmp_path / "down load")))
+    assert len(data.class_names) == 10
+    assert data.class_names[0] == first
+    for split in ("train", "test"):
+        assert data.labels(split).dtype == torch.int64
+        images = data.images(split, [0, 19])
+        assert [tuple(image.shape) for image in images] == [shape, shape]
+    raw = fake(str(tmp_path), train=True, download=True).data
+    reference = torch.as_tensor(raw)[7]
+    assert torch.equal(data.images("train", [7])[0], reference[None] if reference.ndim == 2 else reference.permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("Error downloading x.gz"), ConnectionResetError()])
+def test_failed_download_names_digits_and_imagefolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+    with pytest.raises(ddkit.InputError) as caught:
+        open_dataset(DataTable(use="cifar10", dir=str(tmp_path)))
+    for part in ("cifar10", str(tmp_path), "--dataset digits", "imagefolder:PATH", "--data-dir"):
+        assert part in str(caught.value)
+
+
+# a stranger's data set
+
+
+class Stranger(ddkit.Dataset):
+    names: Sequence[str] = ("a", "b")
+    targets: Any = (0, 1)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.names
+
+    def labels(self, split: str) -> Tensor:
+        return torch.tensor(self.targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [((0, 1, 2), "label 2 but only 2 class names"), ((0, -1), "could not be opened"), ((0, 0), "class 'b'"), ("ab", "could not be opened")],
+)
+def test_strange_labels_are_an_input_error(monkeypatch: pytest.MonkeyPatch, targets: Any, message: str) -> None:
+    made = Stranger()
+    made.targets = targets
+    monkeypatch.setattr("ddkit.plugins.create", lambda *_, **__: made)
+    with pytest.raises(ddkit.InputError, match=message):
+        open_dataset(DataTable(use="stranger"))
+
+
+# images as tensors
+
+
+def test_luminance_of_colour_images_follows_pillow() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    (ours,) = conform([torch.from_numpy(pixels).permute(2, 0, 1)], (1, 6, 6))
+    theirs = np.asarray(Image.fromarray(pixels).convert("L")).astype(int)
+    assert np.abs(ours[0].numpy().astype(int) - theirs).max() <= 1
+
+
+def test_conform_of_bytes_and_floats_together_gives_floats_in_unit_range() -> None:
+    images = conform([torch.full((1, 2, 2), 255, dtype=torch.uint8), torch.full((1, 2, 2), 0.5)], (1, 2, 2))
+    assert images.dtype == torch.float32
+    assert images[:, 0, 0, 0].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_channel_statistics_agree_with_numpy_across_chunks(kind: torch.dtype) -> None:
+    raw = torch.randint(0, 256, (2300, 3, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    raw[:, 1] //= 3
+    mean, std = channel_statistics(raw if kind == torch.uint8 else raw.float() / 255)
+    reference = raw.double().numpy() / 255
+    np.testing.assert_allclose(mean, reference.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(std, reference.std((0, 2, 3)), rtol=1e-6)
+
+
+def test_normalising_and_back_is_the_identity() -> None:
+    norm = Normalisation((0.1, 0.5, 0.9), (0.2, 0.3, 0.4))
+    x = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm.to_pixels(norm.normalise(x)), x)
+    assert norm.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten().tolist() == pytest.approx([4.5, 5 / 3, 0.25])
+
+
+def test_sheet_has_a_row_per_class_and_takes_any_name() -> None:
+    import io
+
+    labels = torch.tensor([0, 0, 1])
+    png = sheet_png(torch.rand(3, 1, 8, 8), labels, ["猫 Katze", "b"])
+    sheet = Image.open(io.BytesIO(png))
+    assert sheet.height == 2 * (64 + 4)
+    assert sheet.width > 2 * (64 + 4)
+
+
+# initializers
+
+
+def start(ipc: int, counts: Sequence[int], seed: int = 0) -> ddkit.Start:
+    real_labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    return ddkit.Start(
+        labels=torch.arange(len(counts)).repeat_interleave(ipc),
+        shape=(3, 4, 5),
+        real_images=torch.arange(len(real_labels)).view(-1, 1, 1, 1).expand(-1, 3, 4, 5).float(),
+        real_labels=real_labels,
+        generator=lambda label: ddkit.generator(seed, "initial images", label),
+    )
+
+
+def test_real_initializer_draws_distinct_images_of_the_class() -> None:
+    begin = start(3, [5, 7])
+    images = ddkit.create("initializer", "real")(begin)
+    rows = images[:, 0, 0, 0].long()
+    assert images.shape == (6, 3, 4, 5)
+    assert len(set(rows.tolist())) == 6
+    assert torch.equal(begin.real_labels[rows], begin.labels)
+    assert not torch.equal(ddkit.create("initializer", "real")(start(3, [5, 7], seed=1)), images)
+
+
+def test_real_initializer_with_ipc_equal_to_the_class_is_the_real_set() -> None:
+    begin = start(4, [4, 4])
+    assert torch.equal(ddkit.create("initializer", "real")(begin), begin.real_images)
+
+
+def test_real_initializer_refuses_more_than_there_is() -> None:
+    initializer = ddkit.create("initializer", "real")
+    initializer.check(3, {"cat": 3, "dog": 9})
+    with pytest.raises(ddkit.InputError, match=r"'cat' has 3.*--pipc"):
+        initializer.check(4, {"cat": 3, "dog": 9})
+
+
+def test_initial_images_of_a_class_do_not_depend_on_other_classes() -> None:
+    for name in ("noise", "real"):
+        initializer = ddkit.create("initializer", name)
+        assert torch.equal(initializer(start(2, [5, 6]))[:2], initializer(start(2, [5, 3, 4]))[:2])
+
+
+def test_noise_has_the_asked_for_deviation() -> None:
+    images = ddkit.create("initializer", "noise", {"std": 0.1})(start(200, [1, 1]))
+    assert abs(float(images.std()) - 0.1) < 2e-3
+    assert abs(float(images.mean())) < 2e-3
