@@ -197,7 +197,12 @@ def test_brightness_saturation_and_contrast_have_the_published_ranges() -> None:
 @pytest.mark.parametrize(("name", "low", "high"), [("scale", 1 / 1.2, 1.2), ("rotate", -15.0, 15.0)])
 def test_scale_and_angle_have_the_published_ranges(name: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    monkeypatch.setattr(operations, "warp", lambda x, matrices: seen.append(matrices) or x)
+
+    def keep(x: Tensor, matrices: Tensor) -> Tensor:
+        seen.append(matrices)
+        return x
+
+    monkeypatch.setattr(operations, "warp", keep)
     numbers = torch.rand(2000, operations.NUMBERS[name], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     operations.FUNCTIONS[name](images(2000, (1, 2, 2)), numbers, SiameseAugmentation.Options())
     matrices = seen[0]

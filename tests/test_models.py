@@ -87,7 +87,7 @@ def _public_convnet() -> nn.Module:
             self.classifier = nn.Linear(2048, 10)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.classifier(self.features(x).flatten(1))  # type: ignore[no-any-return]
+            return self.classifier(self.features(x).flatten(1))
 
     with drawn_from(1, "public"):
         return Public()
@@ -175,7 +175,7 @@ class Plain(nn.Module):
         self.first, self.last = nn.Linear(12, 5), nn.Linear(5, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.first(x.flatten(1)).relu())  # type: ignore[no-any-return]
+        return self.last(self.first(x.flatten(1)).relu())
 
 
 def test_model_without_embed_is_embedded_by_the_input_of_its_last_linear_layer() -> None:
