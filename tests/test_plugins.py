@@ -1,0 +1,403 @@
+"""Discovery of plugins: strangers of every broken kind, what listing costs, and what list and info say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ddkit import plugins
+from ddkit.errors import FlagError, PluginError
+from tests.conftest import SMALL_FLAGS, Result
+
+Install = Callable[..., None]
+FINE = '''
+import ddkit
+
+class Fine(ddkit.Loss):
+    """Says that it is fine.
+
+    And more.
+    """
+
+    def __call__(self, step):
+        return step.images.square().mean()
+'''
+KINDS = ("loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "observer")
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Returns a function that installs a distribution: `install("dist", {"ddkit.losses": {"x": "module:Class"}}, module="source")`."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    before = set(sys.modules)
+
+    def run(distribution: str, groups: dict[str, dict[str, str]], **modules: str) -> None:
+        info = site / f"{distribution.replace('-', '_')}-2.5.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 2.5\n")
+        text = "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in points.items()) for group, points in groups.items())
+        (info / "entry_points.txt").write_text(text)
+        for name, source in modules.items():
+            (site / f"{name}.py").write_text(source)
+        _forget()
+
+    yield run
+    monkeypatch.undo()
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(site)):
+            del sys.modules[name]
+    _forget()
+
+
+def _forget() -> None:
+    importlib.invalidate_caches()
+    plugins.plugins.cache_clear()
+    plugins.load_plugin.cache_clear()
+
+
+def _loss(install: Install, source: str, *, name: str = "odd", distribution: str = "odd-dist", module: str = "odd_module") -> None:
+    install(distribution, {"ddkit.losses": {name: f"{module}:Fine"}}, **{module: source})
+
+
+def _rows(cli: Callable[..., Result], *arguments: str) -> dict[str, dict[str, str]]:
+    result = cli("list", *arguments, "--json")
+    assert result.code == 0, result.err
+    return {f"{row['kind']} {row['distribution']}/{row['name']}": row for row in json.loads(result.out)["components"]}
+
+
+# A stranger that works
+
+
+def test_a_strangers_loss_is_listed_loaded_described_and_run(install: Install, cli: Callable[..., Result]) -> None:
+    _loss(install, FINE, name="fine")
+    row = _rows(cli)["loss odd-dist/fine"]
+    expected = {
+        "kind": "loss",
+        "name": "fine",
+        "distribution": "odd-dist",
+        "version": "2.5",
+        "summary": "Says that it is fine.",
+        "status": "ok",
+    }
+    assert row == expected
+    assert "odd_module" not in sys.modules
+    assert plugins.load("loss", "fine") is plugins.load("loss", "odd-dist/fine")
+    assert "And more." in cli("info", "fine").out
+    result = cli("distill", "--losses", "fine", "--pipc", 1, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert result.code == 0, result.err
+
+
+def test_a_class_that_a_module_only_imports_is_described_all_the_same(install: Install, cli: Callable[..., Result]) -> None:
+    install("odd", {"ddkit.losses": {"fine": "front:Renamed"}}, front="from back import Fine as Renamed\n", back=FINE)
+    row = _rows(cli)["loss odd/fine"]
+    assert (row["status"], row["summary"]) == ("ok", "Says that it is fine.")
+
+
+# Strangers that do not: each is data for `list`, an error for whoever asks for it, and nothing for anyone else
+
+BROKEN = [
+    ("import no_such_module_anywhere\n" + FINE, "ok", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+    ("raise SystemExit(7)\n" + FINE, "ok", "SystemExit: 7"),
+    ("def broken(:\n", "SyntaxError in odd_module.py, line 1", "SyntaxError"),
+    ("x = '\0'\n", "SyntaxError in odd_module.py", "null bytes"),
+    ("import ddkit\n", "odd_module has no Fine", "has no attribute 'Fine'"),
+    (FINE.replace("ddkit.Loss", "ddkit.Initializer"), "ok", "not a subclass of ddkit.Loss"),
+    ("def Fine():\n    '''A function.'''\n", "ok", "not a subclass of ddkit.Loss"),
+    (FINE + "    api = 2\n", "ok", "written for plugin API 2, this ddkit has 1"),
+]  # fmt: skip
+BROKEN_IDS = ["import error", "exit on import", "syntax error", "null byte", "missing class", "wrong base", "function", "api number"]
+
+
+@pytest.mark.parametrize(("source", "status", "cause"), BROKEN, ids=BROKEN_IDS)
+def test_a_broken_plugin_is_data_for_list_and_an_error_only_for_its_user(
+    install: Install, cli: Callable[..., Result], source: str, status: str, cause: str
+) -> None:
+    _loss(install, source)
+    install("good-dist", {"ddkit.losses": {"good": "good_module:Fine"}}, good_module=FINE)
+    rows = _rows(cli)
+    assert rows["loss odd-dist/odd"]["status"].startswith(status)
+    assert rows["loss good-dist/good"]["status"] == rows["loss ddkit/dm"]["status"] == "ok"
+    with pytest.raises(PluginError) as caught:
+        plugins.load("loss", "odd")
+    for word in ("loss 'odd' of odd-dist 2.5", cause, "nstall"):
+        assert word in str(caught.value)
+    assert plugins.load("loss", "good").__name__ == "Fine"
+    assert cli("distill", "--losses", "good,dm", "--pipc", 1, "--plan").code == 0
+    result = cli("distill", "--losses", "odd", "--pipc", 1, "--plan")
+    assert (result.code, result.out) == (3, "")
+    assert cause in " ".join(result.err.split())
+
+
+def test_a_plugin_whose_module_is_gone_is_data_for_list(install: Install, cli: Callable[..., Result]) -> None:
+    install("odd-dist", {"ddkit.losses": {"odd": "gone.away:Fine", "none": "gone"}})
+    rows = _rows(cli)
+    assert rows["loss odd-dist/odd"]["status"] == "module gone.away not found"
+    assert rows["loss odd-dist/none"]["status"] == "module gone not found"
+    with pytest.raises(PluginError, match="No module named 'gone'"):
+        plugins.load("loss", "odd")
+
+
+def test_the_first_partys_name_wins_and_the_stranger_is_reachable_by_its_distribution(install: Install, cli: Callable[..., Result]) -> None:
+    _loss(install, FINE, name="dm")
+    rows = _rows(cli)
+    assert rows["loss ddkit/dm"]["status"] == "ok"
+    assert rows["loss odd-dist/dm"]["status"] == "name taken (say odd-dist/dm)"
+    assert plugins.load("loss", "dm").__module__ == "ddkit_dm"
+    assert plugins.load("loss", "odd-dist/dm").__module__ == plugins.load("loss", "Odd_Dist/dm").__module__ == "odd_module"
+    flags = ["--pipc", 2, "--evaluate", "none", *SMALL_FLAGS]
+    result = cli("distill", "--losses", "odd-dist/dm:0.5,dm:0.25", "--out", "run", *flags)
+    assert result.code == 0, result.err
+    used = {row["distribution"] for row in json.loads(Path("run/manifest.json").read_text())["plugins"] if row["kind"] == "loss"}
+    assert used == {"ddkit", "odd-dist"}
+    assert cli("distill", "--recipe", "run/recipe.toml", "--out", "again").code == 0
+    assert Path("run/synthetic.safetensors").read_bytes() == Path("again/synthetic.safetensors").read_bytes()
+
+
+def test_two_strangers_with_one_name_are_an_error_on_use_that_names_both(install: Install, cli: Callable[..., Result]) -> None:
+    _loss(install, FINE, name="twin", distribution="one", module="one_module")
+    _loss(install, FINE, name="twin", distribution="two", module="two_module")
+    rows = _rows(cli)
+    assert "say one/twin" in rows["loss one/twin"]["status"]
+    assert "say two/twin" in rows["loss two/twin"]["status"]
+    with pytest.raises(PluginError, match="one/twin and two/twin"):
+        plugins.load("loss", "twin")
+    assert plugins.load("loss", "two/twin").__module__ == "two_module"
+    assert cli("distill", "--losses", "dm", "--pipc", 1, "--plan").code == 0
+    result = cli("distill", "--losses", "twin", "--pipc", 1, "--plan")
+    assert result.code == 3
+    assert "one/twin and two/twin" in result.err
+
+
+@pytest.mark.parametrize("name", ["Odd", "9lives", "odd_name", "odd.name"])
+def test_a_bad_name_is_shown_and_refused(install: Install, cli: Callable[..., Result], name: str) -> None:
+    _loss(install, FINE, name=name)
+    assert _rows(cli)[f"loss odd-dist/{name}"]["status"].startswith("bad name")
+    with pytest.raises(PluginError, match="lower-case letters, digits and hyphens"):
+        plugins.load("loss", name)
+
+
+def test_ddkit_plugins_restricts_strangers_and_never_the_first_party(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    _loss(install, FINE, name="a", distribution="one", module="one_module")
+    _loss(install, FINE, name="b", distribution="two-x", module="two_module")
+    for value, expected in (("one", {"a"}), ("Two_X , nobody", {"b"}), ("one,two.x", {"a", "b"}), ("", set()), (",", set())):
+        monkeypatch.setenv("DDKIT_PLUGINS", value)
+        _forget()
+        names = {p.name for p in plugins.plugins() if p.kind == "loss"}
+        assert names & {"a", "b"} == expected
+        assert "dm" in names
+
+
+# Recipes and observers of strangers
+
+
+def test_a_strangers_recipes_are_found_without_importing_its_package(install: Install, cli: Callable[..., Result], tmp_path: Path) -> None:
+    package = tmp_path / "site" / "odd_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    (package / "quick.toml").write_text("summary = 'Quick'\nsteps = 1\n[losses.image-norm]\n")
+    (package / "torn.toml").write_text("summary = \n")
+    install("odd-dist", {"ddkit.recipes": {"anything": "odd_package"}})
+    rows = _rows(cli, "recipes")
+    assert rows["recipe odd-dist/quick"]["summary"] == "Quick"
+    assert rows["recipe odd-dist/torn"]["status"].startswith("TOMLDecodeError")
+    assert rows["recipe ddkit/default"]["status"] == "ok"
+    assert cli("distill", "--recipe", "quick", "--pipc", 1, "--plan").code == 0
+    assert cli("distill", "--recipe", "torn", "--plan").code == 4
+
+
+OBSERVER = '''
+"""Writes down what it sees."""
+import ddkit
+
+SEEN = []
+
+@ddkit.hookimpl
+def run_started(path):
+    SEEN.append("started")
+
+@ddkit.hookimpl
+def step_finished(index, steps):
+    SEEN.append((index, steps))
+
+@ddkit.hookimpl
+def run_finished(path):
+    SEEN.append("finished")
+'''
+
+
+def test_a_module_as_observer_sees_the_run(install: Install, cli: Callable[..., Result]) -> None:
+    install("watching", {"ddkit.hooks": {"watcher": "watching_module"}}, watching_module=OBSERVER)
+    row = _rows(cli, "observer")["observer watching/watcher"]
+    assert (row["status"], row["summary"]) == ("ok", "Writes down what it sees.")
+    result = cli("distill", "--losses", "dm", "--pipc", 2, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert result.code == 0, result.err
+    assert sys.modules["watching_module"].SEEN == ["started", (0, 2), (1, 2), "finished"]
+
+
+@pytest.mark.parametrize("broken", ["import no_such_module_anywhere\n", OBSERVER.replace("SEEN.append", "no_such_name")])
+def test_a_broken_observer_never_stops_a_run(
+    install: Install, cli: Callable[..., Result], caplog: pytest.LogCaptureFixture, broken: str
+) -> None:
+    install("bad", {"ddkit.hooks": {"bad": "bad_module"}}, bad_module=broken)
+    install("watching", {"ddkit.hooks": {"watcher": "watching_module"}}, watching_module=OBSERVER)
+    result = cli("distill", "--losses", "dm", "--pipc", 2, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert result.code == 0, result.err
+    assert "finished" in sys.modules["watching_module"].SEEN
+    assert sum("'bad'" in record.message for record in caplog.records) == 1
+
+
+# What listing costs
+
+SPY = """
+import sys
+from ddkit.cli import main
+try:
+    main()
+finally:
+    wanted = {"torch", "numpy", "sklearn", "torchvision", "ddkit_dm", "ddkit_models", "ddkit_datasets", "spy_module"}
+    heavy = sorted(wanted & set(sys.modules))
+    print("heavy:", *heavy, file=sys.stderr)
+"""
+
+
+def _imports(*arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-c", SPY, *arguments], capture_output=True, text=True, check=False, env=dict(os.environ))
+    return next(line for line in done.stderr.splitlines() if line.startswith("heavy:"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [("list",), ("list", "--json"), ("--help",), ("distill", "--help"), ("--version",), ("info", "default")]
+)
+def test_it_imports_no_plugin_and_neither_torch_nor_numpy(install: Install, arguments: tuple[str, ...]) -> None:
+    install("spying", {"ddkit.losses": {"spy": "spy_module:Fine"}, "ddkit.hooks": {"spy": "spy_module"}}, spy_module=FINE)
+    assert _imports(*arguments) == "heavy:"
+
+
+@pytest.mark.parametrize("arguments", [("distill", "--losses", "dmm"), ("distill", "--set", "x=1"), ("distill", "--ipc", "0")])
+def test_a_mistaken_flag_is_refused_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+    assert _imports(*arguments) == "heavy:"
+
+
+def test_the_import_check_can_fail(install: Install) -> None:
+    _loss(install, FINE, name="spy", module="spy_module")
+    found = _imports("info", "spy").split()
+    assert "spy_module" in found
+    assert "ddkit_models" in _imports("info", "model", "convnet").split()
+    assert {"torch", "numpy"} <= set(_imports("distill", "--plan", "--pipc", "1", "--losses", "dm").split())
+
+
+def _seconds(*arguments: str) -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "ddkit", *arguments], capture_output=True, check=True)
+    return time.perf_counter() - began
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("--help",)])
+def test_it_answers_within_half_a_second(arguments: tuple[str, ...]) -> None:
+    assert min(_seconds(*arguments) for _ in range(5)) < 0.5
+
+
+# What list and info say
+
+
+def test_the_listing_follows_its_schema(cli: Callable[..., Result]) -> None:
+    result = cli("list", "--json")
+    found = json.loads(result.out)
+    assert set(found) == {"schema", "components"}
+    assert found["schema"] == 1
+    for row in found["components"]:
+        assert list(row) == ["kind", "name", "distribution", "version", "summary", "status"]
+        assert all(isinstance(value, str) for value in row.values())
+        assert row["kind"] in KINDS
+        if row["distribution"] == "ddkit":
+            assert row["status"] == "ok"
+            assert row["summary"]
+    assert result.err == ""
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"),
+    [*((kind, kind) for kind in KINDS), ("losses", "loss"), ("loss-groups", "loss-group"), ("loss_groups", "loss-group"),
+     *((f"{kind}s", kind) for kind in KINDS if kind not in ("loss", "loss-group")), ("Losses", "loss")],
+)  # fmt: skip
+def test_a_kind_is_said_in_singular_or_plural(word: str, kind: str) -> None:
+    assert plugins.parse_kind(word) == kind
+
+
+def test_an_unknown_kind_is_refused_with_the_nearest(cli: Callable[..., Result]) -> None:
+    with pytest.raises(FlagError, match="Did you mean 'loss'"):
+        plugins.parse_kind("lose")
+    assert cli("list", "models").out != cli("list", "datasets").out
+    assert cli("list", "lozzes").code == 2
+
+
+def test_listing_one_kind_shows_that_kind_only(cli: Callable[..., Result]) -> None:
+    assert {row["kind"] for row in _rows(cli, "losses").values()} == {"loss"}
+    assert "dkkt-primal" in cli("list", "losses").out
+    assert "digits" not in cli("list", "losses").out
+
+
+def test_check_imports_each_in_another_process_and_says_which_fail(install: Install, cli: Callable[..., Result]) -> None:
+    install(
+        "odd-dist",
+        {"ddkit.losses": {"bad": "bad_module:Fine", "dead": "dead_module:Fine", "fine": "fine_module:Fine", "wrong": "wrong_module:Fine"}},
+        bad_module="import no_such_module_anywhere\n" + FINE,
+        dead_module="import os\nos._exit(9)\n" + FINE,
+        fine_module="print('noise')\n" + FINE,
+        wrong_module=FINE + "    api = 3\n",
+    )
+    status = {key: row["status"] for key, row in _rows(cli, "losses", "--check").items()}
+    assert "no_such_module_anywhere" in status["loss odd-dist/bad"]
+    assert "ended the process (exit 9)" in status["loss odd-dist/dead"]
+    assert "API 3" in status["loss odd-dist/wrong"]
+    assert status["loss odd-dist/fine"] == status["loss ddkit/dm"] == status["loss ddkit/gm"] == "ok"
+    assert "bad_module" not in sys.modules
+
+
+FIRST_PARTY = [(p.kind, p.name) for p in plugins.plugins() if p.first_party]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIRST_PARTY)
+def test_info_describes_every_component_and_its_options(cli: Callable[..., Result], kind: str, name: str) -> None:
+    page, facts = cli("info", kind, name), cli("info", kind, name, "--json")
+    assert page.code == facts.code == 0, page.err + facts.err
+    assert page.err == ""
+    found = json.loads(facts.out)
+    assert (found["schema"], found["kind"], found["name"], found["distribution"]) == (1, kind, name, "ddkit")
+    assert name in page.out.splitlines()[0]
+    if kind == "recipe":
+        assert found["text"].strip() in page.out
+        return
+    assert found["description"].splitlines()[0] in page.out
+    for option in found.get("options", []):
+        assert set(option) == {"name", "type", "default", "bounds", "description"}
+        assert f"{option['name']} = {json.dumps(option['default'])}" in page.out
+    own = plugins.load(kind, name).Options.__struct_fields__ if kind != "loss-group" else ()
+    assert {option["name"] for option in found.get("options", [])} == set(own)
+    if kind == "loss-group":
+        assert ", ".join(found["members"]) in page.out
+
+
+def test_info_names_requirements_and_bounds(cli: Callable[..., Result]) -> None:
+    assert "real=true" in cli("info", "loss", "dm").out
+    assert "> 0" in cli("info", "noise").out
+
+
+def test_info_of_an_ambiguous_or_unknown_name_says_what_to_type(cli: Callable[..., Result]) -> None:
+    ambiguous = cli("info", "dm")
+    assert (ambiguous.code, ambiguous.out) == (3, "")
+    assert "ddkit info loss dm" in ambiguous.err
+    assert "Did you mean 'convnet'?" in cli("info", "convnett").err
+    assert "Did you mean 'digits'?" in cli("info", "dataset", "digitz").err
+    assert cli("info", "a", "b", "c").code == 2
