@@ -387,6 +387,8 @@ def test_choice_of_a_class_depends_on_the_seed_and_that_class_alone() -> None:
     grown = accessible_indices(torch.cat([labels, torch.tensor([2, 2, 2])]), 3, 5, seed=0)
     assert grown[:10] == chosen[:10]
     assert grown[10:] != chosen[10:]
+    places = [[row // 3 for row in chosen[5 * label : 5 * label + 5]] for label in range(3)]
+    assert places[0] != places[1] != places[2]  # equally large classes are drawn independently
 
 
 def test_manifest_lists_the_accessible_images_and_only_these_are_counted(tmp_path: Path, image_folder: Path) -> None:

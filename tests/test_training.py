@@ -353,9 +353,9 @@ def test_progress_counts_every_network() -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_evaluation_is_the_same_compiled_or_not() -> None:
-    plain, fast = (evaluated(compile=how, precision="float32", repeats=2, epochs=60, model="mlp")[0] for how in ("never", "always"))
+    plain, fast = (evaluated(compile=how, precision="float32", repeats=2, epochs=150)[0] for how in ("never", "always"))
     assert (plain.details["compiled"], fast.details["compiled"]) == (False, True)
-    assert plain.accuracy_mean > 0.5
+    assert plain.accuracy_mean > 0.8
     assert fast.accuracy_mean == pytest.approx(plain.accuracy_mean, abs=0.05)
     assert fast.random_real_mean == pytest.approx(plain.random_real_mean, abs=0.05)
 
