@@ -269,6 +269,8 @@ def evaluate(
     base = None if directory is None else directory.read_recipe()
     if base is None and dataset is None and not any(key.startswith("data.") for key in sets or {}):
         raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+    if evaluators is None and base is not None and not base.get("evaluators"):
+        evaluators = "accuracy"
     recipe = recipe_for(
         base, evaluators=evaluators, protocol=protocol, sets=list((sets or {}).items()), data__use=dataset,
         data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,

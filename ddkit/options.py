@@ -93,7 +93,7 @@ def parse_struct(kind: type[T], table: Mapping[str, Any], where: str) -> T:
     try:
         return msgspec.convert(dict(table), kind)
     except msgspec.ValidationError as error:
-        raise _explained(error, where, table) from None
+        raise _explained(error, kind, where, table) from None
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -107,7 +107,7 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _explained(error: msgspec.ValidationError, where: str, table: Mapping[str, Any]) -> InputError:
+def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where: str, table: Mapping[str, Any]) -> InputError:
     text, _, place = str(error).replace(" - at `key` in `$", " as a key - at `$").partition(" - at `$")
     keys = re.sub(r"\[\.\.\.\]|\[\d+\]", "", place.rstrip("`")).strip(".")
     path = ".".join(part for part in (where, keys) if part)
@@ -115,15 +115,25 @@ def _explained(error: msgspec.ValidationError, where: str, table: Mapping[str, A
     for key in filter(None, keys.split(".")):
         value = value.get(key) if isinstance(value, Mapping) else None
     text = text[:1].lower() + text[1:]
-    return InputError(f"{path} = {value!r} is not possible: {text.replace('`', '')}.", path)
+    choices = literal_choices(kind, keys)
+    hint = f" {suggestion(str(value), choices)}" if choices else ""
+    return InputError(f"{path} = {value!r} is not possible: {text.replace('`', '')}.{hint}", path)
 
 
 def literal_choices(kind: type[msgspec.Struct], name: str) -> tuple[str, ...]:
     """Returns the strings that field `name` of `kind` may take, () if it is not a choice among strings."""
     for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
-        if field.encode_name == name and isinstance(field.type, msgspec.inspect.LiteralType):
-            return tuple(str(value) for value in field.type.values)
+        if field.encode_name == name:
+            return _literals(field.type)
     return ()
+
+
+def _literals(kind: msgspec.inspect.Type) -> tuple[str, ...]:
+    if isinstance(kind, msgspec.inspect.Metadata):
+        return _literals(kind.type)
+    if isinstance(kind, msgspec.inspect.UnionType):
+        return tuple(value for part in kind.types for value in _literals(part))
+    return tuple(str(value) for value in kind.values) if isinstance(kind, msgspec.inspect.LiteralType) else ()
 
 
 def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str) -> T:
@@ -131,10 +141,7 @@ def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: s
     try:
         return parse_struct(kind, table, where)
     except InputError as error:
-        key = (error.path or "").removeprefix(f"{where}.")
-        choices = literal_choices(kind, key)
-        more = f" {suggestion(str(table.get(key)), choices)}" if choices else ""
-        raise InputError(f"{plugin}: {error}{more} (`ddkit info {plugin}` lists its options.)", error.path) from None
+        raise InputError(f"{plugin}: {error} (`ddkit info {plugin}` lists its options.)", error.path) from None
 
 
 def describe_options(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:
