@@ -90,8 +90,9 @@ class Bank:
             )
 
     def finite(self) -> bool:
-        """Returns whether every value of every parameter is finite."""
-        return all(bool(tensor.isfinite().all()) for tensor in self.tensors().values())
+        """Returns whether every value of every parameter, and of its optimizer's state, is finite."""
+        kept = [value for o in self.optimizers.values() for state in o.state.values() for value in state.values() if value is not None]
+        return all(bool(torch.as_tensor(value).isfinite().all()) for value in [*self.tensors().values(), *kept])
 
 
 def _initial(spec: Parameter, images: Tensor) -> Tensor:

@@ -39,8 +39,19 @@ class Engine:
         """Fills the extra parameters whose initial values a loss computes from the first step."""
         shared = self._shared(0, None, self.terms)
         for term in self.terms:
-            for name, value in _calling(term, lambda t=term: t.loss.initial(Step(shared, t.label, t.loss.requires))).items():  # type: ignore[misc]
-                self.bank.fill(name, value)
+            _calling(term, lambda t=term: self._fill(t, shared))  # type: ignore[misc]
+
+    def _fill(self, term: Term, shared: SharedStep) -> None:
+        requires = term.loss.requires
+        for name, value in term.loss.initial(Step(shared, term.label, requires)).items():
+            if name not in requires.parameters:
+                raise RunFailed(
+                    f"The loss '{term.label}' gives initial values of '{name}', "
+                    "which it does not declare in ddkit.Requires(parameters=...)."
+                )
+            self.bank.fill(name, value)
+            if not self.bank.finite():
+                raise RunFailed(f"The loss '{term.label}' gives initial values of '{name}' that are not finite.")
 
     def run(
         self,
@@ -113,13 +124,15 @@ class Engine:
 
     def _update(self, index: int, gradients: Mapping[str, Tensor]) -> None:
         before = self.bank.state()
-        self.bank.update(gradients)
-        if not self.bank.finite():
+        if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # a projection could hide one that is not
+            self.bank.update(gradients)
+            if self.bank.finite():
+                return
             self.bank.load_state(before)
-            raise RunFailed(
-                f"The update of step {index} gave values that are not finite, with every loss term finite "
-                f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller --set optimizer.images.lr."
-            )
+        raise RunFailed(
+            f"The update of step {index} gave values that are not finite, with every loss term finite "
+            f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller --set optimizer.images.lr."
+        )
 
 
 def _parts(terms: Sequence[Term], chunk: int, classes: int) -> list[tuple[range | None, list[Term]]]:

@@ -158,7 +158,7 @@ class SharedStep:
     def embed(self, x: Tensor) -> Tensor:
         reduced = self.source.precision == torch.bfloat16
         with torch.autocast(x.device.type, torch.bfloat16, enabled=reduced):
-            return embed(self.network, x).float()
+            return _embed_apart(self.network, x).float()
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -262,8 +262,8 @@ class Step:
 
     @property
     def real(self) -> RealStep:
-        """This step's real images, their labels, augmentation and embeddings (declare real)."""
-        return self._declared("real", "real").real
+        """This step's real images, their labels, augmentation and (declare embedder) embeddings (declare real)."""
+        return _DeclaredReal(self, self._declared("real", "real").real)
 
     def embed(self, x: Tensor) -> Tensor:
         """Returns features (n, d) of this step's network (declare embedder)."""
@@ -312,6 +312,39 @@ class Step:
                 for name, spec in declared.items()
             },
         )
+
+
+class _Embedder(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return embed(self.network, x)
+
+
+def _embed_apart(network: nn.Module, x: Tensor) -> Tensor:
+    """Returns features; running statistics that the pass updates are copies, so no loss or step depends on another's pass."""
+    buffers = {f"network.{name}": value.clone() for name, value in network.named_buffers()}
+    result: Tensor = torch.func.functional_call(_Embedder(network), buffers, (x,)) if buffers else embed(network, x)
+    return result
+
+
+class _DeclaredReal(RealStep):
+    """The shared RealStep as one loss sees it."""
+
+    def __init__(self, step: Step, shared: RealStep) -> None:
+        self._own, self._shared = step, shared
+        self.images, self.labels = shared.images, shared.labels
+
+    @property
+    def augmented(self) -> Tensor:
+        return self._shared.augmented
+
+    @property
+    def embeddings(self) -> Tensor:
+        self._own._declared("embedder", "real.embeddings")
+        return self._shared.embeddings
 
 
 class _DeclaredOnly(dict[str, Tensor]):

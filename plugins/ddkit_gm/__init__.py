@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
@@ -35,6 +36,18 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], dista
     return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
 
 
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
+    """Puts the network, which other losses share, in evaluation mode inside and back afterwards."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield network
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 class GradientMatching(ddkit.Loss):
     """Distance of the network gradients of real and synthetic images, class by class, on a fresh network each step."""
 
@@ -44,7 +57,10 @@ class GradientMatching(ddkit.Loss):
     requires = ddkit.Requires(real=True, network_gradients=True, second_order=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        network = step.network.eval()  # batch-norm statistics stay frozen
+        with _evaluating(step.network) as network:  # batch-norm statistics stay frozen
+            return self._matched(step, network)
+
+    def _matched(self, step: ddkit.Step, network: nn.Module) -> Tensor:
         parameters = list(network.parameters())
         real = step.real
         terms = []
