@@ -70,8 +70,7 @@ def build_recipe(
     if losses is not None:
         fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
         raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
-    for path, value in override:
-        assign(raw, path, value)
+    assign_all(raw, override)
     return parse_recipe(raw)
 
 
@@ -96,8 +95,7 @@ def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
         where = f"rules[{number}]"
         rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, where)
         if _matches(rule.when, ipc, pipc):
-            for path, value in _flatten(rule.set):
-                assign(result, path, value)
+            assign_all(result, _flatten(rule.set))
     return result
 
 
@@ -128,6 +126,16 @@ def parse_set(text: str) -> tuple[str, Any]:
     except tomllib.TOMLDecodeError:
         return path.strip(), value
     return path.strip(), parsed["value"] if set(parsed) == {"value"} else value
+
+
+def assign_all(raw: Raw, pairs: Iterable[tuple[str, Any]]) -> None:
+    """Assigns (path, value) pairs in order, those that choose a component before those that set its options."""
+    for path, value in sorted(pairs, key=lambda pair: not _chooses(pair[0].split("."))):
+        assign(raw, path, value)
+
+
+def _chooses(keys: list[str]) -> bool:
+    return keys[0] in CHOOSING_KEYS and keys[1:] in ([], [CHOOSING_KEYS[keys[0]]])
 
 
 def assign(raw: Raw, path: str, value: Any) -> None:
