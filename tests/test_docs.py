@@ -1,0 +1,244 @@
+"""The documentation: its Python runs, its commands parse, its links resolve, its tables agree with the code."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import pytest
+
+from ddkit import plugins
+from ddkit.cli import cli as command_line
+from ddkit.recipe import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
+from tests.conftest import SMALL_FLAGS, Result
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+CLI = Callable[..., Result]
+
+
+class Block(NamedTuple):
+    """A fenced block: its language, its text, and the file that a marker before it names."""
+
+    language: str
+    text: str
+    file: str | None
+
+
+FENCE = re.compile(r"(?:^<!-- file: (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[Block]:
+    """Returns the fenced blocks of a page, in order."""
+    return [Block(m[2], m[3], m[1]) for m in FENCE.finditer(page.read_text(encoding="utf-8"))]
+
+
+def prose(page: Path) -> str:
+    """Returns a page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def _name(page: object) -> str | None:
+    return page.relative_to(ROOT).as_posix() if isinstance(page, Path) else None
+
+
+def _commands(page: Path) -> Iterator[str]:
+    """Yields every `ddkit ...` command that a page shows, in blocks and in text."""
+    for block in blocks(page):
+        if block.language == "bash":
+            lines = block.text.replace("\\\n", " ").splitlines()
+            yield from (part.strip() for line in lines for part in line.split("&&") if part.strip().startswith("ddkit"))
+    yield from (" ".join(span.split()) for span in re.findall(r"`(ddkit [^`]*)`", prose(page)) if not span.endswith("..."))
+
+
+COMMANDS = sorted({(page, command) for page in PAGES for command in _commands(page)})
+
+
+def _context(command: str) -> tuple[str, click.Context]:
+    """Returns (subcommand, its parsed context) of a command line; click raises where it does not parse."""
+    words = [word for word in shlex.split(command, comments=True)[1:] if word != "--traceback"]
+    name, *arguments = words
+    found = command_line.commands[name]
+    return name, found.make_context(name, [a for a in arguments if a not in ("--help", "-h")])
+
+
+@pytest.mark.parametrize(("page", "command"), COMMANDS, ids=_name)
+def test_commands_in_the_docs_parse(page: Path, command: str) -> None:
+    if len(command.split()) == 2:  # the name of a command, or ddkit --help
+        assert command.split()[1] in {*command_line.commands, "--help", "--version"}
+        return
+    name, context = _context(command)
+    if name in ("distill", "train"):
+        _check_names(context.params)
+
+
+def _check_names(flags: dict[str, Any]) -> None:
+    """Raises where --losses, --set, --recipe and so on name what there is not (components of docs/ examples aside)."""
+    from ddkit.recipes import parse_set, recipe_for
+
+    made_on_the_page = {"centre", "class-mean", "mean-image", "brightness", "nearest-mean", "linear", "tones", "contrast"}
+    words = {word for value in flags.values() for word in re.split(r"[,:]", str(value))}
+    if words & made_on_the_page or "/" in str(flags.get("recipe") or "") or str(flags.get("recipe")).endswith(".toml"):
+        return
+    recipe_for(
+        flags["recipe"], losses=flags.get("losses"), evaluators=flags.get("evaluate"), protocol=flags.get("protocol"),
+        model=flags.get("model"), sets=[parse_set(text) for text in flags["sets"]], ipc=flags.get("ipc"), pipc=flags.get("pipc"),
+        data__use=flags["dataset"], initializer__use=flags.get("init"), augmenter__use=flags.get("augment"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=_name)
+def test_python_in_the_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks(page):
+        if block.language == "python":
+            exec(compile(block.text, _name(page) or "", "exec", dont_inherit=True), namespace)
+
+
+def _anchors(page: Path) -> set[str]:
+    """Returns the anchors of a page's headings, as the usual renderers make them."""
+    titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_links_resolve(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        path, _, anchor = target.partition("#")
+        if not path.startswith(("http:", "https:", "mailto:")):
+            file = (page.parent / path) if path else page
+            assert file.exists(), f"{target} does not exist"
+            assert not anchor or anchor in _anchors(file), f"{target}: no such heading"
+
+
+def test_toml_in_the_docs_is_toml() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "toml":
+                tomllib.loads(block.text)
+
+
+def _generator() -> Any:
+    spec = importlib.util.spec_from_file_location("generate_components", ROOT / "docs" / "generate_components.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_components_agrees_with_the_code() -> None:
+    generator = _generator()
+    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: python docs/generate_components.py"
+
+
+def test_every_component_is_on_the_page_of_components() -> None:
+    text = (ROOT / "docs" / "components.md").read_text(encoding="utf-8")
+    assert [p.name for p in plugins.plugins() if p.first_party and f"| `{p.name}` |" not in text] == []
+
+
+def _documented_keys(title: str) -> dict[str, str]:
+    """Returns {key: default} of the table under a heading of docs/recipes.md."""
+    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n### {title}\n")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|", section, re.MULTILINE)
+    return {key: default.strip().strip("`") for key, default in rows}
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "left out"
+    return str(default).lower() if isinstance(default, bool) else str(list(default) if isinstance(default, tuple) else default)
+
+
+OWN_TABLES: dict[str, type[Table]] = {
+    **{f"`[{key}]`": kind for key, kind in TABLES.items()},
+    **{f"`[{key}.NAME]`": kind for key, kind in NAMED_TABLES.items()},
+}
+
+
+@pytest.mark.parametrize(("title", "kind"), OWN_TABLES.items(), ids=str)
+def test_recipe_tables_are_documented_with_their_defaults(title: str, kind: type[Table]) -> None:
+    made = kind()
+    assert _documented_keys(title) == {key: _shown(getattr(made, key)) for key in own_keys(kind)}
+
+
+def test_top_keys_of_a_recipe_are_documented_with_their_defaults() -> None:
+    plain = {key: _shown(getattr(Recipe(), key)) for key in ("summary", "source", "ipc", "pipc", "steps", "seed")}
+    assert _documented_keys("Top keys") == {key: value or "empty" for key, value in plain.items()}
+    assert set(Recipe.__struct_fields__) == {*plain, *TABLES, *NAMED_TABLES}
+    assert OptimizerTable in NAMED_TABLES.values()
+
+
+def _install(page: Path, folder: Path) -> list[str]:
+    """Writes the packages of a page's file blocks to `folder` as if pip had installed them; returns their modules."""
+    files = {block.file: block.text for block in blocks(page) if block.file}
+    modules = [Path(file).stem for file in files if file.endswith(".py")]
+    for file, text in files.items():
+        if file.endswith(".py"):
+            (folder / Path(file).name).write_text(text, encoding="utf-8")
+        else:
+            _write_metadata(tomllib.loads(text)["project"], folder)
+    return modules
+
+
+def _write_metadata(project: dict[str, Any], folder: Path) -> None:
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    points = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in project["entry-points"].items()]
+    (info / "entry_points.txt").write_text("\n".join(points))
+
+
+@pytest.fixture
+def documented_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Installs the packages of docs/writing-a-loss.md for one test."""
+    modules = _install(ROOT / "docs" / "writing-a-loss.md", tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for cached in (plugins.plugins, plugins.load_plugin):
+        cached.cache_clear()
+    yield
+    for module in modules:
+        sys.modules.pop(module, None)
+    for cached in (plugins.plugins, plugins.load_plugin):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("documented_plugins")
+def test_the_documented_loss_works_by_name(cli: CLI) -> None:
+    listed = cli("list", "losses")
+    assert "Distance of the class-mean images" in listed.out
+    result = cli("distill", "--losses", "dm,class-mean:0.5", "--set", "losses.class-mean.power=1", "--pipc", 3, *SMALL_FLAGS)
+    assert result.code == 0, result.err
+
+
+@pytest.mark.usefixtures("documented_plugins")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--losses", "class-mean", "--set", "losses.class-mean.powr=1"], "has no key 'powr'. Did you mean 'power'?"),
+        (["--losses", "class-mean", "--set", "losses.class-mean.power=0.5"], "power = 0.5 is not possible: expected float >= 1.0."),
+        (["--losses", "clas-mean"], "There is no loss 'clas-mean'. Did you mean 'class-mean'?"),
+    ],
+)
+def test_documented_errors_are_what_one_gets(cli: CLI, arguments: list[str], message: str) -> None:
+    result = cli("distill", *arguments)
+    assert message in " ".join(result.err.split())
+    assert message in (ROOT / "docs" / "writing-a-loss.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("documented_plugins")
+def test_the_other_documented_kinds_work_by_name(cli: CLI) -> None:
+    line = next(c for page, c in COMMANDS if page.name == "writing-a-loss.md" and "tones" in c)
+    result = cli(*shlex.split(line)[1:])
+    assert result.code == 0, result.err
+    assert "nearest mean" in result.out
