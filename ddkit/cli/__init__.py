@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import textwrap
 import traceback
+from types import FrameType
 from typing import NoReturn
 
 import click
@@ -37,6 +39,7 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     arguments = sys.argv[1:]
     show = "--traceback" in arguments
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         cli.main([a for a in arguments if a != "--traceback"], prog_name="ddkit", standalone_mode=False)
         sys.exit(0)
@@ -47,11 +50,21 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(_usage(error), error.exit_code, show)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("Interrupted.", 130, show)
+    except (KeyboardInterrupt, click.Abort) as error:
+        _fail("Interrupted.", 143 if isinstance(error.__cause__ or error, _Terminated) else 130, show)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM outside the loop of a run, which handles it itself: ends like Ctrl-C, so that nothing is left behind."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
 
 
 def _usage(error: click.ClickException) -> str:
