@@ -96,7 +96,7 @@ def run_recipe(recipe: Recipe, *, stem: str, device: str = "auto", out: Path | N
     short = Path(stem).stem if stem.endswith(".toml") else stem.replace(",", "+").replace(":", "-")
     name = f"{short}-{plugins.split_name(recipe.data.use)[0]}"
     directory = RunDirectory.numbered(name) if out is None else RunDirectory.claim(out)
-    watchers = Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
+    watchers = _watchers(observers)
     try:
         job = Job(recipe, device=device)
         job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
@@ -124,13 +124,13 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     start, state = newest
     if start > recipe.steps:
         raise RunFilesError(f"{path} is at step {start} already, past --steps {recipe.steps}.")
-    watchers = Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
+    watchers = _watchers(observers)
     job = Job(recipe, device=device)
     job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
     bank = job.bank()
     try:
         bank.load_state(state)
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
     directory.cut_metrics(start)
     resolved = job.resolved()
@@ -229,6 +229,10 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
         "real_files": job.real.sources,
     }
+
+
+def _watchers(observers: Sequence[Any]) -> Observers:
+    return Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
 
 
 def _installed_observers() -> list[tuple[str, Any]]:

@@ -77,7 +77,10 @@ class Bank:
         return {key: value.detach().clone() for key, value in state.items()}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Continues from what state() returned."""
+        """Continues from what state() returned; raises KeyError or ValueError where it is that of another bank."""
+        for name, tensor in self.tensors().items():
+            if state[f"bank.{name}"].shape != tensor.shape:
+                raise ValueError(f"{name} has shape {tuple(state[f'bank.{name}'].shape)}, not {tuple(tensor.shape)}")
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 tensor.copy_(state[f"bank.{name}"])

@@ -62,8 +62,15 @@ class Observers:
         self._manager = pluggy.PluginManager("ddkit")
         self._manager.add_hookspecs(__import__(__name__, fromlist=["hookspecs"]))
         for name, observer in observers:
-            self._manager.register(observer, name)
+            self._register(name, observer)
         self._hooks = [(name, self._alone(observer)) for name, observer in self._manager.list_name_plugin() if observer is not None]
+
+    def _register(self, name: str, observer: Any) -> None:
+        try:
+            self._manager.register(observer, name)
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(name=name)
+            log.warning("The observer '%s' cannot be used: %s", name, " ".join(str(error).split()))
 
     def _alone(self, observer: Any) -> dict[str, Any]:
         others = [other for other in self._manager.get_plugins() if other is not observer]

@@ -18,7 +18,7 @@ from ddkit_dkkt.invariance import module_groups, scale_invariant_groups
 
 log = logging.getLogger("ddkit")
 
-TINY = 1e-12
+TINY = 1e-30  # keeps square roots differentiable at zero, in float32 too
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -28,7 +28,7 @@ def negative_gradient(logits: Tensor, labels: Tensor, multipliers: Tensor, param
     logits (n, K) must depend on the parameters; multipliers (n,) >= 0. Right-hand side of [D Eq. 6, stationarity].
     """
     weighted = (multipliers * functional.cross_entropy(logits, labels, reduction="none")).sum()
-    return [-g for g in torch.autograd.grad(weighted, list(parameters), create_graph=True)]
+    return [-g for g in torch.autograd.grad(weighted, list(parameters), create_graph=True, materialize_grads=True)]
 
 
 def stationarity_distance(pairs: Pairs, distance: str, *, average: bool = True) -> Tensor:
@@ -122,7 +122,7 @@ class Stationarity(ddkit.Loss):
         multipliers = functional.softplus(free) if self.options.constraint == "softplus" else free
         step.log("multiplier mean", multipliers.mean())
         if "cosine" in self.options.distance:  # the scale is undetermined
-            multipliers = multipliers / multipliers.mean().clamp_min(TINY)
+            multipliers = multipliers / multipliers.mean().clamp_min(1e-12)
         terms = []
         for view, factor in sorted(self.options.views.items()):
             pairs = self._pairs(step, view, multipliers)
