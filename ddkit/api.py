@@ -23,7 +23,7 @@ from ddkit.images import sheet_png
 from ddkit.jobs import Job
 from ddkit.recipe import EvaluatorTable, Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
-from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory
+from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory, is_logged
 from ddkit.teacher import Teacher
 from ddkit.teachers import load_teacher, save_teacher, train_teacher
 from ddkit.training import pick_device
@@ -86,16 +86,25 @@ def distill(
         data__use=dataset, ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
         augmenter__use=augment, data__dir=data_dir,
     )  # fmt: skip
-    stem = losses or (recipe if isinstance(recipe, str) else "run")
-    return run_recipe(built, stem=stem, device=device, out=None if out is None else Path(out), observers=observers)
+    name = recipe if isinstance(recipe, str) else "default" if recipe is None else "custom"
+    return run_recipe(built, name=name, losses=losses, device=device, out=None if out is None else Path(out), observers=observers)
 
 
-def run_recipe(recipe: Recipe, *, stem: str, device: str = "auto", out: Path | None = None, observers: Sequence[Any] = ()) -> Run:
-    """Runs `recipe` into `out` (None: runs/<stem>-<dataset>-<n>); nothing stays of a run that never began."""
+def run_recipe(
+    recipe: Recipe,
+    *,
+    name: str,
+    losses: str | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+    observers: Sequence[Any] = (),
+) -> Run:
+    """Runs `recipe` into `out` (None: runs/<recipe or losses>-<dataset>-<n>); nothing stays of a run that never began."""
     pick_device(device)
-    short = Path(stem).stem if stem.endswith(".toml") else stem.replace(",", "+").replace(":", "-")
-    name = f"{short}-{plugins.split_name(recipe.data.use)[0]}"
-    directory = RunDirectory.numbered(name) if out is None else RunDirectory.claim(out)
+    short = Path(name).stem if name.endswith(".toml") else name
+    stem = f"{(losses or short).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
+    directory = RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)
+    directory.recipe_name = short
     watchers = _watchers(observers)
     try:
         job = Job(recipe, device=device)
@@ -132,7 +141,7 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
         bank.load_state(state)
     except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
-    directory.cut_metrics(start)
+    directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     resolved = job.resolved()
     directory.write_recipe(recipe_dict(resolved))
     return _finish(job, bank, job.engine(bank), resolved, directory, watchers, start=start)
@@ -157,7 +166,7 @@ def _iterate(engine: Any, bank: Bank, recipe: Recipe, directory: RunDirectory, w
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
         line = None
-        if index in (0, recipe.steps - 1) or index % every.log_every == 0:
+        if is_logged(index, recipe.steps, every.log_every):
             line = record() | {"seconds": round(time.perf_counter() - began, 3)}
             directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
@@ -177,7 +186,7 @@ def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) ->
         "ipc": recipe.ipc,
         "pipc": recipe.pipc,
         "seed": recipe.seed,
-        "recipe": recipe.summary,
+        "recipe": directory.recipe_name,
     }
     extra = {name: tensor.detach().cpu() for name, tensor in bank.parameters.items()}
     Artifact(images, bank.labels.cpu(), metadata_, extra).save(directory.path / FILE)
@@ -264,7 +273,8 @@ def evaluate(
     device: str = "auto",
     observers: Sequence[Any] = (),
 ) -> list[Evaluation]:
-    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory, whose files it rewrites.
+    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory, whose files it rewrites
+    (unless dataset, data_dir, seed or pipc say that other real data were used).
 
     Without `dataset` a run's own is used. `model` may name several, separated by commas. Raises DdkitError.
     """
@@ -287,8 +297,8 @@ def evaluate(
     guide = load_teacher(recipe.teacher, real.info, where) if recipe.teacher.use != "auto" else None
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     rows = run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
-    if directory is not None:
-        _record_evaluation(directory, rows)
+    if directory is not None and not any(value is not None for value in (dataset, data_dir, seed, pipc)):
+        _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
     return rows
 
 

@@ -39,6 +39,7 @@ class RunDirectory:
     def __init__(self, path: Path, created: tuple[Path, ...] | None = None) -> None:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
+        self.recipe_name = ""  # kept in checkpoints, so that a continued run still knows it
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
@@ -116,7 +117,7 @@ class RunDirectory:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
+        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step, "recipe": self.recipe_name})
         for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
             old.unlink()
 
@@ -128,20 +129,22 @@ class RunDirectory:
         for file in self._checkpoints():
             try:
                 tensors, record = read_tensors(file)
+                self.recipe_name = str(record.get("recipe", ""))
                 return int(record["step"]), tensors
             except (ValueError, KeyError, TypeError):
                 continue
         return None
 
-    def cut_metrics(self, step: int) -> None:
-        """Removes metrics of `step` and later, and a half-written last line."""
+    def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
+        """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log."""
         file = self.path / METRICS
         if not file.is_file():
             return
         kept = []
         for line in file.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] < step:
+                index = json.loads(line)["step"]
+                if index < step and is_logged(index, steps, log_every):
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 break
@@ -171,6 +174,11 @@ class RunDirectory:
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise RunFilesError(f"{self.path / MANIFEST} is not a manifest of schema {SCHEMA}.")
         return found
+
+
+def is_logged(index: int, steps: int, log_every: int) -> bool:
+    """Returns whether step `index` of `steps` has a line in metrics.jsonl: the first, the last, every log_every-th."""
+    return index in (0, steps - 1) or index % log_every == 0
 
 
 def versions() -> dict[str, str]:

@@ -73,7 +73,14 @@ def distill(**flags: Any) -> None:
             _show_plan(api.plan(recipe, device=flags["device"]), flags["as_json"])
         return
     with blaming_flags(flags):
-        run = api.run_recipe(recipe, stem=_stem(flags), device=flags["device"], out=flags["out"], observers=observers(flags["quiet"]))
+        run = api.run_recipe(
+            recipe,
+            name=flags["recipe"] or "default",
+            losses=flags["losses"],
+            device=flags["device"],
+            out=flags["out"],
+            observers=observers(flags["quiet"]),
+        )
     _show_run(run, flags["as_json"])
 
 
@@ -86,10 +93,6 @@ def _recipe(flags: dict[str, Any]) -> Any:
             flags["recipe"], losses=flags["losses"], evaluators=flags["evaluate"], protocol=flags["protocol"], model=flags["model"],
             sets=[parse_set(text) for text in flags["sets"]], **paths,
         )  # fmt: skip
-
-
-def _stem(flags: dict[str, Any]) -> str:
-    return flags["losses"] or flags["recipe"] or "default"
 
 
 def _resumed(flags: dict[str, Any]) -> Any:
