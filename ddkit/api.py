@@ -22,7 +22,7 @@ from ddkit.hookspecs import Observers
 from ddkit.images import sheet_png
 from ddkit.jobs import Job
 from ddkit.recipe import EvaluatorTable, Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import recipe_for
+from ddkit.recipes import recipe_for, with_options
 from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory, is_logged
 from ddkit.teacher import Teacher
 from ddkit.teachers import load_teacher, save_teacher, train_teacher
@@ -86,14 +86,12 @@ def distill(
         data__use=dataset, ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
         augmenter__use=augment, data__dir=data_dir,
     )  # fmt: skip
-    name = recipe if isinstance(recipe, str) else "default" if recipe is None else "custom"
-    return run_recipe(built, name=name, losses=losses, device=device, out=None if out is None else Path(out), observers=observers)
+    return run_recipe(built, losses=losses, device=device, out=None if out is None else Path(out), observers=observers)
 
 
 def run_recipe(
     recipe: Recipe,
     *,
-    name: str,
     losses: str | None = None,
     device: str = "auto",
     out: Path | None = None,
@@ -101,10 +99,8 @@ def run_recipe(
 ) -> Run:
     """Runs `recipe` into `out` (None: runs/<recipe or losses>-<dataset>-<n>); nothing stays of a run that never began."""
     pick_device(device)
-    short = Path(name).stem if name.endswith(".toml") else name
-    stem = f"{(losses or short).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
+    stem = f"{(losses or recipe.name).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
     directory = RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)
-    directory.recipe_name = short
     watchers = _watchers(observers)
     try:
         job = Job(recipe, device=device)
@@ -186,7 +182,7 @@ def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) ->
         "ipc": recipe.ipc,
         "pipc": recipe.pipc,
         "seed": recipe.seed,
-        "recipe": directory.recipe_name,
+        "recipe": recipe.name,
     }
     extra = {name: tensor.detach().cpu() for name, tensor in bank.parameters.items()}
     Artifact(images, bank.labels.cpu(), metadata_, extra).save(directory.path / FILE)
@@ -303,9 +299,7 @@ def evaluate(
 
 
 def _with_models(recipe: Recipe, model: str | None, repeats: int | None) -> dict[str, EvaluatorTable]:
-    extra = {key: value for key, value in (("model", model), ("repeats", repeats)) if value is not None}
-    tables = recipe.evaluators or {"accuracy": EvaluatorTable()}
-    return {n: msgspec.structs.replace(t, options=t.options | extra) for n, t in tables.items()}
+    return with_options(recipe.evaluators or {"accuracy": EvaluatorTable()}, model=model, repeats=repeats)
 
 
 def _image_shape(artifact: Artifact) -> tuple[int, int, int]:
@@ -333,7 +327,7 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(key) for key in ("evaluator", "model", "protocol", "labels"))
+    return (*(row.get(key) for key in ("evaluator", "model", "protocol", "labels")), row.get("details", {}).get("epochs"))
 
 
 def train(

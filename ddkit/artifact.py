@@ -65,7 +65,7 @@ def load(path: str | Path) -> Artifact:
         raise RunFilesError(f"{error}.") from None
     problem = _problem(tensors, metadata)
     if problem:
-        raise RunFilesError(f"{file} is not a synthetic set written by ddkit: {problem}.")
+        raise RunFilesError(f"{file} is no synthetic set: {problem}.")
     parameters = {name: value for name, value in tensors.items() if name not in ("images", "labels")}
     return Artifact(tensors["images"], tensors["labels"], metadata, parameters)
 

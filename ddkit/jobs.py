@@ -23,7 +23,7 @@ from ddkit.randomness import generator
 from ddkit.recipe import Recipe
 from ddkit.step import StepSource, ViewSpec
 from ddkit.teacher import Teacher
-from ddkit.teachers import Report, automatic_teacher, load_teacher
+from ddkit.teachers import Report, automatic_teacher, load_teacher, resolved_training
 from ddkit.training import pick_device
 
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
@@ -181,7 +181,11 @@ class Job:
         """Returns the recipe with every option, and what the engine decided, written out."""
         recipe = self.recipe
         replace = msgspec.structs.replace
-        teacher = recipe.teacher if recipe.teacher.use == "auto" else replace(recipe.teacher, use=str(Path(recipe.teacher.use).absolute()))
+        teacher, training = recipe.teacher, recipe.train
+        if teacher.use == "auto":
+            teacher, training = resolved_training(teacher, training, self.info)
+        else:
+            teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
         losses = {
             term.label: replace(recipe.losses[term.label], use=recipe.loss_name(term.label), options=_written(term.loss))
             for term in self.terms
@@ -189,6 +193,7 @@ class Job:
         return replace(
             recipe,
             teacher=teacher,
+            train=training,
             data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=_written(self.dataset)),
             network=replace(recipe.network, options=_written(self.model)),
             initializer=replace(
@@ -216,7 +221,9 @@ class Job:
             ("initializer", recipe.initializer.use),
             ("augmenter", recipe.augmenter.use),
         ]
-        named += [("model", recipe.network.model)]
+        named += [("model", recipe.network.model)] if self.needs_network else []
+        named += [("model", recipe.teacher.model)] if self.needs_teacher else []
+        named += [("augmenter", recipe.train.augmenter)] if self.needs_teacher and recipe.teacher.use == "auto" else []
         named += [("augmenter", view.augmenter) for view in recipe.views.values()]
         named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
         named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -80,13 +80,16 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("Requires: teacher_gradients and views need teacher=True as well")
 
 
-def parse_struct(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """Returns `table` as a `kind`, or raises InputError naming `where`, the key, and what would be right."""
+def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Collection[str] = ()) -> T:
+    """Returns `table` as a `kind`, or raises InputError naming `where`, the key, and what would be right.
+
+    `also` are keys that the same table of the recipe may hold, to suggest from.
+    """
     fields = {field.encode_name for field in msgspec.structs.fields(kind)}
     for key in table:
         if key not in fields:
             at = f"{where}.{key}" if where else key
-            raise InputError(f"{where or 'the recipe'} has no key '{key}'. {suggestion(key, fields)}", at)
+            raise InputError(f"{where or 'the recipe'} has no key '{key}'. {suggestion(key, {*fields, *also})}", at)
     for path, value in _leaves(table, where):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{path} is {value}; it must be a finite number.", path)
@@ -136,10 +139,13 @@ def _literals(kind: msgspec.inspect.Type) -> tuple[str, ...]:
     return tuple(str(value) for value in kind.values) if isinstance(kind, msgspec.inspect.LiteralType) else ()
 
 
+OWN_KEYS = {"losses": ("weight", "use"), "views": ("augmenter", "compose", "noise")}  # that stand beside a plugin's options
+
+
 def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str) -> T:
     """Returns a plugin's options; errors name the plugin as well as the recipe path."""
     try:
-        return parse_struct(kind, table, where)
+        return parse_struct(kind, table, where, OWN_KEYS.get(where.partition(".")[0], ()))
     except InputError as error:
         raise InputError(f"{plugin}: {error} (`ddkit info {plugin}` lists its options.)", error.path) from None
 

@@ -108,6 +108,7 @@ class RuleTable(Table):
 class Recipe(Table):
     """One run as data; the fields and tables of ../docs/recipes.md."""
 
+    name: str = ""
     summary: str = ""
     source: str = ""
     ipc: Positive = 1

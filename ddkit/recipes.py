@@ -135,7 +135,9 @@ def assign_all(raw: Raw, pairs: Iterable[tuple[str, Any]]) -> None:
 
 
 def _chooses(keys: list[str]) -> bool:
-    return keys[0] in CHOOSING_KEYS and keys[1:] in ([], [CHOOSING_KEYS[keys[0]]])
+    """Whether `keys` name a component: a whole table, its choosing key, or that of a named table (`views.NAME.augmenter`)."""
+    names = keys[1:] if keys[0] not in NAMED_TABLES else keys[2:]
+    return keys[0] in CHOOSING_KEYS and names in ([], [CHOOSING_KEYS[keys[0]]])
 
 
 def assign(raw: Raw, path: str, value: Any) -> None:
@@ -257,15 +259,31 @@ def recipe_for(
     if model is not None:
         flags |= {"teacher.model": model, "network.model": model}
     built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
+    if not built.name:
+        built = msgspec.structs.replace(built, name=Path(recipe).stem if isinstance(recipe, str) else "custom" if recipe else "default")
     if evaluators is not None:
         names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
         built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
-    extra = {key: value for key, value in (("protocol", protocol), ("model", model)) if value is not None}
-    if extra:
-        tables = {n: msgspec.structs.replace(t, options=t.options | extra) for n, t in built.evaluators.items()}
-        built = msgspec.structs.replace(built, evaluators=tables)
     check_names(built)
-    return built
+    return msgspec.structs.replace(built, evaluators=with_options(built.evaluators, protocol=protocol, model=model))
+
+
+def with_options(tables: Mapping[str, EvaluatorTable], **values: Any) -> dict[str, EvaluatorTable]:
+    """Returns evaluator tables with each of `values` (None: not given) set where the evaluator has that option.
+
+    Raises FlagError for a --protocol or --repeats that none of the evaluators has.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    if not given:
+        return dict(tables)
+    known = {n: {f.encode_name for f in msgspec.structs.fields(plugins.load("evaluator", t.use or n).Options)} for n, t in tables.items()}
+    for key in given:
+        if key != "model" and not any(key in names for names in known.values()):
+            raise FlagError(f"--{key}: none of the chosen evaluators ({', '.join(tables) or 'none'}) has that option.")
+    return {
+        name: msgspec.structs.replace(table, options=table.options | {k: v for k, v in given.items() if k in known[name]})
+        for name, table in tables.items()
+    }
 
 
 def check_names(recipe: Recipe) -> None:

@@ -39,7 +39,6 @@ class RunDirectory:
     def __init__(self, path: Path, created: tuple[Path, ...] | None = None) -> None:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
-        self.recipe_name = ""  # kept in checkpoints, so that a continued run still knows it
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
@@ -117,7 +116,7 @@ class RunDirectory:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step, "recipe": self.recipe_name})
+        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
         for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
             old.unlink()
 
@@ -129,7 +128,6 @@ class RunDirectory:
         for file in self._checkpoints():
             try:
                 tensors, record = read_tensors(file)
-                self.recipe_name = str(record.get("recipe", ""))
                 return int(record["step"]), tensors
             except (ValueError, KeyError, TypeError):
                 continue

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -192,6 +193,20 @@ def _test_accuracy(module: nn.Module, dataset: Dataset, info: DataInfo, norm: No
     return accuracy(module, images, labels.to(device))
 
 
+def resolved_training(table: TeacherTable, train: TrainTable, info: DataInfo) -> tuple[TeacherTable, TrainTable]:
+    """Returns both tables with every option of the model and of the training augmenter written out."""
+    model = plugins.options_of("model", table.model, table.options, "teacher", info)
+    augmenter = plugins.options_of("augmenter", train.augmenter, train.options, "train", info)
+    return (
+        msgspec.structs.replace(table, options=_plain(model)),
+        msgspec.structs.replace(train, options=_plain(augmenter)),
+    )
+
+
+def _plain(options: Any) -> dict[str, Any]:
+    return {key: value for key, value in msgspec.to_builtins(options).items() if value is not None}
+
+
 def automatic_teacher(
     dataset: Dataset,
     shape: tuple[int, int, int],
@@ -201,6 +216,9 @@ def automatic_teacher(
     report: Report | None = None,
 ) -> Teacher:
     """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so."""
+    _, height, width = shape
+    info = DataInfo(class_names=tuple(dataset.class_names), channels=shape[0], size=(height, width), mirror=dataset.mirror)
+    table, train = resolved_training(table, train, info)
     key = {
         "dataset": dataset.fingerprint(),
         "classes": list(dataset.class_names),
@@ -219,6 +237,4 @@ def automatic_teacher(
         teacher = train_teacher(dataset, shape, table, train, seed=0, device=device, report=report)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_teacher(path, teacher)
-    _, height, width = shape
-    info = DataInfo(class_names=tuple(dataset.class_names), channels=shape[0], size=(height, width), mirror=dataset.mirror)
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)

@@ -75,7 +75,6 @@ def distill(**flags: Any) -> None:
     with blaming_flags(flags):
         run = api.run_recipe(
             recipe,
-            name=flags["recipe"] or "default",
             losses=flags["losses"],
             device=flags["device"],
             out=flags["out"],
