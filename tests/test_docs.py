@@ -173,7 +173,7 @@ def test_recipe_tables_are_documented_with_their_defaults(title: str, kind: type
 
 
 def test_top_keys_of_a_recipe_are_documented_with_their_defaults() -> None:
-    plain = {key: _shown(getattr(Recipe(), key)) for key in ("summary", "source", "ipc", "pipc", "steps", "seed")}
+    plain = {key: _shown(getattr(Recipe(), key)) for key in ("name", "summary", "source", "ipc", "pipc", "steps", "seed")}
     assert _documented_keys("Top keys") == {key: value or "empty" for key, value in plain.items()}
     assert set(Recipe.__struct_fields__) == {*plain, *TABLES, *NAMED_TABLES}
     assert OptimizerTable in NAMED_TABLES.values()
