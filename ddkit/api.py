@@ -16,6 +16,7 @@ from ddkit.artifact import FILE, Artifact, load
 from ddkit.bank import Bank
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.data import RealData, open_dataset
+from ddkit.engine import deterministic
 from ddkit.errors import DdkitError, InputError, PluginError, RunFailed, RunFilesError
 from ddkit.files import read_json, write_atomic, write_json
 from ddkit.hookspecs import Observers
@@ -146,7 +147,8 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
 def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
-    _iterate(engine, bank, recipe, directory, watchers, start)
+    with deterministic(recipe.engine.deterministic):
+        _iterate(engine, bank, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     evaluations = _evaluate_run(job, load(directory.path), directory, watchers)

@@ -168,6 +168,17 @@ def _record(index: int, terms: Sequence[Term], values: Mapping[str, Tensor], log
 
 
 @contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, torch refuses operations that are not deterministic on this device, if that is wanted."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@contextmanager
 def _interruption() -> Iterator[list[int]]:
     """Inside, the first SIGINT or SIGTERM is noted in the list and the next acts at once."""
     noted: list[int] = []

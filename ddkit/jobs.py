@@ -98,6 +98,10 @@ class Job:
     def _decide(self) -> None:
         """Resolves what the engine decides by itself, from model, shapes and device alone."""
         engine = self.recipe.engine
+        if engine.compile is True:
+            raise InputError(
+                "engine.compile = true: the distillation step cannot be compiled yet; leave it at auto or false.", "engine.compile"
+            )
         self.precision = torch.bfloat16 if engine.precision == "bfloat16" else torch.float32
         self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
         if self.chunk and self.needs_network and couples_samples(build_network(self.model, self.info, 0, "probe"), self.info):
