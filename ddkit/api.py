@@ -15,9 +15,9 @@ from ddkit import plugins
 from ddkit.artifact import FILE, Artifact, load
 from ddkit.bank import Bank
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
-from ddkit.data import RealData, open_dataset
+from ddkit.data import RealData, check_classes, open_dataset
 from ddkit.engine import deterministic
-from ddkit.errors import DdkitError, InputError, PluginError, RunFailed, RunFilesError
+from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed, RunFilesError
 from ddkit.files import read_json, write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.images import sheet_png
@@ -60,7 +60,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
 def distill(
     recipe: str | Mapping[str, Any] | None = None,
     *,
-    losses: str | None = None,
+    losses: str | Sequence[str] | None = None,
     dataset: str | None = None,
     ipc: int | None = None,
     pipc: int | str | None = None,
@@ -82,6 +82,7 @@ def distill(
 
     `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. Raises DdkitError.
     """
+    losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
     built = recipe_for(
         recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
         data__use=dataset, ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
@@ -110,6 +111,8 @@ def run_recipe(
         engine = job.engine(bank)
         resolved = job.resolved()
         engine.start()
+        if job.evaluators:
+            _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
         directory.write_recipe(recipe_dict(resolved))
         directory.write_checkpoint(0, bank.state())
     except BaseException:
@@ -209,7 +212,7 @@ def run_evaluators(
     watchers: Observers,
 ) -> list[Evaluation]:
     """Returns the rows of every evaluator, in order of label."""
-    images, labels = real.test_set()
+    images, labels = real.test_set
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.images, real_labels=real.labels,
         seed=seed, device=device,
@@ -276,6 +279,8 @@ def evaluate(
 
     Without `dataset` a run's own is used. `model` may name several, separated by commas. Raises DdkitError.
     """
+    if evaluators == "none":
+        raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
     directory = RunDirectory.existing(Path(target)) if not isinstance(target, Artifact) and Path(target).is_dir() else None
     base = None if directory is None else directory.read_recipe()
@@ -292,10 +297,11 @@ def evaluate(
     real = RealData(open_dataset(recipe.data), recipe.pipc, recipe.seed, _image_shape(artifact))
     _check_fit(artifact, real.info)
     made = {n: plugins.create("evaluator", t.use or n, t.options, data=real.info, where=f"evaluators.{n}") for n, t in tables.items()}
-    guide = load_teacher(recipe.teacher, real.info, where) if recipe.teacher.use != "auto" else None
+    wants_teacher = teacher is not None or any(evaluator.requires.teacher for evaluator in made.values())
+    guide = load_teacher(recipe.teacher, real.info, where) if wants_teacher and recipe.teacher.use != "auto" else None
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     rows = run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
-    if directory is not None and not any(value is not None for value in (dataset, data_dir, seed, pipc)):
+    if directory is not None and base is not None and _same_data(recipe, parse_recipe(base)):
         _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
     return rows
 
@@ -328,8 +334,12 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
     directory.write_manifest({key: value for key, value in manifest.items() if key not in ("schema", "versions", "files")})
 
 
+def _same_data(one: Recipe, other: Recipe) -> bool:
+    return (one.data, one.pipc, one.seed) == (other.data, other.pipc, other.seed)
+
+
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*(row.get(key) for key in ("evaluator", "model", "protocol", "labels")), row.get("details", {}).get("epochs"))
+    return (*(row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats")), row.get("details", {}).get("epochs"))
 
 
 def train(
@@ -359,6 +369,7 @@ def train(
     )
     where = pick_device(device)
     found = open_dataset(built.data)
+    check_classes(found)
     write_atomic(path, b"")  # shows that it can be written before an hour of training
     path.unlink()
     teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)

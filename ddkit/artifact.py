@@ -58,7 +58,9 @@ def load(path: str | Path) -> Artifact:
     file = Path(path)
     file = file / FILE if file.is_dir() else file
     if not file.is_file():
-        raise RunFilesError(f"{file} does not exist, so {path} is no finished run. (`ddkit distill --out {path} --resume` continues one.)")
+        unfinished = (Path(path) / "recipe.toml").is_file()
+        hint = f" (`ddkit distill --out {path} --resume` continues it.)" if unfinished else ""
+        raise RunFilesError(f"{file} does not exist, so {path} is no finished run.{hint}")
     try:
         tensors, metadata = read_tensors(file)
     except ValueError as error:

@@ -157,6 +157,9 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
 class Evaluator(Component):
     """Judges a synthetic set as it was read back from its file."""
 
+    def check(self, info: DataInfo) -> None:
+        """Raises DdkitError where the options cannot work with this data. Called before the run."""
+
     def __call__(self, artifact: Artifact, data: EvaluationData, teacher: Teacher | None) -> Sequence[Evaluation]:
         raise NotImplementedError
 

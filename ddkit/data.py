@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -32,6 +33,12 @@ def open_dataset(table: DataTable) -> Dataset:
     return dataset
 
 
+def check_classes(dataset: Dataset) -> None:
+    """Raises InputError where there are fewer classes than a classifier can tell apart."""
+    if len(dataset.class_names) < 2:
+        raise InputError(f"The data has the classes {list(dataset.class_names)}; a classifier needs at least two.")
+
+
 def class_counts(labels: Tensor, classes: int) -> list[int]:
     """Returns the number of rows of each class 0..classes-1."""
     return torch.bincount(labels, minlength=classes).tolist()
@@ -55,6 +62,24 @@ def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: tup
     """Returns images `indices` of a split as (n, C, H, W) of `shape` (None: the most common one among them)."""
     images = dataset.images(split, indices)
     return conform(images, shape or common_shape(images))
+
+
+class NoImages(Dataset):
+    """The classes that a teacher knows, and not one image: for runs that need no real data."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = list(class_names)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._names
+
+    def labels(self, split: str) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
+        return []
 
 
 class RealData:
@@ -83,9 +108,14 @@ class RealData:
         """Returns the number of accessible images by class name."""
         return dict(zip(self.info.class_names, class_counts(self.labels, self.info.classes), strict=True))
 
-    def test_set(self) -> tuple[Tensor, Tensor]:
-        """Returns (images, labels) of the test split; raises InputError if it is empty."""
-        labels = self.dataset.labels("test")
-        if len(labels) == 0:
+    def check_test_set(self) -> None:
+        """Raises InputError if the test split is empty."""
+        if len(self.dataset.labels("test")) == 0:
             raise InputError("The dataset has no test images, so nothing can be evaluated. Use --evaluate none.")
+
+    @cached_property
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """(images, labels) of the test split, read once; raises InputError if it is empty."""
+        self.check_test_set()
+        labels = self.dataset.labels("test")
         return load_images(self.dataset, "test", range(len(labels)), self.info.shape), labels

@@ -12,10 +12,11 @@ import torch
 
 from ddkit import plugins
 from ddkit.bank import Bank
-from ddkit.components import Augmenter, DataInfo, Evaluator, Initializer, Loss, Model, Start
-from ddkit.data import RealData, class_counts, open_dataset
+from ddkit.components import Augmenter, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
+from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
 from ddkit.engine import Engine, Term
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed
+from ddkit.files import read_tensors
 from ddkit.images import Normalisation, channel_statistics
 from ddkit.networks import build_network, couples_samples, saved_bytes
 from ddkit.options import Parameter, Requires
@@ -38,12 +39,21 @@ class Job:
         self.terms = _terms(recipe)
         self.requires = [term.loss.requires for term in self.terms]
         _check_access(recipe, self.terms)
-        self.dataset = open_dataset(recipe.data)
+        self.dataset = self._without_data() or open_dataset(recipe.data)
+        check_classes(self.dataset)
         self._check_room()
         self.teacher: Teacher | None = None
         self.real = RealData(self.dataset, recipe.pipc, recipe.seed, self._shape())
         self.info: DataInfo = self.real.info
         self._build_components()
+
+    def _without_data(self) -> Dataset | None:
+        """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""
+        recipe = self.recipe
+        if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators:
+            return None
+        names = _teacher_record(Path(recipe.teacher.use)).get("class_names")
+        return NoImages(names) if names else None
 
     def _check_room(self) -> None:
         """Raises InputError, before an image is opened, where the initializer cannot have its images."""
@@ -58,13 +68,7 @@ class Job:
         """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
         if self.recipe.pipc != 0 or self.recipe.teacher.use == "auto":
             return None if self.recipe.pipc != 0 else self._first_shape()
-        from ddkit.files import read_tensors
-
-        path = Path(self.recipe.teacher.use)
-        try:
-            shape = read_tensors(path)[1].get("input_shape") if path.is_file() else None
-        except ValueError:
-            shape = None
+        shape = _teacher_record(Path(self.recipe.teacher.use)).get("input_shape")
         return (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None
 
     def _first_shape(self) -> tuple[int, int, int]:
@@ -88,6 +92,12 @@ class Job:
             label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
             for label, table in recipe.evaluators.items()
         }
+        for evaluator in self.evaluators.values():
+            evaluator.check(info)
+        if self.evaluators:
+            self.real.check_test_set()
+        if recipe.network.inner_epochs:
+            raise InputError("network.inner_epochs: training the matched network between steps is not available yet; leave it at 0.")
         self._decide()
 
     def _view(self, name: str) -> ViewSpec:
@@ -233,6 +243,14 @@ class Job:
         named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
         used = [plugins.find(kind, plugins.split_name(name)[0]) for kind, name in sorted(set(named))]
         return [{"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version} for p in used]
+
+
+def _teacher_record(path: Path) -> dict[str, Any]:
+    """Returns what a teacher file records, {} where it cannot tell (loading it will say why)."""
+    try:
+        return read_tensors(path)[1] if path.is_file() else {}
+    except ValueError:
+        return {}
 
 
 def _written(component: Any) -> dict[str, Any]:

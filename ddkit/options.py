@@ -139,7 +139,11 @@ def _literals(kind: msgspec.inspect.Type) -> tuple[str, ...]:
     return tuple(str(value) for value in kind.values) if isinstance(kind, msgspec.inspect.LiteralType) else ()
 
 
-OWN_KEYS = {"losses": ("weight", "use"), "views": ("augmenter", "compose", "noise")}  # that stand beside a plugin's options
+OWN_KEYS = {
+    "network": ("model", "renew_every"),
+    "losses": ("weight", "use"),
+    "views": ("augmenter", "compose", "noise"),
+}  # that stand beside a plugin's options
 
 
 def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str) -> T:

@@ -53,6 +53,8 @@ class NetworkTable(PluginTable):
     """The network that embeds or is matched: freshly initialised every `renew_every` steps."""
 
     model: str = "convnet"
+    inner_epochs: Annotated[int, Option("epochs the network is trained between steps; not available yet", ge=0)] = 0
+    inner_lr: Annotated[float, Option("its learning rate", gt=0)] = 0.01
     renew_every: Annotated[int, Option("steps that share one fresh network", ge=1)] = 1
 
 

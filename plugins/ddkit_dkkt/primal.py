@@ -33,7 +33,7 @@ class Primal(ddkit.Loss):
 
     class Options(ddkit.Options):
         masked: Annotated[bool, ddkit.Option("whether images already classified as their label count 0")] = False
-        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors")] = msgspec.field(
+        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors", min_length=1)] = msgspec.field(
             default_factory=lambda: {"default": 1.0}
         )
 

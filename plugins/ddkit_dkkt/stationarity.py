@@ -76,7 +76,7 @@ class Stationarity(ddkit.Loss):
             "all"
         )
         scale_invariant: Annotated[Literal["skip", "keep"], ddkit.Option("what to do with scale-invariant groups")] = "skip"
-        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors")] = msgspec.field(
+        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors", min_length=1)] = msgspec.field(
             default_factory=lambda: {"default": 1.0}
         )
         init: Annotated[float, ddkit.Option("first multiplier", gt=0)] | Literal["least-squares"] = 1.0
@@ -106,6 +106,7 @@ class Stationarity(ddkit.Loss):
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         """Returns the least-squares multipliers, -<theta, G> / <G, G> with G = sum_i grad L_i, where they were asked for."""
+        self._included(step)  # a selection that cannot work is told before the first step
         if self.options.init != "least-squares":
             return {}
         free = step.parameters["multipliers"]

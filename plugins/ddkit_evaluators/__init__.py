@@ -45,9 +45,16 @@ class Accuracy(ddkit.Evaluator):
         precision: Literal["auto", "float32", "bfloat16"] = "auto"
         compile: Annotated[Literal["auto", "always", "never"], ddkit.Option("auto: where it pays back")] = "auto"
 
-    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+    def check(self, info: ddkit.DataInfo) -> None:
+        self._models(info)
+
+    def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
         names = [name.strip() for name in self.options.model.split(",")]
-        models = {name: ddkit.create("model", name, self.options.model_options, data=data.info, where="model_options") for name in names}
+        options = self.options.model_options
+        return {name: ddkit.create("model", name, options, data=info, where="evaluators.accuracy.model_options") for name in names}
+
+    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+        models = self._models(data.info)
         return [self._evaluation(name, model, artifact, data) for name, model in models.items()]
 
     def _evaluation(self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData) -> ddkit.Evaluation:

@@ -1,0 +1,101 @@
+"""What would fail late is told early, and nothing is left behind."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import ddkit
+from tests.conftest import SMALL_FLAGS, Result, write_image_folder
+
+Cli = Callable[..., Result]
+
+
+def _nothing_left() -> bool:
+    return not list(Path.cwd().rglob("*"))
+
+
+def test_no_test_images_are_told_before_the_run(cli: Cli, image_folder: Path) -> None:
+    shutil.rmtree(image_folder / "test")
+    result = cli("distill", "--losses", "dm", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
+    assert (result.code, result.out) == (4, "")
+    assert "--evaluate none" in result.err
+    assert _nothing_left()
+
+
+def test_corrupt_test_image_is_told_before_the_run(cli: Cli, image_folder: Path) -> None:
+    bad = image_folder / "test" / "cat" / "000.png"
+    bad.write_bytes(b"garbage")
+    result = cli("distill", "--losses", "dm", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
+    assert (result.code, result.out) == (4, "")
+    assert "000.png" in result.err
+    assert _nothing_left()
+
+
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [
+        ("evaluators.accuracy.model=nope", 3),
+        ("losses.dkkt-stationarity.parameters=nope*", 4),
+        ("losses.dkkt-primal.views={}", 4),
+        ("network.inner_epochs=3", 4),
+    ],
+)
+def test_setting_that_cannot_work_is_told_before_the_run(cli: Cli, setting: str, code: int) -> None:
+    result = cli("distill", "--losses", "dm,dkkt", *SMALL_FLAGS, "--set", setting)
+    assert (result.code, result.out) == (code, "")
+    assert _nothing_left()
+
+
+def test_one_class_is_refused(cli: Cli, tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "one")
+    for split in ("train", "test"):
+        for name in ("dog", "owl"):
+            shutil.rmtree(folder / split / name)
+    result = cli("distill", "--losses", "dm", "--dataset", f"imagefolder:{folder}", *SMALL_FLAGS)
+    assert result.code == 4
+    assert "at least two" in result.err
+
+
+def test_a_teacher_and_no_data_are_enough_without_evaluation(cli: Cli, image_folder: Path) -> None:
+    small = ("--set", "train.epochs=1", "--set", "teacher.width=8")
+    assert cli("train", "--dataset", f"imagefolder:{image_folder}", "--out", "teacher.safetensors", *small).code == 0
+    shutil.rmtree(image_folder)
+    flags = ("--pipc", 0, "--init", "noise", "--evaluate", "none", "--teacher", "teacher.safetensors", "--out", "run")
+    result = cli("distill", "--losses", "dkkt", *flags, *SMALL_FLAGS)
+    assert result.code == 0, result.err
+    artifact = ddkit.load("run")
+    assert artifact.class_names == ["cat", "dog", "owl"]
+    assert artifact.images.shape == (3, 3, 12, 12)
+
+
+def test_evaluating_needs_no_teacher_file_that_no_evaluator_uses(cli: Cli) -> None:
+    small = ("--set", "train.epochs=1", "--set", "teacher.width=8")
+    assert cli("train", "--out", "teacher.safetensors", *small).code == 0
+    assert cli("distill", "--losses", "dkkt", "--teacher", "teacher.safetensors", "--out", "run", *SMALL_FLAGS).code == 0
+    Path("teacher.safetensors").unlink()
+    assert cli("evaluate", "run", "--repeats", 1).code == 0
+    assert cli("evaluate", "run", "--evaluate", "none").code == 2
+
+
+def test_losses_may_be_a_list_in_python(cli: Cli) -> None:
+    sets = {"network.width": 8}
+    run = ddkit.distill(losses=["dm", "total-variation"], steps=1, evaluators="none", sets=sets, out="listed")
+    assert run.steps == 1
+
+
+@pytest.mark.slow
+def test_the_readme_command_beats_random_real_images_by_more_than_both_deviations(cli: Cli) -> None:
+    import time
+
+    began = time.monotonic()
+    run = ddkit.distill(losses="dm,dkkt", ipc=10)
+    assert time.monotonic() - began < 240  # two minutes on two free cores; tests run on one thread
+    (row,) = run.evaluations
+    assert row.random_real_mean is not None
+    assert row.accuracy_std is not None
+    assert row.random_real_std is not None
+    assert row.accuracy_mean - row.random_real_mean > max(row.accuracy_std, row.random_real_std)
