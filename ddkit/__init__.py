@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Start,
     )
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
+    from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation
     from ddkit.networks import build_network, redraw
@@ -50,6 +51,7 @@ _HOMES = {
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
+    "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation",),
     "ddkit.networks": ("build_network", "redraw"),
@@ -99,6 +101,7 @@ __all__ = [
     "__version__",
     "accuracy",
     "build_network",
+    "cache_folder",
     "compiled",
     "create",
     "distill",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,14 @@ from ddkit.files import read_json, write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.images import sheet_png
 from ddkit.jobs import Job
-from ddkit.recipe import EvaluatorTable, Recipe, parse_recipe, recipe_dict
+from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for, with_options
 from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory, is_logged
 from ddkit.teacher import Teacher
 from ddkit.teachers import load_teacher, save_teacher, train_teacher
 from ddkit.training import pick_device
 
-Sets = Iterable[tuple[str, Any]]
+log = logging.getLogger("ddkit")
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,8 +105,7 @@ def run_recipe(
     directory = RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)
     watchers = _watchers(observers)
     try:
-        job = Job(recipe, device=device)
-        job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+        job = _prepared(recipe, device, watchers)
         bank = job.bank()
         engine = job.engine(bank)
         resolved = job.resolved()
@@ -134,8 +133,7 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     if start > recipe.steps:
         raise RunFilesError(f"{path} is at step {start} already, past --steps {recipe.steps}.")
     watchers = _watchers(observers)
-    job = Job(recipe, device=device)
-    job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+    job = _prepared(recipe, device, watchers)
     bank = job.bank()
     try:
         bank.load_state(state)
@@ -145,6 +143,12 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     resolved = job.resolved()
     directory.write_recipe(recipe_dict(resolved))
     return _finish(job, bank, job.engine(bank), resolved, directory, watchers, start=start)
+
+
+def _prepared(recipe: Recipe, device: str, watchers: Observers) -> Job:
+    job = Job(recipe, device=device)
+    job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+    return job
 
 
 def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
@@ -252,9 +256,7 @@ def _installed_observers() -> list[tuple[str, Any]]:
             try:
                 found.append((plugin.name, plugins.load_plugin(plugin)))
             except PluginError as error:
-                import logging
-
-                logging.getLogger("ddkit").warning("%s", error)
+                log.warning("%s", error)
     return found
 
 
@@ -274,25 +276,20 @@ def evaluate(
     device: str = "auto",
     observers: Sequence[Any] = (),
 ) -> list[Evaluation]:
-    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory, whose files it rewrites
-    (unless dataset, data_dir, seed or pipc say that other real data were used).
+    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
-    Without `dataset` a run's own is used. `model` may name several, separated by commas. Raises DdkitError.
+    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without
+    `dataset` a run's is used. `model` may name several, separated by commas. Raises DdkitError.
     """
     if evaluators == "none":
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
-    directory = RunDirectory.existing(Path(target)) if not isinstance(target, Artifact) and Path(target).is_dir() else None
-    base = None if directory is None else directory.read_recipe()
-    if base is None and dataset is None and not any(key.startswith("data.") for key in sets or {}):
-        raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
-    if evaluators is None and base is not None and not base.get("evaluators"):
-        evaluators = "accuracy"
-    recipe = recipe_for(
-        base, evaluators=evaluators, protocol=protocol, sets=list((sets or {}).items()), data__use=dataset,
+    directory = None if isinstance(target, Artifact) or not Path(target).is_dir() else RunDirectory.existing(Path(target))
+    recipe = _evaluation_recipe(
+        artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
         data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
     )  # fmt: skip
-    tables = _with_models(recipe, model, repeats)
+    tables = with_options(recipe.evaluators, model=model, repeats=repeats)
     where = pick_device(device)
     real = RealData(open_dataset(recipe.data), recipe.pipc, recipe.seed, _image_shape(artifact))
     _check_fit(artifact, real.info)
@@ -301,13 +298,23 @@ def evaluate(
     guide = load_teacher(recipe.teacher, real.info, where) if wants_teacher and recipe.teacher.use != "auto" else None
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     rows = run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
-    if directory is not None and base is not None and _same_data(recipe, parse_recipe(base)):
+    if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
         _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
     return rows
 
 
-def _with_models(recipe: Recipe, model: str | None, repeats: int | None) -> dict[str, EvaluatorTable]:
-    return with_options(recipe.evaluators or {"accuracy": EvaluatorTable()}, model=model, repeats=repeats)
+def _evaluation_recipe(
+    artifact: Artifact, directory: RunDirectory | None, sets: list[tuple[str, Any]], *, evaluators: str | None, **flags: Any
+) -> Recipe:
+    """Returns the run's recipe, or for a file the default one with the seed and pipc that the file records."""
+    base = None if directory is None else directory.read_recipe()
+    if base is None:
+        if flags["data__use"] is None and not any(path == "data" or path.startswith("data.") for path, _ in sets):
+            raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+        sets = [(key, artifact.metadata[key]) for key in ("seed", "pipc") if key in artifact.metadata] + sets
+    elif evaluators is None and not base.get("evaluators"):
+        evaluators = "accuracy"
+    return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
 
 
 def _image_shape(artifact: Artifact) -> tuple[int, int, int]:
@@ -324,7 +331,7 @@ def _check_fit(artifact: Artifact, info: DataInfo) -> None:
 
 
 def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
-    """Adds rows to evaluation.json, a new row replacing an older one of the same evaluator, model, protocol and labels."""
+    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity."""
     manifest = directory.read_manifest()
     file = directory.path / EVALUATION
     older = read_json(file)["evaluations"] if file.is_file() else []
@@ -375,8 +382,3 @@ def train(
     teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
     save_teacher(path, teacher)
     return teacher
-
-
-def ddkit_version() -> str:
-    """Returns the version of the installed distribution."""
-    return metadata.version("ddkit")

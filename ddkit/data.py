@@ -33,6 +33,12 @@ def open_dataset(table: DataTable) -> Dataset:
     return dataset
 
 
+def data_info(dataset: Dataset, shape: Sequence[int]) -> DataInfo:
+    """Returns what is known of `dataset` with images of `shape` (C, H, W)."""
+    channels, height, width = shape
+    return DataInfo(class_names=tuple(dataset.class_names), channels=channels, size=(height, width), mirror=dataset.mirror)
+
+
 def check_classes(dataset: Dataset) -> None:
     """Raises InputError where there are fewer classes than a classifier can tell apart."""
     if len(dataset.class_names) < 2:
@@ -96,8 +102,7 @@ class RealData:
             )
         self.images = load_images(dataset, "train", self.indices, shape)
         self.labels = labels[self.indices]
-        channels, height, width = self.images.shape[1:]
-        self.info = DataInfo(class_names=tuple(dataset.class_names), channels=channels, size=(height, width), mirror=dataset.mirror)
+        self.info = data_info(dataset, self.images.shape[1:])
 
     @property
     def sources(self) -> list[str | int]:

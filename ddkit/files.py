@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 SCHEMA = 1
 
 
+def cache_folder() -> Path:
+    """Returns $DDKIT_CACHE, else ddkit's folder in the XDG cache."""
+    own = os.environ.get("DDKIT_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit"
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` so that `path` is either as before or whole; raises RunFilesError where it cannot be written."""
     temporary: str | None = None

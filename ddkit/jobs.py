@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ddkit.errors import FlagError, InputError, PluginError, RunFailed
 from ddkit.files import read_tensors
 from ddkit.images import Normalisation, channel_statistics
 from ddkit.networks import build_network, couples_samples, saved_bytes
-from ddkit.options import Parameter, Requires
+from ddkit.options import Parameter, Requires, written_options
 from ddkit.randomness import generator
 from ddkit.recipe import Recipe
 from ddkit.step import StepSource, ViewSpec
@@ -66,8 +67,10 @@ class Job:
 
     def _shape(self) -> tuple[int, int, int] | None:
         """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
-        if self.recipe.pipc != 0 or self.recipe.teacher.use == "auto":
-            return None if self.recipe.pipc != 0 else self._first_shape()
+        if self.recipe.pipc != 0:
+            return None
+        if self.recipe.teacher.use == "auto":
+            return self._first_shape()
         shape = _teacher_record(Path(self.recipe.teacher.use)).get("input_shape")
         return (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None
 
@@ -146,9 +149,9 @@ class Job:
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
 
-    @property
+    @cached_property
     def normalisation(self) -> Normalisation:
-        """The teacher's statistics where there is a teacher, else those of the accessible images."""
+        """The teacher's statistics where there is a teacher (load it first), else those of the accessible images."""
         if self.teacher is not None:
             return Normalisation(self.teacher.mean, self.teacher.std)
         if len(self.real.images) == 0:
@@ -201,22 +204,25 @@ class Job:
         else:
             teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
         losses = {
-            term.label: replace(recipe.losses[term.label], use=recipe.loss_name(term.label), options=_written(term.loss))
+            term.label: replace(recipe.losses[term.label], use=recipe.loss_name(term.label), options=written_options(term.loss.options))
             for term in self.terms
         }
         return replace(
             recipe,
             teacher=teacher,
             train=training,
-            data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=_written(self.dataset)),
-            network=replace(recipe.network, options=_written(self.model)),
+            data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=written_options(self.dataset.options)),
+            network=replace(recipe.network, options=written_options(self.model.options)),
             initializer=replace(
                 recipe.initializer,
                 use=plugins.split_name(recipe.initializer.use)[0],
-                options=_written(self.initializer),
+                options=written_options(self.initializer.options),
             ),
-            augmenter=replace(recipe.augmenter, options=_written(self.augmenter)),
-            views={name: replace(recipe.views[name], compose=None, options=_written(view.augmenter)) for name, view in self.views.items()},
+            augmenter=replace(recipe.augmenter, options=written_options(self.augmenter.options)),
+            views={
+                name: replace(recipe.views[name], compose=None, options=written_options(view.augmenter.options))
+                for name, view in self.views.items()
+            },
             engine=replace(
                 recipe.engine,
                 chunk=self.chunk,
@@ -224,7 +230,9 @@ class Job:
                 precision="bfloat16" if self.precision == torch.bfloat16 else "float32",
             ),
             losses=losses,
-            evaluators={label: replace(recipe.evaluators[label], options=_written(e)) for label, e in self.evaluators.items()},
+            evaluators={
+                label: replace(recipe.evaluators[label], options=written_options(e.options)) for label, e in self.evaluators.items()
+            },
         )
 
     def plugins_used(self) -> list[dict[str, str]]:
@@ -251,11 +259,6 @@ def _teacher_record(path: Path) -> dict[str, Any]:
         return read_tensors(path)[1] if path.is_file() else {}
     except ValueError:
         return {}
-
-
-def _written(component: Any) -> dict[str, Any]:
-    values: dict[str, Any] = msgspec.to_builtins(component.options)
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _terms(recipe: Recipe) -> list[Term]:

@@ -139,19 +139,17 @@ def _literals(kind: msgspec.inspect.Type) -> tuple[str, ...]:
     return tuple(str(value) for value in kind.values) if isinstance(kind, msgspec.inspect.LiteralType) else ()
 
 
-OWN_KEYS = {
-    "network": ("model", "renew_every"),
-    "losses": ("weight", "use"),
-    "views": ("augmenter", "compose", "noise"),
-}  # that stand beside a plugin's options
-
-
-def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str) -> T:
-    """Returns a plugin's options; errors name the plugin as well as the recipe path."""
+def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str, also: Collection[str] = ()) -> T:
+    """Returns a plugin's options; errors name the plugin as well as the recipe path. `also`: as in parse_struct."""
     try:
-        return parse_struct(kind, table, where, OWN_KEYS.get(where.partition(".")[0], ()))
+        return parse_struct(kind, table, where, also)
     except InputError as error:
         raise InputError(f"{plugin}: {error} (`ddkit info {plugin}` lists its options.)", error.path) from None
+
+
+def written_options(options: msgspec.Struct) -> dict[str, Any]:
+    """Returns options as a recipe writes them: plain values, those that are None left out."""
+    return {key: value for key, value in msgspec.to_builtins(options).items() if value is not None}
 
 
 def describe_options(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:

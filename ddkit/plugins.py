@@ -16,6 +16,7 @@ import msgspec
 from ddkit import components, source
 from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
 from ddkit.options import parse_options
+from ddkit.recipe import keys_beside
 
 GROUPS = {
     "loss": "ddkit.losses",
@@ -172,7 +173,7 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
         if found.argument is None:
             raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
         merged[found.argument] = argument
-    options = parse_options(found.Options, merged, where, short)
+    options = parse_options(found.Options, merged, where, short, keys_beside(where))
     return options if data is None else found.resolve(options, data)
 
 

@@ -159,6 +159,13 @@ def own_keys(kind: type[Table]) -> set[str]:
     return {field.encode_name for field in msgspec.structs.fields(kind)} - {"options"}
 
 
+def keys_beside(where: str) -> set[str]:
+    """Returns ddkit's own keys of the table at recipe path `where`, which stand beside a plugin's options there."""
+    top = where.partition(".")[0]
+    table = TABLES.get(top) or NAMED_TABLES.get(top)
+    return own_keys(table) if table else set()
+
+
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     """Returns a recipe from TOML data (rules already applied); raises InputError naming the path at fault."""
     values: dict[str, Any] = {key: value for key, value in table.items() if key not in TABLES and key not in NAMED_TABLES}

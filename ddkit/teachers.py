@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
-from ddkit.data import load_images
-from ddkit.errors import InputError
-from ddkit.files import read_tensors, sha256, write_tensors
+from ddkit.data import data_info, load_images
+from ddkit.errors import InputError, RunFilesError
+from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
 from ddkit.images import Normalisation, channel_statistics
 from ddkit.networks import build_network
+from ddkit.options import written_options
 from ddkit.randomness import generator
 from ddkit.recipe import TeacherTable, TrainTable
 from ddkit.teacher import Teacher
@@ -28,12 +29,6 @@ from ddkit.training import Schedule, accuracy, compiled, fit, pick_precision
 
 log = logging.getLogger("ddkit")
 Report = Callable[[int, int], None]
-
-
-def cache_folder() -> Path:
-    """Returns $DDKIT_CACHE, else ddkit's folder in the XDG cache."""
-    own = os.environ.get("DDKIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit"
 
 
 def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> Teacher:
@@ -133,27 +128,22 @@ def train_teacher(
     labels = dataset.labels("train")
     images = load_images(dataset, "train", range(len(labels)), shape)
     mean, std = channel_statistics(images)
-    channels, height, width = images.shape[1:]
-    info = DataInfo(class_names=tuple(dataset.class_names), channels=channels, size=(height, width), mirror=dataset.mirror)
+    info = data_info(dataset, images.shape[1:])
     options = plugins.options_of("model", table.model, table.options, "teacher", info)
     model = plugins.load("model", table.model)(options, name=table.model)
     module = build_network(model, info, seed, "teacher").to(device)
     _fit_teacher(module, Normalisation(mean, std).normalise(images).to(device), labels.to(device), train, info, seed, report)
     record = {
         "model": table.model,
-        "options": {key: value for key, value in _fields(options).items() if value is not None},
+        "options": written_options(options),
         "mean": list(mean),
         "std": list(std),
         "class_names": list(info.class_names),
         "input_shape": list(info.shape),
         "test_accuracy": _test_accuracy(module, dataset, info, Normalisation(mean, std), device),
-        "training": {**_fields(train), "seed": seed},
+        "training": {**msgspec.structs.asdict(train), "seed": seed},
     }
     return Teacher(module, mean=mean, std=std, info=record)
-
-
-def _fields(struct: Any) -> dict[str, Any]:
-    return {name: getattr(struct, name) for name in struct.__struct_fields__}
 
 
 def _fit_teacher(
@@ -198,13 +188,22 @@ def resolved_training(table: TeacherTable, train: TrainTable, info: DataInfo) ->
     model = plugins.options_of("model", table.model, table.options, "teacher", info)
     augmenter = plugins.options_of("augmenter", train.augmenter, train.options, "train", info)
     return (
-        msgspec.structs.replace(table, options=_plain(model)),
-        msgspec.structs.replace(train, options=_plain(augmenter)),
+        msgspec.structs.replace(table, options=written_options(model)),
+        msgspec.structs.replace(train, options=written_options(augmenter)),
     )
 
 
-def _plain(options: Any) -> dict[str, Any]:
-    return {key: value for key, value in msgspec.to_builtins(options).items() if value is not None}
+def _make_folder(folder: Path) -> None:
+    """Makes the cache's folder, before an hour of training whose result could not be kept."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RunFilesError(
+            f"The cache folder {folder} cannot be written ({error.strerror or error}), so a teacher cannot be kept there. "
+            "Name another with the environment variable DDKIT_CACHE, or give --teacher FILE."
+        ) from None
 
 
 def automatic_teacher(
@@ -216,8 +215,7 @@ def automatic_teacher(
     report: Report | None = None,
 ) -> Teacher:
     """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so."""
-    _, height, width = shape
-    info = DataInfo(class_names=tuple(dataset.class_names), channels=shape[0], size=(height, width), mirror=dataset.mirror)
+    info = data_info(dataset, shape)
     table, train = resolved_training(table, train, info)
     key = {
         "dataset": dataset.fingerprint(),
@@ -225,7 +223,7 @@ def automatic_teacher(
         "shape": shape,
         "model": table.model,
         "options": table.options,
-        "train": _fields(train),
+        "train": msgspec.structs.asdict(train),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "teachers" / f"{table.model.replace('/', '-').replace(':', '-')}-{digest}.safetensors"
@@ -234,7 +232,6 @@ def automatic_teacher(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
             table.model, train.epochs, len(dataset.labels("train")),
         )  # fmt: skip
-        teacher = train_teacher(dataset, shape, table, train, seed=0, device=device, report=report)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_teacher(path, teacher)
+        _make_folder(path.parent)
+        save_teacher(path, train_teacher(dataset, shape, table, train, seed=0, device=device, report=report))
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +32,7 @@ class Torchvision(InMemory):
     def _load(self, *, train: bool) -> tuple[Tensor, Tensor]:
         import torchvision.datasets
 
-        folder = Path(self.directory) if self.directory else _default_folder()
+        folder = Path(self.directory) if self.directory else ddkit.cache_folder() / "datasets"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found: Any = getattr(torchvision.datasets, self.source)(str(folder), train=train, download=True)
@@ -46,11 +45,6 @@ class Torchvision(InMemory):
         images = torch.as_tensor(found.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
         return images.contiguous(), torch.as_tensor(found.targets, dtype=torch.int64)
-
-
-def _default_folder() -> Path:
-    base = os.environ.get("DDKIT_CACHE")
-    return (Path(base) if base else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit") / "datasets"
 
 
 def _reason(error: Exception) -> str:
