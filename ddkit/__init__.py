@@ -27,17 +27,18 @@ if TYPE_CHECKING:
         Model,
         Start,
     )
+    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, pick_precision, to_device
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation
-    from ddkit.networks import build_network, redraw
+    from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import create
     from ddkit.randomness import generator
     from ddkit.step import RealStep, Step, View
     from ddkit.teacher import Teacher
-    from ddkit.training import Schedule, accuracy, compiled, fit, pick_precision
+    from ddkit.training import Schedule, accuracy, fit
 
 __version__ = "0.1.0"
 
@@ -48,24 +49,26 @@ _HOMES = {
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
         "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
     ),
+    "ddkit.compute": ("Arithmetic", "compiled", "decide_arithmetic", "pick_precision", "to_device"),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation",),
-    "ddkit.networks": ("build_network", "redraw"),
+    "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("create",),
     "ddkit.randomness": ("generator",),
     "ddkit.step": ("RealStep", "Step", "View"),
     "ddkit.teacher": ("Teacher",),
-    "ddkit.training": ("Schedule", "accuracy", "compiled", "fit", "pick_precision"),
+    "ddkit.training": ("Schedule", "accuracy", "fit"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "API_VERSION",
+    "Arithmetic",
     "Artifact",
     "Augmenter",
     "Component",
@@ -104,6 +107,7 @@ __all__ = [
     "cache_folder",
     "compiled",
     "create",
+    "decide_arithmetic",
     "distill",
     "evaluate",
     "fit",
@@ -112,7 +116,9 @@ __all__ = [
     "load",
     "pick_precision",
     "redraw",
+    "to_device",
     "train",
+    "training_flops",
 ]
 
 

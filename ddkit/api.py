@@ -15,6 +15,7 @@ from ddkit import plugins
 from ddkit.artifact import FILE, Artifact, load
 from ddkit.bank import Bank
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
+from ddkit.compute import pick_device, products
 from ddkit.data import RealData, check_classes, open_dataset
 from ddkit.engine import deterministic
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed, RunFilesError
@@ -27,7 +28,6 @@ from ddkit.recipes import recipe_for, with_options
 from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory, is_logged
 from ddkit.teacher import Teacher
 from ddkit.teachers import load_teacher, save_teacher, train_teacher
-from ddkit.training import pick_device
 
 log = logging.getLogger("ddkit")
 
@@ -154,7 +154,7 @@ def _prepared(recipe: Recipe, device: str, watchers: Observers) -> Job:
 def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
-    with deterministic(recipe.engine.deterministic):
+    with deterministic(recipe.engine.deterministic), products(job.device, job.products):
         _iterate(engine, bank, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
@@ -178,7 +178,10 @@ def _iterate(engine: Any, bank: Bank, recipe: Recipe, directory: RunDirectory, w
         if (index + 1) % every.checkpoint_every == 0:
             directory.write_checkpoint(index + 1, bank.state())
 
-    engine.run(start, recipe.steps, observe=observe, save=lambda step: directory.write_checkpoint(step, bank.state()))
+    def is_read(index: int) -> bool:
+        return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0
+
+    engine.run(start, recipe.steps, observe=observe, save=lambda step: directory.write_checkpoint(step, bank.state()), is_read=is_read)
     directory.write_checkpoint(recipe.steps, bank.state())
 
 

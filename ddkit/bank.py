@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -27,7 +27,8 @@ class Bank:
         declared: Mapping[str, Parameter],
         settings: Mapping[str, OptimizerTable],
     ) -> None:
-        self.labels = labels
+        self.labels, self.host_labels = labels, labels.cpu()
+        self._ends = torch.bincount(self.host_labels).cumsum(0).tolist()
         self.declared = dict(sorted(declared.items()))
         self.images = images.detach().clone().requires_grad_()
         self.parameters = {name: _initial(spec, images) for name, spec in self.declared.items()}
@@ -45,6 +46,13 @@ class Bank:
     def tensors(self) -> dict[str, Tensor]:
         """Returns every optimised tensor by name."""
         return {"images": self.images, **self.parameters}
+
+    def rows(self, classes: range | None) -> slice:
+        """Returns the rows of `classes` (None: all)."""
+        if classes is None:
+            return slice(0, len(self.host_labels))
+        ends = [0, *self._ends]
+        return slice(ends[min(classes.start, len(ends) - 1)], ends[min(classes.stop, len(ends) - 1)])
 
     def fill(self, name: str, value: Tensor) -> None:
         """Sets an extra parameter to initial values computed by its loss."""
@@ -92,10 +100,16 @@ class Bank:
                 {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept.items()}
             )
 
-    def finite(self) -> bool:
-        """Returns whether every value of every parameter, and of its optimizer's state, is finite."""
-        kept = [value for o in self.optimizers.values() for state in o.state.values() for value in state.values() if value is not None]
-        return all(bool(torch.as_tensor(value).isfinite().all()) for value in [*self.tensors().values(), *kept])
+    def finite(self) -> Tensor:
+        """Returns whether every value of every parameter, and of its optimizer's state, is finite: a boolean scalar on the device."""
+        kept = [value for o in self.optimizers.values() for state in o.state.values() for value in state.values()]
+        tensors = [value for value in kept if isinstance(value, Tensor) and value.ndim]  # the count of updates is a scalar
+        return all_finite([*self.tensors().values(), *tensors])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns whether every value of `tensors` is finite, as a boolean scalar on their device: nothing is read back."""
+    return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
 
 
 def _initial(spec: Parameter, images: Tensor) -> Tensor:

@@ -106,8 +106,11 @@ class Initializer(Component):
 class Augmenter(Component):
     """Random, differentiable image augmentation whose draw and application are apart.
 
-    So a draw can be shared by a class's real and synthetic images (siamese augmentation).
+    So a draw can be shared by a class's real and synthetic images (siamese augmentation). `rowwise` says that apply
+    treats every row alone, so that several batches may be augmented in one call.
     """
+
+    rowwise: ClassVar[bool] = False
 
     def sample(self, generator: Generator, groups: int) -> dict[str, Tensor]:
         """Returns parameters for `groups` groups, each tensor of first dimension `groups`."""
@@ -196,9 +199,23 @@ class Dataset(Component):
         """Returns (n,) int64 labels of a split."""
         raise NotImplementedError
 
-    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
-        """Returns the images (C, H, W) of `indices`, uint8 or float in 0..1; sizes and channels may differ."""
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
+        """Returns the images (C, H, W) of `indices`, uint8 or float in 0..1; sizes and channels may differ.
+
+        Where they do not, they may be one new tensor (n, C, H, W), which saves a copy.
+        """
         raise NotImplementedError
+
+    def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
+        """Returns (absolute path, size in bytes, modification time in ns) of each image's file, or None.
+
+        With stamps, the decoded images are kept in ddkit's cache for as long as these and `decoding_key()` stay the same.
+        """
+        return None
+
+    def decoding_key(self) -> str:
+        """Returns what decides the decoded pixels besides the files; by default all options."""
+        return repr(self.options)
 
     def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
         """Returns what the manifest lists for `indices`: file names, or the indices themselves."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -11,9 +12,12 @@ from torch import Tensor
 from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
 from ddkit.errors import DdkitError, InputError
-from ddkit.images import common_shape, conform
+from ddkit.imagecache import entry_of
+from ddkit.images import common_shape, conform, other_sizes, to_unit
 from ddkit.randomness import generator
 from ddkit.recipe import DataTable
+
+log = logging.getLogger("ddkit")
 
 
 def open_dataset(table: DataTable) -> Dataset:
@@ -55,19 +59,45 @@ def accessible_indices(labels: Tensor, classes: int, pipc: int | str, seed: int)
 
     The choice for a class depends on (seed, class) alone.
     """
-    order = labels.argsort(stable=True)
-    chosen: list[int] = []
+    order = labels.argsort(stable=True)  # stable: each class's rows ascend
+    if pipc == "all":
+        return order.tolist()
+    chosen = [order[:0]]
     for label, rows in enumerate(order.split(class_counts(labels, classes))):
-        if pipc != "all" and int(pipc) < len(rows):
-            rows = rows[torch.randperm(len(rows), generator=generator(seed, "accessible", label))[: int(pipc)]]
-        chosen += sorted(rows.tolist())
-    return chosen
+        if int(pipc) < len(rows):
+            rows = rows[torch.randperm(len(rows), generator=generator(seed, "accessible", label))[: int(pipc)].sort().values]
+        chosen.append(rows)
+    return torch.cat(chosen).tolist()
 
 
 def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: tuple[int, int, int] | None) -> Tensor:
-    """Returns images `indices` of a split as (n, C, H, W) of `shape` (None: the most common one among them)."""
+    """Returns images `indices` of a split as (n, C, H, W) of `shape` (None: the most common one among them).
+
+    They come from ddkit's cache where no file has changed since they were decoded. Warns of images that were resized.
+    """
+    entry = entry_of(dataset, split, indices, shape)
+    found = None if entry is None else entry.read()
+    if found is None:
+        found = _decoded(dataset, split, indices, shape)
+        if entry is not None:
+            entry.write(*found)
+    images, resized = found
+    if resized:
+        height, width = images.shape[2:]
+        log.warning("%d of %d images were resized to %d x %d pixels.", resized, len(images), height, width)
+    return images
+
+
+def _decoded(dataset: Dataset, split: str, indices: Sequence[int], shape: tuple[int, int, int] | None) -> tuple[Tensor, int]:
+    """Returns (images, how many were resized) of the dataset itself."""
     images = dataset.images(split, indices)
-    return conform(images, shape or common_shape(images))
+    if isinstance(images, Tensor) and len(images) and images[0].shape == (shape or common_shape([images[0]])):
+        return images if images.dtype == torch.uint8 else to_unit(images), 0
+    pending = list(images)
+    del images  # `conform` frees one image after the other
+    shape = shape or common_shape(pending)
+    resized = other_sizes(pending, shape)
+    return conform(pending, shape), resized
 
 
 class NoImages(Dataset):
@@ -101,7 +131,7 @@ class RealData:
                 "With --pipc 0 nothing tells the image shape: give a teacher made by ddkit, which records it (--teacher FILE)."
             )
         self.images = load_images(dataset, "train", self.indices, shape)
-        self.labels = labels[self.indices]
+        self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.info = data_info(dataset, self.images.shape[1:])
 
     @property

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddkit.bank import Bank
+from ddkit.bank import Bank, all_finite
 from ddkit.components import Loss
 from ddkit.errors import DdkitError, Interrupted, RunFailed
 from ddkit.step import SharedStep, Step, StepSource
@@ -50,7 +50,7 @@ class Engine:
                     "which it does not declare in ddkit.Requires(parameters=...)."
                 )
             self.bank.fill(name, value)
-            if not self.bank.finite():
+            if not bool(self.bank.finite()):
                 raise RunFailed(f"The loss '{term.label}' gives initial values of '{name}' that are not finite.")
 
     def run(
@@ -60,20 +60,24 @@ class Engine:
         *,
         observe: Callable[[int, Callable[[], Record]], None],
         save: Callable[[int], None],
+        is_read: Callable[[int], bool] = lambda index: True,
     ) -> None:
         """Runs steps start..steps-1.
 
-        `observe(index, record)` sees every step before its update (`record()` reads the values back); `save(index)`
-        keeps the state before step `index`. A non-finite value or a signal saves the last good state, then raises.
+        `observe(index, record)` sees every step (`record()` reads its values back); `save(index)` keeps the state before
+        step `index`. `is_read(index)`: whether the step is logged or checkpointed. Only there, and before a return, the
+        device is asked whether all values were finite; where they were not, the steps since are taken again one by one.
+        A non-finite value, a loss that raises, or a signal saves the last good state, then raises.
         """
+        guard = _Guard(self, start, save)
         with _interruption() as stop:
             for index in range(start, steps):
-                try:
+                with guard.around(index):
                     values, gradients, logged = self.evaluate(index)
-                    self._update(index, gradients)
-                except DdkitError:
-                    save(index)
-                    raise
+                    self.bank.update(gradients)
+                    guard.note(values, gradients)
+                if is_read(index) or stop or index == steps - 1:
+                    guard.check(index + 1)
                 observe(index, lambda: _record(index, self.terms, values, logged))  # noqa: B023 (read at once)
                 if stop:
                     save(index + 1)
@@ -82,25 +86,21 @@ class Engine:
     def evaluate(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
         values: dict[str, Tensor] = {}
-        gradients = {name: torch.zeros_like(tensor) for name, tensor in self.bank.tensors().items()}
+        gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}
         for classes, terms in self.parts:
             shared = self._shared(index, classes, terms)
             total: Tensor | None = None
             for term in terms:
                 value = self._value(term, shared)
-                values[term.label] = values.get(term.label, 0) + value.detach()
+                values[term.label] = values[term.label] + value.detach() if term.label in values else value.detach()
                 total = term.weight * value if total is None else total + term.weight * value
             logged.update(shared.logged)
             assert total is not None
             for name, part in self._gradients(total).items():
-                gradients[name] += part
-        for term in self.terms:
-            if not bool(values[term.label].isfinite()):
-                raise RunFailed(
-                    f"The loss '{term.label}' became {float(values[term.label])} at step {index}. The last good state is kept in "
-                    "checkpoints/. Try a smaller learning rate or weight, or float32 (--set engine.precision=float32)."
-                )
+                gradients[name] = gradients[name] + part if name in gradients else part
+        for name, tensor in self.bank.tensors().items():
+            gradients.setdefault(name, torch.zeros_like(tensor))
         return values, gradients, logged
 
     def _shared(self, index: int, classes: range | None, terms: Sequence[Term]) -> SharedStep:
@@ -122,17 +122,76 @@ class Engine:
         parts = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
         return {name: part for name, part in zip(tensors, parts, strict=True) if part is not None}
 
-    def _update(self, index: int, gradients: Mapping[str, Tensor]) -> None:
+    def careful_step(self, index: int) -> None:
+        """Takes step `index`, or leaves the bank as it was and raises RunFailed naming what was not finite."""
+        values, gradients, _ = self.evaluate(index)
+        for term in self.terms:
+            if not bool(values[term.label].isfinite()):
+                raise RunFailed(
+                    f"The loss '{term.label}' became {float(values[term.label])} at step {index}. The last good state is kept in "
+                    "checkpoints/. Try a smaller learning rate or weight, or float32 (--set engine.precision=float32)."
+                )
         before = self.bank.state()
-        if all(bool(gradient.isfinite().all()) for gradient in gradients.values()):  # a projection could hide one that is not
+        if bool(all_finite(gradients.values())):  # a projection could hide one that is not
             self.bank.update(gradients)
-            if self.bank.finite():
+            if bool(self.bank.finite()):
                 return
             self.bank.load_state(before)
         raise RunFailed(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
             f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller --set optimizer.images.lr."
         )
+
+
+class _Guard:
+    """Knows whether all values since the last check were finite, without asking the device at every step.
+
+    Every step is a function of its number and the bank, so what went wrong between two checks is found by going back to
+    the state of the last one and taking the steps again, carefully.
+    """
+
+    def __init__(self, engine: Engine, start: int, save: Callable[[int], None]) -> None:
+        self.engine, self.save = engine, save
+        self._good(start)
+
+    def _good(self, index: int) -> None:
+        self.index, self.state = index, self.engine.bank.state()
+        self.fine = torch.ones((), dtype=torch.bool, device=self.engine.bank.images.device)
+
+    def note(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+        """Adds what a step computed, and the bank after its update."""
+        self.fine = self.fine & all_finite([*values.values(), *gradients.values()]) & self.engine.bank.finite()
+
+    def check(self, index: int) -> None:
+        """Makes the state before step `index` the last good one, or goes back, saves the last good state and raises."""
+        if not bool(self.fine):
+            self._replay(index)
+        self._good(index)
+
+    def _replay(self, end: int) -> None:
+        self.engine.bank.load_state(self.state)
+        for index in range(self.index, end):
+            with self._saving(index):
+                self.engine.careful_step(index)
+
+    @contextmanager
+    def around(self, index: int) -> Iterator[None]:
+        """Saves the last good state where the step inside, number `index`, raises a DdkitError."""
+        try:
+            yield
+        except DdkitError:
+            if not bool(self.fine):  # what it raised may come of values that were not finite: tell of those
+                self._replay(index)
+            self.save(index)
+            raise
+
+    @contextmanager
+    def _saving(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except DdkitError:
+            self.save(index)
+            raise
 
 
 def _parts(terms: Sequence[Term], chunk: int, classes: int) -> list[tuple[range | None, list[Term]]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,17 @@ def cache_folder() -> Path:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` so that `path` is either as before or whole; raises RunFilesError where it cannot be written."""
+    _replace_whole(path, lambda temporary: Path(temporary).write_bytes(content))
+
+
+def _replace_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Puts what `write(NAME)` writes in the place of `path`, or leaves all as it was and raises RunFilesError."""
     temporary: str | None = None
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
+        os.close(descriptor)
+        write(temporary)
+        with os.fdopen(os.open(temporary, os.O_RDWR), "rb+") as stream:
             os.fchmod(stream.fileno(), 0o666 & ~_umask())
             os.fsync(stream.fileno())
         os.replace(temporary, path)
@@ -80,12 +85,23 @@ def sha256(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes a safetensors file whose metadata key "ddkit" holds `metadata` and the schema number as JSON."""
-    from safetensors.torch import save
+    """Writes a safetensors file whose metadata key "ddkit" holds `metadata` and the schema number as JSON.
+
+    The file is whole or as before; raises RunFilesError where it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
 
     header = json.dumps({"schema": SCHEMA, **metadata}, sort_keys=True, allow_nan=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    write_atomic(path, save(contiguous, {"ddkit": header}))
+
+    def write(temporary: str) -> None:
+        try:
+            save_file(contiguous, temporary, {"ddkit": header})  # `save` would hold the tensors three times
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+    _replace_whole(path, write)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import io
-import logging
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-log = logging.getLogger("ddkit")
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 
@@ -23,20 +20,23 @@ def common_shape(images: Sequence[Tensor]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def conform(images: Sequence[Tensor], shape: tuple[int, int, int]) -> Tensor:
-    """Returns the images (C, H, W) stacked as (n, *shape): uint8 where all are, else float32 in 0..1.
+def other_sizes(images: Sequence[Tensor], shape: tuple[int, int, int]) -> int:
+    """Returns how many of the images (C, H, W) have another height or width than `shape`."""
+    return sum(tuple(image.shape[1:]) != shape[1:] for image in images)
 
-    Other sizes are resized (bilinear, antialiased), other channel counts repeated or reduced to luminance.
+
+def conform(images: list[Tensor], shape: tuple[int, int, int]) -> Tensor:
+    """Returns the images (C, H, W) as one tensor (n, *shape): uint8 where all are, else float32 in 0..1.
+
+    Other sizes are resized (bilinear, antialiased), other channel counts repeated or reduced to luminance. Empties the
+    list as it goes, so that a large set is not held twice.
     """
-    if not images:
-        return torch.empty((0, *shape), dtype=torch.uint8)
-    resized = sum(tuple(image.shape[1:]) != shape[1:] for image in images)
-    if resized:
-        log.warning("%d of %d images were resized to %d x %d pixels.", resized, len(images), shape[1], shape[2])
-    fitted = [_fitted(image, shape) for image in images]
-    if all(image.dtype == torch.uint8 for image in fitted):
-        return torch.stack(fitted)
-    return torch.stack([to_unit(image) for image in fitted])
+    whole_bytes = all(image.dtype == torch.uint8 for image in images)
+    found = torch.empty((len(images), *shape), dtype=torch.uint8 if whole_bytes else torch.float32)
+    while images:
+        fitted = _fitted(images.pop(), shape)
+        found[len(images)] = fitted if whole_bytes else to_unit(fitted)
+    return found
 
 
 def _fitted(image: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -10,25 +10,28 @@ from typing import Any
 
 import msgspec
 import torch
+from torch import nn
 
 from ddkit import plugins
 from ddkit.bank import Bank
 from ddkit.components import Augmenter, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
+from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
 from ddkit.engine import Engine, Term
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed
 from ddkit.files import read_tensors
 from ddkit.images import Normalisation, channel_statistics
-from ddkit.networks import build_network, couples_samples, saved_bytes
+from ddkit.networks import build_network, couples_samples, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
 from ddkit.randomness import generator
 from ddkit.recipe import Recipe
 from ddkit.step import StepSource, ViewSpec
 from ddkit.teacher import Teacher
 from ddkit.teachers import Report, automatic_teacher, load_teacher, resolved_training
-from ddkit.training import pick_device
 
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
+CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
+IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
 class Job:
@@ -109,28 +112,68 @@ class Job:
         return ViewSpec(plugins.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
 
     def _decide(self) -> None:
-        """Resolves what the engine decides by itself, from model, shapes and device alone."""
+        """Resolves what the engine decides by itself, from model, shapes, steps and device alone."""
         engine = self.recipe.engine
-        if engine.compile is True:
-            raise InputError(
-                "engine.compile = true: the distillation step cannot be compiled yet; leave it at auto or false.", "engine.compile"
-            )
-        self.precision = torch.bfloat16 if engine.precision == "bfloat16" else torch.float32
         self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
-        if self.chunk and self.needs_network and couples_samples(build_network(self.model, self.info, 0, "probe"), self.info):
+        self.block = 0
+        if not self.needs_network:
+            self.arithmetic = Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
+            return
+        if self.chunk and self._coupled:
             raise InputError(
                 "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
                 "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
+        if self._coupled and engine.compile is True:
+            raise InputError(
+                "engine.compile = true: the network's features of an image depend on its batch (batch norm); such a network "
+                "is not compiled. Leave it at auto, or use --set network.norm=instance.",
+                "engine.compile",
+            )
+        step_work = forward_flops(self._probe, self.info, features=True) * (self._real_rows() + 2 * self.info.classes * self.recipe.ipc)
+        self.arithmetic = decide_arithmetic(
+            False if self._coupled else engine.compile,
+            engine.precision,
+            self.device,
+            work=step_work * self.recipe.steps,
+            step_work=step_work,
+        )
+        if not self._coupled:
+            self.block = self._automatic_block() if engine.block == "auto" else engine.block
+
+    @property
+    def products(self) -> str:
+        """The precision of float32 products on a GPU: exact where a loss needs second derivatives, else as decided."""
+        return "float32" if any(requires.second_order for requires in self.requires) else self.arithmetic.precision
+
+    @cached_property
+    def _probe(self) -> nn.Module:
+        return build_network(self.model, self.info, 0, "probe")
+
+    @cached_property
+    def _coupled(self) -> bool:
+        return couples_samples(self._probe, self.info)
+
+    def _real_rows(self) -> int:
+        """Returns the real images of a step, where a loss looks at any."""
+        counts = class_counts(self.real.labels, self.info.classes)
+        return sum(min(count, self.recipe.data.batch) for count in counts) if any(r.real for r in self.requires) else 0
+
+    def _automatic_block(self) -> int:
+        """Returns how many images are embedded at once: few enough for the cache of a CPU, and for engine.memory."""
+        limit = min(CACHED_MIB if self.device.type == "cpu" else math.inf, self.recipe.engine.memory)
+        return max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, self.info))))
 
     def _automatic_chunk(self) -> int:
-        if not self.needs_network or not any(requires.separable for requires in self.requires):
+        """Returns the classes of a chunk whose images, activations and real images take engine.memory; 0: all fit."""
+        if not self.needs_network or not any(requires.separable for requires in self.requires) or self._coupled:
             return 0
-        network = build_network(self.model, self.info, 0, "probe")
-        per_class = saved_bytes(network, self.info) * self.recipe.ipc
+        most_real = min(max(class_counts(self.real.labels, self.info.classes), default=0), self.recipe.data.batch)
+        per_class = saved_bytes(self._probe, self.info) * self.recipe.ipc
+        per_class += IMAGE_COPIES * 4 * math.prod(self.info.shape) * (self.recipe.ipc + most_real)
         chunk = max(1, int(self.recipe.engine.memory * 2**20 / max(1, per_class)))
-        return 0 if chunk >= self.info.classes or couples_samples(network, self.info) else chunk
+        return 0 if chunk >= self.info.classes else chunk
 
     @property
     def needs_network(self) -> bool:
@@ -190,7 +233,8 @@ class Job:
             renew_every=self.recipe.network.renew_every,
             teacher=self.teacher,
             device=self.device,
-            precision=self.precision,
+            arithmetic=self.arithmetic,
+            block=self.block,
         )
         return Engine(bank, source, self.terms, chunk=self.chunk)
 
@@ -226,8 +270,9 @@ class Job:
             engine=replace(
                 recipe.engine,
                 chunk=self.chunk,
-                compile=False,
-                precision="bfloat16" if self.precision == torch.bfloat16 else "float32",
+                block=self.block,
+                compile=self.arithmetic.compile,
+                precision=self.arithmetic.precision,
             ),
             losses=losses,
             evaluators={

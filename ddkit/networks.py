@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from ddkit.components import DataInfo, Model
+from ddkit.compute import to_device
 from ddkit.errors import RunFailed
 from ddkit.randomness import drawn_from
 
@@ -18,9 +20,52 @@ def build_network(model: Model, info: DataInfo, seed: int, *purpose: str | int) 
         return model(info.channels, info.size, info.classes)
 
 
+class _Twin:
+    """A network on the CPU in plain layout, drawn as build_network draws: the source of weights re-drawn elsewhere.
+
+    Most modules draw in `reset_parameters` of their layers what their constructors drew, in the same order. Where that is
+    so, bit for bit, a draw resets the twin; elsewhere (a constructor of its own mind) it builds a new one.
+    """
+
+    def __init__(self, model: Model, info: DataInfo) -> None:
+        self.model, self.info = model, info
+        self.module = build_network(model, info, 0, "twin")
+        drawn = {key: value.clone() for key, value in self.module.state_dict().items()}
+        self.resets = False
+        with drawn_from(0, "twin"):
+            _reset(self.module)
+        self.resets = all(torch.equal(value, drawn[key]) for key, value in self.module.state_dict().items())
+
+    def draw(self, seed: int, *purpose: str | int) -> dict[str, Tensor]:
+        if self.resets:
+            with drawn_from(seed, *purpose):
+                _reset(self.module)
+        else:
+            self.module = build_network(self.model, self.info, seed, *purpose)
+        return dict(self.module.state_dict())
+
+
+def _reset(module: nn.Module) -> None:
+    for layer in module.modules():
+        own = getattr(layer, "reset_parameters", None)
+        if callable(own):
+            own()
+
+
+_twins: WeakKeyDictionary[nn.Module, _Twin] = WeakKeyDictionary()
+
+
 def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose: str | int) -> None:
-    """Gives `module` the weights that build_network would give it, in place: compiled code and hooks stay valid."""
-    module.load_state_dict(build_network(model, info, seed, *purpose).state_dict())
+    """Gives `module` the weights that build_network would give it, in place: compiled code and hooks stay valid.
+
+    `module` must be one that `model` built for `info`. The draw is made on the CPU, whatever the module's device.
+    """
+    if module not in _twins:
+        _twins[module] = _Twin(model, info)
+    drawn = _twins[module].draw(seed, *purpose)
+    with torch.no_grad():
+        for name, value in module.state_dict().items():
+            value.copy_(to_device(drawn[name], value.device))
 
 
 def embed(module: nn.Module, x: Tensor) -> Tensor:
@@ -69,3 +114,20 @@ def saved_bytes(module: nn.Module, info: DataInfo) -> int:
         features = embed(module, x)
     del features
     return sum(seen.values()) // 2
+
+
+def forward_flops(module: nn.Module, info: DataInfo, *, features: bool = False) -> float:
+    """Returns the floating-point operations (multiply and add are two) of one image's forward pass, or of its features."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.zeros((2, *info.shape), device=next(module.parameters(), torch.zeros(0)).device)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _ = embed(module, x) if features else module(x)
+    module.load_state_dict(state)  # running statistics as before
+    return counter.get_total_flops() / 2
+
+
+def training_flops(module: nn.Module, info: DataInfo, *, images: int, epochs: int, tests: int = 0) -> float:
+    """Returns the operations of training on `images` for `epochs` (forward, and twice that backward) and of testing once."""
+    return forward_flops(module, info) * (3 * images * epochs + tests)

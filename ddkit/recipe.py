@@ -82,9 +82,19 @@ class OptimizerTable(Table):
 
 
 class EngineTable(Table):
-    compile: bool | Literal["auto"] = "auto"
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    memory: Annotated[int, Option("MiB that the embedder's activations may take; more is done in chunks of classes", ge=1)] = 4096
+    compile: (
+        Annotated[bool, Option("whether the embedder is compiled; auto: where the run is long enough to pay it back")] | Literal["auto"]
+    ) = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "tf32", "bfloat16"],
+        Option("of the embedder; auto: bfloat16 where it is compiled and the hardware multiplies it, else float32"),
+    ] = "auto"
+    memory: Annotated[int, Option("MiB that images and the embedder's activations may take; more is done in chunks of classes", ge=1)] = (
+        4096
+    )
+    block: Annotated[int, Option("images embedded at once, 0 for all; auto: from the network, for the cache", ge=0)] | Literal["auto"] = (
+        "auto"
+    )
     chunk: Annotated[int, Option("classes a chunk for separable losses, 0 for all at once; auto: from memory", ge=0)] | Literal["auto"] = (
         "auto"
     )

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from ddkit.bank import Bank
 from ddkit.components import Augmenter, DataInfo, Model
+from ddkit.compute import Arithmetic, to_device
+from ddkit.embedder import Embedder
 from ddkit.errors import RunFailed
 from ddkit.images import Normalisation
-from ddkit.networks import build_network, embed, redraw
+from ddkit.networks import build_network, redraw
 from ddkit.options import Requires
 from ddkit.randomness import generator
 from ddkit.teacher import Teacher
@@ -52,28 +54,29 @@ class StepSource:
         renew_every: int,
         teacher: Teacher | None,
         device: torch.device,
-        precision: torch.dtype,
+        arithmetic: Arithmetic,
+        block: int = 0,
     ) -> None:
+        """`real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8)."""
         self.seed, self.info, self.normalisation, self.device = seed, info, normalisation, device
         self.real_images, self.real_labels = real_images.to(device), real_labels
-        self.counts = torch.bincount(real_labels, minlength=info.classes).tolist()
+        self.counts = torch.bincount(real_labels, minlength=info.classes)
         self.batch, self.augmenter, self.views = batch, augmenter, dict(views)
-        self.model, self.renew_every, self.teacher, self.precision = model, renew_every, teacher, precision
-        self._network: nn.Module | None = None
+        self.model, self.renew_every, self.teacher = model, renew_every, teacher
+        self.arithmetic, self.block = arithmetic, block
+        self._embedder: Embedder | None = None
         self._network_index = -1
         self._draws: tuple[int, dict[str, Parameters]] = (-1, {})
 
     def real_rows(self, index: int) -> Tensor:
-        """Returns the rows of the real images of this step, class by class, at most `batch` of each class."""
-        draw = generator(self.seed, "real", index)
-        parts, start = [], 0
-        for count in self.counts:
-            rows = torch.arange(start, start + count)
-            if count > self.batch:
-                rows = start + torch.randperm(count, generator=draw)[: self.batch]
-            parts.append(rows)
-            start += count
-        return torch.cat(parts)
+        """Returns the rows of the real images of this step, ascending, at most `batch` of each class, drawn anew where there are more."""
+        count = len(self.real_labels)
+        if count == 0 or int(self.counts.max()) <= self.batch:
+            return torch.arange(count)
+        keys = torch.rand(count, generator=generator(self.seed, "real", index), dtype=torch.float64)
+        shuffled = (self.real_labels + keys).argsort()  # class by class, in random order within each
+        place = torch.arange(count) - (self.counts.cumsum(0) - self.counts)[self.real_labels]
+        return shuffled[place < self.batch].sort().values
 
     def augmentation(self, index: int, purpose: str, augmenter: Augmenter) -> Parameters:
         """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
@@ -84,31 +87,45 @@ class StepSource:
             drawn[purpose] = augmenter.sample(generator(self.seed, purpose, index), self.info.classes)
         return drawn[purpose]
 
-    def network(self, index: int) -> nn.Module:
-        """Returns the network of step `index`, its weights a function of the seed and index // renew_every."""
+    def embedder(self, index: int) -> Embedder:
+        """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every."""
         if self.model is None:
             raise RunFailed("This run has no network.")
         draw = index // self.renew_every
-        if self._network is None:
-            self._network = build_network(self.model, self.info, self.seed, "network", draw).to(self.device)
+        if self._embedder is None:
+            module = build_network(self.model, self.info, self.seed, "network", draw).to(self.device)
+            self._embedder = Embedder(module, self.arithmetic, block=self.block)
         elif draw != self._network_index:
-            redraw(self._network, self.model, self.info, self.seed, "network", draw)
+            redraw(self._embedder.module, self.model, self.info, self.seed, "network", draw)
         self._network_index = draw
-        return self._network
+        return self._embedder
+
+
+def rows_by_class(labels: Tensor) -> dict[int, slice]:
+    """Returns the rows of each class of ascending labels (n,) on the CPU: asking the device for them would make it wait."""
+    classes, counts = labels.unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0)
+    starts = (ends - counts).tolist()
+    return {label: slice(start, end) for label, start, end in zip(classes.tolist(), starts, ends.tolist(), strict=True)}
 
 
 class RealStep:
-    """The real images of a step: `images` (m, C, H, W) normalised, `labels` (m,), `augmented`, `embeddings`."""
+    """The real images of a step: `images` (m, C, H, W) normalised, `labels` (m,), `augmented`, `embeddings`.
+
+    Labels are ascending; `rows_by_class` has the rows of each class as a slice, without asking the device.
+    """
 
     def __init__(self, step: SharedStep) -> None:
         self._step = step
         source = step.source
         rows = source.real_rows(step.index)
-        labels = source.real_labels[rows]
         if step.classes is not None:
-            rows = rows[(labels >= step.classes.start) & (labels < step.classes.stop)]
-        self.labels = source.real_labels[rows].to(source.device)
-        self.images = source.normalisation.normalise(source.real_images[rows.to(source.device)])
+            inside = source.real_labels[rows]
+            rows = rows[(inside >= step.classes.start) & (inside < step.classes.stop)]
+        labels = source.real_labels[rows]
+        self.labels, self.rows_by_class = step.on_device(labels), rows_by_class(labels)
+        whole = len(rows) == len(source.real_labels)
+        self.images = source.normalisation.normalise(source.real_images if whole else source.real_images[to_device(rows, source.device)])
 
     @cached_property
     def augmented(self) -> Tensor:
@@ -125,12 +142,10 @@ class SharedStep:
 
     def __init__(self, source: StepSource, bank: Bank, index: int, classes: range | None = None) -> None:
         self.source, self.bank, self.index, self.classes = source, bank, index, classes
-        inside = torch.ones_like(bank.labels, dtype=torch.bool)
-        if classes is not None:
-            inside = (bank.labels >= classes.start) & (bank.labels < classes.stop)
-        kept = inside.nonzero().flatten()
-        self.rows = slice(int(kept[0]), int(kept[-1]) + 1) if len(kept) else slice(0, 0)
+        self._host_labels: list[tuple[Tensor, Tensor]] = []
+        self.rows = bank.rows(classes)
         self.images, self.labels, self.size = bank.images[self.rows], bank.labels[self.rows], len(bank.labels)
+        self._host_labels.append((self.labels, bank.host_labels[self.rows]))
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}
@@ -140,8 +155,24 @@ class SharedStep:
         return self._apply(self.source.augmenter, drawn, x, self.labels if labels is None else labels)
 
     def _apply(self, augmenter: Augmenter, drawn: Parameters, x: Tensor, labels: Tensor) -> Tensor:
-        per_row = {key: value[labels.to(value.device)] for key, value in drawn.items()}
-        return augmenter.apply(x, per_row)
+        host = self._on_host(labels)
+        return augmenter.apply(x, {key: value[host] for key, value in drawn.items()})
+
+    def on_device(self, labels: Tensor) -> Tensor:
+        """Returns labels (CPU) on the run's device; augment knows them again without asking the device."""
+        moved = to_device(labels, self.source.device)
+        self._host_labels.append((moved, labels))
+        return moved
+
+    def _on_host(self, labels: Tensor) -> Tensor:
+        for known, host in self._host_labels:
+            if known is labels:
+                return host
+        return labels.cpu()  # a loss's own labels
+
+    @cached_property
+    def rows_by_class(self) -> dict[int, slice]:
+        return rows_by_class(self._on_host(self.labels))
 
     @cached_property
     def augmented(self) -> Tensor:
@@ -153,12 +184,16 @@ class SharedStep:
 
     @cached_property
     def network(self) -> nn.Module:
-        return self.source.network(self.index).requires_grad_(self.network_gradients)
+        return self.embedder.module
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        found = self.source.embedder(self.index)
+        found.module.requires_grad_(self.network_gradients)
+        return found
 
     def embed(self, x: Tensor) -> Tensor:
-        reduced = self.source.precision == torch.bfloat16
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=reduced):
-            return _embed_apart(self.network, x).float()
+        return self.embedder(x)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -193,7 +228,7 @@ class SharedStep:
             return images
         draw = generator(self.source.seed, "view noise", name, self.index)
         noise = torch.randn((self.size, *self.source.info.shape), generator=draw)[self.rows]
-        return images + spec.noise * noise.to(images)
+        return images + spec.noise * to_device(noise, images.device).to(images.dtype)
 
 
 class Step:
@@ -222,6 +257,11 @@ class Step:
     def labels(self) -> Tensor:
         """(n,) int64, rows grouped by ascending class."""
         return self._shared.labels
+
+    @property
+    def rows_by_class(self) -> Mapping[int, slice]:
+        """The rows of each class as a slice, without asking the device."""
+        return self._shared.rows_by_class
 
     @property
     def size(self) -> int:
@@ -314,28 +354,12 @@ class Step:
         )
 
 
-class _Embedder(nn.Module):
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return embed(self.network, x)
-
-
-def _embed_apart(network: nn.Module, x: Tensor) -> Tensor:
-    """Returns features; running statistics that the pass updates are copies, so no loss or step depends on another's pass."""
-    buffers = {f"network.{name}": value.clone() for name, value in network.named_buffers()}
-    result: Tensor = torch.func.functional_call(_Embedder(network), buffers, (x,)) if buffers else embed(network, x)
-    return result
-
-
 class _DeclaredReal(RealStep):
     """The shared RealStep as one loss sees it."""
 
     def __init__(self, step: Step, shared: RealStep) -> None:
         self._own, self._shared = step, shared
-        self.images, self.labels = shared.images, shared.labels
+        self.images, self.labels, self.rows_by_class = shared.images, shared.labels, shared.rows_by_class
 
     @property
     def augmented(self) -> Tensor:

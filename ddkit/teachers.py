@@ -16,16 +16,17 @@ from torch import Tensor, nn
 
 from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
+from ddkit.compute import compiled, decide_arithmetic
 from ddkit.data import data_info, load_images
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
 from ddkit.images import Normalisation, channel_statistics
-from ddkit.networks import build_network
+from ddkit.networks import build_network, training_flops
 from ddkit.options import written_options
 from ddkit.randomness import generator
 from ddkit.recipe import TeacherTable, TrainTable
 from ddkit.teacher import Teacher
-from ddkit.training import Schedule, accuracy, compiled, fit, pick_precision
+from ddkit.training import Schedule, accuracy, fit
 
 log = logging.getLogger("ddkit")
 Report = Callable[[int, int], None]
@@ -157,11 +158,7 @@ def _fit_teacher(
 ) -> None:
     chosen = {key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule")}
     augmenter = plugins.create("augmenter", train.augmenter, train.options, data=info, where="train")
-    # Offline rule: compiling takes some 25 s here and pays from about 2e8 input values of training on.
-    large = images.numel() * train.epochs > 2e8
-    if large and images.device.type == "cpu":
-        images = images.contiguous(memory_format=torch.channels_last)
-        module.to(memory_format=torch.channels_last)
+    made = decide_arithmetic("auto", "auto", images.device, work=training_flops(module, info, images=len(images), epochs=train.epochs))
     fit(
         module,
         images,
@@ -169,8 +166,9 @@ def _fit_teacher(
         Schedule(**chosen),
         augmenter=augmenter,
         generator=generator(seed, "teacher training"),
-        forward=compiled(module, wanted=large),
-        precision=pick_precision("auto", images.device, automatic=large),
+        forward=compiled(module, wanted=made.compile),
+        precision=made.dtype,
+        channels_last=made.compile,
         report=report,
     )
 

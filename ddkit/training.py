@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal
 
 import msgspec
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.components import Augmenter
+from ddkit.compute import to_device
 from ddkit.options import Option
 
-log = logging.getLogger("ddkit")
+Parameters = dict[str, Tensor]
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,42 +37,73 @@ def fit(
     generator: torch.Generator,
     forward: Callable[[Tensor], Tensor] | None = None,
     precision: torch.dtype = torch.float32,
+    channels_last: bool = False,
     report: Callable[[int, int], None] | None = None,
 ) -> None:
     """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64.
 
     Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
     batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
-    `module`, if there is one. `report(epoch, epochs)` is called after each epoch.
+    `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
+    after each epoch.
     """
-    module.train()
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module.train().to(memory_format=layout)
     forward = forward or module
-    device = images.device
     optimizer = _optimizer(module, schedule)
-    batches = -(-len(images) // schedule.batch)
-    scheduler = _scheduler(optimizer, schedule, batches)
-    for epoch in range(schedule.epochs):
-        order = torch.randperm(len(images), generator=generator).to(device)
-        for rows in order.split(schedule.batch):
-            x = images[rows]
-            if augmenter is not None:
-                x = augmenter.apply(x, augmenter.sample_batch(generator, len(rows)))
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-                logits = forward(x)
-            loss = nn.functional.cross_entropy(logits.float(), labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-        if report is not None:
-            report(epoch + 1, schedule.epochs)
+    count = -(-len(images) // schedule.batch)
+    scheduler = _scheduler(optimizer, schedule, count)
+    for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+            logits = forward(x.contiguous(memory_format=layout))
+        loss = nn.functional.cross_entropy(logits.float(), y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        if report is not None and number % count == 0:
+            report(number // count, schedule.epochs)
     module.eval()
 
 
+AHEAD = 256  # images augmented in one call: small batches cost as much as one of this size
+
+
+def _batches(
+    images: Tensor, labels: Tensor, schedule: Schedule, augmenter: Augmenter | None, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the augmented batches of all epochs, in order.
+
+    What is drawn does not depend on the network, so batches of a few images are augmented several at a time.
+    """
+    waiting: list[tuple[Tensor, Parameters]] = []
+    for _ in range(schedule.epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(schedule.batch):
+            waiting.append((rows, {} if augmenter is None else augmenter.sample_batch(generator, len(rows))))
+            if augmenter is None or not augmenter.rowwise or sum(len(each) for each, _ in waiting) >= AHEAD:
+                yield from _augmented(images, labels, augmenter, waiting)
+                waiting = []
+    if waiting:
+        yield from _augmented(images, labels, augmenter, waiting)
+
+
+def _augmented(
+    images: Tensor, labels: Tensor, augmenter: Augmenter | None, waiting: list[tuple[Tensor, Parameters]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = to_device(torch.cat([each for each, _ in waiting]), images.device)
+    x = images[rows]
+    if augmenter is not None:
+        x = augmenter.apply(x, {key: torch.cat([drawn[key] for _, drawn in waiting]) for key in waiting[0][1]})
+    sizes = [len(each) for each, _ in waiting]
+    yield from zip(x.split(sizes), labels[rows].split(sizes), strict=True)
+
+
 def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    parameters = list(module.parameters())
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if schedule.optimizer == "adam":
-        return torch.optim.Adam(module.parameters(), lr=schedule.lr, weight_decay=schedule.weight_decay)
-    return torch.optim.SGD(module.parameters(), lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay)
+        return torch.optim.Adam(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay, fused=fused)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: int) -> torch.optim.lr_scheduler.LambdaLR:
@@ -89,62 +120,25 @@ def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: in
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def accuracy(module: nn.Module, images: Tensor, labels: Tensor, *, batch: int = 500, precision: torch.dtype = torch.float32) -> float:
-    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,)."""
-    module.eval().to(memory_format=torch.contiguous_format)
-    reduced = precision == torch.bfloat16
-    correct = 0
-    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=reduced):
+def accuracy(
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch: int = 500,
+    precision: torch.dtype = torch.float32,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    channels_last: bool = False,
+) -> float:
+    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,).
+
+    `forward` and `channels_last` are as in fit.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module.eval().to(memory_format=layout)
+    forward = forward or module
+    right = torch.zeros((), dtype=torch.int64, device=images.device)
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
         for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-            correct += int((module(x).argmax(1) == y).sum())
-    return correct / len(labels)
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device that --device names; "auto" is CUDA, else the CPU (mps has no float64: ask for it by name)."""
-    from ddkit.errors import FlagError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise FlagError(f"--device {name}: it is auto, cpu, cuda, cuda:N or mps.")
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if int(number or 0) >= counts[kind]:
-        raise FlagError(f"--device {name}: there is no such device here ({counts[kind]} of kind {kind}). Use --device auto or cpu.")
-    return torch.device(name)
-
-
-def native_bfloat16(device: torch.device) -> bool:
-    """Returns whether bfloat16 products are faster than float32 ones on `device` by hardware."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
-
-
-def pick_precision(setting: str, device: torch.device, *, automatic: bool) -> torch.dtype:
-    """Returns the dtype of a precision setting; "auto" is bfloat16 where `automatic` allows it and hardware has it."""
-    if setting == "auto":
-        return torch.bfloat16 if automatic and native_bfloat16(device) else torch.float32
-    return torch.bfloat16 if setting == "bfloat16" else torch.float32
-
-
-def compiled(module: nn.Module, *, wanted: bool) -> Callable[[Tensor], Tensor]:
-    """Returns a compiled forward of `module` where wanted and possible, else `module`; says so when it is not possible."""
-    if not wanted:
-        return module
-    forward = torch.compile(module)
-    broken = False
-
-    def safe(x: Tensor) -> Tensor:
-        nonlocal broken
-        if broken:
-            return module(x)
-        try:
-            return forward(x)
-        except Exception as error:  # torch.compile needs a C++ compiler and raises many kinds
-            log.warning("torch.compile did not work here (%s); going on without.", type(error).__name__)
-            broken = True
-            return module(x)
-
-    return safe
+            right += (forward(x.contiguous(memory_format=layout)).argmax(1) == y).sum()
+    return int(right) / len(labels)

@@ -399,7 +399,8 @@ def shared_step(made: Any, index: int = 0) -> SharedStep:
     pixels = torch.rand((3, 3, 8, 8), generator=torch.Generator().manual_seed(0)).repeat_interleave(2, 0)
     source = StepSource(
         seed=0, info=info, normalisation=Normalisation((0.5,) * 3, (0.25,) * 3), real_images=pixels, real_labels=labels, batch=256,
-        augmenter=made, views={}, model=None, renew_every=1, teacher=None, device=torch.device("cpu"), precision=torch.float32,
+        augmenter=made, views={}, model=None, renew_every=1, teacher=None, device=torch.device("cpu"),
+        arithmetic=ddkit.Arithmetic(compile=False, precision="float32"),
     )  # fmt: skip
     start = Normalisation((0.5,) * 3, (0.25,) * 3).normalise(pixels)
     return SharedStep(source, Bank(start, labels, {}, {"images": OptimizerTable()}), index)

@@ -22,6 +22,7 @@ from torch import Tensor
 import ddkit
 from ddkit import plugins
 from ddkit.bank import Bank
+from ddkit.embedder import Embedder
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError
 from ddkit.files import read_tensors
@@ -362,7 +363,7 @@ def test_an_undeclared_view_or_parameter_is_an_error_that_names_both(recipe: Mak
 
 
 def test_the_members_of_a_step_are_those_that_the_tests_know() -> None:
-    free = {"images", "labels", "size", "index", "info", "augment", "augmented", "generator", "total", "log", "parameters"}
+    free = {"images", "labels", "rows_by_class", "size", "index", "info", "augment", "augmented", "generator", "total", "log", "parameters"}
     public = {name for name, _ in inspect.getmembers(Step) if not name.startswith("_")}
     assert public == free | {name for name in MEMBERS if "." not in name}
 
@@ -398,10 +399,10 @@ def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: py
     views = {"default": {"augmenter": "dsa"}, "noisy": {"noise": 0.1}}
     names = ("curious", "dm", "dkkt-primal", "dkkt-stationarity")
     _, _, engine = made(recipe({"again": {"use": "curious"}} | {name: {} for name in names}, views=views))
-    counting("embed", __import__("ddkit.step", fromlist=["step"]), "embed")
+    counting("embed", Embedder, "__call__")
     counting("logits", ddkit.Teacher, "logits")
     counting("real", engine.source, "real_rows")
-    counting("network", engine.source, "network")
+    counting("network", engine.source, "embedder")
     engine.evaluate(0)
     assert counts == {"embed": 2, "logits": 4, "real": 1, "network": 1}, "real and synthetic; one pass a view"
 

@@ -135,7 +135,8 @@ def stationarity_engine(module: nn.Module, loss: Stationarity) -> Engine:
     source = StepSource(
         seed=0, info=INFO, normalisation=ddkit.Normalisation((0.5, 0.5), (0.25, 0.25)), real_images=torch.zeros(0, *INFO.shape),
         real_labels=torch.zeros(0, dtype=torch.int64), batch=1, augmenter=ddkit.create("augmenter", "none", {}, where="augmenter"),
-        views={}, model=None, renew_every=1, teacher=teacher(module), device=torch.device("cpu"), precision=torch.float32,
+        views={}, model=None, renew_every=1, teacher=teacher(module), device=torch.device("cpu"),
+        arithmetic=ddkit.Arithmetic(compile=False, precision="float32"),
     )  # fmt: skip
     return Engine(bank, source, [Term("dkkt-stationarity", loss, 1.0)])
 

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit import teachers
+from ddkit.compute import compiled, pick_device, pick_precision
 from ddkit.data import open_dataset
 from ddkit.errors import FlagError
 from ddkit.files import read_tensors, sha256
 from ddkit.images import Normalisation
 from ddkit.recipe import DataTable, TeacherTable, TrainTable
-from ddkit.training import Schedule, accuracy, compiled, fit, pick_device, pick_precision
+from ddkit.training import Schedule, accuracy, fit
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
 INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=1, size=(4, 4))

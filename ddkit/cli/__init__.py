@@ -13,7 +13,8 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import catalogue, evaluating, making
+from ddkit.cli import benching, catalogue, evaluating, making
+from ddkit.compute import tune_process
 from ddkit.errors import DdkitError
 
 
@@ -30,13 +31,14 @@ def cli(show_traceback: bool) -> None:
     """
 
 
-for command in (*making.COMMANDS, *evaluating.COMMANDS, *catalogue.COMMANDS):
+for command in (*making.COMMANDS, *evaluating.COMMANDS, *benching.COMMANDS, *catalogue.COMMANDS):
     cli.add_command(command)
 
 
 def main() -> NoReturn:
     """Runs the command line; a DdkitError becomes one paragraph on stderr and its exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    tune_process()
     arguments = sys.argv[1:]
     show = "--traceback" in arguments
     before = signal.signal(signal.SIGTERM, _terminate)

@@ -18,6 +18,8 @@ Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
 class Identity(ddkit.Augmenter):
     """No augmentation."""
 
+    rowwise = True
+
     def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
         return {}
 
@@ -30,6 +32,8 @@ class SiameseAugmentation(ddkit.Augmenter):
 
     Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, Section 3.
     """
+
+    rowwise = True
 
     class Options(ddkit.Options):
         operations: Annotated[tuple[Operation, ...], ddkit.Option("the strategy: which operations to choose from", min_length=1)] = (
@@ -70,17 +74,33 @@ class SiameseAugmentation(ddkit.Augmenter):
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
         chosen = parameters["chosen"].cpu()
+        if len(x) and bool((chosen.sum(1) == 1).all()):
+            return self._apply_one_each(x, chosen.int().argmax(1), parameters)
         for column, name in enumerate(self.strategy):
             rows = chosen[:, column].nonzero().flatten()
-            if len(rows) == 0:
-                continue
-            numbers, function = parameters[name].to(x.device), operations.FUNCTIONS[name]
             if len(rows) == len(x):
-                x = function(x, numbers, self.options)
-            else:
-                rows = rows.to(x.device)
-                x = x.index_copy(0, rows, function(x[rows], numbers[rows], self.options))
+                x = self._operation(name, x, parameters[name])
+            elif len(rows):
+                there = ddkit.to_device(rows, x.device)
+                x = x.index_copy(0, there, self._operation(name, x[there], parameters[name][rows.to(parameters[name].device)]))
         return x
+
+    def _apply_one_each(self, x: Tensor, column: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
+        """Returns x with operation `column[i]` on row i: the rows are sorted by operation, and each operation is done once."""
+        order = column.argsort(stable=True)
+        counts = torch.bincount(column, minlength=len(self.strategy)).tolist()
+        parts, start = [], 0
+        for name, count in zip(self.strategy, counts, strict=True):
+            if count == len(x):
+                return self._operation(name, x, parameters[name])
+            if count:
+                rows = order[start : start + count]
+                parts.append(self._operation(name, x[ddkit.to_device(rows, x.device)], parameters[name][rows.to(parameters[name].device)]))
+                start += count
+        return torch.cat(parts)[ddkit.to_device(order.argsort(), x.device)]
+
+    def _operation(self, name: str, x: Tensor, numbers: Tensor) -> Tensor:
+        return operations.FUNCTIONS[name](x, ddkit.to_device(numbers, x.device), self.options)
 
 
 class SupportVectorAugmentation(ddkit.Augmenter):
@@ -90,6 +110,8 @@ class SupportVectorAugmentation(ddkit.Augmenter):
     Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, implementation details; the order and the reading of
     "crop 0.2" (up to a fifth of each side is cut away, the rest enlarged) are ddkit's.
     """
+
+    rowwise = True
 
     class Options(ddkit.Options):
         translation: Annotated[float, ddkit.Option("largest shift, as a fraction of the side", ge=0, le=1)] = 0.125
@@ -105,7 +127,7 @@ class SupportVectorAugmentation(ddkit.Augmenter):
         return {"numbers": torch.rand(groups, 6, generator=generator)}
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        numbers, options = parameters["numbers"].to(x), self.options
+        numbers, options = ddkit.to_device(parameters["numbers"], x.device).to(x.dtype), self.options
         kept = 1 - options.crop * numbers[:, 0]
         room = 1 - kept
         centre_x = room * (2 * numbers[:, 1] - 1) + 2 * options.translation * (2 * numbers[:, 3] - 1)

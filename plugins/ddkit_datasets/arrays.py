@@ -27,8 +27,8 @@ class InMemory(ddkit.Dataset):
     def labels(self, split: str) -> Tensor:
         return self.splits[split][1]
 
-    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
-        return list(self.splits[split][0][torch.as_tensor(list(indices), dtype=torch.long)])
+    def images(self, split: str, indices: Sequence[int]) -> Tensor:
+        return self.splits[split][0][torch.as_tensor(list(indices), dtype=torch.long)]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -96,8 +96,8 @@ class Npz(InMemory):
 def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Returns (kept, held out) row indices, ascending: `share` of each class, at least one where it has two, is held out."""
     kept, held = [], []
-    for label in labels.unique().tolist():
-        rows = (labels == label).nonzero().flatten()
+    classes, sizes = labels.unique(return_counts=True)
+    for label, rows in zip(classes.tolist(), labels.argsort(stable=True).split(sizes.tolist()), strict=True):
         count = min(max(1, round(share * len(rows))), len(rows) - 1)
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed * 1_000_003 + label))
         held.append(rows[order[:count]])

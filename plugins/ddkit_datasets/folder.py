@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
-import numpy as np
+import PIL
 import torch
-from PIL import Image
 from torch import Tensor
 
 import ddkit
 from ddkit_datasets.arrays import holdout
+from ddkit_datasets.decoding import decode_images
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
-Files = list[tuple[Path, int]]
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Files(NamedTuple):
+    """The image files of a split: `names` without their folders, `labels` (n,) int64 ascending, the folder of each label.
+
+    Names alone, because 50,000 paths took longer to build than the folders to list.
+    """
+
+    folders: list[str]
+    labels: Tensor
+    names: list[str]
+
+    def paths(self, indices: Sequence[int]) -> list[str]:
+        """Returns FOLDER/NAME of each index."""
+        labels = self.labels[torch.as_tensor(list(indices), dtype=torch.int64)].tolist()
+        return [f"{self.folders[label]}/{self.names[index]}" for label, index in zip(labels, indices, strict=True)]
+
+    def rows(self, kept: Tensor) -> Files:
+        """Returns the files of some rows, in that order."""
+        return Files(self.folders, self.labels[kept], [self.names[row] for row in kept.tolist()])
 
 
 class ImageFolder(ddkit.Dataset):
@@ -49,16 +66,15 @@ class ImageFolder(ddkit.Dataset):
             raise ddkit.InputError(f"The image folder {self.root} does not exist or is no folder.")
         self._whole = not (self.root / "train").is_dir()
         self.train_root = self.root if self._whole else self.root / "train"
-        self._names = [entry.name for entry in _visible(self.train_root) if entry.is_dir()]
+        self._names = _subfolders(self.train_root)
         if not self._names:
             raise ddkit.InputError(f"{self.train_root} holds no class folders; the layout is {self.train_root}/CLASS/IMAGE.")
         empty = [name for name, count in zip(self._names, self._counts(), strict=True) if count == 0]
         if empty:
-            raise ddkit.InputError(f"The class folder {self.train_root / empty[0]} holds no image ({', '.join(sorted(SUFFIXES))}).")
+            raise ddkit.InputError(f"The class folder {self.train_root / empty[0]} holds no image ({', '.join(SUFFIXES)}).")
 
     def _counts(self) -> list[int]:
-        labels = torch.tensor([label for _, label in self._listing], dtype=torch.int64)
-        return torch.bincount(labels, minlength=len(self._names)).tolist()
+        return torch.bincount(self._listing.labels, minlength=len(self._names)).tolist()
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -71,78 +87,77 @@ class ImageFolder(ddkit.Dataset):
     @cached_property
     def _files(self) -> dict[str, Files]:
         if not self._whole:
-            test = self.root / "test"
-            return {"train": self._listing, "test": self._test_files(test) if test.is_dir() else []}
-        labels = torch.tensor([label for _, label in self._listing])
-        kept, held = holdout(labels, self.options.holdout, self.options.holdout_seed)
-        return {"train": [self._listing[i] for i in kept.tolist()], "test": [self._listing[i] for i in held.tolist()]}
+            return {"train": self._listing, "test": self._test_files(self.root / "test")}
+        kept, held = holdout(self._listing.labels, self.options.holdout, self.options.holdout_seed)
+        return {"train": self._listing.rows(kept), "test": self._listing.rows(held)}
 
     def _test_files(self, folder: Path) -> Files:
-        strangers = [entry.name for entry in _visible(folder) if entry.is_dir() and entry.name not in self._names]
+        if not folder.is_dir():
+            return Files([], torch.zeros(0, dtype=torch.int64), [])
+        strangers = sorted(set(_subfolders(folder)).difference(self._names))
         if strangers:
             raise ddkit.InputError(f"{folder} has a class '{strangers[0]}' that {self.train_root} lacks.")
         return _list_files(folder, self._names)
 
     def labels(self, split: str) -> Tensor:
-        return torch.tensor([label for _, label in self._files[split]], dtype=torch.int64)
+        return self._files[split].labels
 
-    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
-        files = [self._files[split][index][0] for index in indices]
-        size = self.options.size
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            return list(pool.map(lambda file: _decode(file, size), files))
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
+        return decode_images(self._files[split].paths(indices), self.options.size)
+
+    def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
+        try:
+            found = [(path, os.stat(path)) for path in self._files[split].paths(indices)]
+        except OSError:  # decoding it will say what is wrong
+            return None
+        return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
+
+    def decoding_key(self) -> str:
+        return f"size {self.options.size}, Pillow {PIL.__version__}"
 
     def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
-        return [self._files[split][index][0].relative_to(self.root).as_posix() for index in indices]
+        return list(self._relative(self._files[split].paths(indices)))
+
+    def _relative(self, paths: Sequence[str]) -> list[str]:
+        """Returns PATHS as seen from the root, with forward slashes."""
+        start = len(self.root.as_posix().rstrip("/")) + 1
+        return [path[start:] for path in paths]
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(repr(self.options.size).encode())
         for split in ("train", "test"):
-            for path, label in self._files[split]:
-                digest.update(f"{split} {label} {path.relative_to(self.root).as_posix()}\n".encode())
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            labels = self.labels(split).tolist()
+            paths = self._files[split].paths(range(len(labels)))
+            for path, name, label in zip(paths, self._relative(paths), labels, strict=True):
+                digest.update(f"{split} {label} {name}\n".encode())
+                with open(path, "rb") as stream:
+                    digest.update(hashlib.sha256(stream.read()).digest())
         return digest.hexdigest()
 
 
 def _list_files(root: Path, names: Sequence[str]) -> Files:
-    found: Files = []
-    for label, name in enumerate(names):
-        folder = root / name
-        if not folder.is_dir():
-            continue
-        inside = [e.name for e in _visible(folder) if os.path.splitext(e.name)[1].lower() in SUFFIXES and e.is_file()]
-        found += [(folder / file, label) for file in inside]
-    return found
+    """Returns the image files in the folders `names` of `root`, folder by folder, each in order of name."""
+    folders = [root / name for name in names]
+    inside = [_visible(folder, _is_image) if folder.is_dir() else [] for folder in folders]
+    labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(files) for files in inside], dtype=torch.int64))
+    return Files([folder.as_posix() for folder in folders], labels, [file for files in inside for file in files])
 
 
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns the entries of a folder in order of name, without the hidden ones (macOS leaves ._NAME.png beside NAME.png)."""
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return _visible(folder, lambda entry: entry.is_dir())
+
+
+def _visible(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
+    """Returns the sorted names of the wanted entries, without hidden ones (macOS leaves ._NAME.png beside NAME.png).
+
+    Whether an entry is a file is known from the listing: only symbolic links are looked at one by one.
+    """
     try:
         with os.scandir(folder) as entries:
-            return sorted((e for e in entries if not e.name.startswith(".")), key=lambda entry: entry.name)
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and wanted(entry))
     except OSError as error:
         raise ddkit.InputError(f"The folder {folder} cannot be listed: {error.strerror or error}.") from None
-
-
-def _decode(file: Path, size: tuple[int, ...] | None) -> Tensor:
-    """Returns the image (C, H, W) uint8: one channel if the file is grey, else RGB."""
-    try:
-        with Image.open(file) as image:
-            found = _eight_bit(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
-    if size is not None and found.size != (size[1], size[0]):
-        found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    array = np.asarray(found)
-    return torch.from_numpy(array.copy()).permute(2, 0, 1) if array.ndim == 3 else torch.from_numpy(array.copy())[None]
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """Returns the image in mode L or RGB; 16-bit grey is scaled, which Pillow's own conversion would clip."""
-    if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")

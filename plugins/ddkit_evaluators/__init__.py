@@ -117,13 +117,11 @@ class _Trainer:
         self.name, self.model, self.data, self.schedule, self.networks = name, model, data, schedule, networks
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
         self.module = ddkit.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
-        # Offline rule (2 CPU cores, ConvNet of width 128): from about 2e8 input values on, compiling and bfloat16 pay back.
-        large = artifact.images.numel() * schedule.epochs * networks > 2e8
-        self.precision = ddkit.pick_precision(options.precision, data.device, automatic=large)
-        compile_it = options.compile == "always" or (options.compile == "auto" and large and data.device.type == "cpu")
-        self.decided = {"precision": str(self.precision).removeprefix("torch."), "compiled": compile_it}
-        self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(self.module, wanted=compile_it)
-        self.channels_last = compile_it
+        self.arithmetic = _arithmetic(options, self.module, artifact, data, schedule.epochs, networks)
+        self.decided = {"precision": self.arithmetic.precision, "compiled": self.arithmetic.compile}
+        self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(
+            self.module, wanted=self.arithmetic.compile, graphs=self.arithmetic.graphs
+        )
         self.test_images = ddkit.Normalisation(artifact.mean, artifact.std).normalise(data.test_images).to(data.device)
         self.test_labels = data.test_labels.to(data.device)
         self.done = 0
@@ -132,17 +130,30 @@ class _Trainer:
         """Returns the test accuracy of a fresh network trained on normalised images; synthetic and real start alike."""
         data = self.data
         ddkit.redraw(self.module, self.model, data.info, data.seed, "evaluate", self.name, repeat)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        how: dict[str, Any] = {
+            "forward": self.forward, "precision": self.arithmetic.dtype, "channels_last": self.arithmetic.compile,
+        }  # fmt: skip
         ddkit.fit(
-            self.module.to(memory_format=layout),
-            images.to(data.device).contiguous(memory_format=layout),
+            self.module,
+            images.to(data.device),
             labels.to(data.device),
             self.schedule,
             augmenter=self.augmenter,
             generator=ddkit.generator(data.seed, "evaluate", kind, self.name, repeat),
-            forward=self.forward,
-            precision=self.precision,
+            **how,
         )
+        found = ddkit.accuracy(self.module, self.test_images, self.test_labels, batch=100, **how)
         self.done += 1
         data.report(self.done, self.networks)
-        return ddkit.accuracy(self.module, self.test_images, self.test_labels, precision=self.precision)
+        return found
+
+
+def _arithmetic(
+    options: Any, module: torch.nn.Module, artifact: ddkit.Artifact, data: ddkit.EvaluationData, epochs: int, networks: int
+) -> ddkit.Arithmetic:
+    """Returns how the networks are computed, decided from the operations of training and testing all of them."""
+    rows = len(artifact.labels)
+    work = networks * ddkit.training_flops(module, data.info, images=rows, epochs=epochs, tests=len(data.test_labels))
+    step_work = ddkit.training_flops(module, data.info, images=min(rows, 256), epochs=1)
+    compile_ = options.compile if options.compile == "auto" else options.compile == "always"
+    return ddkit.decide_arithmetic(compile_, options.precision, data.device, work=work, step_work=step_work)

@@ -64,8 +64,8 @@ class GradientMatching(ddkit.Loss):
         parameters = list(network.parameters())
         real = step.real
         terms = []
-        for label in step.labels.unique().tolist():
-            theirs, ours = real.labels == label, step.labels == label
+        for label, ours in step.rows_by_class.items():
+            theirs = real.rows_by_class[label]
             wanted = torch.autograd.grad(
                 nn.functional.cross_entropy(network(real.augmented[theirs].detach()), real.labels[theirs]), parameters
             )

@@ -1,0 +1,312 @@
+"""The measuring process of `ddkit bench`: one thing to measure, its runs on command, one JSON line for each.
+
+A process of its own for each measurement gives each its own peak memory and lets the plain loops run as they run
+elsewhere: with torch's defaults, without what ddkit's command does to its process.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ddkit import compute
+from ddkit.errors import DdkitError
+
+Measure = Callable[[], dict[str, Any]]
+PROTOCOL_EPOCHS, PROTOCOL_TESTS = 1000, 10_000  # of dm-official on CIFAR-10
+MEASURED_NETWORKS = 3
+
+
+def main() -> None:
+    """Reads a specification from the command line, prints what setting up cost, then measures at every line of stdin."""
+    spec = json.loads(sys.argv[1])
+    if spec["tuned"]:
+        compute.tune_process()
+    logging.getLogger("ddkit").setLevel(logging.ERROR)
+    try:
+        began = time.perf_counter()
+        facts, measure = KINDS[spec["kind"]](spec)
+        _say(facts | {"setup_seconds": time.perf_counter() - began})
+        for _ in sys.stdin:
+            _say(measure() | {"peak_mib": _peak_mib()})
+    except DdkitError as error:
+        _say({"error": str(error), "exit_code": error.exit_code})
+
+
+def _say(value: dict[str, Any]) -> None:
+    print(json.dumps(value), flush=True)
+
+
+def _peak_mib() -> float:
+    """Returns the largest resident size of this process, or on CUDA the largest memory that tensors took, in MiB."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _synchronised() -> float:
+    """Returns the clock once the device has done all that it was given."""
+    import torch
+
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _timed(call: Callable[[], Any], count: int) -> float:
+    """Returns the seconds of one of `count` calls in a row."""
+    began = _synchronised()
+    for _ in range(count):
+        call()
+    return (_synchronised() - began) / count
+
+
+def _info(spec: dict[str, Any]) -> Any:
+    from ddkit.components import DataInfo
+
+    names = tuple(str(label) for label in range(spec["classes"]))
+    return DataInfo(class_names=names, channels=spec["channels"], size=(spec["size"], spec["size"]))
+
+
+def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """Matrix products of 2,048 x 2,048: what the machine can do."""
+    import torch
+
+    device = compute.pick_device(spec["device"])
+    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    pairs = {name: torch.randn(2, 2048, 2048, device=device).to(kind).unbind() for name, kind in types.items()}
+
+    def measure() -> dict[str, Any]:
+        found = {}
+        for name, (a, b) in pairs.items():
+            torch.mm(a, b)
+            found[name] = 2 * 2048**3 / _timed(lambda a=a, b=b: torch.mm(a, b), 5)  # type: ignore[misc]
+        return {"flops_per_second": found}
+
+    return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}, measure
+
+
+def _device_name(device: Any) -> str:
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """Steps of a run: the engine as `ddkit distill` builds it, on random images."""
+    from ddkit.jobs import Job
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(_recipe(spec, Path(folder)), device=spec["device"])
+        job.load_teacher()
+    bank = job.bank()
+    engine = job.engine(bank)
+    engine.start()
+    index = 0
+
+    def advance(count: int) -> None:
+        nonlocal index
+        engine.run(
+            index, index + count, observe=lambda number, record: None, save=lambda number: None, is_read=lambda number: number % 10 == 0
+        )
+        index += count
+
+    flops = _counted(engine) if spec["count"] else None
+    began = _synchronised()
+    advance(1)
+    first = _synchronised() - began
+    advance(2)
+    facts = {
+        "first_step_seconds": first, "flops": flops, "precision": job.arithmetic.precision, "compiled": job.arithmetic.compile,
+        "chunk": job.chunk, "block": job.block,
+    }  # fmt: skip
+
+    def measure() -> dict[str, Any]:
+        began = _synchronised()
+        advance(spec["steps"])
+        return {"seconds": (_synchronised() - began) / spec["steps"]}
+
+    return facts, measure
+
+
+def _counted(engine: Any) -> float:
+    """Returns the floating-point operations of the products and convolutions of one step, counted while it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        engine.evaluate(0)
+    return float(counter.get_total_flops())
+
+
+def _recipe(spec: dict[str, Any], folder: Path) -> Any:
+    import numpy as np
+
+    from ddkit.recipes import recipe_for
+
+    random = np.random.default_rng(0)
+    info, rows = _info(spec), spec["classes"] * spec["pipc"]
+    pixels = random.integers(0, 256, (rows, *info.shape), dtype=np.uint8)
+    np.savez(
+        folder / "random.npz",
+        x_train=pixels,
+        y_train=np.repeat(np.arange(info.classes), spec["pipc"]),
+        x_test=pixels[:1],
+        y_test=np.zeros(1, int),
+    )
+    sets = {"data.use": f"npz:{folder / 'random.npz'}", "initializer.use": "noise"} | dict(spec["sets"])
+    if spec["losses"] != "dm" and "teacher.use" not in sets:
+        sets |= {"teacher.use": str(_random_teacher(info, folder / "teacher.safetensors"))}
+    return recipe_for(
+        "practical",
+        losses=spec["losses"],
+        evaluators="none",
+        ipc=spec["ipc"],
+        pipc=spec["pipc"],
+        steps=spec["run_steps"],
+        sets=list(sets.items()),
+    )
+
+
+def _random_teacher(info: Any, path: Path) -> Path:
+    """Writes an untrained network as a teacher: its speed is that of a trained one."""
+    from ddkit import plugins
+    from ddkit.networks import build_network
+    from ddkit.teacher import Teacher
+    from ddkit.teachers import save_teacher
+
+    model = plugins.create("model", "convnet", {"norm": "batch"}, data=info)
+    record = {
+        "model": "convnet", "options": {"norm": "batch"}, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
+        "class_names": list(info.class_names), "input_shape": list(info.shape),
+    }  # fmt: skip
+    save_teacher(path, Teacher(build_network(model, info, 0, "teacher"), mean=(0.5,), std=(0.25,), info=record))
+    return path
+
+
+def _reference(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """The plain loop of distribution matching."""
+    import torch
+
+    from ddkit.bench.reference import ReferenceStep, field_components
+
+    info, device = _info(spec), compute.pick_device(spec["device"])
+    real = torch.randn((info.classes, spec["pipc"], *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
+    model, augmenter = field_components(info)
+    step = ReferenceStep(model, info, augmenter, real, ipc=spec["ipc"], batch=256)
+    first = _timed(step, 1)
+    step()
+    return {"first_step_seconds": first}, lambda: {"seconds": _timed(step, spec["steps"])}
+
+
+def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
+    import torch
+
+    info = _info(spec)
+    draw = torch.Generator().manual_seed(0)
+    images = torch.rand((info.classes * spec["ipc"], *info.shape), generator=draw)
+    return info, images, torch.arange(info.classes).repeat_interleave(spec["ipc"])
+
+
+def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """Networks of the evaluator `accuracy` under dm-official, computed as it decides for the whole protocol."""
+    import torch
+
+    from ddkit import plugins
+    from ddkit.artifact import Artifact
+    from ddkit.components import EvaluationData
+    from ddkit.networks import build_network, training_flops
+
+    info, images, labels = _labelled(spec)
+    device = compute.pick_device(spec["device"])
+    units = {"mean": [0.5] * info.channels, "std": [0.25] * info.channels}
+    artifact = Artifact(images, labels, {"class_names": list(info.class_names), **units})
+    tests = (torch.rand((spec["tests"], *info.shape), generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
+    module = build_network(plugins.create("model", "convnet", data=info), info, 0, "probe")
+    work = training_flops(module, info, images=len(labels), epochs=PROTOCOL_EPOCHS, tests=PROTOCOL_TESTS) * spec["networks"]
+    made = compute.decide_arithmetic("auto", "auto", device, work=work)
+    options = {"compile": "always" if made.compile else "never", "precision": made.precision} | spec["options"]
+    times: list[float] = []
+    data = EvaluationData(
+        info=info, test_images=tests, test_labels=torch.arange(len(tests)) % info.classes, real_images=tests[:0], real_labels=labels[:0],
+        seed=0, device=device, report=lambda done, total: times.append(_synchronised()),
+    )  # fmt: skip
+
+    def train(epochs: int) -> float:
+        """Returns the seconds of a network after the first one, which warms up and compiles."""
+        table = {"protocol": "dm-official", "repeats": MEASURED_NETWORKS, "epochs": epochs, "random_real": False} | options
+        times.clear()
+        plugins.create("evaluator", "accuracy", table, data=info, where="evaluators.accuracy")(artifact, data, None)
+        return (times[-1] - times[0]) / (MEASURED_NETWORKS - 1)
+
+    began = time.perf_counter()
+    train(1)
+    facts = {"first_network_seconds": times[0] - began, "precision": made.precision, "compiled": made.compile}
+    return facts, lambda: _protocol_seconds(train, spec)
+
+
+def _reference_evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """Networks of the plain evaluation loop."""
+    import torch
+    from torch.utils.data import TensorDataset
+
+    from ddkit.bench.reference import ReferenceEvaluation, field_components
+
+    info, images, labels = _labelled(spec)
+    device = compute.pick_device(spec["device"])
+    model, augmenter = field_components(info)
+    tests = torch.randn((spec["tests"], *info.shape), generator=torch.Generator().manual_seed(1))
+    test = TensorDataset(tests.to(device), (torch.arange(len(tests)) % info.classes).to(device))
+    loop = ReferenceEvaluation(model, info, augmenter, images.to(device), labels.to(device), test)
+    first = _timed(lambda: loop(0, 1), 1)
+    return {"first_network_seconds": first}, lambda: _protocol_seconds(lambda epochs: _timed(lambda: loop(0, epochs), 1), spec)
+
+
+def _protocol_seconds(train: Callable[[int], float], spec: dict[str, Any]) -> dict[str, Any]:
+    """Returns the seconds of a network under the whole protocol, from two trainings of few epochs and a small test set."""
+    few, many = spec["epochs"]
+    short, long = train(few), train(many)
+    epoch = (long - short) / (many - few)
+    test = max(0.0, short - few * epoch) / spec["tests"] * PROTOCOL_TESTS
+    return {"epoch_seconds": epoch, "test_seconds": test, "seconds": PROTOCOL_EPOCHS * epoch + test}
+
+
+def _loading(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+    """The accessible images of an image folder, first without and then with ddkit's image cache."""
+    from ddkit.data import RealData, open_dataset
+    from ddkit.recipe import DataTable
+
+    def load() -> Any:
+        return RealData(open_dataset(DataTable(use=f"imagefolder:{spec['folder']}")), spec["pipc"], 0)
+
+    return {}, lambda: {"seconds": _timed(load, 1)}
+
+
+KINDS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Measure]]] = {
+    "limit": _limit,
+    "steps": _steps,
+    "reference": _reference,
+    "evaluation": _evaluation,
+    "reference-evaluation": _reference_evaluation,
+    "loading": _loading,
+}
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""The command that measures speed: bench."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ddkit.cli.common import echo_json, quiet
+from ddkit.errors import FlagError
+
+
+class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Positive integers separated by commas."""
+
+    name = "n,n,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            numbers = tuple(int(part) for part in str(value).split(","))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers such as 1,10,50.", param, ctx)
+        if min(numbers) < 1:
+            self.fail(f"{min(numbers)} is smaller than 1.", param, ctx)
+        return numbers
+
+
+class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Pairs IPC:PIPC separated by commas."""
+
+    name = "ipc:pipc,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[tuple[int, int], ...]:
+        try:
+            pairs = [part.split(":") for part in str(value).split(",")]
+            cells = tuple((int(ipc), int(pipc)) for ipc, pipc in pairs)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of cells such as 1:10,10:50.", param, ctx)
+        if min(min(cell) for cell in cells) < 1:
+            self.fail("ipc and pipc are at least 1.", param, ctx)
+        return cells
+
+
+NUMBERS = Numbers()
+
+
+@click.command()
+@click.argument("parts", nargs=-1, metavar="[steps|evaluation|loading|startup]...")
+@click.option(
+    "--losses", multiple=True, default=("dm",), show_default=True, metavar="NAMES", help="Losses of a run; give it again for another."
+)
+@click.option("--ipc", type=NUMBERS, default="1,10", show_default=True, help="Synthetic images per class.")
+@click.option("--pipc", type=NUMBERS, default="10,50", show_default=True, help="Real images per class; a step sees 256 of each at most.")
+@click.option("--cells", type=Cells(), help="Pairs of ipc and pipc instead of all products: 1:10,10:50")
+@click.option("--classes", type=NUMBERS, default="10", show_default=True, help="Classes.")
+@click.option("--size", type=NUMBERS, default="32", show_default=True, help="Height and width of the images in pixels.")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Channels of the images.")
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    default=("auto",),
+    show_default=True,
+    metavar="NAME",
+    help="Where to compute; give it again for another.",
+)
+@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of everything; the median is shown.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps of a run.")
+@click.option(
+    "--run-steps", type=click.IntRange(min=1), default=5000, show_default=True, help="Steps for which what is automatic is decided."
+)
+@click.option("--networks", type=click.IntRange(min=1), default=10, show_default=True, help="Networks for which the evaluation decides.")
+@click.option("--files", type=NUMBERS, default="1000,5000,50000", show_default=True, help="Files of the image folders that are loaded.")
+@click.option("--plain/--no-plain", default=True, help="Whether to run the plain loops beside, for the ratios.")
+@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value of the steps, e.g. engine.compile=false.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@quiet
+def bench(parts: tuple[str, ...], **flags: Any) -> None:
+    """Measure speed and memory here, on random images: steps and evaluation unless PARTS say otherwise.
+
+    \b
+    steps       a step's time and memory, its ratio to the published DM code's loop (and to ddkit's own plain path),
+                and the share of this machine's matrix-product rate that it reaches
+    evaluation  networks a minute under dm-official, and the ratio to the published code's loop
+    loading     seconds until the accessible images of an image folder are there, first and second time
+    startup     seconds of --help, of list, and of a run of one step
+    """
+    from ddkit import bench as benching
+
+    unknown = [part for part in parts if part not in benching.PARTS]
+    if unknown:
+        raise FlagError(f"There is nothing to measure called '{unknown[0]}'. Choose from: {', '.join(benching.PARTS)}.")
+    settings = _settings(parts, flags)
+    result = benching.bench(settings, (lambda text: None) if flags["quiet"] else lambda text: click.echo(text, err=True))
+    if flags["as_json"]:
+        echo_json(result)
+    else:
+        click.echo("\n\n".join(_tables(result)))
+
+
+def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:
+    from ddkit.bench import Settings
+    from ddkit.compute import pick_device
+    from ddkit.recipes import parse_set, recipe_for
+
+    sets = tuple(parse_set(text) for text in flags["sets"])
+    for losses in flags["losses"]:
+        recipe_for("practical", losses=losses, evaluators="none", sets=sets)
+    for device in flags["devices"]:
+        if device not in ("auto", "cpu"):
+            pick_device(device)
+    cells = flags["cells"] or tuple((ipc, pipc) for ipc in flags["ipc"] for pipc in flags["pipc"])
+    return Settings(
+        parts=parts or Settings().parts, losses=flags["losses"], cells=cells, classes=flags["classes"], sizes=flags["size"],
+        channels=int(flags["channels"]), devices=flags["devices"], files=flags["files"], runs=flags["runs"], steps=flags["steps"],
+        run_steps=flags["run_steps"], networks=flags["networks"], plain=flags["plain"], sets=sets,
+    )  # fmt: skip
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    texts = [_limits(result)] if "limits" in result else []
+    for name, columns in COLUMNS.items():
+        if result.get(name):
+            texts.append(f"{name} ({result['runs']} runs, median)\n{_table(result[name], columns)}")
+    return texts
+
+
+def _limits(result: dict[str, Any]) -> str:
+    lines = []
+    for limit in result["limits"]:
+        rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in limit["rates"].items())
+        lines.append(f"{limit['device']}: {limit['name']}, {limit['threads']} threads, torch {limit['torch']}; matrix products: {rates}")
+    return "\n".join(lines)
+
+
+def _number(digits: int, factor: float = 1.0, unit: str = "") -> Any:
+    return lambda value: "-" if value is None else f"{value * factor:.{digits}f}{unit}"
+
+
+def _exponent(value: Any) -> str:
+    return "-" if value is None else f"{value['axis']}: time {value['seconds']:.2f}, memory {value['peak_mib']:.2f}"
+
+
+_SECONDS, _RATIO, _WHOLE = _number(4), _number(2, unit="x"), _number(0)
+COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
+    "steps": [
+        ("losses", "losses", str), ("ipc", "ipc", str), ("pipc", "pipc", str), ("classes", "classes", str), ("size", "size", str),
+        ("device", "device", str), ("s/step", "seconds_per_step", _SECONDS), ("steps/s", "steps_per_second", _number(2)),
+        ("published loop s/step", "reference_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_reference", _RATIO),
+        ("plain path s/step", "plain_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_plain", _RATIO),
+        ("peak MiB", "peak_mib", _WHOLE), ("plain path MiB", "plain_peak_mib", _WHOLE), ("GFLOP", "flops", _number(1, 1e-9)),
+        ("of the limit", "limit_fraction", _number(0, 100, " %")), ("first step s", "first_step_seconds", _number(1)),
+        ("precision", "precision", str), ("exponent", "exponent", _exponent),
+    ],
+    "evaluation": [
+        ("ipc", "ipc", str), ("classes", "classes", str), ("size", "size", str), ("device", "device", str),
+        ("networks/min", "networks_per_minute", _number(2)), ("s/network", "seconds_per_network", _number(1)),
+        ("ms/epoch", "epoch_seconds", _number(1, 1000)), ("s/test", "test_seconds", _number(2)),
+        ("published loop s/network", "reference_seconds_per_network", _number(1)), ("times as fast", "ratio_to_reference", _RATIO),
+        ("first network s", "first_network_seconds", _number(1)),
+        ("all of them, of one by one", "share_of_networks_apart", _number(0, 100, " %")),
+        ("peak MiB", "peak_mib", _WHOLE), ("precision", "precision", str),
+    ],
+    "loading": [
+        ("files", "files", str), ("pipc", "pipc", str), ("first s", "first_seconds", _SECONDS), ("again s", "second_seconds", _SECONDS),
+    ],
+    "startup": [("command", "command", str), ("s", "seconds", _number(2))],
+}  # fmt: skip
+
+
+def _table(rows: list[dict[str, Any]], columns: list[tuple[str, str, Any]]) -> str:
+    from tabulate import tabulate
+
+    used = [(title, key, show) for title, key, show in columns if any(row.get(key) is not None for row in rows)]
+    lines = [["-" if row.get(key) is None else show(row[key]) for _, key, show in used] for row in rows]
+    return tabulate(lines, [title for title, _, _ in used], tablefmt="github", disable_numparse=True)
+
+
+COMMANDS = (bench,)

@@ -1,0 +1,160 @@
+"""How networks are computed: on which device, in which precision, compiled or plain."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ddkit.errors import FlagError
+from ddkit.files import cache_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+log = logging.getLogger("ddkit")
+
+# Work, in floating-point operations, from which compiling pays back, by device. Measured with `ddkit bench` on 2 CPU cores
+# (docs/performance.md): the compiled bfloat16 path saves about 6 ms per 1e9 operations, and compiling takes 15 to 25 s the first
+# time. The figure for GPUs is an estimate: nobody has measured it yet.
+PAYS_BACK = {"cpu": 4e12, "cuda": 1e15}
+# Operations of one step below which a GPU waits for launches, so that CUDA graphs are recorded: an estimate too.
+LAUNCH_BOUND = 5e11
+
+
+class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided: whether a network is compiled, its precision, and on a GPU whether CUDA graphs are recorded."""
+
+    compile: bool
+    precision: str  # "float32", "tf32" or "bfloat16"
+    graphs: bool = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The autocast type of the network: bfloat16, or float32 for none."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+def decide_arithmetic(compile_: bool | str, precision: str, device: torch.device, *, work: float, step_work: float = 0.0) -> Arithmetic:
+    """Returns the arithmetic for `work` floating-point operations in all, `step_work` of them between two updates.
+
+    `compile_` is True, False or "auto": where the work pays compilation back. `precision` "auto" is bfloat16 where the
+    network is compiled and the hardware multiplies bfloat16 natively, else float32. Depends on nothing else: no timing.
+    """
+    compiles = work > PAYS_BACK.get(device.type, float("inf")) if compile_ == "auto" else bool(compile_)
+    if precision == "auto":
+        precision = "bfloat16" if compiles and native_bfloat16(device) else "float32"
+    return Arithmetic(compile=compiles, precision=precision, graphs=compiles and device.type == "cuda" and step_work < LAUNCH_BOUND)
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device that --device names; "auto" is CUDA, else the CPU (mps has no float64: ask for it by name)."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
+        raise FlagError(f"--device {name}: it is auto, cpu, cuda, cuda:N or mps.")
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if int(number or 0) >= counts[kind]:
+        raise FlagError(f"--device {name}: there is no such device here ({counts[kind]} of kind {kind}). Use --device auto or cpu.")
+    return torch.device(name)
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Returns whether bfloat16 products are faster than float32 ones on `device` by hardware."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def pick_precision(setting: str, device: torch.device, *, automatic: bool) -> torch.dtype:
+    """Returns the dtype of a precision setting; "auto" is bfloat16 where `automatic` allows it and hardware has it."""
+    import torch
+
+    if setting == "auto":
+        return torch.bfloat16 if automatic and native_bfloat16(device) else torch.float32
+    return torch.bfloat16 if setting == "bfloat16" else torch.float32
+
+
+def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs: bool = False) -> Callable[..., Tensor]:
+    """Returns a compiled `module` where wanted and possible, else `module`; says so when it is not possible."""
+    if not wanted:
+        return module
+    import torch
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells that there is no CUDA, to whom did not ask
+    forward = torch.compile(module, mode="reduce-overhead") if graphs else torch.compile(module)
+    broken = False
+
+    def safe(*arguments: Tensor) -> Tensor:
+        nonlocal broken
+        if broken:
+            return module(*arguments)
+        try:
+            return forward(*arguments)
+        except Exception as error:  # torch.compile needs a C++ compiler and raises many kinds
+            result = module(*arguments)  # an error of the module itself shows as such
+            log.warning("torch.compile did not work here (%s); going on without.", type(error).__name__)
+            broken = True
+            return result
+
+    return safe
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns `tensor` on `device`, without waiting for the device: through pinned memory on CUDA."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+@contextmanager
+def products(device: torch.device, precision: str) -> Iterator[None]:
+    """Inside, float32 products on CUDA are exact for precision "float32", else TF32; as before afterwards."""
+    import torch
+
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    fast = precision != "float32"
+    torch.set_float32_matmul_precision("high" if fast else "highest")
+    torch.backends.cudnn.allow_tf32 = fast
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def tune_process() -> None:
+    """Sets up a process that is ddkit's own, before torch is imported: allocator and compile cache.
+
+    glibc gives every large tensor back to the system when it is freed, and the next step pays for fresh pages: a third of
+    a step's time here. So freed memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves
+    the allocator alone. What torch compiles is kept in ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
+    if os.environ.get("DDKIT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
+        return
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -1,0 +1,127 @@
+"""Decoded images kept between runs: one memory-mapped file for each set of image files that was asked for.
+
+An entry's name is a digest over path, size and modification time of every file, in order, and over what else decides
+the pixels. So a changed file is another entry, and the old one goes when the folder is full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ddkit import __version__
+from ddkit.errors import RunFilesError
+from ddkit.files import cache_folder, read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from ddkit.components import Dataset
+
+log = logging.getLogger("ddkit")
+
+FORMAT = 1  # raised when the same files, shape and key give other pixels or another layout
+LIMIT_BYTES = 4 * 2**30  # of the folder
+CHECKED_BYTES = 64 * 2**20  # up to here a checksum costs some 20 ms; beyond, it would read what mapping leaves on the disk
+# Below both, decoding is too short to be worth a file: 31 images of 32 x 32 take 3 ms, 1 MiB of photographs 30 ms.
+FEW_IMAGES, FEW_BYTES = 32, 2**20
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a common file system (FAT); in one tick of it a file can change unseen
+
+Stamps = Sequence[tuple[str, int, int]]
+Shape = tuple[int, int, int]
+
+
+class Entry:
+    """The place of `rows` decoded images of `shape` (None: the most common one) in the cache. Using it never fails a run."""
+
+    def __init__(self, path: Path, rows: int, shape: Shape | None) -> None:
+        self.path, self.rows, self.shape = path, rows, shape
+
+    def read(self) -> tuple[Tensor, int] | None:
+        """Returns (images, how many were resized), or None where there is no such file or it cannot be trusted.
+
+        The tensor is a private mapping of the file: pages are read when used, and writing into it stays in this process.
+        """
+        if not os.path.isfile(self.path):
+            return None
+        try:
+            tensors, metadata = read_tensors(self.path)
+            images, resized = tensors["images"], int(metadata["resized"])
+            trusted = metadata["key"] == self.path.stem and self._fits(images) and metadata["checksum"] == _checksum(images)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            log.info("The cached images of %s are not used: %s.", self.path, error)
+            return None
+        if not trusted:
+            log.info("The cached images of %s are not used: they are not what the name says.", self.path)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(self.path)  # the least recently used go first
+        return images, resized
+
+    def _fits(self, images: Tensor) -> bool:
+        shape = images.shape[1:] if self.shape is None else self.shape
+        return tuple(images.shape) == (self.rows, *shape)
+
+    def write(self, images: Tensor, resized: int) -> None:
+        """Keeps the images (n, C, H, W) and the number of resized ones, unless there is no room for them."""
+        if images.nbytes > LIMIT_BYTES:
+            return
+        record = {"key": self.path.stem, "resized": resized, "checksum": _checksum(images)}
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the user's pictures: nobody else's to read
+            write_tensors(self.path, {"images": images}, record)
+            _make_room(self.path)
+        except (OSError, RunFilesError) as error:
+            log.info("The decoded images could not be cached: %s", error)
+
+
+def entry_of(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None) -> Entry | None:
+    """Returns where the decoded images `indices` of a split are kept, None where keeping them is not possible or no use."""
+    stamps = dataset.stamps(split, indices)
+    if stamps is None or not _worth_keeping(stamps):
+        return None
+    try:
+        folder = cache_folder() / "images"
+    except RuntimeError:  # a user without a home folder
+        return None
+    return Entry(folder / f"{_key(dataset, stamps, shape)}.safetensors", len(stamps), shape)
+
+
+def _worth_keeping(stamps: Stamps) -> bool:
+    if len(stamps) < FEW_IMAGES and sum(size for _, size, _ in stamps) < FEW_BYTES:
+        return False
+    return max(modified for _, _, modified in stamps) < time.time_ns() - SETTLED_NS
+
+
+def _key(dataset: Dataset, stamps: Stamps, shape: Shape | None) -> str:
+    kind = type(dataset)
+    how = [FORMAT, __version__, str(torch.__version__), kind.__module__, kind.__qualname__, dataset.decoding_key(), shape]
+    digest = hashlib.sha256(json.dumps(how).encode() + b"\0")
+    digest.update(os.fsencode("".join(f"{path}\0{size}\0{modified}\0" for path, size, modified in stamps)))
+    return digest.hexdigest()
+
+
+def _checksum(images: Tensor) -> int | None:
+    return zlib.crc32(images.numpy()) if images.nbytes <= CHECKED_BYTES else None
+
+
+def _make_room(newest: Path) -> None:
+    """Removes the least recently used files until the folder is within its limit; `newest` stays."""
+    with os.scandir(newest.parent) as entries:
+        found = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in entries if entry.is_file())
+    excess = sum(size for _, size, _ in found) - LIMIT_BYTES
+    for _, size, path in found:
+        if excess <= 0:
+            return
+        if path != str(newest):
+            Path(path).unlink(missing_ok=True)
+            excess -= size

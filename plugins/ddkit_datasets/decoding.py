@@ -1,0 +1,101 @@
+"""Image files to tensors: threads where they help, one tensor where all images have one shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import ddkit
+
+SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+SMALL_PIXELS = 100 * 100  # below, Pillow holds the interpreter for most of the time: a second thread slowed 32 x 32 by 10 %
+SAMPLE = 16  # images that must agree before room for all is taken: the first alone might be a poster among icons
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def decode_images(files: Sequence[str], size: tuple[int, ...] | None) -> list[Tensor] | Tensor:
+    """Returns the images (C, H, W) uint8 in order, as one tensor (n, C, H, W) where all have one shape.
+
+    A grey file has one channel, any other three (RGB). Each image is resized to `size` (height, width) unless that is None.
+    Raises InputError naming a file that cannot be decoded.
+    """
+    if not files:
+        return []
+    first = _decode(files[0], size)
+    workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
+    sample = [first, *_each(lambda file: _decode(file, size), files[1:SAMPLE], workers)]
+    if any(image.shape != first.shape for image in sample):
+        rest = _each(lambda file: _tensor(_decode(file, size)), files[SAMPLE:], workers)
+        return [*map(_tensor, sample), *rest]
+    return _filled(sample, files, size, workers)
+
+
+def _filled(sample: Sequence[Any], files: Sequence[str], size: tuple[int, ...] | None, workers: int) -> list[Tensor] | Tensor:
+    """Returns the images in one tensor, the first being `sample`; a list after all if a later one has another shape."""
+    batch = torch.empty((len(files), *sample[0].shape), dtype=torch.uint8)
+    rows = batch.numpy()
+    rows[: len(sample)] = sample
+    others: dict[int, Tensor] = {}
+
+    def fill(row: int) -> None:
+        image = _decode(files[row], size)
+        if image.shape == rows.shape[1:]:
+            rows[row] = image
+        else:
+            others[row] = _tensor(image)
+
+    _each(fill, range(len(sample), len(files)), workers)
+    return [others.get(row, image) for row, image in enumerate(batch)] if others else batch
+
+
+def _each(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:
+    """Returns [function(item) for each item], done by `workers` threads; raises the first item's error."""
+
+    def part(some: Iterable[Item]) -> list[Result]:
+        return [function(item) for item in some]
+
+    if workers == 1 or len(items) < 2:
+        return part(items)
+    length = min(64, max(1, len(items) // (4 * workers)))  # a future for each image would cost as much as a small image
+    parts = [items[start : start + length] for start in range(0, len(items), length)]
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        return [result for results in pool.map(part, parts) for result in results]
+
+
+def _tensor(image: Any) -> Tensor:
+    return torch.from_numpy(np.array(image, order="C"))
+
+
+def _decode(file: str, size: tuple[int, ...] | None) -> Any:
+    """Returns the image as an array (C, H, W) uint8, which may be read-only."""
+    try:
+        with Image.open(file) as image:
+            found = _eight_bit(image)
+            if size is not None and found.size != (size[1], size[0]):
+                found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            array = np.asarray(found)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
+    return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """Returns the image in mode L or RGB; 16-bit grey is scaled, which Pillow's own conversion would clip."""
+    if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    image.load()
+    return image if image.mode == mode else image.convert(mode)  # converting to its own mode copies
