@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Model,
         Start,
     )
-    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, pick_precision, to_device
+    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, pick_precision, to_device, tune_process
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
@@ -49,7 +49,7 @@ _HOMES = {
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
         "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
     ),
-    "ddkit.compute": ("Arithmetic", "compiled", "decide_arithmetic", "pick_precision", "to_device"),
+    "ddkit.compute": ("Arithmetic", "compiled", "decide_arithmetic", "pick_precision", "to_device", "tune_process"),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
@@ -119,6 +119,7 @@ __all__ = [
     "to_device",
     "train",
     "training_flops",
+    "tune_process",
 ]
 
 

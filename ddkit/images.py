@@ -74,10 +74,14 @@ class Normalisation:
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (-1, 1, 1)
-        return like.new_tensor(self.mean).view(shape), like.new_tensor(self.std).view(shape)
+        """Returns mean and std as tensors, made once for each device: making them there makes a GPU wait."""
+        key = like.device, like.dtype
+        if key not in self._kept:
+            self._kept[key] = like.new_tensor(self.mean).view(-1, 1, 1), like.new_tensor(self.std).view(-1, 1, 1)
+        return self._kept[key]
 
     def normalise(self, images: Tensor) -> Tensor:
         """Returns float32 normalised images (n, C, H, W) from uint8 or pixel units."""

@@ -73,7 +73,8 @@ def parse_kind(text: str) -> str:
 @cache
 def plugins() -> tuple[Plugin, ...]:
     """Returns every installed component, in order of kind and name, first-party ones first. One metadata scan a process."""
-    found = [_plugin(kind, point) for kind, group in GROUPS.items() for point in metadata.entry_points(group=group)]
+    installed = metadata.entry_points()
+    found = [_plugin(kind, point) for kind, group in GROUPS.items() for point in installed.select(group=group)]
     allowed = os.environ.get("DDKIT_PLUGINS")
     if allowed is not None:
         names = {_canonical(name) for name in allowed.split(",") if name.strip()}

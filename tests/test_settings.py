@@ -10,12 +10,6 @@ from ddkit.engine import deterministic
 from tests.conftest import SMALL_FLAGS, Result
 
 
-def test_compile_true_is_refused_as_it_would_do_nothing(cli: Callable[..., Result]) -> None:
-    result = cli("distill", "--losses", "dm", "--set", "engine.compile=true", *SMALL_FLAGS)
-    assert (result.code, result.out) == (4, "")
-    assert "engine.compile" in result.err
-
-
 def test_deterministic_is_on_inside_and_as_before_afterwards() -> None:
     seen = []
     for wanted in (True, False):

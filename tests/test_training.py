@@ -139,7 +139,7 @@ def test_sgd_has_the_published_momentum_and_the_asked_for_decay(monkeypatch: pyt
 
     monkeypatch.setattr(torch.optim.SGD, "__init__", init)
     trained()
-    assert made == [{"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}]
+    assert made == [{"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "fused": True}]
 
 
 def test_training_learns_and_ends_in_evaluation_mode() -> None:

@@ -41,8 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 10
     run_steps: int = 5000
     networks: int = 10
-    epochs: tuple[int, int] = (5, 25)
-    tests: int = 2000
+    images_trained: int = 3000
+    tests: int = 1000
     plain: bool = True
     sets: tuple[tuple[str, Any], ...] = ()
 
@@ -172,7 +172,8 @@ def _evaluation_row(workers: _Workers, ipc: int, settings: Settings, device: str
     report(f"evaluation: ipc {ipc}, {classes} classes, {size} pixels, {device}")
     spec = {
         "kind": "evaluation", "ipc": ipc, "classes": classes, "size": size, "channels": settings.channels, "device": device,
-        "networks": settings.networks, "epochs": list(settings.epochs), "tests": settings.tests, "options": {}, "tuned": True,
+        "networks": settings.networks, "epochs": max(10, settings.images_trained // (classes * ipc)), "tests": settings.tests,
+        "options": {}, "tuned": True,
     }  # fmt: skip
     ours = workers.start(spec)
     beside = {"reference": workers.start(spec | {"kind": "reference-evaluation", "tuned": False})} if settings.plain else {}
@@ -185,7 +186,7 @@ def _evaluation_row(workers: _Workers, ipc: int, settings: Settings, device: str
         "epoch_seconds": statistics.median(run["epoch_seconds"] for run in rounds["ours"]),
         "test_seconds": statistics.median(run["test_seconds"] for run in rounds["ours"]),
         "peak_mib": rounds["ours"][-1]["peak_mib"],
-        **{key: ours.facts[key] for key in ("first_network_seconds", "precision", "compiled")},
+        **{key: ours.facts[key] for key in ("first_network_seconds", "precision", "compiled", "workers")},
     }  # fmt: skip
     first = row["first_network_seconds"]
     row["networks"] = settings.networks
@@ -193,6 +194,8 @@ def _evaluation_row(workers: _Workers, ipc: int, settings: Settings, device: str
     row["share_of_networks_apart"] = row["seconds_all_networks"] / (settings.networks * (first + median["ours"]))
     for name in beside:
         row[f"{name}_seconds_per_network"] = median[name]
+        for part in ("epoch_seconds", "test_seconds"):
+            row[f"{name}_{part}"] = statistics.median(run[part] for run in rounds[name])
         row[f"ratio_to_{name}"] = _ratio(seconds[name], seconds["ours"])
     return row
 
@@ -278,6 +281,10 @@ class _Worker:
                 [sys.executable, "-m", "ddkit.bench.worker", json.dumps(spec)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, env=os.environ | environment,
             )  # fmt: skip
+        self.facts: Row = {}
+
+    def begin(self) -> None:
+        """Waits until setting up is done."""
         self.facts = self._answer()
 
     def measure(self) -> Row:
@@ -322,4 +329,5 @@ class _Workers(ExitStack):
         self._count += 1
         worker = _Worker(spec, environment or {}, self._folder / f"{self._count}.txt")
         self.callback(worker.stop)
+        worker.begin()
         return worker

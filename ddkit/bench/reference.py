@@ -45,7 +45,7 @@ class ReferenceStep:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return float(loss.detach())
 
 
 class ReferenceEvaluation:
@@ -73,7 +73,7 @@ class ReferenceEvaluation:
         logits = network(x)
         loss = torch.nn.functional.cross_entropy(logits, y)
         right = int((logits.detach().cpu().numpy().argmax(-1) == y.cpu().numpy()).sum())
-        _ = loss.item() * len(y)
+        _ = float(loss.detach()) * len(y)
         if optimizer is not None:
             optimizer.zero_grad()
             loss.backward()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import torch
-from torch import Tensor
 
 import ddkit
+from ddkit_evaluators.trainer import Trainer, trained_in_turn
+from ddkit_evaluators.workers import trained_apart
 
 
 class Protocol(NamedTuple):
@@ -28,6 +29,11 @@ PROTOCOLS = {
 }
 
 
+# On 2 CPU cores, two processes of one thread each train small batches faster than one of two threads: by a fifth at 10 images a
+# batch, by a twentieth at 100 (docs/performance.md). A process costs some seconds and some hundred MiB.
+SMALL_BATCH, FEW_NETWORKS, MOST_WORKERS = 64, 4, 4
+
+
 class Accuracy(ddkit.Evaluator):
     """Test accuracy, last epoch, of networks trained from scratch on the set, beside random real images.
 
@@ -44,6 +50,7 @@ class Accuracy(ddkit.Evaluator):
         random_real: Annotated[bool, ddkit.Option("whether random real images are evaluated beside the set")] = True
         precision: Literal["auto", "float32", "bfloat16"] = "auto"
         compile: Annotated[Literal["auto", "always", "never"], ddkit.Option("auto: where it pays back")] = "auto"
+        workers: Annotated[int, ddkit.Option("processes that train networks at the same time", ge=1)] | Literal["auto"] = "auto"
 
     def check(self, info: ddkit.DataInfo) -> None:
         self._models(info)
@@ -62,9 +69,19 @@ class Accuracy(ddkit.Evaluator):
         schedule = msgspec.structs.replace(protocol.schedule, epochs=self.options.epochs or protocol.schedule.epochs)
         repeats = self.options.repeats or protocol.repeats
         compare = self.options.random_real and len(data.real_images) > 0
-        trainer = _Trainer(self.options, name, model, artifact, data, schedule, protocol.augmenter, networks=repeats * (1 + compare))
-        made = [trainer.accuracy(artifact.normalised, artifact.labels, "synthetic", repeat) for repeat in range(repeats)]
-        real = [trainer.accuracy(*_random_real(artifact, data, repeat), "random real", repeat) for repeat in range(repeats * compare)]
+        trainer = Trainer(
+            name,
+            model,
+            artifact,
+            data,
+            schedule,
+            protocol.augmenter,
+            self._arithmetic(model, artifact, data, schedule, repeats * (1 + compare)),
+        )
+        tasks = [("synthetic", repeat) for repeat in range(repeats)] + [("random real", repeat) for repeat in range(repeats * compare)]
+        workers = self._workers(trainer, len(tasks))
+        found = trained_apart(trainer, tasks, workers) if workers > 1 else trained_in_turn(trainer, tasks)
+        made, real = found[:repeats], found[repeats:]
         return ddkit.Evaluation(
             evaluator=self.name,
             model=name,
@@ -75,8 +92,31 @@ class Accuracy(ddkit.Evaluator):
             accuracy_std=_std(made),
             random_real_mean=_mean(real) if real else None,
             random_real_std=_std(real),
-            details={"epochs": schedule.epochs, "accuracies": made, "random_real_accuracies": real, **trainer.decided},
-        )
+            details={
+                "epochs": schedule.epochs, "accuracies": made, "random_real_accuracies": real, "precision": trainer.arithmetic.precision,
+                "compiled": trainer.arithmetic.compile, "workers": workers,
+            },
+        )  # fmt: skip
+
+    def _arithmetic(
+        self, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, schedule: ddkit.Schedule, networks: int
+    ) -> ddkit.Arithmetic:
+        """Returns how the networks are computed, decided from the operations of training and testing all of them."""
+        rows, options = len(artifact.labels), self.options
+        module = ddkit.build_network(model, data.info, data.seed, "evaluate", "probe")
+        work = networks * ddkit.training_flops(module, data.info, images=rows, epochs=schedule.epochs, tests=len(data.test_labels))
+        step_work = ddkit.training_flops(module, data.info, images=min(rows, schedule.batch), epochs=1)
+        compile_ = options.compile if options.compile == "auto" else options.compile == "always"
+        return ddkit.decide_arithmetic(compile_, options.precision, data.device, work=work, step_work=step_work)
+
+    def _workers(self, trainer: Trainer, networks: int) -> int:
+        """Returns how many processes train networks at the same time; 1: this one, in turn."""
+        if self.options.workers != "auto":
+            return min(self.options.workers, networks)
+        small = min(len(trainer.artifact.labels), trainer.schedule.batch) <= SMALL_BATCH
+        if trainer.data.device.type != "cpu" or not trainer.arithmetic.compile or not small or networks < FEW_NETWORKS:
+            return 1
+        return min(torch.get_num_threads(), MOST_WORKERS)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -86,74 +126,3 @@ def _mean(values: Sequence[float]) -> float:
 def _std(values: Sequence[float]) -> float | None:
     """Returns the sample standard deviation, None for fewer than two values."""
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else None
-
-
-def _random_real(artifact: ddkit.Artifact, data: ddkit.EvaluationData, repeat: int) -> tuple[Tensor, Tensor]:
-    """Returns as many accessible real images of each class as the set has, drawn anew per repeat, normalised alike."""
-    rows = []
-    for label, count in zip(*artifact.labels.unique(return_counts=True), strict=True):
-        own = (data.real_labels == label).nonzero().flatten()
-        draw = ddkit.generator(data.seed, "random real", repeat, int(label))
-        rows.append(own[torch.randperm(len(own), generator=draw)[: int(count)]])
-    chosen = torch.cat(rows)
-    return ddkit.Normalisation(artifact.mean, artifact.std).normalise(data.real_images[chosen]), data.real_labels[chosen]
-
-
-class _Trainer:
-    """Trains one network after another, re-drawn in place so that a compiled forward stays valid."""
-
-    def __init__(
-        self,
-        options: Any,
-        name: str,
-        model: ddkit.Model,
-        artifact: ddkit.Artifact,
-        data: ddkit.EvaluationData,
-        schedule: ddkit.Schedule,
-        augmenter: str,
-        *,
-        networks: int,
-    ) -> None:
-        self.name, self.model, self.data, self.schedule, self.networks = name, model, data, schedule, networks
-        self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
-        self.module = ddkit.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
-        self.arithmetic = _arithmetic(options, self.module, artifact, data, schedule.epochs, networks)
-        self.decided = {"precision": self.arithmetic.precision, "compiled": self.arithmetic.compile}
-        self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(
-            self.module, wanted=self.arithmetic.compile, graphs=self.arithmetic.graphs
-        )
-        self.test_images = ddkit.Normalisation(artifact.mean, artifact.std).normalise(data.test_images).to(data.device)
-        self.test_labels = data.test_labels.to(data.device)
-        self.done = 0
-
-    def accuracy(self, images: Tensor, labels: Tensor, kind: str, repeat: int) -> float:
-        """Returns the test accuracy of a fresh network trained on normalised images; synthetic and real start alike."""
-        data = self.data
-        ddkit.redraw(self.module, self.model, data.info, data.seed, "evaluate", self.name, repeat)
-        how: dict[str, Any] = {
-            "forward": self.forward, "precision": self.arithmetic.dtype, "channels_last": self.arithmetic.compile,
-        }  # fmt: skip
-        ddkit.fit(
-            self.module,
-            images.to(data.device),
-            labels.to(data.device),
-            self.schedule,
-            augmenter=self.augmenter,
-            generator=ddkit.generator(data.seed, "evaluate", kind, self.name, repeat),
-            **how,
-        )
-        found = ddkit.accuracy(self.module, self.test_images, self.test_labels, batch=100, **how)
-        self.done += 1
-        data.report(self.done, self.networks)
-        return found
-
-
-def _arithmetic(
-    options: Any, module: torch.nn.Module, artifact: ddkit.Artifact, data: ddkit.EvaluationData, epochs: int, networks: int
-) -> ddkit.Arithmetic:
-    """Returns how the networks are computed, decided from the operations of training and testing all of them."""
-    rows = len(artifact.labels)
-    work = networks * ddkit.training_flops(module, data.info, images=rows, epochs=epochs, tests=len(data.test_labels))
-    step_work = ddkit.training_flops(module, data.info, images=min(rows, 256), epochs=1)
-    compile_ = options.compile if options.compile == "auto" else options.compile == "always"
-    return ddkit.decide_arithmetic(compile_, options.precision, data.device, work=work, step_work=step_work)

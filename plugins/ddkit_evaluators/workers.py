@@ -1,0 +1,176 @@
+"""Trains several networks at the same time, each in a process of few threads.
+
+A small batch does not keep two cores busy: between its many short operations one waits for the other. Two processes of
+one thread each do. What a process needs it reads from a folder: tensors as safetensors, the rest as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+
+import ddkit
+from ddkit_evaluators.trainer import Task, Trainer, trained_in_turn
+
+log = logging.getLogger("ddkit")
+TENSORS, SETTINGS = "tensors.safetensors", "settings.json"
+
+
+def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list[float]:
+    """Returns the accuracy of every task, from `workers` processes; what they could not do is done here, and said."""
+    found: dict[Task, float] = {}
+    with tempfile.TemporaryDirectory(prefix="ddkit-") as folder:
+        _write(trainer, Path(folder), threads=max(1, torch.get_num_threads() // workers))
+        crew = _Crew(Path(folder), tasks)
+        try:
+            crew.start(workers)
+            for task, accuracy in crew.results():
+                found[task] = accuracy
+                trainer.data.report(len(found), len(tasks))
+        finally:
+            crew.stop()
+    left = [task for task in tasks if task not in found]
+    if left:
+        log.warning("A process that trained networks ended early (%s); %d networks are trained here instead.", crew.problem, len(left))
+        found |= dict(zip(left, trained_in_turn(trainer, left, done=len(found)), strict=True))
+    return [found[task] for task in tasks]
+
+
+class _Crew:
+    """Processes that take tasks from one queue. The second starts when the first has compiled: it finds the code in the cache."""
+
+    def __init__(self, folder: Path, tasks: Sequence[Task]) -> None:
+        self.folder, self.problem = folder, ""
+        self._waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        for task in tasks:
+            self._waiting.put(task)
+        self._done: queue.SimpleQueue[tuple[Task, float] | None] = queue.SimpleQueue()
+        self._processes: list[subprocess.Popen[str]] = []
+        self._threads: list[threading.Thread] = []
+        self._lock, self._stopped = threading.Lock(), False
+
+    def start(self, workers: int) -> None:
+        ready = [threading.Event() for _ in range(workers + 1)]
+        ready[0].set()
+        for number in range(workers):
+            thread = threading.Thread(target=self._work, args=(number, ready[min(number, 1)], ready[number + 1]), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def results(self) -> Any:
+        """Yields (task, accuracy) as they come, until every thread is done."""
+        running = len(self._threads)
+        while running:
+            item = self._done.get()
+            if item is None:
+                running -= 1
+            else:
+                yield item
+
+    def stop(self) -> None:
+        with self._lock:
+            self._stopped = True
+            for process in self._processes:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def _work(self, number: int, may_start: threading.Event, ready: threading.Event) -> None:
+        errors = self.folder / f"errors-{number}.txt"
+        try:
+            may_start.wait()
+            process = self._process(errors)
+            if process is None:
+                return
+            self._answer(process)
+            ready.set()
+            while True:
+                task = self._waiting.get_nowait()
+                print(json.dumps(task), file=process.stdin, flush=True)
+                self._done.put((task, float(self._answer(process)["accuracy"])))
+        except queue.Empty:
+            pass
+        except (OSError, ValueError, EOFError):
+            with suppress(OSError):
+                self.problem = (errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
+        finally:
+            ready.set()
+            self._done.put(None)
+
+    def _process(self, errors: Path) -> subprocess.Popen[str] | None:
+        command = [sys.executable, "-m", "ddkit_evaluators.workers", str(self.folder)]
+        with self._lock, errors.open("w") as stream:
+            if self._stopped:
+                return None
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True)
+            self._processes.append(process)
+            return process
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise EOFError
+
+
+def _write(trainer: Trainer, folder: Path, *, threads: int) -> None:
+    data, artifact = trainer.data, trainer.artifact
+    tensors = {
+        "images": artifact.images, "labels": artifact.labels, "test_images": data.test_images, "test_labels": data.test_labels,
+        "real_images": data.real_images, "real_labels": data.real_labels,
+    }  # fmt: skip
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    settings = {
+        "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options),
+        "schedule": msgspec.to_builtins(trainer.schedule),
+        "augmenter": trainer.augmenter_name, "arithmetic": msgspec.to_builtins(trainer.arithmetic), "info": msgspec.to_builtins(data.info),
+        "seed": data.seed, "threads": threads, "artifact": {key: artifact.metadata[key] for key in ("class_names", "mean", "std")},
+    }  # fmt: skip
+    (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _read(folder: Path) -> Trainer:
+    settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    torch.set_num_threads(settings["threads"])
+    tensors = load_file(folder / TENSORS)
+    info = msgspec.convert(settings["info"], ddkit.DataInfo)
+    data = ddkit.EvaluationData(
+        info=info, test_images=tensors["test_images"], test_labels=tensors["test_labels"], real_images=tensors["real_images"],
+        real_labels=tensors["real_labels"], seed=settings["seed"], device=torch.device("cpu"), report=lambda done, total: None,
+    )  # fmt: skip
+    artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"])
+    schedule, arithmetic = msgspec.convert(settings["schedule"], ddkit.Schedule), msgspec.convert(settings["arithmetic"], ddkit.Arithmetic)
+    model = ddkit.create("model", settings["name"], settings["model_options"], data=info)
+    return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic)
+
+
+def main() -> None:
+    """Reads the folder on the command line, says when it is ready, then trains the network of every line on stdin."""
+    ddkit.tune_process()
+    trainer = _read(Path(sys.argv[1]))
+    if trainer.arithmetic.compile:
+        trainer.warm_up()
+    print("{}", flush=True)
+    for line in sys.stdin:
+        kind, repeat = json.loads(line)
+        print(json.dumps({"accuracy": trainer.accuracy(kind, repeat)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
