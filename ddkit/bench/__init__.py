@@ -211,10 +211,12 @@ def _loading_rows(workers: _Workers, settings: Settings, report: Report) -> list
                     shutil.rmtree(cache, ignore_errors=True)
                     environment = {"DDKIT_CACHE": str(cache)}
                     worker = workers.start({"kind": "loading", "folder": str(folder), "pipc": pipc, "tuned": True}, environment)
-                    found.append((worker.measure()["seconds"], worker.measure()["seconds"]))
+                    first, second = worker.measure(), worker.measure()
+                    found.append((first["seconds"], second["seconds"], second["peak_mib"]))
                     worker.stop()
-            first, second = (statistics.median(column) for column in zip(*found, strict=True))
-            rows.append({"files": files, "pipc": pipc, "first_seconds": first, "second_seconds": second, "runs": found})
+            middle = [statistics.median(column) for column in zip(*found, strict=True)]
+            names = ("first_seconds", "second_seconds", "peak_mib")
+            rows.append({"files": files, "pipc": pipc, **dict(zip(names, middle, strict=True)), "runs": found})
     return rows
 
 

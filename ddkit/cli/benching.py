@@ -121,10 +121,7 @@ def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:
 
 def _tables(result: dict[str, Any]) -> list[str]:
     texts = [_limits(result)] if "limits" in result else []
-    for name, columns in COLUMNS.items():
-        if result.get(name):
-            texts.append(f"{name} ({result['runs']} runs, median)\n{_table(result[name], columns)}")
-    return texts
+    return texts + [_table(name, result[name], result["runs"]) for name in COLUMNS if result.get(name)]
 
 
 def _limits(result: dict[str, Any]) -> str:
@@ -150,7 +147,7 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
         ("device", "device", str), ("s/step", "seconds_per_step", _SECONDS), ("steps/s", "steps_per_second", _number(2)),
         ("published loop s/step", "reference_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_reference", _RATIO),
         ("plain path s/step", "plain_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_plain", _RATIO),
-        ("peak MiB", "peak_mib", _WHOLE), ("plain path MiB", "plain_peak_mib", _WHOLE), ("GFLOP", "flops", _number(1, 1e-9)),
+        ("peak MiB", "peak_mib", _WHOLE), ("plain path MiB", "plain_peak_mib", _WHOLE),
         ("of the limit", "limit_fraction", _number(0, 100, " %")), ("first step s", "first_step_seconds", _number(1)),
         ("precision", "precision", str), ("exponent", "exponent", _exponent),
     ],
@@ -167,17 +164,25 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
     ],
     "loading": [
         ("files", "files", str), ("pipc", "pipc", str), ("first s", "first_seconds", _SECONDS), ("again s", "second_seconds", _SECONDS),
+        ("peak MiB", "peak_mib", _WHOLE),
     ],
     "startup": [("command", "command", str), ("s", "seconds", _number(2))],
 }  # fmt: skip
 
 
-def _table(rows: list[dict[str, Any]], columns: list[tuple[str, str, Any]]) -> str:
+CONSTANT = {  # said once, above the table, where they are the same in every row
+    "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}", "workers": "workers: {}",
+}  # fmt: skip
+
+
+def _table(name: str, rows: list[dict[str, Any]], runs: int) -> str:
     from tabulate import tabulate
 
-    used = [(title, key, show) for title, key, show in columns if any(row.get(key) is not None for row in rows)]
+    said = [key for key in CONSTANT if key in rows[0] and len({row.get(key) for row in rows}) == 1]
+    title = ", ".join([f"{name}: median of {runs} runs", *(CONSTANT[key].format(rows[0][key]) for key in said)])
+    used = [column for column in COLUMNS[name] if column[1] not in said and any(row.get(column[1]) is not None for row in rows)]
     lines = [["-" if row.get(key) is None else show(row[key]) for _, key, show in used] for row in rows]
-    return tabulate(lines, [title for title, _, _ in used], tablefmt="github", disable_numparse=True)
+    return f"{title}\n\n{tabulate(lines, [title for title, _, _ in used], tablefmt='github', disable_numparse=True)}"
 
 
 COMMANDS = (bench,)

@@ -1,0 +1,118 @@
+"""Networks trained at the same time in processes of their own: same result, told when one fails, nothing left behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import ddkit_evaluators
+import pytest
+import torch
+from ddkit_evaluators import Accuracy, workers
+from ddkit_evaluators.trainer import Trainer
+
+import ddkit
+from tests.conftest import Result
+
+INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(8, 8))
+PLAIN = ddkit.Arithmetic(compile=False, precision="float32")
+
+
+def images(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns uint8 images whose brightness tells the class, and labels."""
+    labels = torch.arange(2).repeat_interleave(rows // 2)
+    noise = torch.randint(0, 128, (rows, *INFO.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return noise + (labels * 100).to(torch.uint8).view(-1, 1, 1, 1), labels
+
+
+def artifact() -> ddkit.Artifact:
+    pixels, labels = images(4, 0)
+    return ddkit.Artifact(pixels.float() / 255, labels, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
+
+
+def data(report: Callable[[int, int], None] = lambda done, total: None) -> ddkit.EvaluationData:
+    tests, test_labels = images(40, 1)
+    real, real_labels = images(20, 2)
+    return ddkit.EvaluationData(
+        info=INFO, test_images=tests, test_labels=test_labels, real_images=real, real_labels=real_labels, seed=3,
+        device=torch.device("cpu"), report=report,
+    )  # fmt: skip
+
+
+def evaluated(report: Callable[[int, int], None] = lambda done, total: None, **options: Any) -> ddkit.Evaluation:
+    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
+    evaluator: Accuracy = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
+    return evaluator(artifact(), data(report), None)[0]
+
+
+def test_processes_give_what_one_after_the_other_gives() -> None:
+    seen: list[tuple[int, int]] = []
+    apart, in_turn = evaluated(lambda done, total: seen.append((done, total)), workers=2), evaluated(workers=1)
+    assert apart.details["workers"] == 2
+    for key in ("accuracies", "random_real_accuracies"):
+        assert apart.details[key] == in_turn.details[key]
+    assert seen == [(number, 4) for number in (1, 2, 3, 4)]
+    assert evaluated(workers=1, epochs=1).details["accuracies"] != in_turn.details["accuracies"], "the figures could differ"
+
+
+def test_no_more_processes_than_networks() -> None:
+    assert evaluated(workers=9, random_real=False, repeats=1).details["workers"] == 1
+
+
+def test_a_process_that_fails_is_told_and_its_networks_are_trained_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    write = workers._write
+
+    def broken(trainer: Trainer, folder: Any, *, threads: int) -> None:
+        write(trainer, folder, threads=threads)
+        (folder / workers.TENSORS).write_bytes(b"nonsense")
+
+    monkeypatch.setattr(workers, "_write", broken)
+    with caplog.at_level(logging.WARNING, logger="ddkit"):
+        found = evaluated(workers=2)
+    assert "4 networks are trained here instead" in caplog.text
+    assert "SafetensorError" in caplog.text
+    assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
+
+
+def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    crews: list[workers._Crew] = []
+    stop = workers._Crew.stop
+    monkeypatch.setattr(workers._Crew, "stop", lambda crew: (crews.append(crew), stop(crew))[1])  # type: ignore[func-returns-value]
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(interrupt, workers=2)
+    (crew,) = crews
+    assert crew._processes
+    assert all(process.poll() is not None for process in crew._processes)
+
+
+def test_processes_are_used_for_many_networks_on_small_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    fast = ddkit.Arithmetic(compile=True, precision="float32")
+    evaluator = Accuracy(Accuracy.Options())
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+
+    def decided(networks: int, arithmetic: ddkit.Arithmetic = fast, copies: int = 1) -> int:
+        small = artifact()
+        many = ddkit.Artifact(small.images.repeat(copies, 1, 1, 1), small.labels.repeat(copies), small.metadata)
+        trainer = Trainer("mlp", model, many, data(), ddkit.Schedule(epochs=1), "none", PLAIN)
+        trainer.arithmetic = arithmetic
+        return evaluator._workers(trainer, networks)
+
+    assert decided(ddkit_evaluators.FEW_NETWORKS) == 2
+    assert decided(ddkit_evaluators.FEW_NETWORKS - 1) == 1
+    assert decided(20, PLAIN) == 1
+    assert decided(20, copies=100) == 1
+
+
+def test_the_command_line_takes_the_number(cli: Callable[..., Result], tmp_path: Any) -> None:
+    artifact().save(tmp_path / "set.safetensors")
+    result = cli("evaluate", tmp_path / "set.safetensors", "--dataset", "digits", "--set", "evaluators.accuracy.workers=0")
+    assert (result.code, result.out) == (4, "")
+    assert "workers" in result.err
