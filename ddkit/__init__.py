@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Model,
         Start,
     )
-    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, pick_precision, to_device, tune_process
+    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, pick_precision, products, to_device, tune_process
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
@@ -49,7 +49,7 @@ _HOMES = {
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
         "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
     ),
-    "ddkit.compute": ("Arithmetic", "compiled", "decide_arithmetic", "pick_precision", "to_device", "tune_process"),
+    "ddkit.compute": ("Arithmetic", "compiled", "decide_arithmetic", "pick_precision", "products", "to_device", "tune_process"),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
@@ -115,6 +115,7 @@ __all__ = [
     "hookimpl",
     "load",
     "pick_precision",
+    "products",
     "redraw",
     "to_device",
     "train",

@@ -109,7 +109,8 @@ def run_recipe(
         bank = job.bank()
         engine = job.engine(bank)
         resolved = job.resolved()
-        engine.start()
+        with products(job.device, job.products):
+            engine.start()
         if job.evaluators:
             _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
         directory.write_recipe(recipe_dict(resolved))

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -96,22 +96,32 @@ def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs:
     import torch
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells that there is no CUDA, to whom did not ask
-    forward = torch.compile(module, mode="reduce-overhead") if graphs else torch.compile(module)
-    broken = False
+    return Compiled(module, torch.compile(module, mode="reduce-overhead") if graphs else torch.compile(module))
 
-    def safe(*arguments: Tensor) -> Tensor:
-        nonlocal broken
-        if broken:
-            return module(*arguments)
+
+class Compiled:
+    """A compiled function that goes on uncompiled, and says so once, where torch cannot compile it here.
+
+    `failed` tells whether that happened.
+    """
+
+    def __init__(self, plain: Callable[..., Tensor], fast: Callable[..., Tensor]) -> None:
+        self.plain, self.fast, self.failed = plain, fast, False
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        import torch
+
+        if self.failed:
+            return self.plain(*arguments)
         try:
-            return forward(*arguments)
+            return self.fast(*arguments)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # torch.compile needs a C++ compiler and raises many kinds
-            result = module(*arguments)  # an error of the module itself shows as such
+            result = self.plain(*arguments)  # an error of the module itself shows as such
             log.warning("torch.compile did not work here (%s); going on without.", type(error).__name__)
-            broken = True
+            self.failed = True
             return result
-
-    return safe
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -150,7 +160,8 @@ def tune_process() -> None:
     a step's time here. So freed memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves
     the allocator alone. What torch compiles is kept in ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
     """
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
+    with suppress(RuntimeError):  # a user without a home: torch has a folder of its own
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
     if os.environ.get("DDKIT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

@@ -25,6 +25,11 @@ class Embedder:
         module.to(memory_format=self.layout)
         self._forward = compiled(_Features(module), wanted=arithmetic.compile, graphs=arithmetic.graphs)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code runs: it was wanted, and torch could compile it."""
+        return self.arithmetic.compile and not getattr(self._forward, "failed", False)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Returns float32 features (n, d) of normalised images x (n, C, H, W)."""
         parts = _even_parts(x, self.block)
@@ -43,7 +48,7 @@ class Embedder:
         reduced = self.arithmetic.dtype == torch.bfloat16
         with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
             features = self._compiled_features(x) if self.arithmetic.compile else _embed_apart(self.module, x)
-        return features.float()
+        return features.float().clone() if self.arithmetic.graphs else features.float()  # a graph's next replay overwrites its output
 
     def _compiled_features(self, x: Tensor) -> Tensor:
         rows = len(x)

@@ -76,10 +76,11 @@ class Engine:
                     values, gradients, logged = self.evaluate(index)
                     self.bank.update(gradients)
                     guard.note(values, gradients)
-                if is_read(index) or stop or index == steps - 1:
-                    guard.check(index + 1)
+                stopping = bool(stop)  # a signal that comes later is seen in the next step
+                if is_read(index) or stopping or index == steps - 1:
+                    values, logged = guard.check(index + 1) or (values, logged)
                 observe(index, lambda: _record(index, self.terms, values, logged))  # noqa: B023 (read at once)
-                if stop:
+                if stopping:
                     save(index + 1)
                     raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + stop[0])
 
@@ -122,9 +123,9 @@ class Engine:
         parts = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
         return {name: part for name, part in zip(tensors, parts, strict=True) if part is not None}
 
-    def careful_step(self, index: int) -> None:
-        """Takes step `index`, or leaves the bank as it was and raises RunFailed naming what was not finite."""
-        values, gradients, _ = self.evaluate(index)
+    def careful_step(self, index: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Takes step `index` and returns values and diagnostics, or leaves the bank as it was and raises RunFailed."""
+        values, gradients, logged = self.evaluate(index)
         for term in self.terms:
             if not bool(values[term.label].isfinite()):
                 raise RunFailed(
@@ -135,7 +136,7 @@ class Engine:
         if bool(all_finite(gradients.values())):  # a projection could hide one that is not
             self.bank.update(gradients)
             if bool(self.bank.finite()):
-                return
+                return values, logged
             self.bank.load_state(before)
         raise RunFailed(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
@@ -146,8 +147,9 @@ class Engine:
 class _Guard:
     """Knows whether all values since the last check were finite, without asking the device at every step.
 
-    Every step is a function of its number and the bank, so what went wrong between two checks is found by going back to
-    the state of the last one and taking the steps again, carefully.
+    A step is a function of its number and the bank, so what went wrong between two checks is found by going back to the
+    state of the last one and taking the steps again, carefully. (A GPU may add up in another order the second time; where
+    the steps then succeed, the run goes on from them.)
     """
 
     def __init__(self, engine: Engine, start: int, save: Callable[[int], None]) -> None:
@@ -162,17 +164,22 @@ class _Guard:
         """Adds what a step computed, and the bank after its update."""
         self.fine = self.fine & all_finite([*values.values(), *gradients.values()]) & self.engine.bank.finite()
 
-    def check(self, index: int) -> None:
-        """Makes the state before step `index` the last good one, or goes back, saves the last good state and raises."""
-        if not bool(self.fine):
-            self._replay(index)
-        self._good(index)
+    def check(self, index: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] | None:
+        """Makes the state before step `index` the last good one, or goes back, saves the last good state and raises.
 
-    def _replay(self, end: int) -> None:
+        Returns the last step's values and diagnostics where going back mended it, else None.
+        """
+        mended = None if bool(self.fine) else self._replay(index)
+        self._good(index)
+        return mended
+
+    def _replay(self, end: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] | None:
         self.engine.bank.load_state(self.state)
+        found = None
         for index in range(self.index, end):
             with self._saving(index):
-                self.engine.careful_step(index)
+                found = self.engine.careful_step(index)
+        return found
 
     @contextmanager
     def around(self, index: int) -> Iterator[None]:

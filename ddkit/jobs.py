@@ -115,8 +115,8 @@ class Job:
         """Resolves what the engine decides by itself, from model, shapes, steps and device alone."""
         engine = self.recipe.engine
         self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
-        self.block = 0
-        if not self.needs_network:
+        self.block, self.step_work = 0, 0.0
+        if not self.needs_embedder:
             self.arithmetic = Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
             return
         if self.chunk and self._coupled:
@@ -125,19 +125,22 @@ class Job:
                 "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
-        if self._coupled and engine.compile is True:
+        if engine.compile is True and not self._compilable:
+            why = "its features of an image depend on the batch (batch norm)" if self._coupled else "its model has no method embed"
             raise InputError(
-                "engine.compile = true: the network's features of an image depend on its batch (batch norm); such a network "
-                "is not compiled. Leave it at auto, or use --set network.norm=instance.",
+                f"engine.compile = true: the network is not compiled, as {why}. Leave it at auto, or use another network, for "
+                "example --set network.model=convnet --set network.norm=instance.",
                 "engine.compile",
             )
-        step_work = forward_flops(self._probe, self.info, features=True) * (self._real_rows() + 2 * self.info.classes * self.recipe.ipc)
+        self.step_work = forward_flops(self._probe, self.info, features=True) * (
+            self._real_rows() + 2 * self.info.classes * self.recipe.ipc
+        )
         self.arithmetic = decide_arithmetic(
-            False if self._coupled else engine.compile,
+            engine.compile if self._compilable else False,
             engine.precision,
             self.device,
-            work=step_work * self.recipe.steps,
-            step_work=step_work,
+            work=self.step_work * self.recipe.steps,
+            step_work=self.step_work,
         )
         if not self._coupled:
             self.block = self._automatic_block() if engine.block == "auto" else engine.block
@@ -155,6 +158,11 @@ class Job:
     def _coupled(self) -> bool:
         return couples_samples(self._probe, self.info)
 
+    @property
+    def _compilable(self) -> bool:
+        """Whether the embedder may be compiled: it treats images apart, and its features are no by-product of a hook."""
+        return not self._coupled and hasattr(self._probe, "embed")
+
     def _real_rows(self) -> int:
         """Returns the real images of a step, where a loss looks at any."""
         counts = class_counts(self.real.labels, self.info.classes)
@@ -166,14 +174,32 @@ class Job:
         return max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, self.info))))
 
     def _automatic_chunk(self) -> int:
-        """Returns the classes of a chunk whose images, activations and real images take engine.memory; 0: all fit."""
-        if not self.needs_network or not any(requires.separable for requires in self.requires) or self._coupled:
+        """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
+        separable = [requires for requires in self.requires if requires.separable]
+        if not separable or (self.needs_network and self._coupled):
             return 0
-        most_real = min(max(class_counts(self.real.labels, self.info.classes), default=0), self.recipe.data.batch)
-        per_class = saved_bytes(self._probe, self.info) * self.recipe.ipc
-        per_class += IMAGE_COPIES * 4 * math.prod(self.info.shape) * (self.recipe.ipc + most_real)
-        chunk = max(1, int(self.recipe.engine.memory * 2**20 / max(1, per_class)))
+        per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
+        per_class = per_image * self.recipe.ipc
+        if any(requires.real for requires in separable):
+            per_class += per_image * min(max(class_counts(self.real.labels, self.info.classes), default=0), self.recipe.data.batch)
+        if any(requires.embedder or requires.network_gradients for requires in separable):
+            per_class += saved_bytes(self._probe, self.info) * self.recipe.ipc
+        views = {view for requires in separable for view in (requires.views or ("default",)) if requires.teacher}
+        if views:
+            per_class += len(views) * saved_bytes(self._teacher_probe(), self.info) * self.recipe.ipc
+        chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
         return 0 if chunk >= self.info.classes else chunk
+
+    def _teacher_probe(self) -> nn.Module:
+        """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
+        table = self.recipe.teacher
+        record = {} if table.use == "auto" else _teacher_record(Path(table.use))
+        name, options = record.get("model", table.model), record.get("options", table.options)
+        return build_network(plugins.create("model", name, options, data=self.info, where="teacher"), self.info, 0, "probe").eval()
+
+    @property
+    def needs_embedder(self) -> bool:
+        return any(requires.embedder for requires in self.requires)
 
     @property
     def needs_network(self) -> bool:

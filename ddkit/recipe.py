@@ -89,9 +89,9 @@ class EngineTable(Table):
         Literal["auto", "float32", "tf32", "bfloat16"],
         Option("of the embedder; auto: bfloat16 where it is compiled and the hardware multiplies it, else float32"),
     ] = "auto"
-    memory: Annotated[int, Option("MiB that images and the embedder's activations may take; more is done in chunks of classes", ge=1)] = (
-        4096
-    )
+    memory: Annotated[
+        int, Option("MiB that images and activations of separable losses may take; more is done in chunks of classes", ge=1)
+    ] = 4096
     block: Annotated[int, Option("images embedded at once, 0 for all; auto: from the network, for the cache", ge=0)] | Literal["auto"] = (
         "auto"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -65,11 +65,24 @@ class StepSource:
         self.model, self.renew_every, self.teacher = model, renew_every, teacher
         self.arithmetic, self.block = arithmetic, block
         self._embedder: Embedder | None = None
-        self._network_index = -1
-        self._draws: tuple[int, dict[str, Parameters]] = (-1, {})
+        self._network_index = self._graph_index = -1
+        self._draws: tuple[int, dict[str, Any]] = (-1, {})
+
+    def _once(self, index: int, purpose: str, make: Callable[[], Any]) -> Any:
+        """Returns what `make` gives for `purpose` at step `index`, made once a step, whatever its chunks."""
+        if self._draws[0] != index:
+            self._draws = (index, {})
+        drawn = self._draws[1]
+        if purpose not in drawn:
+            drawn[purpose] = make()
+        return drawn[purpose]
 
     def real_rows(self, index: int) -> Tensor:
         """Returns the rows of the real images of this step, ascending, at most `batch` of each class, drawn anew where there are more."""
+        rows: Tensor = self._once(index, "real", lambda: self._drawn_rows(index))
+        return rows
+
+    def _drawn_rows(self, index: int) -> Tensor:
         count = len(self.real_labels)
         if count == 0 or int(self.counts.max()) <= self.batch:
             return torch.arange(count)
@@ -80,12 +93,14 @@ class StepSource:
 
     def augmentation(self, index: int, purpose: str, augmenter: Augmenter) -> Parameters:
         """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
-        if self._draws[0] != index:
-            self._draws = (index, {})
-        drawn = self._draws[1]
-        if purpose not in drawn:
-            drawn[purpose] = augmenter.sample(generator(self.seed, purpose, index), self.info.classes)
-        return drawn[purpose]
+        drawn: Parameters = self._once(index, purpose, lambda: augmenter.sample(generator(self.seed, purpose, index), self.info.classes))
+        return drawn
+
+    def noise(self, index: int, name: str, rows: int) -> Tensor:
+        """Returns standard normal noise (rows, C, H, W) for the whole set in view `name` at step `index`, on the CPU."""
+        draw = generator(self.seed, "view noise", name, index)
+        drawn: Tensor = self._once(index, f"noise {name}", lambda: torch.randn((rows, *self.info.shape), generator=draw))
+        return drawn
 
     def embedder(self, index: int) -> Embedder:
         """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every."""
@@ -97,7 +112,9 @@ class StepSource:
             self._embedder = Embedder(module, self.arithmetic, block=self.block)
         elif draw != self._network_index:
             redraw(self._embedder.module, self.model, self.info, self.seed, "network", draw)
-        self._network_index = draw
+        if self.arithmetic.graphs and self._graph_index != index:
+            torch.compiler.cudagraph_mark_step_begin()
+        self._network_index, self._graph_index = draw, index
         return self._embedder
 
 
@@ -226,8 +243,7 @@ class SharedStep:
         images = self._apply(spec.augmenter, drawn, self.images, self.labels)
         if spec.noise == 0:
             return images
-        draw = generator(self.source.seed, "view noise", name, self.index)
-        noise = torch.randn((self.size, *self.source.info.shape), generator=draw)[self.rows]
+        noise = self.source.noise(self.index, name, self.size)[self.rows]
         return images + spec.noise * to_device(noise, images.device).to(images.dtype)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
-from ddkit.compute import compiled, decide_arithmetic
+from ddkit.compute import compiled, decide_arithmetic, products
 from ddkit.data import data_info, load_images
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
@@ -159,18 +159,19 @@ def _fit_teacher(
     chosen = {key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule")}
     augmenter = plugins.create("augmenter", train.augmenter, train.options, data=info, where="train")
     made = decide_arithmetic("auto", "auto", images.device, work=training_flops(module, info, images=len(images), epochs=train.epochs))
-    fit(
-        module,
-        images,
-        labels,
-        Schedule(**chosen),
-        augmenter=augmenter,
-        generator=generator(seed, "teacher training"),
-        forward=compiled(module, wanted=made.compile),
-        precision=made.dtype,
-        channels_last=made.compile,
-        report=report,
-    )
+    with products(images.device, made.precision):
+        fit(
+            module,
+            images,
+            labels,
+            Schedule(**chosen),
+            augmenter=augmenter,
+            generator=generator(seed, "teacher training"),
+            forward=compiled(module, wanted=made.compile),
+            precision=made.dtype,
+            channels_last=made.compile,
+            report=report,
+        )
 
 
 def _test_accuracy(module: nn.Module, dataset: Dataset, info: DataInfo, norm: Normalisation, device: torch.device) -> float | None:

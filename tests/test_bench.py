@@ -80,10 +80,21 @@ def test_cells_are_products_or_pairs() -> None:
 
 
 def test_exponents_are_given_where_one_number_changes() -> None:
-    base = {"losses": "dm", "ipc": 1, "pipc": 10, "classes": 10, "size": 32, "device": "cpu", "seconds_per_step": 1.0, "peak_mib": 100.0}
-    rows = [base, base | {"ipc": 10, "seconds_per_step": 10.0}, base | {"ipc": 100, "pipc": 50}]
+    base = {
+        "losses": "dm",
+        "ipc": 1,
+        "pipc": 10,
+        "classes": 10,
+        "size": 32,
+        "device": "cpu",
+        "seconds_per_step": 1.0,
+        "peak_mib": 100.0,
+        "start_mib": 50.0,
+        "work": 2.0,
+    }
+    rows = [base, base | {"ipc": 10, "seconds_per_step": 10.0, "peak_mib": 550.0, "work": 2.0}, base | {"ipc": 100, "pipc": 50}]
     found = benching._with_exponents([dict(row) for row in rows])
-    assert found[1]["exponent"] == {"axis": "ipc", "seconds": pytest.approx(1.0), "peak_mib": 0.0}
+    assert found[1]["exponent"] == {"axis": "ipc", "seconds_per_step": pytest.approx(1.0), "work": 0.0, "memory": pytest.approx(1.0)}
     assert "exponent" not in found[0]
     assert "exponent" not in found[2]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ddkit_evaluators
+import msgspec
 import pytest
 import torch
 from ddkit_evaluators import Accuracy, workers
@@ -65,8 +66,8 @@ def test_a_process_that_fails_is_told_and_its_networks_are_trained_here(
 ) -> None:
     write = workers._write
 
-    def broken(trainer: Trainer, folder: Any, *, threads: int) -> None:
-        write(trainer, folder, threads=threads)
+    def broken(trainer: Trainer, folder: Any, tasks: Any, *, threads: int) -> None:
+        write(trainer, folder, tasks, threads=threads)
         (folder / workers.TENSORS).write_bytes(b"nonsense")
 
     monkeypatch.setattr(workers, "_write", broken)
@@ -75,6 +76,26 @@ def test_a_process_that_fails_is_told_and_its_networks_are_trained_here(
     assert "4 networks are trained here instead" in caplog.text
     assert "SafetensorError" in caplog.text
     assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
+
+
+def test_a_full_disk_is_told_and_all_networks_are_trained_here(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def full(trainer: Trainer, folder: Any, tasks: Any, *, threads: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(workers, "_write", full)
+    with caplog.at_level(logging.WARNING, logger="ddkit"):
+        found = evaluated(workers=2)
+    assert "No space left on device" in caplog.text
+    assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
+
+
+def test_several_processes_on_another_device_are_refused() -> None:
+    evaluator = Accuracy(Accuracy.Options(workers=2))
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    trainer = Trainer("mlp", model, artifact(), data(), ddkit.Schedule(epochs=1), "none", PLAIN)
+    trainer.data = msgspec.structs.replace(data(), device=torch.device("cuda"))
+    with pytest.raises(ddkit.InputError, match="on the CPU only"):
+        evaluator._workers(trainer, 4)
 
 
 def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     run_steps: int = 5000
     networks: int = 10
     images_trained: int = 3000
-    tests: int = 1000
+    tests: int = 2000
     plain: bool = True
     sets: tuple[tuple[str, Any], ...] = ()
 
@@ -101,7 +101,7 @@ def _limit(workers: _Workers, device: str, settings: Settings) -> Row:
 
 def _rate(result: Row, device: str, precision: str) -> float:
     rates: dict[str, float] = next(limit["rates"] for limit in result["limits"] if limit["device"] == device)
-    return rates["bfloat16" if precision == "bfloat16" else "float32"]
+    return rates.get(precision, rates["float32"])
 
 
 def _step_row(workers: _Workers, case: Case, settings: Settings, result: Row, report: Report) -> Row:
@@ -115,15 +115,16 @@ def _step_row(workers: _Workers, case: Case, settings: Settings, result: Row, re
     if settings.plain:
         plain = [["engine.compile", False], ["engine.precision", "float32"], ["engine.block", 0]]
         beside["plain"] = workers.start(spec | {"tuned": False, "count": True, "sets": [*settings.sets, *plain]})
-        if case.losses == "dm":
+        if case.losses == "dm" and not any(path.split(".")[0] in ("network", "augmenter", "data") for path, _ in settings.sets):
             beside["reference"] = workers.start(spec | {"kind": "reference", "tuned": False})
     rounds = _rounds({"ours": ours, **beside}, settings.runs)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in rounds.items()}
     row = {
         **case._asdict(), "seconds_per_step": statistics.median(seconds["ours"]), "runs": seconds["ours"],
         "steps_per_second": 1 / statistics.median(seconds["ours"]), "peak_mib": rounds["ours"][-1]["peak_mib"],
-        **{key: ours.facts[key] for key in ("first_step_seconds", "precision", "compiled", "chunk", "block")},
+        **{key: ours.facts[key] for key in ("first_step_seconds", "precision", "compiled", "chunk", "block", "start_mib", "work")},
     }  # fmt: skip
+    row["compile"] = "yes" if row["compiled"] else "no"
     for name in beside:
         row[f"{name}_seconds_per_step"] = statistics.median(seconds[name])
         row[f"{name}_peak_mib"] = rounds[name][-1]["peak_mib"]
@@ -150,19 +151,23 @@ def _rounds(workers: dict[str, _Worker], runs: int) -> dict[str, list[Row]]:
     return found
 
 
-AXES = {"ipc": "ipc", "pipc": "pipc", "classes": "classes", "size": "size"}
+AXES = ("ipc", "pipc", "classes", "size")
 
 
 def _with_exponents(rows: list[Row]) -> list[Row]:
-    """Adds to each row whose predecessor differs in one number only the exponent of time and of memory in that number."""
+    """Adds to each row whose predecessor differs in one number only the exponents, in that number, of time and of memory.
+
+    `work` is the exponent of the embedder's floating-point operations, which time should follow; memory is what the
+    process took beyond its start.
+    """
     for before, row in itertools.pairwise(rows):
         differing = [key for key in (*AXES, "losses", "device") if before[key] != row[key]]
         if len(differing) == 1 and differing[0] in AXES:
-            factor = math.log(row[differing[0]] / before[differing[0]])
-            row["exponent"] = {
-                "axis": differing[0],
-                "seconds": math.log(row["seconds_per_step"] / before["seconds_per_step"]) / factor,
-                "peak_mib": math.log(row["peak_mib"] / before["peak_mib"]) / factor,
+            span = math.log(row[differing[0]] / before[differing[0]])
+            sizes = {key: (before[key], row[key]) for key in ("seconds_per_step", "work")}
+            sizes["memory"] = tuple(max(1.0, each["peak_mib"] - each["start_mib"]) for each in (before, row))  # type: ignore[assignment]
+            row["exponent"] = {"axis": differing[0]} | {
+                key: math.log(new / old) / span if old and new else None for key, (old, new) in sizes.items()
             }
     return rows
 
@@ -188,10 +193,6 @@ def _evaluation_row(workers: _Workers, ipc: int, settings: Settings, device: str
         "peak_mib": rounds["ours"][-1]["peak_mib"],
         **{key: ours.facts[key] for key in ("first_network_seconds", "precision", "compiled", "workers")},
     }  # fmt: skip
-    first = row["first_network_seconds"]
-    row["networks"] = settings.networks
-    row["seconds_all_networks"] = first + settings.networks * median["ours"]
-    row["share_of_networks_apart"] = row["seconds_all_networks"] / (settings.networks * (first + median["ours"]))
     for name in beside:
         row[f"{name}_seconds_per_network"] = median[name]
         for part in ("epoch_seconds", "test_seconds"):
@@ -209,15 +210,20 @@ def _loading_rows(workers: _Workers, settings: Settings, report: Report) -> list
                 found = []
                 for _ in range(settings.runs):
                     shutil.rmtree(cache, ignore_errors=True)
-                    environment = {"DDKIT_CACHE": str(cache)}
-                    worker = workers.start({"kind": "loading", "folder": str(folder), "pipc": pipc, "tuned": True}, environment)
-                    first, second = worker.measure(), worker.measure()
+                    first, second = (_loaded(workers, folder, cache, pipc) for _ in range(2))
                     found.append((first["seconds"], second["seconds"], second["peak_mib"]))
-                    worker.stop()
             middle = [statistics.median(column) for column in zip(*found, strict=True)]
             names = ("first_seconds", "second_seconds", "peak_mib")
             rows.append({"files": files, "pipc": pipc, **dict(zip(names, middle, strict=True)), "runs": found})
     return rows
+
+
+def _loaded(workers: _Workers, folder: Path, cache: Path, pipc: int) -> Row:
+    """Returns one loading in a new process."""
+    worker = workers.start({"kind": "loading", "folder": str(folder), "pipc": pipc, "tuned": True}, {"DDKIT_CACHE": str(cache)})
+    found = worker.measure()
+    worker.stop()
+    return found
 
 
 @contextmanager
@@ -232,6 +238,7 @@ def _image_folder(files: int, classes: int, size: int) -> Iterator[tuple[Path, P
         originals = [root / "originals" / f"{number}.jpg" for number in range(100)]
         for path in originals:
             Image.fromarray(random.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(path, quality=75)
+            os.utime(path, (0, 0))  # what was written a moment ago is not cached yet
         for label in range(classes):
             folder = root / "images" / "train" / f"class{label:04d}"
             folder.mkdir(parents=True)
@@ -270,6 +277,7 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1]
 
 
+TUNING = ("THP_MEM_ALLOC_ENABLE", "TORCHINDUCTOR_CACHE_DIR")  # what ddkit's command sets in its own process
 _ERRORS = {kind.exit_code: kind for kind in (FlagError, PluginError, InputError, RunFilesError)}
 
 
@@ -278,10 +286,11 @@ class _Worker:
 
     def __init__(self, spec: Row, environment: dict[str, str], errors: Path) -> None:
         self.spec, self._errors = spec, errors
+        inherited = {key: value for key, value in os.environ.items() if spec["tuned"] or key not in TUNING}
         with errors.open("w") as stream:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ddkit.bench.worker", json.dumps(spec)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, env=os.environ | environment,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, env=inherited | environment,
             )  # fmt: skip
         self.facts: Row = {}
 
@@ -313,8 +322,9 @@ class _Worker:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.kill()
-        self._process.stdin.close()
-        self._process.stdout.close()
+        for stream in (self._process.stdin, self._process.stdout):
+            with suppress(OSError):  # a process that is gone leaves an unsent line
+                stream.close()
         self._process.wait()
 
 

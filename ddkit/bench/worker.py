@@ -1,7 +1,7 @@
 """The measuring process of `ddkit bench`: one thing to measure, its runs on command, one JSON line for each.
 
 A process of its own for each measurement gives each its own peak memory and lets the plain loops run as they run
-elsewhere: with torch's defaults, without what ddkit's command does to its process.
+elsewhere: with torch's defaults, without what ddkit's command does to its process (as ddkit's Python functions do).
 """
 
 from __future__ import annotations
@@ -81,19 +81,23 @@ def _info(spec: dict[str, Any]) -> Any:
 
 
 def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
-    """Matrix products of 2,048 x 2,048: what the machine can do."""
+    """Square matrix products, 2,048 a side on a CPU and 8,192 on a GPU: what the machine can do."""
     import torch
 
     device = compute.pick_device(spec["device"])
-    types = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    pairs = {name: torch.randn(2, 2048, 2048, device=device).to(kind).unbind() for name, kind in types.items()}
+    side, count = (8192, 20) if device.type == "cuda" else (2048, 5)
+    types = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
+    if device.type != "cuda":
+        del types["tf32"]
+
+    def rate(name: str) -> float:
+        a, b = torch.randn(2, side, side, device=device).to(types[name]).unbind()
+        with compute.products(device, name):
+            torch.mm(a, b)
+            return 2 * side**3 / _timed(lambda: torch.mm(a, b), count)
 
     def measure() -> dict[str, Any]:
-        found = {}
-        for name, (a, b) in pairs.items():
-            torch.mm(a, b)
-            found[name] = 2 * 2048**3 / _timed(lambda a=a, b=b: torch.mm(a, b), 5)  # type: ignore[misc]
-        return {"flops_per_second": found}
+        return {"flops_per_second": {name: rate(name) for name in types}}
 
     return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}, measure
 
@@ -117,6 +121,7 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """Steps of a run: the engine as `ddkit distill` builds it, on random images."""
     from ddkit.jobs import Job
 
+    start_mib = _peak_mib()
     with tempfile.TemporaryDirectory() as folder:
         job = Job(_recipe(spec, Path(folder)), device=spec["device"])
         job.load_teacher()
@@ -127,9 +132,10 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 
     def advance(count: int) -> None:
         nonlocal index
-        engine.run(
-            index, index + count, observe=lambda number, record: None, save=lambda number: None, is_read=lambda number: number % 10 == 0
-        )
+        with compute.products(job.device, job.products):
+            engine.run(
+                index, index + count, observe=lambda number, record: None, save=lambda number: None, is_read=lambda number: number % 10 == 0
+            )
         index += count
 
     flops = _counted(engine) if spec["count"] else None
@@ -137,9 +143,10 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     advance(1)
     first = _synchronised() - began
     advance(2)
+    embedder = engine.source.embedder(index) if job.needs_embedder else None
     facts = {
-        "first_step_seconds": first, "flops": flops, "precision": job.arithmetic.precision, "compiled": job.arithmetic.compile,
-        "chunk": job.chunk, "block": job.block,
+        "first_step_seconds": first, "flops": flops, "work": job.step_work, "precision": job.arithmetic.precision,
+        "compiled": embedder is not None and embedder.compiled, "chunk": job.chunk, "block": job.block, "start_mib": start_mib,
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:
@@ -213,10 +220,11 @@ def _reference(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     info, device = _info(spec), compute.pick_device(spec["device"])
     real = torch.randn((info.classes, spec["pipc"], *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
     model, augmenter = field_components(info)
+    start_mib = _peak_mib()
     step = ReferenceStep(model, info, augmenter, real, ipc=spec["ipc"], batch=256)
     first = _timed(step, 1)
     step()
-    return {"first_step_seconds": first}, lambda: {"seconds": _timed(step, spec["steps"])}
+    return {"first_step_seconds": first, "start_mib": start_mib}, lambda: {"seconds": _timed(step, spec["steps"])}
 
 
 def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -252,24 +260,27 @@ def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
         seed=0, device=device, report=lambda done, total: times.append(_synchronised()),
     )  # fmt: skip
 
-    def train(epochs: int, workers: int | str) -> tuple[float, int]:
-        """Returns the seconds of a network once all workers are at it (their start is told apart), and the workers."""
-        table = {"protocol": "dm-official", "repeats": MEASURED_NETWORKS, "epochs": epochs, "random_real": False, "workers": workers}
+    facts: dict[str, Any] = {"precision": made.precision}
+    repeats = max(MEASURED_NETWORKS, 4 * torch.get_num_threads()) if made.compile else MEASURED_NETWORKS
+
+    def train(epochs: int, workers: int | str) -> float:
+        """Returns the seconds of a network once all workers are at it; their start is told apart."""
+        table = {"protocol": "dm-official", "repeats": repeats, "epochs": epochs, "random_real": False, "workers": workers}
         times.clear()
         (row,) = plugins.create("evaluator", "accuracy", table | options, data=info, where="evaluators.accuracy")(artifact, data, None)
-        found = row.details["workers"]
-        first = 2 * found - 1  # by then the last of them has begun its second network
-        return (times[-1] - times[first]) / (MEASURED_NETWORKS - 1 - first), found
+        facts["workers"], facts["compiled"] = row.details["workers"], row.details["compiled"]
+        first = 2 * row.details["workers"] - 1  # by then the last of them has begun its second network
+        return (times[-1] - times[first]) / (len(times) - 1 - first)
 
     def measure() -> dict[str, Any]:
         """Testing, which fills all cores in one process, is timed there; training as the evaluator does it."""
-        return _protocol_seconds(train(1, 1)[0], train(1 + spec["epochs"], "auto")[0], spec)
+        return _protocol_seconds(train(1, 1), train(1 + spec["epochs"], "auto"), spec)
 
     began = time.perf_counter()
-    workers = train(1, "auto")[1]
+    train(1, "auto")
     global _workers
-    _workers = workers if workers > 1 else 0
-    facts = {"first_network_seconds": times[0] - began, "precision": made.precision, "compiled": made.compile, "workers": workers}
+    _workers = facts["workers"] if facts["workers"] > 1 else 0
+    facts["first_network_seconds"] = times[0] - began
     return facts, measure
 
 

@@ -136,8 +136,9 @@ def _number(digits: int, factor: float = 1.0, unit: str = "") -> Any:
     return lambda value: "-" if value is None else f"{value * factor:.{digits}f}{unit}"
 
 
-def _exponent(value: Any) -> str:
-    return "-" if value is None else f"{value['axis']}: time {value['seconds']:.2f}, memory {value['peak_mib']:.2f}"
+def _exponent(value: dict[str, Any]) -> str:
+    parts = [("time", "seconds_per_step"), ("work", "work"), ("memory", "memory")]
+    return ", ".join(f"{name} {value[key]:.2f}" for name, key in parts if value[key] is not None)
 
 
 _SECONDS, _RATIO, _WHOLE = _number(4), _number(2, unit="x"), _number(0)
@@ -149,7 +150,8 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
         ("plain path s/step", "plain_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_plain", _RATIO),
         ("peak MiB", "peak_mib", _WHOLE), ("plain path MiB", "plain_peak_mib", _WHOLE),
         ("of the limit", "limit_fraction", _number(0, 100, " %")), ("first step s", "first_step_seconds", _number(1)),
-        ("precision", "precision", str), ("exponent", "exponent", _exponent),
+        ("precision", "precision", str),
+        ("compiled", "compile", str), ("exponent of", "exponent", _exponent),
     ],
     "evaluation": [
         ("ipc", "ipc", str), ("classes", "classes", str), ("size", "size", str), ("device", "device", str),
@@ -159,7 +161,6 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
         ("ms/epoch", "reference_epoch_seconds", _number(1, 1000)),
         ("s/test", "reference_test_seconds", _number(2)), ("times as fast", "ratio_to_reference", _RATIO),
         ("first network s", "first_network_seconds", _number(1)),
-        ("all of them, of one by one", "share_of_networks_apart", _number(0, 100, " %")),
         ("peak MiB", "peak_mib", _WHOLE), ("workers", "workers", str), ("precision", "precision", str),
     ],
     "loading": [
@@ -171,7 +172,7 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
 
 
 CONSTANT = {  # said once, above the table, where they are the same in every row
-    "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}", "workers": "workers: {}",
+    "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}", "workers": "workers: {}", "compile": "compiled: {}",
 }  # fmt: skip
 
 

@@ -94,7 +94,7 @@ class Accuracy(ddkit.Evaluator):
             random_real_std=_std(real),
             details={
                 "epochs": schedule.epochs, "accuracies": made, "random_real_accuracies": real, "precision": trainer.arithmetic.precision,
-                "compiled": trainer.arithmetic.compile, "workers": workers,
+                "compiled": trainer.compiled, "workers": workers,
             },
         )  # fmt: skip
 
@@ -112,6 +112,12 @@ class Accuracy(ddkit.Evaluator):
     def _workers(self, trainer: Trainer, networks: int) -> int:
         """Returns how many processes train networks at the same time; 1: this one, in turn."""
         if self.options.workers != "auto":
+            if self.options.workers > 1 and trainer.data.device.type != "cpu":
+                raise ddkit.InputError(
+                    f"evaluators.accuracy.workers = {self.options.workers}: several processes train on the CPU only, not on "
+                    f"{trainer.data.device}. Leave it at auto, or use --device cpu.",
+                    "evaluators.accuracy.workers",
+                )
             return min(self.options.workers, networks)
         small = min(len(trainer.artifact.labels), trainer.schedule.batch) <= SMALL_BATCH
         if trainer.data.device.type != "cpu" or not trainer.arithmetic.compile or not small or networks < FEW_NETWORKS:

@@ -31,6 +31,7 @@ class Trainer:
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
         self.module = ddkit.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
         self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(self.module, wanted=arithmetic.compile, graphs=arithmetic.graphs)
+        self.gave_up_compiling = False
         self._tests: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -48,15 +49,26 @@ class Trainer:
         """Returns the test accuracy of network `repeat`; on synthetic and on real images it starts from the same weights."""
         images, labels = (self.artifact.normalised, self.artifact.labels) if kind == "synthetic" else self._random_real(repeat)
         ddkit.redraw(self.module, self.model, self.data.info, self.data.seed, "evaluate", self.name, repeat)
-        self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat))
-        return ddkit.accuracy(self.module, *self.tests, batch=50 if self.arithmetic.compile else 500, **self._how)
+        with ddkit.products(self.data.device, self.arithmetic.precision):
+            self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat))
+            return ddkit.accuracy(self.module, *self.tests, batch=self._test_batch, **self._how)
+
+    @property
+    def _test_batch(self) -> int:
+        """Few images at a time stay in a processor's cache; a GPU wants many."""
+        return 50 if self.arithmetic.compile and self.data.device.type == "cpu" else 500
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code runs: it was wanted, and torch could compile it."""
+        return self.arithmetic.compile and not (self.gave_up_compiling or getattr(self.forward, "failed", False))
 
     def warm_up(self) -> None:
         """Compiles what accuracy() runs; the network is drawn anew afterwards."""
         schedule = ddkit.Schedule(epochs=1, batch=self.schedule.batch)
         self._fit(self.artifact.normalised, self.artifact.labels, schedule, ddkit.generator(0, "warm up"))
         images, labels = self.tests
-        ddkit.accuracy(self.module, images[:50], labels[:50], batch=50, **self._how)
+        ddkit.accuracy(self.module, images[:50], labels[:50], batch=self._test_batch, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import msgspec
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ddkit
@@ -33,15 +34,20 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list
     """Returns the accuracy of every task, from `workers` processes; what they could not do is done here, and said."""
     found: dict[Task, float] = {}
     with tempfile.TemporaryDirectory(prefix="ddkit-") as folder:
-        _write(trainer, Path(folder), threads=max(1, torch.get_num_threads() // workers))
         crew = _Crew(Path(folder), tasks)
         try:
+            _write(trainer, Path(folder), tasks, threads=max(1, torch.get_num_threads() // workers))
             crew.start(workers)
             for task, accuracy in crew.results():
                 found[task] = accuracy
                 trainer.data.report(len(found), len(tasks))
+        except (OSError, SafetensorError) as error:  # the temporary folder is full, or cannot be written
+            crew.problem = " ".join(str(error).split())
         finally:
             crew.stop()
+    if not crew.compiled:
+        log.warning("torch.compile did not work in a process that trains networks; it went on without.")
+        trainer.gave_up_compiling = True
     left = [task for task in tasks if task not in found]
     if left:
         log.warning("A process that trained networks ended early (%s); %d networks are trained here instead.", crew.problem, len(left))
@@ -53,7 +59,7 @@ class _Crew:
     """Processes that take tasks from one queue. The second starts when the first has compiled: it finds the code in the cache."""
 
     def __init__(self, folder: Path, tasks: Sequence[Task]) -> None:
-        self.folder, self.problem = folder, ""
+        self.folder, self.problem, self.compiled = folder, "", True
         self._waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
         for task in tasks:
             self._waiting.put(task)
@@ -86,6 +92,10 @@ class _Crew:
             for process in self._processes:
                 process.kill()
         for process in self._processes:
+            for stream in (process.stdin, process.stdout):
+                if stream is not None:
+                    with suppress(OSError):
+                        stream.close()
             process.wait()
 
     def _work(self, number: int, may_start: threading.Event, ready: threading.Event) -> None:
@@ -95,7 +105,7 @@ class _Crew:
             process = self._process(errors)
             if process is None:
                 return
-            self._answer(process)
+            self.compiled &= bool(self._answer(process)["compiled"])
             ready.set()
             while True:
                 task = self._waiting.get_nowait()
@@ -103,7 +113,7 @@ class _Crew:
                 self._done.put((task, float(self._answer(process)["accuracy"])))
         except queue.Empty:
             pass
-        except (OSError, ValueError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError):
             with suppress(OSError):
                 self.problem = (errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
         finally:
@@ -129,11 +139,12 @@ class _Crew:
         raise EOFError
 
 
-def _write(trainer: Trainer, folder: Path, *, threads: int) -> None:
+def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: int) -> None:
     data, artifact = trainer.data, trainer.artifact
+    wanted = slice(None) if any(kind == "random real" for kind, _ in tasks) else slice(0)
     tensors = {
         "images": artifact.images, "labels": artifact.labels, "test_images": data.test_images, "test_labels": data.test_labels,
-        "real_images": data.real_images, "real_labels": data.real_labels,
+        "real_images": data.real_images[wanted], "real_labels": data.real_labels[wanted],
     }  # fmt: skip
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
     settings = {
@@ -166,7 +177,7 @@ def main() -> None:
     trainer = _read(Path(sys.argv[1]))
     if trainer.arithmetic.compile:
         trainer.warm_up()
-    print("{}", flush=True)
+    print(json.dumps({"compiled": trainer.compiled or not trainer.arithmetic.compile}), flush=True)
     for line in sys.stdin:
         kind, repeat = json.loads(line)
         print(json.dumps({"accuracy": trainer.accuracy(kind, repeat)}), flush=True)

@@ -65,7 +65,10 @@ class GradientMatching(ddkit.Loss):
         real = step.real
         terms = []
         for label, ours in step.rows_by_class.items():
-            theirs = real.rows_by_class[label]
+            theirs = real.rows_by_class.get(label)
+            if theirs is None:  # nothing to match: 0, as in distribution matching
+                terms.append(step.images[ours].sum() * 0)
+                continue
             wanted = torch.autograd.grad(
                 nn.functional.cross_entropy(network(real.augmented[theirs].detach()), real.labels[theirs]), parameters
             )
