@@ -76,11 +76,11 @@ class Engine:
                     values, gradients, logged = self.evaluate(index)
                     self.bank.update(gradients)
                     guard.note(values, gradients)
-                stopping = bool(stop)  # a signal that comes later is seen in the next step
-                if is_read(index) or stopping or index == steps - 1:
+                if is_read(index) or index == steps - 1:
                     values, logged = guard.check(index + 1) or (values, logged)
                 observe(index, lambda: _record(index, self.terms, values, logged))  # noqa: B023 (read at once)
-                if stopping:
+                if stop:
+                    guard.check(index + 1)
                     save(index + 1)
                     raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + stop[0])
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddkit import __version__
 from ddkit.errors import RunFilesError
-from ddkit.files import cache_folder, read_tensors, write_tensors
+from ddkit.files import cache_folder, read_tensors, write_json, write_tensors
 
 if TYPE_CHECKING:
     from ddkit.components import Dataset
@@ -96,9 +96,47 @@ def entry_of(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape 
     return Entry(folder / f"{_key(dataset, stamps, shape)}.safetensors", len(stamps), shape)
 
 
+def fingerprint(dataset: Dataset) -> str:
+    """Returns dataset.fingerprint(); where it comes from files of which none has changed since, without reading them again."""
+    file = _fingerprint_file(dataset)
+    if file is None:
+        return dataset.fingerprint()
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(kept, dict) and kept.get("key") == file.stem and isinstance(kept.get("fingerprint"), str):
+            return str(kept["fingerprint"])
+    found = dataset.fingerprint()
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(file, {"key": file.stem, "fingerprint": found})
+    except (OSError, RunFilesError) as error:
+        log.info("The fingerprint of the data could not be cached: %s", error)
+    return found
+
+
+def _fingerprint_file(dataset: Dataset) -> Path | None:
+    splits = [dataset.stamps(split, range(len(dataset.labels(split)))) for split in ("train", "test")]
+    if any(stamps is None for stamps in splits):
+        return None
+    digest = hashlib.sha256(json.dumps(list(dataset.class_names)).encode())
+    for stamps in splits:
+        assert stamps is not None
+        if stamps and not _settled(stamps):
+            return None
+        digest.update(_key(dataset, stamps, None).encode())
+    try:
+        return cache_folder() / "fingerprints" / f"{digest.hexdigest()}.json"
+    except RuntimeError:  # a user without a home folder
+        return None
+
+
 def _worth_keeping(stamps: Stamps) -> bool:
     if len(stamps) < FEW_IMAGES and sum(size for _, size, _ in stamps) < FEW_BYTES:
         return False
+    return _settled(stamps)
+
+
+def _settled(stamps: Stamps) -> bool:
     return max(modified for _, _, modified in stamps) < time.time_ns() - SETTLED_NS
 
 

@@ -20,6 +20,7 @@ from ddkit.compute import compiled, decide_arithmetic, products
 from ddkit.data import data_info, load_images
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
+from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, channel_statistics
 from ddkit.networks import build_network, training_flops
 from ddkit.options import written_options
@@ -217,7 +218,7 @@ def automatic_teacher(
     info = data_info(dataset, shape)
     table, train = resolved_training(table, train, info)
     key = {
-        "dataset": dataset.fingerprint(),
+        "dataset": fingerprint(dataset),
         "classes": list(dataset.class_names),
         "shape": shape,
         "model": table.model,

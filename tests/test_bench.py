@@ -161,3 +161,15 @@ def test_a_measuring_process_that_dies_is_told_with_its_last_words() -> None:
         benching._Workers() as workers,
     ):
         workers.start({"kind": "loading", "tuned": False}).measure()
+
+
+def test_evaluation_is_measured_with_more_threads_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four workers the first networks of each are left out of the time, and some must remain."""
+    from ddkit.bench import worker
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(worker.compute, "PAYS_BACK", {"cpu": 0.0})
+    spec = {"ipc": 1, "classes": 2, "size": 8, "channels": 1, "device": "cpu", "networks": 10, "epochs": 1, "tests": 4}
+    facts, measure = worker._evaluation(spec | {"options": {"compile": "never", "precision": "float32", "workers": 4, "model": "mlp"}})
+    assert facts["workers"] == 4
+    assert measure()["seconds"] > 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -232,13 +235,15 @@ def test_the_plan_writes_out_what_was_decided_for_short_and_long_runs(cli: Calla
     assert plan(cli, "--steps", 100_000_000, "--set", "engine.compile=false")["precision"] == "float32"
 
 
-def test_a_longer_resumed_run_keeps_what_was_decided(cli: Callable[..., Result], tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_what_was_decided(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     flags = ("--losses", "dm", "--evaluate", "none", *SMALL_FLAGS)
-    assert cli("distill", *flags, "--out", run, "--set", "engine.precision=bfloat16").code == 0
+    assert cli("distill", *flags, "--out", run).code == 0
+    monkeypatch.setitem(PAYS_BACK, "cpu", 0.0)
+    assert plan(cli)["compile"] is True, "a new run would decide otherwise now"
     assert cli("distill", "--resume", "--out", run, "--steps", 3).code == 0
-    assert 'precision = "bfloat16"' in (run / "recipe.toml").read_text()
     assert "compile = false" in (run / "recipe.toml").read_text()
+    assert 'precision = "float32"' in (run / "recipe.toml").read_text()
 
 
 def test_a_network_that_couples_its_batch_is_not_compiled(cli: Callable[..., Result]) -> None:
@@ -338,6 +343,39 @@ def test_little_memory_means_smaller_chunks_and_blocks_with_the_same_result(cli:
     assert plans[1]["chunk"] == 0
     assert plans[0]["block"] < plans[1]["block"]
     torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+PEAK = """
+import resource, sys
+import torch
+from ddkit.jobs import Job
+from ddkit.recipes import recipe_for
+
+torch.set_num_threads(1)
+sets = {"engine.memory": int(sys.argv[2]), "network.width": 64, "network.depth": 3, "initializer.use": "noise"}
+recipe = recipe_for("dm", evaluators="none", data__use=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
+job = Job(recipe, device="cpu")
+engine = job.engine(job.bank())
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+engine.evaluate(0)
+print(job.chunk, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in KiB on Linux")
+def test_the_memory_of_a_step_stays_within_its_budget(tmp_path: Path) -> None:
+    """Measured in a process of its own: 600 synthetic images of 32 x 32, whose activations take several times the budget."""
+    file = tmp_path / "random.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    np.savez(file, x_train=pixels, y_train=np.repeat(np.arange(10), 20), x_test=pixels[:1], y_test=np.zeros(1, int))
+    grown = {}
+    for budget in (128, 4096):
+        done = subprocess.run([sys.executable, "-c", PEAK, str(file), str(budget)], capture_output=True, text=True, check=True)
+        chunk, mib = done.stdout.split()
+        assert (int(chunk) > 0) == (budget == 128)
+        grown[budget] = float(mib)
+    assert grown[128] < 128 + 48, grown  # some 40 MiB are code that runs for the first time
+    assert grown[4096] > 400, "the negative control: without chunks it takes more"
 
 
 # Asking the device
@@ -453,16 +491,18 @@ def test_rows_by_class_are_those_of_the_labels() -> None:
             return step.images.sum()
 
     labels = torch.tensor([0, 0, 2])
-    for chunk in (0, 1):
-        Engine(bank(torch.zeros((3, *INFO.shape)), labels), source(counts=(3, 9, 5), batch=4), [Term("look", Look(), 1.0)], chunk=chunk)
-    engine = Engine(bank(torch.zeros((3, *INFO.shape)), labels), source(counts=(3, 9, 5), batch=4), [Term("look", Look(), 1.0)])
-    engine.evaluate(0)
+    for chunk in (0, 2):
+        own = Engine(
+            bank(torch.zeros((3, *INFO.shape)), labels), source(counts=(3, 9, 5), batch=4), [Term("look", Look(), 1.0)], chunk=chunk
+        )
+        own.evaluate(0)
     for ours, own, theirs, real_labels in seen:
         for rows, all_labels in ((ours, own), (theirs, real_labels)):
             for label, part in rows.items():
                 assert torch.equal(all_labels[part], all_labels[all_labels == label])
     assert set(seen[0][0]) == {0, 2}
     assert set(seen[0][2]) == {0, 1, 2}
+    assert [(set(ours), set(theirs)) for ours, _, theirs, _ in seen[1:]] == [({0}, {0, 1}), ({2}, {2})]
 
 
 # Training

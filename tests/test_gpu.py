@@ -62,17 +62,37 @@ def test_values_and_gradients_equal_those_of_the_cpu(name: str) -> None:
         torch.testing.assert_close(there[1][key].cpu(), gradient, rtol=1e-2, atol=1e-3 * float(gradient.abs().max()) + 1e-7)
 
 
+COMPILED = {
+    "plain": PLAIN,
+    "compiled": Arithmetic(compile=True, precision="bfloat16"),
+    "graphs": Arithmetic(compile=True, precision="bfloat16", graphs=True),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.parametrize("name", LOOP_LOSSES)
-def test_the_loop_never_waits_for_the_device(name: str) -> None:
-    engine = engine_on(CUDA, name)
+def test_the_loop_never_waits_for_the_device(name: str, kind: str) -> None:
+    engine = engine_on(CUDA, name, arithmetic=COMPILED[kind])
     guard = _Guard(engine, 0, lambda index: None)
-    engine.evaluate(0)  # what is made once may wait
+    for index in range(4):  # what is made once, compiled or recorded may wait
+        engine.evaluate(index)
     with refusing_to_wait():
-        for index in range(1, 4):
+        for index in range(4, 7):
             values, gradients, _ = engine.evaluate(index)
             engine.bank.update(gradients)
             guard.note(values, gradients)
-    guard.check(4)
+    guard.check(7)
+
+
+def test_recorded_graphs_give_the_loop_of_the_compiled_code() -> None:
+    compiled, graphs = (engine_on(CUDA, "dm", arithmetic=COMPILED[kind]) for kind in ("compiled", "graphs"))
+    for index in range(6):
+        (values, gradients, _), (other, others, _) = compiled.evaluate(index), graphs.evaluate(index)
+        torch.testing.assert_close(other["dm"], values["dm"], rtol=1e-2, atol=1e-4)
+        cosine = torch.nn.functional.cosine_similarity(gradients["images"].flatten(), others["images"].flatten(), dim=0)
+        assert float(cosine) > 0.99
+        compiled.bank.update(gradients)
+        graphs.bank.update(gradients)
 
 
 def test_the_check_of_waiting_can_fail() -> None:

@@ -566,3 +566,45 @@ def test_data_in_memory_is_not_cached(tmp_path: Path, cache: Path) -> None:
     real = RealData(open_dataset(DataTable(use=f"npz:{tmp_path / 'a.npz'}")), "all", 0)
     assert torch.equal(real.images, torch.from_numpy(np.concatenate([x[::2], x[1::2]]))[:, None])
     assert entries(cache) == []
+
+
+# The fingerprint of all files
+
+
+def settled(folder: Path) -> None:
+    """Makes the files look as if nobody had touched them for a while."""
+    for file in folder.rglob("*.png"):
+        os.utime(file, (1_000_000_000, 1_000_000_000))
+
+
+def test_a_fingerprint_is_computed_once_for_unchanged_files(image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ddkit.imagecache import fingerprint
+
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "own cache"))
+    settled(image_folder)
+
+    def dataset() -> ddkit.Dataset:
+        return open_dataset(DataTable(use=f"imagefolder:{image_folder}"))
+
+    right = dataset().fingerprint()
+    assert fingerprint(dataset()) == right
+    with monkeypatch.context() as patch:
+        patch.setattr(type(dataset()), "fingerprint", lambda self: pytest.fail("the files were read again"))
+        assert fingerprint(dataset()) == right
+    changed = next(image_folder.rglob("*.png"))
+    changed.write_bytes(changed.read_bytes() + b"more")
+    os.utime(changed, (1_000_000_001, 1_000_000_001))
+    assert fingerprint(dataset()) == dataset().fingerprint() != right
+
+
+def test_a_damaged_fingerprint_is_computed_again(image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from ddkit.imagecache import fingerprint
+
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "own cache"))
+    settled(image_folder)
+    found = open_dataset(DataTable(use=f"imagefolder:{image_folder}"))
+    right = fingerprint(found)
+    (file,) = (tmp_path / "own cache" / "fingerprints").iterdir()
+    for text in ("{", "[]", '{"key": "another", "fingerprint": "x"}'):
+        file.write_text(text)
+        assert fingerprint(found) == right

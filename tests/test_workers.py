@@ -42,7 +42,7 @@ def data(report: Callable[[int, int], None] = lambda done, total: None) -> ddkit
 
 
 def evaluated(report: Callable[[int, int], None] = lambda done, total: None, **options: Any) -> ddkit.Evaluation:
-    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
+    table = {"epochs": 40, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
     evaluator: Accuracy = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
     return evaluator(artifact(), data(report), None)[0]
 
@@ -132,8 +132,7 @@ def test_processes_are_used_for_many_networks_on_small_batches_only(monkeypatch:
     assert decided(20, copies=100) == 1
 
 
-def test_the_command_line_takes_the_number(cli: Callable[..., Result], tmp_path: Any) -> None:
-    artifact().save(tmp_path / "set.safetensors")
-    result = cli("evaluate", tmp_path / "set.safetensors", "--dataset", "digits", "--set", "evaluators.accuracy.workers=0")
+def test_no_process_at_all_is_refused(cli: Callable[..., Result]) -> None:
+    result = cli("distill", "--losses", "dm", "--plan", "--set", "evaluators.accuracy.workers=0")
     assert (result.code, result.out) == (4, "")
     assert "workers" in result.err

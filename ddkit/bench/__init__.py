@@ -165,7 +165,7 @@ def _with_exponents(rows: list[Row]) -> list[Row]:
         if len(differing) == 1 and differing[0] in AXES:
             span = math.log(row[differing[0]] / before[differing[0]])
             sizes = {key: (before[key], row[key]) for key in ("seconds_per_step", "work")}
-            sizes["memory"] = tuple(max(1.0, each["peak_mib"] - each["start_mib"]) for each in (before, row))  # type: ignore[assignment]
+            sizes["memory"] = tuple(max(1.0, each["peak_mib"] - each["start_mib"]) for each in (before, row))
             row["exponent"] = {"axis": differing[0]} | {
                 key: math.log(new / old) / span if old and new else None for key, (old, new) in sizes.items()
             }

@@ -172,7 +172,8 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
 
 
 CONSTANT = {  # said once, above the table, where they are the same in every row
-    "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}", "workers": "workers: {}", "compile": "compiled: {}",
+    "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}",
+    "workers": "workers: {}", "compile": "compiled: {}",
 }  # fmt: skip
 
 
