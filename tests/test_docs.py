@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -242,3 +243,10 @@ def test_the_other_documented_kinds_work_by_name(cli: CLI) -> None:
     result = cli(*shlex.split(line)[1:])
     assert result.code == 0, result.err
     assert "nearest mean" in result.out
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_tell_how_they_are_used(script: Path) -> None:
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
