@@ -15,11 +15,10 @@ from ddkit.bench import Settings, bench, cases
 from ddkit.bench.reference import ReferenceEvaluation, ReferenceStep, field_components
 from tests.conftest import Result
 
-pytestmark = pytest.mark.xdist_group("bench")  # what a fixture measures is shared by its tests
 SMALL = {"cells": ((1, 2),), "classes": (2,), "sizes": (8,), "runs": 2, "steps": 1, "run_steps": 10, "images_trained": 8, "tests": 20}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     """Returns a whole measurement of the smallest kind: real processes, real steps."""
     parts = ("steps", "evaluation", "loading")

@@ -27,7 +27,6 @@ from ddkit.step import StepSource, ViewSpec
 from ddkit.training import Schedule, fit
 from tests.conftest import SMALL_FLAGS, Result
 
-compiling = pytest.mark.xdist_group("compiled")  # one process compiles for all
 INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=3, size=(12, 12))
 CPU = torch.device("cpu")
 PLAIN = Arithmetic(compile=False, precision="float32")
@@ -110,7 +109,6 @@ def features_and_gradient(embedder: Embedder, x: Tensor) -> tuple[Tensor, Tensor
 TOLERANCES = {"float32": (1e-5, 1 - 1e-6), "bfloat16": (0.02, 0.98)}
 
 
-@compiling
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_compiled_features_and_gradients_equal_plain_ones(
     compiled_embedders: dict[str, Embedder], precision: str, caplog: pytest.LogCaptureFixture
@@ -126,7 +124,6 @@ def test_compiled_features_and_gradients_equal_plain_ones(
     assert "did not work" not in caplog.text
 
 
-@compiling
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_batch(
     compiled_embedders: dict[str, Embedder], precision: str
@@ -140,7 +137,6 @@ def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_b
         assert torch.equal(embedder(x[rows]).detach(), alone[rows])
 
 
-@compiling
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[str, Embedder], precision: str) -> None:
     """DM from all accessible real images is at its minimum from the first step: rounding must not move it."""
@@ -158,7 +154,6 @@ def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[
     assert float(engine.evaluate(3)[0]["dm"]) > 0
 
 
-@compiling
 def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
     embedder = compiled_embedders["float32"]
     x = torch.randn((5, *INFO.shape), generator=draw())
@@ -169,7 +164,6 @@ def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str
     redraw(embedder.module, model(), INFO, 0, "network")
 
 
-@compiling
 def test_a_compiled_network_trains_as_the_plain_one(compile_cache: None) -> None:
     images, labels = torch.randn((18, *INFO.shape), generator=draw()), torch.arange(3).repeat(6)
     schedule = Schedule(epochs=3, lr=0.05)
@@ -255,7 +249,6 @@ def test_a_network_that_couples_its_batch_is_not_compiled(cli: Callable[..., Res
     assert "network.norm=instance" in result.err
 
 
-@compiling
 def test_a_compiled_run_from_the_command_line_gives_its_result(cli: Callable[..., Result], tmp_path: Path) -> None:
     results = []
     for compile_ in ("true", "false"):
