@@ -117,15 +117,15 @@ class Job:
         engine = self.recipe.engine
         self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
         self.block, self.step_work = 0, 0.0
-        if not self.needs_embedder:
-            self.arithmetic = Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
-            return
-        if self.chunk and self._coupled:
+        if self.chunk and self.needs_network and self._coupled:
             raise InputError(
                 "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
                 "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
+        if not self.needs_embedder:
+            self.arithmetic = Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
+            return
         if engine.compile is True and not self._compilable:
             why = "its features of an image depend on the batch (batch norm)" if self._coupled else "its model has no method embed"
             raise InputError(

@@ -120,23 +120,33 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
     text = text[:1].lower() + text[1:]
     choices = literal_choices(kind, keys)
     hint = f" {suggestion(str(value), choices)}" if choices else ""
+    if _takes_numbers(kind, keys):
+        hint = hint.replace("Choose from:", "It is a number, or one of:")
     return InputError(f"{path} = {value!r} is not possible: {text.replace('`', '')}.{hint}", path)
 
 
 def literal_choices(kind: type[msgspec.Struct], name: str) -> tuple[str, ...]:
-    """Returns the strings that field `name` of `kind` may take, () if it is not a choice among strings."""
-    for field in msgspec.inspect.type_info(kind).fields:  # type: ignore[attr-defined]
-        if field.encode_name == name:
-            return _literals(field.type)
-    return ()
+    """Returns the words that field `name` of `kind` may take, as TOML writes them, () if it is not a choice among words."""
+    kinds = _alternatives(kind, name)
+    words = [str(word) for part in kinds if isinstance(part, msgspec.inspect.LiteralType) for word in part.values]
+    truths = ["true", "false"] if words and any(isinstance(part, msgspec.inspect.BoolType) for part in kinds) else []
+    return (*words, *truths)
 
 
-def _literals(kind: msgspec.inspect.Type) -> tuple[str, ...]:
+def _takes_numbers(kind: type[msgspec.Struct], name: str) -> bool:
+    return any(isinstance(part, msgspec.inspect.IntType | msgspec.inspect.FloatType) for part in _alternatives(kind, name))
+
+
+def _alternatives(kind: type[msgspec.Struct], name: str) -> list[msgspec.inspect.Type]:
+    """Returns the types that field `name` of `kind` may have, those of a union one by one."""
+    fields = {field.encode_name: field.type for field in msgspec.inspect.type_info(kind).fields}  # type: ignore[attr-defined]
+    return _unfolded(fields[name]) if name in fields else []
+
+
+def _unfolded(kind: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
     if isinstance(kind, msgspec.inspect.Metadata):
-        return _literals(kind.type)
-    if isinstance(kind, msgspec.inspect.UnionType):
-        return tuple(value for part in kind.types for value in _literals(part))
-    return tuple(str(value) for value in kind.values) if isinstance(kind, msgspec.inspect.LiteralType) else ()
+        return _unfolded(kind.type)
+    return [part for each in kind.types for part in _unfolded(each)] if isinstance(kind, msgspec.inspect.UnionType) else [kind]
 
 
 def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str, also: Collection[str] = ()) -> T:

@@ -206,6 +206,9 @@ CASES = [
     Case(f"{D} --set augmenter.use=3", 4, ("augmenter.use", "3")),
     Case(f"{D} --set network.width=0", 4, ("convnet", "network.width", ">= 1")),
     Case(f"{D} --set engine.precision=floot32", 4, ("engine.precision", "Did you mean 'float32'")),
+    Case(f"{D} --set engine.compile=maybe", 4, ("engine.compile", "Choose from: auto, false, true")),
+    Case(f"{D} --set engine.block=-1", 4, ("engine.block", "expected int >= 0", "It is a number, or one of: auto")),
+    Case(f"{D} --set engine.chunk=atuo", 4, ("engine.chunk", "Did you mean 'auto'?")),
     Case(f"{D} --set optimizer.images.kind=rmsprop", 4, ("optimizer.images.kind", "Choose from: adam, sgd")),
     Case(f"{D} --set optimizer.images.lr=0", 4, ("optimizer.images.lr", "> 0")),
     # data

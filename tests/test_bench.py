@@ -141,6 +141,8 @@ def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
         (("--ipc", "a"), 2, "not a list"),
         (("--cells", "1-10"), 2, "1:10,10:50"),
         (("--cells", "1:0"), 2, "at least 1"),
+        (("--classes", "10,1"), 2, "1 is smaller than 2"),
+        (("loading", "--files", "1000,9"), 2, "--files 9: a folder of 10 classes"),
         (("--losses", "dmm"), 3, "Did you mean 'dm'"),
         (("--device", "tpu"), 2, "--device tpu"),
         (("--set", "engine.speed=2"), 4, "engine has no key 'speed'"),

@@ -11,19 +11,20 @@ from ddkit.errors import FlagError
 
 
 class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Positive integers separated by commas."""
+    """Integers of at least `least` separated by commas."""
 
     name = "n,n,..."
 
+    def __init__(self, least: int = 1) -> None:
+        self.least = least
+
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
         try:
             numbers = tuple(int(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of whole numbers such as 1,10,50.", param, ctx)
-        if min(numbers) < 1:
-            self.fail(f"{min(numbers)} is smaller than 1.", param, ctx)
+        if min(numbers) < self.least:
+            self.fail(f"{min(numbers)} is smaller than {self.least}.", param, ctx)
         return numbers
 
 
@@ -54,7 +55,7 @@ NUMBERS = Numbers()
 @click.option("--ipc", type=NUMBERS, default="1,10", show_default=True, help="Synthetic images per class.")
 @click.option("--pipc", type=NUMBERS, default="10,50", show_default=True, help="Real images per class; a step sees 256 of each at most.")
 @click.option("--cells", type=Cells(), help="Pairs of ipc and pipc instead of all products: 1:10,10:50")
-@click.option("--classes", type=NUMBERS, default="10", show_default=True, help="Classes.")
+@click.option("--classes", type=Numbers(2), default="10", show_default=True, help="Classes.")
 @click.option("--size", type=NUMBERS, default="32", show_default=True, help="Height and width of the images in pixels.")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Channels of the images.")
 @click.option(
@@ -111,6 +112,8 @@ def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:
     for device in flags["devices"]:
         if device not in ("auto", "cpu"):
             pick_device(device)
+    if min(flags["files"]) < flags["classes"][0]:
+        raise FlagError(f"--files {min(flags['files'])}: a folder of {flags['classes'][0]} classes needs an image for each of them.")
     cells = flags["cells"] or tuple((ipc, pipc) for ipc in flags["ipc"] for pipc in flags["pipc"])
     return Settings(
         parts=parts or Settings().parts, losses=flags["losses"], cells=cells, classes=flags["classes"], sizes=flags["size"],
