@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddkit.api import Run, distill, evaluate, train
     from ddkit.artifact import Artifact, load
+    from ddkit.children import Child, ChildEnded
     from ddkit.components import (
         API_VERSION,
         Augmenter,
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
         Model,
         Start,
     )
-    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, pick_precision, products, to_device, tune_process
+    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
@@ -45,11 +46,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "ddkit.api": ("Run", "distill", "evaluate", "train"),
     "ddkit.artifact": ("Artifact", "load"),
+    "ddkit.children": ("Child", "ChildEnded"),
     "ddkit.components": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
         "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
     ),
-    "ddkit.compute": ("Arithmetic", "compiled", "decide_arithmetic", "pick_precision", "products", "to_device", "tune_process"),
+    "ddkit.compute": (
+        "Arithmetic", "compiled", "decide_arithmetic", "is_compiled", "pick_precision", "products", "to_device", "tune_process",
+    ),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
@@ -71,6 +75,8 @@ __all__ = [
     "Arithmetic",
     "Artifact",
     "Augmenter",
+    "Child",
+    "ChildEnded",
     "Component",
     "DataInfo",
     "Dataset",
@@ -113,6 +119,7 @@ __all__ = [
     "fit",
     "generator",
     "hookimpl",
+    "is_compiled",
     "load",
     "pick_precision",
     "products",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ddkit.errors import FlagError
+from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import cache_folder
 
 if TYPE_CHECKING:
@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 
-# Work, in floating-point operations, from which compiling pays back, by device. Measured with `ddkit bench` on 2 CPU cores
-# (docs/performance.md): the compiled bfloat16 path saves about 6 ms per 1e9 operations, and compiling takes 15 to 25 s the first
-# time. The figure for GPUs is an estimate: nobody has measured it yet.
+# Work, in floating-point operations, from which compiling pays back, by device. What it saves and costs was measured with
+# `ddkit bench` on 2 CPU cores (docs/performance.md). The figure for GPUs is an estimate: nobody has measured it yet.
 PAYS_BACK = {"cpu": 4e12, "cuda": 1e15}
 # Operations of one step below which a GPU waits for launches, so that CUDA graphs are recorded: an estimate too.
 LAUNCH_BOUND = 5e11
@@ -124,6 +123,11 @@ class Compiled:
             return result
 
 
+def is_compiled(forward: Callable[..., Tensor]) -> bool:
+    """Returns whether what compiled() returned runs compiled code: it was wanted, and torch could compile it."""
+    return isinstance(forward, Compiled) and not forward.failed
+
+
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Returns `tensor` on `device`, without waiting for the device: through pinned memory on CUDA."""
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -160,7 +164,7 @@ def tune_process() -> None:
     a step's time here. So freed memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves
     the allocator alone. What torch compiles is kept in ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
     """
-    with suppress(RuntimeError):  # a user without a home: torch has a folder of its own
+    with suppress(RunFilesError):  # a user without a home: torch has a folder of its own
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
     if os.environ.get("DDKIT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return

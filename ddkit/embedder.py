@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from ddkit.compute import Arithmetic, compiled
+from ddkit.compute import Arithmetic, compiled, is_compiled
 from ddkit.networks import embed
 
 
@@ -27,8 +27,8 @@ class Embedder:
 
     @property
     def compiled(self) -> bool:
-        """Whether compiled code runs: it was wanted, and torch could compile it."""
-        return self.arithmetic.compile and not getattr(self._forward, "failed", False)
+        """Whether compiled code runs."""
+        return is_compiled(self._forward)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns float32 features (n, d) of normalised images x (n, C, H, W)."""

@@ -18,6 +18,7 @@ from ddkit.errors import DdkitError, Interrupted, RunFailed
 from ddkit.step import SharedStep, Step, StepSource
 
 Record = dict[str, Any]
+Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values and diagnostics, by loss
 
 
 class Term(NamedTuple):
@@ -123,7 +124,7 @@ class Engine:
         parts = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
         return {name: part for name, part in zip(tensors, parts, strict=True) if part is not None}
 
-    def careful_step(self, index: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    def careful_step(self, index: int) -> Outcome:
         """Takes step `index` and returns values and diagnostics, or leaves the bank as it was and raises RunFailed."""
         values, gradients, logged = self.evaluate(index)
         for term in self.terms:
@@ -164,7 +165,7 @@ class _Guard:
         """Adds what a step computed, and the bank after its update."""
         self.fine = self.fine & all_finite([*values.values(), *gradients.values()]) & self.engine.bank.finite()
 
-    def check(self, index: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] | None:
+    def check(self, index: int) -> Outcome | None:
         """Makes the state before step `index` the last good one, or goes back, saves the last good state and raises.
 
         Returns the last step's values and diagnostics where going back mended it, else None.
@@ -173,12 +174,15 @@ class _Guard:
         self._good(index)
         return mended
 
-    def _replay(self, end: int) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]] | None:
+    def _replay(self, end: int) -> Outcome | None:
         self.engine.bank.load_state(self.state)
         found = None
         for index in range(self.index, end):
-            with self._saving(index):
+            try:
                 found = self.engine.careful_step(index)
+            except DdkitError:
+                self.save(index)
+                raise
         return found
 
     @contextmanager
@@ -189,14 +193,6 @@ class _Guard:
         except DdkitError:
             if not bool(self.fine):  # what it raised may come of values that were not finite: tell of those
                 self._replay(index)
-            self.save(index)
-            raise
-
-    @contextmanager
-    def _saving(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except DdkitError:
             self.save(index)
             raise
 

@@ -19,9 +19,14 @@ SCHEMA = 1
 
 
 def cache_folder() -> Path:
-    """Returns $DDKIT_CACHE, else ddkit's folder in the XDG cache."""
+    """Returns $DDKIT_CACHE, else ddkit's folder in the XDG cache; raises RunFilesError for a user without a home folder."""
     own = os.environ.get("DDKIT_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit"
+    try:
+        return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit"
+    except RuntimeError:
+        raise RunFilesError(
+            "You have no home folder to keep a cache in. Name a folder with the environment variable DDKIT_CACHE."
+        ) from None
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -89,11 +89,9 @@ def entry_of(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape 
     stamps = dataset.stamps(split, indices)
     if stamps is None or not _worth_keeping(stamps):
         return None
-    try:
-        folder = cache_folder() / "images"
-    except RuntimeError:  # a user without a home folder
-        return None
-    return Entry(folder / f"{_key(dataset, stamps, shape)}.safetensors", len(stamps), shape)
+    with contextlib.suppress(RunFilesError):  # a user without a home folder
+        return Entry(cache_folder() / "images" / f"{_key(dataset, stamps, shape)}.safetensors", len(stamps), shape)
+    return None
 
 
 def fingerprint(dataset: Dataset) -> str:
@@ -124,10 +122,9 @@ def _fingerprint_file(dataset: Dataset) -> Path | None:
         if stamps and not _settled(stamps):
             return None
         digest.update(_key(dataset, stamps, None).encode())
-    try:
+    with contextlib.suppress(RunFilesError):  # a user without a home folder
         return cache_folder() / "fingerprints" / f"{digest.hexdigest()}.json"
-    except RuntimeError:  # a user without a home folder
-        return None
+    return None
 
 
 def _worth_keeping(stamps: Stamps) -> bool:

@@ -31,7 +31,6 @@ class _Twin:
         self.model, self.info = model, info
         self.module = build_network(model, info, 0, "twin")
         drawn = {key: value.clone() for key, value in _tensors(self.module).items()}
-        self.resets = False
         with drawn_from(0, "twin"):
             _reset(self.module)
         self.resets = all(torch.equal(value, drawn[key]) for key, value in _tensors(self.module).items())

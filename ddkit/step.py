@@ -159,10 +159,9 @@ class SharedStep:
 
     def __init__(self, source: StepSource, bank: Bank, index: int, classes: range | None = None) -> None:
         self.source, self.bank, self.index, self.classes = source, bank, index, classes
-        self._host_labels: list[tuple[Tensor, Tensor]] = []
         self.rows = bank.rows(classes)
         self.images, self.labels, self.size = bank.images[self.rows], bank.labels[self.rows], len(bank.labels)
-        self._host_labels.append((self.labels, bank.host_labels[self.rows]))
+        self._host_labels = [(self.labels, bank.host_labels[self.rows])]  # labels on the device, and the same on the CPU
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}

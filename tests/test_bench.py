@@ -13,6 +13,7 @@ import ddkit
 from ddkit import bench as benching
 from ddkit.bench import Settings, bench, cases
 from ddkit.bench.reference import ReferenceEvaluation, ReferenceStep, field_components
+from ddkit.networks import forward_flops
 from tests.conftest import Result
 
 SMALL = {"cells": ((1, 2),), "classes": (2,), "sizes": (8,), "runs": 2, "steps": 1, "run_steps": 10, "images_trained": 8, "tests": 20}
@@ -40,8 +41,6 @@ def test_steps_are_measured_beside_the_published_loop_and_the_plain_path(measure
 def test_flops_are_those_of_one_pass_per_real_and_two_per_synthetic_image(measured: dict[str, Any]) -> None:
     info = ddkit.DataInfo(class_names=("a", "b"), channels=3, size=(8, 8))
     module = ddkit.create("model", "convnet", data=info)(3, (8, 8), 2)
-    from ddkit.networks import forward_flops
-
     (row,) = measured["steps"]
     assert row["flops"] == forward_flops(module, info, features=True) * (2 * 2 + 2 * 2)
     (limit,) = measured["limits"]
@@ -156,6 +155,12 @@ def test_what_cannot_be_measured_is_refused(cli: Callable[..., Result], argument
     assert "Traceback" not in result.err
 
 
+def test_a_start_is_a_whole_command_and_one_that_fails_is_told() -> None:
+    assert benching._whole_command(["--version"]) > 0
+    with pytest.raises(ddkit.RunFailed, match=r"`ddkit info nothing` ended with exit code 3: .*ddkit list"):
+        benching._whole_command(["info", "nothing"])
+
+
 def test_a_measuring_process_that_dies_is_told_with_its_last_words() -> None:
     with (
         pytest.raises(ddkit.RunFailed, match=r"Measuring loading ended with exit code 1: KeyError: 'folder'"),
@@ -169,8 +174,8 @@ def test_evaluation_is_measured_with_more_threads_than_usual(monkeypatch: pytest
     from ddkit.bench import worker
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    monkeypatch.setattr(worker.compute, "PAYS_BACK", {"cpu": 0.0})
     spec = {"ipc": 1, "classes": 2, "size": 8, "channels": 1, "device": "cpu", "networks": 10, "epochs": 1, "tests": 4}
-    facts, measure = worker._evaluation(spec | {"options": {"compile": "never", "precision": "float32", "workers": 4, "model": "mlp"}})
+    options = {"compile": "never", "precision": "float32", "workers": 4, "model": "mlp"}
+    facts, measure = worker._evaluation(spec | {"options": options})
     assert facts["workers"] == 4
     assert measure()["seconds"] > 0

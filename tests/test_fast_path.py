@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import ddkit
+from ddkit import plugins
 from ddkit.bank import Bank
 from ddkit.compute import PAYS_BACK, Arithmetic, decide_arithmetic, native_bfloat16, products, tune_process
 from ddkit.embedder import Embedder
-from ddkit.engine import Engine, Term
+from ddkit.engine import Engine, Term, _Guard
 from ddkit.images import Normalisation
 from ddkit.networks import build_network, forward_flops, redraw, training_flops
 from ddkit.recipe import OptimizerTable
@@ -398,13 +399,11 @@ def on_meta(*names: str) -> Engine:
     return there
 
 
-LOOP_LOSSES = ("dm", "dkkt-primal", "dkkt-stationarity", "gm", "total-variation", "image-norm")
+LOOP_LOSSES = tuple(plugin.name for plugin in plugins.plugins() if plugin.kind == "loss" and plugin.first_party)
 
 
 @pytest.mark.parametrize("name", [*LOOP_LOSSES, ",".join(LOOP_LOSSES)])
 def test_the_loop_asks_the_device_for_nothing(name: str) -> None:
-    from ddkit.engine import _Guard
-
     engine = on_meta(*name.split(","))
     guard = _Guard(engine, 0, lambda index: None)
     for index in range(3):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ddkit
 from ddkit.bank import Bank
-from ddkit.compute import Arithmetic
+from ddkit.compute import Arithmetic, products
 from ddkit.embedder import Embedder
 from ddkit.engine import Engine, _Guard
 from ddkit.networks import build_network, redraw
@@ -25,8 +25,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    from ddkit.compute import products
-
     with products(CUDA, "float32"):
         yield
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import ddkit_evaluators
-import msgspec
 import pytest
 import torch
 from ddkit_evaluators import Accuracy, workers
@@ -17,7 +16,6 @@ import ddkit
 from tests.conftest import Result
 
 INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(8, 8))
-PLAIN = ddkit.Arithmetic(compile=False, precision="float32")
 
 
 def images(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,10 +90,8 @@ def test_a_full_disk_is_told_and_all_networks_are_trained_here(monkeypatch: pyte
 def test_several_processes_on_another_device_are_refused() -> None:
     evaluator = Accuracy(Accuracy.Options(workers=2))
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
-    trainer = Trainer("mlp", model, artifact(), data(), ddkit.Schedule(epochs=1), "none", PLAIN)
-    trainer.data = msgspec.structs.replace(data(), device=torch.device("cuda"))
     with pytest.raises(ddkit.InputError, match="on the CPU only"):
-        evaluator._workers(trainer, 4)
+        evaluator.plan(INFO, torch.device("cuda"), rows=4, tests=4, networks=4, model=model)
 
 
 def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,27 +105,22 @@ def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         evaluated(interrupt, workers=2)
     (crew,) = crews
-    assert crew._processes
-    assert all(process.poll() is not None for process in crew._processes)
+    assert crew.children
+    assert not any(child.running for child in crew.children)
 
 
 def test_processes_are_used_for_many_networks_on_small_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    fast = ddkit.Arithmetic(compile=True, precision="float32")
-    evaluator = Accuracy(Accuracy.Options())
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
 
-    def decided(networks: int, arithmetic: ddkit.Arithmetic = fast, copies: int = 1) -> int:
-        small = artifact()
-        many = ddkit.Artifact(small.images.repeat(copies, 1, 1, 1), small.labels.repeat(copies), small.metadata)
-        trainer = Trainer("mlp", model, many, data(), ddkit.Schedule(epochs=1), "none", PLAIN)
-        trainer.arithmetic = arithmetic
-        return evaluator._workers(trainer, networks)
+    def decided(networks: int, compile_: str = "always", rows: int = 4) -> int:
+        evaluator = Accuracy(Accuracy.Options(compile=compile_))
+        return evaluator.plan(INFO, torch.device("cpu"), rows=rows, tests=4, networks=networks, model=model).workers
 
     assert decided(ddkit_evaluators.FEW_NETWORKS) == 2
     assert decided(ddkit_evaluators.FEW_NETWORKS - 1) == 1
-    assert decided(20, PLAIN) == 1
-    assert decided(20, copies=100) == 1
+    assert decided(20, compile_="never") == 1
+    assert decided(20, rows=400) == 1
 
 
 def test_no_process_at_all_is_refused(cli: Callable[..., Result]) -> None:

@@ -13,12 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
+from ddkit.children import Child, ChildEnded
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed, RunFilesError
 
 PARTS = ("steps", "evaluation", "loading", "startup")
@@ -68,9 +69,8 @@ def bench(settings: Settings, report: Report = lambda text: None) -> Row:
             result["steps"] = _with_exponents([_step_row(workers, case, settings, result, report) for case in cases(settings)])
         if "evaluation" in settings.parts:
             result["evaluation"] = [
-                _evaluation_row(workers, ipc, settings, device, result, report)
-                for device in settings.devices
-                for ipc in dict.fromkeys(ipc for ipc, _ in settings.cells)
+                _evaluation_row(workers, case, settings, report)
+                for case in dict.fromkeys(case._replace(losses="", pipc=0) for case in cases(settings))
             ]
         if "loading" in settings.parts:
             result["loading"] = _loading_rows(workers, settings, report)
@@ -124,7 +124,6 @@ def _step_row(workers: _Workers, case: Case, settings: Settings, result: Row, re
         "steps_per_second": 1 / statistics.median(seconds["ours"]), "peak_mib": rounds["ours"][-1]["peak_mib"],
         **{key: ours.facts[key] for key in ("first_step_seconds", "precision", "compiled", "chunk", "block", "start_mib", "work")},
     }  # fmt: skip
-    row["compile"] = "yes" if row["compiled"] else "no"
     for name in beside:
         row[f"{name}_seconds_per_step"] = statistics.median(seconds[name])
         row[f"{name}_peak_mib"] = rounds[name][-1]["peak_mib"]
@@ -172,13 +171,12 @@ def _with_exponents(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _evaluation_row(workers: _Workers, ipc: int, settings: Settings, device: str, result: Row, report: Report) -> Row:
-    classes, size = settings.classes[0], settings.sizes[0]
-    report(f"evaluation: ipc {ipc}, {classes} classes, {size} pixels, {device}")
+def _evaluation_row(workers: _Workers, case: Case, settings: Settings, report: Report) -> Row:
+    where = {"ipc": case.ipc, "classes": case.classes, "size": case.size, "device": case.device}
+    report(f"evaluation: ipc {case.ipc}, {case.classes} classes, {case.size} pixels, {case.device}")
     spec = {
-        "kind": "evaluation", "ipc": ipc, "classes": classes, "size": size, "channels": settings.channels, "device": device,
-        "networks": settings.networks, "epochs": max(10, settings.images_trained // (classes * ipc)), "tests": settings.tests,
-        "options": {}, "tuned": True,
+        "kind": "evaluation", **where, "channels": settings.channels, "networks": settings.networks, "tests": settings.tests,
+        "epochs": max(10, settings.images_trained // (case.classes * case.ipc)), "tuned": True,
     }  # fmt: skip
     ours = workers.start(spec)
     beside = {"reference": workers.start(spec | {"kind": "reference-evaluation", "tuned": False})} if settings.plain else {}
@@ -186,7 +184,7 @@ def _evaluation_row(workers: _Workers, ipc: int, settings: Settings, device: str
     seconds = {name: [run["seconds"] for run in runs] for name, runs in rounds.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     row: Row = {
-        "ipc": ipc, "classes": classes, "size": size, "device": device, "protocol": "dm-official",
+        **where, "protocol": "dm-official",
         "networks_per_minute": 60 / median["ours"], "seconds_per_network": median["ours"], "runs": seconds["ours"],
         "epoch_seconds": statistics.median(run["epoch_seconds"] for run in rounds["ours"]),
         "test_seconds": statistics.median(run["test_seconds"] for run in rounds["ours"]),
@@ -285,47 +283,27 @@ class _Worker:
     """One measuring process: `facts` is what setting up told, measure() takes one more run."""
 
     def __init__(self, spec: Row, environment: dict[str, str], errors: Path) -> None:
-        self.spec, self._errors = spec, errors
+        self.kind = spec["kind"]
         inherited = {key: value for key, value in os.environ.items() if spec["tuned"] or key not in TUNING}
-        with errors.open("w") as stream:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ddkit.bench.worker", json.dumps(spec)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True, env=inherited | environment,
-            )  # fmt: skip
+        self._child = Child("ddkit.bench.worker", json.dumps(spec), errors=errors, environment=inherited | environment)
+        self.stop = self._child.stop
         self.facts: Row = {}
 
     def begin(self) -> None:
         """Waits until setting up is done."""
-        self.facts = self._answer()
+        self.facts = self._checked(self._child.answer)
 
     def measure(self) -> Row:
-        assert self._process.stdin is not None
+        return self._checked(lambda: self._child.ask("run"))
+
+    def _checked(self, call: Callable[[], Row]) -> Row:
         try:
-            self._process.stdin.write("run\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer, or its absence, tells why
-        return self._answer()
-
-    def _answer(self) -> Row:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                found: Row = json.loads(line)
-                if "error" in found:
-                    raise _ERRORS.get(found["exit_code"], RunFailed)(found["error"])
-                return found
-        code = self._process.wait()
-        raise RunFailed(f"Measuring {self.spec['kind']} ended with exit code {code}: {_last_line(self._errors.read_text())}")
-
-    def stop(self) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            with suppress(OSError):  # a process that is gone leaves an unsent line
-                stream.close()
-        self._process.wait()
+            found = call()
+        except ChildEnded as ended:
+            raise RunFailed(f"Measuring {self.kind} {ended}") from None
+        if "error" in found:
+            raise _ERRORS.get(found["exit_code"], RunFailed)(found["error"])
+        return found
 
 
 class _Workers(ExitStack):

@@ -22,7 +22,6 @@ from ddkit.errors import DdkitError
 Measure = Callable[[], dict[str, Any]]
 PROTOCOL_EPOCHS, PROTOCOL_TESTS = 1000, 10_000  # of dm-official on CIFAR-10
 MEASURED_NETWORKS = 8
-_workers = 0  # processes that ran beside this one, each about as large as the largest
 
 
 def main() -> None:
@@ -32,11 +31,10 @@ def main() -> None:
         compute.tune_process()
     logging.getLogger("ddkit").setLevel(logging.ERROR)
     try:
-        began = time.perf_counter()
         facts, measure = KINDS[spec["kind"]](spec)
-        _say(facts | {"setup_seconds": time.perf_counter() - began})
+        _say(facts)
         for _ in sys.stdin:
-            _say(measure() | {"peak_mib": _peak_mib()})
+            _say(measure() | {"peak_mib": _peak_mib(children=facts.get("workers", 1))})
     except DdkitError as error:
         _say({"error": str(error), "exit_code": error.exit_code})
 
@@ -45,15 +43,18 @@ def _say(value: dict[str, Any]) -> None:
     print(json.dumps(value), flush=True)
 
 
-def _peak_mib() -> float:
-    """Returns the largest resident size of this process, its children's added, or on CUDA the most that tensors took, in MiB."""
+def _peak_mib(children: int = 1) -> float:
+    """Returns in MiB the most that tensors took on CUDA, else the largest resident size of this process.
+
+    Where `children` processes at once worked for it, each of them counts as much as the largest of them.
+    """
     import torch
 
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**20
     unit = 2**20 if sys.platform == "darwin" else 2**10
     own, child = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return own + _workers * child
+    return own + child * (children if children > 1 else 0)
 
 
 def _synchronised() -> float:
@@ -86,18 +87,16 @@ def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 
     device = compute.pick_device(spec["device"])
     side, count = (8192, 20) if device.type == "cuda" else (2048, 5)
-    types = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16}
-    if device.type != "cuda":
-        del types["tf32"]
+    names = ("float32", "tf32", "bfloat16") if device.type == "cuda" else ("float32", "bfloat16")
 
     def rate(name: str) -> float:
-        a, b = torch.randn(2, side, side, device=device).to(types[name]).unbind()
+        a, b = torch.randn(2, side, side, device=device).to(torch.bfloat16 if name == "bfloat16" else torch.float32).unbind()
         with compute.products(device, name):
             torch.mm(a, b)
             return 2 * side**3 / _timed(lambda: torch.mm(a, b), count)
 
     def measure() -> dict[str, Any]:
-        return {"flops_per_second": {name: rate(name) for name in types}}
+        return {"flops_per_second": {name: rate(name) for name in names}}
 
     return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}, measure
 
@@ -220,11 +219,10 @@ def _reference(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     info, device = _info(spec), compute.pick_device(spec["device"])
     real = torch.randn((info.classes, spec["pipc"], *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
     model, augmenter = field_components(info)
-    start_mib = _peak_mib()
     step = ReferenceStep(model, info, augmenter, real, ipc=spec["ipc"], batch=256)
     first = _timed(step, 1)
     step()
-    return {"first_step_seconds": first, "start_mib": start_mib}, lambda: {"seconds": _timed(step, spec["steps"])}
+    return {"first_step_seconds": first}, lambda: {"seconds": _timed(step, spec["steps"])}
 
 
 def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
@@ -237,51 +235,58 @@ def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
-    """Networks of the evaluator `accuracy` under dm-official, computed as it decides for the whole protocol."""
+    """Networks of the evaluator `accuracy` under dm-official, computed as it plans for the whole protocol."""
+    from ddkit import plugins
+
+    info, images, labels = _labelled(spec)
+    device, options = compute.pick_device(spec["device"]), {"protocol": "dm-official", "random_real": False} | spec.get("options", {})
+    evaluator = plugins.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
+    plan = evaluator.plan(info, device, rows=len(labels), tests=PROTOCOL_TESTS, networks=spec["networks"])
+    options |= {"compile": "always" if plan.arithmetic.compile else "never", "precision": plan.arithmetic.precision}
+    options["repeats"] = max(MEASURED_NETWORKS, 4 * plan.workers)
+    evaluate = _timed_evaluator(info, images, labels, device, tests=spec["tests"])
+    facts = {"precision": plan.arithmetic.precision, "workers": plan.workers}
+
+    def train(epochs: int, workers: int) -> float:
+        """Returns the seconds of a network once all workers are at it; their start is told apart."""
+        times, facts["compiled"] = evaluate(options | {"epochs": epochs, "workers": workers})
+        first = 2 * workers  # by then the last of them has begun its second network
+        return (times[-1] - times[first]) / (len(times) - 1 - first)
+
+    def measure() -> dict[str, Any]:
+        """Testing, which fills all cores in one process, is timed there; training as the evaluator does it."""
+        return _protocol_seconds(train(1, 1), train(1 + spec["epochs"], plan.workers), spec)
+
+    times, facts["compiled"] = evaluate(options | {"epochs": 1, "workers": plan.workers})
+    return facts | {"first_network_seconds": times[1] - times[0]}, measure
+
+
+def _timed_evaluator(
+    info: Any, images: Any, labels: Any, device: Any, *, tests: int
+) -> Callable[[dict[str, Any]], tuple[list[float], bool]]:
+    """Returns a function that evaluates once: (the time at the start and after each network, whether compiled code ran)."""
     import torch
 
     from ddkit import plugins
     from ddkit.artifact import Artifact
     from ddkit.components import EvaluationData
-    from ddkit.networks import build_network, training_flops
 
-    info, images, labels = _labelled(spec)
-    device = compute.pick_device(spec["device"])
     units = {"mean": [0.5] * info.channels, "std": [0.25] * info.channels}
     artifact = Artifact(images, labels, {"class_names": list(info.class_names), **units})
-    tests = (torch.rand((spec["tests"], *info.shape), generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
-    module = build_network(plugins.create("model", "convnet", data=info), info, 0, "probe")
-    work = training_flops(module, info, images=len(labels), epochs=PROTOCOL_EPOCHS, tests=PROTOCOL_TESTS) * spec["networks"]
-    made = compute.decide_arithmetic("auto", "auto", device, work=work)
-    options = {"compile": "always" if made.compile else "never", "precision": made.precision} | spec["options"]
+    pixels = (torch.rand((tests, *info.shape), generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
     times: list[float] = []
     data = EvaluationData(
-        info=info, test_images=tests, test_labels=torch.arange(len(tests)) % info.classes, real_images=tests[:0], real_labels=labels[:0],
+        info=info, test_images=pixels, test_labels=torch.arange(tests) % info.classes, real_images=pixels[:0], real_labels=labels[:0],
         seed=0, device=device, report=lambda done, total: times.append(_synchronised()),
     )  # fmt: skip
 
-    facts: dict[str, Any] = {"precision": made.precision}
-    repeats = max(MEASURED_NETWORKS, 4 * torch.get_num_threads()) if made.compile else MEASURED_NETWORKS
+    def evaluate(options: dict[str, Any]) -> tuple[list[float], bool]:
+        evaluator = plugins.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
+        times[:] = [_synchronised()]
+        (row,) = evaluator(artifact, data, None)
+        return list(times), bool(row.details["compiled"])
 
-    def train(epochs: int, workers: int | str) -> float:
-        """Returns the seconds of a network once all workers are at it; their start is told apart."""
-        table = {"protocol": "dm-official", "repeats": repeats, "epochs": epochs, "random_real": False, "workers": workers}
-        times.clear()
-        (row,) = plugins.create("evaluator", "accuracy", table | options, data=info, where="evaluators.accuracy")(artifact, data, None)
-        facts["workers"], facts["compiled"] = row.details["workers"], row.details["compiled"]
-        first = 2 * row.details["workers"] - 1  # by then the last of them has begun its second network
-        return (times[-1] - times[first]) / (len(times) - 1 - first)
-
-    def measure() -> dict[str, Any]:
-        """Testing, which fills all cores in one process, is timed there; training as the evaluator does it."""
-        return _protocol_seconds(train(1, 1), train(1 + spec["epochs"], "auto"), spec)
-
-    began = time.perf_counter()
-    train(1, "auto")
-    global _workers
-    _workers = facts["workers"] if facts["workers"] > 1 else 0
-    facts["first_network_seconds"] = times[0] - began
-    return facts, measure
+    return evaluate
 
 
 def _reference_evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:

@@ -136,7 +136,11 @@ def _limits(result: dict[str, Any]) -> str:
 
 
 def _number(digits: int, factor: float = 1.0, unit: str = "") -> Any:
-    return lambda value: "-" if value is None else f"{value * factor:.{digits}f}{unit}"
+    return lambda value: f"{value * factor:.{digits}f}{unit}"
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _exponent(value: dict[str, Any]) -> str:
@@ -154,7 +158,7 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
         ("peak MiB", "peak_mib", _WHOLE), ("plain path MiB", "plain_peak_mib", _WHOLE),
         ("of the limit", "limit_fraction", _number(0, 100, " %")), ("first step s", "first_step_seconds", _number(1)),
         ("precision", "precision", str),
-        ("compiled", "compile", str), ("exponent of", "exponent", _exponent),
+        ("compiled", "compiled", _yes), ("exponent of", "exponent", _exponent),
     ],
     "evaluation": [
         ("ipc", "ipc", str), ("classes", "classes", str), ("size", "size", str), ("device", "device", str),
@@ -165,6 +169,7 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
         ("s/test", "reference_test_seconds", _number(2)), ("times as fast", "ratio_to_reference", _RATIO),
         ("first network s", "first_network_seconds", _number(1)),
         ("peak MiB", "peak_mib", _WHOLE), ("workers", "workers", str), ("precision", "precision", str),
+        ("compiled", "compiled", _yes),
     ],
     "loading": [
         ("files", "files", str), ("pipc", "pipc", str), ("first s", "first_seconds", _SECONDS), ("again s", "second_seconds", _SECONDS),
@@ -176,7 +181,7 @@ COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
 
 CONSTANT = {  # said once, above the table, where they are the same in every row
     "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}",
-    "workers": "workers: {}", "compile": "compiled: {}",
+    "workers": "workers: {}", "compiled": "compiled: {}",
 }  # fmt: skip
 
 
@@ -184,7 +189,8 @@ def _table(name: str, rows: list[dict[str, Any]], runs: int) -> str:
     from tabulate import tabulate
 
     said = [key for key in CONSTANT if key in rows[0] and len({row.get(key) for row in rows}) == 1]
-    title = ", ".join([f"{name}: median of {runs} runs", *(CONSTANT[key].format(rows[0][key]) for key in said)])
+    shows = {key: show for _, key, show in COLUMNS[name]}
+    title = ", ".join([f"{name}: median of {runs} runs", *(CONSTANT[key].format(shows[key](rows[0][key])) for key in said)])
     used = [column for column in COLUMNS[name] if column[1] not in said and any(row.get(column[1]) is not None for row in rows)]
     lines = [["-" if row.get(key) is None else show(row[key]) for _, key, show in used] for row in rows]
     return f"{title}\n\n{tabulate(lines, [title for title, _, _ in used], tablefmt='github', disable_numparse=True)}"

@@ -81,8 +81,7 @@ class SiameseAugmentation(ddkit.Augmenter):
             if len(rows) == len(x):
                 x = self._operation(name, x, parameters[name])
             elif len(rows):
-                there = ddkit.to_device(rows, x.device)
-                x = x.index_copy(0, there, self._operation(name, x[there], parameters[name][rows.to(parameters[name].device)]))
+                x = x.index_copy(0, ddkit.to_device(rows, x.device), self._on_rows(rows, name, x, parameters[name]))
         return x
 
     def _apply_one_each(self, x: Tensor, column: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -94,10 +93,13 @@ class SiameseAugmentation(ddkit.Augmenter):
             if count == len(x):
                 return self._operation(name, x, parameters[name])
             if count:
-                rows = order[start : start + count]
-                parts.append(self._operation(name, x[ddkit.to_device(rows, x.device)], parameters[name][rows.to(parameters[name].device)]))
+                parts.append(self._on_rows(order[start : start + count], name, x, parameters[name]))
                 start += count
         return torch.cat(parts)[ddkit.to_device(order.argsort(), x.device)]
+
+    def _on_rows(self, rows: Tensor, name: str, x: Tensor, numbers: Tensor) -> Tensor:
+        """Returns rows of x (rows on the CPU) under operation `name`."""
+        return self._operation(name, x[ddkit.to_device(rows, x.device)], numbers[rows.to(numbers.device)])
 
     def _operation(self, name: str, x: Tensor, numbers: Tensor) -> Tensor:
         return operations.FUNCTIONS[name](x, ddkit.to_device(numbers, x.device), self.options)

@@ -29,8 +29,15 @@ PROTOCOLS = {
 }
 
 
-# On 2 CPU cores, two processes of one thread each train small batches faster than one of two threads: by a fifth at 10 images a
-# batch, by a twentieth at 100 (docs/performance.md). A process costs some seconds and some hundred MiB.
+class Plan(NamedTuple):
+    """How networks are computed, and in how many processes at a time."""
+
+    arithmetic: ddkit.Arithmetic
+    workers: int
+
+
+# On 2 CPU cores, two processes of one thread each train small batches faster than one of two threads, and larger ones hardly
+# (docs/performance.md). A process costs some seconds and some hundred MiB.
 SMALL_BATCH, FEW_NETWORKS, MOST_WORKERS = 64, 4, 4
 
 
@@ -64,23 +71,51 @@ class Accuracy(ddkit.Evaluator):
         models = self._models(data.info)
         return [self._evaluation(name, model, artifact, data) for name, model in models.items()]
 
+    @property
+    def schedule(self) -> ddkit.Schedule:
+        """How a network is trained: the protocol's, with the passes that were asked for."""
+        own = PROTOCOLS[self.options.protocol].schedule
+        return msgspec.structs.replace(own, epochs=self.options.epochs or own.epochs)
+
+    def plan(
+        self, info: ddkit.DataInfo, device: torch.device, *, rows: int, tests: int, networks: int, model: ddkit.Model | None = None
+    ) -> Plan:
+        """Returns how `networks` networks are computed on `rows` images and `tests` test images, all of them counted.
+
+        `model`: None is the first of the option. Depends on no timing.
+        """
+        model, schedule = model or next(iter(self._models(info).values())), self.schedule
+        module = ddkit.build_network(model, info, 0, "evaluate", "probe")
+        work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs, tests=tests)
+        step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=1)
+        compile_ = self.options.compile if self.options.compile == "auto" else self.options.compile == "always"
+        arithmetic = ddkit.decide_arithmetic(compile_, self.options.precision, device, work=work, step_work=step_work)
+        return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks))
+
+    def _workers(self, arithmetic: ddkit.Arithmetic, device: torch.device, batch: int, networks: int) -> int:
+        """Returns how many processes train networks at the same time; 1: this one, in turn."""
+        if self.options.workers != "auto":
+            if self.options.workers > 1 and device.type != "cpu":
+                raise ddkit.InputError(
+                    f"evaluators.accuracy.workers = {self.options.workers}: several processes train on the CPU only, not on "
+                    f"{device}. Leave it at auto, or use --device cpu.",
+                    "evaluators.accuracy.workers",
+                )
+            return min(self.options.workers, networks)
+        if device.type != "cpu" or not arithmetic.compile or batch > SMALL_BATCH or networks < FEW_NETWORKS:
+            return 1
+        return min(torch.get_num_threads(), MOST_WORKERS)
+
     def _evaluation(self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData) -> ddkit.Evaluation:
         protocol = PROTOCOLS[self.options.protocol]
-        schedule = msgspec.structs.replace(protocol.schedule, epochs=self.options.epochs or protocol.schedule.epochs)
         repeats = self.options.repeats or protocol.repeats
-        compare = self.options.random_real and len(data.real_images) > 0
-        trainer = Trainer(
-            name,
-            model,
-            artifact,
-            data,
-            schedule,
-            protocol.augmenter,
-            self._arithmetic(model, artifact, data, schedule, repeats * (1 + compare)),
-        )
-        tasks = [("synthetic", repeat) for repeat in range(repeats)] + [("random real", repeat) for repeat in range(repeats * compare)]
-        workers = self._workers(trainer, len(tasks))
-        found = trained_apart(trainer, tasks, workers) if workers > 1 else trained_in_turn(trainer, tasks)
+        kinds = ["synthetic", "random real"] if self.options.random_real and len(data.real_images) else ["synthetic"]
+        tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
+        plan = self.plan(
+            data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=len(tasks), model=model
+        )  # fmt: skip
+        trainer = Trainer(name, model, artifact, data, self.schedule, protocol.augmenter, plan.arithmetic)
+        found = trained_apart(trainer, tasks, plan.workers) if plan.workers > 1 else trained_in_turn(trainer, tasks)
         made, real = found[:repeats], found[repeats:]
         return ddkit.Evaluation(
             evaluator=self.name,
@@ -93,36 +128,10 @@ class Accuracy(ddkit.Evaluator):
             random_real_mean=_mean(real) if real else None,
             random_real_std=_std(real),
             details={
-                "epochs": schedule.epochs, "accuracies": made, "random_real_accuracies": real, "precision": trainer.arithmetic.precision,
-                "compiled": trainer.compiled, "workers": workers,
+                "epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": real,
+                "precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": plan.workers,
             },
         )  # fmt: skip
-
-    def _arithmetic(
-        self, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, schedule: ddkit.Schedule, networks: int
-    ) -> ddkit.Arithmetic:
-        """Returns how the networks are computed, decided from the operations of training and testing all of them."""
-        rows, options = len(artifact.labels), self.options
-        module = ddkit.build_network(model, data.info, data.seed, "evaluate", "probe")
-        work = networks * ddkit.training_flops(module, data.info, images=rows, epochs=schedule.epochs, tests=len(data.test_labels))
-        step_work = ddkit.training_flops(module, data.info, images=min(rows, schedule.batch), epochs=1)
-        compile_ = options.compile if options.compile == "auto" else options.compile == "always"
-        return ddkit.decide_arithmetic(compile_, options.precision, data.device, work=work, step_work=step_work)
-
-    def _workers(self, trainer: Trainer, networks: int) -> int:
-        """Returns how many processes train networks at the same time; 1: this one, in turn."""
-        if self.options.workers != "auto":
-            if self.options.workers > 1 and trainer.data.device.type != "cpu":
-                raise ddkit.InputError(
-                    f"evaluators.accuracy.workers = {self.options.workers}: several processes train on the CPU only, not on "
-                    f"{trainer.data.device}. Leave it at auto, or use --device cpu.",
-                    "evaluators.accuracy.workers",
-                )
-            return min(self.options.workers, networks)
-        small = min(len(trainer.artifact.labels), trainer.schedule.batch) <= SMALL_BATCH
-        if trainer.data.device.type != "cpu" or not trainer.arithmetic.compile or not small or networks < FEW_NETWORKS:
-            return 1
-        return min(torch.get_num_threads(), MOST_WORKERS)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -60,8 +60,8 @@ class Trainer:
 
     @property
     def compiled(self) -> bool:
-        """Whether compiled code runs: it was wanted, and torch could compile it."""
-        return self.arithmetic.compile and not (self.gave_up_compiling or getattr(self.forward, "failed", False))
+        """Whether compiled code runs, here and in the processes that train for this one."""
+        return ddkit.is_compiled(self.forward) and not self.gave_up_compiling
 
     def warm_up(self) -> None:
         """Compiles what accuracy() runs; the network is drawn anew afterwards."""

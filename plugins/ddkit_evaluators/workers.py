@@ -9,14 +9,11 @@ from __future__ import annotations
 import json
 import logging
 import queue
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
@@ -42,7 +39,7 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list
                 found[task] = accuracy
                 trainer.data.report(len(found), len(tasks))
         except (OSError, SafetensorError) as error:  # the temporary folder is full, or cannot be written
-            crew.problem = " ".join(str(error).split())
+            crew.problem = f"could not be started ({' '.join(str(error).split())})"
         finally:
             crew.stop()
     if not crew.compiled:
@@ -50,13 +47,13 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list
         trainer.gave_up_compiling = True
     left = [task for task in tasks if task not in found]
     if left:
-        log.warning("A process that trained networks ended early (%s); %d networks are trained here instead.", crew.problem, len(left))
+        log.warning("A process that trained networks %s; %d networks are trained here instead.", crew.problem, len(left))
         found |= dict(zip(left, trained_in_turn(trainer, left, done=len(found)), strict=True))
     return [found[task] for task in tasks]
 
 
 class _Crew:
-    """Processes that take tasks from one queue. The second starts when the first has compiled: it finds the code in the cache."""
+    """Processes that take tasks from one queue. The others start when the first has compiled: they find the code in the cache."""
 
     def __init__(self, folder: Path, tasks: Sequence[Task]) -> None:
         self.folder, self.problem, self.compiled = folder, "", True
@@ -64,79 +61,56 @@ class _Crew:
         for task in tasks:
             self._waiting.put(task)
         self._done: queue.SimpleQueue[tuple[Task, float] | None] = queue.SimpleQueue()
-        self._processes: list[subprocess.Popen[str]] = []
-        self._threads: list[threading.Thread] = []
-        self._lock, self._stopped = threading.Lock(), False
+        self.children: list[ddkit.Child] = []
+        self._first_ready, self._lock, self._running, self._stopped = threading.Event(), threading.Lock(), 0, False
 
     def start(self, workers: int) -> None:
-        ready = [threading.Event() for _ in range(workers + 1)]
-        ready[0].set()
+        self._running = workers
         for number in range(workers):
-            thread = threading.Thread(target=self._work, args=(number, ready[min(number, 1)], ready[number + 1]), daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            threading.Thread(target=self._work, args=(number,), daemon=True).start()
 
-    def results(self) -> Any:
+    def results(self) -> Iterator[tuple[Task, float]]:
         """Yields (task, accuracy) as they come, until every thread is done."""
-        running = len(self._threads)
-        while running:
+        while self._running:
             item = self._done.get()
             if item is None:
-                running -= 1
+                self._running -= 1
             else:
                 yield item
 
     def stop(self) -> None:
+        self._first_ready.set()
         with self._lock:
             self._stopped = True
-            for process in self._processes:
-                process.kill()
-        for process in self._processes:
-            for stream in (process.stdin, process.stdout):
-                if stream is not None:
-                    with suppress(OSError):
-                        stream.close()
-            process.wait()
+            for child in self.children:
+                child.stop()
 
-    def _work(self, number: int, may_start: threading.Event, ready: threading.Event) -> None:
-        errors = self.folder / f"errors-{number}.txt"
+    def _work(self, number: int) -> None:
         try:
-            may_start.wait()
-            process = self._process(errors)
-            if process is None:
+            if number > 0:
+                self._first_ready.wait()
+            child = self._child(number)
+            if child is None:
                 return
-            self.compiled &= bool(self._answer(process)["compiled"])
-            ready.set()
+            self.compiled &= bool(child.answer()["compiled"])
+            self._first_ready.set()
             while True:
                 task = self._waiting.get_nowait()
-                print(json.dumps(task), file=process.stdin, flush=True)
-                self._done.put((task, float(self._answer(process)["accuracy"])))
+                self._done.put((task, float(child.ask(task)["accuracy"])))
         except queue.Empty:
             pass
-        except (OSError, ValueError, KeyError, EOFError):
-            with suppress(OSError):
-                self.problem = (errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
+        except (ddkit.ChildEnded, OSError) as error:
+            self.problem = str(error)
         finally:
-            ready.set()
+            self._first_ready.set()
             self._done.put(None)
 
-    def _process(self, errors: Path) -> subprocess.Popen[str] | None:
-        command = [sys.executable, "-m", "ddkit_evaluators.workers", str(self.folder)]
-        with self._lock, errors.open("w") as stream:
+    def _child(self, number: int) -> ddkit.Child | None:
+        with self._lock:
             if self._stopped:
                 return None
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True)
-            self._processes.append(process)
-            return process
-
-    @staticmethod
-    def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
-        raise EOFError
+            self.children.append(ddkit.Child(__name__, str(self.folder), errors=self.folder / f"errors-{number}.txt"))
+            return self.children[-1]
 
 
 def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: int) -> None:

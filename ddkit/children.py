@@ -1,0 +1,73 @@
+"""Processes of ddkit's own that answer every line of JSON with a line of JSON: nothing is pickled between them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ddkit.errors import RunFailed
+
+
+class ChildEnded(RunFailed):
+    """A child process ended without an answer; the message tells its exit code and its last words."""
+
+
+class Child:
+    """`python -m MODULE ARGUMENT`, which prints a JSON object when it is ready, and one for each line on its stdin.
+
+    `errors` is a file for its stderr; `environment` replaces this process's own. It ends when stop() is called, or when
+    this process ends and it looks for the next line.
+    """
+
+    def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._errors = errors
+        with errors.open("w") as stream:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, argument], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                env=dict(os.environ if environment is None else environment),
+            )  # fmt: skip
+
+    def ask(self, question: Any) -> dict[str, Any]:
+        """Returns the answer to `question`; raises ChildEnded where there is none."""
+        assert self._process.stdin is not None
+        with suppress(OSError, ValueError):  # the answer, or its absence, tells why it is gone
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Returns the next JSON object that it prints; raises ChildEnded where it ends first."""
+        while line := self._line():
+            if line.startswith("{"):
+                found: dict[str, Any] = json.loads(line)
+                return found
+        raise ChildEnded(f"ended with exit code {self._process.wait()}: {self._last_words()}")
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed by another thread's stop()
+            return self._process.stdout.readline()
+        return ""
+
+    def _last_words(self) -> str:
+        with suppress(OSError):
+            return (self._errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
+        return "what it said is gone"
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends it at once, if it still runs."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(OSError):  # a process that is gone leaves an unsent line
+                stream.close()
