@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ddkit_evaluators
+import msgspec
 import pytest
 import torch
 from ddkit_evaluators import Accuracy, workers
@@ -53,6 +54,15 @@ def test_processes_give_what_one_after_the_other_gives() -> None:
         assert apart.details[key] == in_turn.details[key]
     assert seen == [(number, 4) for number in (1, 2, 3, 4)]
     assert evaluated(workers=1, epochs=1).details["accuracies"] != in_turn.details["accuracies"], "the figures could differ"
+
+
+def test_processes_take_tensors_that_share_memory() -> None:
+    """A set that is tested on its own images, for example."""
+    evaluator: Accuracy = ddkit.create("evaluator", "accuracy", {"epochs": 1, "repeats": 2, "model": "mlp", "workers": 2}, data=INFO)
+    tests, labels = images(40, 1)
+    shared = msgspec.structs.replace(data(), test_images=tests, test_labels=labels, real_images=tests, real_labels=labels)
+    (row,) = evaluator(ddkit.Artifact(tests.float() / 255, labels, artifact().metadata), shared, None)
+    assert row.details["workers"] == 2
 
 
 def test_no_more_processes_than_networks() -> None:

@@ -120,7 +120,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
         "images": artifact.images, "labels": artifact.labels, "test_images": data.test_images, "test_labels": data.test_labels,
         "real_images": data.real_images[wanted], "real_labels": data.real_labels[wanted],
     }  # fmt: skip
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / TENSORS)  # it refuses shared memory
     settings = {
         "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options),
         "schedule": msgspec.to_builtins(trainer.schedule),
