@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddkit.api import Run, distill, evaluate, train
+    from ddkit.api import Run, blend, distill, evaluate, train
     from ddkit.artifact import Artifact, load
     from ddkit.children import Child, ChildEnded
     from ddkit.components import (
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ddkit.api": ("Run", "distill", "evaluate", "train"),
+    "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
     "ddkit.artifact": ("Artifact", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
     "ddkit.components": (
@@ -109,6 +109,7 @@ __all__ = [
     "View",
     "__version__",
     "accuracy",
+    "blend",
     "build_network",
     "cache_folder",
     "compiled",

@@ -14,18 +14,19 @@ import torch
 from ddkit import plugins
 from ddkit.artifact import FILE, Artifact, load
 from ddkit.bank import Bank
+from ddkit.blend import blended
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device, products
 from ddkit.data import RealData, check_classes, open_dataset
 from ddkit.engine import deterministic
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed, RunFilesError
-from ddkit.files import read_json, write_atomic, write_json
+from ddkit.files import read_json, sha256, write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.images import sheet_png
 from ddkit.jobs import Job
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import recipe_for, with_options
-from ddkit.rundir import EVALUATION, PREVIEW, RunDirectory, is_logged
+from ddkit.recipes import flattened, recipe_for, with_options
+from ddkit.rundir import EVALUATION, MANIFEST, PREVIEW, RECIPE, RunDirectory, is_logged
 from ddkit.teacher import Teacher
 from ddkit.teachers import load_teacher, save_teacher, train_teacher
 
@@ -43,6 +44,9 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
     """Returns what a run of `recipe` would do, as data; opens the accessible images, trains and writes nothing."""
+    if recipe.blend is not None:
+        plans = [plan(part, device=device) for part in _recipes_of_parts(recipe).values()]
+        return {**(plans[0] if plans else {"schema": 1}), "recipe": recipe_dict(recipe), "parts": plans}
     job = Job(recipe, device=device)
     return {
         "schema": 1,
@@ -103,6 +107,8 @@ def run_recipe(
     pick_device(device)
     stem = f"{(losses or recipe.name).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
     directory = RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)
+    if recipe.blend is not None:
+        return _run_blend(recipe, directory, device, observers)
     watchers = _watchers(observers)
     try:
         job = _prepared(recipe, device, watchers)
@@ -127,6 +133,8 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     recipe = parse_recipe(directory.read_recipe())
     if steps is not None:
         recipe = msgspec.structs.replace(recipe, steps=steps)
+    if recipe.blend is not None:
+        return _run_blend(recipe, directory, device, observers)
     newest = directory.newest_checkpoint()
     if newest is None:
         raise RunFilesError(f"{path} has no readable checkpoint. Start anew: ddkit distill --recipe {path / 'recipe.toml'}")
@@ -198,8 +206,13 @@ def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) ->
         "recipe": recipe.name,
     }
     extra = {name: tensor.detach().cpu() for name, tensor in bank.parameters.items()}
-    Artifact(images, bank.labels.cpu(), metadata_, extra).save(directory.path / FILE)
-    write_atomic(directory.path / PREVIEW, sheet_png(images, bank.labels.cpu(), job.info.class_names))
+    _save(Artifact(images, bank.labels.cpu(), metadata_, extra), directory)
+
+
+def _save(artifact: Artifact, directory: RunDirectory) -> None:
+    """Writes the set and its picture."""
+    artifact.save(directory.path / FILE)
+    write_atomic(directory.path / PREVIEW, sheet_png(artifact.images, artifact.labels, artifact.class_names))
 
 
 def _evaluate_run(job: Job, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
@@ -288,7 +301,7 @@ def evaluate(
     if evaluators == "none":
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
-    directory = None if isinstance(target, Artifact) or not Path(target).is_dir() else RunDirectory.existing(Path(target))
+    directory = None if isinstance(target, Artifact) or not (Path(target) / RECIPE).is_file() else RunDirectory.existing(Path(target))
     recipe = _evaluation_recipe(
         artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
         data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
@@ -386,3 +399,98 @@ def train(
     teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
     save_teacher(path, teacher)
     return teacher
+
+
+def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str | Path) -> Run:
+    """Writes the set (1 - alpha) * first + alpha * second into the run directory `out`, and returns that run.
+
+    `first` and `second` are run directories or files of the same classes, images a class and shape; images are matched by
+    class name, and within a class by their order. Where one of them is a run, `ddkit evaluate` finds its real data.
+    Raises DdkitError.
+    """
+    parts = [load(first), load(second)]
+    result = blended(*parts, alpha)
+    directory = RunDirectory.claim(Path(out))
+    known = [RunDirectory.existing(Path(part)).read_recipe() for part in (first, second) if (Path(part) / RECIPE).is_file()]
+    table = {key: known[0][key] for key in ("data", "teacher", "seed", "pipc") if key in known[0]} if known else {}
+    paths = [str(Path(part).absolute()) for part in (first, second)]
+    recipe = parse_recipe(
+        {**table, "name": "blend", "ipc": _images_a_class(result), "blend": {"first": paths[0], "second": paths[1], "alpha": alpha}}
+    )
+    if known:
+        directory.write_recipe(recipe_dict(recipe))
+    _save(result, directory)
+    directory.write_manifest({"seed": recipe.seed, "steps": 0, "seconds": 0.0, "blend": _blend_facts(recipe, paths)})
+    return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
+
+
+def _images_a_class(artifact: Artifact) -> int:
+    return int(artifact.metadata.get("ipc") or artifact.labels.bincount().max())
+
+
+def _blend_facts(recipe: Recipe, paths: Sequence[str | Path]) -> dict[str, Any]:
+    """Returns what the manifest tells of a blend: its parts and the sha256 of each."""
+    assert recipe.blend is not None
+    files = [Path(path) / FILE if Path(path).is_dir() else Path(path) for path in paths]
+    return {"alpha": recipe.blend.alpha, "parts": [{"path": str(file), "sha256": sha256(file)} for file in files]}
+
+
+OF_THE_BLEND = ("name", "summary", "source", "notes", "blend", "evaluators")
+
+
+def _recipes_of_parts(recipe: Recipe) -> dict[str, Recipe]:
+    """Returns the recipes that a blend makes first, by the name of their folder; a part that is a run or file has none.
+
+    What the blend's recipe sets beside ddkit's defaults (ipc, pipc, steps, seed, data, teacher, ...) holds for both.
+    """
+    assert recipe.blend is not None
+    default = dict(flattened(recipe_dict(Recipe())))
+    own = {key: value for key, value in recipe_dict(recipe).items() if key not in OF_THE_BLEND}
+    sets = [(path, value) for path, value in flattened(own) if default.get(path) != value]
+    sizes: dict[str, Any] = {"ipc": recipe.ipc, "pipc": recipe.pipc, "seed": recipe.seed, "steps": recipe.steps}
+    names = {"first": recipe.blend.first, "second": recipe.blend.second}
+    return {
+        part: recipe_for(name, evaluators="none", sets=[pair for pair in sets if pair[0] not in sizes], **sizes)
+        for part, name in names.items()
+        if not _is_set(name)
+    }
+
+
+def _is_set(name: str) -> bool:
+    """Whether a part of a blend is a run directory or file, not a recipe: it is given by a path that is no TOML file."""
+    return "/" in name and not name.endswith(".toml")
+
+
+def _run_blend(recipe: Recipe, directory: RunDirectory, device: str, observers: Sequence[Any]) -> Run:
+    """Makes both parts in `parts/` of the directory, or goes on with what is there, and blends and evaluates them."""
+    assert recipe.blend is not None
+    watchers = _watchers(observers)
+    try:
+        made = _recipes_of_parts(recipe)
+        for part in made.values():
+            Job(part, device=device)  # both are checked before the first is run
+        directory.write_recipe(recipe_dict(recipe))
+    except BaseException:
+        directory.discard()
+        raise
+    seconds, paths = 0.0, []
+    for name, source in (("first", recipe.blend.first), ("second", recipe.blend.second)):
+        path = directory.path / "parts" / name if name in made else Path(source)
+        if name in made and not (path / MANIFEST).is_file():
+            unfinished = (path / RECIPE).is_file()
+            run = resume(path, device=device, observers=observers) if unfinished else run_recipe(
+                made[name], device=device, out=path, observers=observers
+            )  # fmt: skip
+            seconds += run.seconds
+        paths.append(path)
+    result = blended(load(paths[0]), load(paths[1]), recipe.blend.alpha)
+    result.metadata |= {"recipe": recipe.name}
+    _save(result, directory)
+    rows = _judged(recipe, result, device, watchers) if recipe.evaluators else []
+    if rows:
+        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
+    steps = sum(part.steps for part in made.values())
+    facts = {"seed": recipe.seed, "device": str(pick_device(device)), "steps": steps, "seconds": round(seconds, 3)}
+    directory.write_manifest(facts | {"blend": _blend_facts(recipe, paths)})
+    watchers.call("run_finished", path=directory.path, evaluations=rows)
+    return Run(path=directory.path, steps=steps, seconds=seconds, evaluations=rows)

@@ -28,8 +28,10 @@ GROUPS = {
     "dataset": "ddkit.datasets",
     "exporter": "ddkit.exporters",
     "recipe": "ddkit.recipes",
+    "study": "ddkit.studies",
     "observer": "ddkit.hooks",
 }
+DATA_KINDS = ("recipe", "study")  # TOML files of a package, located without importing it
 BASES: dict[str, type[components.Component]] = {
     "loss": components.Loss,
     "loss-group": components.LossGroup,
@@ -44,7 +46,7 @@ NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
-    """An installed component as its distribution's metadata tells it; `value` is "module:Class" or a recipe's path."""
+    """An installed component as its distribution's metadata tells it; `value` is "module:Class", or the path of a recipe or study."""
 
     kind: str
     name: str
@@ -65,7 +67,7 @@ def parse_kind(text: str) -> str:
     """Returns the kind that `text` names, singular or plural; raises FlagError otherwise."""
     name = text.lower().replace("_", "-")
     for kind in GROUPS:
-        if name in (kind, kind + "s", kind.replace("loss", "losse") + "s"):
+        if name in (kind, kind + "s", kind.replace("loss", "losse") + "s", kind.replace("study", "studies")):
             return kind
     raise FlagError(f"There is no kind of component '{text}'. {suggestion(name, GROUPS)}")
 
@@ -79,7 +81,7 @@ def plugins() -> tuple[Plugin, ...]:
     if allowed is not None:
         names = {_canonical(name) for name in allowed.split(",") if name.strip()}
         found = [p for p in found if p.first_party or p.distribution in names]
-    listed = [item for p in found for item in (_recipes(p) if p.kind == "recipe" else [p])]
+    listed = [item for p in found for item in (_files(p) if p.kind in DATA_KINDS else [p])]
     order = list(GROUPS)
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
@@ -94,7 +96,7 @@ def _canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name.strip()).lower()
 
 
-def _recipes(package: Plugin) -> list[Plugin]:
+def _files(package: Plugin) -> list[Plugin]:
     folder = source.package_folder(package.value)
     files = sorted(folder.glob("*.toml")) if folder else []
     return [msgspec.structs.replace(package, name=file.stem, value=str(file)) for file in files]
@@ -116,8 +118,8 @@ def find(kind: str, name: str) -> Plugin:
 
 def status(plugin: Plugin) -> tuple[str, str]:
     """Returns (status, summary) of a plugin from metadata and source alone; status "ok" means found and parses."""
-    if plugin.kind == "recipe":
-        return source.recipe_summary(Path(plugin.value))
+    if plugin.kind in DATA_KINDS:
+        return source.toml_summary(Path(plugin.value))
     if not NAME.fullmatch(plugin.name):
         return "bad name (lower-case letters, digits and hyphens)", ""
     namesakes = [p for p in plugins() if p.kind == plugin.kind and p.name == plugin.name]

@@ -112,6 +112,14 @@ class EvaluatorTable(PluginTable):
     use: str | None = None
 
 
+class BlendTable(Table):
+    """Two sets whose average is the result: (1 - alpha) * first + alpha * second, matched by class and place in it."""
+
+    first: Annotated[str, Option("a recipe that makes it, or a finished run or file")]
+    second: Annotated[str, Option("likewise")]
+    alpha: Annotated[float, Option("share of the second", ge=0, le=1)] = 0.5
+
+
 class RuleTable(Table):
     when: dict[Literal["ipc_min", "ipc_max", "pipc_min", "pipc_max"], int]
     set: dict[str, Any]
@@ -138,6 +146,8 @@ class Recipe(Table):
     engine: EngineTable = msgspec.field(default_factory=EngineTable)
     losses: dict[str, LossTable] = {}
     evaluators: dict[str, EvaluatorTable] = {}
+    blend: BlendTable | None = None
+    notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
 
     def loss_name(self, label: str) -> str:
         """Returns the plugin name of the loss labelled `label`."""
@@ -152,6 +162,7 @@ TABLES: dict[str, type[Table]] = {
     "initializer": InitializerTable,
     "augmenter": AugmenterTable,
     "engine": EngineTable,
+    "blend": BlendTable,
 }
 NAMED_TABLES: dict[str, type[Table]] = {
     "views": ViewTable,

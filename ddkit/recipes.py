@@ -32,23 +32,28 @@ CHOOSING_KEYS = {
 
 def read_recipe(name: str) -> Raw:
     """Returns the TOML data of an installed recipe or of a file; raises InputError with the nearest name."""
+    return read_named("recipe", name)
+
+
+def read_named(kind: str, name: str) -> Raw:
+    """Returns the TOML data of an installed recipe or study, or of a file; raises InputError with the nearest name."""
     if "/" in name or name.endswith(".toml"):
-        return parse_toml(Path(name))
-    known = {p.name: p for p in reversed(plugins.plugins()) if p.kind == "recipe"}
+        return parse_toml(Path(name), kind)
+    known = {p.name: p for p in reversed(plugins.plugins()) if p.kind == kind}
     if name not in known:
-        hint = f"There is no recipe '{name}'. {suggestion(name, known)}"
-        raise InputError(f"{hint} A file is given by its path: --recipe ./{name}.toml")
-    return parse_toml(Path(known[name].value))
+        hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
+        raise InputError(f"{hint} A file is given by its path: {'--recipe ' if kind == 'recipe' else ''}./{name}.toml")
+    return parse_toml(Path(known[name].value), kind)
 
 
-def parse_toml(path: Path) -> Raw:
+def parse_toml(path: Path, kind: str = "recipe") -> Raw:
     """Returns the TOML data of a file; raises InputError naming the file and line."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"The recipe file {path} does not exist.") from None
+        raise InputError(f"The {kind} file {path} does not exist.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"The recipe file {path} cannot be read as TOML: {error}.") from None
+        raise InputError(f"The {kind} file {path} cannot be read as TOML: {error}.") from None
 
 
 def build_recipe(
@@ -95,7 +100,7 @@ def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
         where = f"rules[{number}]"
         rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, where)
         if _matches(rule.when, ipc, pipc):
-            assign_all(result, _flatten(rule.set))
+            assign_all(result, flattened(rule.set))
     return result
 
 
@@ -108,12 +113,37 @@ def _matches(when: Mapping[Any, int], ipc: Any, pipc: Any) -> bool:
     return least and most
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Returns (path, value) of every value in nested tables, in order."""
     pairs: list[tuple[str, Any]] = []
     for key, value in table.items():
         path = f"{prefix}.{key}" if prefix else key
-        pairs += _flatten(value, path) if isinstance(value, Mapping) and value else [(path, value)]
+        pairs += flattened(value, path) if isinstance(value, Mapping) and value else [(path, value)]
     return pairs
+
+
+TOLD_APART = ("name", "summary", "source", "notes", "rules")
+
+
+def described(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings of raw recipe data, in order: `path`, `value`, `rules` that change it, `origin` and `why`.
+
+    A rule is {"when", "value"}; one that sets what the tables leave out stands alone (`value` None). Origin and reason are
+    the recipe's note for the path, or for the nearest path above it, split at its first colon; "" where it has none.
+    """
+    rows = {path: _described(path, value, raw) for path, value in flattened({k: v for k, v in raw.items() if k not in TOLD_APART})}
+    for rule in raw.get("rules", []):
+        for path, value in flattened(rule["set"]):
+            row = rows.setdefault(path, _described(path, None, raw))
+            row["rules"].append({"when": rule["when"], "value": value})
+    return list(rows.values())
+
+
+def _described(path: str, value: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
+    notes, keys = raw.get("notes", {}), path.split(".")
+    above = (".".join(keys[:length]) for length in range(len(keys), 0, -1))
+    origin, _, why = next((notes[key] for key in above if key in notes), "").partition(":")
+    return {"path": path, "value": value, "rules": [], "origin": origin.strip(), "why": why.strip()}
 
 
 def parse_set(text: str) -> tuple[str, Any]:

@@ -87,8 +87,8 @@ def _target(node: ast.ImportFrom, module: str, file: Path, name: str) -> tuple[s
     return ".".join([*base, *([node.module] if node.module else [])]), original
 
 
-def recipe_summary(file: Path) -> tuple[str, str]:
-    """Returns (status, summary) of a recipe file."""
+def toml_summary(file: Path) -> tuple[str, str]:
+    """Returns (status, summary) of a recipe or study file."""
     try:
         table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:

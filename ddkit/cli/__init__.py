@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, evaluating, making
+from ddkit.cli import benching, catalogue, evaluating, making, reproducing
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError
 
@@ -28,10 +28,11 @@ def cli(show_traceback: bool) -> None:
     ddkit distill --losses dm,dkkt --ipc 10    # offline, on the digits that come along
     ddkit list                                 # every installed component
     ddkit info practical                       # what a recipe or component does
+    ddkit reproduce practical-table1 --show    # the paper's table, published beside measured
     """
 
 
-for command in (*making.COMMANDS, *evaluating.COMMANDS, *benching.COMMANDS, *catalogue.COMMANDS):
+for command in (*making.COMMANDS, *evaluating.COMMANDS, *reproducing.COMMANDS, *benching.COMMANDS, *catalogue.COMMANDS):
     cli.add_command(command)
 
 

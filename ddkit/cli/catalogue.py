@@ -48,7 +48,7 @@ _CHECKER = """
 import json, sys
 from ddkit import plugins
 for plugin in plugins.plugins():
-    if plugin.kind == "recipe" or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
+    if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
         continue
     try:
         plugins.load_plugin(plugin)
@@ -62,7 +62,7 @@ for plugin in plugins.plugins():
 def _check(found: list[plugins.Plugin]) -> list[str]:
     """Returns "ok" or what went wrong for each plugin; a process that dies blames the plugin it was importing."""
     results: dict[tuple[str, ...], str] = {}
-    waiting = [p for p in found if p.kind != "recipe"]
+    waiting = [p for p in found if p.kind not in plugins.DATA_KINDS]
     while waiting:
         keys = [[p.kind, p.distribution, p.name] for p in waiting]
         done = subprocess.run([sys.executable, "-c", _CHECKER, json.dumps(keys)], capture_output=True, text=True, check=False)
@@ -96,7 +96,7 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
 def _plugin(words: tuple[str, ...]) -> plugins.Plugin:
     name = words[-1]
     if len(words) == 2:
-        return _recipe(name) if plugins.parse_kind(words[0]) == "recipe" else plugins.find(plugins.parse_kind(words[0]), name)
+        return plugins.find(plugins.parse_kind(words[0]), name)
     short = name.rpartition("/")[2]
     kinds = list(dict.fromkeys(p.kind for p in plugins.plugins() if p.name == short))
     if not kinds:
@@ -104,17 +104,13 @@ def _plugin(words: tuple[str, ...]) -> plugins.Plugin:
         raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")
     if len(kinds) > 1:
         raise PluginError(f"'{name}' is a {' and a '.join(kinds)}: say which, for example ddkit info {kinds[0]} {name}")
-    return _recipe(name) if kinds[0] == "recipe" else plugins.find(kinds[0], name)
-
-
-def _recipe(name: str) -> plugins.Plugin:
-    return plugins.find("recipe", name)
+    return plugins.find(kinds[0], name)
 
 
 def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
     base = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
-    if plugin.kind == "recipe":
-        return base | {"text": Path(plugin.value).read_text(encoding="utf-8")}
+    if plugin.kind in plugins.DATA_KINDS:
+        return base | _file_facts(plugin)
     import inspect
 
     import msgspec
@@ -132,8 +128,45 @@ def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
     return facts | {"options": describe_options(found.Options), "requires": asked}
 
 
+def _file_facts(plugin: plugins.Plugin) -> dict[str, Any]:
+    """Returns the text of a recipe or study, and what a recipe says of its settings."""
+    from ddkit.recipes import described, parse_toml
+
+    file = Path(plugin.value)
+    facts = {"text": file.read_text(encoding="utf-8")}
+    if plugin.kind == "study":
+        return facts
+    raw = parse_toml(file)
+    return facts | {"summary": raw.get("summary", ""), "source": raw.get("source", ""), "settings": described(raw)}
+
+
+def _settings_table(rows: list[dict[str, Any]]) -> str:
+    from tabulate import tabulate
+
+    cells = []
+    for row in rows:
+        rules = [f"{_shown(rule['value'])} if {_condition(rule['when'])}" for rule in row["rules"]]
+        value = [] if row["value"] is None else [_shown(row["value"])]
+        cells.append([row["path"], "\n".join(value + rules), row["origin"], row["why"]])
+    widths = [None, 34, None, 56]
+    return tabulate(cells, ["setting", "value", "from", "why"], tablefmt="simple", disable_numparse=True, maxcolwidths=widths)
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _condition(when: dict[str, int]) -> str:
+    """Returns {"ipc_min": 3, "pipc_max": 10} as "ipc >= 3 and pipc <= 10"."""
+    signs = {"min": ">=", "max": "<="}
+    return " and ".join(f"{key[:-4]} {signs[key[-3:]]} {bound}" for key, bound in when.items())
+
+
 def _page(facts: dict[str, Any]) -> str:
     lines = [f"{facts['name']} ({facts['kind']}, {facts['distribution']} {facts['version']})", ""]
+    if any(row["origin"] for row in facts.get("settings", [])):
+        lines += [facts["summary"], f"Source: {facts['source']}", "", _settings_table(facts["settings"]), ""]
+        return "\n".join([*lines, f"The file: ddkit info recipe {facts['name']} --json, key text"])
     if "text" in facts:
         return "\n".join([*lines, facts["text"].rstrip()])
     lines += [facts["description"], ""]

@@ -1,0 +1,97 @@
+"""The commands about several sets: reproduce and blend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddkit.cli.common import echo_json, quiet, set_verbosity, shared
+from ddkit.errors import FlagError
+
+
+class StudyCells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Pairs IPC:PIPC separated by commas; PIPC may be "all"."""
+
+    name = "ipc:pipc,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[tuple[int, int | str]]:
+        try:
+            pairs = [part.strip().split(":") for part in str(value).split(",")]
+            return [(int(ipc), pipc if pipc == "all" else int(pipc)) for ipc, pipc in pairs]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of cells such as 1:10,10:50,1:all.", param, ctx)
+
+
+@click.command()
+@click.argument("study", metavar="STUDY|FILE")
+@shared
+@click.option("--cells", type=StudyCells(), help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
+@click.option("--systems", metavar="NAMES", help="Columns of the study, separated by commas. Default: all.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
+@click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
+@click.option("--protocol", metavar="NAME", help="Evaluation protocol for all systems (default: the study's).")
+@click.option("--steps", type=click.IntRange(min=0), help="Updates of each set (default: the recipes').")
+@click.option("--teacher", metavar="FILE|auto", help="Trained model, for all systems.")
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sets made at the same time, sharing the cores.")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Where sets are kept (default: runs/STUDY).")
+@click.option("--show", is_flag=True, help="Only tell what is there; run nothing.")
+@click.option("--markdown", is_flag=True, help="The table as Markdown.")
+@quiet
+def reproduce(study: str, **flags: Any) -> None:
+    """Run a study: systems times cells, measured beside the published figures.
+
+    What is finished is kept; a second call continues. `ddkit list studies` shows those that come along.
+    """
+    set_verbosity(flags["quiet"])
+    if flags["markdown"] and flags["as_json"]:
+        raise FlagError("--markdown and --json are two forms of one output; choose one.")
+    if flags["seed"] is not None:
+        raise FlagError("--seed: a study makes sets of seeds 0, 1, ...; say how many with --seeds.")
+    from ddkit import reproduce as work
+    from ddkit.recipes import parse_set
+    from ddkit.study import read_study
+
+    found = read_study(study)
+    settings = work.Settings(
+        seeds=flags["seeds"], networks=flags["repeats"], protocol=flags["protocol"], steps=flags["steps"], dataset=flags["dataset"],
+        data_dir=flags["data_dir"], teacher=flags["teacher"], sets=tuple(parse_set(text) for text in flags["sets"]),
+        device=flags["device"], jobs=flags["jobs"],
+    )  # fmt: skip
+    names = [name.strip() for name in flags["systems"].split(",")] if flags["systems"] else None
+    report = work.reproduce(
+        found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
+        report=lambda line: None if flags["quiet"] else click.echo(line, err=True),
+    )  # fmt: skip
+    if flags["as_json"]:
+        echo_json(work.report_json(report))
+    else:
+        click.echo(work.report_table(report, "pipe" if flags["markdown"] else "simple"))
+        for picture in report.pictures:
+            click.echo(f"picture  {picture}")
+    if any(figure.failed for figure in report.figures):
+        raise work.RunFailed("Some sets failed; the table says which, and a second call tries them again.")
+
+
+@click.command()
+@click.argument("first", metavar="A", type=click.Path())
+@click.argument("second", metavar="B", type=click.Path())
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of B: the result is (1 - alpha) A + alpha B.")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Run directory, absent or empty.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> None:
+    """Average two synthetic sets of the same classes and ipc, image by image.
+
+    A and B are run directories or files. Images are matched by class name, and within a class by their order.
+    """
+    from ddkit import api
+
+    run = api.blend(first, second, alpha=alpha, out=out)
+    if as_json:
+        echo_json({"schema": 1, "run": str(run.path), "alpha": alpha, "first": first, "second": second})
+    else:
+        click.echo(f"run      {run.path}\npicture  {run.path / 'preview.png'}")
+
+
+COMMANDS = (reproduce, blend)

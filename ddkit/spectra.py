@@ -1,0 +1,48 @@
+"""Spectra of images: how their power is spread over spatial frequencies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddkit.errors import InputError
+
+HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
+
+
+def power(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (frequency, power) of every Fourier coefficient of images (n, C, H, W): two tensors (H, W // 2 + 1).
+
+    Frequencies are radial, in cycles per pixel, 0 to 0.71. The power is averaged over images and channels, after each
+    channel's mean was taken off; coefficients that stand for a mirrored one too count twice.
+    """
+    height, width = images.shape[-2:]
+    x = images.double() - images.double().mean((-2, -1), keepdim=True)
+    found = torch.fft.rfft2(x).abs().square().flatten(0, 1).mean(0)
+    across = torch.fft.rfftfreq(width, dtype=torch.float64)
+    twice = 2.0 - ((across == 0) | (across == 0.5)).double()
+    frequency = (torch.fft.fftfreq(height, dtype=torch.float64)[:, None].square() + across.square()).sqrt()
+    return frequency, found * twice
+
+
+def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[float]]:
+    """Returns (frequencies, shares): the middle of `bins` equal bands from 0 to 0.5 cycles per pixel, and each band's share.
+
+    Shares are of all power but the mean's; what lies beyond 0.5 (diagonals) counts to the last band. Shares are 0 for
+    images without contrast. Raises InputError for images of one pixel.
+    """
+    frequency, found = power(images)
+    if frequency.numel() < 2:
+        raise InputError("A spectrum needs images of more than one pixel.")
+    band = (frequency * 2 * bins).long().clamp_max(bins - 1)
+    sums = torch.zeros(bins, dtype=torch.float64).index_add(0, band.flatten(), found.flatten())
+    total = float(sums.sum())
+    shares = [float(value) / total if total > 0 else 0.0 for value in sums]
+    return [(index + 0.5) / (2 * bins) for index in range(bins)], shares
+
+
+def high_frequency_share(images: Tensor) -> float:
+    """Returns the share of the power, without the mean's, at more than 0.25 cycles per pixel: 0 to 1."""
+    frequency, found = power(images)
+    total = float(found.sum())
+    return float(found[frequency > HIGH].sum()) / total if total > 0 else 0.0

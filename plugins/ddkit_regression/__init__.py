@@ -1,0 +1,81 @@
+"""Neural feature regression: the loss `feature-regression`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import ddkit
+
+
+def ridge_prediction(features: Tensor, targets: Tensor, queries: Tensor, ridge: float) -> Tensor:
+    """Returns the targets (m, K) that ridge regression on features (n, d), targets (n, K) predicts for queries (m, d).
+
+    The kernel is linear in the features; `ridge` (> 0) is relative to the mean of the kernel's diagonal. Solved in
+    float64. Source: Zhou, Nezhadarya and Ba, Dataset Distillation using Neural Feature Regression, arXiv 2206.00719, Eq. 5.
+
+    >>> import torch
+    >>> ridge_prediction(torch.eye(2), torch.eye(2), torch.tensor([[2.0, 0.0]]), 1e-9).round().tolist()
+    [[2.0, 0.0]]
+    """
+    own = (features @ features.T).double()
+    regularised = own + ridge * own.diagonal().mean() * torch.eye(len(own), dtype=own.dtype, device=own.device)
+    weights = torch.linalg.solve(regularised, targets.double())
+    return ((queries @ features.T).double() @ weights).to(features.dtype)
+
+
+def centred(labels: Tensor, classes: int) -> Tensor:
+    """Returns one-hot rows (n, classes) minus 1 / classes, float32."""
+    return functional.one_hot(labels, classes).float() - 1 / classes
+
+
+class FeatureRegression(ddkit.Loss):
+    """Error of ridge regression, fitted on the synthetic set's features, on the accessible real images.
+
+    What a network's last layer would learn from the set, in closed form, is judged by real images. Both sides are augmented
+    as in training a network, not by class: an augmentation that a class shares would tell the class.
+    Source: Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719, Eq. 5; their networks are trained on the set in between
+    (`network.inner_epochs`), their kernel solve is in float32 and their labels are learned, which these are not.
+    """
+
+    class Options(ddkit.Options):
+        ridge: Annotated[float, ddkit.Option("regularisation, relative to the mean squared feature norm", gt=0)] = 1e-3
+        augmenter: Annotated[str, ddkit.Option("of the synthetic images: one operation a step, parameters per image")] = "dsa"
+        real_augmenter: Annotated[str, ddkit.Option("of the real images, likewise")] = "dsv"
+        targets: Annotated[
+            Literal["labels", "teacher"], ddkit.Option("what the real images should get: their labels, or the teacher's probabilities")
+        ] = "labels"
+
+    @property
+    def requires(self) -> ddkit.Requires:  # type: ignore[override]
+        return ddkit.Requires(real=True, embedder=True, teacher=self.options.targets == "teacher")
+
+    def __call__(self, step: ddkit.Step) -> Tensor:
+        classes = step.info.classes
+        with torch.no_grad():
+            real = self._augmented(step, self.options.real_augmenter, step.real.images)
+            queries = step.embed(real)
+            wanted = self._wanted(step, real)
+        features = step.embed(self._augmented(step, self.options.augmenter, step.images))
+        found = ridge_prediction(features.float(), centred(step.labels, classes), queries.float(), self.options.ridge)
+        step.log("accuracy", (found.argmax(1) == step.real.labels).float().mean())
+        return (found - wanted).square().sum(1).mean()
+
+    def _wanted(self, step: ddkit.Step, real: Tensor) -> Tensor:
+        classes = step.info.classes
+        if self.options.targets == "labels":
+            return centred(step.real.labels, classes)
+        return step.teacher.logits(real).softmax(1) - 1 / classes
+
+    def _augmented(self, step: ddkit.Step, name: str, x: Tensor) -> Tensor:
+        augmenter = self._augmenters(step.info)[name]
+        return augmenter.apply(x, augmenter.sample_batch(step.generator, len(x)))
+
+    def _augmenters(self, info: ddkit.DataInfo) -> dict[str, ddkit.Augmenter]:
+        if "_made" not in self.__dict__:
+            names = {self.options.augmenter, self.options.real_augmenter}
+            self._made = {name: ddkit.create("augmenter", name, data=info) for name in sorted(names)}
+        return self._made

@@ -1,0 +1,244 @@
+"""Studies: every set made once and kept, figures beside the published ones, bad studies told before anything runs."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ddkit import plugins, reproduce
+from ddkit.cli import cli as command_line
+from ddkit.errors import InputError, RunFailed
+from ddkit.recipes import recipe_for
+from ddkit.study import Cell, Study, cells_of, chosen_cells, parse_study, published, read_study
+from tests.conftest import SMALL_FLAGS, Result
+
+CLI = Callable[..., Result]
+INSTALLED = sorted(p.name for p in plugins.plugins() if p.kind == "study")
+RULES = {"steps", "train.epochs"}
+
+STUDY = """
+summary = "A small study"
+source = "this test"
+seeds = 2
+
+[systems.dm]
+title = "DM"
+recipe = "dm"
+
+[systems.shared]
+recipe = "dm-star"
+pipc = 3
+
+[systems.means]
+baseline = "class-mean"
+
+[[cells]]
+ipc = 1
+pipc = 3
+published = { dm = [50.0, 1.0] }
+
+[[cells]]
+ipc = 1
+pipc = 4
+"""
+SMALL = [*SMALL_FLAGS, "--dataset", "digits", "--repeats", 2, "--protocol", "short", "--quiet"]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs the commands of a study in this process, and returns them as they come."""
+    seen: list[list[str]] = []
+
+    def command(self: Any, arguments: Sequence[str]) -> None:
+        seen.append(list(arguments))
+        given = list(arguments)
+        if given[0] == "evaluate":
+            given += ["--set", "evaluators.accuracy.epochs=2", "--set", "evaluators.accuracy.model_options.width=8"]
+        command_line.main(given, prog_name="ddkit", standalone_mode=False)
+
+    monkeypatch.setattr(reproduce._Crew, "command", command)
+    return seen
+
+
+def _study(text: str = STUDY) -> Path:
+    Path("study.toml").write_text(text)
+    return Path("study.toml")
+
+
+def test_every_set_is_made_once_and_a_second_call_makes_none(cli: CLI, commands: list[list[str]]) -> None:
+    first = cli("reproduce", f"./{_study()}", *SMALL, "--json")
+    assert first.code == 0, first.err
+    made = [c for c in commands if c[0] == "distill"]
+    # per seed: dm at two cells, one set of `shared` for both, real images at two cells
+    assert len(made) == 2 * (2 + 1 + 2)
+    commands.clear()
+    second = cli("reproduce", f"./{_study()}", *SMALL, "--json")
+    assert commands == []
+    assert json.loads(second.out)["figures"] == json.loads(first.out)["figures"]
+
+
+def test_figures_stand_beside_the_published_ones(cli: CLI, commands: list[list[str]]) -> None:
+    found = json.loads(cli("reproduce", f"./{_study()}", *SMALL, "--json").out)
+    figure = found["figures"][0]
+    assert (figure["system"], figure["ipc"], figure["pipc"], figure["sets"], figure["networks"]) == ("dm", 1, 3, 2, 2)
+    assert figure["published"] == 0.5
+    assert figure["difference"] == pytest.approx(figure["mean"] - 0.5)
+    assert [f["published"] for f in found["figures"][1:]] == [None] * 5
+    rows = [
+        json.loads((path / "evaluation.json").read_text())["evaluations"][0]["details"]["accuracies"]
+        for path in sorted(Path("runs/study/sets").glob("dm-ipc1-pipc3-*/"))
+    ]
+    assert figure["mean"] == pytest.approx(sum(sum(row) for row in rows) / 4)
+    assert json.loads(Path("runs/study/report.json").read_text())["figures"] == found["figures"]
+    assert Path("runs/study/report.md").read_text().startswith("|")
+
+
+def test_cells_and_systems_choose_and_the_table_tells_what_is_not_run(cli: CLI, commands: list[list[str]]) -> None:
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1)
+    assert result.code == 0, result.err
+    assert [c[0] for c in commands] == ["distill", "evaluate"]
+    shown = cli("reproduce", f"./{_study()}", *SMALL, "--show", "--seeds", 1)
+    assert len(commands) == 2
+    assert "Not yet run, or not all sets: DM at ipc 1, pipc 3" in shown.out
+    partly = cli("reproduce", f"./{_study()}", *SMALL, "--show", "--cells", "1:4", "--systems", "dm")
+    assert "1 of 2 x 2" in partly.out
+
+
+def test_another_number_of_steps_or_another_protocol_is_another_figure(cli: CLI, commands: list[list[str]]) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1)
+    cli(*common)
+    cli(*common, "--steps", 1)
+    assert [c[0] for c in commands] == ["distill", "evaluate"] * 2
+    cli(*common, "--protocol", "dc-official")
+    assert [c[0] for c in commands[4:]] == ["evaluate"]
+
+
+def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
+    whole = json.loads(cli(*common).out)
+    path = next(Path("runs/study/sets").glob("dm-*/"))
+    for name in ("synthetic.safetensors", "manifest.json", "evaluation.json"):
+        (path / name).unlink()
+    commands.clear()
+    again = json.loads(cli(*common).out)
+    assert commands[0][:2] == ["distill", "--resume"]
+    assert again["figures"] == whole["figures"]
+
+
+def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = reproduce._Crew.command
+
+    def failing(self: Any, arguments: Sequence[str]) -> None:
+        if arguments[0] == "distill" and "pipc3" in str(arguments):
+            raise RunFailed("The loss 'dm' became nan at step 1.")
+        real(self, arguments)
+
+    monkeypatch.setattr(reproduce._Crew, "command", failing)
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--systems", "dm", "--seeds", 1)
+    assert result.code == 1
+    assert "Failed: DM at ipc 1, pipc 3: The loss 'dm' became nan at step 1." in result.out
+    figures = json.loads(Path("runs/study/report.json").read_text())["figures"]
+    assert [f["state"] for f in figures] == ["failed", "done"]
+
+
+def test_blends_go_over_alpha_from_one_set_to_the_other_with_spectra(cli: CLI, commands: list[list[str]]) -> None:
+    text = STUDY.replace("seeds = 2", "seeds = 1") + '\n[blends]\nfirst = "dm"\nsecond = "shared"\nalphas = [0.0, 0.5, 1.0]\n'
+    result = cli("reproduce", f"./{_study(text)}", *SMALL, "--cells", "1:3", "--systems", "dm,shared", "--json")
+    assert result.code == 0, result.err
+    figures = {(f["system"], f["alpha"]): f for f in json.loads(result.out)["figures"]}
+    assert figures["dm+shared", 0.0]["mean"] == figures["dm", None]["mean"]
+    assert figures["dm+shared", 1.0]["mean"] == figures["shared", None]["mean"]
+    assert figures["dm+shared", 0.5]["mean"] not in (figures["dm", None]["mean"], figures["shared", None]["mean"])
+    assert sum(figures["dm+shared", 0.5]["spectrum"]) == pytest.approx(1)
+    assert Path(json.loads(result.out)["pictures"][0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[str]]) -> None:
+    text = "held_out = 5\n" + STUDY
+    result = cli("reproduce", f"./{_study(text)}", *SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1)
+    assert result.code == 0, result.err
+    assert "held-out training images" in result.out
+    rows = json.loads(next(Path("runs/study/sets").glob("dm-*/evaluation.json")).read_text())["evaluations"]
+    assert [row["split"] for row in rows] == ["held-out"]
+
+
+def test_commands_run_in_processes_of_their_own_and_keep_exit_codes(tmp_path: Path) -> None:
+    crew = reproduce._Crew(reproduce.Settings())
+    with pytest.raises(Exception, match="no finished run") as error:
+        crew.command(["evaluate", str(tmp_path / "nothing"), "--dataset", "digits"])
+    assert getattr(error.value, "exit_code", None) == 5
+
+
+BAD = [
+    ("seeds = 1\n", 4, "The study has no systems"),
+    ("[systems.a]\n", 4, "The study has no cells"),
+    (STUDY.replace("{ dm =", "{ dn ="), 4, "cells[0].published names the system 'dn', the study has dm, shared, means"),
+    (STUDY.replace('recipe = "dm"', 'recipe = "dmm"'), 4, "There is no recipe 'dmm'"),
+    (STUDY.replace("seeds = 2", "seeds = 0"), 4, "seeds"),
+    (STUDY.replace("seeds = 2", "sets = 2"), 4, "sets"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'x'\nalphas = [0.5]\n", 4, "blends names the system 'x'"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'dm'\nalphas = [1.5]\n", 4, "alphas"),
+    ("seeds = \n", 4, "cannot be read as TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "code", "said"), BAD)
+def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
+    cli: CLI, commands: list[list[str]], text: str, code: int, said: str
+) -> None:
+    result = cli("reproduce", f"./{_study(text)}", *SMALL)
+    assert (result.code, commands, result.out) == (code, [], "")
+    assert said in " ".join(result.err.split())
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["nothing"], 4, "There is no study 'nothing'"),
+        (["./nothing.toml"], 4, "The study file nothing.toml does not exist"),
+        (["practical-table1", "--cells", "2:10"], 4, "has no cell 2:10. It has 1:10, 1:50, 1:all"),
+        (["practical-table1", "--cells", "2"], 2, "is not a list of cells"),
+        (["practical-table1", "--systems", "dn"], 4, "has no system 'dn'"),
+        (["practical-table1", "--seeds", "0"], 2, "--seeds"),
+        (["practical-table1", "--seed", "3"], 2, "--seeds"),
+        (["practical-table1", "--markdown", "--json"], 2, "choose one"),
+    ],
+)
+def test_bad_flags_are_told(cli: CLI, commands: list[list[str]], flags: list[str], code: int, said: str) -> None:
+    result = cli("reproduce", *flags)
+    assert (result.code, commands) == (code, [])
+    assert said in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
+    study = read_study(name)
+    assert study.summary and study.source
+    for cell in cells_of(study):
+        recipe = reproduce._recipe(study, cell, 0, reproduce.Settings(dataset="digits"))
+        assert recipe.ipc == cell.ipc
+        assert recipe.losses or recipe.blend
+
+
+def test_the_papers_table_is_whole() -> None:
+    study = read_study("practical-table1")
+    assert len({(c.ipc, c.pipc) for c in study.cells}) == 11
+    five = ("dm", "dm-star", "dsv-noise", "dsv-real", "practical")
+    assert all(set(cell.published) == set(five) for cell in study.cells)
+    assert published(study, Cell(10, 10, "dsv-real")) == (pytest.approx(0.3639), pytest.approx(0.0052))
+    assert published(study, Cell(50, "all", "practical")) == (pytest.approx(0.5762), pytest.approx(0.0033))
+
+
+def test_rows_of_a_study_can_be_chosen() -> None:
+    study = parse_study(tomllib.loads(STUDY))
+    assert chosen_cells(study, [(1, 4)], ["dm"]) == [Cell(1, 4, "dm")]
+    with pytest.raises(InputError):
+        chosen_cells(study, [(1, 5)], None)
+    assert isinstance(study, Study)
+    assert recipe_for("dm").ipc == 10
