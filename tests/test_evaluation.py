@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from ddkit_evaluators.trainer import Trainer
 
 import ddkit
 from ddkit.data import RealData, open_dataset
@@ -103,3 +106,132 @@ def test_an_unknown_split_is_refused(cli: CLI) -> None:
     result = cli("distill", "--losses", "dm", "--plan", "--set", "data.test=heldout")
     assert result.code == 4
     assert "Did you mean 'held-out'?" in result.err
+
+
+# Baselines
+
+INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))
+
+
+def images(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns uint8 images whose brightness tells the class, and labels, class by class."""
+    labels = torch.arange(2).repeat_interleave(rows // 2)
+    noise = torch.randint(0, 128, (rows, *INFO.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return noise + (labels * 60).to(torch.uint8).view(-1, 1, 1, 1), labels
+
+
+def artifact(counts: tuple[int, int] = (2, 2)) -> ddkit.Artifact:
+    pixels = torch.rand((sum(counts), *INFO.shape), generator=torch.Generator().manual_seed(0))
+    metadata = {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]}
+    return ddkit.Artifact(pixels, torch.arange(2).repeat_interleave(torch.tensor(counts)), metadata)
+
+
+def data(real_rows: int = 20, seed: int = 3) -> ddkit.EvaluationData:
+    tests, test_labels = images(100, 1)
+    real_images, real_labels = images(real_rows, 2)
+    return ddkit.EvaluationData(
+        info=INFO, test_images=tests, test_labels=test_labels, real_images=real_images, real_labels=real_labels, seed=seed,
+        device=torch.device("cpu"), report=lambda done, total: None,
+    )  # fmt: skip
+
+
+def evaluated(
+    made: ddkit.Artifact | None = None, given: ddkit.EvaluationData | None = None, teacher: ddkit.Teacher | None = None, **options: Any
+) -> list[ddkit.Evaluation]:
+    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
+    evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
+    return list(evaluator(made or artifact(), given or data(), teacher))
+
+
+def trainer(made: ddkit.Artifact, given: ddkit.EvaluationData) -> Trainer:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    arithmetic = ddkit.Arithmetic(compile=False, precision="float32")
+    return Trainer("mlp", model, made, given, ddkit.Schedule(epochs=1), "none", arithmetic)
+
+
+BASELINES = ["pipc-real", "class-mean"]
+
+
+def test_baselines_are_rows_of_their_own_and_change_no_other() -> None:
+    synthetic, real_row, means = evaluated(baselines=BASELINES, epochs=60)
+    assert [synthetic] == evaluated(epochs=60)
+    assert [row.images for row in (synthetic, real_row, means)] == ["synthetic", *BASELINES]
+    for row in (real_row, means):
+        assert (row.random_real_mean, row.random_real_std, row.repeats) == (None, None, 2)
+        assert row.details["random_real_accuracies"] == []
+    assert real_row.accuracy_mean > synthetic.accuracy_mean, "pixels without a class teach nothing"
+    assert evaluated(baselines=["class-mean", "class-mean"], random_real=False, epochs=60)[1:] == [means]
+
+
+def test_processes_train_baselines_as_one_after_the_other_does() -> None:
+    def accuracies(workers: int) -> list[list[float]]:
+        return [row.details["accuracies"] for row in evaluated(baselines=BASELINES, random_real=False, workers=workers)]
+
+    assert accuracies(2) == accuracies(1)
+
+
+def test_pipc_real_is_every_accessible_image() -> None:
+    given = data()
+    found, labels = trainer(artifact(), given).training_set("pipc-real", 0)
+    assert torch.equal(found, (given.real_images.float() / 255 - 0.5) / 0.25)
+    assert torch.equal(labels, given.real_labels)
+
+
+def test_class_means_are_of_disjoint_groups_that_hold_every_image() -> None:
+    given, made = data(), artifact((3, 1))
+    found, labels = trainer(made, given).training_set("class-mean", 0)
+    assert labels.tolist() == [0, 0, 0, 1]
+    normalised = (given.real_images.float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(found[3], normalised[10:].mean(0))
+    total = found[0] * 4 + found[1] * 3 + found[2] * 3  # 10 images in groups of 4, 3 and 3
+    torch.testing.assert_close(total, normalised[:10].sum(0))
+    again = trainer(made, given).training_set("class-mean", 0)[0]
+    assert torch.equal(found, again)
+    assert not torch.equal(found, trainer(made, given).training_set("class-mean", 1)[0])
+
+
+@pytest.mark.parametrize("ipc", [10, 15])
+def test_class_means_of_as_many_groups_as_images_are_the_images(ipc: int) -> None:
+    of = trainer(artifact((ipc, ipc)), data())
+    means, real_images = (of.training_set(kind, 0) for kind in ("class-mean", "pipc-real"))
+    assert rows_of(means[0]) == rows_of(real_images[0])
+    assert torch.equal(means[1], real_images[1])
+    fewer = trainer(artifact((9, 9)), data()).training_set("class-mean", 0)
+    assert rows_of(fewer[0]) != rows_of(real_images[0])
+
+
+def test_baselines_start_from_the_weights_of_the_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[torch.Tensor] = []
+
+    def fit(module: torch.nn.Module, *_: Any, **__: Any) -> None:
+        states.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
+
+    monkeypatch.setattr(ddkit, "fit", fit, raising=False)
+    evaluated(baselines=BASELINES)
+    assert len(states) == 8
+    assert all(torch.equal(state, states[number % 2]) for number, state in enumerate(states))
+    assert not torch.equal(states[0], states[1])
+
+
+def test_without_real_images_baselines_are_left_out_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    empty = data(0)
+    with caplog.at_level(logging.WARNING, logger="ddkit"):
+        (row,) = evaluated(given=empty, baselines=BASELINES)
+    assert row.images == "synthetic"
+    assert "they are left out" in caplog.text
+
+
+def test_a_run_keeps_baselines_beside_its_own_row(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    for _ in range(2):
+        result = cli("evaluate", "run", "--set", "evaluators.accuracy.baselines=['pipc-real', 'class-mean']")
+        assert result.code == 0, result.err
+        assert "images" in result.out
+    rows = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [row["images"] for row in rows] == ["synthetic", *BASELINES]
+
+
+def test_an_unknown_baseline_is_refused(cli: CLI) -> None:
+    result = cli("distill", "--losses", "dm", "--plan", "--set", "evaluators.accuracy.baselines=['mean']")
+    assert result.code == 4
+    assert "class-mean" in result.err
