@@ -17,7 +17,7 @@ from ddkit.bank import Bank
 from ddkit.blend import blended
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device, products
-from ddkit.data import RealData, check_classes, open_dataset
+from ddkit.data import RealData, check_classes, check_held_out, open_dataset
 from ddkit.engine import deterministic
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed, RunFilesError
 from ddkit.files import read_json, sha256, write_atomic, write_json
@@ -242,7 +242,7 @@ def run_evaluators(
     rows: list[Evaluation] = []
     for label, evaluator in sorted(evaluators.items()):
         try:
-            rows += evaluator(artifact, data, teacher)
+            rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, data, teacher)]
         except DdkitError:
             raise
         except Exception as error:  # a stranger's evaluator can raise anything
@@ -308,8 +308,9 @@ def evaluate(
     )  # fmt: skip
     tables = with_options(recipe.evaluators, model=model, repeats=repeats)
     where = pick_device(device)
-    real = RealData(open_dataset(recipe.data), recipe.pipc, recipe.seed, _image_shape(artifact))
+    real = RealData.of(recipe, open_dataset(recipe.data), _image_shape(artifact))
     _check_fit(artifact, real.info)
+    _check_held_out(artifact, real)
     made = {n: plugins.create("evaluator", t.use or n, t.options, data=real.info, where=f"evaluators.{n}") for n, t in tables.items()}
     wants_teacher = teacher is not None or any(evaluator.requires.teacher for evaluator in made.values())
     guide = load_teacher(recipe.teacher, real.info, where) if wants_teacher and recipe.teacher.use != "auto" else None
@@ -347,6 +348,20 @@ def _check_fit(artifact: Artifact, info: DataInfo) -> None:
         )
 
 
+def _check_held_out(artifact: Artifact, real: RealData) -> None:
+    """Raises InputError where a held-out image may have been accessible when the set was made."""
+    if real.held_out is None:
+        return
+    made_with = artifact.metadata.get("seed", real.seed)
+    if made_with != real.seed:
+        raise InputError(
+            f"With data.test = held-out the seed tells held-out images from accessible ones, and the set was made with seed "
+            f"{made_with}. Use --seed {made_with}, or --set data.test=test.",
+            "data.test",
+        )
+    check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
+
+
 def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
     """Adds rows to evaluation.json, a new row replacing an older one of the same _identity."""
     manifest = directory.read_manifest()
@@ -359,11 +374,15 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
 
 
 def _same_data(one: Recipe, other: Recipe) -> bool:
-    return (one.data, one.pipc, one.seed) == (other.data, other.pipc, other.seed)
+    """Whether both have the same real data; on which split of it they test is told by the rows."""
+    first, second = (msgspec.structs.replace(recipe.data, test="test") for recipe in (one, other))
+    return (first, one.pipc, one.seed) == (second, other.pipc, other.seed)
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return (*(row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats")), row.get("details", {}).get("epochs"))
+    """Returns what two rows have in common of which the newer replaces the older."""
+    named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
+    return (*named, row.get("images", "synthetic"), row.get("split", "test"), row.get("details", {}).get("epochs"))
 
 
 def train(

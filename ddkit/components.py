@@ -126,7 +126,11 @@ class Augmenter(Component):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """One row of an evaluation. Accuracies are fractions; std is the sample standard deviation, None for one repeat."""
+    """One row of an evaluation. Accuracies are fractions; std is the sample standard deviation, None for one repeat.
+
+    `images` names what the networks were trained on: "synthetic", or a baseline; random real stands beside synthetic.
+    `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
+    """
 
     evaluator: str
     model: str
@@ -138,13 +142,16 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     random_real_mean: float | None = None
     random_real_std: float | None = None
     details: dict[str, Any] = {}
+    images: str = "synthetic"
+    split: str = "test"
 
 
 class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     """The real data an evaluator may use. Images are in pixel units, float32 in 0..1 or uint8.
 
-    test_images (t, C, H, W), test_labels (t,): the test set; real_images (m, C, H, W), real_labels (m,): the
-    accessible training images. `seed` is the run's; `device` where to compute; `report(done, total)` shows progress.
+    test_images (t, C, H, W), test_labels (t,): the test set, or held-out training images in its place; real_images
+    (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
+    `report(done, total)` shows progress.
     """
 
     info: DataInfo

@@ -15,7 +15,7 @@ from ddkit.errors import DdkitError, InputError
 from ddkit.imagecache import entry_of
 from ddkit.images import common_shape, conform, other_sizes, to_unit
 from ddkit.randomness import generator
-from ddkit.recipe import DataTable
+from ddkit.recipe import DataTable, Recipe
 
 log = logging.getLogger("ddkit")
 
@@ -59,15 +59,27 @@ def accessible_indices(labels: Tensor, classes: int, pipc: int | str, seed: int)
 
     The choice for a class depends on (seed, class) alone.
     """
-    order = labels.argsort(stable=True)  # stable: each class's rows ascend
     if pipc == "all":
-        return order.tolist()
-    chosen = [order[:0]]
+        return labels.argsort(stable=True).tolist()
+    return _chosen_indices(labels, classes, seed, slice(int(pipc)))
+
+
+def held_out_indices(labels: Tensor, classes: int, count: int, seed: int) -> list[int]:
+    """Returns the indices of at most `count` rows of each class, none accessible while pipc + count fit into the class.
+
+    They are the other end of the order in which rows become accessible, so they do not depend on pipc.
+    """
+    return _chosen_indices(labels, classes, seed, slice(-count, None))
+
+
+def _chosen_indices(labels: Tensor, classes: int, seed: int, part: slice) -> list[int]:
+    """Returns `part` of each class's rows in an order of (seed, class), class by class, each class's ascending."""
+    chosen = []
+    order = labels.argsort(stable=True)  # stable: each class's rows ascend
     for label, rows in enumerate(order.split(class_counts(labels, classes))):
-        if int(pipc) < len(rows):
-            rows = rows[torch.randperm(len(rows), generator=generator(seed, "accessible", label))[: int(pipc)].sort().values]
-        chosen.append(rows)
-    return torch.cat(chosen).tolist()
+        shuffled = torch.randperm(len(rows), generator=generator(seed, "accessible", label))
+        chosen.append(rows[shuffled[part].sort().values])
+    return torch.cat([order[:0], *chosen]).tolist()
 
 
 def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: tuple[int, int, int] | None) -> Tensor:
@@ -119,11 +131,23 @@ class NoImages(Dataset):
 
 
 class RealData:
-    """The accessible real images of a run: `images` (m, C, H, W) in pixel units (uint8 or float), `labels` (m,)."""
+    """The accessible real images of a run: `images` (m, C, H, W) in pixel units (uint8 or float), `labels` (m,).
 
-    def __init__(self, dataset: Dataset, pipc: int | str, seed: int, shape: tuple[int, int, int] | None = None) -> None:
-        """Opens only the accessible images; `shape` is needed where pipc is 0."""
-        self.dataset = dataset
+    `split` names what evaluations test on: "test", or "held-out" where `held_out` training images of each class are.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        pipc: int | str,
+        seed: int,
+        shape: tuple[int, int, int] | None = None,
+        *,
+        held_out: int | None = None,
+    ) -> None:
+        """Opens only the accessible images; `shape` is needed where pipc is 0. `held_out` None: the test split is tested on."""
+        self.dataset, self.pipc, self.seed, self.held_out = dataset, pipc, seed, held_out
+        self.split = "test" if held_out is None else "held-out"
         labels = dataset.labels("train")
         self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
         if not self.indices and shape is None:
@@ -133,6 +157,12 @@ class RealData:
         self.images = load_images(dataset, "train", self.indices, shape)
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.info = data_info(dataset, self.images.shape[1:])
+
+    @classmethod
+    def of(cls, recipe: Recipe, dataset: Dataset, shape: tuple[int, int, int] | None) -> RealData:
+        """Returns the real data that `recipe` asks for."""
+        held_out = recipe.data.held_out if recipe.data.test == "held-out" else None
+        return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out)
 
     @property
     def sources(self) -> list[str | int]:
@@ -144,13 +174,39 @@ class RealData:
         return dict(zip(self.info.class_names, class_counts(self.labels, self.info.classes), strict=True))
 
     def check_test_set(self) -> None:
-        """Raises InputError if the test split is empty."""
-        if len(self.dataset.labels("test")) == 0:
-            raise InputError("The dataset has no test images, so nothing can be evaluated. Use --evaluate none.")
+        """Raises InputError if the test split is empty, or too few training images are left to hold out."""
+        if self.held_out is not None:
+            check_held_out(self.dataset, self.pipc, self.held_out)
+        elif len(self.dataset.labels("test")) == 0:
+            raise InputError(
+                "The dataset has no test images, so nothing can be evaluated. Use --evaluate none, or hold out training images: "
+                "--set data.test=held-out."
+            )
 
     @cached_property
     def test_set(self) -> tuple[Tensor, Tensor]:
-        """(images, labels) of the test split, read once; raises InputError if it is empty."""
+        """(images, labels) of what evaluations test on, read once; raises InputError as check_test_set does."""
         self.check_test_set()
-        labels = self.dataset.labels("test")
-        return load_images(self.dataset, "test", range(len(labels)), self.info.shape), labels
+        if self.held_out is None:
+            labels = self.dataset.labels("test")
+            return load_images(self.dataset, "test", range(len(labels)), self.info.shape), labels
+        labels = self.dataset.labels("train")
+        indices = held_out_indices(labels, self.info.classes, self.held_out, self.seed)
+        return load_images(self.dataset, "train", indices, self.info.shape), labels[torch.tensor(indices, dtype=torch.int64)]
+
+
+def check_held_out(dataset: Dataset, pipc: int | str, held_out: int) -> None:
+    """Raises InputError where a class has fewer than pipc + held_out training images."""
+    counts = dict(zip(dataset.class_names, class_counts(dataset.labels("train"), len(dataset.class_names)), strict=True))
+    name, least = min(counts.items(), key=lambda item: item[1])
+    if pipc != "all" and int(pipc) + held_out <= least:
+        return
+    if pipc == "all" or int(pipc) >= least:
+        fix = f"Use --pipc with a number below {least}"
+    else:
+        fix = f"Use --set data.held_out={least - int(pipc)} or less, or a smaller --pipc"
+    raise InputError(
+        f"data.test = held-out needs {held_out} training images of each class (data.held_out) beside the accessible ones "
+        f"(pipc {pipc}), but the class '{name}' has {least} in all. {fix}, or --set data.test=test.",
+        "data.held_out",
+    )

@@ -48,7 +48,7 @@ class Job:
         check_classes(self.dataset)
         self._check_room()
         self.teacher: Teacher | None = None
-        self.real = RealData(self.dataset, recipe.pipc, recipe.seed, self._shape())
+        self.real = RealData.of(recipe, self.dataset, self._shape())
         self.info: DataInfo = self.real.info
         self._build_components()
 

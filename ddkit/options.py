@@ -146,6 +146,8 @@ def _alternatives(kind: type[msgspec.Struct], name: str) -> list[msgspec.inspect
 def _unfolded(kind: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
     if isinstance(kind, msgspec.inspect.Metadata):
         return _unfolded(kind.type)
+    if isinstance(kind, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
+        return _unfolded(kind.item_type)
     return [part for each in kind.types for part in _unfolded(each)] if isinstance(kind, msgspec.inspect.UnionType) else [kind]
 
 

@@ -28,6 +28,11 @@ class DataTable(PluginTable):
     use: Annotated[str, Option("dataset, NAME or NAME:ARGUMENT")] = "digits"
     dir: Annotated[str, Option("folder for datasets that download")] | None = None
     batch: Annotated[int, Option("real images a class and step, at most", ge=1)] = 256
+    test: Annotated[
+        Literal["test", "held-out"],
+        Option("what evaluations test on: the test split, or training images that are not accessible, to choose settings by"),
+    ] = "test"
+    held_out: Annotated[int, Option("images of each class that are held out", ge=1)] = 200
 
 
 class TeacherTable(PluginTable):

@@ -23,7 +23,8 @@ from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
 FILES = {"recipe.toml", "manifest.json", "metrics.jsonl", "evaluation.json", "preview.png", "synthetic.safetensors", "checkpoints"}
-ROW = ["evaluator", "model", "protocol", "labels", "repeats", "accuracy_mean", "accuracy_std", "random_real_mean", "random_real_std"]
+FIGURES = ["accuracy_mean", "accuracy_std", "random_real_mean", "random_real_std"]
+ROW = ["evaluator", "model", "protocol", "labels", "repeats", *FIGURES, "images", "split"]
 BOTH = ["--losses", "dm:0.01,dkkt:0.5", "--ipc", 1, "--pipc", 4, *SMALL_FLAGS, "--set", "engine.log_every=1"]
 
 
@@ -127,7 +128,8 @@ def _check_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert [key for key in row if key != "details"] == ROW
         assert row["labels"] in ("hard", "soft")
-        for key in ROW[5:]:
+        assert (row["images"], row["split"]) == ("synthetic", "test")
+        for key in FIGURES:
             assert 0 <= row[key] <= 1
 
 

@@ -89,10 +89,11 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     """Returns the evaluations as a text table."""
     from tabulate import tabulate
 
-    header = ["evaluator", "model", "protocol", "labels", "accuracy", "random real", "networks"]
-    lines = [
-        [r.evaluator, r.model, r.protocol, r.labels, percent(r.accuracy_mean, r.accuracy_std),
-         percent(r.random_real_mean, r.random_real_std), r.repeats]
-        for r in rows
-    ]  # fmt: skip
-    return tabulate(lines, header, tablefmt="simple", disable_numparse=True)
+    columns: dict[str, list[Any]] = {key: [getattr(row, key) for row in rows] for key in ("evaluator", "model", "protocol", "labels")}
+    for key, usual in (("images", "synthetic"), ("split", "test")):
+        values = [getattr(row, key) for row in rows]
+        columns |= {key: values} if any(value != usual for value in values) else {}
+    columns["accuracy"] = [percent(row.accuracy_mean, row.accuracy_std) for row in rows]
+    columns["random real"] = [percent(row.random_real_mean, row.random_real_std) for row in rows]
+    columns["networks"] = [row.repeats for row in rows]
+    return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)

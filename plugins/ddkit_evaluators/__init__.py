@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -11,6 +12,8 @@ import torch
 import ddkit
 from ddkit_evaluators.trainer import Trainer, trained_in_turn
 from ddkit_evaluators.workers import trained_apart
+
+log = logging.getLogger("ddkit")
 
 
 class Protocol(NamedTuple):
@@ -55,6 +58,9 @@ class Accuracy(ddkit.Evaluator):
         repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
         epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
         random_real: Annotated[bool, ddkit.Option("whether random real images are evaluated beside the set")] = True
+        baselines: Annotated[
+            tuple[Literal["pipc-real", "class-mean"], ...], ddkit.Option("rows of their own: all accessible images, class means")
+        ] = ()
         precision: Literal["auto", "float32", "bfloat16"] = "auto"
         compile: Annotated[Literal["auto", "always", "never"], ddkit.Option("auto: where it pays back")] = "auto"
         workers: Annotated[int, ddkit.Option("processes that train networks at the same time", ge=1)] | Literal["auto"] = "auto"
@@ -69,7 +75,7 @@ class Accuracy(ddkit.Evaluator):
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         models = self._models(data.info)
-        return [self._evaluation(name, model, artifact, data) for name, model in models.items()]
+        return [row for name, model in models.items() for row in self._evaluations(name, model, artifact, data)]
 
     @property
     def schedule(self) -> ddkit.Schedule:
@@ -106,32 +112,43 @@ class Accuracy(ddkit.Evaluator):
             return 1
         return min(torch.get_num_threads(), MOST_WORKERS)
 
-    def _evaluation(self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData) -> ddkit.Evaluation:
-        protocol = PROTOCOLS[self.options.protocol]
+    def _kinds(self, data: ddkit.EvaluationData) -> list[str]:
+        """Returns what networks are trained on: the set itself, then what stands beside it."""
+        wanted = [*(["random real"] if self.options.random_real else []), *dict.fromkeys(self.options.baselines)]
+        if len(data.real_images):
+            return ["synthetic", *wanted]
+        if self.options.baselines:
+            log.warning("Without accessible real images there is nothing to compute the baselines from; they are left out.")
+        return ["synthetic"]
+
+    def _evaluations(self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData) -> list[ddkit.Evaluation]:
+        """Returns the row of the set, and one of each baseline; how they are computed is decided on the set alone."""
+        protocol, kinds = PROTOCOLS[self.options.protocol], self._kinds(data)
         repeats = self.options.repeats or protocol.repeats
-        kinds = ["synthetic", "random real"] if self.options.random_real and len(data.real_images) else ["synthetic"]
-        tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
-        plan = self.plan(
-            data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=len(tasks), model=model
-        )  # fmt: skip
+        networks = repeats * sum(kind in ("synthetic", "random real") for kind in kinds)
+        plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         trainer = Trainer(name, model, artifact, data, self.schedule, protocol.augmenter, plan.arithmetic)
+        tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         found = trained_apart(trainer, tasks, plan.workers) if plan.workers > 1 else trained_in_turn(trainer, tasks)
-        made, real = found[:repeats], found[repeats:]
+        by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
+        real = by_kind.pop("random real", [])
+        facts = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": plan.workers}
+        return [self._row(name, kind, made, real if kind == "synthetic" else [], facts) for kind, made in by_kind.items()]
+
+    def _row(self, name: str, images: str, made: list[float], real: list[float], facts: dict[str, Any]) -> ddkit.Evaluation:
         return ddkit.Evaluation(
             evaluator=self.name,
             model=name,
             protocol=self.options.protocol,
             labels="hard",
-            repeats=repeats,
+            images=images,
+            repeats=len(made),
             accuracy_mean=_mean(made),
             accuracy_std=_std(made),
             random_real_mean=_mean(real) if real else None,
             random_real_std=_std(real),
-            details={
-                "epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": real,
-                "precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": plan.workers,
-            },
-        )  # fmt: skip
+            details={"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": real, **facts},
+        )
 
 
 def _mean(values: Sequence[float]) -> float:

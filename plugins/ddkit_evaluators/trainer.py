@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 
 import ddkit
 
-Task = tuple[str, int]  # ("synthetic" or "random real", number of the network)
+Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
+Labelled = tuple[Tensor, Tensor]  # normalised images (n, C, H, W), labels (n,)
 
 
 class Trainer:
@@ -46,8 +47,8 @@ class Trainer:
         return ddkit.Normalisation(self.artifact.mean, self.artifact.std).normalise(images)
 
     def accuracy(self, kind: str, repeat: int) -> float:
-        """Returns the test accuracy of network `repeat`; on synthetic and on real images it starts from the same weights."""
-        images, labels = (self.artifact.normalised, self.artifact.labels) if kind == "synthetic" else self._random_real(repeat)
+        """Returns the test accuracy of network `repeat`; whatever it is trained on, it starts from the same weights."""
+        images, labels = self.training_set(kind, repeat)
         ddkit.redraw(self.module, self.model, self.data.info, self.data.seed, "evaluate", self.name, repeat)
         with ddkit.products(self.data.device, self.arithmetic.precision):
             self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat))
@@ -78,15 +79,39 @@ class Trainer:
         device = self.data.device
         ddkit.fit(self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, **self._how)
 
-    def _random_real(self, repeat: int) -> tuple[Tensor, Tensor]:
-        """Returns as many accessible real images of each class as the set has, drawn anew per repeat, normalised alike."""
-        rows = []
+    def training_set(self, kind: str, repeat: int) -> Labelled:
+        """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is."""
+        makers: dict[str, Callable[[int], Labelled]] = {
+            "synthetic": lambda _: (self.artifact.normalised, self.artifact.labels),
+            "random real": self._random_real,
+            "pipc-real": lambda _: (self._normalised(self.data.real_images), self.data.real_labels),
+            "class-mean": self._class_mean,
+        }
+        return makers[kind](repeat)
+
+    def _shuffled(self, purpose: str, repeat: int) -> Iterator[tuple[Tensor, int]]:
+        """Yields for each class of the set its accessible rows in an order drawn anew per repeat, and its images in the set."""
         for label, count in zip(*self.artifact.labels.unique(return_counts=True), strict=True):
             own = (self.data.real_labels == label).nonzero().flatten()
-            draw = ddkit.generator(self.data.seed, "random real", repeat, int(label))
-            rows.append(own[torch.randperm(len(own), generator=draw)[: int(count)]])
-        chosen = torch.cat(rows)
+            draw = ddkit.generator(self.data.seed, purpose, repeat, int(label))
+            yield own[torch.randperm(len(own), generator=draw)], int(count)
+
+    def _random_real(self, repeat: int) -> Labelled:
+        """Returns as many accessible real images of each class as the set has."""
+        chosen = torch.cat([rows[:count] for rows, count in self._shuffled("random real", repeat)])
         return self._normalised(self.data.real_images[chosen]), self.data.real_labels[chosen]
+
+    def _class_mean(self, repeat: int) -> Labelled:
+        """Returns means of disjoint groups of accessible images: as many a class as the set has, or fewer for want of images.
+
+        The groups of a class hold all of its images and differ in size by one at most.
+        """
+        images, labels = [], []
+        for rows, count in self._shuffled("class-mean", repeat):
+            for group in rows.tensor_split(max(1, min(count, len(rows)))) if len(rows) else ():
+                images.append(self._normalised(self.data.real_images[group]).mean(0))
+                labels.append(self.data.real_labels[group[0]])
+        return torch.stack(images), torch.stack(labels)
 
 
 def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], *, done: int = 0) -> list[float]:

@@ -115,7 +115,7 @@ class _Crew:
 
 def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: int) -> None:
     data, artifact = trainer.data, trainer.artifact
-    wanted = slice(None) if any(kind == "random real" for kind, _ in tasks) else slice(0)
+    wanted = slice(None) if any(kind != "synthetic" for kind, _ in tasks) else slice(0)
     tensors = {
         "images": artifact.images, "labels": artifact.labels, "test_images": data.test_images, "test_labels": data.test_labels,
         "real_images": data.real_images[wanted], "real_labels": data.real_labels[wanted],

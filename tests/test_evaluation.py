@@ -1,0 +1,237 @@
+"""What an evaluation tests on and compares with: held-out images, baselines, soft labels, sharpness-aware training."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddkit_evaluators.trainer import Trainer
+
+import ddkit
+from ddkit.data import RealData, open_dataset
+from ddkit.recipe import DataTable
+from tests.conftest import SMALL_FLAGS, Result
+
+CLI = Callable[..., Result]
+HELD_OUT = ("--set", "data.test=held-out", "--set", "data.held_out=40")
+
+
+def rows_of(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def real(pipc: int | str = 10, seed: int = 0, held_out: int | None = 40) -> RealData:
+    return RealData(open_dataset(DataTable()), pipc, seed, (1, 8, 8), held_out=held_out)
+
+
+# Held-out images
+
+
+def test_held_out_images_are_training_images_that_are_neither_accessible_nor_tested_on() -> None:
+    made = real(pipc=100)
+    images, labels = made.test_set
+    assert torch.bincount(labels).tolist() == [40] * 10
+    all_images, tests = real("all", held_out=None).images, real(held_out=None).test_set[0]
+    assert rows_of(images) <= rows_of(all_images)
+    assert not rows_of(images) & rows_of(made.images)
+    assert not rows_of(images) & rows_of(tests)
+    assert rows_of(made.images) <= rows_of(all_images), "the control: what is compared can meet"
+
+
+def test_held_out_images_depend_on_the_seed_and_not_on_pipc() -> None:
+    first, more, other = real(pipc=0), real(pipc=90), real(seed=1)
+    assert torch.equal(first.test_set[0], more.test_set[0])
+    assert torch.equal(first.test_set[1], more.test_set[1])
+    assert rows_of(first.test_set[0]) != rows_of(other.test_set[0])
+    assert rows_of(real(held_out=20).test_set[0]) < rows_of(first.test_set[0])
+
+
+def test_labels_are_those_of_the_held_out_images() -> None:
+    images, labels = real().test_set
+    everything = real("all", held_out=None)
+    by_pixels = {image.numpy().tobytes(): int(label) for image, label in zip(everything.images, everything.labels, strict=True)}
+    assert [by_pixels[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("pipc", "held_out", "said"),
+    [("all", 1, "--pipc with a number below 140"), (139, 200, "held_out=1 or less"), (100, 41, "held_out=40 or less"), (500, 1, "--pipc")],
+)
+def test_too_few_images_to_hold_out_are_told_before_the_run(pipc: int | str, held_out: int, said: str, cli: CLI) -> None:
+    flags = ("--set", "data.test=held-out", "--set", f"data.held_out={held_out}", "--pipc", pipc)
+    result = cli("distill", "--losses", "dm", "--plan", *flags)
+    assert (result.code, result.out) == (4, "")
+    assert "has 140 in all" in " ".join(result.err.split())
+    assert said in " ".join(result.err.split())
+
+
+def test_as_many_as_are_left_can_be_held_out(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--plan", *HELD_OUT, "--pipc", 100).code == 0
+
+
+def test_a_run_is_tuned_on_held_out_images_and_tested_once(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "plain").code == 0
+    result = cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, *HELD_OUT, "--out", "run")
+    assert result.code == 0, result.err
+    assert "split" in result.out
+    assert "held-out" in result.out
+    assert torch.equal(ddkit.load("run").images, ddkit.load("plain").images)
+    files = [json.loads(Path(name, "manifest.json").read_text())["real_files"] for name in ("run", "plain")]
+    assert files[0] == files[1]
+    tested = cli("evaluate", "run", "--set", "data.test=test")
+    assert tested.code == 0, tested.err
+    assert "split" not in tested.out
+    rows = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [row["split"] for row in rows] == ["held-out", "test"]
+    assert rows[1] == json.loads(Path("plain/evaluation.json").read_text())["evaluations"][0]
+    assert rows[0]["details"]["accuracies"] != rows[1]["details"]["accuracies"]
+
+
+def test_another_seed_could_test_on_accessible_images_and_is_refused(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 110, "--evaluate", "none", *SMALL_FLAGS, "--out", "run").code == 0
+    result = cli("evaluate", "run", "--seed", 1, *HELD_OUT)
+    assert (result.code, result.out) == (4, "")
+    assert "Use --seed 0" in result.err
+    result = cli("evaluate", "run", "--pipc", 5, *HELD_OUT)
+    assert result.code == 4, "the set was made with more than pipc 5"
+    assert "pipc 110" in " ".join(result.err.split())
+
+
+def test_an_unknown_split_is_refused(cli: CLI) -> None:
+    result = cli("distill", "--losses", "dm", "--plan", "--set", "data.test=heldout")
+    assert result.code == 4
+    assert "Did you mean 'held-out'?" in result.err
+
+
+# Baselines
+
+INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))
+
+
+def images(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns uint8 images whose brightness tells the class, and labels, class by class."""
+    labels = torch.arange(2).repeat_interleave(rows // 2)
+    noise = torch.randint(0, 128, (rows, *INFO.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return noise + (labels * 60).to(torch.uint8).view(-1, 1, 1, 1), labels
+
+
+def artifact(counts: tuple[int, int] = (2, 2)) -> ddkit.Artifact:
+    pixels = torch.rand((sum(counts), *INFO.shape), generator=torch.Generator().manual_seed(0))
+    metadata = {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]}
+    return ddkit.Artifact(pixels, torch.arange(2).repeat_interleave(torch.tensor(counts)), metadata)
+
+
+def data(real_rows: int = 20, seed: int = 3) -> ddkit.EvaluationData:
+    tests, test_labels = images(100, 1)
+    real_images, real_labels = images(real_rows, 2)
+    return ddkit.EvaluationData(
+        info=INFO, test_images=tests, test_labels=test_labels, real_images=real_images, real_labels=real_labels, seed=seed,
+        device=torch.device("cpu"), report=lambda done, total: None,
+    )  # fmt: skip
+
+
+def evaluated(
+    made: ddkit.Artifact | None = None, given: ddkit.EvaluationData | None = None, teacher: ddkit.Teacher | None = None, **options: Any
+) -> list[ddkit.Evaluation]:
+    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
+    evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
+    return list(evaluator(made or artifact(), given or data(), teacher))
+
+
+def trainer(made: ddkit.Artifact, given: ddkit.EvaluationData) -> Trainer:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    arithmetic = ddkit.Arithmetic(compile=False, precision="float32")
+    return Trainer("mlp", model, made, given, ddkit.Schedule(epochs=1), "none", arithmetic)
+
+
+BASELINES = ["pipc-real", "class-mean"]
+
+
+def test_baselines_are_rows_of_their_own_and_change_no_other() -> None:
+    synthetic, real_row, means = evaluated(baselines=BASELINES, epochs=60)
+    assert [synthetic] == evaluated(epochs=60)
+    assert [row.images for row in (synthetic, real_row, means)] == ["synthetic", *BASELINES]
+    for row in (real_row, means):
+        assert (row.random_real_mean, row.random_real_std, row.repeats) == (None, None, 2)
+        assert row.details["random_real_accuracies"] == []
+    assert real_row.accuracy_mean > synthetic.accuracy_mean, "pixels without a class teach nothing"
+    assert evaluated(baselines=["class-mean", "class-mean"], random_real=False, epochs=60)[1:] == [means]
+
+
+def test_processes_train_baselines_as_one_after_the_other_does() -> None:
+    def accuracies(workers: int) -> list[list[float]]:
+        return [row.details["accuracies"] for row in evaluated(baselines=BASELINES, random_real=False, workers=workers)]
+
+    assert accuracies(2) == accuracies(1)
+
+
+def test_pipc_real_is_every_accessible_image() -> None:
+    given = data()
+    found, labels = trainer(artifact(), given).training_set("pipc-real", 0)
+    assert torch.equal(found, (given.real_images.float() / 255 - 0.5) / 0.25)
+    assert torch.equal(labels, given.real_labels)
+
+
+def test_class_means_are_of_disjoint_groups_that_hold_every_image() -> None:
+    given, made = data(), artifact((3, 1))
+    found, labels = trainer(made, given).training_set("class-mean", 0)
+    assert labels.tolist() == [0, 0, 0, 1]
+    normalised = (given.real_images.float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(found[3], normalised[10:].mean(0))
+    total = found[0] * 4 + found[1] * 3 + found[2] * 3  # 10 images in groups of 4, 3 and 3
+    torch.testing.assert_close(total, normalised[:10].sum(0))
+    again = trainer(made, given).training_set("class-mean", 0)[0]
+    assert torch.equal(found, again)
+    assert not torch.equal(found, trainer(made, given).training_set("class-mean", 1)[0])
+
+
+@pytest.mark.parametrize("ipc", [10, 15])
+def test_class_means_of_as_many_groups_as_images_are_the_images(ipc: int) -> None:
+    of = trainer(artifact((ipc, ipc)), data())
+    means, real_images = (of.training_set(kind, 0) for kind in ("class-mean", "pipc-real"))
+    assert rows_of(means[0]) == rows_of(real_images[0])
+    assert torch.equal(means[1], real_images[1])
+    fewer = trainer(artifact((9, 9)), data()).training_set("class-mean", 0)
+    assert rows_of(fewer[0]) != rows_of(real_images[0])
+
+
+def test_baselines_start_from_the_weights_of_the_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[torch.Tensor] = []
+
+    def fit(module: torch.nn.Module, *_: Any, **__: Any) -> None:
+        states.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
+
+    monkeypatch.setattr(ddkit, "fit", fit, raising=False)
+    evaluated(baselines=BASELINES)
+    assert len(states) == 8
+    assert all(torch.equal(state, states[number % 2]) for number, state in enumerate(states))
+    assert not torch.equal(states[0], states[1])
+
+
+def test_without_real_images_baselines_are_left_out_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    empty = data(0)
+    with caplog.at_level(logging.WARNING, logger="ddkit"):
+        (row,) = evaluated(given=empty, baselines=BASELINES)
+    assert row.images == "synthetic"
+    assert "they are left out" in caplog.text
+
+
+def test_a_run_keeps_baselines_beside_its_own_row(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    for _ in range(2):
+        result = cli("evaluate", "run", "--set", "evaluators.accuracy.baselines=['pipc-real', 'class-mean']")
+        assert result.code == 0, result.err
+        assert "images" in result.out
+    rows = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [row["images"] for row in rows] == ["synthetic", *BASELINES]
+
+
+def test_an_unknown_baseline_is_refused(cli: CLI) -> None:
+    result = cli("distill", "--losses", "dm", "--plan", "--set", "evaluators.accuracy.baselines=['mean']")
+    assert result.code == 4
+    assert "class-mean" in result.err
