@@ -306,19 +306,27 @@ def evaluate(
         artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
         data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
     )  # fmt: skip
-    tables = with_options(recipe.evaluators, model=model, repeats=repeats)
+    recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
+    watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
+    rows = _judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
+    if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
+        _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
+    return rows
+
+
+def _judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False) -> list[Evaluation]:
+    """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
     where = pick_device(device)
     real = RealData.of(recipe, open_dataset(recipe.data), _image_shape(artifact))
     _check_fit(artifact, real.info)
     _check_held_out(artifact, real)
-    made = {n: plugins.create("evaluator", t.use or n, t.options, data=real.info, where=f"evaluators.{n}") for n, t in tables.items()}
-    wants_teacher = teacher is not None or any(evaluator.requires.teacher for evaluator in made.values())
+    made = {
+        name: plugins.create("evaluator", table.use or name, table.options, data=real.info, where=f"evaluators.{name}")
+        for name, table in recipe.evaluators.items()
+    }
+    wants_teacher = with_teacher or any(evaluator.requires.teacher for evaluator in made.values())
     guide = load_teacher(recipe.teacher, real.info, where) if wants_teacher and recipe.teacher.use != "auto" else None
-    watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
-    rows = run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
-    if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
-        _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
-    return rows
+    return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
 
 
 def _evaluation_recipe(
@@ -427,11 +435,10 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     class name, and within a class by their order. Where one of them is a run, `ddkit evaluate` finds its real data.
     Raises DdkitError.
     """
-    parts = [load(first), load(second)]
-    result = blended(*parts, alpha)
+    result = blended(load(first), load(second), alpha)
     directory = RunDirectory.claim(Path(out))
     known = [RunDirectory.existing(Path(part)).read_recipe() for part in (first, second) if (Path(part) / RECIPE).is_file()]
-    table = {key: known[0][key] for key in ("data", "teacher", "seed", "pipc") if key in known[0]} if known else {}
+    table: dict[str, Any] = {key: known[0][key] for key in ("data", "teacher", "seed", "pipc") if key in known[0]} if known else {}
     paths = [str(Path(part).absolute()) for part in (first, second)]
     recipe = parse_recipe(
         {**table, "name": "blend", "ipc": _images_a_class(result), "blend": {"first": paths[0], "second": paths[1], "alpha": alpha}}

@@ -161,7 +161,8 @@ def tune_process() -> None:
     """Sets up a process that is ddkit's own, before torch is imported: allocator and compile cache.
 
     glibc gives every large tensor back to the system when it is freed, and the next step pays for fresh pages. So freed
-    memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves the allocator alone. What torch compiles is kept in ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
+    memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves the allocator alone. What torch
+    compiles is kept in ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
     """
     with suppress(RunFilesError):  # a user without a home: torch has a folder of its own
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))

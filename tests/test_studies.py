@@ -219,7 +219,8 @@ def test_bad_flags_are_told(cli: CLI, commands: list[list[str]], flags: list[str
 @pytest.mark.parametrize("name", INSTALLED)
 def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
     study = read_study(name)
-    assert study.summary and study.source
+    assert study.summary
+    assert study.source
     for cell in cells_of(study):
         recipe = reproduce._recipe(study, cell, 0, reproduce.Settings(dataset="digits"))
         assert recipe.ipc == cell.ipc

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ddkit.cli.common import echo_json, quiet, set_verbosity, shared
-from ddkit.errors import FlagError
+from ddkit.errors import FlagError, RunFailed
 
 
 class StudyCells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -71,7 +71,7 @@ def reproduce(study: str, **flags: Any) -> None:
         for picture in report.pictures:
             click.echo(f"picture  {picture}")
     if any(figure.failed for figure in report.figures):
-        raise work.RunFailed("Some sets failed; the table says which, and a second call tries them again.")
+        raise RunFailed("Some sets failed; the table says which, and a second call tries them again.")
 
 
 @click.command()
