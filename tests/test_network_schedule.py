@@ -18,12 +18,14 @@ from ddkit.engine import Engine, Term
 from ddkit.files import read_tensors, write_tensors
 from ddkit.jobs import Job
 from ddkit.networks import build_network, embed, network_tensors
-from ddkit.recipe import parse_recipe
+from ddkit.recipe import Recipe, parse_recipe
+from ddkit.recipes import recipe_for
 from ddkit.step import NORM_IMAGES, Step
 
 from .conftest import SMALL_FLAGS, Result
 
 CLASSES, STEPS, SHARED = 3, 6, 3  # steps 0, 1, 2 share one network, and 3, 4, 5
+DC = Path(__file__).parents[1] / "plugins" / "ddkit_gm" / "recipes" / "dc.toml"
 Maker = Callable[..., dict[str, Any]]
 
 
@@ -258,7 +260,7 @@ def test_a_step_whose_network_was_not_trained_up_to_it_is_refused(recipe: Maker)
         engine.evaluate(2)
 
 
-# Bad values
+# Bad values, and the recipe
 
 
 @pytest.mark.parametrize(
@@ -276,3 +278,24 @@ def test_a_bad_value_is_one_paragraph(cli: Callable[..., Result], setting: str, 
     assert f"network.{word}" in result.err
     assert "\n\n" not in result.err.strip()
     assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("ipc", "outer", "inner"),
+    [(1, 1, 1), (5, 10, 50), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10), (100, 50, 10)],
+)
+def test_the_recipe_dc_has_the_loops_of_the_public_code(ipc: int, outer: int, inner: int) -> None:
+    made: Recipe = recipe_for(str(DC), ipc=ipc)
+    assert (made.network.renew_every, made.network.inner_epochs, made.network.inner_lr) == (outer, inner, 0.01)
+    assert made.steps == 1000 * outer
+    assert (made.pipc, made.data.batch, made.augmenter.use, made.initializer.use) == ("all", 256, "none", "noise")
+    images = made.optimizer["images"]
+    assert (images.kind, images.lr, images.momentum) == ("sgd", 0.1, 0.5)
+    assert [(label, table.weight) for label, table in made.losses.items()] == [("gm", 1.0)]
+    assert made.evaluators["accuracy"].options["protocol"] == "dc-official"
+
+
+def test_the_recipe_dc_runs(npz: Path, tmp_path: Path) -> None:
+    sets = {"network.width": 4, "network.inner_epochs": 1}
+    run = ddkit.distill(str(DC), dataset=f"npz:{npz}", ipc=2, steps=3, evaluators="none", sets=sets, out=tmp_path / "run", device="cpu")
+    assert run.steps == 3
