@@ -120,7 +120,7 @@ def run_recipe(
         if job.evaluators:
             _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
         directory.write_recipe(recipe_dict(resolved))
-        directory.write_checkpoint(0, bank.state())
+        directory.write_checkpoint(0, engine.state(0))
     except BaseException:
         directory.discard()
         raise
@@ -144,14 +144,15 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     watchers = _watchers(observers)
     job = _prepared(recipe, device, watchers)
     bank = job.bank()
+    engine = job.engine(bank)
     try:
-        bank.load_state(state)
+        engine.load_state(start, state)
     except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     resolved = job.resolved()
     directory.write_recipe(recipe_dict(resolved))
-    return _finish(job, bank, job.engine(bank), resolved, directory, watchers, start=start)
+    return _finish(job, bank, engine, resolved, directory, watchers, start=start)
 
 
 def _prepared(recipe: Recipe, device: str, watchers: Observers) -> Job:
@@ -164,7 +165,7 @@ def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDir
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
     with deterministic(recipe.engine.deterministic), products(job.device, job.products):
-        _iterate(engine, bank, recipe, directory, watchers, start)
+        _iterate(engine, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
@@ -175,7 +176,7 @@ def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDir
     return run
 
 
-def _iterate(engine: Any, bank: Bank, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
+def _iterate(engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
     began, every = time.perf_counter(), recipe.engine
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
@@ -185,13 +186,15 @@ def _iterate(engine: Any, bank: Bank, recipe: Recipe, directory: RunDirectory, w
             directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
         if (index + 1) % every.checkpoint_every == 0:
-            directory.write_checkpoint(index + 1, bank.state())
+            directory.write_checkpoint(index + 1, engine.state(index + 1))
 
     def is_read(index: int) -> bool:
         return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0
 
-    engine.run(start, recipe.steps, observe=observe, save=lambda step: directory.write_checkpoint(step, bank.state()), is_read=is_read)
-    directory.write_checkpoint(recipe.steps, bank.state())
+    engine.run(
+        start, recipe.steps, observe=observe, save=lambda step: directory.write_checkpoint(step, engine.state(step)), is_read=is_read
+    )
+    directory.write_checkpoint(recipe.steps, engine.state(recipe.steps))
 
 
 def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:

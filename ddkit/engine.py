@@ -54,6 +54,15 @@ class Engine:
             if not bool(self.bank.finite()):
                 raise RunFailed(f"The loss '{term.label}' gives initial values of '{name}' that are not finite.")
 
+    def state(self, index: int) -> dict[str, Tensor]:
+        """Returns copies of all that an exact continuation at step `index` needs: the bank, and a network that was trained."""
+        return self.bank.state() | self.source.network_state(index)
+
+    def load_state(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Continues at step `index` from what state(index) returned; raises KeyError or ValueError where it does not fit."""
+        self.bank.load_state(state)
+        self.source.load_network(index, state)
+
     def run(
         self,
         start: int,
@@ -87,6 +96,7 @@ class Engine:
 
     def evaluate(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
+        self.source.advance(index, self.bank.images, self.bank.labels)
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}
@@ -125,20 +135,27 @@ class Engine:
         return {name: part for name, part in zip(tensors, parts, strict=True) if part is not None}
 
     def careful_step(self, index: int) -> Outcome:
-        """Takes step `index` and returns values and diagnostics, or leaves the bank as it was and raises RunFailed."""
+        """Takes step `index` and returns values and diagnostics, or leaves bank and network as they were and raises RunFailed."""
+        before = self.state(index)
+        try:
+            return self._checked_step(index)
+        except DdkitError:
+            self.load_state(index, before)
+            raise
+
+    def _checked_step(self, index: int) -> Outcome:
         values, gradients, logged = self.evaluate(index)
         for term in self.terms:
             if not bool(values[term.label].isfinite()):
                 raise RunFailed(
                     f"The loss '{term.label}' became {float(values[term.label])} at step {index}. The last good state is kept in "
-                    "checkpoints/. Try a smaller learning rate or weight, or float32 (--set engine.precision=float32)."
+                    f"checkpoints/. Try a smaller learning rate{' (also network.inner_lr)' if self.source.inner else ''} or weight, "
+                    "or float32 (--set engine.precision=float32)."
                 )
-        before = self.bank.state()
         if bool(all_finite(gradients.values())):  # a projection could hide one that is not
             self.bank.update(gradients)
             if bool(self.bank.finite()):
                 return values, logged
-            self.bank.load_state(before)
         raise RunFailed(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
             f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller --set optimizer.images.lr."
@@ -148,9 +165,9 @@ class Engine:
 class _Guard:
     """Knows whether all values since the last check were finite, without asking the device at every step.
 
-    A step is a function of its number and the bank, so what went wrong between two checks is found by going back to the
-    state of the last one and taking the steps again, carefully. (A GPU may add up in another order the second time; where
-    the steps then succeed, the run goes on from them.)
+    A step is a function of its number, the bank and a network that was trained, so what went wrong between two checks
+    is found by going back to the state of the last one and taking the steps again, carefully. (A GPU may add up in
+    another order the second time; where the steps then succeed, the run goes on from them.)
     """
 
     def __init__(self, engine: Engine, start: int, save: Callable[[int], None]) -> None:
@@ -158,7 +175,7 @@ class _Guard:
         self._good(start)
 
     def _good(self, index: int) -> None:
-        self.index, self.state = index, self.engine.bank.state()
+        self.index, self.state = index, self.engine.state(index)
         self.fine = torch.ones((), dtype=torch.bool, device=self.engine.bank.images.device)
 
     def note(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
@@ -175,7 +192,7 @@ class _Guard:
         return mended
 
     def _replay(self, end: int) -> Outcome | None:
-        self.engine.bank.load_state(self.state)
+        self.engine.load_state(self.index, self.state)
         found = None
         for index in range(self.index, end):
             try:

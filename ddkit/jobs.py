@@ -28,6 +28,7 @@ from ddkit.recipe import Recipe
 from ddkit.step import StepSource, ViewSpec
 from ddkit.teacher import Teacher
 from ddkit.teachers import Report, automatic_teacher, load_teacher, resolved_training
+from ddkit.training import Schedule
 
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
@@ -103,8 +104,6 @@ class Job:
             evaluator.check(info)
         if self.evaluators:
             self.real.check_test_set()
-        if recipe.network.inner_epochs:
-            raise InputError("network.inner_epochs: training the matched network between steps is not available yet; leave it at 0.")
         self._decide()
 
     def _view(self, name: str) -> ViewSpec:
@@ -262,8 +261,16 @@ class Job:
             device=self.device,
             arithmetic=self.arithmetic,
             block=self.block,
+            inner=self._inner(),
         )
         return Engine(bank, source, self.terms, chunk=self.chunk)
+
+    def _inner(self) -> Schedule | None:
+        """Returns how the network is trained between steps, None where it is not."""
+        table = self.recipe.network
+        if not table.inner_epochs or not self.needs_network:
+            return None
+        return Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
 
     def resolved(self) -> Recipe:
         """Returns the recipe with every option, and what the engine decided, written out."""

@@ -30,10 +30,10 @@ class _Twin:
     def __init__(self, model: Model, info: DataInfo) -> None:
         self.model, self.info = model, info
         self.module = build_network(model, info, 0, "twin")
-        drawn = {key: value.clone() for key, value in _tensors(self.module).items()}
+        drawn = {key: value.clone() for key, value in network_tensors(self.module).items()}
         with drawn_from(0, "twin"):
             _reset(self.module)
-        self.resets = all(torch.equal(value, drawn[key]) for key, value in _tensors(self.module).items())
+        self.resets = all(torch.equal(value, drawn[key]) for key, value in network_tensors(self.module).items())
 
     def draw(self, seed: int, *purpose: str | int) -> dict[str, Tensor]:
         """Returns the parameters and buffers of a network drawn for `purpose`."""
@@ -42,11 +42,11 @@ class _Twin:
                 _reset(self.module)
         else:
             self.module = build_network(self.model, self.info, seed, *purpose)
-        return _tensors(self.module)
+        return network_tensors(self.module)
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Returns parameters and buffers by name, also buffers that a state dict leaves out."""
+def network_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers by name, also buffers that a state dict leaves out, detached: writing to them writes the module."""
     return {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
 
 
@@ -69,7 +69,7 @@ def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose:
         _twins[module] = _Twin(model, info)
     drawn = _twins[module].draw(seed, *purpose)
     with torch.no_grad():
-        for name, value in _tensors(module).items():
+        for name, value in network_tensors(module).items():
             value.copy_(to_device(drawn[name], value.device))
 
 

@@ -55,11 +55,11 @@ class TrainTable(PluginTable):
 
 
 class NetworkTable(PluginTable):
-    """The network that embeds or is matched: freshly initialised every `renew_every` steps."""
+    """The network that embeds or is matched: fresh every `renew_every` steps, between them trained for `inner_epochs`."""
 
     model: str = "convnet"
-    inner_epochs: Annotated[int, Option("epochs the network is trained between steps; not available yet", ge=0)] = 0
-    inner_lr: Annotated[float, Option("its learning rate", gt=0)] = 0.01
+    inner_epochs: Annotated[int, Option("epochs on the synthetic set between the steps that share a network", ge=0)] = 0
+    inner_lr: Annotated[float, Option("learning rate of those epochs", gt=0)] = 0.01
     renew_every: Annotated[int, Option("steps that share one fresh network", ge=1)] = 1
 
 

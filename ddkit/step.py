@@ -15,12 +15,14 @@ from ddkit.compute import Arithmetic, to_device
 from ddkit.embedder import Embedder
 from ddkit.errors import RunFailed
 from ddkit.images import Normalisation
-from ddkit.networks import build_network, redraw
+from ddkit.networks import build_network, network_tensors, redraw
 from ddkit.options import Requires
 from ddkit.randomness import generator
 from ddkit.teacher import Teacher
+from ddkit.training import Schedule, fit
 
 Parameters = dict[str, Tensor]
+NORM_IMAGES = 16  # real images a class that set the statistics of batch norm, as in the public code of gradient matching
 
 
 class View(NamedTuple):
@@ -56,16 +58,21 @@ class StepSource:
         device: torch.device,
         arithmetic: Arithmetic,
         block: int = 0,
+        inner: Schedule | None = None,
     ) -> None:
-        """`real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8)."""
+        """`real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8).
+
+        `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not).
+        """
         self.seed, self.info, self.normalisation, self.device = seed, info, normalisation, device
         self.real_images, self.real_labels = real_images.to(device), real_labels
         self.counts = torch.bincount(real_labels, minlength=info.classes)
         self.batch, self.augmenter, self.views = batch, augmenter, dict(views)
         self.model, self.renew_every, self.teacher = model, renew_every, teacher
-        self.arithmetic, self.block = arithmetic, block
+        self.arithmetic, self.block, self.inner = arithmetic, block, inner
         self._embedder: Embedder | None = None
         self._network_index = self._graph_index = -1
+        self._network_step = -1  # where the network is trained: the step that its weights are of
         self._draws: tuple[int, dict[str, Any]] = (-1, {})
 
     def _once(self, index: int, purpose: str, make: Callable[[], Any]) -> Any:
@@ -79,17 +86,17 @@ class StepSource:
 
     def real_rows(self, index: int) -> Tensor:
         """Returns the rows of the real images of this step, ascending, at most `batch` of each class, drawn anew where there are more."""
-        rows: Tensor = self._once(index, "real", lambda: self._drawn_rows(index))
+        rows: Tensor = self._once(index, "real", lambda: self._drawn_rows(index, "real", self.batch))
         return rows
 
-    def _drawn_rows(self, index: int) -> Tensor:
+    def _drawn_rows(self, index: int, purpose: str, batch: int) -> Tensor:
         count = len(self.real_labels)
-        if count == 0 or int(self.counts.max()) <= self.batch:
+        if count == 0 or int(self.counts.max()) <= batch:
             return torch.arange(count)
-        keys = torch.rand(count, generator=generator(self.seed, "real", index), dtype=torch.float64)
+        keys = torch.rand(count, generator=generator(self.seed, purpose, index), dtype=torch.float64)
         shuffled = (self.real_labels + keys).argsort()  # class by class, in random order within each
         place = torch.arange(count) - (self.counts.cumsum(0) - self.counts)[self.real_labels]
-        return shuffled[place < self.batch].sort().values
+        return shuffled[place < batch].sort().values
 
     def augmentation(self, index: int, purpose: str, augmenter: Augmenter) -> Parameters:
         """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
@@ -103,7 +110,10 @@ class StepSource:
         return drawn
 
     def embedder(self, index: int) -> Embedder:
-        """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every."""
+        """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every.
+
+        Where the network is trained, they are those that `advance` made of them.
+        """
         if self.model is None:
             raise RunFailed("This run has no network.")
         draw = index // self.renew_every
@@ -116,6 +126,68 @@ class StepSource:
             torch.compiler.cudagraph_mark_step_begin()
         self._network_index, self._graph_index = draw, index
         return self._embedder
+
+    def advance(self, index: int, images: Tensor, labels: Tensor) -> None:
+        """Makes the network, where it is trained, that of step `index`, whose synthetic set is images (n, C, H, W), labels (n,).
+
+        It is a fresh one, or that of the step before trained on this set: the network of a step depends on all updates
+        since it was fresh. Nothing happens where it is of step `index` already.
+        """
+        if self.inner is None or self._network_step == index:
+            return
+        if index % self.renew_every == 0:
+            self._network_index = -1  # also where it is this draw's, but trained
+        elif self._network_step != index - 1:
+            raise RunFailed(f"The network of step {index} is trained from that of step {index - 1}, which is not here.")
+        embedder = self.embedder(index)
+        if index % self.renew_every:
+            self._train(index, embedder, images, labels)
+        self._measure(index, embedder.module)
+        self._network_step = index
+
+    def _train(self, index: int, embedder: Embedder, images: Tensor, labels: Tensor) -> None:
+        assert self.inner is not None
+        module = embedder.module
+        modes = {each: each.training for each in module.modules()}
+        wanted = {each: each.requires_grad for each in module.parameters()}
+        fit(
+            module.requires_grad_(), images.detach(), labels, self.inner, augmenter=self.augmenter,
+            generator=generator(self.seed, "inner training", index), channels_last=embedder.layout == torch.channels_last,
+        )  # fmt: skip
+        for each, mode in modes.items():
+            each.training = mode
+        for parameter, gradients in wanted.items():
+            parameter.requires_grad_(gradients).grad = None
+
+    def _measure(self, index: int, module: nn.Module) -> None:
+        """Sets the running statistics of batch norm: one pass in training mode over a few real images of every class."""
+        if len(self.real_labels) and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules()):
+            rows = to_device(self._drawn_rows(index, "batch norm", NORM_IMAGES), self.device)
+            with torch.no_grad():
+                module(self.normalisation.normalise(self.real_images[rows]))
+
+    def network_state(self, index: int) -> dict[str, Tensor]:
+        """Returns copies of what the network of step `index` and later depends on beside the synthetic set; {} where it is only drawn."""
+        if self.inner is None or self._embedder is None or self._network_step < 0 or index % self.renew_every == 0:
+            return {}
+        tensors = {f"network.{name}": value.clone() for name, value in network_tensors(self._embedder.module).items()}
+        return tensors | {"network_step": torch.tensor(self._network_step)}
+
+    def load_network(self, index: int, state: Mapping[str, Tensor]) -> None:
+        """Continues at step `index` from what network_state(index) returned; raises KeyError or ValueError where it does not fit."""
+        self._network_step = -1
+        if self.inner is None or index % self.renew_every == 0:
+            return
+        step = int(state["network_step"])
+        if step not in (index - 1, index):
+            raise ValueError(f"its network is that of step {step}")
+        tensors = network_tensors(self.embedder(index).module)
+        for name, value in tensors.items():
+            if state[f"network.{name}"].shape != value.shape:
+                raise ValueError(f"network.{name} has shape {tuple(state[f'network.{name}'].shape)}, not {tuple(value.shape)}")
+        for name, value in tensors.items():
+            value.copy_(state[f"network.{name}"])
+        self._network_step = step
 
 
 def rows_by_class(labels: Tensor) -> dict[int, slice]:

@@ -17,12 +17,16 @@ Parameters = dict[str, Tensor]
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """How a network is trained. "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth."""
+    """How a network is trained: `momentum` is of sgd.
+
+    "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth.
+    """
 
     epochs: Annotated[int, Option(ge=1)]
     batch: int = 256
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.01
+    momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["one-cycle", "constant", "step"] = "step"
 
@@ -103,7 +107,7 @@ def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
     if schedule.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=fused)
-    return torch.optim.SGD(parameters, lr=schedule.lr, momentum=0.9, weight_decay=schedule.weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=fused)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: int) -> torch.optim.lr_scheduler.LambdaLR:

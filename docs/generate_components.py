@@ -38,11 +38,11 @@ def page() -> str:
 
 
 def _section(kind: str, found: list[plugins.Plugin]) -> Iterator[str]:
-    title = {"loss": "Losses"}.get(kind, f"{kind.replace('-', ' ').capitalize()}s")
+    title = {"loss": "Losses", "study": "Studies"}.get(kind, f"{kind.replace('-', ' ').capitalize()}s")
     yield f"## {title}\n"
     if kind in WHERE:
         yield f"Options go under {WHERE[kind]}.\n"
-    last = {"loss-group": "members", "recipe": ""}.get(kind, "options and defaults")
+    last = {"loss-group": "members", "recipe": "", "study": ""}.get(kind, "options and defaults")
     yield f"| name | what it is |{f' {last} |' if last else ''}"
     yield f"|---|---|{'---|' if last else ''}"
     for plugin in found:

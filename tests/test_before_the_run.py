@@ -41,7 +41,7 @@ def test_corrupt_test_image_is_told_before_the_run(cli: Cli, image_folder: Path)
         ("evaluators.accuracy.model=nope", 3),
         ("losses.dkkt-stationarity.parameters=nope*", 4),
         ("losses.dkkt-primal.views={}", 4),
-        ("network.inner_epochs=3", 4),
+        ("network.inner_epochs=-1", 4),
     ],
 )
 def test_setting_that_cannot_work_is_told_before_the_run(cli: Cli, setting: str, code: int) -> None:

@@ -165,6 +165,25 @@ def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str
     redraw(embedder.module, model(), INFO, 0, "network")
 
 
+def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
+    """The network of a step that another shares: the compiled one and the plain one are trained alike."""
+    x, labels = torch.randn((6, *INFO.shape), generator=draw()), torch.arange(3).repeat_interleave(2)
+    features = []
+    for embedder in (compiled_embedders["float32"], Embedder(build_network(model(), INFO, 0, "network").requires_grad_(False), PLAIN)):
+        steps = source(arithmetic=embedder.arithmetic)
+        steps.renew_every, steps.inner = 3, Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+        steps._embedder, found = embedder, []
+        for index in range(4):
+            steps.advance(index, x, labels)
+            found.append(embedder(x).detach())
+        assert not any(parameter.requires_grad for parameter in embedder.module.parameters())
+        redraw(embedder.module, model(), INFO, 0, "network")
+        features.append(found)
+    for fast, plain in zip(*features, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
+    assert float((features[0][1] - features[0][0]).abs().max()) > 1e-3, "training did something"
+
+
 def test_a_compiled_network_trains_as_the_plain_one(compile_cache: None) -> None:
     images, labels = torch.randn((18, *INFO.shape), generator=draw()), torch.arange(3).repeat(6)
     schedule = Schedule(epochs=3, lr=0.05)

@@ -49,7 +49,7 @@ def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
 
 
 class GradientMatching(ddkit.Loss):
-    """Distance of the network gradients of real and synthetic images, class by class, on a fresh network each step."""
+    """Distance of the network gradients of real and synthetic images, class by class, on the network of the step."""
 
     class Options(ddkit.Options):
         distance: Annotated[Literal["layer-cosine", "mse", "cosine"], ddkit.Option("layer-wise cosine is the original's")] = "layer-cosine"
@@ -57,7 +57,7 @@ class GradientMatching(ddkit.Loss):
     requires = ddkit.Requires(real=True, network_gradients=True, second_order=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        with _evaluating(step.network) as network:  # batch-norm statistics stay frozen
+        with _evaluating(step.network) as network:  # the running statistics of batch norm stay as they are
             return self._matched(step, network)
 
     def _matched(self, step: ddkit.Step, network: nn.Module) -> Tensor:
