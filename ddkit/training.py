@@ -14,6 +14,7 @@ from ddkit.compute import to_device
 from ddkit.options import Option
 
 Parameters = dict[str, Tensor]
+Targets = Callable[[Tensor, Tensor], Tensor]
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +40,8 @@ def fit(
     precision: torch.dtype = torch.float32,
     channels_last: bool = False,
     report: Callable[[int, int], None] | None = None,
+    targets: Targets | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64.
 
@@ -46,6 +49,10 @@ def fit(
     batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
     `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
     after each epoch.
+
+    With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
+    returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
+    temperature squared, so that gradients keep their scale.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.train().to(memory_format=layout)
@@ -56,7 +63,7 @@ def fit(
     for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
         with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
             logits = forward(x.contiguous(memory_format=layout))
-        loss = nn.functional.cross_entropy(logits.float(), y)
+        loss = _loss(logits, y if targets is None else targets(x, y), temperature)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -64,6 +71,14 @@ def fit(
         if report is not None and number % count == 0:
             report(number // count, schedule.epochs)
     module.eval()
+
+
+def _loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Returns the cross-entropy for labels (n,), or for probabilities (n, K) at a temperature; logits (n, K)."""
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if wanted.ndim == 1:
+        return nn.functional.cross_entropy(logits, wanted)
+    return nn.functional.cross_entropy(logits / temperature, wanted) * temperature**2
 
 
 AHEAD = 256  # images augmented in one call: small batches cost as much as one of this size
