@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from ddkit_evaluators import PROTOCOLS, Accuracy
 from ddkit_evaluators.trainer import SoftLabels, Trainer
 
 import ddkit
 from ddkit.data import RealData, open_dataset
+from ddkit.options import describe_options
 from ddkit.recipe import DataTable
 from ddkit.training import Schedule, fit
 from tests.conftest import SMALL_FLAGS, Result
 
+ROOT = Path(__file__).parents[1]
 CLI = Callable[..., Result]
 HELD_OUT = ("--set", "data.test=held-out", "--set", "data.held_out=40")
 
@@ -363,3 +366,119 @@ def test_a_run_without_a_teacher_of_its_own_gets_one_for_soft_labels_and_distils
 def test_bad_soft_label_settings_are_refused(cli: CLI) -> None:
     for setting in ("labels=softer", "temperature=0"):
         assert cli("distill", "--losses", "dm", "--plan", "--set", f"evaluators.accuracy.{setting}").code == 4
+
+
+# Sharpness-aware minimisation
+
+
+def by_hand(epochs: int, *, rho: float, lr: float, decay: float) -> torch.Tensor:
+    """Returns the weights of the linear model after full-batch steps, every formula written out."""
+    (x, labels), module = rows64(), linear()
+    x = x.flatten(1)
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    pace = [torch.zeros_like(weight), torch.zeros_like(bias)]
+
+    def slopes(w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wrong = ((x @ w.T + b).softmax(1) - torch.nn.functional.one_hot(labels, 2)) / len(x)
+        return wrong.T @ x, wrong.sum(0)
+
+    for _ in range(epochs):
+        first = slopes(weight, bias)
+        norm = (first[0].square().sum() + first[1].square().sum()).sqrt()
+        there = slopes(weight + rho * first[0] / norm, bias + rho * first[1] / norm)
+        for number, (value, slope) in enumerate(zip((weight, bias), there, strict=True)):
+            pace[number] = 0.9 * pace[number] + slope + decay * value
+            value -= lr * pace[number]
+    return weight
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.001, 0.5])
+def test_sharpness_aware_steps_are_those_written_out_by_hand(rho: float) -> None:
+    module, (x, labels) = Flat(), rows64()
+    schedule = Schedule(epochs=4, lr=0.1, weight_decay=0.01, schedule="constant", rho=rho)
+    fit(module, x, labels, schedule, augmenter=None, generator=torch.Generator())
+    expected = by_hand(4, rho=rho, lr=0.1, decay=0.01)
+    torch.testing.assert_close(module.linear.weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert rho == 0 or not torch.allclose(expected, by_hand(4, rho=0.0, lr=0.1, decay=0.01), rtol=1e-9, atol=1e-9)
+
+
+def test_both_passes_see_the_same_batch_and_running_statistics_move_once() -> None:
+    model = ddkit.create("model", "convnet", {"width": 8, "norm": "batch"}, data=INFO)
+    x, labels = images(8, 0)
+    states, seen = [], []
+    for rho in (0.0, 0.05):
+        module = ddkit.build_network(model, INFO, 0, "test")
+
+        def forward(batch: torch.Tensor, module: torch.nn.Module = module) -> torch.Tensor:
+            seen.append(batch)
+            return module(batch)
+
+        fit(module, x.float() / 255, labels, Schedule(epochs=1, rho=rho), augmenter=Shift(), generator=torch.Generator(), forward=forward)
+        states.append(module.state_dict())
+    assert len(seen) == 3
+    assert torch.equal(seen[1], seen[2])
+    buffers = [name for name, _ in module.named_buffers()]
+    assert buffers
+    assert all(torch.equal(states[0][name], states[1][name]) for name in buffers)
+    assert not all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_gradient_of_zero_and_frozen_parameters_do_no_harm() -> None:
+    module = Flat()
+    module.linear.bias.requires_grad_(False)
+    x, labels = rows64()
+    fit(module, x * 0, labels, Schedule(epochs=2, rho=0.1), augmenter=None, generator=torch.Generator())
+    assert bool(module.linear.weight.isfinite().all())
+
+
+def test_processes_train_sharpness_aware_too() -> None:
+    def accuracies(protocol: str, workers: int) -> list[float]:
+        options = {"protocol": protocol, "epochs": 40, "random_real": False, "workers": workers}
+        return list(evaluated(artifact_of_real(), **options)[0].details["accuracies"])
+
+    assert accuracies("practical-sam", 2) == accuracies("practical-sam", 1) != accuracies("dm-official", 1)
+
+
+def artifact_of_real() -> ddkit.Artifact:
+    """Returns a set of four real images: pixels that can be learned."""
+    pixels, labels = images(4, 7)
+    return ddkit.Artifact(pixels.float() / 255, labels, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
+
+
+def test_a_compiled_network_is_trained_sharpness_aware_as_a_plain_one() -> None:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    x, labels = images(8, 0)
+    weights = []
+    for wanted in (False, True):
+        module = ddkit.build_network(model, INFO, 0, "test")
+        forward = ddkit.compiled(module, wanted=wanted)
+        fit(module, x.float() / 255, labels, Schedule(epochs=3, rho=0.5), augmenter=None, generator=torch.Generator(), forward=forward)
+        assert ddkit.is_compiled(forward) == wanted
+        weights.append(torch.cat([value.flatten() for value in module.parameters()]).detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    plain = ddkit.build_network(model, INFO, 0, "test")
+    fit(plain, x.float() / 255, labels, Schedule(epochs=3), augmenter=None, generator=torch.Generator())
+    assert not torch.allclose(weights[0], torch.cat([value.flatten() for value in plain.parameters()]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_counts_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    original = ddkit.training_flops
+
+    def counted(*arguments: Any, **options: Any) -> float:
+        epochs.append(options["epochs"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(ddkit, "training_flops", counted, raising=False)
+    for protocol in ("dm-official", "practical-sam"):
+        evaluator = ddkit.create("evaluator", "accuracy", {"protocol": protocol, "epochs": 7, "model": "mlp"}, data=INFO)
+        evaluator.plan(INFO, torch.device("cpu"), rows=4, tests=4, networks=1)
+    assert epochs == [7, 1, 14, 2]
+
+
+def test_every_protocol_is_offered_everywhere(cli: CLI) -> None:
+    option = next(o for o in describe_options(Accuracy.Options) if o["name"] == "protocol")
+    assert set(option["type"].split(" | ")) == set(PROTOCOLS)
+    pages = [" ".join(cli(command, "--help").out.split()) for command in ("distill", "evaluate")]
+    pages += [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("method.md", "getting-started.md")]
+    assert [name for name in PROTOCOLS for page in pages if name not in page.replace("- ", "-")] == []

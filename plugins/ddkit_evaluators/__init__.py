@@ -25,9 +25,11 @@ class Protocol(NamedTuple):
 
 
 # SGD 0.01, momentum 0.9, weight decay 5e-4, batch 256, rate x 0.1 after half: the public DC, DSA and DM code.
+# practical-sam: epochs, rate and rho are published (arXiv 2405.00348), the rest is ours.
 PROTOCOLS = {
     "dm-official": Protocol(ddkit.Schedule(epochs=1000), "dsa", 20),
     "dc-official": Protocol(ddkit.Schedule(epochs=300), "none", 20),
+    "practical-sam": Protocol(ddkit.Schedule(epochs=5000, lr=0.1, rho=0.001), "dsa", 5),
     "short": Protocol(ddkit.Schedule(epochs=300), "dsa", 3),
 }
 
@@ -53,7 +55,9 @@ class Accuracy(ddkit.Evaluator):
     """
 
     class Options(ddkit.Options):
-        protocol: Annotated[Literal["short", "dm-official", "dc-official"], ddkit.Option("how networks are trained")] = "short"
+        protocol: Annotated[Literal["short", "dm-official", "dc-official", "practical-sam"], ddkit.Option("how networks are trained")] = (
+            "short"
+        )
         model: Annotated[str, ddkit.Option("network, or several separated by commas")] = "convnet"
         model_options: Annotated[dict[str, Any], ddkit.Option("options of those models")] = msgspec.field(default_factory=dict)
         repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
@@ -111,8 +115,8 @@ class Accuracy(ddkit.Evaluator):
         """
         model, schedule = model or next(iter(self._models(info).values())), self.schedule
         module = ddkit.build_network(model, info, 0, "evaluate", "probe")
-        work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs, tests=tests)
-        step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=1)
+        work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs * schedule.passes, tests=tests)
+        step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
         compile_ = self.options.compile if self.options.compile == "auto" else self.options.compile == "always"
         arithmetic = ddkit.decide_arithmetic(compile_, self.options.precision, device, work=work, step_work=step_work)
         return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks))
