@@ -28,7 +28,7 @@ from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import flattened, recipe_for, with_options
 from ddkit.rundir import EVALUATION, MANIFEST, PREVIEW, RECIPE, RunDirectory, is_logged
 from ddkit.teacher import Teacher
-from ddkit.teachers import load_teacher, save_teacher, train_teacher
+from ddkit.teachers import automatic_teacher, load_teacher, save_teacher, train_teacher
 
 log = logging.getLogger("ddkit")
 
@@ -327,8 +327,9 @@ def _judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers
         name: plugins.create("evaluator", table.use or name, table.options, data=real.info, where=f"evaluators.{name}")
         for name, table in recipe.evaluators.items()
     }
-    wants_teacher = with_teacher or any(evaluator.requires.teacher for evaluator in made.values())
-    guide = load_teacher(recipe.teacher, real.info, where) if wants_teacher and recipe.teacher.use != "auto" else None
+    real.check_test_set()
+    required = any(evaluator.requires.teacher for evaluator in made.values())
+    guide = _guide(recipe, real, where, watchers) if required or (with_teacher and recipe.teacher.use != "auto") else None
     return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
 
 
@@ -344,6 +345,16 @@ def _evaluation_recipe(
     elif evaluators is None and not base.get("evaluators"):
         evaluators = "accuracy"
     return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
+
+
+def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers) -> Teacher:
+    """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
+    if recipe.teacher.use != "auto":
+        return load_teacher(recipe.teacher, real.info, device)
+    return automatic_teacher(
+        real.dataset, real.info.shape, recipe.teacher, recipe.train, device,
+        lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total),
+    )  # fmt: skip
 
 
 def _image_shape(artifact: Artifact) -> tuple[int, int, int]:
@@ -393,7 +404,8 @@ def _same_data(one: Recipe, other: Recipe) -> bool:
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what two rows have in common of which the newer replaces the older."""
     named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
-    return (*named, row.get("images", "synthetic"), row.get("split", "test"), row.get("details", {}).get("epochs"))
+    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature"))
+    return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)
 
 
 def train(

@@ -207,6 +207,10 @@ class Job:
 
     @property
     def needs_teacher(self) -> bool:
+        return self._distils_with_teacher or any(evaluator.requires.teacher for evaluator in self.evaluators.values())
+
+    @property
+    def _distils_with_teacher(self) -> bool:
         return any(requires.teacher for requires in self.requires) or self.recipe.teacher.use != "auto"
 
     def load_teacher(self, report: Report | None = None) -> None:
@@ -220,8 +224,11 @@ class Job:
 
     @cached_property
     def normalisation(self) -> Normalisation:
-        """The teacher's statistics where there is a teacher (load it first), else those of the accessible images."""
-        if self.teacher is not None:
+        """The teacher's statistics where there is a teacher (load it first), else those of the accessible images.
+
+        An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
+        """
+        if self.teacher is not None and (self._distils_with_teacher or len(self.real.images) == 0):
             return Normalisation(self.teacher.mean, self.teacher.std)
         if len(self.real.images) == 0:
             raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")

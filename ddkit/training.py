@@ -14,12 +14,15 @@ from ddkit.compute import to_device
 from ddkit.options import Option
 
 Parameters = dict[str, Tensor]
+Targets = Callable[[Tensor, Tensor], Tensor]
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     """How a network is trained: `momentum` is of sgd.
 
-    "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth.
+    "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth. `rho` above 0 is
+    sharpness-aware minimisation (Foret et al., ICLR 2021): each update takes the gradient at the point that lies rho away
+    from the weights along the gradient of the same batch. It needs two passes for each batch.
     """
 
     epochs: Annotated[int, Option(ge=1)]
@@ -29,6 +32,12 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     momentum: float = 0.9
     weight_decay: float = 5e-4
     schedule: Literal["one-cycle", "constant", "step"] = "step"
+    rho: float = 0.0
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a batch."""
+        return 2 if self.rho else 1
 
 
 def fit(
@@ -43,6 +52,8 @@ def fit(
     precision: torch.dtype = torch.float32,
     channels_last: bool = False,
     report: Callable[[int, int], None] | None = None,
+    targets: Targets | None = None,
+    temperature: float = 1.0,
 ) -> None:
     """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64.
 
@@ -50,6 +61,10 @@ def fit(
     batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
     `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
     after each epoch.
+
+    With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
+    returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
+    temperature squared, so that gradients keep their scale.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.train().to(memory_format=layout)
@@ -58,16 +73,49 @@ def fit(
     count = -(-len(images) // schedule.batch)
     scheduler = _scheduler(optimizer, schedule, count)
     for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-            logits = forward(x.contiguous(memory_format=layout))
-        loss = nn.functional.cross_entropy(logits.float(), y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        x, wanted = x.contiguous(memory_format=layout), y if targets is None else targets(x, y)
+
+        def gradient(x: Tensor = x, wanted: Tensor = wanted) -> None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+                logits = forward(x)
+            loss = _loss(logits, wanted, temperature)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+
+        gradient()
+        if schedule.rho:
+            _sharpen(module, schedule.rho, gradient)
         optimizer.step()
         scheduler.step()
         if report is not None and number % count == 0:
             report(number // count, schedule.epochs)
     module.eval()
+
+
+def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> None:
+    """Replaces the gradient g of `module` by the one that `gradient()` leaves at weights + rho * g / |g|, |g| over all of them.
+
+    Weights and buffers (running statistics) are as before afterwards.
+    """
+    moved = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    with torch.no_grad():
+        kept = [(tensor, tensor.clone()) for tensor in (*moved, *module.buffers())]
+        slopes = [parameter.grad for parameter in moved if parameter.grad is not None]
+        norm = torch.stack([slope.norm() for slope in slopes]).norm().clamp_min(1e-12)
+        for parameter, slope in zip(moved, slopes, strict=True):
+            parameter.add_(slope * (rho / norm))
+    gradient()
+    with torch.no_grad():
+        for tensor, before in kept:
+            tensor.copy_(before)
+
+
+def _loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Returns the cross-entropy for labels (n,), or for probabilities (n, K) at a temperature; logits (n, K)."""
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if wanted.ndim == 1:
+        return nn.functional.cross_entropy(logits, wanted)
+    return nn.functional.cross_entropy(logits / temperature, wanted) * temperature**2
 
 
 AHEAD = 256  # images augmented in one call: small batches cost as much as one of this size

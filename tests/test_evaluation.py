@@ -10,13 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from ddkit_evaluators.trainer import Trainer
+from ddkit_evaluators import PROTOCOLS, Accuracy
+from ddkit_evaluators.trainer import SoftLabels, Trainer
 
 import ddkit
 from ddkit.data import RealData, open_dataset
+from ddkit.options import describe_options
 from ddkit.recipe import DataTable
+from ddkit.training import Schedule, fit
 from tests.conftest import SMALL_FLAGS, Result
 
+ROOT = Path(__file__).parents[1]
 CLI = Callable[..., Result]
 HELD_OUT = ("--set", "data.test=held-out", "--set", "data.held_out=40")
 
@@ -235,3 +239,246 @@ def test_an_unknown_baseline_is_refused(cli: CLI) -> None:
     result = cli("distill", "--losses", "dm", "--plan", "--set", "evaluators.accuracy.baselines=['mean']")
     assert result.code == 4
     assert "class-mean" in result.err
+
+
+# Soft labels
+
+
+def taught(mean: float = 0.5, std: float = 0.25, seed: int = 0) -> ddkit.Teacher:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    return ddkit.Teacher(ddkit.build_network(model, INFO, seed, "teacher"), mean=(mean,), std=(std,), sha256="abc")
+
+
+def test_soft_labels_are_rows_of_their_own_beside_unchanged_hard_ones() -> None:
+    guide = taught()
+    hard, soft = evaluated(labels="both", epochs=60, teacher=guide)
+    assert [hard] == evaluated(epochs=60)
+    assert [soft] == evaluated(labels="soft", epochs=60, teacher=guide)
+    assert (hard.labels, soft.labels) == ("hard", "soft")
+    assert soft.details["accuracies"] != hard.details["accuracies"]
+    assert soft.details["random_real_accuracies"] != hard.details["random_real_accuracies"]
+    assert (soft.details["temperature"], soft.details["teacher"], soft.details["workers"]) == (1.0, "abc", 1)
+    assert [soft] != evaluated(labels="soft", epochs=60, teacher=taught(seed=1))
+
+
+def test_random_real_and_baselines_are_taught_softly_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(ddkit, "fit", lambda *_, **options: seen.append(options.get("targets")), raising=False)
+    rows = evaluated(labels="both", baselines=BASELINES, teacher=taught())
+    assert [row.labels for row in rows] == ["hard"] * 3 + ["soft"] * 3
+    assert [soft is not None for soft in seen] == [False] * 8 + [True] * 8
+
+
+def test_soft_labels_come_from_the_augmented_batch_in_the_units_of_the_teacher() -> None:
+    guide = taught(mean=0.3, std=0.1)
+    x = torch.randn((3, *INFO.shape), generator=torch.Generator().manual_seed(0))
+    found = SoftLabels(guide, artifact(), 2.0)(x, torch.zeros(3, dtype=torch.int64))
+    expected = (guide.module((x * 0.25 + 0.5 - 0.3) / 0.1) / 2).softmax(1)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+    unconverted = SoftLabels(taught(), artifact(), 2.0)(x, torch.zeros(3, dtype=torch.int64))
+    assert not torch.allclose(found, unconverted)
+
+
+class Shift(ddkit.Augmenter):
+    """Adds one to every image."""
+
+    def sample(self, generator: torch.Generator, groups: int) -> dict[str, torch.Tensor]:
+        return {"by": torch.ones(groups)}
+
+    def apply(self, x: torch.Tensor, parameters: Any) -> torch.Tensor:
+        return x + parameters["by"].view(-1, 1, 1, 1)
+
+
+def linear() -> torch.nn.Linear:
+    module = torch.nn.Linear(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[0.3, -0.2, 0.5], [-0.4, 0.1, 0.2]]))
+        module.bias.copy_(torch.tensor([0.1, -0.3]))
+    return module
+
+
+def rows64() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.tensor([[1.0, 2.0, -1.0], [0.5, -0.5, 2.0], [0.2, 0.1, -0.7], [3.0, 1.0, 0.4]], dtype=torch.float64)
+    return x.view(4, 3, 1, 1), torch.tensor([0, 1, 1, 0])
+
+
+class Flat(torch.nn.Module):
+    """A linear classifier of images (n, 3, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_soft_step_is_that_of_the_written_out_cross_entropy(temperature: float) -> None:
+    module, (x, labels) = Flat(), rows64()
+    wanted = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]], dtype=torch.float64)
+    by_row = {tuple((image + 1).flatten().tolist()): row for image, row in zip(x, wanted, strict=True)}
+
+    def targets(batch: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.stack([by_row[tuple(image.flatten().tolist())] for image in batch])
+
+    schedule = Schedule(epochs=1, lr=0.1, weight_decay=0.0, schedule="constant")
+    fit(module, x, labels, schedule, augmenter=Shift(), generator=torch.Generator(), targets=targets, temperature=temperature)
+    own = linear()
+    logs = (own((x + 1).flatten(1)) / temperature).log_softmax(1)
+    (-(wanted * logs).sum(1).mean() * temperature**2).backward()
+    assert own.weight.grad is not None
+    torch.testing.assert_close(module.linear.weight, own.weight - 0.1 * own.weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_sure_soft_labels_teach_what_hard_ones_do() -> None:
+    results = []
+    for targets in (None, lambda batch, labels: torch.nn.functional.one_hot(labels, 2).double()):
+        module, (x, labels) = Flat(), rows64()
+        fit(module, x, labels, Schedule(epochs=3, batch=2), augmenter=None, generator=torch.Generator(), targets=targets)
+        results.append(module.linear.weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_soft_labels_without_a_teacher_are_refused() -> None:
+    with pytest.raises(ddkit.InputError, match="needs a teacher"):
+        evaluated(labels="soft")
+
+
+def test_a_run_without_a_teacher_of_its_own_gets_one_for_soft_labels_and_distils_the_same(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "plain").code == 0
+    both = ("--set", "evaluators.accuracy.labels=both")
+    result = cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, *both, "--out", "run")
+    assert result.code == 0, result.err
+    manifests = [json.loads(Path(name, "manifest.json").read_text()) for name in ("run", "plain")]
+    assert manifests[0]["teacher"]["sha256"]
+    assert manifests[1]["teacher"] is None
+    assert torch.equal(ddkit.load("run").images, ddkit.load("plain").images)
+    hard, soft = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [hard] == json.loads(Path("plain/evaluation.json").read_text())["evaluations"]
+    assert (soft["labels"], soft["details"]["teacher"]) == ("soft", manifests[0]["teacher"]["sha256"])
+    later = cli("evaluate", "plain", "--set", "evaluators.accuracy.labels=soft")
+    assert later.code == 0, later.err
+    assert json.loads(Path("plain/evaluation.json").read_text())["evaluations"] == [hard, soft]
+
+
+def test_bad_soft_label_settings_are_refused(cli: CLI) -> None:
+    for setting in ("labels=softer", "temperature=0"):
+        assert cli("distill", "--losses", "dm", "--plan", "--set", f"evaluators.accuracy.{setting}").code == 4
+
+
+# Sharpness-aware minimisation
+
+
+def by_hand(epochs: int, *, rho: float, lr: float, decay: float) -> torch.Tensor:
+    """Returns the weights of the linear model after full-batch steps, every formula written out."""
+    (x, labels), module = rows64(), linear()
+    x = x.flatten(1)
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    pace = [torch.zeros_like(weight), torch.zeros_like(bias)]
+
+    def slopes(w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wrong = ((x @ w.T + b).softmax(1) - torch.nn.functional.one_hot(labels, 2)) / len(x)
+        return wrong.T @ x, wrong.sum(0)
+
+    for _ in range(epochs):
+        first = slopes(weight, bias)
+        norm = (first[0].square().sum() + first[1].square().sum()).sqrt()
+        there = slopes(weight + rho * first[0] / norm, bias + rho * first[1] / norm)
+        for number, (value, slope) in enumerate(zip((weight, bias), there, strict=True)):
+            pace[number] = 0.9 * pace[number] + slope + decay * value
+            value -= lr * pace[number]
+    return weight
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.001, 0.5])
+def test_sharpness_aware_steps_are_those_written_out_by_hand(rho: float) -> None:
+    module, (x, labels) = Flat(), rows64()
+    schedule = Schedule(epochs=4, lr=0.1, weight_decay=0.01, schedule="constant", rho=rho)
+    fit(module, x, labels, schedule, augmenter=None, generator=torch.Generator())
+    expected = by_hand(4, rho=rho, lr=0.1, decay=0.01)
+    torch.testing.assert_close(module.linear.weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert rho == 0 or not torch.allclose(expected, by_hand(4, rho=0.0, lr=0.1, decay=0.01), rtol=1e-9, atol=1e-9)
+
+
+def test_both_passes_see_the_same_batch_and_running_statistics_move_once() -> None:
+    model = ddkit.create("model", "convnet", {"width": 8, "norm": "batch"}, data=INFO)
+    x, labels = images(8, 0)
+    states, seen = [], []
+    for rho in (0.0, 0.05):
+        module = ddkit.build_network(model, INFO, 0, "test")
+
+        def forward(batch: torch.Tensor, module: torch.nn.Module = module) -> torch.Tensor:
+            seen.append(batch)
+            return module(batch)
+
+        fit(module, x.float() / 255, labels, Schedule(epochs=1, rho=rho), augmenter=Shift(), generator=torch.Generator(), forward=forward)
+        states.append(module.state_dict())
+    assert len(seen) == 3
+    assert torch.equal(seen[1], seen[2])
+    buffers = [name for name, _ in module.named_buffers()]
+    assert buffers
+    assert all(torch.equal(states[0][name], states[1][name]) for name in buffers)
+    assert not all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_gradient_of_zero_and_frozen_parameters_do_no_harm() -> None:
+    module = Flat()
+    module.linear.bias.requires_grad_(False)
+    x, labels = rows64()
+    fit(module, x * 0, labels, Schedule(epochs=2, rho=0.1), augmenter=None, generator=torch.Generator())
+    assert bool(module.linear.weight.isfinite().all())
+
+
+def test_processes_train_sharpness_aware_too() -> None:
+    def accuracies(protocol: str, workers: int) -> list[float]:
+        options = {"protocol": protocol, "epochs": 40, "random_real": False, "workers": workers}
+        return list(evaluated(artifact_of_real(), **options)[0].details["accuracies"])
+
+    assert accuracies("practical-sam", 2) == accuracies("practical-sam", 1) != accuracies("dm-official", 1)
+
+
+def artifact_of_real() -> ddkit.Artifact:
+    """Returns a set of four real images: pixels that can be learned."""
+    pixels, labels = images(4, 7)
+    return ddkit.Artifact(pixels.float() / 255, labels, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
+
+
+def test_a_compiled_network_is_trained_sharpness_aware_as_a_plain_one() -> None:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    x, labels = images(8, 0)
+    weights = []
+    for wanted in (False, True):
+        module = ddkit.build_network(model, INFO, 0, "test")
+        forward = ddkit.compiled(module, wanted=wanted)
+        fit(module, x.float() / 255, labels, Schedule(epochs=3, rho=0.5), augmenter=None, generator=torch.Generator(), forward=forward)
+        assert ddkit.is_compiled(forward) == wanted
+        weights.append(torch.cat([value.flatten() for value in module.parameters()]).detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    plain = ddkit.build_network(model, INFO, 0, "test")
+    fit(plain, x.float() / 255, labels, Schedule(epochs=3), augmenter=None, generator=torch.Generator())
+    assert not torch.allclose(weights[0], torch.cat([value.flatten() for value in plain.parameters()]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_counts_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    original = ddkit.training_flops
+
+    def counted(*arguments: Any, **options: Any) -> float:
+        epochs.append(options["epochs"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(ddkit, "training_flops", counted, raising=False)
+    for protocol in ("dm-official", "practical-sam"):
+        evaluator = ddkit.create("evaluator", "accuracy", {"protocol": protocol, "epochs": 7, "model": "mlp"}, data=INFO)
+        evaluator.plan(INFO, torch.device("cpu"), rows=4, tests=4, networks=1)
+    assert epochs == [7, 1, 14, 2]
+
+
+def test_every_protocol_is_offered_everywhere(cli: CLI) -> None:
+    option = next(o for o in describe_options(Accuracy.Options) if o["name"] == "protocol")
+    assert set(option["type"].split(" | ")) == set(PROTOCOLS)
+    pages = [" ".join(cli(command, "--help").out.split()) for command in ("distill", "evaluate")]
+    pages += [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("method.md", "getting-started.md")]
+    assert [name for name in PROTOCOLS for page in pages if name not in page.replace("- ", "-")] == []

@@ -196,8 +196,15 @@ def test_protocol_has_the_published_numbers(name: str, epochs: int, augmentation
     assert (schedule, augmenter_name, networks) == (published, augmentation, repeats)
 
 
+def test_practical_sam_has_the_published_numbers_and_what_is_ours_as_dm_has_it() -> None:
+    schedule, augmenter_name, networks = PROTOCOLS["practical-sam"]
+    published = {"epochs": 5000, "lr": 0.1, "rho": 0.001}
+    assert schedule == msgspec.structs.replace(PROTOCOLS["dm-official"].schedule, **published)
+    assert (augmenter_name, networks) == ("dsa", 5)
+
+
 def test_there_are_no_other_protocols_and_short_says_that_it_is() -> None:
-    assert set(PROTOCOLS) == {"dm-official", "dc-official", "short"}
+    assert set(PROTOCOLS) == {"dm-official", "dc-official", "practical-sam", "short"}
     assert "cut from 1,000 to 300 epochs" in (ddkit_evaluators.Accuracy.__doc__ or "")
 
 

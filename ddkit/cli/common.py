@@ -51,6 +51,9 @@ shared = options(
     click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value, e.g. losses.dm.weight=0.01."),
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
 )
+protocol = click.option(
+    "--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official, practical-sam (of the evaluator accuracy)."
+)
 quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, quiet, set_verbosity, shared
+from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared
 from ddkit.recipes import parse_set
 
 
@@ -16,7 +16,7 @@ from ddkit.recipes import parse_set
 @shared
 @click.option("--evaluate", "evaluators", metavar="NAMES", help="Evaluators (default: those of the run, else accuracy).")
 @click.option("--model", metavar="NAMES", help="Networks to train on the set, separated by commas.")
-@click.option("--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official.")
+@protocol
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained (default: the protocol's).")
 @click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")
 @click.option("--pipc", type=Pipc(), help="Real images per class for the random-real baseline (default: the run's).")

@@ -14,6 +14,7 @@ from ddkit.cli.common import (
     evaluation_table,
     options,
     percent,
+    protocol,
     quiet,
     set_verbosity,
     shared,
@@ -43,7 +44,7 @@ recipe_flags = options(
     click.option("--init", metavar="NAME", help="Initializer: real, noise, ..."),
     click.option("--augment", metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."),
     click.option("--evaluate", metavar="NAMES|none", help="Evaluators, or none."),
-    click.option("--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official."),
+    protocol,
 )
 
 

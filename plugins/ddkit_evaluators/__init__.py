@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 import ddkit
-from ddkit_evaluators.trainer import Trainer, trained_in_turn
+from ddkit_evaluators.trainer import SoftLabels, Trainer, trained_in_turn
 from ddkit_evaluators.workers import trained_apart
 
 log = logging.getLogger("ddkit")
@@ -25,9 +25,11 @@ class Protocol(NamedTuple):
 
 
 # SGD 0.01, momentum 0.9, weight decay 5e-4, batch 256, rate x 0.1 after half: the public DC, DSA and DM code.
+# practical-sam: epochs, rate and rho are published (arXiv 2405.00348), the rest is ours.
 PROTOCOLS = {
     "dm-official": Protocol(ddkit.Schedule(epochs=1000), "dsa", 20),
     "dc-official": Protocol(ddkit.Schedule(epochs=300), "none", 20),
+    "practical-sam": Protocol(ddkit.Schedule(epochs=5000, lr=0.1, rho=0.001), "dsa", 5),
     "short": Protocol(ddkit.Schedule(epochs=300), "dsa", 3),
 }
 
@@ -48,11 +50,14 @@ class Accuracy(ddkit.Evaluator):
     """Test accuracy, last epoch, of networks trained from scratch on the set, beside random real images.
 
     Protocol "short" is dm-official cut from 1,000 to 300 epochs and from 20 to 3 networks: for a first look, not for a
-    table beside published figures.
+    table beside published figures. With soft labels networks learn the teacher's probabilities of every augmented batch;
+    these are rows of their own, random real and baselines learn them too, and networks are trained in one process, in turn.
     """
 
     class Options(ddkit.Options):
-        protocol: Annotated[Literal["short", "dm-official", "dc-official"], ddkit.Option("how networks are trained")] = "short"
+        protocol: Annotated[Literal["short", "dm-official", "dc-official", "practical-sam"], ddkit.Option("how networks are trained")] = (
+            "short"
+        )
         model: Annotated[str, ddkit.Option("network, or several separated by commas")] = "convnet"
         model_options: Annotated[dict[str, Any], ddkit.Option("options of those models")] = msgspec.field(default_factory=dict)
         repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
@@ -61,9 +66,15 @@ class Accuracy(ddkit.Evaluator):
         baselines: Annotated[
             tuple[Literal["pipc-real", "class-mean"], ...], ddkit.Option("rows of their own: all accessible images, class means")
         ] = ()
+        labels: Annotated[Literal["hard", "soft", "both"], ddkit.Option("soft: the teacher's probabilities, in rows of their own")] = "hard"
+        temperature: Annotated[float, ddkit.Option("of soft labels", gt=0)] = 1.0
         precision: Literal["auto", "float32", "bfloat16"] = "auto"
         compile: Annotated[Literal["auto", "always", "never"], ddkit.Option("auto: where it pays back")] = "auto"
         workers: Annotated[int, ddkit.Option("processes that train networks at the same time", ge=1)] | Literal["auto"] = "auto"
+
+    @property
+    def requires(self) -> ddkit.Requires:  # type: ignore[override]
+        return ddkit.Requires(teacher=self.options.labels != "hard")
 
     def check(self, info: ddkit.DataInfo) -> None:
         self._models(info)
@@ -74,8 +85,20 @@ class Accuracy(ddkit.Evaluator):
         return {name: ddkit.create("model", name, options, data=info, where="evaluators.accuracy.model_options") for name in names}
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
-        models = self._models(data.info)
-        return [row for name, model in models.items() for row in self._evaluations(name, model, artifact, data)]
+        models, guides = self._models(data.info), self._guides(artifact, teacher)
+        return [row for name, model in models.items() for soft in guides for row in self._evaluations(name, model, artifact, data, soft)]
+
+    def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.Teacher | None) -> list[SoftLabels | None]:
+        """Returns by what networks are taught, one mode after the other; None: by the labels."""
+        if self.options.labels == "hard":
+            return [None]
+        if teacher is None:
+            raise ddkit.InputError(
+                f"evaluators.{self.name}.labels = {self.options.labels} needs a teacher: give --teacher FILE.",
+                f"evaluators.{self.name}.labels",
+            )
+        soft = SoftLabels(teacher, artifact, self.options.temperature)
+        return [soft] if self.options.labels == "soft" else [None, soft]
 
     @property
     def schedule(self) -> ddkit.Schedule:
@@ -92,8 +115,8 @@ class Accuracy(ddkit.Evaluator):
         """
         model, schedule = model or next(iter(self._models(info).values())), self.schedule
         module = ddkit.build_network(model, info, 0, "evaluate", "probe")
-        work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs, tests=tests)
-        step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=1)
+        work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs * schedule.passes, tests=tests)
+        step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
         compile_ = self.options.compile if self.options.compile == "auto" else self.options.compile == "always"
         arithmetic = ddkit.decide_arithmetic(compile_, self.options.precision, device, work=work, step_work=step_work)
         return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks))
@@ -121,18 +144,23 @@ class Accuracy(ddkit.Evaluator):
             log.warning("Without accessible real images there is nothing to compute the baselines from; they are left out.")
         return ["synthetic"]
 
-    def _evaluations(self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData) -> list[ddkit.Evaluation]:
+    def _evaluations(
+        self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, soft: SoftLabels | None
+    ) -> list[ddkit.Evaluation]:
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set alone."""
         protocol, kinds = PROTOCOLS[self.options.protocol], self._kinds(data)
         repeats = self.options.repeats or protocol.repeats
         networks = repeats * sum(kind in ("synthetic", "random real") for kind in kinds)
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
-        trainer = Trainer(name, model, artifact, data, self.schedule, protocol.augmenter, plan.arithmetic)
+        workers = plan.workers if soft is None else 1
+        trainer = Trainer(name, model, artifact, data, self.schedule, protocol.augmenter, plan.arithmetic, soft)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
-        found = trained_apart(trainer, tasks, plan.workers) if plan.workers > 1 else trained_in_turn(trainer, tasks)
+        found = trained_apart(trainer, tasks, workers) if workers > 1 else trained_in_turn(trainer, tasks)
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
-        facts = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": plan.workers}
+        facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
+        if soft is not None:
+            facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
         return [self._row(name, kind, made, real if kind == "synthetic" else [], facts) for kind, made in by_kind.items()]
 
     def _row(self, name: str, images: str, made: list[float], real: list[float], facts: dict[str, Any]) -> ddkit.Evaluation:
@@ -140,7 +168,7 @@ class Accuracy(ddkit.Evaluator):
             evaluator=self.name,
             model=name,
             protocol=self.options.protocol,
-            labels="hard",
+            labels="soft" if "temperature" in facts else "hard",
             images=images,
             repeats=len(made),
             accuracy_mean=_mean(made),

@@ -14,8 +14,31 @@ Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or 
 Labelled = tuple[Tensor, Tensor]  # normalised images (n, C, H, W), labels (n,)
 
 
+def units(of: ddkit.Artifact | ddkit.Teacher) -> ddkit.Normalisation:
+    """Returns the channel statistics of a set's or a teacher's images."""
+    return ddkit.Normalisation(of.mean, of.std)
+
+
+class SoftLabels:
+    """What a teacher says of images in the units of a set: softmax(logits / temperature), without gradients."""
+
+    def __init__(self, teacher: ddkit.Teacher, artifact: ddkit.Artifact, temperature: float) -> None:
+        self.teacher, self.temperature = teacher, temperature
+        self._from, self._to = units(artifact), units(teacher)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Returns probabilities (n, K) of normalised images (n, C, H, W), whatever their labels."""
+        if (self._from.mean, self._from.std) != (self._to.mean, self._to.std):
+            images = self._to.normalise(self._from.to_pixels(images))
+        with torch.no_grad():
+            return (self.teacher.logits(images).float() / self.temperature).softmax(1)
+
+
 class Trainer:
-    """Trains networks of one kind, re-drawn in place so that a compiled forward stays valid; each is tested once."""
+    """Trains networks of one kind, re-drawn in place so that a compiled forward stays valid; each is tested once.
+
+    With `soft` they learn what a teacher says of every augmented batch, else the labels.
+    """
 
     def __init__(
         self,
@@ -26,7 +49,9 @@ class Trainer:
         schedule: ddkit.Schedule,
         augmenter: str,
         arithmetic: ddkit.Arithmetic,
+        soft: SoftLabels | None = None,
     ) -> None:
+        self.soft = soft
         self.name, self.model, self.artifact, self.data = name, model, artifact, data
         self.schedule, self.arithmetic, self.augmenter_name = schedule, arithmetic, augmenter
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
@@ -44,7 +69,7 @@ class Trainer:
         return self._tests
 
     def _normalised(self, images: Tensor) -> Tensor:
-        return ddkit.Normalisation(self.artifact.mean, self.artifact.std).normalise(images)
+        return units(self.artifact).normalise(images)
 
     def accuracy(self, kind: str, repeat: int) -> float:
         """Returns the test accuracy of network `repeat`; whatever it is trained on, it starts from the same weights."""
@@ -77,7 +102,8 @@ class Trainer:
 
     def _fit(self, images: Tensor, labels: Tensor, schedule: ddkit.Schedule, generator: torch.Generator) -> None:
         device = self.data.device
-        ddkit.fit(self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, **self._how)
+        how = self._how if self.soft is None else self._how | {"targets": self.soft, "temperature": self.soft.temperature}
+        ddkit.fit(self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, **how)
 
     def training_set(self, kind: str, repeat: int) -> Labelled:
         """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is."""
