@@ -186,10 +186,11 @@ def _evaluation(study: Study, protocol: str, labels: str, images: str, settings:
         options["baselines"] = json.dumps([images])
     flags = ["--evaluate", "accuracy", "--protocol", protocol, "--device", settings.device]
     flags += ["--repeats", str(networks)] if networks else []
-    flags += ["--teacher", settings.teacher] if settings.teacher else []
+    flags += ["--teacher", settings.teacher] if settings.teacher and labels == "soft" else []
     for key, value in options.items():
         flags += ["--set", f"evaluators.accuracy.{key}={value}"]
-    row = {"evaluator": "accuracy", "protocol": protocol, "labels": labels, "images": images}
+    split = "held-out" if study.held_out else "test"
+    row = {"evaluator": "accuracy", "protocol": protocol, "labels": labels, "images": images, "split": split}
     return tuple(flags), row | ({"repeats": networks} if networks else {})
 
 
@@ -331,8 +332,7 @@ def _row(task: Task) -> dict[str, Any] | None:
     """Returns the row of the task's evaluation, None where it is not there yet."""
     file = task.path / EVALUATION
     rows = read_json(file)["evaluations"] if file.is_file() else []
-    wanted = {"images": "synthetic", **task.row}
-    matching = [row for row in rows if all({"images": "synthetic", **row}.get(key) == value for key, value in wanted.items())]
+    matching = [row for row in rows if all(row.get(key) == value for key, value in task.row.items())]
     return matching[-1] if matching else None
 
 

@@ -15,13 +15,14 @@ from ddkit_dkkt.stationarity import least_squares_scale, negative_gradient, sele
 from ddkit_dm import class_sums, dm_loss
 from ddkit_gm import EPSILON, gradient_distance, layer_distance
 from ddkit_priors import total_variation
+from ddkit_regression import centred, ridge_prediction
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 F64 = torch.float64
-MODULES = ("ddkit_dm", "ddkit_dkkt.primal", "ddkit_dkkt.stationarity", "ddkit_dkkt.invariance", "ddkit_gm", "ddkit_priors")
-WITH_EXAMPLES = ("ddkit_dm", "ddkit_dkkt.primal", "ddkit_priors")
+MODULES = ("ddkit_dm", "ddkit_dkkt.primal", "ddkit_dkkt.stationarity", "ddkit_dkkt.invariance", "ddkit_gm", "ddkit_priors", "ddkit_regression")
+WITH_EXAMPLES = ("ddkit_dm", "ddkit_dkkt.primal", "ddkit_priors", "ddkit_regression")
 DISTANCES = ("l1", "l2", "cosine", "layer-cosine")
 
 
@@ -448,3 +449,35 @@ def test_total_variation_of_a_flat_image_is_zero_with_a_zero_gradient() -> None:
     images = torch.full((2, 1, 3, 3), 0.7, dtype=F64, requires_grad=True)
     (gradient,) = torch.autograd.grad(total_variation(images), images)
     assert not gradient.any()
+
+
+# Feature regression
+
+
+def slow_ridge(features: Tensor, targets: Tensor, queries: Tensor, ridge: float) -> Tensor:
+    """Returns the prediction of the weights w that minimise ||features w - targets||^2 + penalty ||w||^2."""
+    penalty = ridge * float(features.square().sum()) / len(features)
+    normal_matrix = features.T @ features + penalty * torch.eye(features.shape[1], dtype=F64)
+    return queries @ torch.linalg.inv(normal_matrix) @ features.T @ targets
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)], ids=str)
+@pytest.mark.parametrize("ridge", [1e-2, 1.0])
+def test_ridge_prediction_is_that_of_the_normal_equations(shape: tuple[int, int], ridge: float) -> None:
+    features, targets, queries = normal(*shape), normal(shape[0], 2, seed=1), normal(6, shape[1], seed=2)
+    close(ridge_prediction(features, targets, queries, ridge), slow_ridge(features, targets, queries, ridge), 1e-9)
+
+
+def test_ridge_prediction_gradient_agrees_with_finite_differences() -> None:
+    features, targets, queries = normal(3, 4).requires_grad_(), normal(3, 2, seed=1), normal(5, 4, seed=2)
+    assert gradcheck(lambda x: ridge_prediction(x, targets, queries, 0.1), (features,))
+
+
+def test_ridge_prediction_does_not_depend_on_the_scale_of_the_features() -> None:
+    features, targets, queries = normal(3, 4), normal(3, 2, seed=1), normal(5, 4, seed=2)
+    close(ridge_prediction(7 * features, targets, 7 * queries, 0.1), ridge_prediction(features, targets, queries, 0.1))
+    assert not torch.allclose(ridge_prediction(features, targets, 7 * queries, 0.1), ridge_prediction(features, targets, queries, 0.1))
+
+
+def test_centred_labels_sum_to_zero() -> None:
+    assert centred(torch.tensor([1, 0]), 4).tolist() == [[-0.25, 0.75, -0.25, -0.25], [0.75, -0.25, -0.25, -0.25]]

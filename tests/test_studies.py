@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import tomllib
 from collections.abc import Callable, Sequence
@@ -59,7 +61,8 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         given = list(arguments)
         if given[0] == "evaluate":
             given += ["--set", "evaluators.accuracy.epochs=2", "--set", "evaluators.accuracy.model_options.width=8"]
-        command_line.main(given, prog_name="ddkit", standalone_mode=False)
+        with contextlib.redirect_stdout(io.StringIO()):
+            command_line.main(given, prog_name="ddkit", standalone_mode=False)
 
     monkeypatch.setattr(reproduce._Crew, "command", command)
     return seen
