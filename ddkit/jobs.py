@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ddkit.components import Augmenter, DataInfo, Dataset, Evaluator, Initialize
 from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
 from ddkit.engine import Engine, Term
-from ddkit.errors import FlagError, InputError, PluginError, RunFailed
+from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
 from ddkit.files import read_tensors
 from ddkit.images import Normalisation, channel_statistics
 from ddkit.networks import build_network, couples_samples, forward_flops, saved_bytes
@@ -60,6 +61,15 @@ class Job:
             return None
         names = _teacher_record(Path(recipe.teacher.use)).get("class_names")
         return NoImages(names) if names else None
+
+    def _data_options(self) -> Any:
+        """Returns the options of the recipe's dataset, also where it is not opened and may not even be there."""
+        if not isinstance(self.dataset, NoImages):
+            return self.dataset.options
+        table = self.recipe.data
+        with suppress(DdkitError):
+            return plugins.create("dataset", table.use, table.options, where="data", directory=table.dir).options
+        return plugins.options_of("dataset", table.use, table.options, "data")
 
     def _check_room(self) -> None:
         """Raises InputError, before an image is opened, where the initializer cannot have its images."""
@@ -296,7 +306,7 @@ class Job:
             recipe,
             teacher=teacher,
             train=training,
-            data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=written_options(self.dataset.options)),
+            data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=written_options(self._data_options())),
             network=replace(recipe.network, options=written_options(self.model.options)),
             initializer=replace(
                 recipe.initializer,

@@ -321,11 +321,11 @@ class _Crew:
 
 def _failure(code: int, said: str, arguments: Sequence[str]) -> DdkitError:
     message = " ".join(said.split()).rpartition("ddkit: ")[2] or f"`ddkit {arguments[0]}` ended with exit code {code}"
-    if code in (2, 3, 4, 5):  # bad input: the next set would meet it too
-        error = DdkitError(message)
-        error.exit_code = code
-        return error
-    return RunFailed(message)
+    if code in (1, -9):  # the run itself failed, or was killed (for its memory); the others may do
+        return RunFailed(message)
+    error = DdkitError(message)  # bad input, which the next set would meet too, or an interruption
+    error.exit_code = code if code > 0 else 128 - code
+    return error
 
 
 def _row(task: Task) -> dict[str, Any] | None:

@@ -21,7 +21,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional
 
 F64 = torch.float64
-MODULES = ("ddkit_dm", "ddkit_dkkt.primal", "ddkit_dkkt.stationarity", "ddkit_dkkt.invariance", "ddkit_gm", "ddkit_priors", "ddkit_regression")
+MODULES = (
+    "ddkit_dm", "ddkit_dkkt.primal", "ddkit_dkkt.stationarity", "ddkit_dkkt.invariance", "ddkit_gm", "ddkit_priors", "ddkit_regression",
+)  # fmt: skip
 WITH_EXAMPLES = ("ddkit_dm", "ddkit_dkkt.primal", "ddkit_priors", "ddkit_regression")
 DISTANCES = ("l1", "l2", "cosine", "layer-cosine")
 
