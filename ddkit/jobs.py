@@ -359,7 +359,7 @@ def _teacher_record(path: Path) -> dict[str, Any]:
 
 def _terms(recipe: Recipe) -> list[Term]:
     if not recipe.losses:
-        raise InputError("The recipe has no loss. Choose some: --losses dm,dkkt")
+        raise InputError("The recipe has no loss. Choose some: --losses dm,dkkt (Recipes of a teacher alone are for `ddkit train`.)")
     terms = []
     for label, table in recipe.losses.items():
         name = recipe.loss_name(label)

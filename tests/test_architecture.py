@@ -25,7 +25,7 @@ ENTRY_POINTS = [
     (group, name, value)
     for group, points in PROJECT["project"]["entry-points"].items()
     for name, value in points.items()
-    if group != "ddkit.recipes"
+    if group not in ("ddkit.recipes", "ddkit.studies")
 ]
 
 
@@ -128,8 +128,9 @@ def test_every_plugin_folder_ships() -> None:
     assert folders == set(PLUGIN_PACKAGES)
 
 
-def test_every_recipe_package_holds_recipes() -> None:
-    for package in PROJECT["project"]["entry-points"]["ddkit.recipes"].values():
+@pytest.mark.parametrize("group", ["ddkit.recipes", "ddkit.studies"])
+def test_every_package_of_recipes_or_studies_holds_some(group: str) -> None:
+    for package in PROJECT["project"]["entry-points"][group].values():
         folder = source.package_folder(package)
         assert folder is not None
         assert list(folder.glob("*.toml"))

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import msgspec
 import pytest
 
 from ddkit import plugins
 from ddkit.cli import cli as command_line
 from ddkit.recipe import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
+from ddkit.study import Study, SystemTable, parse_study
 from tests.conftest import SMALL_FLAGS, Result
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +139,29 @@ def _generator() -> Any:
     return module
 
 
+def _study_keys(title: str) -> set[str]:
+    """Returns the keys of the table under a heading of docs/studies.md."""
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    section = text.partition(f"\n### {title}\n")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| (`[^|]*`) \| [^|]* \| [^|]* \|", section, re.MULTILINE)
+    return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
+
+
+def test_keys_of_a_study_are_documented() -> None:
+    tables = {"systems", "cells", "blends"}
+    assert _study_keys("Top keys") == {f.encode_name for f in msgspec.structs.fields(Study)} - tables
+    assert _study_keys("`[systems.NAME]`") == {f.encode_name for f in msgspec.structs.fields(SystemTable)}
+
+
+def test_studies_on_the_page_are_those_that_are_installed_and_its_example_is_one() -> None:
+    page = ROOT / "docs" / "studies.md"
+    table = page.read_text(encoding="utf-8").partition("| study | what it is |")[2].partition("\n## ")[0]
+    named = {name for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`([\w-]+)`", row)}
+    assert named == {p.name for p in plugins.plugins() if p.kind == "study"}
+    example = next(block.text for block in blocks(page) if block.file == "mine.toml")
+    assert set(parse_study(tomllib.loads(example)).systems) == {"mild", "strong", "real"}
+
+
 def test_the_page_of_components_agrees_with_the_code() -> None:
     generator = _generator()
     assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: python docs/generate_components.py"
@@ -169,12 +194,19 @@ OWN_TABLES: dict[str, type[Table]] = {
 
 @pytest.mark.parametrize(("title", "kind"), OWN_TABLES.items(), ids=str)
 def test_recipe_tables_are_documented_with_their_defaults(title: str, kind: type[Table]) -> None:
-    made = kind()
-    assert _documented_keys(title) == {key: _shown(getattr(made, key)) for key in own_keys(kind)}
+    defaults = {f.encode_name: _default(f) for f in msgspec.structs.fields(kind)}
+    assert _documented_keys(title) == {key: _shown(defaults[key]) for key in own_keys(kind)}
+
+
+def _default(field: Any) -> Any:
+    if field.required:
+        return "required"
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
 
 
 def test_top_keys_of_a_recipe_are_documented_with_their_defaults() -> None:
     plain = {key: _shown(getattr(Recipe(), key)) for key in ("name", "summary", "source", "ipc", "pipc", "steps", "seed")}
+    plain["notes"] = ""
     assert _documented_keys("Top keys") == {key: value or "empty" for key, value in plain.items()}
     assert set(Recipe.__struct_fields__) == {*plain, *TABLES, *NAMED_TABLES}
     assert OptimizerTable in NAMED_TABLES.values()

@@ -30,7 +30,9 @@ class Fine(ddkit.Loss):
     def __call__(self, step):
         return step.images.square().mean()
 '''
-KINDS = ("loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "observer")
+KINDS = (
+    "loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "study", "observer",
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -376,8 +378,10 @@ def test_info_describes_every_component_and_its_options(cli: Callable[..., Resul
     found = json.loads(facts.out)
     assert (found["schema"], found["kind"], found["name"], found["distribution"]) == (1, kind, name, "ddkit")
     assert name in page.out.splitlines()[0]
-    if kind == "recipe":
-        assert found["text"].strip() in page.out
+    if kind in ("recipe", "study"):
+        assert found["text"] == Path(plugins.find(kind, name).value).read_text()
+        noted = kind == "recipe" and "[notes]" in found["text"]
+        assert found["source" if noted else "text"].strip() in page.out
         return
     assert found["description"].splitlines()[0] in page.out
     for option in found.get("options", []):

@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from ddkit import plugins
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError
 from ddkit.recipe import NAMED_TABLES, TABLES, Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import assign, build_recipe, parse_set, read_recipe, recipe_for, select_losses
+from ddkit.recipes import assign, build_recipe, described, parse_set, read_recipe, recipe_for, select_losses
 from tests.conftest import SMALL_FLAGS, Result
 
-INSTALLED = sorted({plugin.name for plugin in plugins.plugins() if plugin.kind == "recipe"})
+TEACHERS = ["teacher", "teacher-dsv"]
+INSTALLED = sorted({plugin.name for plugin in plugins.plugins() if plugin.kind == "recipe"} - set(TEACHERS))
 RULES: dict[str, Any] = {
     "ipc": 1,
     "pipc": 50,
@@ -384,3 +385,54 @@ def test_any_data_gives_a_recipe_or_a_ddkit_error(raw: dict[str, Any], sets: lis
 
 def test_the_fuzz_can_give_a_recipe() -> None:
     assert isinstance(build_recipe({"augmenter": {"odd": date(2024, 1, 1)}, "steps": 3}), Recipe)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_recipes_of_teachers_train_one_and_distil_nothing(name: str, norm: str, cli: Callable[..., Result]) -> None:
+    small = ("--set", "train.epochs=1", "--set", "teacher.width=8", "--set", f"teacher.norm={norm}")
+    result = cli("train", "--recipe", name, "--dataset", "digits", *small, "--out", "t.safetensors", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["test_accuracy"] > 0
+    told = cli("distill", "--recipe", name)
+    assert told.code == 4
+    assert "no loss" in told.err
+
+
+PAPER = ["dm-star", "dsv-blend", "dsv-noise", "dsv-real", "practical", "practical-plus", "teacher-dsv"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_setting_of_a_paper_recipe_says_where_it_comes_from(name: str, cli: Callable[..., Result]) -> None:
+    facts = json.loads(cli("info", "recipe", name, "--json").out)
+    assert [row["path"] for row in facts["settings"] if row["origin"] not in ("paper", "ours")] == []
+    assert {row["origin"] for row in facts["settings"]} == {"paper", "ours"}
+    page = cli("info", "recipe", name).out
+    assert "setting" in page
+    assert facts["source"] in page
+
+
+def test_info_shows_the_rules_of_a_setting(cli: Callable[..., Result]) -> None:
+    rows = {row["path"]: row for row in json.loads(cli("info", "practical", "--json").out)["settings"]}
+    assert rows["losses.dkkt-stationarity.weight"]["rules"] == [
+        {"when": {"pipc_max": 10}, "value": 0.1},
+        {"when": {"pipc_min": 500}, "value": 0.001},
+    ]
+    assert rows["initializer.std"]["value"] is None
+    assert "0.1 if pipc <= 10" in cli("info", "practical").out
+
+
+def test_a_note_holds_for_all_below_its_path() -> None:
+    raw = {"a": {"b": 1, "c": {"d": 2}}, "notes": {"a": "ours: all", "a.c": "paper: c"}}
+    assert [(r["path"], r["origin"], r["why"]) for r in described(raw)] == [("a.b", "ours", "all"), ("a.c.d", "paper", "c")]
+
+
+@pytest.mark.parametrize(
+    ("ipc", "pipc", "init", "rate", "ratio"),
+    [(1, 10, "noise", 0.1, 0.001), (3, 50, "real", 0.01, 0.001), (10, "all", "real", 0.001, 0.001), (50, 50, "real", 0.01, 0.01)],
+)
+def test_practical_resolves_the_papers_settings_by_its_own_rules(ipc: int, pipc: int | str, init: str, rate: float, ratio: float) -> None:
+    recipe = recipe_for("practical", ipc=ipc, pipc=pipc)
+    assert recipe.initializer.use == init
+    assert recipe.losses["dkkt-stationarity"].weight == rate
+    assert recipe.losses["dm"].weight == ratio
