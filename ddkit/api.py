@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from ddkit import plugins
 from ddkit.artifact import FILE, Artifact, load
 from ddkit.bank import Bank
-from ddkit.blend import blended
+from ddkit.blend import blended, seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device, products
 from ddkit.data import RealData, check_classes, check_held_out, open_dataset
@@ -25,7 +26,7 @@ from ddkit.hookspecs import Observers
 from ddkit.images import sheet_png
 from ddkit.jobs import Job
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import flattened, recipe_for, with_options
+from ddkit.recipes import recipe_for, with_options
 from ddkit.rundir import EVALUATION, MANIFEST, PREVIEW, RECIPE, RunDirectory, is_logged
 from ddkit.teacher import Teacher
 from ddkit.teachers import automatic_teacher, load_teacher, save_teacher, train_teacher
@@ -45,8 +46,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
     """Returns what a run of `recipe` would do, as data; opens the accessible images, trains and writes nothing."""
     if recipe.blend is not None:
-        plans = [plan(part, device=device) for part in _recipes_of_parts(recipe).values()]
-        return {**(plans[0] if plans else {"schema": 1}), "recipe": recipe_dict(recipe), "parts": plans}
+        return _plan_of_blend(recipe, device)
     job = Job(recipe, device=device)
     return {
         "schema": 1,
@@ -59,6 +59,17 @@ def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
         "teacher": recipe.teacher.use if job.needs_teacher else None,
         "plugins": job.plugins_used(),
     }
+
+
+def _plan_of_blend(recipe: Recipe, device: str) -> dict[str, Any]:
+    _check_blend(recipe, device)
+    plans = [plan(part, device=device) for part in _recipes_of_parts(recipe).values()]
+    finished = _finished_parts(recipe)
+    facts = plans[0] if plans else {
+        "schema": 1, "device": str(pick_device(device)), "classes": finished[0].class_names, "accessible_images": 0,
+        "image_shape": list(_image_shape(finished[0])), "synthetic_images": len(finished[0].labels), "teacher": None, "plugins": [],
+    }  # fmt: skip
+    return facts | {"recipe": recipe_dict(recipe), "parts": plans}
 
 
 def distill(
@@ -131,6 +142,8 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it."""
     directory = RunDirectory.existing(path)
     recipe = parse_recipe(directory.read_recipe())
+    if recipe.blend is not None and steps is not None:
+        raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
     if steps is not None:
         recipe = msgspec.structs.replace(recipe, steps=steps)
     if recipe.blend is not None:
@@ -374,11 +387,13 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
     """Raises InputError where a held-out image may have been accessible when the set was made."""
     if real.held_out is None:
         return
-    made_with = artifact.metadata.get("seed", real.seed)
-    if made_with != real.seed:
+    seeds = seeds_of(artifact)
+    if any(seed != real.seed for seed in seeds):
+        made_with = " and ".join(str(seed) for seed in seeds)
+        fix = f"Use --seed {made_with}, or --set data.test=test." if len(seeds) == 1 else "Use --set data.test=test."
         raise InputError(
             f"With data.test = held-out the seed tells held-out images from accessible ones, and the set was made with seed "
-            f"{made_with}. Use --seed {made_with}, or --set data.test=test.",
+            f"{made_with}. {fix}",
             "data.test",
         )
     check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
@@ -451,17 +466,21 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     Raises DdkitError.
     """
     result = blended(load(first), load(second), alpha)
-    directory = RunDirectory.claim(Path(out))
     known = [RunDirectory.existing(Path(part)).read_recipe() for part in (first, second) if (Path(part) / RECIPE).is_file()]
-    table: dict[str, Any] = {key: known[0][key] for key in ("data", "teacher", "seed", "pipc") if key in known[0]} if known else {}
-    paths = [str(Path(part).absolute()) for part in (first, second)]
-    recipe = parse_recipe(
-        {**table, "name": "blend", "ipc": _images_a_class(result), "blend": {"first": paths[0], "second": paths[1], "alpha": alpha}}
-    )
-    if known:
-        directory.write_recipe(recipe_dict(recipe))
-    _save(result, directory)
-    directory.write_manifest({"seed": recipe.seed, "steps": 0, "seconds": 0.0, "blend": _blend_facts(recipe, paths)})
+    copied = ("data", "teacher", "train", "seed", "pipc")
+    table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
+    paths = [Path(part).absolute() for part in (first, second)]
+    blend_ = {"first": str(paths[0]), "second": str(paths[1]), "alpha": alpha}
+    recipe = parse_recipe({**table, "name": "blend", "ipc": _images_a_class(result), "blend": blend_})
+    directory = RunDirectory.claim(Path(out))
+    try:
+        if known:
+            directory.write_recipe(recipe_dict(recipe))
+        _save(result, directory)
+        directory.write_manifest({"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
+    except BaseException:
+        directory.discard()
+        raise
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
 
 
@@ -469,32 +488,37 @@ def _images_a_class(artifact: Artifact) -> int:
     return int(artifact.metadata.get("ipc") or artifact.labels.bincount().max())
 
 
-def _blend_facts(recipe: Recipe, paths: Sequence[str | Path]) -> dict[str, Any]:
-    """Returns what the manifest tells of a blend: its parts and the sha256 of each."""
+def _blend_facts(recipe: Recipe, paths: Sequence[Path]) -> dict[str, Any]:
+    """Returns what the manifest tells of a blend: its parts with their sha256, and what their own manifests tell of both."""
     assert recipe.blend is not None
-    files = [Path(path) / FILE if Path(path).is_dir() else Path(path) for path in paths]
-    return {"alpha": recipe.blend.alpha, "parts": [{"path": str(file), "sha256": sha256(file)} for file in files]}
-
-
-OF_THE_BLEND = ("name", "summary", "source", "notes", "blend", "evaluators")
+    files = [path / FILE if path.is_dir() else path for path in paths]
+    manifests = [RunDirectory(path).read_manifest() for path in paths if (path / MANIFEST).is_file()]
+    plugins_ = [plugin for manifest in manifests for plugin in manifest.get("plugins", [])]
+    real = [source for manifest in manifests for source in manifest.get("real_files", [])]
+    return {
+        "threads": torch.get_num_threads(),
+        "plugins": [plugin for number, plugin in enumerate(plugins_) if plugin not in plugins_[:number]],
+        "real_files": sorted(set(real), key=str),
+        "blend": {"alpha": recipe.blend.alpha, "parts": [{"path": str(file), "sha256": sha256(file)} for file in files]},
+    }
 
 
 def _recipes_of_parts(recipe: Recipe) -> dict[str, Recipe]:
     """Returns the recipes that a blend makes first, by the name of their folder; a part that is a run or file has none.
 
-    What the blend's recipe sets beside ddkit's defaults (ipc, pipc, steps, seed, data, teacher, ...) holds for both.
+    ipc, pipc, steps and seed, and what else the blend's recipe sets (`blend.set`), hold for both.
     """
     assert recipe.blend is not None
-    default = dict(flattened(recipe_dict(Recipe())))
-    own = {key: value for key, value in recipe_dict(recipe).items() if key not in OF_THE_BLEND}
-    sets = [(path, value) for path, value in flattened(own) if default.get(path) != value]
-    sizes: dict[str, Any] = {"ipc": recipe.ipc, "pipc": recipe.pipc, "seed": recipe.seed, "steps": recipe.steps}
-    names = {"first": recipe.blend.first, "second": recipe.blend.second}
-    return {
-        part: recipe_for(name, evaluators="none", sets=[pair for pair in sets if pair[0] not in sizes], **sizes)
-        for part, name in names.items()
-        if not _is_set(name)
-    }
+    found = {}
+    for part, name in (("first", recipe.blend.first), ("second", recipe.blend.second)):
+        if not _is_set(name):
+            found[part] = recipe_for(
+                name, evaluators="none", sets=list(recipe.blend.set.items()), ipc=recipe.ipc, pipc=recipe.pipc, seed=recipe.seed,
+                steps=recipe.steps,
+            )  # fmt: skip
+            if found[part].blend is not None:
+                raise InputError(f"blend.{part} = {name!r} is a blend itself; make it first and name its run.", f"blend.{part}")
+    return found
 
 
 def _is_set(name: str) -> bool:
@@ -502,27 +526,57 @@ def _is_set(name: str) -> bool:
     return "/" in name and not name.endswith(".toml")
 
 
+def _finished_parts(recipe: Recipe) -> list[Artifact]:
+    """Returns the parts that are sets already; raises InputError where one has not the ipc that is asked for."""
+    assert recipe.blend is not None
+    found = [load(name) for name in (recipe.blend.first, recipe.blend.second) if _is_set(name)]
+    for artifact in found:
+        if _images_a_class(artifact) != recipe.ipc:
+            raise InputError(
+                f"A part of the blend has {_images_a_class(artifact)} images a class, and ipc is {recipe.ipc}. Give --ipc as the part has.",
+                "ipc",
+            )
+    return found
+
+
+def _check_blend(recipe: Recipe, device: str) -> list[Job]:
+    """Returns the jobs of the parts to be made; raises a DdkitError for all that would fail after they are made."""
+    assert recipe.blend is not None
+    jobs = [Job(part, device=device) for part in _recipes_of_parts(recipe).values()]
+    finished = _finished_parts(recipe)
+    if len(finished) == 2:
+        blended(finished[0], finished[1], recipe.blend.alpha)
+    elif finished and jobs:
+        names, shape = list(jobs[0].info.class_names), jobs[0].info.shape
+        if finished[0].class_names != names or finished[0].images.shape[1:] != shape:
+            raise InputError("The finished part of the blend has other classes or another image shape than the data of the other part.")
+    if recipe.evaluators:
+        real = RealData.of(recipe, open_dataset(recipe.data), jobs[0].info.shape if jobs else _image_shape(finished[0]))
+        real.check_test_set()
+        for name, table in recipe.evaluators.items():
+            plugins.create("evaluator", table.use or name, table.options, data=real.info, where=f"evaluators.{name}").check(real.info)
+    return jobs
+
+
 def _run_blend(recipe: Recipe, directory: RunDirectory, device: str, observers: Sequence[Any]) -> Run:
     """Makes both parts in `parts/` of the directory, or goes on with what is there, and blends and evaluates them."""
     assert recipe.blend is not None
     watchers = _watchers(observers)
     try:
+        _check_blend(recipe, device)
         made = _recipes_of_parts(recipe)
-        for part in made.values():
-            Job(part, device=device)  # both are checked before the first is run
         directory.write_recipe(recipe_dict(recipe))
     except BaseException:
         directory.discard()
         raise
-    seconds, paths = 0.0, []
+    steps, seconds, paths = 0, 0.0, []
     for name, source in (("first", recipe.blend.first), ("second", recipe.blend.second)):
-        path = directory.path / "parts" / name if name in made else Path(source)
-        if name in made and not (path / MANIFEST).is_file():
-            unfinished = (path / RECIPE).is_file()
-            run = resume(path, device=device, observers=observers) if unfinished else run_recipe(
-                made[name], device=device, out=path, observers=observers
-            )  # fmt: skip
-            seconds += run.seconds
+        path = Path(source)
+        if name in made:
+            path = directory.path / "parts" / name
+            _make_part(made[name], path, device, observers)
+            facts = RunDirectory(path).read_manifest()
+            steps, seconds = steps + facts["steps"], seconds + facts["seconds"]
         paths.append(path)
     result = blended(load(paths[0]), load(paths[1]), recipe.blend.alpha)
     result.metadata |= {"recipe": recipe.name}
@@ -530,8 +584,19 @@ def _run_blend(recipe: Recipe, directory: RunDirectory, device: str, observers: 
     rows = _judged(recipe, result, device, watchers) if recipe.evaluators else []
     if rows:
         write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
-    steps = sum(part.steps for part in made.values())
     facts = {"seed": recipe.seed, "device": str(pick_device(device)), "steps": steps, "seconds": round(seconds, 3)}
-    directory.write_manifest(facts | {"blend": _blend_facts(recipe, paths)})
+    directory.write_manifest(facts | _blend_facts(recipe, paths))
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=steps, seconds=seconds, evaluations=rows)
+
+
+def _make_part(recipe: Recipe, path: Path, device: str, observers: Sequence[Any]) -> None:
+    """Makes a part of a blend, or goes on with it."""
+    if (path / MANIFEST).is_file():
+        return
+    if any((path / "checkpoints").glob("*.safetensors")):
+        resume(path, device=device, observers=observers)
+        return
+    if path.is_dir():
+        shutil.rmtree(path)  # it never began
+    run_recipe(recipe, device=device, out=path, observers=observers)

@@ -28,8 +28,15 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
         log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
     images = torch.lerp(first.images, second.images[partner], alpha)
     pipc = _larger(first.metadata.get("pipc"), second.metadata.get("pipc"))
-    metadata = first.metadata | {"recipe": "blend", "alpha": alpha} | ({} if pipc is None else {"pipc": pipc})
+    seeds = sorted({seed for part in (first, second) for seed in seeds_of(part)})
+    metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | ({} if pipc is None else {"pipc": pipc})
     return Artifact(images, first.labels, {key: value for key, value in metadata.items() if key != "schema"})
+
+
+def seeds_of(artifact: Artifact) -> list[int]:
+    """Returns the seeds that chose the accessible images of a set, as far as it records them; a blend has several."""
+    found = artifact.metadata.get("seeds", [artifact.metadata["seed"]] if "seed" in artifact.metadata else [])
+    return [int(seed) for seed in found]
 
 
 def _partners(first: Artifact, second: Artifact) -> Tensor:

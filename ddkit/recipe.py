@@ -123,6 +123,7 @@ class BlendTable(Table):
     first: Annotated[str, Option("a recipe that makes it, or a finished run or file")]
     second: Annotated[str, Option("likewise")]
     alpha: Annotated[float, Option("share of the second", ge=0, le=1)] = 0.5
+    set: Annotated[dict[str, Any], Option("recipe paths and values that hold for both; by itself: all that is set beside the blend")] = {}
 
 
 class RuleTable(Table):

@@ -76,7 +76,20 @@ def build_recipe(
         fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
         raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
     assign_all(raw, override)
+    if isinstance(raw.get("blend"), Mapping):
+        raw["blend"] = _with_shared_settings(raw, override)
     return parse_recipe(raw)
+
+
+OF_THE_BLEND = ("name", "summary", "source", "notes", "blend", "evaluators", "ipc", "pipc", "steps", "seed")
+
+
+def _with_shared_settings(raw: Raw, override: Iterable[tuple[str, Any]]) -> Raw:
+    """Returns the blend's table with what is set beside it, which holds for both parts: once recorded, only new flags add to it."""
+    blend: Raw = raw["blend"]
+    given = dict(blend["set"]) if isinstance(blend.get("set"), Mapping) else dict(flattened(raw))
+    given |= dict(override)
+    return blend | {"set": {path: value for path, value in given.items() if path.split(".")[0] not in OF_THE_BLEND}}
 
 
 def _has_default() -> bool:
@@ -128,7 +141,8 @@ TOLD_APART = ("name", "summary", "source", "notes", "rules")
 def described(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the settings of raw recipe data, in order: `path`, `value`, `rules` that change it, `origin` and `why`.
 
-    A rule is {"when", "value"}; one that sets what the tables leave out stands alone (`value` None). Origin and reason are
+    A rule is {"when", "value"}; one that sets what the tables leave out stands alone (`value` None), as does a note on a
+    setting that is left at its default (no rules either). Origin and reason are
     the recipe's note for the path, or for the nearest path above it, split at its first colon; "" where it has none.
     """
     rows = {path: _described(path, value, raw) for path, value in flattened({k: v for k, v in raw.items() if k not in TOLD_APART})}
@@ -136,6 +150,9 @@ def described(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
         for path, value in flattened(rule["set"]):
             row = rows.setdefault(path, _described(path, None, raw))
             row["rules"].append({"when": rule["when"], "value": value})
+    for path in raw.get("notes", {}):
+        if not any(row == path or row.startswith(f"{path}.") for row in rows):
+            rows[path] = _described(path, None, raw)  # left at its default, and said why
     return list(rows.values())
 
 

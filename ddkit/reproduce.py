@@ -11,11 +11,12 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -23,11 +24,13 @@ from typing import Any, Literal, NamedTuple
 import msgspec
 import tomli_w
 
-from ddkit.errors import DdkitError, RunFailed, RunFilesError
+from ddkit import plugins
+from ddkit.data import check_held_out, open_dataset
+from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.files import read_json, sha256, write_atomic, write_json
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import recipe_for
-from ddkit.rundir import EVALUATION, MANIFEST, RECIPE
+from ddkit.rundir import MANIFEST
 from ddkit.study import Cell, Study, chosen_cells, published
 
 log = logging.getLogger("ddkit")
@@ -100,6 +103,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     pictures: list[str]
 
 
+class Evaluating(msgspec.Struct, frozen=True, kw_only=True):
+    """How a set is evaluated: all that its figure depends on beside the set. networks None: the protocol's own."""
+
+    protocol: str
+    labels: str
+    images: str
+    networks: int | None
+    teacher: str  # sha256 of the teacher file that gives soft labels, where one is named
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:8]
+
+
 class Task(NamedTuple):
     """One set and its evaluation."""
 
@@ -107,8 +124,7 @@ class Task(NamedTuple):
     seed: int
     recipe: Recipe
     path: Path
-    evaluation: tuple[str, ...]  # arguments of `ddkit evaluate`
-    row: Mapping[str, Any]  # what its row in evaluation.json says of itself
+    evaluation: Evaluating
     parts: tuple[Path, ...] = ()  # runs that are blended, where it is a blend
     alpha: float | None = None
 
@@ -136,6 +152,7 @@ def reproduce(
     settings = settings or Settings()
     chosen = chosen_cells(study, list(cells) if cells else None, list(systems) if systems else None)
     tasks = planned(study, chosen, out, settings)
+    _check(study, tasks, settings)
     failures: dict[Path, str] = {}
     if run:
         _make(out / "sets")
@@ -150,6 +167,17 @@ def reproduce(
         write_json(out / "report.json", report_json(result))
         write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
     return result
+
+
+def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
+    """Raises a DdkitError where sets could be made but not evaluated: before the first is made."""
+    for protocol in sorted({task.evaluation.protocol for task in tasks}):
+        tables = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators
+        plugins.options_of("evaluator", "accuracy", tables["accuracy"].options, "evaluators.accuracy")
+    if study.held_out and settings.dataset is not None:
+        dataset = open_dataset(tasks[0].recipe.data)
+        for pipc in {str(task.recipe.pipc): task.recipe.pipc for task in tasks}.values():
+            check_held_out(dataset, pipc, study.held_out)
 
 
 def _make(folder: Path) -> None:
@@ -173,28 +201,45 @@ def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) ->
     system = study.systems[cell.system]
     protocol = settings.protocol or system.protocol or study.protocol
     recipe = _recipe(study, cell, seed, settings)
-    name = f"{cell.system if not system.baseline else 'real-images'}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
+    name = f"{recipe.name}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
     images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
-    arguments, row = _evaluation(study, protocol, system.labels, images, settings)
-    return Task(cell, seed, recipe, out / "sets" / name, arguments, row)
+    return Task(cell, seed, recipe, out / "sets" / name, _evaluating(study, protocol, system.labels, images, settings))
 
 
-def _evaluation(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> tuple[tuple[str, ...], dict[str, Any]]:
-    networks = settings.networks or study.networks
-    options = {"random_real": "false", "labels": labels}
-    if images != "synthetic":
-        options["baselines"] = json.dumps([images])
-    flags = ["--evaluate", "accuracy", "--protocol", protocol, "--device", settings.device]
-    flags += ["--repeats", str(networks)] if networks else []
-    flags += ["--teacher", settings.teacher] if settings.teacher and labels == "soft" else []
-    for key, value in options.items():
-        flags += ["--set", f"evaluators.accuracy.{key}={value}"]
-    split = "held-out" if study.held_out else "test"
-    row = {"evaluator": "accuracy", "protocol": protocol, "labels": labels, "images": images, "split": split}
-    return tuple(flags), row | ({"repeats": networks} if networks else {})
+def _evaluating(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> Evaluating:
+    teacher = settings.teacher if labels == "soft" and settings.teacher != "auto" else None
+    content = sha256(Path(teacher)) if teacher and Path(teacher).is_file() else ""
+    return Evaluating(
+        protocol=protocol, labels=labels, images=images, networks=settings.networks or study.networks, teacher=content,
+    )  # fmt: skip
+
+
+RESERVED = {
+    "ipc": "--cells",
+    "pipc": "--cells",
+    "seed": "--seeds",
+    "data.test": "held_out of a study",
+    "data.held_out": "held_out of a study",
+}
 
 
 def _recipe(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
+    """Returns the recipe of one set, checked as far as that needs no data; raises InputError naming the system."""
+    system = study.systems[cell.system]
+    for path in [*study.set, *system.set, *(path for path, _ in settings.sets)]:
+        if path in RESERVED or path.split(".")[0] == "evaluators":
+            instead = RESERVED.get(path, "--protocol and --repeats")
+            raise InputError(f"{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
+    try:
+        recipe = _recipe_of_system(study, cell, seed, settings)
+        if not recipe.losses and recipe.blend is None:
+            raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
+    except InputError as error:
+        raise InputError(f"systems.{cell.system}: {error}", error.path) from None
+    return recipe
+
+
+def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
     system = study.systems[cell.system]
     pipc = {"cell": cell.pipc, "ipc": cell.ipc}.get(str(system.pipc), system.pipc)
     held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
@@ -225,12 +270,12 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
         first, second = parts
         if first is None or second is None:
             continue
-        arguments, row = _evaluation(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
+        evaluating = _evaluating(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
         for alpha in study.blends.alphas:
             key = hashlib.sha256(f"{first.path.name} {second.path.name} {alpha}".encode()).hexdigest()[:8]
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
             system = f"{study.blends.first}+{study.blends.second}"
-            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, arguments, row, (first.path, second.path), alpha))
+            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, (first.path, second.path), alpha))
     return found
 
 
@@ -239,7 +284,7 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
     failures: dict[Path, str] = {}
     crew = _Crew(settings)
     for blends in (False, True):
-        waiting = {(task.path, task.evaluation): task for task in tasks if bool(task.parts) == blends and _row(task) is None}
+        waiting = {_kept(task): task for task in tasks if bool(task.parts) == blends and _row(task) is None}
         todo = list(waiting.values())
 
         def work(number_and_task: tuple[int, Task], todo: list[Task] = todo) -> None:
@@ -259,81 +304,133 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
 
 
 class _Crew:
-    """Runs commands, `jobs` at a time, and ends them all when this process is interrupted."""
+    """Runs commands, `jobs` at a time; after an error or an interruption it ends those that run and starts no other."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.children: list[subprocess.Popen[str]] = []
+        self.children: set[subprocess.Popen[str]] = set()
+        self.stopped = False
         self._locks: dict[Path, threading.Lock] = {}
         self._guard = threading.Lock()
 
     @contextmanager
     def alone(self, path: Path) -> Iterator[None]:
+        """Inside, no other thread works on the set at `path`."""
         with self._guard:
             lock = self._locks.setdefault(path, threading.Lock())
         with lock:
             yield
 
     def run(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
-        with ThreadPoolExecutor(self.settings.jobs) as pool:
-            waiting = [pool.submit(work, item) for item in items]
+        def guarded(item: Any) -> None:
             try:
-                for future in waiting:
-                    future.result()
+                work(item)
             except BaseException:
-                for future in waiting:
-                    future.cancel()
-                for child in self.children:
-                    child.terminate()  # a run writes a checkpoint then
+                self.stop()
                 raise
 
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
+            waiting = [pool.submit(guarded, item) for item in items]
+            try:
+                wait(waiting)
+            except BaseException:
+                self.stop()
+                raise
+        errors = [error for future in waiting if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):  # the cause first, then what it ended
+            raise error
+
+    def stop(self) -> None:
+        with self._guard:
+            self.stopped = True
+            for child in self.children:
+                child.terminate()  # a run writes a checkpoint then
+
     def make(self, task: Task) -> None:
-        """Makes the set of `task` where it is not there, and evaluates it."""
+        """Makes the set of `task` where it is not there, evaluates it, and keeps its row."""
         if not (task.path / MANIFEST).is_file():
             self.command(self._making(task))
-        self.command(["evaluate", str(task.path), *task.evaluation, "--quiet", "--json"])
+        rows = json.loads(self.command(self._judging(task)))["evaluations"]
+        row = next((row for row in rows if row["images"] == task.evaluation.images), None)
+        if row is None:
+            raise RunFailed(f"The evaluation gave no row of '{task.evaluation.images}' images.")
+        write_json(_kept(task), {"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row})
 
     def _making(self, task: Task) -> list[str]:
         if task.parts:
+            _clear(task.path)  # what a blend that was cut off left
             return ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
         common = ["--out", str(task.path), "--device", self.settings.device, "--quiet", "--json"]
-        if (task.path / RECIPE).is_file():
+        if any((task.path / "checkpoints").glob("*.safetensors")):
             return ["distill", "--resume", *common]
+        _clear(task.path)
         file = task.path.parent / f"{task.path.name}.toml"
         write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
         return ["distill", "--recipe", str(file), *common]
 
-    def command(self, arguments: Sequence[str]) -> None:
-        """Runs `ddkit ARGUMENTS...`; raises RunFailed with its message, or an error of its exit code for bad input."""
+    def _judging(self, task: Task) -> list[str]:
+        asked, name = task.evaluation, "evaluators.accuracy"
+        flags = ["--evaluate", "accuracy", "--protocol", asked.protocol, "--device", self.settings.device, "--quiet", "--json"]
+        flags += ["--repeats", str(asked.networks)] if asked.networks else []
+        flags += ["--teacher", str(self.settings.teacher)] if asked.teacher else []
+        flags += ["--set", f"{name}.random_real=false", "--set", f"{name}.labels={asked.labels}"]
+        flags += ["--set", f"{name}.baselines={json.dumps([asked.images])}"] if asked.images != "synthetic" else []
+        return ["evaluate", str(task.path), *flags]
+
+    def command(self, arguments: Sequence[str]) -> str:
+        """Returns what `ddkit ARGUMENTS...` prints; raises RunFailed with its message, or an error of its exit code."""
         environment = dict(os.environ)
         if self.settings.jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self.settings.jobs)
             environment["OMP_NUM_THREADS"] = str(threads)
-        child = subprocess.Popen(
-            [sys.executable, "-m", "ddkit", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-        )  # fmt: skip
-        self.children.append(child)
-        _, said = child.communicate()
-        self.children.remove(child)
+        with self._guard:
+            if self.stopped:
+                raise Interrupted("Stopped, as another set was.", 130)
+            child = subprocess.Popen(
+                [sys.executable, "-m", "ddkit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment,
+            )  # fmt: skip
+            self.children.add(child)
+        printed, said = child.communicate()
+        with self._guard:
+            self.children.discard(child)
         if child.returncode:
             raise _failure(child.returncode, said, arguments)
+        return printed
+
+
+def _clear(path: Path) -> None:
+    """Removes what a run left at `path` that cannot be continued."""
+    if path.is_dir():
+        shutil.rmtree(path)
 
 
 def _failure(code: int, said: str, arguments: Sequence[str]) -> DdkitError:
     message = " ".join(said.split()).rpartition("ddkit: ")[2] or f"`ddkit {arguments[0]}` ended with exit code {code}"
     if code in (1, -9):  # the run itself failed, or was killed (for its memory); the others may do
         return RunFailed(message)
-    error = DdkitError(message)  # bad input, which the next set would meet too, or an interruption
-    error.exit_code = code if code > 0 else 128 - code
+    if code in (130, 143) or code < 0:
+        return Interrupted(message, code if code > 0 else 128 - code)
+    error = DdkitError(message)  # bad input, which the next set would meet too
+    error.exit_code = code
     return error
 
 
+def _kept(task: Task) -> Path:
+    """Returns the file that keeps the evaluation of a set, as asked for."""
+    return task.path.parent / f"{task.path.name}-{task.evaluation.key}.json"
+
+
 def _row(task: Task) -> dict[str, Any] | None:
-    """Returns the row of the task's evaluation, None where it is not there yet."""
-    file = task.path / EVALUATION
-    rows = read_json(file)["evaluations"] if file.is_file() else []
-    matching = [row for row in rows if all(row.get(key) == value for key, value in task.row.items())]
-    return matching[-1] if matching else None
+    """Returns the row of the task's evaluation, None where it is not there yet, or its set is gone."""
+    file = _kept(task)
+    if not file.is_file() or not (task.path / MANIFEST).is_file():
+        return None
+    found = read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
+        raise RunFilesError(f"{file} is no evaluation of a study; remove it, and the next call makes it again.")
+    row: dict[str, Any] = found["row"]
+    return row
 
 
 def _figures(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> list[Figure]:
@@ -353,7 +450,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     spectra = _spectra([task.path for task, _ in done]) if study.blends is not None and done else (None, [])
     return Figure(
         ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
-        title=(system.title if system else "") or first.cell.system, protocol=first.row["protocol"], labels=first.row["labels"],
+        title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
         steps=first.recipe.steps, wanted=len(tasks), alpha=first.alpha, published=known, published_std=known_std,
         mean=sum(networks) / len(networks) if networks else None, std=_std(networks), std_of_sets=_std(means),
         sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
@@ -394,7 +491,8 @@ def _pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
                     rows[f"alpha {task.alpha:g}"] = task
                 elif task.cell.system in study.pictures:
                     rows[study.systems[task.cell.system].title or task.cell.system] = task
-        if rows and (study.pictures or study.blends):
+        wanted = len(study.pictures) + len(study.blends.alphas if study.blends else [])
+        if rows and len(rows) == wanted:  # a call for some of them leaves the picture of all as it is
             images, labels, names = _sheet([load(task.path).images for task in rows.values()], list(rows))
             file = out / f"{study.name}-ipc{ipc}-pipc{pipc}.png"
             write_atomic(file, sheet_png(images, labels, names, columns=images.shape[0]))
@@ -422,14 +520,14 @@ def report_table(report: Report, style: str = "simple") -> str:
 
     blends = any(figure.alpha is not None for figure in report.figures)
     spectra = any(figure.high_frequency is not None for figure in report.figures)
-    header = ["ipc", "pipc", "system", "published", "measured", "difference", "n", "protocol", "steps"]
+    header = ["ipc", "pipc", "system", "published", "measured", "difference", "std of sets", "n", "protocol", "steps"]
     header[3:3] = ["alpha"] if blends else []
     header += ["high freq."] if spectra else []
     rows = [_line(figure, blends, spectra) for figure in report.figures]
     left = [f"{f.title} at ipc {f.ipc}, pipc {f.pipc}" for f in report.figures if f.state in ("not run", "partly")]
     soft = any(figure.labels == "soft" for figure in report.figures)
     notes = [f"{report.study}: accuracy in % on {'held-out training images' if report.split == 'held-out' else 'the test set'}, "
-             "mean ± sample standard deviation over all networks; n = sets x networks."]  # fmt: skip
+             "mean ± sample standard deviation over all networks; std of sets: of the means of the sets; n = sets x networks."]  # fmt: skip
     notes += ["Systems marked (soft) train on the teacher's probabilities: never compare them with the others."] if soft else []
     notes += [f"Failed: {f.title} at ipc {f.ipc}, pipc {f.pipc}: {f.failed}" for f in report.figures if f.failed]
     notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
@@ -445,6 +543,7 @@ def _line(figure: Figure, blends: bool, spectra: bool) -> list[str]:
     line = [str(figure.ipc), str(figure.pipc), figure.title + (" (soft)" if figure.labels == "soft" else "")]
     line += ["-" if figure.alpha is None else f"{figure.alpha:g}"] if blends else []
     line += [_percent(figure.published, figure.published_std, 2), _percent(figure.mean, figure.std, 1), difference]
+    line += ["-" if figure.std_of_sets is None else f"{100 * figure.std_of_sets:.1f}"]
     line += [count, figure.protocol, str(figure.steps)]
     line += ["-" if figure.high_frequency is None else f"{100 * figure.high_frequency:.1f} %"] if spectra else []
     return line

@@ -10,6 +10,7 @@ import msgspec
 
 from ddkit.errors import InputError
 from ddkit.options import Option, parse_struct
+from ddkit.plugins import NAME
 from ddkit.recipe import Positive, Table
 from ddkit.recipes import read_named
 
@@ -88,6 +89,16 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     for what, table in (("systems", study.systems), ("cells", study.cells)):
         if not table:
             raise InputError(f"The study has no {what}.", what)
+    if study.name and not NAME.fullmatch(study.name):
+        raise InputError(f"name = {study.name!r}: a study's name has lower-case letters, digits and hyphens.", "name")
+    for name, system in study.systems.items():
+        if not NAME.fullmatch(name):
+            raise InputError(f"systems.{name}: a system's name has lower-case letters, digits and hyphens.", "systems")
+        if system.baseline and (system.losses is not None or system.recipe != "default"):
+            raise InputError(f"systems.{name}: a baseline is real images, so it has no recipe and no losses.", f"systems.{name}")
+    rows = [(cell.ipc, cell.pipc) for cell in study.cells]
+    for row in {row for row in rows if rows.count(row) > 1}:
+        raise InputError(f"The study has the cell {row[0]}:{row[1]} twice. Write it once, with all that is published of it.", "cells")
     named = [(f"cells[{number}].published", list(cell.published)) for number, cell in enumerate(study.cells)]
     named += [(f"cells[{number}].systems", cell.systems) for number, cell in enumerate(study.cells)]
     named += [("pictures", study.pictures)]
@@ -122,4 +133,9 @@ def chosen_cells(study: Study, wanted: list[tuple[int, int | str]] | None, syste
     for name in systems or []:
         if name not in study.systems:
             raise InputError(f"The study '{study.name}' has no system '{name}'. It has {', '.join(study.systems)}.", "systems")
-    return [cell for cell in cells_of(study) if (not wanted or (cell.ipc, cell.pipc) in wanted) and (not systems or cell.system in systems)]
+    found = [
+        cell for cell in cells_of(study) if (not wanted or (cell.ipc, cell.pipc) in wanted) and (not systems or cell.system in systems)
+    ]
+    if not found:
+        raise InputError(f"No chosen system of the study '{study.name}' has a figure in the chosen cells.", "cells")
+    return found

@@ -122,6 +122,7 @@ def test_bad_blends_leave_nothing(runs: CLI, arguments: tuple[str, ...], code: i
     assert (result.code, result.out) == (code, "")
     assert said in " ".join(result.err.split())
     assert not Path("both").exists()
+    assert ddkit.load("two").metadata["recipe"] == "default"  # what was there is as it was
 
 
 SMALL_BLEND = ["--ipc", 1, "--pipc", 3, "--steps", 2, *SMALL_FLAGS[2:], "--set", "blend.first=dm", "--set", "blend.second=dm-star"]
@@ -157,3 +158,58 @@ def test_a_part_that_is_no_recipe_is_told_before_anything_is_made(cli: CLI) -> N
     assert result.code == 4
     assert "There is no recipe 'dm-starr'" in result.err
     assert not Path("run").exists()
+
+
+BAD_BLENDS = [
+    (["--set", "evaluators.accuracy.protocl=x"], 4, "protocl"),
+    (["--set", "evaluators.accuracy.model=nope"], 3, "nope"),
+    (["--set", "data.test=held-out", "--set", "data.held_out=500"], 4, "held-out needs 500"),
+    (["--set", "blend.first=./missing"], 5, "missing"),
+    (["--set", "blend.first=dsv-blend"], 4, "is a blend itself"),
+    (["--set", "blend.alpha=2"], 4, "alpha"),
+]
+
+
+@pytest.mark.parametrize(("flags", "code", "said"), BAD_BLENDS)
+def test_what_would_fail_after_both_parts_is_told_before(cli: CLI, flags: list[str], code: int, said: str) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, *flags, "--out", "run")
+    assert (result.code, result.out) == (code, "")
+    assert said in " ".join(result.err.split())
+    assert not Path("run").exists()
+
+
+def test_a_flag_that_equals_a_default_holds_for_both_parts(cli: CLI) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", "--init", "real", "--dataset", "digits", "--plan", "--json")
+    assert result.code == 0, result.err
+    assert [part["recipe"]["initializer"]["use"] for part in json.loads(result.out)["parts"]] == ["real", "real"]
+
+
+def test_finished_parts_must_have_the_ipc_that_is_asked_for(runs: CLI) -> None:
+    parts = ("--set", "blend.first=./one", "--set", "blend.second=./two", "--dataset", "digits", "--evaluate", "none")
+    assert runs("distill", "--recipe", "dsv-blend", *parts, "--out", "both").code == 0
+    told = runs("distill", "--recipe", "dsv-blend", *parts, "--ipc", 2, "--out", "more")
+    assert told.code == 4
+    assert "1 images a class" in told.err
+    plan = runs("distill", "--recipe", "both/recipe.toml", "--plan")
+    assert plan.code == 0, plan.err
+
+
+def test_held_out_images_of_a_blend_were_accessible_to_neither(runs: CLI) -> None:
+    assert runs("blend", "one", "two", "--out", "both").code == 0
+    told = runs("evaluate", "both", "--set", "data.test=held-out", "--set", "data.held_out=5")
+    assert told.code == 4
+    assert "seed 0 and 1" in " ".join(told.err.split())
+
+
+def test_a_blends_manifest_tells_of_both_parts(runs: CLI) -> None:
+    assert runs("blend", "one", "two", "--out", "both").code == 0
+    one, two, both = (json.loads(Path(name, "manifest.json").read_text()) for name in ("one", "two", "both"))
+    assert set(both["real_files"]) == {*one["real_files"], *two["real_files"]}
+    assert both["plugins"] == one["plugins"]
+
+
+def test_the_steps_of_a_blend_are_not_changed_afterwards(cli: CLI) -> None:
+    assert cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--out", "run").code == 0
+    told = cli("distill", "--out", "run", "--resume", "--steps", 6)
+    assert told.code == 2
+    assert "--steps" in told.err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
+import time
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,13 +17,12 @@ import pytest
 from ddkit import plugins, reproduce
 from ddkit.cli import cli as command_line
 from ddkit.errors import InputError, RunFailed
-from ddkit.recipes import recipe_for
-from ddkit.study import Cell, Study, cells_of, chosen_cells, parse_study, published, read_study
-from tests.conftest import SMALL_FLAGS, Result
+from ddkit.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
+from tests.conftest import SMALL as SETTINGS
+from tests.conftest import Result
 
 CLI = Callable[..., Result]
 INSTALLED = sorted(p.name for p in plugins.plugins() if p.kind == "study")
-RULES = {"steps", "train.epochs"}
 
 STUDY = """
 summary = "A small study"
@@ -48,7 +49,8 @@ published = { dm = [50.0, 1.0] }
 ipc = 1
 pipc = 4
 """
-SMALL = [*SMALL_FLAGS, "--dataset", "digits", "--repeats", 2, "--protocol", "short", "--quiet"]
+RUN_FLAGS = [part for path, value in SETTINGS.items() if not path.startswith("evaluators") for part in ("--set", f"{path}={value}")]
+SMALL = [*RUN_FLAGS, "--dataset", "digits", "--repeats", 2, "--protocol", "short", "--quiet"]
 
 
 @pytest.fixture
@@ -56,13 +58,14 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Runs the commands of a study in this process, and returns them as they come."""
     seen: list[list[str]] = []
 
-    def command(self: Any, arguments: Sequence[str]) -> None:
+    def command(self: Any, arguments: Sequence[str]) -> str:
         seen.append(list(arguments))
         given = list(arguments)
         if given[0] == "evaluate":
             given += ["--set", "evaluators.accuracy.epochs=2", "--set", "evaluators.accuracy.model_options.width=8"]
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             command_line.main(given, prog_name="ddkit", standalone_mode=False)
+        return printed.getvalue()
 
     monkeypatch.setattr(reproduce._Crew, "command", command)
     return seen
@@ -125,21 +128,62 @@ def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], mo
     common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
     whole = json.loads(cli(*common).out)
     path = next(Path("runs/study/sets").glob("dm-*/"))
-    for name in ("synthetic.safetensors", "manifest.json", "evaluation.json"):
+    for name in ("synthetic.safetensors", "manifest.json", "checkpoints/step-00000002.safetensors"):
         (path / name).unlink()
     commands.clear()
     again = json.loads(cli(*common).out)
     assert commands[0][:2] == ["distill", "--resume"]
     assert again["figures"] == whole["figures"]
+    (path / "manifest.json").unlink()
+    shutil.rmtree(path / "checkpoints")  # it never began, so it is made anew
+    commands.clear()
+    assert json.loads(cli(*common).out)["figures"] == whole["figures"]
+    assert commands[0][:2] == ["distill", "--recipe"]
+
+
+def test_other_repeats_are_another_figure(cli: CLI, commands: list[list[str]]) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
+    assert json.loads(cli(*common).out)["figures"][0]["networks"] == 2
+    assert json.loads(cli(*common, "--repeats", 3).out)["figures"][0]["networks"] == 3
+    assert json.loads(cli(*common).out)["figures"][0]["networks"] == 2
+    assert [c[0] for c in commands] == ["distill", "evaluate", "evaluate"]
+
+
+def test_an_evaluation_by_hand_is_not_taken_for_the_studys(cli: CLI, commands: list[list[str]]) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
+    before = json.loads(cli(*common).out)["figures"]
+    path = next(Path("runs/study/sets").glob("dm-*/"))
+    small = ("--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.model_options.width=8")
+    assert cli("evaluate", path, "--evaluate", "accuracy", "--protocol", "short", "--repeats", 2, *small).code == 0
+    assert json.loads(cli(*common).out)["figures"] == before
+
+
+def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
+    crew = reproduce._Crew(reproduce.Settings(jobs=2))
+    began = time.monotonic()
+
+    def work(number: int) -> None:
+        if number == 0:
+            while not crew.children:
+                time.sleep(0.05)
+            raise InputError("bad")
+        flags = ["--losses", "dm", "--steps", "1000000", "--evaluate", "none", "--out", str(tmp_path / str(number)), "--quiet"]
+        crew.command(["distill", *flags])
+
+    with pytest.raises(InputError, match="bad"):
+        crew.run(work, [0, 1, 2])
+    assert time.monotonic() - began < 60
+    assert crew.children == set()
+    assert not (tmp_path / "2").exists()
 
 
 def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     real = reproduce._Crew.command
 
-    def failing(self: Any, arguments: Sequence[str]) -> None:
+    def failing(self: Any, arguments: Sequence[str]) -> str:
         if arguments[0] == "distill" and "pipc3" in str(arguments):
             raise RunFailed("The loss 'dm' became nan at step 1.")
-        real(self, arguments)
+        return real(self, arguments)
 
     monkeypatch.setattr(reproduce._Crew, "command", failing)
     result = cli("reproduce", f"./{_study()}", *SMALL, "--systems", "dm", "--seeds", 1)
@@ -184,6 +228,13 @@ BAD = [
     (STUDY.replace('recipe = "dm"', 'recipe = "dmm"'), 4, "There is no recipe 'dmm'"),
     (STUDY.replace("seeds = 2", "seeds = 0"), 4, "seeds"),
     (STUDY.replace("seeds = 2", "sets = 2"), 4, "sets"),
+    (STUDY.replace("pipc = 4", "pipc = 3"), 4, "has the cell 1:3 twice"),
+    ('name = "a/b"\n' + STUDY, 4, "lower-case letters"),
+    (STUDY.replace("[systems.shared]", '[systems."x/y"]'), 4, "lower-case letters"),
+    (STUDY.replace('baseline = "class-mean"', 'baseline = "class-mean"\nlosses = "dm"'), 4, "has no recipe and no losses"),
+    (STUDY.replace('recipe = "dm"', 'recipe = "teacher"'), 4, "systems.dm: The recipe 'teacher' has no loss"),
+    ("held_out = 200\n" + STUDY, 4, "held-out needs 200"),
+    ('set = { "data.test" = "held-out" }\n' + STUDY, 4, "use held_out of a study"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'x'\nalphas = [0.5]\n", 4, "blends names the system 'x'"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'dm'\nalphas = [1.5]\n", 4, "alphas"),
     ("seeds = \n", 4, "cannot be read as TOML"),
@@ -208,12 +259,18 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-table1", "--cells", "2:10"], 4, "has no cell 2:10. It has 1:10, 1:50, 1:all"),
         (["practical-table1", "--cells", "2"], 2, "is not a list of cells"),
         (["practical-table1", "--systems", "dn"], 4, "has no system 'dn'"),
+        (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
+        (["./shrt.toml"], 4, "shrt"),
+        (["practical-table1", "--set", "ipc=5", "--dataset", "digits"], 4, "use --cells"),
+        (["practical-table1", "--set", "evaluators.accuracy.epochs=5", "--dataset", "digits"], 4, "use --protocol and --repeats"),
+        (["dsv-table2", "--cells", "1:10", "--systems", "dsv"], 4, "has a figure in the chosen cells"),
         (["practical-table1", "--seeds", "0"], 2, "--seeds"),
         (["practical-table1", "--seed", "3"], 2, "--seeds"),
         (["practical-table1", "--markdown", "--json"], 2, "choose one"),
     ],
 )
 def test_bad_flags_are_told(cli: CLI, commands: list[list[str]], flags: list[str], code: int, said: str) -> None:
+    Path("shrt.toml").write_text('protocol = "shrt"\n' + STUDY)
     result = cli("reproduce", *flags)
     assert (result.code, commands) == (code, [])
     assert said in " ".join(result.err.split())
@@ -226,8 +283,8 @@ def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
     assert study.source
     for cell in cells_of(study):
         recipe = reproduce._recipe(study, cell, 0, reproduce.Settings(dataset="digits"))
-        assert recipe.ipc == cell.ipc
-        assert recipe.losses or recipe.blend
+        assert set(recipe.losses) or recipe.blend
+        assert recipe.pipc in (cell.pipc, 0, 1, cell.ipc)
 
 
 def test_the_papers_table_is_whole() -> None:
@@ -242,7 +299,6 @@ def test_the_papers_table_is_whole() -> None:
 def test_rows_of_a_study_can_be_chosen() -> None:
     study = parse_study(tomllib.loads(STUDY))
     assert chosen_cells(study, [(1, 4)], ["dm"]) == [Cell(1, 4, "dm")]
+    assert len(chosen_cells(study, None, None)) == 6
     with pytest.raises(InputError):
         chosen_cells(study, [(1, 5)], None)
-    assert isinstance(study, Study)
-    assert recipe_for("dm").ipc == 10

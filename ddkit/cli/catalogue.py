@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,10 @@ def _settings_table(rows: list[dict[str, Any]]) -> str:
     cells = []
     for row in rows:
         rules = [f"{_shown(rule['value'])} if {_condition(rule['when'])}" for rule in row["rules"]]
-        value = [] if row["value"] is None else [_shown(row["value"])]
-        cells.append([row["path"], "\n".join(value + rules), row["origin"], row["why"]])
-    widths = [None, 34, None, 56]
-    return tabulate(cells, ["setting", "value", "from", "why"], tablefmt="simple", disable_numparse=True, maxcolwidths=widths)
+        value = [_shown(row["value"])] if row["value"] is not None else [] if rules else ["(default)"]
+        lines = [line for text in value + rules for line in textwrap.wrap(text, 34)]
+        cells.append([row["path"], "\n".join(lines), row["origin"], textwrap.fill(row["why"], 56)])
+    return tabulate(cells, ["setting", "value", "from", "why"], tablefmt="simple", disable_numparse=True)
 
 
 def _shown(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import echo_json, quiet, set_verbosity, shared
+from ddkit.cli.common import blaming_flags, echo_json, quiet, set_verbosity, shared
 from ddkit.errors import FlagError, RunFailed
 
 
@@ -60,10 +60,11 @@ def reproduce(study: str, **flags: Any) -> None:
         device=flags["device"], jobs=flags["jobs"],
     )  # fmt: skip
     names = [name.strip() for name in flags["systems"].split(",")] if flags["systems"] else None
-    report = work.reproduce(
-        found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
-        report=lambda line: None if flags["quiet"] else click.echo(line, err=True),
-    )  # fmt: skip
+    with blaming_flags(flags):
+        report = work.reproduce(
+            found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
+            report=lambda line: None if flags["quiet"] else click.echo(line, err=True),
+        )  # fmt: skip
     if flags["as_json"]:
         echo_json(work.report_json(report))
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import torch
@@ -52,6 +53,10 @@ class FeatureRegression(ddkit.Loss):
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
         return ddkit.Requires(real=True, embedder=True, teacher=self.options.targets == "teacher")
+
+    def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
+        self._augmenters(step.info)  # one that is not there is told before the first step
+        return {}
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         classes = step.info.classes
