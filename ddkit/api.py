@@ -317,7 +317,7 @@ def evaluate(
     if evaluators == "none":
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
-    directory = None if isinstance(target, Artifact) or not (Path(target) / RECIPE).is_file() else RunDirectory.existing(Path(target))
+    directory = None if isinstance(target, Artifact) else _run_at(Path(target))
     recipe = _evaluation_recipe(
         artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
         data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
@@ -328,6 +328,15 @@ def evaluate(
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
         _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
     return rows
+
+
+def _run_at(path: Path) -> RunDirectory | None:
+    """Returns the run at `path`; None for a file, and for a blend of two files, which knows no data."""
+    if not path.is_dir():
+        return None
+    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and "blend" in RunDirectory(path).read_manifest():
+        return None
+    return RunDirectory.existing(path)
 
 
 def _judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False) -> list[Evaluation]:
