@@ -24,7 +24,7 @@ from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFail
 from ddkit.files import read_json, sha256, write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.images import sheet_png
-from ddkit.jobs import Job
+from ddkit.jobs import Job, evaluators_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for, with_options
 from ddkit.rundir import EVALUATION, MANIFEST, PREVIEW, RECIPE, RunDirectory, is_logged
@@ -62,8 +62,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
 
 
 def _plan_of_blend(recipe: Recipe, device: str) -> dict[str, Any]:
-    _check_blend(recipe, device)
-    plans = [plan(part, device=device) for part in _recipes_of_parts(recipe).values()]
+    plans = [plan(part, device=device) for part in _check_blend(recipe, device).values()]
     finished = _finished_parts(recipe)
     facts = plans[0] if plans else {
         "schema": 1, "device": str(pick_device(device)), "classes": finished[0].class_names, "accessible_images": 0,
@@ -345,10 +344,7 @@ def _judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers
     real = RealData.of(recipe, open_dataset(recipe.data), _image_shape(artifact))
     _check_fit(artifact, real.info)
     _check_held_out(artifact, real)
-    made = {
-        name: plugins.create("evaluator", table.use or name, table.options, data=real.info, where=f"evaluators.{name}")
-        for name, table in recipe.evaluators.items()
-    }
+    made = evaluators_of(recipe, real.info)
     real.check_test_set()
     required = any(evaluator.requires.teacher for evaluator in made.values())
     guide = _guide(recipe, real, where, watchers) if required or (with_teacher and recipe.teacher.use != "auto") else None
@@ -548,10 +544,11 @@ def _finished_parts(recipe: Recipe) -> list[Artifact]:
     return found
 
 
-def _check_blend(recipe: Recipe, device: str) -> list[Job]:
-    """Returns the jobs of the parts to be made; raises a DdkitError for all that would fail after they are made."""
+def _check_blend(recipe: Recipe, device: str) -> dict[str, Recipe]:
+    """Returns the recipes of the parts to be made; raises a DdkitError for all that would fail after they are made."""
     assert recipe.blend is not None
-    jobs = [Job(part, device=device) for part in _recipes_of_parts(recipe).values()]
+    made = _recipes_of_parts(recipe)
+    jobs = [Job(part, device=device) for part in made.values()]
     finished = _finished_parts(recipe)
     if len(finished) == 2:
         blended(finished[0], finished[1], recipe.blend.alpha)
@@ -562,9 +559,9 @@ def _check_blend(recipe: Recipe, device: str) -> list[Job]:
     if recipe.evaluators:
         real = RealData.of(recipe, open_dataset(recipe.data), jobs[0].info.shape if jobs else _image_shape(finished[0]))
         real.check_test_set()
-        for name, table in recipe.evaluators.items():
-            plugins.create("evaluator", table.use or name, table.options, data=real.info, where=f"evaluators.{name}").check(real.info)
-    return jobs
+        for evaluator in evaluators_of(recipe, real.info).values():
+            evaluator.check(real.info)
+    return made
 
 
 def _run_blend(recipe: Recipe, directory: RunDirectory, device: str, observers: Sequence[Any]) -> Run:
@@ -572,8 +569,7 @@ def _run_blend(recipe: Recipe, directory: RunDirectory, device: str, observers: 
     assert recipe.blend is not None
     watchers = _watchers(observers)
     try:
-        _check_blend(recipe, device)
-        made = _recipes_of_parts(recipe)
+        made = _check_blend(recipe, device)
         directory.write_recipe(recipe_dict(recipe))
     except BaseException:
         directory.discard()

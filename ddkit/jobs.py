@@ -106,10 +106,7 @@ class Job:
                 if name not in self.views and name not in BUILT_IN_VIEWS:
                     known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
                     raise InputError(f"The loss '{term.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
-        self.evaluators: dict[str, Evaluator] = {
-            label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
-            for label, table in recipe.evaluators.items()
-        }
+        self.evaluators = evaluators_of(recipe, info)
         for evaluator in self.evaluators.values():
             evaluator.check(info)
         if self.evaluators:
@@ -347,6 +344,14 @@ class Job:
         named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
         used = [plugins.find(kind, plugins.split_name(name)[0]) for kind, name in sorted(set(named))]
         return [{"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version} for p in used]
+
+
+def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
+    """Returns the evaluators of `recipe` for the data, by label."""
+    return {
+        label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
+        for label, table in recipe.evaluators.items()
+    }
 
 
 def _teacher_record(path: Path) -> dict[str, Any]:

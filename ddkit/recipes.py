@@ -142,8 +142,8 @@ def described(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns the settings of raw recipe data, in order: `path`, `value`, `rules` that change it, `origin` and `why`.
 
     A rule is {"when", "value"}; one that sets what the tables leave out stands alone (`value` None), as does a note on a
-    setting that is left at its default (no rules either). Origin and reason are
-    the recipe's note for the path, or for the nearest path above it, split at its first colon; "" where it has none.
+    setting that is left at its default (no rules either). Origin and reason are the recipe's note for the path, or for the
+    nearest path above it, split at its first colon; "" where it has none.
     """
     rows = {path: _described(path, value, raw) for path, value in flattened({k: v for k, v in raw.items() if k not in TOLD_APART})}
     for rule in raw.get("rules", []):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ddkit import plugins, reproduce
+from ddkit import plugins, reproduce, tasks
 from ddkit.cli import cli as command_line
 from ddkit.errors import InputError, RunFailed
 from ddkit.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
@@ -159,7 +159,7 @@ def test_an_evaluation_by_hand_is_not_taken_for_the_studys(cli: CLI, commands: l
 
 
 def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
-    crew = reproduce._Crew(reproduce.Settings(jobs=2))
+    crew = reproduce._Crew(tasks.Settings(jobs=2))
     began = time.monotonic()
 
     def work(number: int) -> None:
@@ -215,7 +215,7 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
 
 
 def test_commands_run_in_processes_of_their_own_and_keep_exit_codes(tmp_path: Path) -> None:
-    crew = reproduce._Crew(reproduce.Settings())
+    crew = reproduce._Crew(tasks.Settings())
     with pytest.raises(Exception, match="no finished run") as error:
         crew.command(["evaluate", str(tmp_path / "nothing"), "--dataset", "digits"])
     assert getattr(error.value, "exit_code", None) == 5
@@ -282,7 +282,7 @@ def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
     assert study.summary
     assert study.source
     for cell in cells_of(study):
-        recipe = reproduce._recipe(study, cell, 0, reproduce.Settings(dataset="digits"))
+        recipe = tasks.recipe_of(study, cell, 0, tasks.Settings(dataset="digits"))
         assert set(recipe.losses) or recipe.blend
         assert recipe.pipc in (cell.pipc, 0, 1, cell.ipc)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import echo_json, quiet
+from ddkit.cli.common import Cells, echo_json, quiet
 from ddkit.errors import FlagError
 
 
@@ -26,22 +26,6 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
         if min(numbers) < self.least:
             self.fail(f"{min(numbers)} is smaller than {self.least}.", param, ctx)
         return numbers
-
-
-class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Pairs IPC:PIPC separated by commas."""
-
-    name = "ipc:pipc,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[tuple[int, int], ...]:
-        try:
-            pairs = [part.split(":") for part in str(value).split(",")]
-            cells = tuple((int(ipc), int(pipc)) for ipc, pipc in pairs)
-        except ValueError:
-            self.fail(f"{value!r} is not a list of cells such as 1:10,10:50.", param, ctx)
-        if min(min(cell) for cell in cells) < 1:
-            self.fail("ipc and pipc are at least 1.", param, ctx)
-        return cells
 
 
 NUMBERS = Numbers()

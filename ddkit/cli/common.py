@@ -32,6 +32,25 @@ class Pipc(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic
         return number
 
 
+class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Pairs IPC:PIPC separated by commas; with `whole` PIPC may also be 0 or "all"."""
+
+    name = "ipc:pipc,..."
+
+    def __init__(self, *, whole: bool = False) -> None:
+        self.whole = whole
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[tuple[int, int | str], ...]:
+        try:
+            pairs = [part.strip().split(":") for part in str(value).split(",")]
+            cells = tuple((int(ipc), pipc if self.whole and pipc == "all" else int(pipc)) for ipc, pipc in pairs)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of cells such as 1:10,10:50{',1:all' if self.whole else ''}.", param, ctx)
+        if any(number < 1 for ipc, pipc in cells for number in ((ipc,) if self.whole else (ipc, int(pipc)))):
+            self.fail(f"ipc{'' if self.whole else ' and pipc'} {'is' if self.whole else 'are'} at least 1.", param, ctx)
+        return cells
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Returns one decorator that applies several options, first one first in the help."""
 

@@ -7,27 +7,14 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import blaming_flags, echo_json, quiet, set_verbosity, shared
+from ddkit.cli.common import Cells, blaming_flags, echo_json, quiet, set_verbosity, shared
 from ddkit.errors import FlagError, RunFailed
-
-
-class StudyCells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Pairs IPC:PIPC separated by commas; PIPC may be "all"."""
-
-    name = "ipc:pipc,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[tuple[int, int | str]]:
-        try:
-            pairs = [part.strip().split(":") for part in str(value).split(",")]
-            return [(int(ipc), pipc if pipc == "all" else int(pipc)) for ipc, pipc in pairs]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of cells such as 1:10,10:50,1:all.", param, ctx)
 
 
 @click.command()
 @click.argument("study", metavar="STUDY|FILE")
 @shared
-@click.option("--cells", type=StudyCells(), help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
+@click.option("--cells", type=Cells(whole=True), help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
 @click.option("--systems", metavar="NAMES", help="Columns of the study, separated by commas. Default: all.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
@@ -50,11 +37,13 @@ def reproduce(study: str, **flags: Any) -> None:
     if flags["seed"] is not None:
         raise FlagError("--seed: a study makes sets of seeds 0, 1, ...; say how many with --seeds.")
     from ddkit import reproduce as work
+    from ddkit.figures import report_json, report_table
     from ddkit.recipes import parse_set
     from ddkit.study import read_study
+    from ddkit.tasks import Settings
 
     found = read_study(study)
-    settings = work.Settings(
+    settings = Settings(
         seeds=flags["seeds"], networks=flags["repeats"], protocol=flags["protocol"], steps=flags["steps"], dataset=flags["dataset"],
         data_dir=flags["data_dir"], teacher=flags["teacher"], sets=tuple(parse_set(text) for text in flags["sets"]),
         device=flags["device"], jobs=flags["jobs"],
@@ -66,9 +55,9 @@ def reproduce(study: str, **flags: Any) -> None:
             report=lambda line: None if flags["quiet"] else click.echo(line, err=True),
         )  # fmt: skip
     if flags["as_json"]:
-        echo_json(work.report_json(report))
+        echo_json(report_json(report))
     else:
-        click.echo(work.report_table(report, "pipe" if flags["markdown"] else "simple"))
+        click.echo(report_table(report, "pipe" if flags["markdown"] else "simple"))
         for picture in report.pictures:
             click.echo(f"picture  {picture}")
     if any(figure.failed for figure in report.figures):

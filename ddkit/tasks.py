@@ -1,0 +1,182 @@
+"""What a study asks for: every set with its recipe, its folder and its evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from ddkit.errors import InputError, RunFilesError
+from ddkit.files import read_json, sha256
+from ddkit.recipe import Recipe, recipe_dict
+from ddkit.recipes import recipe_for
+from ddkit.rundir import MANIFEST
+from ddkit.study import Cell, Study
+
+REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are
+    "name": "real-images", "steps": 0, "initializer": {"use": "real"}, "losses": {"dm": {}},
+}  # fmt: skip
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call asks for beyond the study itself; None: the study's, or the recipes' own."""
+
+    seeds: int | None = None
+    networks: int | None = None
+    protocol: str | None = None
+    steps: int | None = None
+    dataset: str | None = None
+    data_dir: str | None = None
+    teacher: str | None = None
+    sets: tuple[tuple[str, Any], ...] = ()
+    device: str = "auto"
+    jobs: int = 1
+
+
+class Evaluating(msgspec.Struct, frozen=True, kw_only=True):
+    """How a set is evaluated: all that its figure depends on beside the set. networks None: the protocol's own."""
+
+    protocol: str
+    labels: str
+    images: str
+    networks: int | None
+    teacher: str  # sha256 of the teacher file that gives soft labels, where one is named
+
+    @property
+    def key(self) -> str:
+        return _short(msgspec.json.encode(self))
+
+
+class Task(NamedTuple):
+    """One set and its evaluation."""
+
+    cell: Cell
+    seed: int
+    recipe: Recipe
+    path: Path
+    evaluation: Evaluating
+    parts: tuple[Path, ...] = ()  # runs that are blended, where it is a blend
+    alpha: float | None = None
+
+    @property
+    def label(self) -> str:
+        blend = "" if self.alpha is None else f" alpha {self.alpha:g}"
+        return f"{self.cell.system} ipc {self.cell.ipc} pipc {self.cell.pipc}{blend} seed {self.seed}"
+
+
+def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
+    """Returns the sets of `cells`, all cells of one seed before the next seed; a set that cells share comes with each of them."""
+    tasks = []
+    for seed in range(settings.seeds or study.seeds):
+        for cell in cells:
+            tasks.append(_task(study, cell, seed, out, settings))
+        tasks += _blends(study, [task for task in tasks if task.seed == seed], out, settings)
+    return tasks
+
+
+def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) -> Task:
+    system = study.systems[cell.system]
+    protocol = settings.protocol or system.protocol or study.protocol
+    recipe = recipe_of(study, cell, seed, settings)
+    name = f"{recipe.name}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
+    images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
+    return Task(cell, seed, recipe, out / "sets" / name, _evaluating(study, protocol, system.labels, images, settings))
+
+
+def _evaluating(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> Evaluating:
+    teacher = _content(settings.teacher) if labels == "soft" and settings.teacher else ""
+    return Evaluating(protocol=protocol, labels=labels, images=images, networks=settings.networks or study.networks, teacher=teacher)
+
+
+RESERVED = {
+    "ipc": "--cells",
+    "pipc": "--cells",
+    "seed": "--seeds",
+    "data.test": "held_out of a study",
+    "data.held_out": "held_out of a study",
+}
+
+
+def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
+    """Returns the recipe of one set, checked as far as that needs no data; raises InputError naming the system."""
+    system = study.systems[cell.system]
+    for path in [*study.set, *system.set, *(path for path, _ in settings.sets)]:
+        if path in RESERVED or path.split(".")[0] == "evaluators":
+            instead = RESERVED.get(path, "--protocol and --repeats")
+            raise InputError(f"{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
+    try:
+        recipe = _recipe_of_system(study, cell, seed, settings)
+        if not recipe.losses and recipe.blend is None:
+            raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
+    except InputError as error:
+        raise InputError(f"systems.{cell.system}: {error}", error.path) from None
+    return recipe
+
+
+def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
+    system = study.systems[cell.system]
+    pipc = {"cell": cell.pipc, "ipc": cell.ipc}.get(str(system.pipc), system.pipc)
+    held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
+    return recipe_for(
+        REAL_IMAGES if system.baseline else system.recipe,
+        losses=system.losses, evaluators="none",
+        sets=[*held_out, *study.set.items(), *system.set.items(), *settings.sets],
+        ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else settings.steps,
+        data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
+    )  # fmt: skip
+
+
+def _digest(recipe: Recipe) -> str:
+    """Returns a key of everything that decides a set, so that nothing else is taken for it."""
+    table = {key: value for key, value in recipe_dict(recipe).items() if key not in ("name", "summary", "source", "notes", "evaluators")}
+    return _short(json.dumps([table, _content(recipe.teacher.use)], sort_keys=True, default=str).encode())
+
+
+@cache
+def _content(teacher: str) -> str:
+    """Returns the sha256 of a teacher file, read once; "" for `auto`."""
+    return sha256(Path(teacher)) if Path(teacher).is_file() else ""
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) -> list[Task]:
+    if study.blends is None:
+        return []
+    by_cell = {task.cell: task for task in tasks}
+    found = []
+    for cell in {(task.cell.ipc, task.cell.pipc): None for task in tasks}:
+        first, second = (by_cell.get(Cell(*cell, name)) for name in (study.blends.first, study.blends.second))
+        if first is None or second is None:
+            continue
+        evaluating = _evaluating(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
+        for alpha in study.blends.alphas:
+            key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
+            path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
+            system = f"{study.blends.first}+{study.blends.second}"
+            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, (first.path, second.path), alpha))
+    return found
+
+
+def kept_file(task: Task) -> Path:
+    """Returns the file that keeps the evaluation of a set, as asked for."""
+    return task.path.parent / f"{task.path.name}-{task.evaluation.key}.json"
+
+
+def kept_row(task: Task) -> dict[str, Any] | None:
+    """Returns the row of the task's evaluation, None where it is not there yet, or its set is gone."""
+    file = kept_file(task)
+    if not file.is_file() or not (task.path / MANIFEST).is_file():
+        return None
+    found = read_json(file)
+    if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
+        raise RunFilesError(f"{file} is no evaluation of a study; remove it, and the next call makes it again.")
+    row: dict[str, Any] = found["row"]
+    return row
