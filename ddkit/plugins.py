@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -15,8 +16,11 @@ import msgspec
 
 from ddkit import components, source
 from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
+from ddkit.hookspecs import Observers
 from ddkit.options import parse_options
 from ddkit.recipe import keys_beside
+
+log = logging.getLogger("ddkit")
 
 GROUPS = {
     "loss": "ddkit.losses",
@@ -204,3 +208,19 @@ def create(
     except Exception as error:
         label = find(kind, short).label
         raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.") from error
+
+
+def watchers_of(observers: Sequence[Any]) -> Observers:
+    """Returns the installed observers that load (of others a warning tells), and `observers`."""
+    return Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
+
+
+def _installed_observers() -> list[tuple[str, Any]]:
+    found = []
+    for plugin in plugins():
+        if plugin.kind == "observer":
+            try:
+                found.append((plugin.name, load_plugin(plugin)))
+            except PluginError as error:
+                log.warning("%s", error)
+    return found

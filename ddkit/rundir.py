@@ -14,14 +14,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import tomli_w
 
 from ddkit import artifact
+from ddkit.components import Evaluation
 from ddkit.errors import RunFilesError
 from ddkit.files import SCHEMA, read_json, read_tensors, sha256, write_atomic, write_json, write_tensors
+from ddkit.images import sheet_png
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ddkit.artifact import Artifact
 
 RECIPE, MANIFEST, METRICS, EVALUATION, PREVIEW = (
     "recipe.toml",
@@ -31,6 +36,15 @@ RECIPE, MANIFEST, METRICS, EVALUATION, PREVIEW = (
     "preview.png",
 )
 KEPT_CHECKPOINTS = 2
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished run: its directory, steps, seconds of distillation (without training a teacher), and evaluations."""
+
+    path: Path
+    steps: int
+    seconds: float
+    evaluations: list[Evaluation]
 
 
 class RunDirectory:
@@ -189,3 +203,9 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def save_set(result: Artifact, directory: RunDirectory) -> None:
+    """Writes the set and its picture."""
+    result.save(directory.path / artifact.FILE)
+    write_atomic(directory.path / PREVIEW, sheet_png(result.images, result.labels, result.class_names))

@@ -49,6 +49,7 @@ class FeatureRegression(ddkit.Loss):
         targets: Annotated[
             Literal["labels", "teacher"], ddkit.Option("what the real images should get: their labels, or the teacher's probabilities")
         ] = "labels"
+        mixup: Annotated[float, ddkit.Option("largest share of another real image that is blended into each", ge=0, le=1)] = 0.0
 
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
@@ -61,19 +62,26 @@ class FeatureRegression(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         classes = step.info.classes
         with torch.no_grad():
-            real = self._augmented(step, self.options.real_augmenter, step.real.images)
+            real, wanted = self._queries(step)
             queries = step.embed(real)
-            wanted = self._wanted(step, real)
         features = step.embed(self._augmented(step, self.options.augmenter, step.images))
         found = ridge_prediction(features.float(), centred(step.labels, classes), queries.float(), self.options.ridge)
         step.log("accuracy", (found.argmax(1) == step.real.labels).float().mean())
         return (found - wanted).square().sum(1).mean()
 
-    def _wanted(self, step: ddkit.Step, real: Tensor) -> Tensor:
-        classes = step.info.classes
-        if self.options.targets == "labels":
-            return centred(step.real.labels, classes)
-        return step.teacher.logits(real).softmax(1) - 1 / classes
+    def _queries(self, step: ddkit.Step) -> tuple[Tensor, Tensor]:
+        """Returns augmented real images (m, C, H, W), blended where `mixup` says so, and what they should get (m, K)."""
+        real = self._augmented(step, self.options.real_augmenter, step.real.images)
+        wanted = centred(step.real.labels, step.info.classes)
+        if self.options.mixup:
+            other = torch.randperm(len(real), generator=step.generator)
+            share = self.options.mixup * torch.rand(len(real), generator=step.generator)
+            other, share = (ddkit.to_device(each, real.device) for each in (other, share))
+            real = torch.lerp(real, real[other], share[:, None, None, None])
+            wanted = torch.lerp(wanted, wanted[other], share[:, None])
+        if self.options.targets == "teacher":
+            wanted = step.teacher.logits(real).softmax(1) - 1 / step.info.classes
+        return real, wanted
 
     def _augmented(self, step: ddkit.Step, name: str, x: Tensor) -> Tensor:
         augmenter = self._augmenters(step.info)[name]

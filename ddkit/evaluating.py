@@ -1,0 +1,188 @@
+"""Evaluates a synthetic set: a run's, or that of a file, with the evaluators of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ddkit.artifact import Artifact, load
+from ddkit.blend import seeds_of
+from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
+from ddkit.compute import pick_device
+from ddkit.data import RealData, check_held_out, open_dataset
+from ddkit.errors import DdkitError, FlagError, InputError, RunFailed
+from ddkit.files import read_json, write_json
+from ddkit.hookspecs import Observers
+from ddkit.jobs import evaluators_of
+from ddkit.recipe import Recipe, parse_recipe
+from ddkit.recipes import recipe_for, with_options
+from ddkit.rundir import EVALUATION, MANIFEST, RECIPE, RunDirectory
+from ddkit.teacher import Teacher
+from ddkit.teachers import automatic_teacher, load_teacher
+
+
+def evaluate(
+    target: Artifact | str | Path,
+    *,
+    dataset: str | None = None,
+    data_dir: str | None = None,
+    evaluators: str | None = None,
+    protocol: str | None = None,
+    model: str | None = None,
+    repeats: int | None = None,
+    teacher: str | None = None,
+    seed: int | None = None,
+    pipc: int | str | None = None,
+    sets: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    observers: Sequence[Any] = (),
+) -> list[Evaluation]:
+    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
+
+    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without
+    `dataset` a run's is used. `model` may name several, separated by commas. Raises DdkitError.
+    """
+    if evaluators == "none":
+        raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
+    artifact = target if isinstance(target, Artifact) else load(target)
+    directory = None if isinstance(target, Artifact) else _run_at(Path(target))
+    recipe = _evaluation_recipe(
+        artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
+        data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
+    )  # fmt: skip
+    recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
+    watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
+    rows = judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
+    if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
+        _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
+    return rows
+
+
+def run_evaluators(
+    evaluators: Mapping[str, Evaluator],
+    artifact: Artifact,
+    real: RealData,
+    teacher: Teacher | None,
+    seed: int,
+    device: torch.device,
+    watchers: Observers,
+) -> list[Evaluation]:
+    """Returns the rows of every evaluator, in order of label."""
+    images, labels = real.test_set
+    data = EvaluationData(
+        info=real.info, test_images=images, test_labels=labels, real_images=real.images, real_labels=real.labels,
+        seed=seed, device=device,
+        report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
+    )  # fmt: skip
+    rows: list[Evaluation] = []
+    for label, evaluator in sorted(evaluators.items()):
+        try:
+            rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, data, teacher)]
+        except DdkitError:
+            raise
+        except Exception as error:  # a stranger's evaluator can raise anything
+            raise RunFailed(f"The evaluator '{label}' raised {type(error).__name__}: {error}.") from error
+    return rows
+
+
+def judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False) -> list[Evaluation]:
+    """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
+    where = pick_device(device)
+    real = RealData.of(recipe, open_dataset(recipe.data), image_shape(artifact))
+    _check_fit(artifact, real.info)
+    _check_held_out(artifact, real)
+    made = evaluators_of(recipe, real.info)
+    real.check_test_set()
+    required = any(evaluator.requires.teacher for evaluator in made.values())
+    guide = _guide(recipe, real, where, watchers) if required or (with_teacher and recipe.teacher.use != "auto") else None
+    return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
+
+
+def _run_at(path: Path) -> RunDirectory | None:
+    """Returns the run at `path`; None for a file, and for a blend of two files, which knows no data."""
+    if not path.is_dir():
+        return None
+    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and "blend" in RunDirectory(path).read_manifest():
+        return None
+    return RunDirectory.existing(path)
+
+
+def _evaluation_recipe(
+    artifact: Artifact, directory: RunDirectory | None, sets: list[tuple[str, Any]], *, evaluators: str | None, **flags: Any
+) -> Recipe:
+    """Returns the run's recipe, or for a file the default one with the seed and pipc that the file records."""
+    base = None if directory is None else directory.read_recipe()
+    if base is None:
+        if flags["data__use"] is None and not any(path == "data" or path.startswith("data.") for path, _ in sets):
+            raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+        sets = [(key, artifact.metadata[key]) for key in ("seed", "pipc") if key in artifact.metadata] + sets
+    elif evaluators is None and not base.get("evaluators"):
+        evaluators = "accuracy"
+    return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
+
+
+def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers) -> Teacher:
+    """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
+    if recipe.teacher.use != "auto":
+        return load_teacher(recipe.teacher, real.info, device)
+    return automatic_teacher(
+        real.dataset, real.info.shape, recipe.teacher, recipe.train, device,
+        lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total),
+    )  # fmt: skip
+
+
+def image_shape(artifact: Artifact) -> tuple[int, int, int]:
+    channels, height, width = artifact.images.shape[1:]
+    return channels, height, width
+
+
+def _check_fit(artifact: Artifact, info: DataInfo) -> None:
+    if list(artifact.class_names) != list(info.class_names):
+        raise InputError(
+            f"The synthetic set has the classes {artifact.class_names[:12]}, the data set {list(info.class_names)[:12]}: "
+            "it can only be tested on data of the same classes in the same order."
+        )
+
+
+def _check_held_out(artifact: Artifact, real: RealData) -> None:
+    """Raises InputError where a held-out image may have been accessible when the set was made."""
+    if real.held_out is None:
+        return
+    seeds = seeds_of(artifact)
+    if any(seed != real.seed for seed in seeds):
+        made_with = " and ".join(str(seed) for seed in seeds)
+        fix = f"Use --seed {made_with}, or --set data.test=test." if len(seeds) == 1 else "Use --set data.test=test."
+        raise InputError(
+            f"With data.test = held-out the seed tells held-out images from accessible ones, and the set was made with seed "
+            f"{made_with}. {fix}",
+            "data.test",
+        )
+    check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
+
+
+def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
+    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity."""
+    manifest = directory.read_manifest()
+    file = directory.path / EVALUATION
+    older = read_json(file)["evaluations"] if file.is_file() else []
+    fresh = msgspec.to_builtins(rows)
+    keys = [_identity(row) for row in fresh]
+    write_json(file, {"schema": 1, "evaluations": [row for row in older if _identity(row) not in keys] + fresh})
+    directory.write_manifest({key: value for key, value in manifest.items() if key not in ("schema", "versions", "files")})
+
+
+def _same_data(one: Recipe, other: Recipe) -> bool:
+    """Whether both have the same real data; on which split of it they test is told by the rows."""
+    first, second = (msgspec.structs.replace(recipe.data, test="test") for recipe in (one, other))
+    return (first, one.pipc, one.seed) == (second, other.pipc, other.seed)
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what two rows have in common of which the newer replaces the older."""
+    named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
+    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature"))
+    return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)
