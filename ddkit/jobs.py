@@ -329,7 +329,7 @@ class Job:
         )
 
     def plugins_used(self) -> list[dict[str, str]]:
-        """Returns kind, name, distribution and version of every plugin of the run."""
+        """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
         recipe = self.recipe
         named = [
             ("dataset", recipe.data.use),
@@ -343,7 +343,11 @@ class Job:
         named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
         named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
         used = [plugins.find(kind, plugins.split_name(name)[0]) for kind, name in sorted(set(named))]
-        return [{"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version} for p in used]
+        return [
+            {"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version}
+            | ({"file": p.file, "sha256": p.sha256} if p.file else {})
+            for p in used
+        ]
 
 
 def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:

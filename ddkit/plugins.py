@@ -14,8 +14,9 @@ from typing import Any
 
 import msgspec
 
-from ddkit import components, source
+from ddkit import components, pluginfile, source
 from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
+from ddkit.files import sha256
 from ddkit.hookspecs import Observers
 from ddkit.options import parse_options
 from ddkit.recipe import keys_beside
@@ -50,13 +51,18 @@ NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
-    """An installed component as its distribution's metadata tells it; `value` is "module:Class", or the path of a recipe or study."""
+    """A component as its distribution's metadata tells it; `value` is "module:Class", or the path of a recipe or study.
+
+    `file` and `sha256` are those of a plugin file (`--plugin`), whose name stands for the distribution.
+    """
 
     kind: str
     name: str
     distribution: str
     version: str
     value: str
+    file: str = ""
+    sha256: str = ""
 
     @property
     def first_party(self) -> bool:
@@ -87,6 +93,7 @@ def plugins() -> tuple[Plugin, ...]:
         found = [p for p in found if p.first_party or p.distribution in names]
     listed = [item for p in found for item in (_files(p) if p.kind in DATA_KINDS else [p])]
     order = list(GROUPS)
+    listed += [plugin for path in pluginfile.paths() for plugin in _of_file(path)]
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
 
@@ -94,6 +101,34 @@ def _plugin(kind: str, point: metadata.EntryPoint) -> Plugin:
     name = point.dist.name if point.dist else "unknown"
     version = point.dist.version if point.dist else "0"
     return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
+
+
+def add_file(path: Path) -> None:
+    """Makes the components of one Python file available by name, here and in processes that this one starts.
+
+    Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
+    whose name is taken.
+    """
+    pluginfile.remember(path)
+    plugins.cache_clear()
+    for added in _of_file(path.absolute()):
+        others = [p for p in plugins() if (p.kind, p.name) == (added.kind, added.name) and p != added]
+        if others:
+            raise PluginError(
+                f"The plugin file {path} defines the {added.kind} '{added.name}', a name that {others[0].distribution} "
+                f"{others[0].version} has already. Give the class another name: a component is called as its class, with hyphens."
+            )
+
+
+def _of_file(path: Path) -> list[Plugin]:
+    digest = sha256(path)
+    return [
+        Plugin(
+            kind=kind, name=name, distribution=path.name, version=digest[:12], value=f"{found.__module__}:{found.__name__}",
+            file=str(path), sha256=digest,
+        )
+        for kind, name, found in pluginfile.classes(path, BASES)
+    ]  # fmt: skip
 
 
 def _canonical(name: str) -> str:
@@ -144,6 +179,8 @@ def load(kind: str, name: str) -> type[Any]:
 def load_plugin(plugin: Plugin) -> type[Any]:
     """Returns the class of `plugin`, imported once and checked against its kind's base class and API number."""
     remedy = f"Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
+    if plugin.file:
+        remedy = f"Mend {plugin.file}."
     module_name, _, attribute = plugin.value.partition(":")
     if not NAME.fullmatch(plugin.name):
         raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens. {remedy}")

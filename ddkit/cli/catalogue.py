@@ -12,12 +12,13 @@ from typing import Any
 import click
 
 from ddkit import plugins
-from ddkit.cli.common import echo_json
+from ddkit.cli.common import echo_json, plugin_files
 from ddkit.errors import PluginError, suggestion
 
 
 @click.command(name="list")
 @click.argument("kind", required=False)
+@plugin_files
 @click.option("--check", is_flag=True, help="Import each component, in another process, and say which fail.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def list_components(kind: str | None, check: bool, as_json: bool) -> None:
@@ -82,6 +83,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME")
+@plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(words: tuple[str, ...], as_json: bool) -> None:
     """Tell what a component or recipe does, its options and requirements."""

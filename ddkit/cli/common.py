@@ -62,12 +62,29 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+
+
+def _add_files(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> None:
+    """Makes plugin files known before anything else of the command is read."""
+    from pathlib import Path
+
+    from ddkit.plugins import add_file
+
+    for value in values:
+        add_file(Path(value))
+
+
+plugin_files = click.option(
+    "--plugin", "plugin_files", multiple=True, metavar="FILE", is_eager=True, expose_value=False, callback=_add_files,
+    help="Python file whose components are available by name in this command, as its class in lower case with hyphens.",
+)  # fmt: skip
 shared = options(
     click.option("--dataset", metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."),
     click.option("--data-dir", metavar="DIR", help="Folder for datasets that download."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps", help="Where to compute."),
     click.option("--seed", type=click.IntRange(min=0, max=2**53), help="Seed of every random draw."),
     click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value, e.g. losses.dm.weight=0.01."),
+    plugin_files,
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
 )
 protocol = click.option(
