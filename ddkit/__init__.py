@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ddkit.images import Normalisation
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
-    from ddkit.plugins import create
+    from ddkit.plugins import add_plugin_file, create
     from ddkit.randomness import generator
     from ddkit.step import RealStep, Step, View
     from ddkit.teacher import Teacher
@@ -62,7 +62,7 @@ _HOMES = {
     "ddkit.images": ("Normalisation",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
-    "ddkit.plugins": ("create",),
+    "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
     "ddkit.step": ("RealStep", "Step", "View"),
     "ddkit.teacher": ("Teacher",),
@@ -109,6 +109,7 @@ __all__ = [
     "View",
     "__version__",
     "accuracy",
+    "add_plugin_file",
     "blend",
     "build_network",
     "cache_folder",

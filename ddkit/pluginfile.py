@@ -18,12 +18,16 @@ from ddkit.files import sha256
 VARIABLE = "DDKIT_PLUGIN_FILES"  # how processes that a run starts know the files
 
 
-def remember(path: Path) -> None:
-    """Makes `path` one of the plugin files of this process and of those that it starts; raises DdkitError where it has no use."""
+def checked(path: Path) -> Path:
+    """Returns the absolute path of a plugin file; raises FlagError where there is none."""
     file = path.absolute()
     if not file.is_file() or file.suffix != ".py":
         raise FlagError(f"--plugin {path}: there is no such Python file. Name a file that ends in .py and holds a component's class.")
-    module_of(file)
+    return file
+
+
+def remember(file: Path) -> None:
+    """Makes `file` one of the plugin files of this process and of those that it starts."""
     if file not in paths():
         os.environ[VARIABLE] = os.pathsep.join(str(each) for each in (*paths(), file))
 

@@ -103,21 +103,22 @@ def _plugin(kind: str, point: metadata.EntryPoint) -> Plugin:
     return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
 
 
-def add_file(path: Path) -> None:
+def add_plugin_file(path: Path) -> None:
     """Makes the components of one Python file available by name, here and in processes that this one starts.
 
     Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
     whose name is taken.
     """
-    pluginfile.remember(path)
-    plugins.cache_clear()
-    for added in _of_file(path.absolute()):
-        others = [p for p in plugins() if (p.kind, p.name) == (added.kind, added.name) and p != added]
+    file = pluginfile.checked(path)
+    for added in _of_file(file):
+        others = [p for p in plugins() if (p.kind, p.name) == (added.kind, added.name) and p.file != str(file)]
         if others:
             raise PluginError(
                 f"The plugin file {path} defines the {added.kind} '{added.name}', a name that {others[0].distribution} "
                 f"{others[0].version} has already. Give the class another name: a component is called as its class, with hyphens."
             )
+    pluginfile.remember(file)
+    plugins.cache_clear()
 
 
 def _of_file(path: Path) -> list[Plugin]:

@@ -69,6 +69,10 @@ def _context(command: str) -> tuple[str, click.Context]:
     """Returns (subcommand, its parsed context) of a command line; click raises where it does not parse."""
     words = [word for word in shlex.split(command, comments=True)[1:] if word != "--traceback"]
     name, *arguments = words
+    if "--plugin" in arguments:  # parsing it would import the file
+        place = arguments.index("--plugin")
+        assert arguments[place + 1] in {block.file for page in PAGES for block in blocks(page)}, "a file that a page has you write"
+        del arguments[place : place + 2]
     found = command_line.commands[name]
     return name, found.make_context(name, [a for a in arguments if a not in ("--help", "-h")])
 

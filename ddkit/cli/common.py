@@ -62,16 +62,14 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-
-
 def _add_files(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> None:
     """Makes plugin files known before anything else of the command is read."""
     from pathlib import Path
 
-    from ddkit.plugins import add_file
+    from ddkit.plugins import add_plugin_file
 
     for value in values:
-        add_file(Path(value))
+        add_plugin_file(Path(value))
 
 
 plugin_files = click.option(
