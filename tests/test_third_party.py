@@ -1,7 +1,9 @@
-"""The example of a stranger's plugin: installed from its folder, without network, and used by name."""
+"""The examples of strangers' plugins: installed from their folders, without network, and used by name."""
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import json
 import os
 import shutil
@@ -11,23 +13,30 @@ import sysconfig
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import SMALL_FLAGS
 
-PROJECT = Path(__file__).parent.parent / "examples" / "third-party" / "ddkit-second-moment"
+EXAMPLES = Path(__file__).parent.parent / "examples" / "third-party"
+PROJECT = EXAMPLES / "ddkit-second-moment"
+NAMES = ("attention-matching", "batch-norm-statistics", "second-moment")
 Ddkit = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the Python of a fresh environment in which the example is installed from a copy of its folder."""
+    """Returns the Python of a fresh environment in which the examples are installed from copies of their folders."""
     root = tmp_path_factory.mktemp("stranger")
-    project = shutil.copytree(PROJECT, root / "project", ignore=shutil.ignore_patterns("__pycache__", "build", "dist"))
+    projects = [
+        shutil.copytree(EXAMPLES / f"ddkit-{name}", root / name, ignore=shutil.ignore_patterns("__pycache__", "build", "dist"))
+        for name in NAMES
+    ]
     python = _environment(root / "venv")
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-build-isolation", "--no-index", str(project)]
+    command += ["--no-build-isolation", "--no-index", *map(str, projects)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return python
@@ -58,7 +67,7 @@ def ddkit(stranger: Path, tmp_path: Path) -> Ddkit:
     """Returns a function that runs `python -m ddkit ARGS...` in that environment, in an empty folder."""
 
     def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "PYTHONPATH")}
+        clean = {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "DDKIT_PLUGIN_FILES", "PYTHONPATH")}
         command = [str(stranger), "-m", "ddkit", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**clean, **environment})
 
@@ -114,10 +123,7 @@ def test_an_option_of_it_is_validated_like_any_other(ddkit: Ddkit) -> None:
 
 
 def test_its_formula_agrees_with_a_plain_one_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib
-
     import numpy as np
-    import torch
 
     monkeypatch.syspath_prepend(str(PROJECT / "src"))
     moment_gap = importlib.import_module("ddkit_second_moment").moment_gap
@@ -132,3 +138,97 @@ def test_its_formula_agrees_with_a_plain_one_in_float64(monkeypatch: pytest.Monk
     assert plain != pytest.approx(central)
     assert torch.autograd.gradcheck(lambda x: moment_gap(real, x), (synthetic,))
     assert torch.autograd.gradcheck(lambda x: moment_gap(real, x, central=True), (synthetic,))
+
+
+# All three
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_says_its_source_and_runs_beside_dm_and_dkkt(ddkit: Ddkit, tmp_path: Path, name: str) -> None:
+    (code,) = (EXAMPLES / f"ddkit-{name}" / "src").glob("*/__init__.py")
+    assert len(code.read_text().splitlines()) < 60
+    assert "arXiv" in (EXAMPLES / f"ddkit-{name}" / "README.md").read_text()
+    flags = ["--ipc", 2, "--pipc", 4, "--evaluate", "none", "--out", "run", *SMALL_FLAGS]
+    done = ddkit("distill", "--losses", f"dm,dkkt,{name}:0.5", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line)["losses"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"dm", "dkkt-primal", "dkkt-stationarity", name} for line in lines)
+    assert lines[0][name]["raw"] > 0
+    assert lines[0][name]["raw"] != lines[-1][name]["raw"]
+
+
+def test_the_three_run_together(ddkit: Ddkit) -> None:
+    done = ddkit("distill", "--losses", ",".join(NAMES), "--pipc", 4, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_teacher_without_running_statistics_is_refused(ddkit: Ddkit) -> None:
+    flags = ["--losses", "batch-norm-statistics", "--set", "teacher.norm=instance", "--evaluate", "none", "--out", "run", *SMALL_FLAGS]
+    done = ddkit("distill", *flags)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "no batch norm with running statistics" in " ".join(done.stderr.split())
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Returns a function that imports the module of an example from its folder."""
+
+    def load(name: str) -> Any:
+        monkeypatch.syspath_prepend(str(EXAMPLES / f"ddkit-{name}" / "src"))
+        return importlib.import_module(f"ddkit_{name.replace('-', '_')}")
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_in_their_docstrings_hold(imported: Callable[[str], Any], name: str) -> None:
+    result = doctest.testmod(imported(name))
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_attention_agrees_with_loops_and_finite_differences(imported: Callable[[str], Any]) -> None:
+    attention = imported("attention-matching").attention
+    x = normal(2, 3, 2, 4)
+    for row, found in zip(x, attention(x, 4.0), strict=True):
+        sums = [sum(abs(float(row[c, i, j])) ** 4 for c in range(3)) for i in range(2) for j in range(4)]
+        length = sum(value * value for value in sums) ** 0.5
+        assert found.tolist() == pytest.approx([value / length for value in sums], rel=1e-10)
+    assert torch.autograd.gradcheck(lambda t: attention(t, 4.0), (x.requires_grad_(),))
+
+
+def test_attention_is_taken_after_every_activation_but_the_last(imported: Callable[[str], Any]) -> None:
+    module = imported("attention-matching")
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Conv2d(4, 5, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(5, 6, 3), torch.nn.ReLU(),
+    ).double()  # fmt: skip
+    x = normal(3, 1, 8, 6)
+    maps = module.attention_maps(network, x, 2.0)
+    assert [tuple(each.shape) for each in maps] == [(3, 48), (3, 12)]
+    torch.testing.assert_close(maps[1], module.attention(network[:5](x), 2.0))
+    assert not any(layer._forward_hooks for layer in network)
+
+
+def test_the_distance_of_statistics_is_that_of_loops_over_channels(imported: Callable[[str], Any]) -> None:
+    distance = imported("batch-norm-statistics").statistics_distance
+    x = normal(4, 3, 2, 5)
+    mean, variance = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    gaps, spreads = 0.0, 0.0
+    for channel in range(3):
+        values = x[:, channel].flatten().tolist()
+        centre = sum(values) / len(values)
+        gaps += (centre - float(mean[channel])) ** 2
+        spreads += (sum((value - centre) ** 2 for value in values) / len(values) - float(variance[channel])) ** 2
+    assert float(distance(x, mean, variance)) == pytest.approx(gaps**0.5 + spreads**0.5, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda t: distance(t, mean, variance), (x.requires_grad_(),))
+
+
+def test_equal_statistics_have_no_distance_and_a_finite_gradient(imported: Callable[[str], Any]) -> None:
+    x = torch.tensor([[1.0], [3.0]], dtype=torch.float64, requires_grad=True)
+    value = imported("batch-norm-statistics").statistics_distance(x, x.new_tensor([2.0]), x.new_tensor([1.0]))
+    assert float(value.detach()) < 1e-5
+    assert bool(torch.autograd.grad(value, x)[0].isfinite().all())

@@ -1,0 +1,55 @@
+"""A third-party loss for ddkit: spatial attention maps of every layer but the last, as in DataDAM."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from torch import Tensor, nn
+
+import ddkit
+
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid)
+
+
+def attention(features: Tensor, power: float) -> Tensor:
+    """Returns the unit vectors (n, h * w) of sum_c |features_c|^power, features (n, c, h, w): [DataDAM Eq. 2].
+
+    >>> import torch
+    >>> attention(torch.tensor([[[[3.0, 0.0]], [[0.0, 2.0]]]]), 2.0).mul(97**0.5).round().tolist()
+    [[9.0, 4.0]]
+    """
+    return nn.functional.normalize(features.abs().pow(power).sum(1).flatten(1), dim=1)
+
+
+def attention_maps(network: nn.Module, x: Tensor, power: float) -> list[Tensor]:
+    """Returns the attention maps of images x (n, C, H, W) after each activation of `network` but the last."""
+    found: list[Tensor] = []
+    layers = [each for each in network.modules() if isinstance(each, ACTIVATIONS)][:-1]
+    hooks = [each.register_forward_hook(lambda module, inputs, output: found.append(attention(output, power))) for each in layers]
+    try:
+        network(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+class AttentionMatching(ddkit.Loss):
+    """Squared distance of class-mean spatial attention maps, real to synthetic, over the layers of the step's network."""
+
+    class Options(ddkit.Options):
+        power: Annotated[float, ddkit.Option("exponent of the activations", gt=0)] = 4.0
+
+    requires = ddkit.Requires(real=True, network_gradients=True, separable="sum")
+
+    def __call__(self, step: ddkit.Step) -> Tensor:
+        with torch.no_grad():
+            theirs = attention_maps(step.network, step.real.augmented, self.options.power)
+        ours = attention_maps(step.network, step.augmented, self.options.power)
+        total = 0.0 * step.images.sum()  # attached to the graph even where no class has real images
+        for label, rows in step.rows_by_class.items():
+            if (real := step.real.rows_by_class.get(label)) is not None:
+                gaps = [a[rows].mean(0) - b[real].mean(0) for a, b in zip(ours, theirs, strict=True)]
+                total = total + sum(gap.square().sum() for gap in gaps)
+        return total
