@@ -61,8 +61,11 @@ class Component:
 class Loss(Component):
     """A loss: `__call__(step)` returns a finite scalar attached to the graph of the synthetic set.
 
-    It never calls backward, steps an optimizer, seeds globally, prints, or writes to the bank.
+    It never calls backward, steps an optimizer, seeds globally, prints, or writes to the bank. `order_invariant` says that the
+    order of samples within a class does not matter to it: a claim that its conformance suite checks.
     """
+
+    order_invariant: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
         raise NotImplementedError

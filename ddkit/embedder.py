@@ -31,7 +31,7 @@ class Embedder:
         return is_compiled(self._forward)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Returns float32 features (n, d) of normalised images x (n, C, H, W)."""
+        """Returns float32 features (n, d) of normalised images x (n, C, H, W); float64 where network and images are."""
         parts = _even_parts(x, self.block)
         if torch.is_grad_enabled() and x.requires_grad:
             return _joined([self._features(part) for part in parts])
@@ -48,7 +48,8 @@ class Embedder:
         reduced = self.arithmetic.dtype == torch.bfloat16
         with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
             features = self._compiled_features(x) if self.arithmetic.compile else _embed_apart(self.module, x)
-        return features.float().clone() if self.arithmetic.graphs else features.float()  # a graph's next replay overwrites its output
+        features = features if features.dtype == torch.float64 else features.float()
+        return features.clone() if self.arithmetic.graphs else features  # a graph's next replay overwrites its output
 
     def _compiled_features(self, x: Tensor) -> Tensor:
         rows = len(x)

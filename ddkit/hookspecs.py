@@ -7,6 +7,9 @@ group `ddkit.hooks`. Implementations may take any subset of a hook's arguments.
 from __future__ import annotations
 
 import logging
+import os
+import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -55,10 +58,18 @@ def run_finished(path: Path, evaluations: list[Evaluation]) -> None:
     """
 
 
-class Observers:
-    """Calls the hooks of every observer; one that raises is reported once and left out from then on."""
+HOOKS = ("run_started", "step_finished", "stage_progress", "run_finished")
+TRACE = "DDKIT_TRACE"  # where it is 1, every call of a hook is told on stderr with its time
 
-    def __init__(self, observers: Iterable[tuple[str, Any]]) -> None:
+
+class Observers:
+    """Calls the hooks of every observer; one that raises is reported once and left out from then on.
+
+    With `strict` it raises instead, for tests.
+    """
+
+    def __init__(self, observers: Iterable[tuple[str, Any]], *, strict: bool = False) -> None:
+        self._strict, self._traced = strict, os.environ.get(TRACE) == "1"
         self._manager = pluggy.PluginManager("ddkit")
         self._manager.add_hookspecs(__import__(__name__, fromlist=["hookspecs"]))
         for name, observer in observers:
@@ -69,20 +80,30 @@ class Observers:
         try:
             self._manager.register(observer, name)
         except pluggy.PluginValidationError as error:
+            if self._strict:
+                raise
             self._manager.unregister(name=name)
             log.warning("The observer '%s' cannot be used: %s", name, " ".join(str(error).split()))
 
     def _alone(self, observer: Any) -> dict[str, Any]:
         others = [other for other in self._manager.get_plugins() if other is not observer]
-        names = ("run_started", "step_finished", "stage_progress", "run_finished")
-        return {name: self._manager.subset_hook_caller(name, others) for name in names}
+        return {name: self._manager.subset_hook_caller(name, others) for name in HOOKS}
+
+    def has(self, name: str, hook: str) -> bool:
+        """Whether the observer `name` implements `hook`."""
+        return any(bool(hooks[hook].get_hookimpls()) for known, hooks in self._hooks if known == name)
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Calls `hook` of every observer that has it."""
         for entry in list(self._hooks):
             name, hooks = entry
+            began = time.perf_counter()
             try:
                 hooks[hook](**arguments)
             except Exception as error:  # an observer can raise anything
+                if self._strict:
+                    raise
                 log.warning("The observer '%s' raised %s: %s; the run goes on without it.", name, type(error).__name__, error)
                 self._hooks.remove(entry)
+            if self._traced and hooks[hook].get_hookimpls():
+                print(f"{hook} {name} {1000 * (time.perf_counter() - began):.3f} ms", file=sys.stderr)

@@ -53,7 +53,9 @@ def _fitted(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Returns images as float32 in pixel units (0..1)."""
+    """Returns images as float32 in pixel units (0..1); float64 stays, for checks."""
+    if images.dtype == torch.float64:
+        return images
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 

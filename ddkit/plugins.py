@@ -146,7 +146,7 @@ def find(kind: str, name: str) -> Plugin:
     """Returns the plugin that `name` or `distribution/name` means; raises PluginError with the nearest name."""
     distribution, _, short = name.rpartition("/")
     of_kind = [p for p in plugins() if p.kind == kind]
-    matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", p.distribution)]
+    matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", _canonical(p.distribution))]
     if not matches:
         names = {p.name for p in of_kind}
         raise PluginError(f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed.)")

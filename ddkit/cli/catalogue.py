@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import textwrap
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,19 +90,21 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
     """Tell what a component or recipe does, its options and requirements."""
     if len(words) > 2:
         raise click.UsageError("info takes [KIND] NAME.")
-    facts = _facts(_plugin(words))
+    facts = _facts(found_plugin(words))
     if as_json:
         echo_json({"schema": 1, **facts})
     else:
         click.echo(_page(facts))
 
 
-def _plugin(words: tuple[str, ...]) -> plugins.Plugin:
+def found_plugin(words: tuple[str, ...], among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:
+    """Returns the plugin that the words [KIND] NAME of a command mean; without a KIND it is one of the kinds `among`."""
     name = words[-1]
     if len(words) == 2:
         return plugins.find(plugins.parse_kind(words[0]), name)
     short = name.rpartition("/")[2]
     kinds = list(dict.fromkeys(p.kind for p in plugins.plugins() if p.name == short))
+    kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
         known = {p.name for p in plugins.plugins()}
         raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")

@@ -37,6 +37,8 @@ class Primal(ddkit.Loss):
             default_factory=lambda: {"default": 1.0}
         )
 
+    order_invariant = True
+
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
         return ddkit.Requires(teacher=True, views=tuple(self.options.views), separable="mean")

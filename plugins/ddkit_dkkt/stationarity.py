@@ -86,6 +86,8 @@ class Stationarity(ddkit.Loss):
             ddkit.Option("how multipliers stay >= 0: cut at 0, or softplus of a free value"),
         ] = "project"
 
+    order_invariant = True
+
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
         options = self.options

@@ -34,6 +34,7 @@ def dm_loss(real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor
 class DistributionMatching(ddkit.Loss):
     """Squared distance of class-mean features, real to synthetic, in a fresh random network each step."""
 
+    order_invariant = True
     requires = ddkit.Requires(real=True, embedder=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:

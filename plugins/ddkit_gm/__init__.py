@@ -54,6 +54,7 @@ class GradientMatching(ddkit.Loss):
     class Options(ddkit.Options):
         distance: Annotated[Literal["layer-cosine", "mse", "cosine"], ddkit.Option("layer-wise cosine is the original's")] = "layer-cosine"
 
+    order_invariant = True
     requires = ddkit.Requires(real=True, network_gradients=True, second_order=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:

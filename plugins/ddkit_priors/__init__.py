@@ -28,6 +28,7 @@ class TotalVariation(ddkit.Loss):
     class Options(ddkit.Options):
         power: Annotated[float, ddkit.Option("exponent of the differences", ge=1)] = 1.0
 
+    order_invariant = True
     requires = ddkit.Requires(separable="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
@@ -37,6 +38,7 @@ class TotalVariation(ddkit.Loss):
 class ImageNorm(ddkit.Loss):
     """Mean squared value of the synthetic images, normalised units: keeps them near the mean image."""
 
+    order_invariant = True
     requires = ddkit.Requires(separable="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:

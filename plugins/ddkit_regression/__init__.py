@@ -65,17 +65,17 @@ class FeatureRegression(ddkit.Loss):
             real, wanted = self._queries(step)
             queries = step.embed(real)
         features = step.embed(self._augmented(step, self.options.augmenter, step.images))
-        found = ridge_prediction(features.float(), centred(step.labels, classes), queries.float(), self.options.ridge)
+        found = ridge_prediction(features, centred(step.labels, classes), queries, self.options.ridge)
         step.log("accuracy", (found.argmax(1) == step.real.labels).float().mean())
         return (found - wanted).square().sum(1).mean()
 
     def _queries(self, step: ddkit.Step) -> tuple[Tensor, Tensor]:
         """Returns augmented real images (m, C, H, W), blended where `mixup` says so, and what they should get (m, K)."""
         real = self._augmented(step, self.options.real_augmenter, step.real.images)
-        wanted = centred(step.real.labels, step.info.classes)
+        wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
         if self.options.mixup:
             other = torch.randperm(len(real), generator=step.generator)
-            share = self.options.mixup * torch.rand(len(real), generator=step.generator)
+            share = self.options.mixup * torch.rand(len(real), generator=step.generator).to(real.dtype)
             other, share = (ddkit.to_device(each, real.device) for each in (other, share))
             real = torch.lerp(real, real[other], share[:, None, None, None])
             wanted = torch.lerp(wanted, wanted[other], share[:, None])

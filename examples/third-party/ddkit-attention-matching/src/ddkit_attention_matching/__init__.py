@@ -41,6 +41,7 @@ class AttentionMatching(ddkit.Loss):
     class Options(ddkit.Options):
         power: Annotated[float, ddkit.Option("exponent of the activations", gt=0)] = 4.0
 
+    order_invariant = True
     requires = ddkit.Requires(real=True, network_gradients=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:

@@ -33,6 +33,7 @@ def with_statistics(module: nn.Module) -> list[nn.Module]:
 class BatchNormStatistics(ddkit.Loss):
     """Distance of the synthetic images' statistics in the teacher to the running ones of its batch norms, summed over layers."""
 
+    order_invariant = True
     requires = ddkit.Requires(teacher=True, views=("default",))
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:

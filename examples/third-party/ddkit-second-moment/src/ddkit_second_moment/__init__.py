@@ -29,6 +29,7 @@ class SecondMoment(ddkit.Loss):
     class Options(ddkit.Options):
         central: Annotated[bool, ddkit.Option("compare variances instead of mean squares; needs ipc of 2 or more")] = False
 
+    order_invariant = True
     requires = ddkit.Requires(real=True, embedder=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:

@@ -1,0 +1,56 @@
+"""The command that checks a component's promises: check."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from ddkit import plugins
+from ddkit.cli.catalogue import found_plugin
+from ddkit.cli.common import echo_json, plugin_files
+from ddkit.errors import FlagError
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME")
+@click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the component, where its default does not suit.")
+@click.option("--data-dir", metavar="DIR", help="Folder for a dataset that downloads.")
+@plugin_files
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, as_json: bool) -> None:
+    """Check what a component promises: the conformance suite of its kind, without pytest.
+
+    Exit code 0 where every check holds, 1 where one does not.
+    """
+    if len(words) > 2:
+        raise FlagError(f"ddkit check takes [KIND] NAME; got {' '.join(words)}.")
+    name, _, argument = words[-1].partition(":")
+    from ddkit import testing
+
+    plugin = found_plugin((*words[:-1], name), among=testing.SUITES)
+    from ddkit.recipes import parse_set
+
+    options = dict(parse_set(text) for text in sets)
+    qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
+    outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
+    broken = [outcome for outcome in outcomes if outcome.problem]
+    if as_json:
+        rows = [{"check": each.check, "status": "broken" if each.problem else "ok", "problem": each.problem} for each in outcomes]
+        echo_json({"schema": 1, "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "checks": rows})
+    else:
+        _show(plugin, outcomes)
+    sys.exit(1 if broken else 0)
+
+
+def _show(plugin: plugins.Plugin, outcomes: list[Any]) -> None:
+    for outcome in outcomes:
+        click.echo(f"{'broken' if outcome.problem else 'ok':6}  {outcome.check}")
+        if outcome.problem:
+            click.echo(f"        {outcome.problem}{f' ({outcome.place})' if outcome.place else ''}")
+    count = sum(bool(outcome.problem) for outcome in outcomes)
+    click.echo(f"\n{plugin.label}: {len(outcomes) - count} of {len(outcomes)} checks hold")
+
+
+COMMANDS = (check,)

@@ -1,0 +1,89 @@
+"""Conformance suites: what every component of a kind has to keep, as tests that an author subclasses in one line.
+
+    from ddkit.testing import LossConformance
+
+    class TestMine(LossConformance):
+        component = "my-loss"
+
+pytest finds the checks by their names; without pytest, `ddkit check my-loss` runs the same ones.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from ddkit.errors import DdkitError, FlagError
+from ddkit.testing.losses import LossConformance
+from ddkit.testing.others import (
+    AugmenterConformance,
+    DatasetConformance,
+    EvaluatorConformance,
+    ExporterConformance,
+    InitializerConformance,
+    ModelConformance,
+    ObserverConformance,
+)
+from ddkit.testing.suite import Broken, Conformance
+
+__all__ = [
+    "SUITES",
+    "AugmenterConformance",
+    "Broken",
+    "Conformance",
+    "DatasetConformance",
+    "EvaluatorConformance",
+    "ExporterConformance",
+    "InitializerConformance",
+    "LossConformance",
+    "ModelConformance",
+    "ObserverConformance",
+    "Outcome",
+    "check",
+]
+
+SUITES: dict[str, type[Conformance]] = {
+    suite.kind: suite
+    for suite in (
+        LossConformance, InitializerConformance, AugmenterConformance, EvaluatorConformance, ModelConformance, DatasetConformance,
+        ExporterConformance, ObserverConformance,
+    )
+}  # fmt: skip
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What one check said: `problem` is "" where it holds; `place` is where in the code an exception came from."""
+
+    check: str
+    problem: str
+    place: str = ""
+
+
+def check(kind: str, name: str, options: Mapping[str, Any] | None = None, *, directory: str | None = None) -> list[Outcome]:
+    """Returns the outcome of every check of the component, in order of name; raises DdkitError where it cannot be built.
+
+    `options` are the component's; `directory` is where a dataset that downloads keeps its files.
+    """
+    from ddkit import plugins
+
+    if kind not in SUITES:
+        raise FlagError(f"There is no conformance suite for a {kind}; there is one for {', '.join(SUITES)}.")
+    plugins.load(kind, plugins.split_name(name)[0])
+    suite: type[Conformance] = type("Checked", (SUITES[kind],), {"component": name, "options": dict(options or {}), "directory": directory})
+    suite().prepare()
+    return [_outcome(suite(), label, method) for label, method in suite.checks().items()]
+
+
+def _outcome(suite: Conformance, label: str, method: str) -> Outcome:
+    try:
+        getattr(suite, method)()
+    except (Broken, DdkitError) as error:
+        return Outcome(check=label, problem=" ".join(str(error).split()))
+    except Exception as error:  # a component can raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
+        return Outcome(check=label, problem=f"{type(error).__name__}: {' '.join(str(error).split())}", place=place)
+    return Outcome(check=label, problem="")

@@ -1,0 +1,257 @@
+"""The conformance suite of losses."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from ddkit.components import Loss
+from ddkit.files import read_tensors, write_tensors
+from ddkit.testing.suite import Broken, Conformance, changed, check, copies, global_state_is_kept
+from ddkit.testing.world import Setting, World
+
+DOUBLE = Setting(dtype=torch.float64)
+REQUIREMENTS = ("real", "embedder", "teacher", "network_gradients")
+
+
+class LossConformance(Conformance):
+    """Checks of a loss, in a tiny run that has everything a loss can ask for."""
+
+    kind = "loss"
+
+    def world(self, setting: Setting | None = None) -> World:
+        setting = setting or Setting()
+        loss: Loss = self.make()
+        return World(loss, setting)
+
+    # What it returns
+
+    @check
+    def test_returns_a_finite_scalar(self) -> None:
+        self._value_of(self.world())
+
+    @check
+    def test_one_channel(self) -> None:
+        self._value_of(self.world(Setting(channels=1)))
+
+    @check
+    def test_three_channels(self) -> None:
+        self._value_of(self.world(Setting(channels=3)))
+
+    @check
+    def test_images_that_are_not_square(self) -> None:
+        self._value_of(self.world(Setting(size=(6, 11))))
+
+    @check
+    def test_one_image_a_class(self) -> None:
+        self._value_of(self.world(Setting(rows=(1, 1, 1))))
+
+    @check
+    def test_unbalanced_classes(self) -> None:
+        self._value_of(self.world(Setting(rows=(1, 3, 2), real=(5, 1, 2))))
+
+    def _value_of(self, world: World) -> Tensor:
+        value = world.loss(world.step())
+        if not isinstance(value, Tensor) or value.ndim != 0:
+            what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+            raise Broken(f"The loss '{self.label}' returns {what}; it has to be a scalar tensor.")
+        if not bool(value.isfinite()):
+            raise Broken(f"The loss '{self.label}' is {float(value.detach())} on random images; it has to be finite.")
+        if not value.requires_grad:
+            raise Broken(f"The value of the loss '{self.label}' is detached: it does not depend on the synthetic images. Avoid .detach().")
+        return value
+
+    # What it reaches
+
+    @check
+    def test_gradient_reaches_the_bank_and_nothing_else(self) -> None:
+        world = self.world()
+        value = self._value_of(world)
+        tensors = world.bank.tensors()
+        parts = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
+        if not any(part is not None and bool(part.any()) for part in parts):
+            raise Broken(f"The gradient of the loss '{self.label}' is zero for the images and all extra parameters.")
+        if any(part is not None and not bool(part.isfinite().all()) for part in parts):
+            raise Broken(f"The gradient of the loss '{self.label}' is not finite.")
+        left = [name for name, tensor in world.inputs().items() if tensor.is_leaf and tensor.grad is not None]
+        if left:
+            raise Broken(f"The loss '{self.label}' leaves .grad on {', '.join(left[:3])}. Use torch.autograd.grad; never call backward().")
+
+    @check
+    def test_inputs_are_unchanged(self) -> None:
+        world = self.world()
+        world.loss(world.step())  # builds the network
+        teacher = world.source.teacher
+        assert teacher is not None
+        modules = [teacher.module] + ([world.source._embedder.module] if world.source._embedder else [])
+        before, states = copies(world.inputs()), _modes(modules)
+        world.loss(world.step())
+        moved = changed(before, world.inputs())
+        if moved:
+            raise Broken(f"The loss '{self.label}' changes {', '.join(moved[:3])}. Compute with copies (x + 1, not x.add_(1)).")
+        if _modes(modules) != states:
+            raise Broken(f"The loss '{self.label}' leaves a network in another mode, or a hook on it.")
+
+    @check
+    def test_global_random_state_is_untouched(self) -> None:
+        world = self.world()
+        world.step(index=1).embed  # noqa: B018 (a member, not a call)
+        with global_state_is_kept(f"The loss '{self.label}'"):
+            world.loss(world.step())
+
+    # What it depends on
+
+    @check
+    def test_same_seed_same_value(self) -> None:
+        values = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)  # which it may not look at
+            world = self.world()
+            value = self._value_of(world)
+            gradients = torch.autograd.grad(value, list(world.bank.tensors().values()), allow_unused=True)
+            values.append([value.detach(), *(part for part in gradients if part is not None)])
+        if not all(torch.equal(one, other) for one, other in zip(*values, strict=True)):
+            raise Broken(
+                f"The loss '{self.label}' gives {float(values[0][0])} and {float(values[1][0])} for the same images, seed and step. "
+                "Draw from step.generator only."
+            )
+
+    @check
+    def test_linear_in_the_weight(self) -> None:
+        world = self.world(DOUBLE)
+        (_, once, _), (_, more, _) = (world.engine(weight=weight).evaluate(0) for weight in (1.0, 2.5))
+        for name, gradient in once.items():
+            if not torch.allclose(2.5 * gradient, more[name], rtol=1e-9, atol=1e-12):
+                raise Broken(f"The gradient of the loss '{self.label}' for {name} does not grow with its weight.")
+
+    @check
+    def test_order_of_samples_within_a_class(self) -> None:
+        world = self.world(DOUBLE)
+        if not world.loss.order_invariant:
+            return
+        turned = torch.cat([torch.arange(rows.stop - 1, rows.start - 1, -1) for rows in world.shared().rows_by_class.values()])
+        tensors = world.bank.tensors()
+        spec = {"images": "sample"} | {name: each.per for name, each in world.loss.requires.parameters.items()}
+        other = {name: tensor[turned] if spec[name] == "sample" else tensor for name, tensor in tensors.items()}
+        one, two = float(world.value(tensors).detach()), float(world.value(other).detach())
+        if abs(one - two) > 1e-9 * max(1.0, abs(one)):
+            raise Broken(
+                f"The loss '{self.label}' is {one} and {two} for the same images in another order within their classes. "
+                "If that is meant, leave out order_invariant = True."
+            )
+
+    # What it declares
+
+    @check
+    def test_what_it_requires_is_used(self) -> None:
+        world = self.world()
+        step = world.step()
+        world.loss(step)
+        world.loss.initial(step)
+        declared = {name for name in REQUIREMENTS if getattr(world.loss.requires, name)}
+        declared |= {"parameters"} if world.loss.requires.parameters else set()
+        unused = sorted(declared - step.used) + [f"the view '{name}'" for name in world.loss.requires.views if name not in step.views]
+        if unused:
+            raise Broken(
+                f"The loss '{self.label}' declares {', '.join(unused)} in `requires` and does not use it: a run would build it for nothing."
+            )
+
+    @check
+    def test_gradients_of_parameters_are_declared(self) -> None:
+        world = self.world()
+        with _watched_gradients() as taken:
+            world.loss(world.step())
+        declared = world.loss.requires.second_order
+        if any(taken) and not declared:
+            raise Broken(f"The loss '{self.label}' takes a gradient with create_graph=True: say second_order=True in `requires`.")
+        if declared and not any(taken):
+            raise Broken(f"The loss '{self.label}' declares second_order=True and takes no gradient with create_graph=True.")
+
+    @check
+    def test_separable_as_declared(self) -> None:
+        world = self.world(Setting(rows=(1, 3, 2), real=(5, 1, 2), dtype=torch.float64))
+        if world.loss.requires.separable is None:
+            return
+        whole, gradients, _ = world.engine().evaluate(0)
+        for chunk in (1, 2):
+            parts, others, _ = world.engine(chunk=chunk).evaluate(0)
+            one, two = float(whole["checked"]), float(parts["checked"])
+            if abs(one - two) > 1e-9 * max(1.0, abs(one)):
+                raise Broken(
+                    f"The loss '{self.label}' declares separable={world.loss.requires.separable!r}, but is {one} for the whole set and "
+                    f"{two} summed over its classes."
+                )
+            if not all(torch.allclose(gradients[name], others[name], rtol=1e-7, atol=1e-10) for name in gradients):
+                raise Broken(f"The gradient of the loss '{self.label}' is another one when it is evaluated class by class.")
+
+    # Mathematics
+
+    @check
+    def test_gradcheck_in_float64(self) -> None:
+        world = self.world(Setting(size=(4, 5), rows=(1, 2), real=(2, 2), dtype=torch.float64))
+        names = list(world.bank.tensors())
+        tensors = tuple(tensor.detach().clone().requires_grad_() for tensor in world.bank.tensors().values())
+
+        def function(*values: Tensor) -> Tensor:
+            return world.value(dict(zip(names, values, strict=True)))
+
+        try:
+            gradcheck(function, tensors, atol=1e-5, rtol=1e-3)
+        except RuntimeError as error:
+            first = " ".join(str(error).split())[:300]
+            raise Broken(f"The gradient of the loss '{self.label}' is not the derivative of its value in float64: {first}") from None
+
+    # A run
+
+    @check
+    def test_state_survives_save_and_load(self) -> None:
+        whole, first = self.world(), self.world()
+        _advance(whole, 0, 3)
+        _advance(first, 0, 2)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "state.safetensors"
+            write_tensors(file, first.engine().state(2), {})
+            second = self.world()
+            second.engine().load_state(2, read_tensors(file)[0])
+        _advance(second, 2, 3)
+        moved = changed(copies(whole.bank.tensors()), second.bank.tensors())
+        if moved:
+            raise Broken(
+                f"With the loss '{self.label}' a run that is continued after step 2 differs from an undisturbed one in {', '.join(moved)}: "
+                "keep nothing from step to step but declared parameters."
+            )
+
+
+def _modes(modules: list[torch.nn.Module]) -> list[Any]:
+    return [
+        (each.training, len(each._forward_hooks), len(each._forward_pre_hooks), len(each._backward_hooks))
+        for module in modules
+        for each in module.modules()
+    ]
+
+
+def _advance(world: World, start: int, stop: int) -> None:
+    world.engine().run(start, stop, observe=lambda index, record: None, save=lambda index: None)
+
+
+@contextmanager
+def _watched_gradients() -> Iterator[list[bool]]:
+    """Inside, every call of torch.autograd.grad adds whether it builds a graph."""
+    original, taken = torch.autograd.grad, []
+
+    def watched(*arguments: Any, **named: Any) -> Any:
+        taken.append(bool(named.get("create_graph", False)))
+        return original(*arguments, **named)
+
+    torch.autograd.grad = watched
+    try:
+        yield taken
+    finally:
+        torch.autograd.grad = original

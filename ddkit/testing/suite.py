@@ -1,0 +1,198 @@
+"""What every conformance suite shares: checks as methods, declared deviations, the component under test."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddkit import plugins
+from ddkit.components import Component, DataInfo
+from ddkit.options import written_options
+from ddkit.recipe import parse_recipe, recipe_dict
+
+S = TypeVar("S", bound="Conformance")
+IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch and ddkit
+_COST = """
+import json, sys, time
+import torch, numpy, ddkit
+from ddkit import plugins
+began = time.perf_counter()
+plugins.load_plugin(plugins.find(sys.argv[1], sys.argv[2]))
+print(json.dumps({"seconds": time.perf_counter() - began}), file=sys.__stdout__)
+"""
+
+
+class Broken(AssertionError):
+    """A component does not keep a promise; the message says which and how to keep it."""
+
+
+def check(method: Callable[[S], None]) -> Callable[[S], None]:
+    """Makes a method `test_NAME` a check: a deviation declared under NAME has to fail, and everything else has to hold."""
+    name = method.__name__.removeprefix("test_").replace("_", "-")
+
+    @functools.wraps(method)
+    def checked(self: S) -> None:
+        reason = self.deviations.get(name)
+        if reason is None:
+            method(self)
+            return
+        try:
+            method(self)
+        except Exception:  # a component may break a promise by raising
+            return
+        raise Broken(f"The deviation '{name}' is declared ({reason}), but the check holds. Remove it from `deviations`.")
+
+    checked.check_name = name  # type: ignore[attr-defined]
+    return checked
+
+
+class Conformance:
+    """Base of the suites. Subclass the one of your component's kind and name the component:
+
+        class TestMine(ddkit.testing.LossConformance):
+            component = "my-loss"
+
+    `options` are the component's, where the defaults do not suit a tiny run. `deviations` maps the name of a check that the
+    component does not pass, on purpose, to the reason; a deviation that is no longer one fails.
+    """
+
+    kind: ClassVar[str]
+    component: ClassVar[str | type[Component]]
+    options: ClassVar[Mapping[str, Any]] = {}
+    deviations: ClassVar[Mapping[str, str]] = {}
+
+    @classmethod
+    def checks(cls) -> dict[str, str]:
+        """Returns the names of the suite's checks, each with the method that does it."""
+        found = {name: getattr(cls, name) for name in dir(cls) if name.startswith("test_")}
+        return {method.check_name: name for name, method in found.items() if hasattr(method, "check_name")}
+
+    def setup_method(self) -> None:
+        unknown = sorted(set(self.deviations) - set(self.checks()))
+        if unknown:
+            raise Broken(f"There is no check {', '.join(map(repr, unknown))}; `deviations` may name {', '.join(self.checks())}.")
+
+    @property
+    def label(self) -> str:
+        return self.component if isinstance(self.component, str) else self.component.__name__
+
+    def make(self, info: DataInfo | None = None, **arguments: Any) -> Any:
+        """Returns the component, built as a recipe would build it."""
+        if isinstance(self.component, str):
+            return plugins.create(self.kind, self.component, self.options, data=info, **arguments)
+        found = self.component
+        options = msgspec.convert(dict(self.options), found.Options)
+        return found(options if info is None else found.resolve(options, info), name=found.__name__.lower(), **arguments)
+
+    def found(self) -> type[Component]:
+        """Returns the component's class."""
+        return plugins.load(self.kind, plugins.split_name(self.component)[0]) if isinstance(self.component, str) else self.component
+
+    def prepare(self) -> None:
+        """Builds what the checks need from outside; a DdkitError here says that they cannot be made at all."""
+        self.make()
+
+    # Checks of every kind
+
+    @check
+    def test_imports_without_a_gpu(self) -> None:
+        _import_cost(self)
+
+    @check
+    def test_import_is_cheap(self) -> None:
+        seconds = _import_cost(self)
+        if seconds > IMPORT_SECONDS:
+            raise Broken(
+                f"Importing the module of '{self.label}' takes {seconds:.1f} s beside torch and ddkit. Import heavy libraries "
+                "where they are used, and read files when the component is called."
+            )
+
+    @check
+    def test_is_of_its_kind_and_api(self) -> None:
+        found, base = self.found(), plugins.BASES[self.kind]
+        if not issubclass(found, base):
+            raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
+        if not (found.__doc__ or "").strip():
+            raise Broken(f"'{self.label}' has no docstring: its first line is the summary that `ddkit list` shows.")
+
+    @check
+    def test_options_survive_a_recipe(self) -> None:
+        import tomllib
+
+        import tomli_w
+
+        component = self.make()
+        written = written_options(component.options)
+        table = {"losses": {"mine": {"use": "dm", **written}}}
+        text = tomli_w.dumps(recipe_dict(parse_recipe(table)))
+        read = tomllib.loads(text)["losses"]["mine"]
+        again = msgspec.convert({key: read[key] for key in written}, type(component.options))
+        if again != component.options:
+            raise Broken(f"The options of '{self.label}' come back from a recipe as {again}, not {component.options}.")
+
+
+@functools.cache
+def _cost_of(kind: str, name: str) -> float:
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", _COST, kind, name], capture_output=True, text=True, check=False,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise Broken(f"'{name}' cannot be imported in a process without a GPU: {last}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def _import_cost(suite: Conformance) -> float:
+    if not isinstance(suite.component, str):
+        return 0.0  # a class is imported already
+    return _cost_of(suite.kind, plugins.split_name(suite.component)[0])
+
+
+@contextmanager
+def global_state_is_kept(what: str) -> Iterator[None]:
+    """Raises Broken where the code inside moves a global random generator, or torch's default dtype or threads."""
+    before = _global_state()
+    yield
+    for name, then, now in zip(("random", "numpy.random", "torch's default", "torch settings"), before, _global_state(), strict=True):
+        if then != now:
+            raise Broken(
+                f"{what} changes the state of {name} generator. Draw from the generator that it is given, and set nothing globally."
+            )
+
+
+def _global_state() -> tuple[Any, ...]:
+    numpys = np.random.get_state()
+    return (
+        random.getstate(),
+        tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in numpys),
+        torch.get_rng_state().numpy().tobytes(),
+        (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()),
+    )
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns detached copies, to compare with later."""
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
+    """Returns the names of the tensors that are not bit for bit as they were."""
+    return [name for name, tensor in before.items() if not _same(tensor, after[name].detach())]
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))

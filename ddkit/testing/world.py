@@ -1,0 +1,159 @@
+"""A tiny run to check a loss in: random images, a small network and teacher, in float64 where gradients are compared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ddkit import plugins
+from ddkit.bank import Bank
+from ddkit.components import DataInfo, Loss, Model
+from ddkit.compute import Arithmetic
+from ddkit.embedder import Embedder
+from ddkit.engine import Engine, Term
+from ddkit.images import Normalisation
+from ddkit.networks import build_network
+from ddkit.options import Requires
+from ddkit.randomness import drawn_from, generator
+from ddkit.step import SharedStep, Step, StepSource, ViewSpec
+from ddkit.teacher import Teacher
+
+CPU = torch.device("cpu")
+PLAIN = Arithmetic(compile=False, precision="float32")
+
+
+class Setting(msgspec.Struct, frozen=True, kw_only=True):
+    """What a tiny run looks like: `rows` and `real` are the synthetic and the real images of each class."""
+
+    channels: int = 1
+    size: tuple[int, int] = (8, 6)
+    rows: tuple[int, ...] = (2, 2, 2)
+    real: tuple[int, ...] = (3, 4, 3)
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def info(self) -> DataInfo:
+        return DataInfo(class_names=tuple(f"class {i}" for i in range(len(self.rows))), channels=self.channels, size=self.size)
+
+
+class _Source(StepSource):
+    """The source of steps, its network in the images' type."""
+
+    dtype: torch.dtype = torch.float32
+
+    def embedder(self, index: int) -> Embedder:
+        found = super().embedder(index)
+        found.module.to(self.dtype)
+        return found
+
+
+class Recorder(Step):
+    """A step that remembers which declared members were used."""
+
+    def __init__(self, shared: SharedStep, label: str, requires: Requires) -> None:
+        super().__init__(shared, label, requires)
+        self.used: set[str] = set()
+        self.views: set[str] = set()
+
+    def _declared(self, requirement: str, member: str) -> SharedStep:
+        self.used.add(requirement)
+        return super()._declared(requirement, member)
+
+    def view(self, name: str) -> Any:
+        self.views.add(name)
+        return super().view(name)
+
+    @property
+    def teacher_logits(self) -> Tensor:
+        self.views.add("default")
+        return super().teacher_logits
+
+    @property
+    def parameters(self) -> Any:
+        self.used.add("parameters")
+        return vars(Step)["parameters"].func(self)
+
+
+class World:
+    """Everything that a loss can ask for, in the smallest size: `step()` gives what one call of it sees."""
+
+    def __init__(self, loss: Loss, setting: Setting) -> None:
+        self.loss, self.setting, self.info = loss, setting, setting.info
+        info, dtype = self.info, setting.dtype
+        draw = generator(0, "conformance", "real")
+        count = sum(setting.real)
+        real = torch.rand((count, *info.shape), generator=draw, dtype=dtype)
+        real_labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.real))
+        views = {name: ViewSpec(_augmenter("none", info), 0.0) for name in loss.requires.views if name not in ("raw", "augmented")}
+        self.source = _Source(
+            seed=0, info=info, normalisation=Normalisation([0.5] * info.channels, [0.25] * info.channels), batch=max(setting.real),
+            real_images=real, real_labels=real_labels, augmenter=_augmenter("dsa", info), views=views, model=_model("instance", info),
+            renew_every=1, teacher=self._teacher(), device=CPU, arithmetic=PLAIN,
+        )  # fmt: skip
+        self.source.dtype = dtype
+        labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.rows))
+        images = torch.randn((len(labels), *info.shape), generator=generator(0, "conformance", "images"), dtype=dtype)
+        self.bank = Bank(images, labels, loss.requires.parameters, {})
+        self.fill()
+
+    def _teacher(self) -> Teacher:
+        """Returns an untrained teacher with batch norm, whose running statistics are those of some noise."""
+        module = build_network(_model("batch", self.info), self.info, 0, "conformance teacher").train()
+        with torch.no_grad():
+            module(torch.randn((16, *self.info.shape), generator=generator(0, "conformance", "noise")))
+        one = tuple([0.5] * self.info.channels)
+        return Teacher(module.to(self.setting.dtype), mean=one, std=tuple([0.25] * self.info.channels))
+
+    def fill(self) -> None:
+        """Gives extra parameters the values that the loss computes from the first step, as a run does."""
+        for name, value in self.loss.initial(self.step()).items():
+            self.bank.fill(name, value)
+
+    def shared(self, *, index: int = 0, classes: range | None = None, bank: Bank | None = None) -> SharedStep:
+        found = SharedStep(self.source, bank or self.bank, index, classes)
+        found.network_gradients = self.loss.requires.network_gradients
+        found.teacher_gradients = self.loss.requires.teacher_gradients
+        return found
+
+    def step(self, *, index: int = 0, classes: range | None = None, bank: Bank | None = None) -> Recorder:
+        return Recorder(self.shared(index=index, classes=classes, bank=bank), "checked", self.loss.requires)
+
+    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Bank:
+        """Returns the bank with other tensors in the place of its images and parameters, for functions of them."""
+        found = copy.copy(self.bank)
+        found.images = tensors["images"]
+        found.parameters = {name: tensors[name] for name in self.bank.parameters}
+        return found
+
+    def value(self, tensors: Mapping[str, Tensor], *, index: int = 0) -> Tensor:
+        """Returns the loss as a function of the bank's tensors."""
+        return self.loss(self.step(index=index, bank=self.with_tensors(tensors)))
+
+    def engine(self, *, weight: float = 1.0, chunk: int = 0) -> Engine:
+        return Engine(self.bank, self.source, [Term("checked", self.loss, weight)], chunk=chunk)
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Returns everything that a loss can reach and may not change, by name."""
+        found = {"images": self.bank.images, "labels": self.bank.labels, **self.bank.parameters}
+        found |= {"real images": self.source.real_images, "real labels": self.source.real_labels}
+        teacher = self.source.teacher
+        modules = {"teacher": teacher.module} if teacher else {}
+        modules |= {"network": self.source._embedder.module} if self.source._embedder else {}
+        for owner, module in modules.items():
+            found |= {f"{owner} {name}": value for name, value in (*module.named_parameters(), *module.named_buffers())}
+        return found
+
+
+def _augmenter(name: str, info: DataInfo) -> Any:
+    return plugins.create("augmenter", name, data=info)
+
+
+def _model(norm: str, info: DataInfo) -> Model:
+    with drawn_from(0, "conformance"):
+        model: Model = plugins.create("model", "convnet", {"depth": 2, "width": 4, "norm": norm}, data=info)
+    return model

@@ -1,0 +1,164 @@
+"""Every component of ddkit's own passes the suite of its kind, one line each."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ddkit import plugins, testing
+from ddkit.testing import (
+    AugmenterConformance,
+    DatasetConformance,
+    EvaluatorConformance,
+    InitializerConformance,
+    LossConformance,
+    ModelConformance,
+)
+
+
+class TestDistributionMatching(LossConformance):
+    component = "dm"
+
+
+class TestPrimal(LossConformance):
+    component = "dkkt-primal"
+
+
+class TestPrimalMasked(LossConformance):
+    component = "dkkt-primal"
+    options = {"masked": True, "views": {"raw": 1.0, "augmented": 5.0}}
+
+
+class TestStationarity(LossConformance):
+    component = "dkkt-stationarity"
+
+
+class TestStationarityL1(LossConformance):
+    component = "dkkt-stationarity"
+    options = {"distance": "l1", "init": "least-squares", "constraint": "softplus"}
+
+
+class TestStationarityByLayer(LossConformance):
+    component = "dkkt-stationarity"
+    options = {"distance": "layer-cosine", "parameters": "weights"}
+
+
+class TestGradientMatching(LossConformance):
+    component = "gm"
+
+
+class TestTotalVariation(LossConformance):
+    component = "total-variation"
+
+
+class TestImageNorm(LossConformance):
+    component = "image-norm"
+
+
+class TestFeatureRegression(LossConformance):
+    component = "feature-regression"
+
+
+class TestFeatureRegressionTeacher(LossConformance):
+    component = "feature-regression"
+    options = {"targets": "teacher", "mixup": 0.5}
+
+
+class TestReal(InitializerConformance):
+    component = "real"
+
+
+class TestNoise(InitializerConformance):
+    component = "noise"
+
+
+class TestNone(AugmenterConformance):
+    component = "none"
+
+
+class TestDsa(AugmenterConformance):
+    component = "dsa"
+
+
+class TestDsaComposed(AugmenterConformance):
+    component = "dsa"
+    options = {"compose": 6}
+
+
+class TestDsv(AugmenterConformance):
+    component = "dsv"
+
+
+class TestAccuracy(EvaluatorConformance):
+    component = "accuracy"
+    options = {"epochs": 2, "repeats": 2, "workers": 1, "model_options": {"width": 4}}
+
+
+class TestAccuracySoft(EvaluatorConformance):
+    component = "accuracy"
+    options = {"epochs": 2, "repeats": 1, "labels": "both", "baselines": ["class-mean"], "model_options": {"width": 4}}
+
+
+class TestConvnet(ModelConformance):
+    component = "convnet"
+
+
+class TestConvnetBatchNorm(ModelConformance):
+    component = "convnet"
+    options = {"norm": "batch", "pooling": "max", "width": 8}
+
+
+class TestMlp(ModelConformance):
+    component = "mlp"
+
+
+class TestDigits(DatasetConformance):
+    component = "digits"
+
+
+class TestNpz(DatasetConformance):
+    @pytest.fixture(autouse=True)
+    def file(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        file = tmp_path_factory.mktemp("npz") / "a.npz"
+        draw = np.random.default_rng(0)
+        np.savez(
+            file, x_train=draw.random((8, 6, 6)).astype(np.float32), y_train=np.arange(8) % 2,
+            x_test=draw.random((4, 6, 6)).astype(np.float32), y_test=np.arange(4) % 2,
+        )  # fmt: skip
+        type(self).component = f"npz:{file}"
+
+
+class TestImagefolder(DatasetConformance):
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        root = tmp_path_factory.mktemp("folder")
+        draw = np.random.default_rng(0)
+        for name in ("a", "b"):
+            (root / name).mkdir()
+            for number in range(6):
+                Image.fromarray(draw.integers(0, 255, (6, 7, 3), dtype=np.uint8)).save(root / name / f"{number}.png")
+        type(self).component = f"imagefolder:{root}"
+
+
+# Those whose images have to be downloaded first.
+ELSEWHERE = {("dataset", "mnist"), ("dataset", "fashion-mnist"), ("dataset", "cifar10")}
+
+
+def _tested() -> set[tuple[str, str]]:
+    suites = [each for each in globals().values() if isinstance(each, type) and issubclass(each, testing.Conformance)]
+    named = [
+        (each.kind, each.component)
+        for each in suites
+        if each not in testing.SUITES.values() and isinstance(vars(each).get("component"), str)
+    ]
+    return {(kind, str(component).partition(":")[0]) for kind, component in named} | {("dataset", "npz"), ("dataset", "imagefolder")}
+
+
+def test_every_component_of_ddkit_has_a_conformance_test() -> None:
+    own = {(p.kind, p.name) for p in plugins.plugins() if p.first_party and p.kind in testing.SUITES}
+    assert own - ELSEWHERE == _tested()
+
+
+def test_every_kind_that_a_stranger_can_write_has_a_suite() -> None:
+    assert set(testing.SUITES) == set(plugins.GROUPS) - {"loss-group", *plugins.DATA_KINDS}
