@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, evaluating, making, reproducing
+from ddkit.cli import benching, catalogue, checking, creating, evaluating, making, reproducing
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError
 
@@ -32,7 +32,15 @@ def cli(show_traceback: bool) -> None:
     """
 
 
-for command in (*making.COMMANDS, *evaluating.COMMANDS, *reproducing.COMMANDS, *benching.COMMANDS, *catalogue.COMMANDS, *checking.COMMANDS):
+for command in (
+    *making.COMMANDS,
+    *evaluating.COMMANDS,
+    *reproducing.COMMANDS,
+    *benching.COMMANDS,
+    *catalogue.COMMANDS,
+    *checking.COMMANDS,
+    *creating.COMMANDS,
+):
     cli.add_command(command)
 
 

@@ -1,0 +1,30 @@
+"""The command that begins a plugin: new."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ddkit import plugins, scaffold
+from ddkit.errors import FlagError
+
+
+@click.command()
+@click.argument("kind")
+@click.argument("name")
+@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write, absent or empty (default: ddkit-NAME).")
+def new(kind: str, name: str, out: Path | None) -> None:
+    """Write the package of a new plugin: KIND is loss, initializer, augmenter, evaluator, model, dataset, exporter or observer.
+
+    It installs, passes its conformance test and runs as it is written; then the class is yours to change.
+    """
+    try:
+        wanted = plugins.parse_kind(kind)
+    except FlagError:
+        wanted = kind  # new_package says which there are
+    folder = scaffold.new_package(wanted, name, out)
+    click.echo(f"{folder}\n  pip install -e {folder}\n  ddkit check {wanted} {name}")
+
+
+COMMANDS = (new,)
