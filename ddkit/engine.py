@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,11 +24,20 @@ Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values a
 
 
 class Term(NamedTuple):
-    """One weighted loss of a recipe."""
+    """One weighted loss of a recipe; `origin` is the distribution and version of a stranger's, "" for ddkit's own."""
 
     label: str
     loss: Loss
     weight: float
+    origin: str = ""
+
+    def __str__(self) -> str:
+        return f"loss '{self.label}'" + (f" ({self.origin})" if self.origin else "")
+
+    @property
+    def advice(self) -> str:
+        """What helps a stranger's loss, to add to a message: "" for ddkit's own."""
+        return f" `ddkit check loss {self.loss.name}` tells more." if self.origin else ""
 
 
 class Engine:
@@ -47,12 +58,11 @@ class Engine:
         for name, value in term.loss.initial(Step(shared, term.label, requires)).items():
             if name not in requires.parameters:
                 raise RunFailed(
-                    f"The loss '{term.label}' gives initial values of '{name}', "
-                    "which it does not declare in ddkit.Requires(parameters=...)."
+                    f"The {term} gives initial values of '{name}', which it does not declare in ddkit.Requires(parameters=...)."
                 )
             self.bank.fill(name, value)
             if not bool(self.bank.finite()):
-                raise RunFailed(f"The loss '{term.label}' gives initial values of '{name}' that are not finite.")
+                raise RunFailed(f"The {term} gives initial values of '{name}' that are not finite.")
 
     def state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of all that an exact continuation at step `index` needs: the bank, and a network that was trained."""
@@ -122,10 +132,11 @@ class Engine:
         return shared
 
     def _value(self, term: Term, shared: SharedStep) -> Tensor:
-        value = _calling(term, lambda: term.loss(Step(shared, term.label, term.loss.requires)))
+        with _nothing_else_changes(term, shared):
+            value = _calling(term, lambda: term.loss(Step(shared, term.label, term.loss.requires)))
         if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
             what = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}" if isinstance(value, Tensor) else repr(value)
-            raise RunFailed(f"The loss '{term.label}' must return a scalar tensor attached to the graph of the images; got {what}.")
+            raise RunFailed(f"The {term} must return a scalar tensor attached to the graph of the images; got {what}.{term.advice}")
         share = len(shared.labels) / shared.size if term.loss.requires.separable == "mean" else 1.0
         return value * share if share != 1.0 else value
 
@@ -148,9 +159,9 @@ class Engine:
         for term in self.terms:
             if not bool(values[term.label].isfinite()):
                 raise RunFailed(
-                    f"The loss '{term.label}' became {float(values[term.label])} at step {index}. The last good state is kept in "
+                    f"The {term} became {float(values[term.label])} at step {index}. The last good state is kept in "
                     f"checkpoints/. Try a smaller learning rate{' (also network.inner_lr)' if self.source.inner else ''} or weight, "
-                    "or float32 (--set engine.precision=float32)."
+                    f"or float32 (--set engine.precision=float32).{term.advice}"
                 )
         if bool(all_finite(gradients.values())):  # a projection could hide one that is not
             self.bank.update(gradients)
@@ -231,7 +242,37 @@ def _calling(term: Term, call: Callable[[], Any]) -> Any:
     except DdkitError:
         raise
     except Exception as error:  # a stranger's loss can raise anything
-        raise RunFailed(f"The loss '{term.label}' raised {type(error).__name__}: {error}.") from error
+        raise RunFailed(f"The {term} raised {type(error).__name__}: {error}.{term.advice}") from error
+
+
+@contextmanager
+def _nothing_else_changes(term: Term, shared: SharedStep) -> Iterator[None]:
+    """Raises RunFailed where the loss that is called inside writes to a tensor of the run, or to a global random state.
+
+    Tensors are told by their version counters, so nothing is read back from a device. (Code that goes around them, such
+    as `x.data`, is found by the conformance suite alone.)
+    """
+    if term.loss.requires.real:
+        _ = shared.real  # built now, so that it is watched
+    watched = shared.watched()
+    versions, states = {name: tensor._version for name, tensor in watched.items()}, _random_states()
+    yield
+    written = [name for name, tensor in watched.items() if tensor._version != versions[name]]
+    if written:
+        raise RunFailed(
+            f"The {term} writes to {' and '.join(written)}, which other losses use too. It has to compute with copies.{term.advice}"
+        )
+    moved = [name for name, state in _random_states().items() if state != states[name]]
+    if moved:
+        raise RunFailed(
+            f"The {term} changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from "
+            f"step.generator.{term.advice}"
+        )
+
+
+def _random_states() -> dict[str, Any]:
+    numpy = np.random.get_state(legacy=False)["state"]
+    return {"torch": torch.get_rng_state().numpy().tobytes(), "Python": random.getstate(), "numpy": (numpy["pos"], numpy["key"].tobytes())}
 
 
 def _record(index: int, terms: Sequence[Term], values: Mapping[str, Tensor], logged: Mapping[str, Mapping[str, Tensor]]) -> Record:

@@ -373,9 +373,10 @@ def _terms(recipe: Recipe) -> list[Term]:
     for label, table in recipe.losses.items():
         name = recipe.loss_name(label)
         loss: Loss = plugins.create("loss", name, table.options, where=f"losses.{label}")
+        plugin = plugins.find("loss", name)
         if not isinstance(loss.requires, Requires):
-            raise PluginError(f"The {plugins.find('loss', name).label}: `requires` must be a ddkit.Requires(...).")
-        terms.append(Term(label, loss, table.weight))
+            raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).")
+        terms.append(Term(label, loss, table.weight, "" if plugin.first_party else f"{plugin.distribution} {plugin.version}"))
     return terms
 
 

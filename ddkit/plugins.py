@@ -245,7 +245,8 @@ def create(
         raise
     except Exception as error:
         label = find(kind, short).label
-        raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.") from error
+        help_ = f" `ddkit check {kind} {short}` tells more." if kind in BASES and not find(kind, short).first_party else ""
+        raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.{help_}") from error
 
 
 def watchers_of(observers: Sequence[Any]) -> Observers:

@@ -238,6 +238,13 @@ class SharedStep:
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}
 
+    def watched(self) -> dict[str, Tensor]:
+        """Returns the tensors that a loss can reach and may not write to, as far as they are built."""
+        found = {"the images": self.bank.images, **{f"the parameter '{name}'": value for name, value in self.bank.parameters.items()}}
+        if "real" in vars(self):
+            found["the real images"] = self.real.images
+        return found
+
     def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         drawn = self.source.augmentation(self.index, "augmentation", self.source.augmenter)
         return self._apply(self.source.augmenter, drawn, x, self.labels if labels is None else labels)

@@ -498,7 +498,7 @@ def checkpoint(path: Path, step: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("sign", [0, 1, -1], ids=["nan", "inf", "-inf"])
 def test_a_value_that_is_not_finite_names_loss_and_step_and_keeps_the_last_good_state(recipe: Maker, tmp_path: Path, sign: int) -> None:
     table = recipe({"bad-from": {"at": 3, "sign": sign}, "square": {}}, steps=6)
-    with pytest.raises(ddkit.RunFailed, match=r"'bad-from' became (nan|inf|-inf) at step 3") as caught:
+    with pytest.raises(ddkit.RunFailed, match=r"'bad-from' \(own 1\) became (nan|inf|-inf) at step 3") as caught:
         ddkit.distill(table, out=tmp_path / "run", device="cpu")
     assert caught.value.exit_code == 1
     good = ddkit.distill(recipe({"bad-from": {"at": 99}, "square": {}}, steps=3), out=tmp_path / "good", device="cpu")
@@ -553,7 +553,7 @@ def test_a_wrong_result_is_refused_by_name(recipe: Maker, result: Callable[[Step
 
 
 def test_a_loss_that_raises_is_named_with_its_error(recipe: Maker) -> None:
-    with pytest.raises(ddkit.RunFailed, match="'raises' raised ZeroDivisionError: of its own making") as caught:
+    with pytest.raises(ddkit.RunFailed, match=r"'raises' \(own 1\) raised ZeroDivisionError: of its own making") as caught:
         made(recipe(["raises", "square"]))[2].evaluate(0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 

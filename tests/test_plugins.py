@@ -106,6 +106,64 @@ def test_a_class_that_a_module_only_imports_is_described_all_the_same(install: I
     assert (row["status"], row["summary"]) == ("ok", "Says that it is fine.")
 
 
+# Strangers that hurt in mid-run: exit code 1, and the message names the loss, its distribution and the command that helps
+
+HURTING = {
+    "raises": ("raise ValueError('of its own')", "raised ValueError: of its own"),
+    "nan": ("return step.images.sum() * float('nan')", "became nan at step 0"),
+    "detached": ("return step.images.detach().sum()", "requires_grad=False"),
+    "a plain number": ("return 1.0", "got 1.0"),
+    "writes to the images": ("with torch.no_grad(): step.images.mul_(2)\n        return step.images.sum()", "writes to the images"),
+    "writes to the real images": ("step.real.images.mul_(2); return step.images.sum()", "writes to the real images"),
+    "seeds torch": ("torch.manual_seed(0); return step.images.sum()", "random state of torch"),
+    "draws from numpy": ("numpy.random.rand(); return step.images.sum()", "random state of numpy"),
+    "draws from Python": ("random.random(); return step.images.sum()", "random state of Python"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", HURTING)
+def test_a_loss_that_hurts_in_mid_run_is_named_with_its_distribution_and_what_helps(
+    install: Install, cli: Callable[..., Result], how: str
+) -> None:
+    body, cause = HURTING[how]
+    source = FINE.replace("return step.images.square().mean()", body).replace("import ddkit", "import random\nimport ddkit, numpy, torch")
+    _loss(install, source.replace("    def __call__", "    requires = ddkit.Requires(real=True)\n\n    def __call__"))
+    flags = ("--pipc", 1, "--evaluate", "none", *SMALL_FLAGS)
+    result = cli("distill", "--losses", "odd,image-norm", "--out", "run", *flags)
+    message = " ".join(result.err.split())
+    assert (result.code, result.out) == (1, ""), message
+    for part in ("loss 'odd' (odd-dist 2.5) ", cause, "`ddkit check loss odd` tells more."):
+        assert part in message
+    assert "Traceback" not in message
+    assert cli("distill", "--losses", "image-norm", "--out", "other", *flags).code == 0
+
+
+def test_writing_to_the_images_is_no_accident_of_first_party_losses(cli: Callable[..., Result]) -> None:
+    result = cli("distill", "--losses", "dm,dkkt,gm,feature-regression,total-variation", "--evaluate", "none", "--pipc", 2, *SMALL_FLAGS)
+    assert result.code == 0, result.err
+
+
+def test_a_loss_that_cannot_be_built_is_told_with_exit_code_three(install: Install, cli: Callable[..., Result]) -> None:
+    _loss(install, FINE + "\n    def __init__(self, options, *, name=None):\n        raise OSError('no licence')\n")
+    result = cli("distill", "--losses", "odd", "--plan")
+    assert (result.code, result.out) == (3, "")
+    message = " ".join(result.err.split())
+    for part in ("loss 'odd' of odd-dist 2.5", "OSError: no licence", "`ddkit check loss odd`"):
+        assert part in message
+
+
+def test_a_slow_import_slows_neither_help_nor_list_nor_other_losses(install: Install, cli: Callable[..., Result]) -> None:
+    _loss(install, "import time\ntime.sleep(3)\n" + FINE)
+    began = time.perf_counter()
+    assert _rows(cli)["loss odd-dist/odd"]["status"] == "ok"
+    assert cli("--help").code == 0
+    assert cli("distill", "--losses", "image-norm", "--plan").code == 0
+    assert time.perf_counter() - began < 2.5
+    began = time.perf_counter()
+    assert cli("distill", "--losses", "odd", "--plan").code == 0
+    assert time.perf_counter() - began > 3, "its own user waits"
+
+
 # Strangers that do not: each is data for `list`, an error for whoever asks for it, and nothing for anyone else
 
 BROKEN = [
