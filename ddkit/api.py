@@ -158,7 +158,7 @@ def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDir
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
     with deterministic(recipe.engine.deterministic), products(job.device, job.products):
-        _iterate(engine, recipe, directory, watchers, start)
+        _iterate(job, bank, engine, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
@@ -169,8 +169,17 @@ def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDir
     return run
 
 
-def _iterate(engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
+def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
     began, every = time.perf_counter(), recipe.engine
+
+    def show(index: int) -> None:
+        if watchers.has("checkpoint_written"):
+            images, labels = job.normalisation.to_pixels(bank.images.detach()).cpu().clone(), bank.host_labels.clone()
+            watchers.call("checkpoint_written", index=index, images=images, labels=labels, class_names=list(job.info.class_names))
+
+    def keep(index: int) -> None:
+        directory.write_checkpoint(index, engine.state(index))
+        show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
         line = None
@@ -179,15 +188,15 @@ def _iterate(engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Obs
             directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
         if (index + 1) % every.checkpoint_every == 0:
-            directory.write_checkpoint(index + 1, engine.state(index + 1))
+            keep(index + 1)
 
     def is_read(index: int) -> bool:
         return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0
 
-    engine.run(
-        start, recipe.steps, observe=observe, save=lambda step: directory.write_checkpoint(step, engine.state(step)), is_read=is_read
-    )
-    directory.write_checkpoint(recipe.steps, engine.state(recipe.steps))
+    show(start)
+    engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read)
+    if recipe.steps > start and recipe.steps % every.checkpoint_every:
+        keep(recipe.steps)
 
 
 def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:

@@ -10,13 +10,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch import Tensor
 
     from ddkit.components import Evaluation
     from ddkit.recipe import Recipe
@@ -43,6 +45,15 @@ def step_finished(index: int, steps: int, record: Mapping[str, Any] | None) -> N
 
 
 @hookspec
+def checkpoint_written(index: int, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
+    """Called: when the run starts or goes on, and after each checkpoint. Receives: the number of steps done; copies of the images
+
+    (n, C, H, W) in pixel units and of the labels (n,), on the CPU; the class names. May: write or draw. May not: change the run.
+    Since: 0.1.
+    """
+
+
+@hookspec
 def stage_progress(stage: str, done: int, total: int) -> None:
     """Called: during "teacher" training and "evaluation". Receives: the stage and how far it is.
 
@@ -58,7 +69,7 @@ def run_finished(path: Path, evaluations: list[Evaluation]) -> None:
     """
 
 
-HOOKS = ("run_started", "step_finished", "stage_progress", "run_finished")
+HOOKS = ("run_started", "step_finished", "checkpoint_written", "stage_progress", "run_finished")
 TRACE = "DDKIT_TRACE"  # where it is 1, every call of a hook is told on stderr with its time
 
 
@@ -89,9 +100,9 @@ class Observers:
         others = [other for other in self._manager.get_plugins() if other is not observer]
         return {name: self._manager.subset_hook_caller(name, others) for name in HOOKS}
 
-    def has(self, name: str, hook: str) -> bool:
-        """Whether the observer `name` implements `hook`."""
-        return any(bool(hooks[hook].get_hookimpls()) for known, hooks in self._hooks if known == name)
+    def has(self, hook: str) -> bool:
+        """Whether an observer implements `hook`."""
+        return any(hooks[hook].get_hookimpls() for _, hooks in self._hooks)
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Calls `hook` of every observer that has it."""

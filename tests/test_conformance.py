@@ -14,6 +14,7 @@ from ddkit.testing import (
     InitializerConformance,
     LossConformance,
     ModelConformance,
+    ObserverConformance,
 )
 
 
@@ -139,6 +140,10 @@ class TestImagefolder(DatasetConformance):
             for number in range(6):
                 Image.fromarray(draw.integers(0, 255, (6, 7, 3), dtype=np.uint8)).save(root / name / f"{number}.png")
         type(self).component = f"imagefolder:{root}"
+
+
+class TestTensorBoard(ObserverConformance):
+    component = "tensorboard"
 
 
 # Those whose images have to be downloaded first.

@@ -449,7 +449,7 @@ class ObserverConformance(Conformance):
     @check
     def test_is_of_its_kind_and_api(self) -> None:
         observers = Observers([("checked", self.make())])
-        if not any(observers.has("checked", hook) for hook in HOOKS):
+        if not any(observers.has(hook) for hook in HOOKS):
             raise Broken(f"The observer '{self.label}' has no hook: mark at least one of {', '.join(HOOKS)} with @ddkit.hookimpl.")
 
     @check
@@ -471,6 +471,9 @@ class ObserverConformance(Conformance):
             observers.call("run_started", recipe=parse_recipe({"losses": {"dm": {}}}), path=Path(folder), start=0)
             observers.call("step_finished", index=0, steps=2, record=record)
             observers.call("step_finished", index=1, steps=2, record=None)
+            observers.call(
+                "checkpoint_written", index=2, images=torch.rand(3, 1, 8, 8), labels=torch.arange(3), class_names=["a", "b", "c"]
+            )
             observers.call("stage_progress", stage="evaluation", done=1, total=3)
             observers.call("run_finished", path=Path(folder), evaluations=[row])
         if record != kept:
