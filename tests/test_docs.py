@@ -24,7 +24,7 @@ from ddkit.study import Study, SystemTable, parse_study
 from tests.conftest import SMALL_FLAGS, Result
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 CLI = Callable[..., Result]
 
 
@@ -135,7 +135,7 @@ def test_toml_in_the_docs_is_toml() -> None:
 
 
 def _generator() -> Any:
-    spec = importlib.util.spec_from_file_location("generate_components", ROOT / "docs" / "generate_components.py")
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -166,14 +166,37 @@ def test_studies_on_the_page_are_those_that_are_installed_and_its_example_is_one
     assert set(parse_study(tomllib.loads(example)).systems) == {"mild", "strong", "real"}
 
 
-def test_the_page_of_components_agrees_with_the_code() -> None:
+def test_generated_pages_agree_with_the_code() -> None:
+    pages = _generator().pages()
+    differing = [file.name for file, text in pages.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    assert differing == [], "run: python docs/generate.py"
+    assert set((ROOT / "docs" / "components").glob("*.md")) <= set(pages), "a page of a component that is no more"
+
+
+def test_a_changed_option_or_flag_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ddkit_priors import TotalVariation
+
     generator = _generator()
-    assert generator.PAGE.read_text(encoding="utf-8") == generator.page(), "run: python docs/generate_components.py"
+    page = ROOT / "docs" / "components" / "loss-total-variation.md"
+
+    class Options(TotalVariation.Options):  # type: ignore[name-defined, misc]
+        extra: int = 3
+
+    monkeypatch.setattr(TotalVariation, "Options", Options)
+    assert "`extra` | 3" in generator.pages()[page]
+    monkeypatch.setattr(command_line.commands["blend"].params[2], "help", "Another text.")
+    assert "Another text." in generator.pages()[ROOT / "docs" / "cli.md"]
+
+
+def test_every_command_has_its_place_in_the_reference() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\w+)$", text, re.MULTILINE) == sorted(command_line.commands)
 
 
 def test_every_component_is_on_the_page_of_components() -> None:
     text = (ROOT / "docs" / "components.md").read_text(encoding="utf-8")
-    assert [p.name for p in plugins.plugins() if p.first_party and f"| `{p.name}` |" not in text] == []
+    own = [p for p in plugins.plugins() if p.first_party]
+    assert [p.name for p in own if f"| `{p.name}` |" not in text and f"| [`{p.name}`](components/{p.kind}-{p.name}.md) |" not in text] == []
 
 
 def _documented_keys(title: str) -> dict[str, str]:
