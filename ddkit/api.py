@@ -96,11 +96,11 @@ def run_recipe(
 ) -> Run:
     """Runs `recipe` into `out` (None: runs/<recipe or losses>-<dataset>-<n>); nothing stays of a run that never began."""
     pick_device(device)
+    watchers = watchers_of(observers)
     stem = f"{(losses or recipe.name).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
     directory = RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)
     if recipe.blend is not None:
-        return run_blend(recipe, directory, device, watchers_of(observers), make=_maker(device, observers))
-    watchers = watchers_of(observers)
+        return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
     try:
         job = _prepared(recipe, device, watchers)
         bank = job.bank()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,11 +9,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddkit.bank import Bank, all_finite
+from ddkit.blame import moved_text, random_states
 from ddkit.components import Loss
 from ddkit.errors import DdkitError, Interrupted, RunFailed
 from ddkit.step import SharedStep, Step, StepSource
@@ -24,20 +23,16 @@ Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values a
 
 
 class Term(NamedTuple):
-    """One weighted loss of a recipe; `origin` is the distribution and version of a stranger's, "" for ddkit's own."""
+    """One weighted loss of a recipe; of a stranger's `origin` is its distribution and version, `advice` what to add to a message."""
 
     label: str
     loss: Loss
     weight: float
     origin: str = ""
+    advice: str = ""
 
     def __str__(self) -> str:
         return f"loss '{self.label}'" + (f" ({self.origin})" if self.origin else "")
-
-    @property
-    def advice(self) -> str:
-        """What helps a stranger's loss, to add to a message: "" for ddkit's own."""
-        return f" `ddkit check loss {self.loss.name}` tells more." if self.origin else ""
 
 
 class Engine:
@@ -247,32 +242,22 @@ def _calling(term: Term, call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _nothing_else_changes(term: Term, shared: SharedStep) -> Iterator[None]:
-    """Raises RunFailed where the loss that is called inside writes to a tensor of the run, or to a global random state.
+    """Raises RunFailed where the loss that is called inside writes to what losses share, or to a global random state.
 
     Tensors are told by their version counters, so nothing is read back from a device. (Code that goes around them, such
     as `x.data`, is found by the conformance suite alone.)
     """
-    if term.loss.requires.real:
-        _ = shared.real  # built now, so that it is watched
-    watched = shared.watched()
-    versions, states = {name: tensor._version for name, tensor in watched.items()}, _random_states()
+    shared.written()  # what was written before this loss is not its fault
+    states = random_states()
     yield
-    written = [name for name, tensor in watched.items() if tensor._version != versions[name]]
+    written = shared.written()
     if written:
         raise RunFailed(
             f"The {term} writes to {' and '.join(written)}, which other losses use too. It has to compute with copies.{term.advice}"
         )
-    moved = [name for name, state in _random_states().items() if state != states[name]]
+    moved = [name for name, state in random_states().items() if state != states[name]]
     if moved:
-        raise RunFailed(
-            f"The {term} changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from "
-            f"step.generator.{term.advice}"
-        )
-
-
-def _random_states() -> dict[str, Any]:
-    numpy = np.random.get_state(legacy=False)["state"]
-    return {"torch": torch.get_rng_state().numpy().tobytes(), "Python": random.getstate(), "numpy": (numpy["pos"], numpy["key"].tobytes())}
+        raise RunFailed(f"The {term} {moved_text(moved)}{term.advice}")
 
 
 def _record(index: int, terms: Sequence[Term], values: Mapping[str, Tensor], logged: Mapping[str, Mapping[str, Tensor]]) -> Record:

@@ -10,11 +10,12 @@ import msgspec
 import torch
 
 from ddkit.artifact import Artifact, load
+from ddkit.blame import blamed
 from ddkit.blend import seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
-from ddkit.errors import DdkitError, FlagError, InputError, RunFailed
+from ddkit.errors import FlagError, InputError
 from ddkit.files import read_json, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
@@ -79,13 +80,9 @@ def run_evaluators(
         report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
     )  # fmt: skip
     rows: list[Evaluation] = []
-    for label, evaluator in sorted(evaluators.items()):
-        try:
+    for _, evaluator in sorted(evaluators.items()):
+        with blamed("evaluator", evaluator.name, may_draw=True):
             rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, data, teacher)]
-        except DdkitError:
-            raise
-        except Exception as error:  # a stranger's evaluator can raise anything
-            raise RunFailed(f"The evaluator '{label}' raised {type(error).__name__}: {error}.") from error
     return rows
 
 

@@ -6,6 +6,7 @@ group `ddkit.hooks`. Implementations may take any subset of a hook's arguments.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import sys
@@ -90,10 +91,11 @@ class Observers:
     def _register(self, name: str, observer: Any) -> None:
         try:
             self._manager.register(observer, name)
-        except pluggy.PluginValidationError as error:
+        except Exception as error:  # not an observer, or the same one twice, or whatever its attributes raise
             if self._strict:
                 raise
-            self._manager.unregister(name=name)
+            if self._manager.has_plugin(name):
+                self._manager.unregister(name=name)
             log.warning("The observer '%s' cannot be used: %s", name, " ".join(str(error).split()))
 
     def _alone(self, observer: Any) -> dict[str, Any]:
@@ -105,16 +107,18 @@ class Observers:
         return any(hooks[hook].get_hookimpls() for _, hooks in self._hooks)
 
     def call(self, hook: str, **arguments: Any) -> None:
-        """Calls `hook` of every observer that has it."""
+        """Calls `hook` of every observer that has it, each with copies of its own."""
         for entry in list(self._hooks):
             name, hooks = entry
+            if not hooks[hook].get_hookimpls():
+                continue
             began = time.perf_counter()
             try:
-                hooks[hook](**arguments)
-            except Exception as error:  # an observer can raise anything
+                hooks[hook](**copy.deepcopy(arguments))
+            except (Exception, SystemExit) as error:  # an observer can raise anything
                 if self._strict:
                     raise
                 log.warning("The observer '%s' raised %s: %s; the run goes on without it.", name, type(error).__name__, error)
                 self._hooks.remove(entry)
-            if self._traced and hooks[hook].get_hookimpls():
+            if self._traced:
                 print(f"{hook} {name} {1000 * (time.perf_counter() - began):.3f} ms", file=sys.stderr)

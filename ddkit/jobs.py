@@ -15,6 +15,7 @@ from torch import nn
 
 from ddkit import plugins
 from ddkit.bank import Bank
+from ddkit.blame import blamed
 from ddkit.components import Augmenter, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
 from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
@@ -251,7 +252,8 @@ class Job:
             real_labels=self.real.labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
         )
-        images = self.initializer(start)
+        with blamed("initializer", self.recipe.initializer.use, building=True):
+            images = self.initializer(start)
         if tuple(images.shape) != (len(labels), *self.info.shape) or not bool(images.isfinite().all()):
             raise RunFailed(
                 f"The initializer '{self.recipe.initializer.use}' returned images of shape {tuple(images.shape)} or not finite."
@@ -374,9 +376,12 @@ def _terms(recipe: Recipe) -> list[Term]:
         name = recipe.loss_name(label)
         loss: Loss = plugins.create("loss", name, table.options, where=f"losses.{label}")
         plugin = plugins.find("loss", name)
-        if not isinstance(loss.requires, Requires):
-            raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).")
-        terms.append(Term(label, loss, table.weight, "" if plugin.first_party else f"{plugin.distribution} {plugin.version}"))
+        with blamed("loss", name, building=True):
+            requires = loss.requires
+        if not isinstance(requires, Requires):
+            raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
+        origin = "" if plugin.first_party else f"{plugin.distribution} {plugin.version}"
+        terms.append(Term(label, loss, table.weight, origin, plugin.advice))
     return terms
 
 

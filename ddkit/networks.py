@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ddkit.blame import blamed
 from ddkit.components import DataInfo, Model
 from ddkit.compute import to_device
 from ddkit.errors import RunFailed
@@ -16,7 +17,7 @@ from ddkit.randomness import drawn_from
 
 def build_network(model: Model, info: DataInfo, seed: int, *purpose: str | int) -> nn.Module:
     """Returns a fresh module of `model` for the data, its weights a function of (seed, purpose)."""
-    with drawn_from(seed, *purpose):
+    with blamed("model", model.name, building=True), drawn_from(seed, *purpose):
         return model(info.channels, info.size, info.classes)
 
 

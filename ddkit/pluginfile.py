@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
 import inspect
+import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 from ddkit.errors import FlagError, PluginError
-from ddkit.files import sha256
 
-VARIABLE = "DDKIT_PLUGIN_FILES"  # how processes that a run starts know the files
+VARIABLE = "DDKIT_PLUGIN_FILES"  # a JSON list of paths: how processes that a run starts know the files
 
 
-def checked(path: Path) -> Path:
+def checked(path: str | Path) -> Path:
     """Returns the absolute path of a plugin file; raises FlagError where there is none."""
-    file = path.absolute()
+    file = Path(path).resolve()
     if not file.is_file() or file.suffix != ".py":
         raise FlagError(f"--plugin {path}: there is no such Python file. Name a file that ends in .py and holds a component's class.")
     return file
@@ -29,36 +30,59 @@ def checked(path: Path) -> Path:
 def remember(file: Path) -> None:
     """Makes `file` one of the plugin files of this process and of those that it starts."""
     if file not in paths():
-        os.environ[VARIABLE] = os.pathsep.join(str(each) for each in (*paths(), file))
+        os.environ[VARIABLE] = json.dumps([str(each) for each in (*paths(), file)])
 
 
 def paths() -> tuple[Path, ...]:
     """Returns the plugin files of this process, in the order in which they were given."""
-    return tuple(Path(part) for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part)
-
-
-def module_name(file: Path) -> str:
-    """Returns the name under which a plugin file is imported: it changes with its content."""
-    return f"ddkit_file_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{sha256(file)[:12]}"
-
-
-@cache
-def module_of(file: Path) -> ModuleType:
-    """Returns the module of a plugin file, imported once; raises PluginError with cause and line where it cannot be."""
-    name = module_name(file)
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # a stranger's file can raise anything
-        del sys.modules[name]
-        raise PluginError(f"The plugin file {file} could not be imported: {type(error).__name__}: {error}{_line(error, file)}.") from error
-    return module
+        return tuple(Path(part) for part in json.loads(os.environ.get(VARIABLE) or "[]"))
+    except (ValueError, TypeError):
+        raise FlagError(f"The environment variable {VARIABLE} is no JSON list of paths. Unset it, and name files with --plugin.") from None
+
+
+class PluginFile:
+    """A plugin file as it was read: its `sha256`, and the `module` that was made of those very bytes."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise PluginError(f"The plugin file {file} could not be read: {error.strerror}.") from None
+        self.file, self.sha256 = file, hashlib.sha256(content).hexdigest()
+        self.module = self._module(content)
+
+    def _module(self, content: bytes) -> ModuleType:
+        """Returns the module of `content`, run once a process; raises PluginError with cause and line where it cannot be."""
+        place = hashlib.sha256(str(self.file).encode()).hexdigest()[:6]
+        name = f"ddkit_file_{re.sub(r'[^0-9a-zA-Z]', '_', self.file.stem)}_{place}_{self.sha256[:12]}"
+        if name in sys.modules:
+            return sys.modules[name]
+        spec = importlib.util.spec_from_file_location(name, self.file)
+        assert spec is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's
+                exec(compile(content, str(self.file), "exec", dont_inherit=True), module.__dict__)
+        except (Exception, SystemExit) as error:  # a stranger's file can raise anything
+            del sys.modules[name]
+            cause = f"{type(error).__name__}: {error}{_line(error, self.file)}"
+            raise PluginError(f"The plugin file {self.file} could not be imported: {cause}.") from error
+        return module
+
+    def classes(self, bases: Mapping[str, type]) -> Iterator[tuple[str, str, type]]:
+        """Yields (kind, name, class) of every component that the file itself defines; raises PluginError where there is none.
+
+        A component's name is its class name in lower case with hyphens, `ClassMean` being class-mean. Names with a leading
+        underscore are not the user's.
+        """
+        own = [each for each in vars(self.module).values() if inspect.isclass(each) and each.__module__ == self.module.__name__]
+        public = [each for each in dict.fromkeys(own) if not each.__name__.startswith("_")]
+        found = [(kind, hyphenated(each.__name__), each) for each in public for kind, base in bases.items() if issubclass(each, base)]
+        if not found:
+            kinds = ", ".join(f"ddkit.{base.__name__}" for base in bases.values())
+            raise PluginError(f"The plugin file {self.file} defines no component: a class that is a subclass of one of {kinds}.")
+        yield from found
 
 
 def _line(error: BaseException, file: Path) -> str:
@@ -71,22 +95,6 @@ def _line(error: BaseException, file: Path) -> str:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f", line {lines[-1]}" if lines else ""
-
-
-def classes(file: Path, bases: Mapping[str, type]) -> Iterator[tuple[str, str, type]]:
-    """Yields (kind, name, class) of every component that the file itself defines; raises PluginError where there is none.
-
-    A component's name is its class name in lower case with hyphens, `ClassMean` being class-mean. Names with a leading
-    underscore are not the user's.
-    """
-    module = module_of(file)
-    own = [each for each in vars(module).values() if inspect.isclass(each) and each.__module__ == module.__name__]
-    found = [(kind, each) for each in own for kind, base in bases.items() if issubclass(each, base) and not each.__name__.startswith("_")]
-    if not found:
-        kinds = ", ".join(f"ddkit.{base.__name__}" for base in bases.values())
-        raise PluginError(f"The plugin file {file} defines no component: a class that is a subclass of one of {kinds}.")
-    for kind, each in found:
-        yield kind, hyphenated(each.__name__), each
 
 
 def hyphenated(name: str) -> str:

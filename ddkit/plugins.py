@@ -16,7 +16,6 @@ import msgspec
 
 from ddkit import components, pluginfile, source
 from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
-from ddkit.files import sha256
 from ddkit.hookspecs import Observers
 from ddkit.options import parse_options
 from ddkit.recipe import keys_beside
@@ -47,6 +46,7 @@ BASES: dict[str, type[components.Component]] = {
     "dataset": components.Dataset,
     "exporter": components.Exporter,
 }
+CHECKED = (*(kind for kind in BASES if kind != "loss-group"), "observer")  # kinds that have a conformance suite
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
@@ -72,6 +72,14 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     def label(self) -> str:
         return f"{self.kind} '{self.name}' of {self.distribution} {self.version}"
 
+    @property
+    def advice(self) -> str:
+        """What helps a stranger's component, to add to a message: "" for ddkit's own, and for kinds without a suite."""
+        if self.first_party or self.kind not in CHECKED:
+            return ""
+        file = f"--plugin {self.file} " if self.file else ""
+        return f" `ddkit check {file}{self.kind} {self.name}` tells more."
+
 
 def parse_kind(text: str) -> str:
     """Returns the kind that `text` names, singular or plural; raises FlagError otherwise."""
@@ -93,7 +101,11 @@ def plugins() -> tuple[Plugin, ...]:
         found = [p for p in found if p.first_party or p.distribution in names]
     listed = [item for p in found for item in (_files(p) if p.kind in DATA_KINDS else [p])]
     order = list(GROUPS)
-    listed += [plugin for path in pluginfile.paths() for plugin in _of_file(path)]
+    for path in pluginfile.paths():
+        try:
+            listed += _of_file(path)
+        except PluginError as error:  # named by the environment, and gone or broken since
+            log.warning("%s", error)
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
 
@@ -103,32 +115,40 @@ def _plugin(kind: str, point: metadata.EntryPoint) -> Plugin:
     return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
 
 
-def add_plugin_file(path: Path) -> None:
+def add_plugin_file(path: str | Path) -> None:
     """Makes the components of one Python file available by name, here and in processes that this one starts.
 
     Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
-    whose name is taken.
+    whose name is taken. A file that was edited is read anew.
     """
     file = pluginfile.checked(path)
-    for added in _of_file(file):
-        others = [p for p in plugins() if (p.kind, p.name) == (added.kind, added.name) and p.file != str(file)]
+    installed = [p for p in plugins() if p.file != str(file)]
+    added = _of_file(file)
+    for number, plugin in enumerate(added):
+        others = [p for p in (*added[:number], *installed) if p.name == plugin.name and share_names(p.kind, plugin.kind)]
         if others:
+            owner = "another of its classes" if others[0].file == plugin.file else f"{others[0].distribution} {others[0].version}"
             raise PluginError(
-                f"The plugin file {path} defines the {added.kind} '{added.name}', a name that {others[0].distribution} "
-                f"{others[0].version} has already. Give the class another name: a component is called as its class, with hyphens."
+                f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', a name that {owner} "
+                "has already. Give the class another name: a component is called as its class, with hyphens."
             )
     pluginfile.remember(file)
     plugins.cache_clear()
 
 
+def share_names(kind: str, other: str) -> bool:
+    """Whether both kinds are chosen from one set of names: a loss and a group of losses are."""
+    return kind == other or {kind, other} == {"loss", "loss-group"}
+
+
 def _of_file(path: Path) -> list[Plugin]:
-    digest = sha256(path)
+    found = pluginfile.PluginFile(path)
     return [
         Plugin(
-            kind=kind, name=name, distribution=path.name, version=digest[:12], value=f"{found.__module__}:{found.__name__}",
-            file=str(path), sha256=digest,
+            kind=kind, name=name, distribution=path.name, version=found.sha256[:12], value=f"{each.__module__}:{each.__name__}",
+            file=str(path), sha256=found.sha256,
         )
-        for kind, name, found in pluginfile.classes(path, BASES)
+        for kind, name, each in found.classes(BASES)
     ]  # fmt: skip
 
 
@@ -149,7 +169,10 @@ def find(kind: str, name: str) -> Plugin:
     matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", _canonical(p.distribution))]
     if not matches:
         names = {p.name for p in of_kind}
-        raise PluginError(f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed.)")
+        raise PluginError(
+            f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed; "
+            "--plugin FILE adds a file of yours.)"
+        )
     if len(matches) > 1 and not matches[0].first_party:
         owners = " and ".join(f"{p.distribution}/{p.name}" for p in matches)
         raise PluginError(f"The {kind} '{name}' is claimed by two distributions: say {owners}.")
@@ -200,7 +223,29 @@ def load_plugin(plugin: Plugin) -> type[Any]:
             f"The {plugin.label} is written for plugin API {found.api}, this ddkit has {components.API_VERSION}. "
             f"Install a version of {plugin.distribution} made for it."
         )
+    _check_option_names(plugin, found)
     return found
+
+
+OWN_KEYS = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "initializer": "initializer", "model": "network"}
+
+
+def _check_option_names(plugin: Plugin, found: Any) -> None:
+    """Raises PluginError where an option has the name of a key of ddkit's in the same table of a recipe."""
+    if plugin.kind in OWN_KEYS:
+        taken = sorted(set(found.Options.__struct_fields__) & keys_beside(OWN_KEYS[plugin.kind]))
+        if taken:
+            names = " and ".join(f"'{name}'" for name in taken)
+            raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
+
+
+def describe(kind: str, name: str) -> tuple[str, str]:
+    """Returns how messages call a component of a run, with the distribution of a stranger's, and the advice to add."""
+    try:
+        plugin = find(kind, split_name(name)[0])
+    except PluginError:
+        return f"{kind} '{name}'", ""
+    return (f"{kind} '{name}'" if plugin.first_party else f"{kind} '{name}' ({plugin.distribution} {plugin.version})"), plugin.advice
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -245,8 +290,8 @@ def create(
         raise
     except Exception as error:
         label = find(kind, short).label
-        help_ = f" `ddkit check {kind} {short}` tells more." if kind in BASES and not find(kind, short).first_party else ""
-        raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.{help_}") from error
+        advice = find(kind, short).advice
+        raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.{advice}") from error
 
 
 def watchers_of(observers: Sequence[Any]) -> Observers:
@@ -255,11 +300,13 @@ def watchers_of(observers: Sequence[Any]) -> Observers:
 
 
 def _installed_observers() -> list[tuple[str, Any]]:
-    found = []
+    found: list[tuple[str, Any]] = []
     for plugin in plugins():
         if plugin.kind == "observer":
             try:
-                found.append((plugin.name, load_plugin(plugin)))
+                loaded = load_plugin(plugin)
             except PluginError as error:
                 log.warning("%s", error)
+                continue
+            found.append((plugin.name if plugin.first_party else f"{plugin.distribution}/{plugin.name}", loaded))
     return found

@@ -53,6 +53,8 @@ def summary(value: str) -> tuple[str, str]:
             line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
             return f"{type(error).__name__} in {file.name}{line}", ""
         found = _definition(tree, attribute) if attribute else tree
+        if isinstance(found, ast.Assign) and isinstance(found.value, ast.Call) and isinstance(found.value.func, ast.Name):
+            found = _definition(tree, found.value.func.id) or found  # an object: its class describes it
         if not isinstance(found, ast.ImportFrom):
             return _described(found, attribute, module)
         module, attribute = _target(found, module, file, attribute)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.bank import Bank
+from ddkit.blame import blamed
 from ddkit.components import Augmenter, DataInfo, Model
 from ddkit.compute import Arithmetic, to_device
 from ddkit.embedder import Embedder
@@ -100,7 +101,12 @@ class StepSource:
 
     def augmentation(self, index: int, purpose: str, augmenter: Augmenter) -> Parameters:
         """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
-        drawn: Parameters = self._once(index, purpose, lambda: augmenter.sample(generator(self.seed, purpose, index), self.info.classes))
+
+        def draw() -> Parameters:
+            with blamed("augmenter", augmenter.name):
+                return augmenter.sample(generator(self.seed, purpose, index), self.info.classes)
+
+        drawn: Parameters = self._once(index, purpose, draw)
         return drawn
 
     def noise(self, index: int, name: str, rows: int) -> Tensor:
@@ -215,15 +221,24 @@ class RealStep:
         self.labels, self.rows_by_class = step.on_device(labels), rows_by_class(labels)
         whole = len(rows) == len(source.real_labels)
         self.images = source.normalisation.normalise(source.real_images if whole else source.real_images[to_device(rows, source.device)])
+        step.note("the real images", self.images)
+        step.note("the real labels", self.labels)
 
     @cached_property
     def augmented(self) -> Tensor:
-        return self._step.augment(self.images, self.labels)
+        return self._step.noted("the augmented real images", self._step.augment(self.images, self.labels))
 
     @cached_property
     def embeddings(self) -> Tensor:
         with torch.no_grad():
-            return self._step.embed(self.augmented)
+            return self._step.noted("the real images' embeddings", self._step.embed(self.augmented))
+
+
+def _version(made: Tensor | nn.Module) -> int:
+    """Returns a number that grows with every write to a tensor, or to a parameter or buffer of a module."""
+    if isinstance(made, nn.Module):
+        return sum(each._version for each in (*made.parameters(), *made.buffers()))
+    return made._version
 
 
 class SharedStep:
@@ -237,13 +252,28 @@ class SharedStep:
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}
+        self._noted: dict[str, tuple[Tensor | nn.Module, int]] = {}
+        self.note("the images", bank.images)
+        self.note("the labels", self.labels)
+        for name, value in bank.parameters.items():
+            self.note(f"the parameter '{name}'", value)
+        if source.teacher is not None:
+            self.note("the teacher", source.teacher.module)
 
-    def watched(self) -> dict[str, Tensor]:
-        """Returns the tensors that a loss can reach and may not write to, as far as they are built."""
-        found = {"the images": self.bank.images, **{f"the parameter '{name}'": value for name, value in self.bank.parameters.items()}}
-        if "real" in vars(self):
-            found["the real images"] = self.real.images
+    def note(self, name: str, made: Tensor | nn.Module) -> None:
+        """Remembers the versions of what losses share, so that `written` tells what was written to since."""
+        self._noted[name] = (made, _version(made))
+
+    def written(self) -> list[str]:
+        """Returns the names of what was written to since it was built; nothing is read from the device."""
+        found = [name for name, (made, version) in self._noted.items() if _version(made) != version]
+        for name in found:
+            self.note(name, self._noted[name][0])
         return found
+
+    def noted(self, name: str, made: Tensor) -> Tensor:
+        self.note(name, made)
+        return made
 
     def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         drawn = self.source.augmentation(self.index, "augmentation", self.source.augmenter)
@@ -251,7 +281,8 @@ class SharedStep:
 
     def _apply(self, augmenter: Augmenter, drawn: Parameters, x: Tensor, labels: Tensor) -> Tensor:
         host = self._on_host(labels)
-        return augmenter.apply(x, {key: value[host] for key, value in drawn.items()})
+        with blamed("augmenter", augmenter.name):
+            return augmenter.apply(x, {key: value[host] for key, value in drawn.items()})
 
     def on_device(self, labels: Tensor) -> Tensor:
         """Returns labels (CPU) on the run's device; augment knows them again without asking the device."""
@@ -271,7 +302,7 @@ class SharedStep:
 
     @cached_property
     def augmented(self) -> Tensor:
-        return self.augment(self.images)
+        return self.noted("the augmented images", self.augment(self.images))
 
     @cached_property
     def real(self) -> RealStep:
@@ -285,6 +316,7 @@ class SharedStep:
     def embedder(self) -> Embedder:
         found = self.source.embedder(self.index)
         found.module.requires_grad_(self.network_gradients)
+        self.note("the network", found.module)
         return found
 
     def embed(self, x: Tensor) -> Tensor:
@@ -292,7 +324,7 @@ class SharedStep:
 
     @cached_property
     def embeddings(self) -> Tensor:
-        return self.embed(self.augmented)
+        return self.noted("the embeddings", self.embed(self.augmented))
 
     @property
     def teacher(self) -> Teacher:
@@ -308,6 +340,8 @@ class SharedStep:
     def view(self, name: str) -> View:
         if name not in self._views:
             images = self._view_images(name)
+            if images is not self.images and images is not vars(self).get("augmented"):
+                self.note(f"the view '{name}'", images)
             self._views[name] = View(images, self.labels, self.teacher.logits(images, self.teacher_parameters))
         return self._views[name]
 

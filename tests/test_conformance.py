@@ -145,6 +145,10 @@ class TestImagefolder(DatasetConformance):
 class TestTensorBoard(ObserverConformance):
     component = "tensorboard"
 
+    @pytest.fixture(autouse=True)
+    def asked_for(self, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+        monkeypatch.setenv("DDKIT_TENSORBOARD", str(tmp_path_factory.mktemp("events")))  # unasked it does nothing
+
 
 # Those whose images have to be downloaded first.
 ELSEWHERE = {("dataset", "mnist"), ("dataset", "fashion-mnist"), ("dataset", "cifar10")}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -135,11 +134,47 @@ def test_processes_of_a_run_know_the_file_too(tmp_path: Path) -> None:
     assert rows[0]["details"]["workers"] == 2
 
 
-def test_an_edited_file_is_another_module(tmp_path: Path) -> None:
+def test_an_edited_file_is_read_anew_and_its_hash_is_that_of_the_code_that_runs(tmp_path: Path) -> None:
     file = written(tmp_path, "mine.py", LOSS)
-    before = pluginfile.module_name(file)
-    written(tmp_path, "mine.py", LOSS + "\n# changed\n")
-    assert pluginfile.module_name(file) != before
+    plugins.add_plugin_file(str(file))
+    before = plugins.load("loss", "class-spread")
+    plugins.add_plugin_file(file)
+    assert plugins.load("loss", "class-spread") is before, "given twice"
+    written(tmp_path, "mine.py", LOSS.replace("Spread of the pixels.", "Another one."))
+    plugins.add_plugin_file(tmp_path / "." / "mine.py")
+    after = plugins.load("loss", "class-spread")
+    assert (before.__doc__, after.__doc__) == ("Spread of the pixels.", "Another one.")
+    assert plugins.find("loss", "class-spread").sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert len(pluginfile.paths()) == 1
+
+
+def test_a_path_may_hold_any_character(cli: Callable[..., Any], tmp_path: Path) -> None:
+    folder = tmp_path / "a:b; c, d"
+    folder.mkdir()
+    (tmp_path / "link.py").symlink_to(written(folder, "mine.py", LOSS))
+    for file in (folder / "mine.py", tmp_path / "link.py"):
+        assert cli("info", "--plugin", file, "class-spread").code == 0
+    assert len(pluginfile.paths()) == 1
+
+
+def test_a_file_that_is_gone_is_a_warning_for_those_who_do_not_need_it(
+    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(pluginfile.VARIABLE, json.dumps([str(tmp_path / "gone.py")]))
+    plugins.plugins.cache_clear()
+    assert cli("list").code == 0
+    assert "gone.py could not be read" in caplog.text
+    monkeypatch.setenv(pluginfile.VARIABLE, "/no/json.py")
+    plugins.plugins.cache_clear()
+    result = cli("list")
+    assert (result.code, result.out) == (2, "")
+    assert "is no JSON list" in " ".join(result.err.split())
+
+
+def test_what_a_file_prints_is_no_data_of_the_command(cli: Callable[..., Any], tmp_path: Path) -> None:
+    file = written(tmp_path, "loud.py", "print('hello')\n" + LOSS)
+    result = cli("list", "--plugin", file, "--json")
+    assert json.loads(result.out)["schema"] == 1
 
 
 BAD = {
@@ -151,6 +186,9 @@ BAD = {
     "an import error": ("bad.py", "import ddkit\nimport no_such_module_at_all\n", 3, "line 2"),
     "an exit": ("bad.py", "raise SystemExit(0)\n", 3, "SystemExit"),
     "a name that is taken": ("bad.py", "import ddkit\n\n\nclass Dm(ddkit.Loss):\n    pass\n", 3, "has already"),
+    "the name of a group": ("bad.py", "import ddkit\n\n\nclass Dkkt(ddkit.Loss):\n    pass\n", 3, "has already"),
+    "one name twice": ("bad.py", LOSS + "\n\nclass Class_Spread(ddkit.Loss):\n    pass\n", 3, "another of its classes has already"),
+    "an option of ddkit's name": ("bad.py", LOSS.replace("power:", "weight:").replace("ClassSpread", "Odd"), 3, "has an option 'weight'"),
     "another API": ("bad.py", "import ddkit\n\n\nclass Odd(ddkit.Loss):\n    api = 99\n", 3, "plugin API 99"),
 }  # fmt: skip
 
@@ -161,7 +199,9 @@ def test_a_file_of_no_use_is_told_in_one_paragraph(cli: Callable[..., Any], tmp_
     file = tmp_path / name
     if text is not None:
         written(tmp_path, name, text)
-    result = cli("distill", "--plugin", file, "--losses", "odd" if case == "another API" else "dm", "--out", "run")
+    result = cli(
+        "distill", "--plugin", file, "--losses", "odd" if case in ("another API", "an option of ddkit's name") else "dm", "--out", "run"
+    )
     assert result.code == code, result.err
     assert message in " ".join(result.err.split())
     assert name in result.err
@@ -171,5 +211,5 @@ def test_a_file_of_no_use_is_told_in_one_paragraph(cli: Callable[..., Any], tmp_
 
 def test_a_file_that_failed_leaves_other_commands_alone(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert cli("list", "--plugin", written(tmp_path, "bad.py", "raise ValueError\n")).code == 3
-    assert os.environ[pluginfile.VARIABLE] == ""
+    assert not pluginfile.paths()
     assert cli("list").code == 0

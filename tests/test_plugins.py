@@ -314,7 +314,117 @@ def test_a_broken_observer_never_stops_a_run(
     result = cli("distill", "--losses", "dm", "--pipc", 2, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
     assert result.code == 0, result.err
     assert "finished" in sys.modules["watching_module"].SEEN
-    assert sum("'bad'" in record.message for record in caplog.records) == 1
+    assert sum("bad" in record.message for record in caplog.records) == 1
+
+
+def test_observers_of_one_name_both_see_the_run_and_one_twice_is_told(
+    install: Install, cli: Callable[..., Result], caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in (1, 2):
+        install(f"watching-{number}", {"ddkit.hooks": {"tensorboard": f"module_{number}"}}, **{f"module_{number}": OBSERVER})
+    install("again", {"ddkit.hooks": {"again": "module_1"}})
+    result = cli("distill", "--losses", "image-norm", "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert result.code == 0, result.err
+    assert "finished" in sys.modules["module_1"].SEEN
+    assert "finished" in sys.modules["module_2"].SEEN
+    assert sum("cannot be used" in record.message for record in caplog.records) == 1
+
+
+def test_an_observer_can_neither_end_a_run_nor_change_what_it_is_given(cli: Callable[..., Result], tmp_path: Path) -> None:
+    import ddkit
+
+    class Ends:
+        @ddkit.hookimpl
+        def step_finished(self, record: dict[str, object] | None) -> None:
+            raise SystemExit(0)
+
+        @ddkit.hookimpl
+        def run_finished(self, evaluations: list[ddkit.Evaluation]) -> None:
+            evaluations.clear()
+
+    class Clears:
+        @ddkit.hookimpl
+        def step_finished(self, record: dict[str, object] | None) -> None:
+            if record is not None:
+                record.clear()
+
+        @ddkit.hookimpl
+        def run_finished(self, evaluations: list[ddkit.Evaluation]) -> None:
+            evaluations.clear()
+
+    kept: list[object] = []
+
+    class Keeps:
+        @ddkit.hookimpl
+        def step_finished(self, record: dict[str, object] | None) -> None:
+            kept.append(record)
+
+    sets = {part.split("=")[0]: int(part.split("=")[1]) for part in SMALL_FLAGS[1::2]}
+    run = ddkit.distill(losses="image-norm", sets=sets, out=tmp_path / "run", observers=[Ends(), Clears(), Keeps()])
+    assert len(run.evaluations) == 1
+    assert [bool(record) for record in kept] == [True, True]
+
+
+# Components of other kinds that raise: each is named with its distribution and what helps
+
+RAISING = {
+    "initializer": (("--init", "odd", "--evaluate", "none"), "def __call__(self, start):", 3),
+    "augmenter": (("--augment", "odd", "--evaluate", "none"), "def sample(self, generator, groups):", 1),
+    "evaluator": (("--evaluate", "odd"), "def __call__(self, artifact, data, teacher):", 1),
+    "model": (("--set", "network.model=odd", "--evaluate", "none"), "def __call__(self, channels, size, classes):", 3),
+    "dataset": (("--dataset", "odd", "--evaluate", "none"), "def labels(self, split):", 4),
+}
+
+
+@pytest.mark.parametrize("kind", RAISING)
+def test_a_component_that_raises_is_named_with_its_distribution_and_what_helps(
+    install: Install, cli: Callable[..., Result], kind: str
+) -> None:
+    flags, method, code = RAISING[kind]
+    names = "    @property\n    def class_names(self):\n        return ['a', 'b']\n\n" if kind == "dataset" else ""
+    body = f"    'Odd.'\n\n{names}    {method}\n        raise ValueError('of its own')\n"
+    install(
+        "odd-dist",
+        {f"ddkit.{kind}s": {"odd": "odd_module:Odd"}},
+        odd_module=f"import ddkit\n\nclass Odd(ddkit.{kind.capitalize()}):\n{body}",
+    )
+    pairs = [value for value in SMALL_FLAGS[1::2] if "accuracy" not in value and (kind != "model" or "network" not in value)]
+    result = cli("distill", "--losses", "dm", "--pipc", 2, "--out", "run", *flags, *(part for value in pairs for part in ("--set", value)))
+    message = " ".join(result.err.split())
+    assert (result.code, result.out) == (code, ""), message
+    for part in ("odd-dist" if kind != "dataset" else "odd", "ValueError: of its own", f"`ddkit check {kind} odd` tells more."):
+        assert part in message
+    assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("kind", ["augmenter", "model"])
+def test_the_component_that_draws_globally_is_blamed_not_the_loss_that_uses_it(
+    install: Install, cli: Callable[..., Result], kind: str
+) -> None:
+    sources = {
+        "augmenter": "class Odd(ddkit.Augmenter):\n    'Odd.'\n\n    def sample(self, generator, groups):\n"
+        "        return {'a': torch.rand(groups)}\n\n    def apply(self, x, parameters):\n        return x\n",
+        "model": "class Odd(ddkit.Model):\n    'Odd.'\n\n    def __call__(self, channels, size, classes):\n        random.random()\n"
+        "        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(channels * size[0] * size[1], classes))\n",
+    }
+    install("odd-dist", {f"ddkit.{kind}s": {"odd": "odd_module:Odd"}}, odd_module=f"import random\nimport ddkit, torch\n\n{sources[kind]}")
+    flags = ("--augment", "odd") if kind == "augmenter" else ("--set", "network.model=odd")
+    result = cli("distill", "--losses", "dm", "--pipc", 2, "--evaluate", "none", "--steps", 1, "--out", "run", *flags)
+    assert result.code == 1
+    assert f"The {kind} 'odd' (odd-dist 2.5) changes the global random state" in " ".join(result.err.split())
+
+
+def test_a_loss_that_spoils_what_the_next_one_uses_is_named(install: Install, cli: Callable[..., Result]) -> None:
+    body = "step.real.embeddings.mul_(0); return step.images.sum()"
+    source = FINE.replace("return step.images.square().mean()", body)
+    _loss(
+        install,
+        source.replace("    def __call__", "    requires = ddkit.Requires(real=True, embedder=True)\n\n    def __call__"),
+        name="aaa",
+    )
+    result = cli("distill", "--losses", "aaa,dm", "--pipc", 2, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert result.code == 1
+    assert "loss 'aaa' (odd-dist 2.5) writes to the real images' embeddings" in " ".join(result.err.split())
 
 
 # What listing costs
@@ -445,7 +555,7 @@ def test_info_describes_every_component_and_its_options(cli: Callable[..., Resul
     for option in found.get("options", []):
         assert set(option) == {"name", "type", "default", "bounds", "description"}
         assert f"{option['name']} = {json.dumps(option['default'])}" in page.out
-    own = plugins.load(kind, name).Options.__struct_fields__ if kind != "loss-group" else ()
+    own = plugins.load(kind, name).Options.__struct_fields__ if kind not in ("loss-group", "observer") else ()
     assert {option["name"] for option in found.get("options", [])} == set(own)
     if kind == "loss-group":
         assert ", ".join(found["members"]) in page.out

@@ -94,7 +94,7 @@ LOSSES: dict[str, tuple[type[ddkit.Loss], str]] = {
     "one-image-a-class": (_fails_where(lambda step: step.size == step.info.classes), "cannot do that"),
     "unbalanced-classes": (_fails_where(lambda step: len({rows.stop - rows.start for rows in step.rows_by_class.values()}) > 1), "cannot"),
     "gradient-reaches-the-bank-and-nothing-else": (_bad("Backward", lambda self, step: (_square(step).backward(retain_graph=True), _square(step))[1]), ".grad"),
-    "inputs-are-unchanged": (_bad("Writes", lambda self, step: (step.real.images.mul_(1.5), step.images.data.mul_(0.99), _square(step))[2], requires=ddkit.Requires(real=True)), "changes images"),
+    "inputs-are-unchanged": (_bad("Writes", lambda self, step: (step.images.data.mul_(0.99), _square(step))[1]), "changes images"),
     "global-random-state-is-untouched": (_bad("Seeds", lambda self, step: (torch.manual_seed(0), _square(step))[1]), "torch's default"),
     "same-seed-same-value": (_bad("Draws", lambda self, step: (torch.randn(step.images.shape, dtype=step.images.dtype) * step.images).sum()), "step.generator"),
     "linear-in-the-weight": (_KeepsFloat32, "weight"),
@@ -151,6 +151,53 @@ def test_every_check_of_a_loss_has_a_broken_loss() -> None:
 )
 def test_other_ways_to_return_the_wrong_thing(call: Callable[[Any, ddkit.Step], Any], reason: str) -> None:
     assert reason in problem_of(suite_of("loss", _bad("Wrong", call)), "returns-a-finite-scalar")
+
+
+WRITES: dict[str, tuple[Callable[[ddkit.Step], Any], str]] = {
+    "real images": (lambda step: step.real.images.mul_(2), "the real images"),
+    "real labels": (lambda step: step.real.labels.zero_(), "the real labels"),
+    "augmented real images": (lambda step: step.real.augmented.mul_(2), "the augmented real images"),
+    "real embeddings": (lambda step: step.real.embeddings.mul_(0), "the real images' embeddings"),
+    "labels": (lambda step: step.labels.zero_(), "the labels"),
+    "teacher": (lambda step: step.teacher.module.classifier.bias.data.add_(1), "teacher classifier.bias"),
+    "teacher's statistics": (lambda step: step.teacher.module.features[1].running_mean.add_(1), "the teacher"),
+    "network": (lambda step: step.network.classifier.bias.data.add_(1), "network classifier.bias"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", WRITES)
+def test_a_loss_that_writes_to_anything_that_losses_share_is_found(target: str) -> None:
+    write, reason = WRITES[target]
+
+    def call(self: Any, step: ddkit.Step) -> Tensor:
+        write(step)
+        return _square(step)
+
+    requires = ddkit.Requires(real=True, embedder=True, teacher=True, network_gradients=True)
+    problem = problem_of(suite_of("loss", _bad("Writes", call, requires=requires)), "inputs-are-unchanged")
+    assert reason in problem
+
+
+def test_a_graph_of_gradients_is_seen_however_it_is_taken() -> None:
+    from torch.autograd import grad
+
+    def by_another_name(self: Any, step: ddkit.Step) -> Tensor:
+        images = step.images
+        return grad(images.pow(3).sum(), images, None, None, True)[0].square().sum()  # create_graph by its place
+
+    silent = _bad("Silent", by_another_name)
+    assert "say second_order=True" in problem_of(suite_of("loss", silent), "gradients-of-parameters-are-declared")
+    honest = _bad("Honest", by_another_name, requires=ddkit.Requires(second_order=True))
+    assert problem_of(suite_of("loss", honest), "gradients-of-parameters-are-declared") == ""
+
+
+def test_declared_gradients_of_the_teacher_and_parameters_have_to_be_used() -> None:
+    greedy = ddkit.Requires(teacher=True, teacher_gradients=True)
+    boast = _bad("Boast", lambda self, step: step.teacher_logits.square().sum(), requires=greedy)
+    assert "teacher_gradients" in problem_of(suite_of("loss", boast), "what-it-requires-is-used")
+    idle = ddkit.Requires(parameters={"extra": ddkit.Parameter()})
+    forgets = _bad("Forgets", lambda self, step: _square(step) + 0 * len(step.parameters), requires=idle)
+    assert "parameter 'extra'" in problem_of(suite_of("loss", forgets), "gradient-reaches-the-bank-and-nothing-else")
 
 
 def test_a_zero_gradient_and_a_declared_graph_that_is_none_are_found() -> None:
@@ -225,7 +272,9 @@ def test_a_declared_deviation_passes_and_one_that_is_none_fails() -> None:
 
 def test_a_deviation_from_a_check_that_is_none_is_refused() -> None:
     with pytest.raises(Broken, match="no check 'one-chanel'"):
-        suite_of("loss", Good, deviations={"one-chanel": "a slip"}).setup_method()
+        suite_of("loss", Good, deviations={"one-chanel": "a slip"})
+    slip = _bad("Slip", lambda self, step: no_such_name, requires=ddkit.Requires(separable="sum"))  # noqa: F821
+    assert "NameError" in problem_of(suite_of("loss", slip, deviations={"separable-as-declared": "meant"}), "separable-as-declared")
 
 
 # The other kinds: (kind, check) -> a component that breaks it, and the reason
@@ -366,9 +415,8 @@ class _Observer:
             setattr(self, name, ddkit.hookimpl(hook))
 
 
-def _vanish(record: Any) -> None:
-    if record:
-        record.clear()
+def _fails_without_record(record: Any) -> None:
+    record["total"]  # is None where the step is not logged
 
 
 BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
@@ -412,7 +460,7 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("exporter", "writes-into-the-folder-and-changes-nothing"): (_exporter(lambda self, artifact, folder: None), "no file"),
     ("exporter", "same-set-same-files"): (_exporter(lambda self, artifact, folder: _write(folder, str(random.random()).encode())), "other bytes"),
     ("observer", "is-of-its-kind-and-api"): (_Observer(), "no hook"),
-    ("observer", "every-hook-can-be-called"): (_Observer(step_finished=_vanish), "changes the record"),
+    ("observer", "every-hook-can-be-called"): (_Observer(step_finished=_fails_without_record), "NoneType"),
 }  # fmt: skip
 
 
@@ -453,7 +501,22 @@ def test_every_check_of_every_kind_has_a_broken_component() -> None:
             assert set(suite.checks()) - shared == {check for known, check in BROKEN if known == kind} - shared, kind
 
 
+def test_a_dataset_whose_test_images_cannot_be_had_is_found() -> None:
+    def images(self: Any, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
+        if split == "test":
+            raise OSError("gone")
+        return _Dataset.images(self, split, indices)
+
+    assert "gone" in problem_of(suite_of("dataset", _dataset(images=images)), "images-are-of-the-documented-kind")
+
+
 # The command
+
+
+def test_the_command_takes_options_by_path(cli: Callable[..., Any]) -> None:
+    flags = ("epochs=2", "repeats=1", "model_options.width=4")
+    result = cli("check", "evaluator", "accuracy", *(part for flag in flags for part in ("--set", flag)))
+    assert result.code == 0, result.out + result.err
 
 
 def test_the_command_lists_every_check_and_ends_with_zero(cli: Callable[..., Any]) -> None:
@@ -530,6 +593,6 @@ def test_a_trace_tells_every_call_with_its_time(
 
     assert distil("without") == []
     monkeypatch.setenv("DDKIT_TRACE", "1")
-    lines = distil("with")
+    lines = [line for line in distil("with") if "observer 0" in line]
     assert [line.rsplit(" ", 2)[0] for line in lines] == ["step_finished observer 0"] * 2
     assert all(float(line.split()[-2]) >= 0 for line in lines)

@@ -97,8 +97,8 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
         click.echo(_page(facts))
 
 
-def found_plugin(words: tuple[str, ...], among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:
-    """Returns the plugin that the words [KIND] NAME of a command mean; without a KIND it is one of the kinds `among`."""
+def found_plugin(words: tuple[str, ...], command: str = "info", *, among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:
+    """Returns the plugin that the words [KIND] NAME of `ddkit COMMAND` mean; without a KIND it is one of the kinds `among`."""
     name = words[-1]
     if len(words) == 2:
         return plugins.find(plugins.parse_kind(words[0]), name)
@@ -109,7 +109,7 @@ def found_plugin(words: tuple[str, ...], among: Collection[str] = plugins.GROUPS
         known = {p.name for p in plugins.plugins()}
         raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")
     if len(kinds) > 1:
-        raise PluginError(f"'{name}' is a {' and a '.join(kinds)}: say which, for example ddkit info {kinds[0]} {name}")
+        raise PluginError(f"'{name}' is a {' and a '.join(kinds)}: say which, for example ddkit {command} {kinds[0]} {name}")
     return plugins.find(kinds[0], name)
 
 

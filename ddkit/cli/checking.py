@@ -29,10 +29,17 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     name, _, argument = words[-1].partition(":")
     from ddkit import testing
 
-    plugin = found_plugin((*words[:-1], name), among=testing.SUITES)
+    plugin = found_plugin((*words[:-1], name), "check", among=testing.SUITES)
     from ddkit.recipes import parse_set
 
-    options = dict(parse_set(text) for text in sets)
+    options: dict[str, Any] = {}
+    for text in sets:
+        path, value = parse_set(text)
+        *above, last = path.split(".")
+        table = options
+        for key in above:
+            table = table.setdefault(key, {})
+        table[last] = value
     qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
     outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
     broken = [outcome for outcome in outcomes if outcome.problem]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import click
@@ -24,7 +25,7 @@ def new(kind: str, name: str, out: Path | None) -> None:
     except FlagError:
         wanted = kind  # new_package says which there are
     folder = scaffold.new_package(wanted, name, out)
-    click.echo(f"{folder}\n  pip install -e {folder}\n  ddkit check {wanted} {name}")
+    click.echo(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")
 
 
 COMMANDS = (new,)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
 import keyword
+import re
 from pathlib import Path
 from string import Template
 
@@ -31,12 +33,12 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
     """
     if kind not in KINDS:
         raise FlagError(f"There is no scaffold for a {kind}. {suggestion(kind, KINDS)}")
-    _check_name(kind, name)
     distribution, package = f"ddkit-{name}", f"ddkit_{name.replace('-', '_')}"
+    class_name = "".join(part.capitalize() for part in name.split("-"))
+    _check_name(kind, name, package, class_name)
     target = folder or Path(distribution)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFilesError(f"{target} is there already. Name another folder with --out, or remove it.")
-    class_name = "".join(part.capitalize() for part in name.split("-"))
     values = {
         "kind": kind, "name": name, "distribution": distribution, "package": package, "group": plugins.GROUPS[kind],
         "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
@@ -57,14 +59,16 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
     return target
 
 
-def _check_name(kind: str, name: str) -> None:
+def _check_name(kind: str, name: str, package: str, class_name: str) -> None:
     if not plugins.NAME.fullmatch(name) or name.endswith("-") or "--" in name:
         raise FlagError(f"A {kind} cannot be called '{name}': a name is lower-case letters, digits and hyphens, such as my-{kind}.")
-    if keyword.iskeyword(name):
-        raise FlagError(f"A {kind} cannot be called '{name}', a word of Python. Try my-{name}.")
-    taken = [plugin for plugin in plugins.plugins() if (plugin.kind, plugin.name) == (kind, name)]
+    if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}\b", _template(f"{kind}.py").replace("$class_name", "")):
+        raise FlagError(f"A {kind} cannot be called '{name}': its class {class_name} would hide a name that it needs. Try my-{name}.")
+    taken = [plugin for plugin in plugins.plugins() if plugin.name == name and plugins.share_names(plugin.kind, kind)]
     if taken:
         raise FlagError(f"The {taken[0].label} has that name already; choose another.")
+    if importlib.util.find_spec(package) is not None:
+        raise FlagError(f"A {kind} cannot be called '{name}': there is a package {package} here already. Try my-{name}.")
 
 
 def _template(name: str) -> str:

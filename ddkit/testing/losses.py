@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from ddkit.testing.suite import Broken, Conformance, changed, check, copies, glo
 from ddkit.testing.world import Setting, World
 
 DOUBLE = Setting(dtype=torch.float64)
-REQUIREMENTS = ("real", "embedder", "teacher", "network_gradients")
+REQUIREMENTS = ("real", "embedder", "teacher", "teacher_gradients", "network_gradients")
 
 
 class LossConformance(Conformance):
@@ -78,6 +79,9 @@ class LossConformance(Conformance):
         parts = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
         if not any(part is not None and bool(part.any()) for part in parts):
             raise Broken(f"The gradient of the loss '{self.label}' is zero for the images and all extra parameters.")
+        idle = [name for name, part in zip(tensors, parts, strict=True) if part is None and name != "images"]
+        if idle:
+            raise Broken(f"The loss '{self.label}' declares the parameter '{idle[0]}', and its value does not depend on it.")
         if any(part is not None and not bool(part.isfinite().all()) for part in parts):
             raise Broken(f"The gradient of the loss '{self.label}' is not finite.")
         left = [name for name, tensor in world.inputs().items() if tensor.is_leaf and tensor.grad is not None]
@@ -92,8 +96,9 @@ class LossConformance(Conformance):
         assert teacher is not None
         modules = [teacher.module] + ([world.source._embedder.module] if world.source._embedder else [])
         before, states = copies(world.inputs()), _modes(modules)
-        world.loss(world.step())
-        moved = changed(before, world.inputs())
+        step = world.step()
+        world.loss(step)
+        moved = step.written() + changed(before, world.inputs())
         if moved:
             raise Broken(f"The loss '{self.label}' changes {', '.join(moved[:3])}. Compute with copies (x + 1, not x.add_(1)).")
         if _modes(modules) != states:
@@ -243,15 +248,24 @@ def _advance(world: World, start: int, stop: int) -> None:
 
 @contextmanager
 def _watched_gradients() -> Iterator[list[bool]]:
-    """Inside, every call of torch.autograd.grad adds whether it builds a graph."""
-    original, taken = torch.autograd.grad, []
+    """Inside, every gradient that is taken adds whether it builds a graph, however the code calls it.
+
+    torch.autograd.grad, under whatever name it was imported, goes through one function of its module; where a version of torch
+    has it no more, calls of torch.autograd.grad are watched.
+    """
+    place = "_engine_run_backward" if hasattr(torch.autograd, "_engine_run_backward") else "grad"
+    original, taken = getattr(torch.autograd, place), []
+    signature = inspect.signature(torch.autograd.grad)
 
     def watched(*arguments: Any, **named: Any) -> Any:
-        taken.append(bool(named.get("create_graph", False)))
+        if place == "grad":
+            taken.append(bool(signature.bind(*arguments, **named).arguments.get("create_graph", False)))
+        else:
+            taken.append(bool(arguments[3] if len(arguments) > 3 else named.get("create_graph", False)))
         return original(*arguments, **named)
 
-    torch.autograd.grad = watched
+    setattr(torch.autograd, place, watched)
     try:
         yield taken
     finally:
-        torch.autograd.grad = original
+        setattr(torch.autograd, place, original)

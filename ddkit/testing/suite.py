@@ -49,7 +49,9 @@ def check(method: Callable[[S], None]) -> Callable[[S], None]:
             return
         try:
             method(self)
-        except Exception:  # a component may break a promise by raising
+        except Exception as error:  # a component may break a promise by raising
+            if any(isinstance(each, ImportError | NameError | SyntaxError) for each in (error, error.__cause__)):
+                raise  # nothing that was meant
             return
         raise Broken(f"The deviation '{name}' is declared ({reason}), but the check holds. Remove it from `deviations`.")
 
@@ -78,10 +80,11 @@ class Conformance:
         found = {name: getattr(cls, name) for name in dir(cls) if name.startswith("test_")}
         return {method.check_name: name for name, method in found.items() if hasattr(method, "check_name")}
 
-    def setup_method(self) -> None:
-        unknown = sorted(set(self.deviations) - set(self.checks()))
+    def __init_subclass__(cls, **named: Any) -> None:
+        super().__init_subclass__(**named)
+        unknown = sorted(set(cls.deviations) - set(cls.checks()))
         if unknown:
-            raise Broken(f"There is no check {', '.join(map(repr, unknown))}; `deviations` may name {', '.join(self.checks())}.")
+            raise Broken(f"There is no check {', '.join(map(repr, unknown))}; `deviations` may name {', '.join(cls.checks())}.")
 
     @property
     def label(self) -> str:
@@ -151,7 +154,8 @@ def _cost_of(kind: str, name: str) -> float:
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith((" ", "Traceback"))]
+        last = " ".join(lines[-2:]) or f"exit code {done.returncode}"
         raise Broken(f"'{name}' cannot be imported in a process without a GPU: {last}")
     return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
 

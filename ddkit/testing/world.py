@@ -64,6 +64,15 @@ class Recorder(Step):
         self.used.add(requirement)
         return super()._declared(requirement, member)
 
+    @property
+    def teacher_parameters(self) -> Any:
+        self.used.add("teacher_gradients")
+        return super().teacher_parameters
+
+    def written(self) -> list[str]:
+        """Returns the names of what was written to since it was built."""
+        return self._shared.written()
+
     def view(self, name: str) -> Any:
         self.views.add(name)
         return super().view(name)

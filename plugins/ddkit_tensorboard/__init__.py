@@ -27,7 +27,7 @@ class TensorBoard:
         self._writer: Any = None
 
     @ddkit.hookimpl
-    def run_started(self, path: Path) -> None:
+    def run_started(self, path: Path, start: int) -> None:
         self._close()
         wanted = os.environ.get(VARIABLE, "")
         if wanted in ("", "0"):
@@ -38,7 +38,7 @@ class TensorBoard:
             log.warning("%s is set, but TensorBoard is not installed: pip install 'ddkit[tensorboard]'", VARIABLE)
             return
         folder = path / "tensorboard" if wanted == "1" else Path(wanted) / path.name
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=start or None)  # what a resumed run does again counts once
 
     @ddkit.hookimpl
     def step_finished(self, index: int, record: Mapping[str, Any] | None) -> None:
@@ -57,6 +57,7 @@ class TensorBoard:
     def checkpoint_written(self, index: int, images: Tensor, labels: Tensor) -> None:
         if self._writer is not None:
             self._writer.add_image("synthetic set", grid(images, labels), index)
+            self._writer.flush()
 
     @ddkit.hookimpl
     def run_finished(self, evaluations: Sequence[ddkit.Evaluation]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import ddkit
 
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid)
+ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.GELU, nn.SiLU)
 
 
 def attention(features: Tensor, power: float) -> Tensor:
@@ -26,13 +26,16 @@ def attention_maps(network: nn.Module, x: Tensor, power: float) -> list[Tensor]:
     """Returns the attention maps of images x (n, C, H, W) after each activation of `network` but the last."""
     found: list[Tensor] = []
     layers = [each for each in network.modules() if isinstance(each, ACTIVATIONS)][:-1]
-    hooks = [each.register_forward_hook(lambda module, inputs, output: found.append(attention(output, power))) for each in layers]
+    hooks = [each.register_forward_hook(lambda module, inputs, output: found.append(output)) for each in layers]
     try:
         network(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    maps = [attention(output, power) for output in found if output.ndim == 4]
+    if not maps:
+        raise ddkit.RunFailed("attention-matching: the network has no two activations over places; use a convolutional one.")
+    return maps
 
 
 class AttentionMatching(ddkit.Loss):
@@ -45,12 +48,12 @@ class AttentionMatching(ddkit.Loss):
     requires = ddkit.Requires(real=True, network_gradients=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
+        real, images, power = step.real, step.augmented, self.options.power
         with torch.no_grad():
-            theirs = attention_maps(step.network, step.real.augmented, self.options.power)
-        ours = attention_maps(step.network, step.augmented, self.options.power)
-        total = 0.0 * step.images.sum()  # attached to the graph even where no class has real images
-        for label, rows in step.rows_by_class.items():
-            if (real := step.real.rows_by_class.get(label)) is not None:
-                gaps = [a[rows].mean(0) - b[real].mean(0) for a, b in zip(ours, theirs, strict=True)]
-                total = total + sum(gap.square().sum() for gap in gaps)
+            theirs = attention_maps(step.network, real.augmented, power)
+        total = 0.0 * images.sum()  # attached to the graph even where no class has real images
+        for ours, wanted in zip(attention_maps(step.network, images, power), theirs, strict=True):
+            for label in sorted(step.rows_by_class.keys() & real.rows_by_class.keys()):
+                gap = ours[step.rows_by_class[label]].mean(0) - wanted[real.rows_by_class[label]].mean(0)
+                total = total + gap.square().sum()
         return total
