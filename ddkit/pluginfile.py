@@ -11,8 +11,10 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ddkit.errors import FlagError, PluginError
 
@@ -41,6 +43,22 @@ def paths() -> tuple[Path, ...]:
         raise FlagError(f"The environment variable {VARIABLE} is no JSON list of paths. Unset it, and name files with --plugin.") from None
 
 
+class _Loader(SourceFileLoader):
+    """Loads a module from the bytes that were read, whatever the file holds by then, and keeps no bytecode of it."""
+
+    def __init__(self, name: str, file: Path, content: bytes) -> None:
+        super().__init__(name, str(file))
+        self._content = content
+
+    def get_data(self, path: str) -> bytes:
+        if path != self.path:
+            raise FileNotFoundError(path)  # bytecode of an earlier time
+        return self._content
+
+    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
+        """Writes nothing."""
+
+
 class PluginFile:
     """A plugin file as it was read: its `sha256`, and the `module` that was made of those very bytes."""
 
@@ -58,12 +76,13 @@ class PluginFile:
         name = f"ddkit_file_{re.sub(r'[^0-9a-zA-Z]', '_', self.file.stem)}_{place}_{self.sha256[:12]}"
         if name in sys.modules:
             return sys.modules[name]
-        spec = importlib.util.spec_from_file_location(name, self.file)
+        loader = _Loader(name, self.file, content)
+        spec = importlib.util.spec_from_file_location(name, self.file, loader=loader)
         assert spec is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's
-                exec(compile(content, str(self.file), "exec", dont_inherit=True), module.__dict__)
+                loader.exec_module(module)
         except (Exception, SystemExit) as error:  # a stranger's file can raise anything
             del sys.modules[name]
             cause = f"{type(error).__name__}: {error}{_line(error, self.file)}"

@@ -112,7 +112,7 @@ def _asked(found: Any) -> dict[str, Any]:
 
 def _commands() -> str:
     """Returns the page of all commands."""
-    context = click.Context(cli, info_name="ddkit", **cli.context_settings)
+    context = click.Context(cli, info_name="ddkit", help_option_names=[])  # click keeps the option of the first context
     parts = [CLI_HEAD]
     for name, command in sorted(cli.commands.items()):
         inside = click.Context(command, info_name=name, parent=context, max_content_width=110, terminal_width=110)

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path) -> Run:
     """Returns a function that runs `python ARGS...` in an environment in which all of them are installed."""
     python = _environment(folder / "venv")
-    clean = {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "DDKIT_PLUGIN_FILES", "PYTHONPATH")}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DDKIT_PLUGIN", "PYTHONPATH", "PYTEST"))}
 
     def call(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(python), *map(str, arguments)]
@@ -56,7 +56,7 @@ def test_every_one_is_listed_and_loads(run: Run) -> None:
 
 @pytest.mark.parametrize("kind", scaffold.KINDS)
 def test_its_own_test_passes(run: Run, kind: str) -> None:
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", f"ddkit-my-{kind}/tests")
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", f"ddkit-my-{kind}/tests")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed" not in done.stdout
     assert " passed" in done.stdout

@@ -186,6 +186,25 @@ def test_examples_in_their_docstrings_hold(imported: Callable[[str], Any], name:
     assert (result.failed, result.attempted > 0) == (0, True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_keeps_what_a_loss_has_to_keep(imported: Callable[[str], Any], name: str) -> None:
+    import ddkit as package
+    from ddkit.testing import LossConformance
+
+    module = imported(name)
+    (loss,) = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, package.Loss)]
+    suite = type("Example", (LossConformance,), {"component": loss})()
+    for method in suite.checks().values():
+        getattr(suite, method)()
+
+
+def test_attention_of_a_network_without_places_is_refused(imported: Callable[[str], Any]) -> None:
+    module = imported("attention-matching")
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.ReLU())
+    with pytest.raises(Exception, match="convolutional"):
+        module.attention_maps(flat, torch.rand(2, 1, 4, 4), 4.0)
+
+
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
