@@ -71,7 +71,8 @@ def _context(command: str) -> tuple[str, click.Context]:
     name, *arguments = words
     if "--plugin" in arguments:  # parsing it would import the file
         place = arguments.index("--plugin")
-        assert arguments[place + 1] in {block.file for page in PAGES for block in blocks(page)}, "a file that a page has you write"
+        written = {block.file for page in PAGES for block in blocks(page)}
+        assert arguments[place + 1] in written or (ROOT / arguments[place + 1]).is_file(), "a file that a page has you write, or an example"
         del arguments[place : place + 2]
     found = command_line.commands[name]
     return name, found.make_context(name, [a for a in arguments if a not in ("--help", "-h")])
@@ -91,7 +92,17 @@ def _check_names(flags: dict[str, Any]) -> None:
     """Raises where --losses, --set, --recipe and so on name what there is not (components of docs/ examples aside)."""
     from ddkit.recipes import parse_set, recipe_for
 
-    made_on_the_page = {"centre", "class-mean", "mean-image", "brightness", "nearest-mean", "linear", "tones", "contrast"}
+    made_on_the_page = {
+        "attention-matching",
+        "centre",
+        "class-mean",
+        "mean-image",
+        "brightness",
+        "nearest-mean",
+        "linear",
+        "tones",
+        "contrast",
+    }
     words = {word for value in flags.values() for word in re.split(r"[,:]", str(value))}
     if words & made_on_the_page or "/" in str(flags.get("recipe") or "") or str(flags.get("recipe")).endswith(".toml"):
         return
