@@ -174,8 +174,8 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
 
     def show(index: int) -> None:
         if watchers.has("checkpoint_written"):
-            images, labels = job.normalisation.to_pixels(bank.images.detach()).cpu().clone(), bank.host_labels.clone()
-            watchers.call("checkpoint_written", index=index, images=images, labels=labels, class_names=list(job.info.class_names))
+            images = job.normalisation.to_pixels(bank.images.detach()).cpu()
+            watchers.call("checkpoint_written", index=index, images=images, labels=bank.host_labels, class_names=list(job.info.class_names))
 
     def keep(index: int) -> None:
         directory.write_checkpoint(index, engine.state(index))

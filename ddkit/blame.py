@@ -11,39 +11,48 @@ import numpy as np
 import torch
 
 from ddkit import plugins
+from ddkit.components import Component
 from ddkit.errors import DdkitError, PluginError, RunFailed
 
 
 @contextmanager
-def blamed(kind: str, name: str, *, building: bool = False, may_draw: bool = False) -> Iterator[None]:
-    """Inside runs code of the component `name`: what it raises becomes a RunFailed (a PluginError while `building`) that names it.
+def blamed(kind: str, component: Component, *, building: bool = False, may_draw: bool = False) -> Iterator[None]:
+    """Inside runs code of `component`: what it raises becomes a RunFailed (a PluginError while `building`) that names it.
 
-    The global random generators have to be as before afterwards, unless it `may_draw`.
+    A stranger's has to leave the global random generators as they were, unless it `may_draw`. (ddkit's own are held to that
+    by their conformance tests; asking at every step would cost time.)
     """
-    before = random_states()
+    watched = bool(component.origin) and not may_draw
+    before = random_states() if watched else {}
     try:
         yield
     except DdkitError:
         raise
     except Exception as error:  # a stranger's component can raise anything
-        called, advice = plugins.describe(kind, name)
         kind_of_error = PluginError if building else RunFailed
-        raise kind_of_error(f"The {called} raised {type(error).__name__}: {error}.{advice}") from error
-    if may_draw:
-        return
-    after = random_states()
-    moved = [library for library, state in after.items() if state != before[library]]
+        raise kind_of_error(f"The {called(kind, component)} raised {type(error).__name__}: {error}.{advice(kind, component)}") from error
+    if watched:
+        check_random_states(before, called(kind, component), advice(kind, component))
+
+
+def called(kind: str, component: Component, label: str = "") -> str:
+    """Returns how messages call a component, by its `label` in the recipe if it has one, with the origin of a stranger's."""
+    return f"{kind} '{label or component.name}'" + (f" ({component.origin})" if component.origin else "")
+
+
+def advice(kind: str, component: Component) -> str:
+    """Returns what to add to a message about a stranger's component: the command that tells more."""
+    return plugins.find(kind, component.name).advice if component.origin else ""
+
+
+def check_random_states(before: dict[str, Any], who: str, helps: str) -> None:
+    """Raises RunFailed where a global random generator is not as it was `before`."""
+    moved = [library for library, state in random_states().items() if state != before[library]]
     if moved:
-        called, advice = plugins.describe(kind, name)
-        raise RunFailed(f"The {called} {moved_text(moved)}{advice}")
-
-
-def moved_text(moved: list[str]) -> str:
-    """Returns what to say of a component that moved the random state of these libraries."""
-    return (
-        f"changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from the generator "
-        "that it is given."
-    )
+        raise RunFailed(
+            f"The {who} changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from the "
+            f"generator that it is given.{helps}"
+        )
 
 
 def random_states() -> dict[str, Any]:

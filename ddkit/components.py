@@ -40,13 +40,15 @@ class Component:
     """Base of every named component; `options` are validated before the component is built.
 
     `api` is the version of the plugin API that the class was written for; another number is refused on load.
-    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none.
+    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `origin` is the
+    distribution and version of a stranger's component, "" for ddkit's own; ddkit fills it in.
     """
 
     api: ClassVar[int] = 1
     argument: ClassVar[str | None] = None
     Options: type[Options] = Options
     requires: Requires = Requires()
+    origin: str = ""
 
     def __init__(self, options: Any = None, *, name: str | None = None) -> None:
         self.options: Any = self.Options() if options is None else options

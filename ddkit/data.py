@@ -28,9 +28,8 @@ def open_dataset(table: DataTable) -> Dataset:
     except DdkitError:
         raise
     except Exception as error:  # a stranger's dataset can raise anything
-        raise InputError(
-            f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{plugins.describe('dataset', table.use)[1]}"
-        ) from error
+        advice = plugins.find("dataset", plugins.split_name(table.use)[0]).advice
+        raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{advice}") from error
     if len(counts) > len(names):
         raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
     for name, count in zip(names, counts, strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddkit.bank import Bank, all_finite
-from ddkit.blame import moved_text, random_states
+from ddkit.blame import advice, called, check_random_states, random_states
 from ddkit.components import Loss
 from ddkit.errors import DdkitError, Interrupted, RunFailed
 from ddkit.step import SharedStep, Step, StepSource
@@ -23,16 +23,19 @@ Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values a
 
 
 class Term(NamedTuple):
-    """One weighted loss of a recipe; of a stranger's `origin` is its distribution and version, `advice` what to add to a message."""
+    """One weighted loss of a recipe."""
 
     label: str
     loss: Loss
     weight: float
-    origin: str = ""
-    advice: str = ""
 
     def __str__(self) -> str:
-        return f"loss '{self.label}'" + (f" ({self.origin})" if self.origin else "")
+        return called("loss", self.loss, self.label)
+
+    @property
+    def advice(self) -> str:
+        """What to add to a message about it."""
+        return advice("loss", self.loss)
 
 
 class Engine:
@@ -242,22 +245,23 @@ def _calling(term: Term, call: Callable[[], Any]) -> Any:
 
 @contextmanager
 def _nothing_else_changes(term: Term, shared: SharedStep) -> Iterator[None]:
-    """Raises RunFailed where the loss that is called inside writes to what losses share, or to a global random state.
+    """Raises RunFailed where a stranger's loss, called inside, writes to what losses share, or to a global random state.
 
     Tensors are told by their version counters, so nothing is read back from a device. (Code that goes around them, such
-    as `x.data`, is found by the conformance suite alone.)
+    as `x.data`, is found by the conformance suite alone, which ddkit's own losses pass.)
     """
-    shared.written()  # what was written before this loss is not its fault
-    states = random_states()
+    if not term.loss.origin:
+        yield
+        return
+    shared.watch.written()  # what was written before this loss is not its fault
+    before = random_states()
     yield
-    written = shared.written()
+    written = shared.watch.written()
     if written:
         raise RunFailed(
             f"The {term} writes to {' and '.join(written)}, which other losses use too. It has to compute with copies.{term.advice}"
         )
-    moved = [name for name, state in random_states().items() if state != states[name]]
-    if moved:
-        raise RunFailed(f"The {term} {moved_text(moved)}{term.advice}")
+    check_random_states(before, str(term), term.advice)
 
 
 def _record(index: int, terms: Sequence[Term], values: Mapping[str, Tensor], logged: Mapping[str, Mapping[str, Tensor]]) -> Record:

@@ -81,7 +81,7 @@ def run_evaluators(
     )  # fmt: skip
     rows: list[Evaluation] = []
     for _, evaluator in sorted(evaluators.items()):
-        with blamed("evaluator", evaluator.name, may_draw=True):
+        with blamed("evaluator", evaluator, may_draw=True):
             rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, data, teacher)]
     return rows
 

@@ -252,7 +252,7 @@ class Job:
             real_labels=self.real.labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
         )
-        with blamed("initializer", self.recipe.initializer.use, building=True):
+        with blamed("initializer", self.initializer, building=True):
             images = self.initializer(start)
         if tuple(images.shape) != (len(labels), *self.info.shape) or not bool(images.isfinite().all()):
             raise RunFailed(
@@ -375,13 +375,12 @@ def _terms(recipe: Recipe) -> list[Term]:
     for label, table in recipe.losses.items():
         name = recipe.loss_name(label)
         loss: Loss = plugins.create("loss", name, table.options, where=f"losses.{label}")
-        plugin = plugins.find("loss", name)
-        with blamed("loss", name, building=True):
+        with blamed("loss", loss, building=True):
             requires = loss.requires
         if not isinstance(requires, Requires):
+            plugin = plugins.find("loss", name)
             raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
-        origin = "" if plugin.first_party else f"{plugin.distribution} {plugin.version}"
-        terms.append(Term(label, loss, table.weight, origin, plugin.advice))
+        terms.append(Term(label, loss, table.weight))
     return terms
 
 

@@ -17,7 +17,7 @@ from ddkit.randomness import drawn_from
 
 def build_network(model: Model, info: DataInfo, seed: int, *purpose: str | int) -> nn.Module:
     """Returns a fresh module of `model` for the data, its weights a function of (seed, purpose)."""
-    with blamed("model", model.name, building=True), drawn_from(seed, *purpose):
+    with blamed("model", model, building=True), drawn_from(seed, *purpose):
         return model(info.channels, info.size, info.classes)
 
 

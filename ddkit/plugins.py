@@ -69,6 +69,11 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
         return self.distribution == "ddkit"
 
     @property
+    def origin(self) -> str:
+        """The distribution and version of a stranger's component, "" for ddkit's own."""
+        return "" if self.first_party else f"{self.distribution} {self.version}"
+
+    @property
     def label(self) -> str:
         return f"{self.kind} '{self.name}' of {self.distribution} {self.version}"
 
@@ -239,15 +244,6 @@ def _check_option_names(plugin: Plugin, found: Any) -> None:
             raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
 
 
-def describe(kind: str, name: str) -> tuple[str, str]:
-    """Returns how messages call a component of a run, with the distribution of a stranger's, and the advice to add."""
-    try:
-        plugin = find(kind, split_name(name)[0])
-    except PluginError:
-        return f"{kind} '{name}'", ""
-    return (f"{kind} '{name}'" if plugin.first_party else f"{kind} '{name}' ({plugin.distribution} {plugin.version})"), plugin.advice
-
-
 def split_name(name: str) -> tuple[str, str | None]:
     """Returns (component name, argument) of "imagefolder:PATH"; the argument is None where there is no colon."""
     short, colon, argument = name.partition(":")
@@ -283,15 +279,15 @@ def create(
     """
     options = options_of(kind, name, table or {}, where or kind, data)
     short = split_name(name)[0]
-    found = load(kind, short)
+    plugin = find(kind, short)
     try:
-        return found(options, name=short, **arguments)
+        made = load_plugin(plugin)(options, name=short, **arguments)
+        made.origin = plugin.origin
     except DdkitError:
         raise
     except Exception as error:
-        label = find(kind, short).label
-        advice = find(kind, short).advice
-        raise PluginError(f"The {label} could not be built: {type(error).__name__}: {error}.{advice}") from error
+        raise PluginError(f"The {plugin.label} could not be built: {type(error).__name__}: {error}.{plugin.advice}") from error
+    return made
 
 
 def watchers_of(observers: Sequence[Any]) -> Observers:

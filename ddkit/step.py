@@ -21,6 +21,7 @@ from ddkit.options import Requires
 from ddkit.randomness import generator
 from ddkit.teacher import Teacher
 from ddkit.training import Schedule, fit
+from ddkit.watch import Watch
 
 Parameters = dict[str, Tensor]
 NORM_IMAGES = 16  # real images a class that set the statistics of batch norm, as in the public code of gradient matching
@@ -103,7 +104,7 @@ class StepSource:
         """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
 
         def draw() -> Parameters:
-            with blamed("augmenter", augmenter.name):
+            with blamed("augmenter", augmenter):
                 return augmenter.sample(generator(self.seed, purpose, index), self.info.classes)
 
         drawn: Parameters = self._once(index, purpose, draw)
@@ -221,24 +222,17 @@ class RealStep:
         self.labels, self.rows_by_class = step.on_device(labels), rows_by_class(labels)
         whole = len(rows) == len(source.real_labels)
         self.images = source.normalisation.normalise(source.real_images if whole else source.real_images[to_device(rows, source.device)])
-        step.note("the real images", self.images)
-        step.note("the real labels", self.labels)
+        step.watch.note("the real images", self.images)
+        step.watch.note("the real labels", self.labels)
 
     @cached_property
     def augmented(self) -> Tensor:
-        return self._step.noted("the augmented real images", self._step.augment(self.images, self.labels))
+        return self._step.watch.noted("the augmented real images", self._step.augment(self.images, self.labels))
 
     @cached_property
     def embeddings(self) -> Tensor:
         with torch.no_grad():
-            return self._step.noted("the real images' embeddings", self._step.embed(self.augmented))
-
-
-def _version(made: Tensor | nn.Module) -> int:
-    """Returns a number that grows with every write to a tensor, or to a parameter or buffer of a module."""
-    if isinstance(made, nn.Module):
-        return sum(each._version for each in (*made.parameters(), *made.buffers()))
-    return made._version
+            return self._step.watch.noted("the real images' embeddings", self._step.embed(self.augmented))
 
 
 class SharedStep:
@@ -252,28 +246,13 @@ class SharedStep:
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}
-        self._noted: dict[str, tuple[Tensor | nn.Module, int]] = {}
-        self.note("the images", bank.images)
-        self.note("the labels", self.labels)
+        self.watch = Watch()
+        self.watch.note("the images", bank.images)
+        self.watch.note("the labels", self.labels)
         for name, value in bank.parameters.items():
-            self.note(f"the parameter '{name}'", value)
+            self.watch.note(f"the parameter '{name}'", value)
         if source.teacher is not None:
-            self.note("the teacher", source.teacher.module)
-
-    def note(self, name: str, made: Tensor | nn.Module) -> None:
-        """Remembers the versions of what losses share, so that `written` tells what was written to since."""
-        self._noted[name] = (made, _version(made))
-
-    def written(self) -> list[str]:
-        """Returns the names of what was written to since it was built; nothing is read from the device."""
-        found = [name for name, (made, version) in self._noted.items() if _version(made) != version]
-        for name in found:
-            self.note(name, self._noted[name][0])
-        return found
-
-    def noted(self, name: str, made: Tensor) -> Tensor:
-        self.note(name, made)
-        return made
+            self.watch.note("the teacher", source.teacher.module)
 
     def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         drawn = self.source.augmentation(self.index, "augmentation", self.source.augmenter)
@@ -281,7 +260,7 @@ class SharedStep:
 
     def _apply(self, augmenter: Augmenter, drawn: Parameters, x: Tensor, labels: Tensor) -> Tensor:
         host = self._on_host(labels)
-        with blamed("augmenter", augmenter.name):
+        with blamed("augmenter", augmenter):
             return augmenter.apply(x, {key: value[host] for key, value in drawn.items()})
 
     def on_device(self, labels: Tensor) -> Tensor:
@@ -302,7 +281,7 @@ class SharedStep:
 
     @cached_property
     def augmented(self) -> Tensor:
-        return self.noted("the augmented images", self.augment(self.images))
+        return self.watch.noted("the augmented images", self.augment(self.images))
 
     @cached_property
     def real(self) -> RealStep:
@@ -316,7 +295,7 @@ class SharedStep:
     def embedder(self) -> Embedder:
         found = self.source.embedder(self.index)
         found.module.requires_grad_(self.network_gradients)
-        self.note("the network", found.module)
+        self.watch.note("the network", found.module)
         return found
 
     def embed(self, x: Tensor) -> Tensor:
@@ -324,7 +303,7 @@ class SharedStep:
 
     @cached_property
     def embeddings(self) -> Tensor:
-        return self.noted("the embeddings", self.embed(self.augmented))
+        return self.watch.noted("the embeddings", self.embed(self.augmented))
 
     @property
     def teacher(self) -> Teacher:
@@ -341,7 +320,7 @@ class SharedStep:
         if name not in self._views:
             images = self._view_images(name)
             if images is not self.images and images is not vars(self).get("augmented"):
-                self.note(f"the view '{name}'", images)
+                self.watch.note(f"the view '{name}'", images)
             self._views[name] = View(images, self.labels, self.teacher.logits(images, self.teacher_parameters))
         return self._views[name]
 

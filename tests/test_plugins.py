@@ -138,11 +138,6 @@ def test_a_loss_that_hurts_in_mid_run_is_named_with_its_distribution_and_what_he
     assert cli("distill", "--losses", "image-norm", "--out", "other", *flags).code == 0
 
 
-def test_writing_to_the_images_is_no_accident_of_first_party_losses(cli: Callable[..., Result]) -> None:
-    result = cli("distill", "--losses", "dm,dkkt,gm,feature-regression,total-variation", "--evaluate", "none", "--pipc", 2, *SMALL_FLAGS)
-    assert result.code == 0, result.err
-
-
 def test_a_loss_that_cannot_be_built_is_told_with_exit_code_three(install: Install, cli: Callable[..., Result]) -> None:
     _loss(install, FINE + "\n    def __init__(self, options, *, name=None):\n        raise OSError('no licence')\n")
     result = cli("distill", "--losses", "odd", "--plan")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,11 +11,11 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
-import numpy as np
 import torch
 from torch import Tensor
 
 from ddkit import plugins
+from ddkit.blame import random_states
 from ddkit.components import Component, DataInfo
 from ddkit.options import written_options
 from ddkit.recipe import parse_recipe, recipe_dict
@@ -27,6 +26,7 @@ _COST = """
 import json, sys, time
 import torch, numpy, ddkit
 from ddkit import plugins
+from ddkit.blame import random_states
 began = time.perf_counter()
 plugins.load_plugin(plugins.find(sys.argv[1], sys.argv[2]))
 print(json.dumps({"seconds": time.perf_counter() - began}), file=sys.__stdout__)
@@ -171,21 +171,14 @@ def global_state_is_kept(what: str) -> Iterator[None]:
     """Raises Broken where the code inside moves a global random generator, or torch's default dtype or threads."""
     before = _global_state()
     yield
-    for name, then, now in zip(("random", "numpy.random", "torch's default", "torch settings"), before, _global_state(), strict=True):
-        if then != now:
-            raise Broken(
-                f"{what} changes the state of {name} generator. Draw from the generator that it is given, and set nothing globally."
-            )
+    for name, state in _global_state().items():
+        if state != before[name]:
+            raise Broken(f"{what} changes the global state of {name}. Draw from the generator it is given; set nothing globally.")
 
 
-def _global_state() -> tuple[Any, ...]:
-    numpys = np.random.get_state()
-    return (
-        random.getstate(),
-        tuple(part.tobytes() if isinstance(part, np.ndarray) else part for part in numpys),
-        torch.get_rng_state().numpy().tobytes(),
-        (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()),
-    )
+def _global_state() -> dict[str, Any]:
+    settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    return random_states() | {"torch's settings": settings}
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from ddkit.engine import Engine, Term
 from ddkit.images import Normalisation
 from ddkit.networks import build_network
 from ddkit.options import Requires
-from ddkit.randomness import drawn_from, generator
+from ddkit.randomness import generator
 from ddkit.step import SharedStep, Step, StepSource, ViewSpec
 from ddkit.teacher import Teacher
 
@@ -71,7 +71,7 @@ class Recorder(Step):
 
     def written(self) -> list[str]:
         """Returns the names of what was written to since it was built."""
-        return self._shared.written()
+        return self._shared.watch.written()
 
     def view(self, name: str) -> Any:
         self.views.add(name)
@@ -163,6 +163,5 @@ def _augmenter(name: str, info: DataInfo) -> Any:
 
 
 def _model(norm: str, info: DataInfo) -> Model:
-    with drawn_from(0, "conformance"):
-        model: Model = plugins.create("model", "convnet", {"depth": 2, "width": 4, "norm": norm}, data=info)
+    model: Model = plugins.create("model", "convnet", {"depth": 2, "width": 4, "norm": norm}, data=info)
     return model
