@@ -75,11 +75,8 @@ class _Remembers(ddkit.Loss):
         return self.calls * _square(step)
 
 
-class _KeepsFloat32(ddkit.Loss):
-    """Grows with its weight in a way of its own."""
-
-    class Options(ddkit.Options):
-        pass
+class _HalvesLater(ddkit.Loss):
+    """Is half as steep from its second call on, so its gradient does not follow the weight."""
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         self.calls = getattr(self, "calls", 0) + 1
@@ -97,7 +94,7 @@ LOSSES: dict[str, tuple[type[ddkit.Loss], str]] = {
     "inputs-are-unchanged": (_bad("Writes", lambda self, step: (step.images.data.mul_(0.99), _square(step))[1]), "changes images"),
     "global-random-state-is-untouched": (_bad("Seeds", lambda self, step: (torch.manual_seed(0), _square(step))[1]), "global state of torch"),
     "same-seed-same-value": (_bad("Draws", lambda self, step: (torch.randn(step.images.shape, dtype=step.images.dtype) * step.images).sum()), "step.generator"),
-    "linear-in-the-weight": (_KeepsFloat32, "weight"),
+    "linear-in-the-weight": (_HalvesLater, "weight"),
     "order-of-samples-within-a-class": (_bad("First", lambda self, step: step.images[0].square().sum(), order_invariant=True), "another order"),
     "what-it-requires-is-used": (_bad("Greedy", lambda self, step: _square(step), requires=ddkit.Requires(real=True, teacher=True, views=("default",))), "real, teacher, the view 'default'"),
     "gradients-of-parameters-are-declared": (_bad("Second", _second_order), "second_order=True"),
@@ -234,7 +231,6 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], st
 
     def make(line: str) -> str:
         file = tmp_path / f"heavy{len(line)}.py"
-        file.write_text(HEAVY.format("if __name__ != 'here':\n    pass"))
         file.write_text(HEAVY.format(f"import os\nif os.getpid() != {__import__('os').getpid()}:\n    {line}"))
         plugins.add_plugin_file(file)
         return "heavy-loss"
@@ -439,6 +435,7 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("augmenter", "gradients-pass"): (_augmenter(lambda x, shift: x.detach() + shift + 0 * x.sum()), "gradient"),
     ("augmenter", "inputs-are-unchanged"): (_augmenter(lambda x, shift: x.add_(shift)), "images"),
     ("evaluator", "returns-rows-of-fractions"): (_evaluator(lambda self, artifact, data, teacher: [_row(accuracy_mean=81.3)]), "fractions"),
+    ("evaluator", "one-channel"): (_evaluator_fails_where(lambda artifact: artifact.images.shape[1] == 1), "cannot do that"),
     ("evaluator", "three-channels"): (_evaluator_fails_where(lambda artifact: artifact.images.shape[1] == 3), "cannot do that"),
     ("evaluator", "images-that-are-not-square"): (_evaluator_fails_where(lambda artifact: artifact.images.shape[3] == 12), "cannot"),
     ("evaluator", "same-seed-same-result"): (_evaluator(lambda self, artifact, data, teacher: [_row(accuracy_mean=float(torch.rand(())))]), "another accuracy"),
@@ -553,6 +550,8 @@ def test_the_command_says_what_is_broken_and_ends_with_one(
         (["recipe", "default"], 2, "no conformance suite for a recipe"),
         (["a", "b", "c"], 2, "takes [KIND] NAME"),
         (["dm", "--set", "power=2"], 4, "no key 'power'"),
+        (["evaluator", "accuracy", "--set", "epochs=2", "--set", "epochs.width=4"], 4, "epochs is not a table"),
+        (["evaluator", "accuracy", "--set", "epochs"], 2, "PATH=VALUE"),
     ],
 )
 def test_bad_words_are_told(cli: Callable[..., Any], words: list[str], code: int, message: str) -> None:

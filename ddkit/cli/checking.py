@@ -30,16 +30,13 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     from ddkit import testing
 
     plugin = found_plugin((*words[:-1], name), "check", among=testing.SUITES)
-    from ddkit.recipes import parse_set
+    from ddkit.recipes import assign, parse_set
 
-    options: dict[str, Any] = {}
+    table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
     for text in sets:
         path, value = parse_set(text)
-        *above, last = path.split(".")
-        table = options
-        for key in above:
-            table = table.setdefault(key, {})
-        table[last] = value
+        assign(table, f"evaluators.{name}.{path}", value)
+    options = table["evaluators"][name]
     qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
     outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
     broken = [outcome for outcome in outcomes if outcome.problem]

@@ -8,7 +8,6 @@ from pathlib import Path
 import click
 
 from ddkit import plugins, scaffold
-from ddkit.errors import FlagError
 
 
 @click.command()
@@ -20,10 +19,7 @@ def new(kind: str, name: str, out: Path | None) -> None:
 
     It installs, passes its conformance test and runs as it is written; then the class is yours to change.
     """
-    try:
-        wanted = plugins.parse_kind(kind)
-    except FlagError:
-        wanted = kind  # new_package says which there are
+    wanted = plugins.parse_kind(kind)
     folder = scaffold.new_package(wanted, name, out)
     click.echo(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")
 

@@ -17,10 +17,8 @@ from ddkit.hookspecs import HOOKS, Observers
 from ddkit.networks import build_network, embed
 from ddkit.randomness import generator
 from ddkit.teacher import Teacher
-from ddkit.testing.suite import Broken, Conformance, changed, check, copies, global_state_is_kept
+from ddkit.testing.suite import Broken, Conformance, ShapeConformance, changed, check, copies, global_state_is_kept
 from ddkit.testing.world import CPU
-
-SHAPES = {"one-channel": (1, 8, 8), "three-channels": (3, 8, 8), "not-square": (3, 6, 11)}
 
 
 def info_of(shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3) -> DataInfo:
@@ -31,7 +29,7 @@ def _images(shape: tuple[int, ...], *purpose: str) -> Tensor:
     return torch.randn(shape, generator=generator(0, "conformance", *purpose))
 
 
-class InitializerConformance(Conformance):
+class InitializerConformance(ShapeConformance):
     """Checks of an initializer."""
 
     kind = "initializer"
@@ -55,17 +53,8 @@ class InitializerConformance(Conformance):
             raise Broken(f"The initializer '{self.label}' returns images that are not finite.")
         return images
 
-    @check
-    def test_one_channel(self) -> None:
-        self._made(self.start((1, 8, 8)))
-
-    @check
-    def test_three_channels(self) -> None:
-        self._made(self.start((3, 8, 8)))
-
-    @check
-    def test_images_that_are_not_square(self) -> None:
-        self._made(self.start((3, 6, 11)))
+    def holds_for(self, shape: tuple[int, int, int]) -> None:
+        self._made(self.start(shape))
 
     @check
     def test_one_image_a_class(self) -> None:
@@ -110,7 +99,7 @@ class InitializerConformance(Conformance):
             raise Broken(f"The initializer '{self.label}' changes {', '.join(moved)}, or returns a view of them: return a copy.")
 
 
-class AugmenterConformance(Conformance):
+class AugmenterConformance(ShapeConformance):
     """Checks of an augmenter."""
 
     kind = "augmenter"
@@ -125,17 +114,8 @@ class AugmenterConformance(Conformance):
             )
         return found
 
-    @check
-    def test_one_channel(self) -> None:
-        self._applied((1, 8, 8))
-
-    @check
-    def test_three_channels(self) -> None:
-        self._applied((3, 8, 8))
-
-    @check
-    def test_images_that_are_not_square(self) -> None:
-        self._applied((3, 6, 11))
+    def holds_for(self, shape: tuple[int, int, int]) -> None:
+        self._applied(shape)
 
     @check
     def test_one_image(self) -> None:
@@ -203,10 +183,14 @@ class AugmenterConformance(Conformance):
             raise Broken(f"The augmenter '{self.label}' changes its input: {', '.join(changed(before, tensors))}.")
 
 
-class EvaluatorConformance(Conformance):
+class EvaluatorConformance(ShapeConformance):
     """Checks of an evaluator; give it `options` that make it quick."""
 
     kind = "evaluator"
+    oblong = (3, 8, 12)
+
+    def holds_for(self, shape: tuple[int, int, int]) -> None:
+        self._evaluated(shape)
 
     def _evaluated(self, shape: tuple[int, int, int] = (1, 8, 8)) -> tuple[Sequence[Evaluation], dict[str, Tensor]]:
         info = info_of(shape)
@@ -240,14 +224,6 @@ class EvaluatorConformance(Conformance):
                 raise Broken(f"The evaluator '{self.label}' gives labels = {row.labels!r}; it is 'hard' or 'soft'.")
 
     @check
-    def test_three_channels(self) -> None:
-        self._evaluated((3, 8, 8))
-
-    @check
-    def test_images_that_are_not_square(self) -> None:
-        self._evaluated((3, 8, 12))
-
-    @check
     def test_same_seed_same_result(self) -> None:
         torch.manual_seed(1)
         one, _ = self._evaluated()
@@ -265,10 +241,14 @@ class EvaluatorConformance(Conformance):
             raise Broken(f"The evaluator '{self.label}' changes {', '.join(changed(copies(fresh), tensors))}.")
 
 
-class ModelConformance(Conformance):
+class ModelConformance(ShapeConformance):
     """Checks of a model."""
 
     kind = "model"
+    three, oblong = (3, 32, 32), (3, 16, 24)
+
+    def holds_for(self, shape: tuple[int, int, int]) -> None:
+        self._logits(shape)
 
     def _network(self, shape: tuple[int, int, int], purpose: str = "network") -> nn.Module:
         info = info_of(shape)
@@ -279,18 +259,6 @@ class ModelConformance(Conformance):
         if not isinstance(found, Tensor) or tuple(found.shape) != (rows, 3) or not bool(found.isfinite().all()):
             raise Broken(f"A network of the model '{self.label}' does not map {(rows, *shape)} to finite logits of shape {(rows, 3)}.")
         return found
-
-    @check
-    def test_one_channel(self) -> None:
-        self._logits((1, 8, 8))
-
-    @check
-    def test_three_channels(self) -> None:
-        self._logits((3, 32, 32))
-
-    @check
-    def test_images_that_are_not_square(self) -> None:
-        self._logits((3, 16, 24))
 
     @check
     def test_one_image(self) -> None:

@@ -145,6 +145,28 @@ class Conformance:
             raise Broken(f"The options of '{self.label}' come back from a recipe as {again}, not {component.options}.")
 
 
+class ShapeConformance(Conformance):
+    """Base of the suites whose component has to do with images of any shape."""
+
+    one, three, oblong = (1, 8, 8), (3, 8, 8), (3, 6, 11)
+
+    def holds_for(self, shape: tuple[int, int, int]) -> None:
+        """Raises where the component does not work with images of `shape`."""
+        raise NotImplementedError
+
+    @check
+    def test_one_channel(self) -> None:
+        self.holds_for(self.one)
+
+    @check
+    def test_three_channels(self) -> None:
+        self.holds_for(self.three)
+
+    @check
+    def test_images_that_are_not_square(self) -> None:
+        self.holds_for(self.oblong)
+
+
 @functools.cache
 def _cost_of(kind: str, name: str) -> float:
     import os
