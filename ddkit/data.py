@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ddkit import plugins
+from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
 from ddkit.errors import DdkitError, InputError
 from ddkit.imagecache import entry_of
@@ -22,14 +23,14 @@ log = logging.getLogger("ddkit")
 
 def open_dataset(table: DataTable) -> Dataset:
     """Returns the recipe's dataset; raises InputError where its files cannot be used."""
+    dataset: Dataset = plugins.create("dataset", table.use, table.options, where="data", directory=table.dir)
     try:
-        dataset: Dataset = plugins.create("dataset", table.use, table.options, where="data", directory=table.dir)
         names, counts = list(dataset.class_names), class_counts(dataset.labels("train"), len(dataset.class_names))
     except DdkitError:
         raise
     except Exception as error:  # a stranger's dataset can raise anything
-        advice = plugins.find("dataset", plugins.split_name(table.use)[0]).advice
-        raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{advice}") from error
+        helps = advice("dataset", dataset)
+        raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{helps}") from error
     if len(counts) > len(names):
         raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
     for name, count in zip(names, counts, strict=True):
