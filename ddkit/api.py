@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import torch
@@ -18,18 +18,20 @@ from ddkit.blends import blend, plan_of_blend, run_blend
 from ddkit.components import Evaluation
 from ddkit.compute import pick_device, products
 from ddkit.data import check_classes, open_dataset
-from ddkit.engine import deterministic
+from ddkit.engine import Engine, deterministic
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.evaluating import evaluate, run_evaluators
-from ddkit.files import write_atomic, write_json
+from ddkit.files import read_json, write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
 from ddkit.plugins import watchers_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
-from ddkit.rundir import EVALUATION, MANIFEST, Run, RunDirectory, is_logged, save_set
+from ddkit.rundir import EVALUATION, MANIFEST, RECIPE, Run, RunDirectory, is_logged, save_set
 from ddkit.teacher import Teacher
 from ddkit.teachers import save_teacher, train_teacher
+
+log = logging.getLogger("ddkit")
 
 __all__ = ["Run", "blend", "distill", "evaluate", "plan", "resume", "run_recipe", "train"]
 
@@ -98,63 +100,96 @@ def run_recipe(
     pick_device(device)
     watchers = watchers_of(observers)
     stem = f"{(losses or recipe.name).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
-    directory = RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)
-    if recipe.blend is not None:
-        return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
-    try:
-        job = _prepared(recipe, device, watchers)
-        bank = job.bank()
-        engine = job.engine(bank)
-        resolved = job.resolved()
-        with products(job.device, job.products):
-            engine.start()
-        if job.evaluators:
-            _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
-        directory.write_recipe(recipe_dict(resolved))
-        directory.write_checkpoint(0, engine.state(0))
-    except BaseException:
-        directory.discard()
-        raise
-    return _finish(job, bank, engine, resolved, directory, watchers, start=0)
+    with RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out) as directory:
+        if recipe.blend is not None:
+            return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
+        try:
+            made = _made(recipe, device, watchers)
+            _begin(made, directory)
+        except BaseException:
+            directory.discard()
+            raise
+        return _finish(made, directory, watchers, start=0)
 
 
 def resume(path: Path, *, steps: int | None = None, device: str = "auto", observers: Sequence[Any] = ()) -> Run:
-    """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it."""
-    directory = RunDirectory.existing(path)
-    recipe = parse_recipe(directory.read_recipe())
-    if recipe.blend is not None and steps is not None:
-        raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
-    if steps is not None:
-        recipe = msgspec.structs.replace(recipe, steps=steps)
-    if recipe.blend is not None:
-        return run_blend(recipe, directory, device, watchers_of(observers), make=_maker(device, observers))
+    """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it.
+
+    A run that is finished is returned as it is.
+    """
+    with RunDirectory.existing(path).take() as directory:
+        recipe = parse_recipe(directory.read_recipe())
+        if recipe.blend is not None and steps is not None:
+            raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
+        watchers = watchers_of(observers)
+        if steps in (None, recipe.steps) and (path / MANIFEST).is_file():
+            return _finished(recipe, directory, watchers)
+        if recipe.blend is not None:
+            return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
+        longer = recipe if steps is None else msgspec.structs.replace(recipe, steps=steps)
+        return _continue(longer, directory, device, watchers)
+
+
+def _continue(recipe: Recipe, directory: RunDirectory, device: str, watchers: Observers) -> Run:
     newest = directory.newest_checkpoint()
-    if newest is None:
-        raise RunFilesError(f"{path} has no readable checkpoint. Start anew: ddkit distill --recipe {path / 'recipe.toml'}")
-    start, state = newest
+    start, state = newest or (0, None)
     if start > recipe.steps:
-        raise RunFilesError(f"{path} is at step {start} already, past --steps {recipe.steps}.")
-    watchers = watchers_of(observers)
-    job = _prepared(recipe, device, watchers)
-    bank = job.bank()
-    engine = job.engine(bank)
+        raise RunFilesError(f"{directory.path} is at step {start} already, past --steps {recipe.steps}.")
+    made = _made(recipe, device, watchers)
+    if state is None:
+        directory.reopen()
+        _begin(made, directory)
+        return _finish(made, directory, watchers, start=0)
     try:
-        engine.load_state(start, state)
+        made.engine.load_state(start, state)
     except (KeyError, ValueError) as error:
-        raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
+        raise RunFilesError(f"The checkpoint of step {start} in {directory.path} does not fit its recipe: {error}.") from None
+    directory.reopen()
+    directory.drop_checkpoints_after(start)
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
-    resolved = job.resolved()
-    directory.write_recipe(recipe_dict(resolved))
-    return _finish(job, bank, engine, resolved, directory, watchers, start=start)
+    directory.write_recipe(recipe_dict(made.recipe))
+    return _finish(made, directory, watchers, start=start)
 
 
-def _prepared(recipe: Recipe, device: str, watchers: Observers) -> Job:
+def _finished(recipe: Recipe, directory: RunDirectory, watchers: Observers) -> Run:
+    """Returns a run that has all that it will have, from its files."""
+    facts = directory.read_manifest()
+    file = directory.path / EVALUATION
+    rows = msgspec.convert(read_json(file)["evaluations"], list[Evaluation]) if file.is_file() else []
+    log.warning("%s is finished: nothing was left to do.", directory.path)
+    watchers.call("run_finished", path=directory.path, evaluations=rows)
+    return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)
+
+
+class _Made(NamedTuple):
+    """What a run works with: `recipe` is the resolved one."""
+
+    job: Job
+    bank: Bank
+    engine: Engine
+    recipe: Recipe
+
+
+def _made(recipe: Recipe, device: str, watchers: Observers) -> _Made:
     job = Job(recipe, device=device)
     job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
-    return job
+    bank = job.bank()
+    return _Made(job, bank, job.engine(bank), job.resolved())
 
 
-def _finish(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
+def _begin(made: _Made, directory: RunDirectory) -> None:
+    """Writes what a run that is cut off continues from."""
+    with products(made.job.device, made.job.products):
+        made.engine.start()
+    if made.job.evaluators:
+        _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
+    directory.write_recipe(recipe_dict(made.recipe))
+    directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
+    directory.write_checkpoint(0, made.engine.state(0))
+
+
+def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
+    job, bank, engine, recipe = made
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
     with deterministic(recipe.engine.deterministic), products(job.device, job.products):
@@ -275,11 +310,9 @@ def _maker(device: str, observers: Sequence[Any]) -> Callable[[Recipe, Path], No
     def make(recipe: Recipe, path: Path) -> None:
         if (path / MANIFEST).is_file():
             return
-        if any((path / "checkpoints").glob("*.safetensors")):
+        if (path / RECIPE).is_file():
             resume(path, device=device, observers=observers)
-            return
-        if path.is_dir():
-            shutil.rmtree(path)  # it never began
-        run_recipe(recipe, device=device, out=path, observers=observers)
+        else:
+            run_recipe(recipe, device=device, out=path, observers=observers)
 
     return make

@@ -37,15 +37,15 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     paths = [Path(part).absolute() for part in (first, second)]
     blend_ = {"first": str(paths[0]), "second": str(paths[1]), "alpha": alpha}
     recipe = parse_recipe({**table, "name": "blend", "ipc": _images_a_class(result), "blend": blend_})
-    directory = RunDirectory.claim(Path(out))
-    try:
-        if known:
-            directory.write_recipe(recipe_dict(recipe))
-        save_set(result, directory)
-        directory.write_manifest({"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
-    except BaseException:
-        directory.discard()
-        raise
+    with RunDirectory.claim(Path(out)) as directory:
+        try:
+            if known:
+                directory.write_recipe(recipe_dict(recipe))
+            save_set(result, directory)
+            directory.write_manifest({"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
+        except BaseException:
+            directory.discard()
+            raise
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
 
 

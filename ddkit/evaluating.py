@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ddkit.blend import seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
-from ddkit.errors import FlagError, InputError
+from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import read_json, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
@@ -24,6 +25,9 @@ from ddkit.recipes import recipe_for, with_options
 from ddkit.rundir import EVALUATION, MANIFEST, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
 from ddkit.teachers import automatic_teacher, load_teacher
+
+log = logging.getLogger("ddkit")
+LOCK_SECONDS = 20.0  # how long to wait for another process that adds figures to the same run
 
 
 def evaluate(
@@ -162,14 +166,23 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
 
 
 def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
-    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity."""
-    manifest = directory.read_manifest()
-    file = directory.path / EVALUATION
-    older = read_json(file)["evaluations"] if file.is_file() else []
-    fresh = msgspec.to_builtins(rows)
-    keys = [_identity(row) for row in fresh]
-    write_json(file, {"schema": 1, "evaluations": [row for row in older if _identity(row) not in keys] + fresh})
-    directory.write_manifest({key: value for key, value in manifest.items() if key not in ("schema", "versions", "files")})
+    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity.
+
+    Where a run is being written there just now, a warning says that they were not added.
+    """
+    try:
+        directory.take(wait=LOCK_SECONDS)
+    except RunFilesError as error:
+        log.warning("These figures were not added to the run's files. %s", error)
+        return
+    with directory:
+        manifest = directory.read_manifest()
+        file = directory.path / EVALUATION
+        older = read_json(file)["evaluations"] if file.is_file() else []
+        fresh = msgspec.to_builtins(rows)
+        keys = [_identity(row) for row in fresh]
+        write_json(file, {"schema": 1, "evaluations": [row for row in older if _identity(row) not in keys] + fresh})
+        directory.write_manifest({key: value for key, value in manifest.items() if key not in ("schema", "versions", "files")})
 
 
 def _same_data(one: Recipe, other: Recipe) -> bool:

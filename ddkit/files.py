@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
+TEMPORARY = ".part"  # how the names of files end that are being written
 
 
 def cache_folder() -> Path:
@@ -38,7 +39,7 @@ def _replace_whole(path: Path, write: Callable[[str], object]) -> None:
     """Puts what `write(NAME)` writes in the place of `path`, or leaves all as it was and raises RunFilesError."""
     temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
         os.close(descriptor)
         write(temporary)
         with os.fdopen(os.open(temporary, os.O_RDWR), "rb+") as stream:
@@ -46,7 +47,7 @@ def _replace_whole(path: Path, write: Callable[[str], object]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = None
-        _sync_folder(path.parent)
+        sync(path.parent)
     except OSError as error:
         raise RunFilesError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
@@ -60,10 +61,17 @@ def _umask() -> int:
     return mask
 
 
-def _sync_folder(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Removes the temporary files of writes that were killed; only for those who know that nobody is writing in `folder`."""
+    for file in folder.glob(f".*.????????{TEMPORARY}"):
+        file.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -29,7 +29,7 @@ from ddkit.figures import Report, figures_of, report_json, report_table, write_p
 from ddkit.files import write_atomic, write_json
 from ddkit.recipe import recipe_dict
 from ddkit.recipes import recipe_for
-from ddkit.rundir import MANIFEST
+from ddkit.rundir import MANIFEST, RECIPE
 from ddkit.study import Study, chosen_cells
 from ddkit.tasks import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
 
@@ -171,9 +171,8 @@ class _Crew:
             _clear(task.path)  # what a blend that was cut off left
             return ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
         common = ["--out", str(task.path), "--device", self.settings.device, "--quiet", "--json"]
-        if any((task.path / "checkpoints").glob("*.safetensors")):
+        if (task.path / RECIPE).is_file():
             return ["distill", "--resume", *common]
-        _clear(task.path)
         file = task.path.parent / f"{task.path.name}.toml"
         write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
         return ["distill", "--recipe", str(file), *common]

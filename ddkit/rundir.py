@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import platform
 import re
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -20,13 +22,27 @@ import tomli_w
 from ddkit import artifact
 from ddkit.components import Evaluation
 from ddkit.errors import RunFilesError
-from ddkit.files import SCHEMA, read_json, read_tensors, sha256, write_atomic, write_json, write_tensors
+from ddkit.files import (
+    SCHEMA,
+    read_json,
+    read_tensors,
+    remove_leftovers,
+    sha256,
+    sync,
+    write_atomic,
+    write_json,
+    write_tensors,
+)
 from ddkit.images import sheet_png
+from ddkit.locks import NAME as LOCK
+from ddkit.locks import FolderLock
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ddkit.artifact import Artifact
+
+log = logging.getLogger("ddkit")
 
 RECIPE, MANIFEST, METRICS, EVALUATION, PREVIEW = (
     "recipe.toml",
@@ -35,6 +51,7 @@ RECIPE, MANIFEST, METRICS, EVALUATION, PREVIEW = (
     "evaluation.json",
     "preview.png",
 )
+CHECKPOINTS = "checkpoints"
 KEPT_CHECKPOINTS = 2
 
 
@@ -48,34 +65,60 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunDirectory:
-    """The files of one run at `path`."""
+    """The files of one run at `path`.
+
+    Whoever writes a run holds its lock: claim() and numbered() take it, as does take(), and `with` lets go of it at the end.
+    """
 
     def __init__(self, path: Path, created: tuple[Path, ...] | None = None) -> None:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
+        self._lock: FolderLock | None = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+    def take(self, *, wait: float = 0.0) -> RunDirectory:
+        """Takes the lock and removes what a process that was killed left half-written.
+
+        Raises RunFilesError where another process holds it for longer than `wait` seconds.
+        """
+        try:
+            self._lock = FolderLock(self.path, wait=wait)
+            for folder in (self.path, self.path / CHECKPOINTS):
+                remove_leftovers(folder)
+        except OSError as error:
+            raise RunFilesError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+        return self
 
     @classmethod
     def claim(cls, path: Path) -> RunDirectory:
-        """Returns an absent or empty `path`, made and shown to be writable; raises RunFilesError otherwise."""
+        """Returns an absent or empty `path`, made and locked; raises RunFilesError where it is neither, or cannot be written."""
         try:
             if path.exists() and not path.is_dir():
                 raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
-            if path.is_dir() and any(path.iterdir()):
-                raise RunFilesError(
-                    f"--out {path} already holds something. Name another folder, or continue a run that is there with --resume."
-                )
             created = tuple(p for p in (path, *path.parents) if not p.exists())
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".ddkit"
-            probe.write_bytes(b"")
-            probe.unlink()
+            for made in created:
+                sync(made.parent)
+            directory = cls(path, created)
+            if any(entry.name != LOCK and not entry.name.startswith(".") for entry in path.iterdir()):
+                raise _occupied(path)
+            directory.take()
+            if any(entry.name != LOCK for entry in path.iterdir()):
+                directory.__exit__(None, None, None)
+                raise _occupied(path)
         except OSError as error:
             raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
-        return cls(path, created)
+        return directory
 
     @classmethod
     def numbered(cls, stem: str) -> RunDirectory:
-        """Returns runs/<stem>-<n> for the first n that is free, also where another process looks for one just now."""
+        """Returns runs/<stem>-<n>, locked, for the first n that is free, also where another process looks for one just now."""
         name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "run"
         folder = Path("runs")
         created = () if folder.exists() else (folder,)
@@ -88,7 +131,7 @@ class RunDirectory:
                     break
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
-        return cls(path, (path, *created))
+        return cls(path, (path, *created)).take()
 
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
@@ -107,11 +150,21 @@ class RunDirectory:
         for entry in self.path.iterdir():
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink()
+            elif entry.name != LOCK:
+                with suppress(OSError):
+                    entry.unlink()
+        self.__exit__(None, None, None)
         with suppress(OSError):
             for folder in self._created:
                 folder.rmdir()
+
+    def reopen(self) -> None:
+        """Makes a finished run one that is not, by removing its manifest: for those who will change what it lists."""
+        try:
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            sync(self.path)
+        except OSError as error:
+            raise RunFilesError(f"{self.path / MANIFEST} cannot be removed: {error.strerror or error}.") from None
 
     def write_recipe(self, table: Mapping[str, Any]) -> None:
         write_atomic(self.path / RECIPE, tomli_w.dumps(dict(table)).encode())
@@ -125,26 +178,44 @@ class RunDirectory:
 
     def write_checkpoint(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Writes the state before step `step` and removes all but the last two checkpoints."""
-        folder = self.path / "checkpoints"
+        folder = self.path / CHECKPOINTS
         try:
-            folder.mkdir(exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir()
+                sync(self.path)
+            if (self.path / METRICS).is_file():
+                sync(self.path / METRICS)  # what a checkpoint relies on is on the disk before it
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
         write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
         for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
-            old.unlink()
+            with suppress(OSError):  # one too many does no harm
+                old.unlink()
 
     def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
+        return sorted((self.path / CHECKPOINTS).glob("step-*.safetensors"), reverse=True)
+
+    def drop_checkpoints_after(self, step: int) -> None:
+        """Removes checkpoints of later steps: they cannot be read, and would push good ones out."""
+        for file in self._checkpoints():
+            if file.name > f"step-{step:08d}.safetensors":
+                with suppress(OSError):
+                    file.unlink()
 
     def newest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Returns (step, state) of the newest checkpoint that reads whole, None if there is none."""
-        for file in self._checkpoints():
+        """Returns (step, state) of the newest checkpoint that reads whole, None where none was written yet.
+
+        Tells of those that it passes over; raises RunFilesError where there are some and none can be read.
+        """
+        files = self._checkpoints()
+        for file in files:
             try:
                 tensors, record = read_tensors(file)
                 return int(record["step"]), tensors
-            except (ValueError, KeyError, TypeError):
-                continue
+            except (ValueError, KeyError, TypeError) as error:
+                log.warning("A checkpoint is passed over: %s.", error if isinstance(error, ValueError) else f"{file} names no step")
+        if files:
+            raise RunFilesError(f"{self.path} has no readable checkpoint. Start anew: ddkit distill --recipe {self.path / RECIPE}")
         return None
 
     def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
@@ -186,6 +257,10 @@ class RunDirectory:
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise RunFilesError(f"{self.path / MANIFEST} is not a manifest of schema {SCHEMA}.")
         return found
+
+
+def _occupied(path: Path) -> RunFilesError:
+    return RunFilesError(f"--out {path} already holds something. Name another folder, or continue a run that is there with --resume.")
 
 
 def is_logged(index: int, steps: int, log_every: int) -> bool:

@@ -116,6 +116,7 @@ def _write_runs(root: Path) -> None:
     (root / "swapped" / file.name).write_text("not tensors")
     (root / "norecipe" / "recipe.toml").unlink()
     (root / "tornrecipe" / "recipe.toml").write_text("ipc = \n")
+    (root / "nocheckpoint" / "manifest.json").unlink()
     for checkpoint in (root / "nocheckpoint" / "checkpoints").iterdir():
         checkpoint.write_bytes(b"torn")
     (root / "badmanifest" / "manifest.json").write_text("{")

@@ -43,6 +43,13 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "copy")
 
 
+@pytest.fixture
+def unfinished(run: Path) -> Path:
+    """Returns that copy as it is a moment before its manifest is written."""
+    (run / "manifest.json").unlink()
+    return run
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -235,7 +242,8 @@ def test_a_signal_before_the_first_step_leaves_nothing(cli: Cli, monkeypatch: py
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty"])
-def test_a_damaged_newest_checkpoint_is_passed_over(cli: Cli, finished: Path, run: Path, damage: str) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over(cli: Cli, finished: Path, unfinished: Path, damage: str) -> None:
+    run = unfinished
     newest = run / "checkpoints" / "step-00000008.safetensors"
     content = newest.read_bytes()
     newest.write_bytes({"truncated": content[:-9], "garbage": b"\x00" * 99, "empty": b""}[damage])
@@ -245,7 +253,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over(cli: Cli, finished: Path, ru
     assert newest.read_bytes() == content
 
 
-def test_resume_cuts_what_was_logged_after_the_checkpoint_and_a_torn_last_line(cli: Cli, finished: Path, run: Path) -> None:
+def test_resume_cuts_what_was_logged_after_the_checkpoint_and_a_torn_last_line(cli: Cli, finished: Path, unfinished: Path) -> None:
+    run = unfinished
     (run / "checkpoints" / "step-00000008.safetensors").unlink()
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 8, "tot')

@@ -1,0 +1,87 @@
+"""A lock on a folder: one process writes there at a time, and a process that is gone holds none."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+import weakref
+from contextlib import suppress
+from pathlib import Path
+
+from ddkit.errors import RunFilesError
+
+log = logging.getLogger("ddkit")
+NAME = ".lock"
+_held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
+
+
+class FolderLock:
+    """Holds `folder`/.lock, which the operating system lets go of when this process ends, however it ends.
+
+    Raises RunFilesError where another process (or another run of this one) holds it for longer than `wait` seconds. The file
+    is removed on release; one that a killed process left behind is not held, and is taken over.
+    """
+
+    def __init__(self, folder: Path, *, wait: float = 0.0) -> None:
+        self.path, self._descriptor = folder / NAME, -1
+        until = time.monotonic() + wait
+        while not self._take():
+            if time.monotonic() >= until:
+                raise RunFilesError(f"Another process is working in {folder}. Wait until it ends, or name another folder with --out.")
+            time.sleep(0.05)
+
+    def _take(self) -> bool:
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        if not _locked(descriptor) or not self._is_still(descriptor):
+            os.close(descriptor)
+            return False
+        self._descriptor = descriptor
+        _held.add(self)
+        return True
+
+    def _is_still(self, descriptor: int) -> bool:
+        """Whether the locked file is the one in the folder, and not one that its holder has removed since it was opened."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+        except FileNotFoundError:
+            return False
+
+    def _forget(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with suppress(OSError):
+                os.close(descriptor)
+
+    def release(self) -> None:
+        """Removes the file and lets go of it; a second call does nothing."""
+        if self._descriptor >= 0:
+            with suppress(OSError):
+                self.path.unlink()
+        self._forget()
+
+
+def _locked(descriptor: int) -> bool:
+    """Locks an open file; False where another holds it. Where there are no such locks (Windows, some network folders) it is True."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        log.warning("This folder's file system has no locks (%s): nothing keeps a second run out of it.", error.strerror)
+    return True
+
+
+def _forget_all() -> None:
+    """Lets go of every lock in a process that was forked: it outlives the one that holds them."""
+    for lock in list(_held):
+        lock._forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
