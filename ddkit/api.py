@@ -145,7 +145,7 @@ def _continue(recipe: Recipe, directory: RunDirectory, device: str, watchers: Ob
     except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {directory.path} does not fit its recipe: {error}.") from None
     directory.reopen()
-    directory.drop_checkpoints_after(start)
+    directory.keep_checkpoints_until(start)
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     directory.write_recipe(recipe_dict(made.recipe))
     return _finish(made, directory, watchers, start=start)

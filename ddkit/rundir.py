@@ -9,7 +9,7 @@ import platform
 import re
 import shutil
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
@@ -188,19 +188,22 @@ class RunDirectory:
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
         write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
-        for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
-            with suppress(OSError):  # one too many does no harm
-                old.unlink()
+        self._drop(self._checkpoints()[KEPT_CHECKPOINTS:])
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / CHECKPOINTS).glob("step-*.safetensors"), reverse=True)
 
-    def drop_checkpoints_after(self, step: int) -> None:
-        """Removes checkpoints of later steps: they cannot be read, and would push good ones out."""
-        for file in self._checkpoints():
-            if file.name > f"step-{step:08d}.safetensors":
-                with suppress(OSError):
-                    file.unlink()
+    def keep_checkpoints_until(self, step: int) -> None:
+        """Removes checkpoints of later steps, which could not be read and would push good ones out, and all but two of the others."""
+        later = [file for file in self._checkpoints() if file.name > f"step-{step:08d}.safetensors"]
+        self._drop(later)
+        self._drop([file for file in self._checkpoints() if file not in later][KEPT_CHECKPOINTS:])
+
+    @staticmethod
+    def _drop(files: Sequence[Path]) -> None:
+        for file in files:
+            with suppress(OSError):  # one too many does no harm
+                file.unlink()
 
     def newest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
         """Returns (step, state) of the newest checkpoint that reads whole, None where none was written yet.

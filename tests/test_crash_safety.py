@@ -1,0 +1,500 @@
+"""Whatever ends a run, and wherever: what is on the disk is whole, and --resume ends with the bytes of an undisturbed run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ddkit
+from ddkit.api import resume
+from ddkit.files import write_json
+from ddkit.locks import FolderLock
+from ddkit.rundir import CHECKPOINTS, RunDirectory
+from tests.conftest import Result
+
+Cli = Callable[..., Result]
+SMALLEST = {
+    "losses.dm.weight": 0.01,
+    "steps": 3,
+    "network.width": 4,
+    "engine.checkpoint_every": 2,
+    "evaluators.accuracy.epochs": 1,
+    "evaluators.accuracy.repeats": 1,
+    "evaluators.accuracy.random_real": False,
+    "evaluators.accuracy.model_options.width": 4,
+}
+
+
+def begin(out: Path, **changes: Any) -> None:
+    """Makes a run that takes a fraction of a second: 3 steps, checkpoints at 0, 2 and 3, one network."""
+    sets = SMALLEST | {"engine.log_every": 1} | {key.replace("__", "."): value for key, value in changes.items()}
+    ddkit.distill(losses="dm", dataset="digits", ipc=1, pipc=2, sets=sets, out=out, device="cpu")
+
+
+def continued(path: Path) -> None:
+    """Continues the run at `path`, or begins it where it never began."""
+    if (path / "recipe.toml").is_file():
+        resume(path, device="cpu")
+    else:
+        assert not path.exists() or {entry.name for entry in path.iterdir()} <= {".lock"} | leftovers(path)
+        begin(path)
+
+
+def leftovers(path: Path) -> set[str]:
+    return {file.name for file in path.rglob("*.part")}
+
+
+def result(path: Path) -> dict[str, Any]:
+    """Returns what two runs have to agree in: all files, the times in two of them apart."""
+    found: dict[str, Any] = {
+        str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file() and file.suffix != ".json"
+    }
+    lines = [json.loads(line) for line in found.pop("metrics.jsonl").splitlines()]
+    found["metrics.jsonl"] = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"].pop("metrics.jsonl")
+    return found | {"manifest.json": {**manifest, "seconds": 0}, "evaluation.json": (path / "evaluation.json").read_text()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    begin(path)
+    return result(path)
+
+
+# The k-th operation on a file fails
+
+
+class Disk:
+    """Counts what a run does to files, shows each to `before`, and lets number `fails` fail as a full disk would."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, *, fails: int | None = None, before: Callable[[], None] = lambda: None) -> None:
+        import safetensors.torch
+
+        self.count, self.fails, self.before = 0, fails, before
+        self.names: list[str] = []
+        for module, name in (
+            (os, "fsync"),
+            (os, "replace"),
+            (os, "open"),
+            (Path, "write_bytes"),
+            (Path, "open"),
+            (Path, "mkdir"),
+            (Path, "unlink"),
+        ):
+            patch.setattr(module, name, self.wrapped(name, getattr(module, name)))
+        patch.setattr(safetensors.torch, "save_file", self.wrapped("save_file", safetensors.torch.save_file, torn=True))
+
+    def wrapped(self, name: str, original: Callable[..., Any], *, torn: bool = False) -> Callable[..., Any]:
+        def operation(*arguments: Any, **named: Any) -> Any:
+            if not self.is_counted(name, arguments):
+                return original(*arguments, **named)
+            self.before()
+            number, self.count = self.count, self.count + 1
+            self.names.append(name)
+            if number == self.fails:
+                if torn:
+                    Path(arguments[1]).write_text("half of it")
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*arguments, **named)
+
+        return operation
+
+    @staticmethod
+    def is_counted(name: str, arguments: tuple[Any, ...]) -> bool:
+        """Whether it writes: files that are opened to be read do not matter here."""
+        if name == "open" and isinstance(arguments[0], Path):
+            return len(arguments) > 1 and set("wax+").intersection(str(arguments[1])) != set()
+        if name == "open":
+            return len(arguments) > 1 and bool(int(arguments[1]) & (os.O_WRONLY | os.O_RDWR))
+        return True
+
+
+def _fails_loudly(path: Path) -> bool:
+    """Begins a run; returns whether it ended with exit code 5 and one line that tells why."""
+    try:
+        begin(path)
+    except ddkit.RunFilesError as error:
+        return (error.exit_code, str(error).count("\n"), "No space left on device" in str(error)) == (5, 0, True)
+    return False
+
+
+def test_whatever_fails_the_newest_checkpoint_loads_and_the_run_continues_to_the_same_bytes(
+    tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        counted = Disk(patch)
+        begin(tmp_path / "counted")
+    assert {"fsync", "replace", "open", "write_bytes", "save_file", "mkdir", "unlink"} <= set(counted.names)
+    told = 0
+    for fails in range(counted.count):
+        path = tmp_path / f"run-{fails}"
+        with pytest.MonkeyPatch.context() as patch:
+            Disk(patch, fails=fails)
+            told += _fails_loudly(path)
+        assert leftovers(path) == set() or counted.names[fails] == "unlink"
+        if (path / CHECKPOINTS).is_dir() and any((path / CHECKPOINTS).iterdir()):
+            assert RunDirectory(path).newest_checkpoint() is not None, fails
+        continued(path)
+        found = result(path)
+        if counted.names[fails] == "unlink":
+            found.pop(f"{CHECKPOINTS}/step-00000000.safetensors", None)  # one too many, which could not be removed
+        assert found == undisturbed, f"operation {fails}, {counted.names[fails]}"
+        shutil.rmtree(path)
+    assert told > counted.count // 2, "an error in removing a file that is of no use any more may pass"
+
+
+def test_at_every_instant_the_newest_checkpoint_loads(tmp_path: Path) -> None:
+    path, seen = tmp_path / "run", []
+
+    def look() -> None:
+        if (path / CHECKPOINTS).is_dir():
+            seen.append(RunDirectory(path).newest_checkpoint())  # raises where there are some and none can be read
+
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch, before=look)
+        begin(path, engine__checkpoint_every=1)
+    steps = [found[0] for found in seen if found is not None]
+    assert steps == sorted(steps)
+    assert set(steps) == {0, 1, 2, 3}
+
+
+def test_that_comparison_would_see_another_run(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    begin(tmp_path / "run", seed=1)
+    other = result(tmp_path / "run")
+    assert other.keys() == undisturbed.keys()
+    assert other["synthetic.safetensors"] != undisturbed["synthetic.safetensors"]
+    assert other["metrics.jsonl"] != undisturbed["metrics.jsonl"]
+
+
+# Killed at random moments
+
+SERVER = """
+import json, os, sys, traceback
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import ddkit, ddkit_dm, ddkit_models, ddkit_evaluators, ddkit_datasets, ddkit_initializers, ddkit_augmenters
+from ddkit import jobs, api
+from tests.test_crash_safety import begin, continued
+for line in sys.stdin:
+    path = Path(json.loads(line))
+    child = os.fork()
+    if not child:
+        try:
+            continued(path)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """A process that has all imported, and forks one for each run: so that a hundred of them take no minutes."""
+
+    def __init__(self) -> None:
+        root = Path(__file__).parent.parent
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "plugins")])},
+        )  # fmt: skip
+
+    def run(self, path: Path, *, killed_after: float | None = None) -> tuple[int, float]:
+        """Returns the exit code (-9: killed) and the seconds of a process that begins or continues the run at `path`."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print(json.dumps(str(path)), file=self.process.stdin, flush=True)
+        child, began = int(self.process.stdout.readline()), time.perf_counter()
+        if killed_after is not None:
+            time.sleep(killed_after)
+            os.kill(child, signal.SIGKILL)  # one that has ended is a zombie until the line below is read
+        return int(self.process.stdout.readline()), time.perf_counter() - began
+
+    def stop(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+        self.process.wait()
+
+
+@pytest.fixture
+def forks() -> Iterator[Forks]:
+    made = Forks()
+    yield made
+    made.stop()
+
+
+def killed_often(forks: Forks, folder: Path, undisturbed: dict[str, Any], times: int) -> int:
+    """Kills runs `times` times, twice each, and asserts that each ends as if it had not been; returns how many were really cut off."""
+    code, seconds = forks.run(folder / "first")
+    assert code == 0
+    draw = random.Random(0)
+    cut = 0
+    for number in range(times // 2):
+        path = folder / f"run-{number}"
+        for _ in range(2):
+            code, _ = forks.run(path, killed_after=draw.uniform(0.0, 0.9 * seconds))
+            assert code in (0, -9)
+            cut += code == -9
+        assert forks.run(path)[0] == 0
+        assert result(path) == undisturbed, number
+        shutil.rmtree(path)
+    return cut
+
+
+def test_a_run_killed_at_random_moments_continues_to_the_same_bytes(forks: Forks, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    assert killed_often(forks, tmp_path, undisturbed, 12) >= 4
+
+
+@pytest.mark.slow
+def test_a_hundred_kills_at_random_moments_change_nothing(forks: Forks, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    assert killed_often(forks, tmp_path, undisturbed, 200) >= 100
+
+
+def test_what_a_killed_write_left_is_removed_and_a_folder_that_only_holds_that_can_be_used(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / ".recipe.toml.abcd1234.part").write_text("half")
+    (path / ".lock").write_bytes(b"")
+    begin(path)
+    assert leftovers(path) == set()
+    assert not (path / ".lock").exists()
+    (path / CHECKPOINTS / ".step-00000003.safetensors.abcd1234.part").write_text("half")
+    (path / "manifest.json").unlink()
+    resume(path, device="cpu")
+    assert leftovers(path) == set()
+
+
+def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".mine").write_text("mine")
+    with pytest.raises(ddkit.RunFilesError, match="already holds something"):
+        begin(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [".mine"]
+
+
+# A disk that is full, a folder that cannot be written
+
+
+def ddkit_process(*arguments: object, limit: int | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `ddkit ARGS...` in a process of its own, with no file above `limit` bytes."""
+
+    def prepare() -> None:
+        if limit is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "ddkit", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd, preexec_fn=prepare,
+    )  # fmt: skip
+
+
+def test_a_file_that_finds_no_room_is_told_and_what_was_there_stays(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    path = tmp_path / "run"
+    begin(path)
+    (path / "manifest.json").unlink()
+    (path / "synthetic.safetensors").unlink()
+    before = {file.name for file in (path / CHECKPOINTS).iterdir()}
+    done = ddkit_process("distill", "--resume", "--out", path, limit=1000, cwd=tmp_path)  # the set has some 3,000 bytes
+    assert (done.returncode, done.stdout) == (5, "")
+    assert done.stderr.startswith(f"ddkit: {path}")
+    assert "cannot be written" in " ".join(done.stderr.split())
+    assert {file.name for file in (path / CHECKPOINTS).iterdir()} == before
+    assert leftovers(path) == set()
+    resume(path, device="cpu")
+    assert result(path) == undisturbed
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.setuid(65534)
+        try:
+            begin(tmp_path / "run")
+        except ddkit.RunFilesError as error:
+            os.write(writing, str(error).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert b"cannot be written: Permission denied" in os.read(reading, 999)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Two at once
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from ddkit.locks import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the lock of tmp_path/run."""
+    (tmp_path / "run").mkdir()
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_second_run_into_one_folder_is_refused_until_the_first_process_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
+    with pytest.raises(ddkit.RunFilesError, match=r"Another process is working in .*run"):
+        begin(tmp_path / "run")
+    assert {file.name for file in (tmp_path / "run").iterdir()} == {".lock"}
+    holder.kill()
+    holder.wait()
+    assert (tmp_path / "run" / ".lock").exists()
+    begin(tmp_path / "run")
+    assert (tmp_path / "run" / "manifest.json").is_file()
+
+
+def test_two_runs_of_one_process_do_not_share_a_folder_either(tmp_path: Path) -> None:
+    begin(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with RunDirectory.existing(tmp_path).take(), pytest.raises(ddkit.RunFilesError, match="Another process is working"):
+        resume(tmp_path, device="cpu")
+    resume(tmp_path, device="cpu")
+
+
+def test_resuming_a_run_that_is_being_written_is_refused_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    with RunDirectory.existing(tmp_path / "run").take():
+        refused = cli("distill", "--resume", "--out", tmp_path / "run")
+    assert (refused.code, refused.out) == (5, "")
+    assert "Another process is working in" in refused.err
+
+
+def test_figures_of_a_run_that_is_being_written_are_shown_and_not_recorded(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("ddkit.evaluating.LOCK_SECONDS", 0.0)
+    begin(tmp_path / "run")
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+    flags = ["--protocol", "short", "--set", "evaluators.accuracy.epochs=2"]
+    with RunDirectory.existing(tmp_path / "run").take():
+        shown = cli("evaluate", tmp_path / "run", *flags)
+    assert shown.code == 0
+    assert "%" in shown.out
+    assert "were not added to the run's files" in caplog.text
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
+    assert cli("evaluate", tmp_path / "run", *flags).code == 0
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() != before
+
+
+def test_a_forked_process_does_not_hold_the_lock_of_the_one_that_it_outlives(tmp_path: Path) -> None:
+    lock = FolderLock(tmp_path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, b"x")
+        time.sleep(60)
+        os._exit(0)
+    assert os.read(reading, 1) == b"x"
+    os.close(lock._descriptor)  # what the end of this process would do
+    lock._descriptor = -1
+    FolderLock(tmp_path).release()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    os.close(writing)
+
+
+def test_a_lock_on_a_file_that_its_holder_has_just_removed_is_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = FolderLock(tmp_path)
+    original, opened = os.open, []
+
+    def late(*arguments: Any, **named: Any) -> int:
+        descriptor = original(*arguments, **named)
+        if not opened:
+            first.release()  # between another's open and its lock
+        opened.append(descriptor)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", late)
+    second = FolderLock(tmp_path, wait=1.0)
+    assert len(opened) == 2
+    assert (tmp_path / ".lock").exists()
+    second.release()
+
+
+# Interrupted
+
+SLOW = '''
+"""A loss that takes its time."""
+import time, os
+import ddkit
+
+class Slow(ddkit.Loss):
+    """Waits."""
+    def __call__(self, step):
+        if step.index == 2 and os.environ.get("SLOW"):
+            print("waiting", flush=True)
+            time.sleep(30)
+        return step.images.square().mean()
+'''
+
+
+def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    arguments = ["--plugin", "slow.py", "--losses", "slow", "--pipc", "1", "--evaluate", "none", "--steps", "4"]
+    flags = [sys.executable, "-m", "ddkit", "distill", *arguments, "--set", "engine.checkpoint_every=1"]
+    process = subprocess.Popen(
+        [*flags, "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "SLOW": "1"}
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "waiting\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert process.poll() is None, "the first waits for the step"
+    began = time.perf_counter()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert time.perf_counter() - began < 5
+    assert (process.returncode, said.strip()) == (130, "ddkit: Interrupted.")
+    newest = RunDirectory(tmp_path / "run").newest_checkpoint()
+    assert newest is not None
+    assert newest[0] == 2
+    done = ddkit_process("distill", "--resume", "--plugin", "slow.py", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["steps"] == 4
+
+
+def test_a_manifest_of_a_run_that_is_prolonged_is_gone_until_it_is_finished_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path / "run")
+
+    def fail(*arguments: object, **named: object) -> None:
+        assert not (tmp_path / "run" / "manifest.json").exists()
+        raise ddkit.RunFilesError("stopped")
+
+    monkeypatch.setattr(RunDirectory, "write_recipe", fail)
+    with pytest.raises(ddkit.RunFilesError, match="stopped"):
+        resume(tmp_path / "run", steps=5, device="cpu")
+    monkeypatch.undo()
+    resume(tmp_path / "run", device="cpu")
+    assert (tmp_path / "run" / "manifest.json").is_file()
+    write_json(tmp_path / "probe.json", {})
