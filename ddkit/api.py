@@ -103,13 +103,14 @@ def run_recipe(
     with RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out) as directory:
         if recipe.blend is not None:
             return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
-        try:
-            made = _made(recipe, device, watchers)
-            _begin(made, directory)
-        except BaseException:
-            directory.discard()
-            raise
-        return _finish(made, directory, watchers, start=0)
+        with deterministic(recipe.engine.deterministic):
+            try:
+                made = _made(recipe, device, watchers)
+                _begin(made, directory)
+            except BaseException:
+                directory.discard()
+                raise
+            return _finish(made, directory, watchers, start=0)
 
 
 def resume(path: Path, *, steps: int | None = None, device: str = "auto", observers: Sequence[Any] = ()) -> Run:
@@ -127,7 +128,8 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
         if recipe.blend is not None:
             return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
         longer = recipe if steps is None else msgspec.structs.replace(recipe, steps=steps)
-        return _continue(longer, directory, device, watchers)
+        with deterministic(longer.engine.deterministic):
+            return _continue(longer, directory, device, watchers)
 
 
 def _continue(recipe: Recipe, directory: RunDirectory, device: str, watchers: Observers) -> Run:
@@ -192,7 +194,7 @@ def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start:
     job, bank, engine, recipe = made
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
-    with deterministic(recipe.engine.deterministic), products(job.device, job.products):
+    with products(job.device, job.products):
         _iterate(job, bank, engine, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)

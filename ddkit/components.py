@@ -59,6 +59,14 @@ class Component:
         """Returns the options with what depends on the data filled in; the resolved recipe records them."""
         return options
 
+    def nondeterministic(self, device: str) -> str:
+        """Returns what keeps its gradients from being the same bit for bit on a `device` ("cpu", "cuda", "mps"), "" where nothing does.
+
+        A run with `engine.deterministic` refuses, before it begins, a component that returns something. What a component does not
+        tell, torch does when it gets there.
+        """
+        return ""
+
 
 class Loss(Component):
     """A loss: `__call__(step)` returns a finite scalar attached to the graph of the synthetic set.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -280,6 +281,8 @@ def _record(index: int, terms: Sequence[Term], values: Mapping[str, Tensor], log
 def deterministic(wanted: bool) -> Iterator[None]:
     """Inside, torch refuses operations that are not deterministic on this device, if that is wanted."""
     before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by CUDA's matrix products when the first is made
     torch.use_deterministic_algorithms(wanted or before)
     try:
         yield

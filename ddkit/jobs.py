@@ -15,8 +15,8 @@ from torch import nn
 
 from ddkit import plugins
 from ddkit.bank import Bank
-from ddkit.blame import blamed
-from ddkit.components import Augmenter, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
+from ddkit.blame import blamed, called
+from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
 from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
 from ddkit.engine import Engine, Term
@@ -112,7 +112,27 @@ class Job:
             evaluator.check(info)
         if self.evaluators:
             self.real.check_test_set()
+        if recipe.engine.deterministic:
+            self._check_deterministic()
         self._decide()
+
+    def _check_deterministic(self) -> None:
+        """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
+        named: list[tuple[str, Component]] = [
+            *((str(term), term.loss) for term in self.terms),
+            (called("augmenter", self.augmenter), self.augmenter),
+            *((f"{called('augmenter', view.augmenter)} of views.{name}", view.augmenter) for name, view in sorted(self.views.items())),
+            (called("model", self.model), self.model),
+        ]
+        kind = self.device.type
+        reasons = [f"{name}: {reason}" for name, component in named if (reason := component.nondeterministic(kind))]
+        if reasons:
+            raise InputError(
+                f"engine.deterministic (--deterministic): on {kind} these components cannot give the same bytes twice: "
+                f"{'; '.join(reasons)}. "
+                "Choose others (for dsa, other operations), compute on the CPU, or leave it out.",
+                "engine.deterministic",
+            )
 
     def _view(self, name: str) -> ViewSpec:
         table = self.recipe.views[name]

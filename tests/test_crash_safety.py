@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +225,8 @@ class Forks:
         child, began = int(self.process.stdout.readline()), time.perf_counter()
         if killed_after is not None:
             time.sleep(killed_after)
-            os.kill(child, signal.SIGKILL)  # one that has ended is a zombie until the line below is read
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(child, signal.SIGKILL)
         return int(self.process.stdout.readline()), time.perf_counter() - began
 
     def stop(self) -> None:

@@ -31,6 +31,7 @@ FLAG_PATHS = {
     "pipc": "pipc",
     "steps": "steps",
     "seed": "seed",
+    "deterministic": "engine__deterministic",
 }
 
 recipe_flags = options(
@@ -45,6 +46,12 @@ recipe_flags = options(
     click.option("--augment", metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."),
     click.option("--evaluate", metavar="NAMES|none", help="Evaluators, or none."),
     protocol,
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        default=None,
+        help="The same bytes again: refuse what a GPU adds up in another order each time.",
+    ),
 )
 
 

@@ -13,6 +13,7 @@ import ddkit
 from ddkit_augmenters import operations
 
 Operation = Literal["color", "crop", "cutout", "flip", "scale", "rotate"]
+WARP = "the backward pass of bilinear sampling"  # adds up by atomic operations on a GPU
 
 
 class Identity(ddkit.Augmenter):
@@ -59,6 +60,10 @@ class SiameseAugmentation(ddkit.Augmenter):
         """The operations in use, in order."""
         allowed = [name for name in self.options.operations if name != "flip" or self.options.flip is not False]
         return list(dict.fromkeys(allowed))
+
+    def nondeterministic(self, device: str) -> str:
+        warps = [name for name in self.strategy if name in operations.WARPS]
+        return f"{WARP} ({', '.join(warps)})" if device == "cuda" and warps else ""
 
     def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
         """Returns `chosen` (groups, operations) bool, and uniform numbers (groups, k) for each operation."""
@@ -124,6 +129,9 @@ class SupportVectorAugmentation(ddkit.Augmenter):
     @classmethod
     def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
         return msgspec.structs.replace(options, flip=data.mirror if options.flip is None else options.flip)
+
+    def nondeterministic(self, device: str) -> str:
+        return WARP if device == "cuda" else ""
 
     def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
         return {"numbers": torch.rand(groups, 6, generator=generator)}
