@@ -121,7 +121,8 @@ def run_recipe(
 def resume(path: Path, *, steps: int | None = None, device: str = "auto", observers: Sequence[Any] = ()) -> Run:
     """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it."""
     directory = RunDirectory.existing(path)
-    recipe = parse_recipe(directory.read_recipe())
+    table = directory.read_recipe()
+    recipe = parse_recipe(table)
     if recipe.blend is not None and steps is not None:
         raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
     if steps is not None:
@@ -130,7 +131,7 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
         return run_blend(recipe, directory, device, watchers_of(observers), make=_maker(device, observers))
     newest = directory.newest_checkpoint()
     if newest is None:
-        raise RunFilesError(f"{path} has no readable checkpoint. Start anew: ddkit distill --recipe {path / 'recipe.toml'}")
+        raise RunFilesError(f"{path / 'checkpoints'} has no readable checkpoint. Start anew: ddkit distill --recipe {path / 'recipe.toml'}")
     start, state = newest
     if start > recipe.steps:
         raise RunFilesError(f"{path} is at step {start} already, past --steps {recipe.steps}.")
@@ -142,9 +143,10 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
         engine.load_state(start, state)
     except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
+    directory.reopen()
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     resolved = job.resolved()
-    directory.write_recipe(recipe_dict(resolved))
+    directory.write_recipe(table | {"steps": recipe.steps})
     return _finish(job, bank, engine, resolved, directory, watchers, start=start)
 
 
