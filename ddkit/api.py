@@ -20,14 +20,15 @@ from ddkit.compute import pick_device, products
 from ddkit.data import check_classes, open_dataset
 from ddkit.engine import Engine, deterministic
 from ddkit.errors import FlagError, RunFilesError
-from ddkit.evaluating import evaluate, run_evaluators
-from ddkit.files import read_json, write_atomic, write_json
+from ddkit.evaluating import evaluate, recorded, run_evaluators
+from ddkit.files import write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
+from ddkit.manifest import MANIFEST, check_listed
 from ddkit.plugins import watchers_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
-from ddkit.rundir import EVALUATION, MANIFEST, RECIPE, Run, RunDirectory, is_logged, save_set
+from ddkit.rundir import EVALUATION, RECIPE, Run, RunDirectory, is_logged, save_set
 from ddkit.teacher import Teacher
 from ddkit.teachers import save_teacher, train_teacher
 
@@ -119,20 +120,23 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     A run that is finished is returned as it is.
     """
     with RunDirectory.existing(path).take() as directory:
-        recipe = parse_recipe(directory.read_recipe())
+        table = directory.read_recipe()
+        recipe = parse_recipe(table)
         if recipe.blend is not None and steps is not None:
             raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
         watchers = watchers_of(observers)
         if steps in (None, recipe.steps) and (path / MANIFEST).is_file():
-            return _finished(recipe, directory, watchers)
+            return _finished(directory, watchers)
         if recipe.blend is not None:
             return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
-        longer = recipe if steps is None else msgspec.structs.replace(recipe, steps=steps)
-        with deterministic(longer.engine.deterministic):
+        longer = table if steps is None else table | {"steps": steps}
+        with deterministic(recipe.engine.deterministic):
             return _continue(longer, directory, device, watchers)
 
 
-def _continue(recipe: Recipe, directory: RunDirectory, device: str, watchers: Observers) -> Run:
+def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watchers: Observers) -> Run:
+    """Goes on with a run whose resolved recipe is `table`."""
+    recipe = parse_recipe(table)
     newest = directory.newest_checkpoint()
     start, state = newest or (0, None)
     if start > recipe.steps:
@@ -149,15 +153,16 @@ def _continue(recipe: Recipe, directory: RunDirectory, device: str, watchers: Ob
     directory.reopen()
     directory.keep_checkpoints_until(start)
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
-    directory.write_recipe(recipe_dict(made.recipe))
+    directory.write_recipe(table)
     return _finish(made, directory, watchers, start=start)
 
 
-def _finished(recipe: Recipe, directory: RunDirectory, watchers: Observers) -> Run:
+def _finished(directory: RunDirectory, watchers: Observers) -> Run:
     """Returns a run that has all that it will have, from its files."""
     facts = directory.read_manifest()
-    file = directory.path / EVALUATION
-    rows = msgspec.convert(read_json(file)["evaluations"], list[Evaluation]) if file.is_file() else []
+    for name in facts["files"]:
+        check_listed(directory.path, name)
+    rows = msgspec.convert(recorded(directory), list[Evaluation])
     log.warning("%s is finished: nothing was left to do.", directory.path)
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
@@ -12,6 +14,7 @@ from torch.utils.data import TensorDataset
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
 from ddkit.images import Normalisation
+from ddkit.manifest import check_listed
 
 FILE = "synthetic.safetensors"
 
@@ -61,6 +64,8 @@ def load(path: str | Path) -> Artifact:
         unfinished = (Path(path) / "recipe.toml").is_file()
         hint = f" (`ddkit distill --out {path} --resume` continues it.)" if unfinished else ""
         raise RunFilesError(f"{file} does not exist, so {path} is no finished run.{hint}")
+    if Path(path).is_dir():
+        check_listed(Path(path), FILE)
     try:
         tensors, metadata = read_tensors(file)
     except ValueError as error:
@@ -72,17 +77,39 @@ def load(path: str | Path) -> Artifact:
     return Artifact(tensors["images"], tensors["labels"], metadata, parameters)
 
 
+class _Record(msgspec.Struct):
+    """What ddkit reads of a set's metadata."""
+
+    class_names: list[str]
+    mean: list[float]
+    std: list[float]
+    ipc: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    pipc: Annotated[int, msgspec.Meta(ge=0)] | Literal["all"] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    seeds: list[int] = []
+
+
 def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None:
     images, labels = tensors.get("images"), tensors.get("labels")
     if images is None or labels is None:
         return "it has no tensors 'images' and 'labels'"
     if images.ndim != 4 or images.dtype != torch.float32 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         return f"images are {images.dtype} {tuple(images.shape)}, labels {labels.dtype} {tuple(labels.shape)}"
+    if images.numel() == 0:
+        return f"its images have the shape {tuple(images.shape)}, so it holds none"
     missing = [key for key in ("class_names", "mean", "std") if not isinstance(metadata.get(key), list)]
     if missing:
         return f"its metadata lacks {', '.join(missing)}"
-    if len(metadata["mean"]) != images.shape[1] or len(metadata["std"]) != images.shape[1]:
+    try:
+        record = msgspec.convert(metadata, _Record)
+    except msgspec.ValidationError as error:
+        return f"its metadata cannot be used ({error})"
+    if len(record.mean) != images.shape[1] or len(record.std) != images.shape[1]:
         return "its mean and std do not fit its channels"
-    if len(labels) and not (int(labels.min()) >= 0 and int(labels.max()) < len(metadata["class_names"])):
+    if not all(math.isfinite(value) for value in (*record.mean, *record.std)) or min(record.std) <= 0:
+        return "its mean and std are not finite, or a std is not positive"
+    if len(set(record.class_names)) < len(record.class_names):
+        return "a class name stands there twice"
+    if not (int(labels.min()) >= 0 and int(labels.max()) < len(record.class_names)):
         return "a label lies outside its class names"
     return None if bool(images.isfinite().all()) else "an image value is not finite"

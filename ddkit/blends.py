@@ -68,6 +68,7 @@ def run_blend(recipe: Recipe, directory: RunDirectory, device: str, watchers: Ob
     assert recipe.blend is not None
     try:
         made = _check_blend(recipe, device)
+        directory.reopen()
         directory.write_recipe(recipe_dict(recipe))
     except BaseException:
         directory.discard()

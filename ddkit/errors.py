@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -62,3 +63,25 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     if near:
         return f"Did you mean '{near[0]}'?"
     return f"Choose from: {', '.join(known)}." if known else "There is none to choose from."
+
+
+def printable(text: str) -> str:
+    r"""Returns `text` with what acts on a terminal, hides, or cannot be written (control characters, marks of direction) as escapes.
+
+    >>> printable("cat\x1b[31m"), printable("chat é")
+    ('cat\\x1b[31m', 'chat é')
+    """
+    return "".join(char if _shows(char) else char.encode("unicode_escape").decode("ascii") for char in text)
+
+
+def _shows(char: str) -> bool:
+    return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Returns repr(value) for a message, cut to `most` characters; a number too long to be written says so."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        return f"<a {type(value).__name__} too long to be shown>"
+    return text if len(text) <= most else f"{text[: most - 5]} ..."

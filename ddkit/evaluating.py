@@ -17,12 +17,13 @@ from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
 from ddkit.errors import FlagError, InputError, RunFilesError
-from ddkit.files import read_json, write_json
+from ddkit.files import read_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
+from ddkit.manifest import MANIFEST, check_listed
 from ddkit.recipe import Recipe, parse_recipe
 from ddkit.recipes import recipe_for, with_options
-from ddkit.rundir import EVALUATION, MANIFEST, RECIPE, RunDirectory
+from ddkit.rundir import EVALUATION, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
 from ddkit.teachers import automatic_teacher, load_teacher
 
@@ -55,6 +56,8 @@ def evaluate(
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
+    if directory is not None:
+        recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
     recipe = _evaluation_recipe(
         artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
         data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
@@ -176,13 +179,24 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
         log.warning("These figures were not added to the run's files. %s", error)
         return
     with directory:
-        manifest = directory.read_manifest()
-        file = directory.path / EVALUATION
-        older = read_json(file)["evaluations"] if file.is_file() else []
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]
-        write_json(file, {"schema": 1, "evaluations": [row for row in older if _identity(row) not in keys] + fresh})
-        directory.write_manifest({key: value for key, value in manifest.items() if key not in ("schema", "versions", "files")})
+        older = [row for row in recorded(directory) if _identity(row) not in keys]
+        directory.rewrite(EVALUATION, {"schema": 1, "evaluations": older + fresh})
+
+
+def recorded(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Returns the rows that a run has already; raises RunFilesError where its evaluation.json is not what was written."""
+    file = directory.path / EVALUATION
+    directory.read_manifest()
+    check_listed(directory.path, EVALUATION)
+    if not file.is_file():
+        return []
+    found = read_json(file)
+    try:
+        return msgspec.convert(found["evaluations"], list[dict[str, Any]])
+    except (TypeError, KeyError, msgspec.ValidationError):
+        raise RunFilesError(f"{file} holds no evaluations. Remove it together with its entry in {MANIFEST}, or restore it.") from None
 
 
 def _same_data(one: Recipe, other: Recipe) -> bool:

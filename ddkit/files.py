@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import RunFilesError
+from ddkit.errors import RunFilesError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,9 +86,36 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file; raises RunFilesError naming it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (OSError, ValueError, RecursionError) as error:
         raise RunFilesError(f"{path} cannot be read: {error}.") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def sealed(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns JSON data with the sha256 of all of it under "digest"."""
+    return {**table, "digest": json_digest(table)}
+
+
+def unsealed(table: Any, path: Path) -> dict[str, Any]:
+    """Returns what `sealed` was given; raises RunFilesError where `table`, read from `path`, was changed since.
+
+    A table without a seal passes.
+    """
+    if not isinstance(table, dict):
+        raise RunFilesError(f"{path} holds no JSON object.")
+    found = {key: value for key, value in table.items() if key != "digest"}
+    if "digest" in table and table["digest"] != json_digest(found):
+        raise RunFilesError(f"{path} is damaged, or was edited: its content does not match the sha256 that it records.")
+    return found
+
+
+def json_digest(value: Any) -> str:
+    """Returns the sha256 of JSON data, whatever the order of its keys and its layout."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def sha256(path: Path) -> str:
@@ -97,16 +124,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, digest: bool = True) -> None:
     """Writes a safetensors file whose metadata key "ddkit" holds `metadata` and the schema number as JSON.
 
-    The file is whole or as before; raises RunFilesError where it cannot be written.
+    With `digest` the JSON also has the sha256 of tensors and metadata, so that reading finds damage. The file is whole or as
+    before; raises RunFilesError where it cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    header = json.dumps({"schema": SCHEMA, **metadata}, sort_keys=True, allow_nan=False)
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    record = {"schema": SCHEMA, **metadata}
+    record |= {"digest": tensors_digest(contiguous, record)} if digest else {}
+    header = json.dumps(record, sort_keys=True, allow_nan=False)
 
     def write(temporary: str) -> None:
         try:
@@ -117,19 +147,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     _replace_whole(path, write)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns (tensors, ddkit metadata or {}) of a safetensors file; raises ValueError saying what is wrong with it."""
-    from safetensors import SafetensorError, safe_open
+def tensors_digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
+    """Returns the sha256 of `record` as JSON, then of name, dtype, shape and bytes of every tensor in order of name."""
+    import torch
+
+    digest = hashlib.sha256(json_digest(dict(record)).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns (tensors, ddkit metadata or {}) of a safetensors file; raises ValueError saying what is wrong with it.
+
+    With `verify` the tensors and the metadata must match the sha256 that the file records; a file without one passes.
+    """
+    tensors, metadata = _read_safetensors(path)
+    if not isinstance(metadata, dict):
+        raise ValueError(f"{path} carries ddkit metadata that is not an object")
+    if metadata and metadata.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {shown(metadata.get('schema'))}; this ddkit reads {SCHEMA}")
+    digest = metadata.pop("digest", None)
+    if verify and digest is not None and digest != tensors_digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content does not match the sha256 that it records")
+    return tensors, metadata
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    from safetensors import safe_open
 
     try:
         with safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("ddkit", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        metadata = json.loads(header)
-    except (SafetensorError, OSError, ValueError) as error:
+        return tensors, json.loads(header, parse_constant=_no_constant)
+    except Exception as error:  # the parser has errors of its own, and torch raises for a dtype that it does not know
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path} carries ddkit metadata that is not an object")
-    if metadata and metadata.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {metadata.get('schema')!r}; this ddkit reads {SCHEMA}")
-    return tensors, metadata

@@ -21,7 +21,6 @@ from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
-from ddkit.files import read_tensors
 from ddkit.images import Normalisation, channel_statistics
 from ddkit.networks import build_network, couples_samples, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
@@ -29,7 +28,7 @@ from ddkit.randomness import generator
 from ddkit.recipe import Recipe
 from ddkit.step import StepSource, ViewSpec
 from ddkit.teacher import Teacher
-from ddkit.teachers import Report, automatic_teacher, load_teacher, resolved_training
+from ddkit.teachers import Report, automatic_teacher, load_teacher, read_teacher, resolved_training
 from ddkit.training import Schedule
 
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
@@ -381,11 +380,8 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
 
 
 def _teacher_record(path: Path) -> dict[str, Any]:
-    """Returns what a teacher file records, {} where it cannot tell (loading it will say why)."""
-    try:
-        return read_tensors(path)[1] if path.is_file() else {}
-    except ValueError:
-        return {}
+    """Returns what a teacher file records, {} for a bare state dict; raises InputError naming a file that is unusable."""
+    return read_teacher(path)[1]
 
 
 def _terms(recipe: Recipe) -> list[Term]:

@@ -26,7 +26,7 @@ from ddkit import plugins
 from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
-from ddkit.files import write_atomic, write_json
+from ddkit.files import sealed, write_atomic, write_json
 from ddkit.recipe import recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.rundir import MANIFEST, RECIPE
@@ -164,7 +164,7 @@ class _Crew:
         row = next((row for row in rows if row["images"] == task.evaluation.images), None)
         if row is None:
             raise RunFailed(f"The evaluation gave no row of '{task.evaluation.images}' images.")
-        write_json(kept_file(task), {"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row})
+        write_json(kept_file(task), sealed({"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row}))
 
     def _making(self, task: Task) -> list[str]:
         if task.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
@@ -22,20 +23,12 @@ import tomli_w
 from ddkit import artifact
 from ddkit.components import Evaluation
 from ddkit.errors import RunFilesError
-from ddkit.files import (
-    SCHEMA,
-    read_json,
-    read_tensors,
-    remove_leftovers,
-    sha256,
-    sync,
-    write_atomic,
-    write_json,
-    write_tensors,
-)
+from ddkit.files import json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_json, write_tensors
 from ddkit.images import sheet_png
 from ddkit.locks import NAME as LOCK
 from ddkit.locks import FolderLock
+from ddkit.manifest import MANIFEST as MANIFEST
+from ddkit.manifest import check_listed, file_entry, read_manifest, write_manifest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,14 +37,14 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 
-RECIPE, MANIFEST, METRICS, EVALUATION, PREVIEW = (
+RECIPE, METRICS, EVALUATION, PREVIEW = (
     "recipe.toml",
-    "manifest.json",
     "metrics.jsonl",
     "evaluation.json",
     "preview.png",
 )
 CHECKPOINTS = "checkpoints"
+RECIPE_SEAL = "# sha256 of the lines below: "
 KEPT_CHECKPOINTS = 2
 
 
@@ -74,6 +67,7 @@ class RunDirectory:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
         self._lock: FolderLock | None = None
+        self._recipe = ""  # what checkpoints belong to, known once the recipe is written or read
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -158,23 +152,29 @@ class RunDirectory:
             for folder in self._created:
                 folder.rmdir()
 
-    def reopen(self) -> None:
-        """Makes a finished run one that is not, by removing its manifest: for those who will change what it lists."""
-        try:
-            (self.path / MANIFEST).unlink(missing_ok=True)
-            sync(self.path)
-        except OSError as error:
-            raise RunFilesError(f"{self.path / MANIFEST} cannot be removed: {error.strerror or error}.") from None
-
     def write_recipe(self, table: Mapping[str, Any]) -> None:
-        write_atomic(self.path / RECIPE, tomli_w.dumps(dict(table)).encode())
+        """Writes recipe.toml, its first line the sha256 of the rest."""
+        text = tomli_w.dumps(dict(table))
+        self._recipe = _recipe_key(tomllib.loads(text))
+        write_atomic(self.path / RECIPE, f"{RECIPE_SEAL}{_sha256(text)}\n{text}".encode())
 
     def read_recipe(self) -> dict[str, Any]:
-        """Returns the resolved recipe as TOML data; raises RunFilesError if it cannot be read."""
+        """Returns the resolved recipe as TOML data; raises RunFilesError if it cannot be read or is not as it was written."""
+        file = self.path / RECIPE
+        check_listed(self.path, RECIPE)
         try:
-            return tomllib.loads((self.path / RECIPE).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunFilesError(f"{self.path / RECIPE} cannot be read: {error}.") from None
+            text = file.read_text(encoding="utf-8")
+            table = tomllib.loads(text)
+        except (OSError, ValueError, RecursionError) as error:
+            raise RunFilesError(f"{file} cannot be read: {error}.") from None
+        first, _, rest = text.partition("\n")
+        if not table or (first.startswith("#") and first != f"{RECIPE_SEAL}{_sha256(rest)}"):
+            raise RunFilesError(
+                f"{file} is damaged, or was edited: it is not what its first line, the sha256 of the rest, says. A run goes on with its "
+                f"own recipe; a changed copy of the file makes another run: ddkit distill --recipe COPY."
+            )
+        self._recipe = _recipe_key(table)
+        return table
 
     def write_checkpoint(self, step: int, state: Mapping[str, Tensor]) -> None:
         """Writes the state before step `step` and removes all but the last two checkpoints."""
@@ -187,7 +187,7 @@ class RunDirectory:
                 sync(self.path / METRICS)  # what a checkpoint relies on is on the disk before it
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
+        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step, "recipe": self._recipe})
         self._drop(self._checkpoints()[KEPT_CHECKPOINTS:])
 
     def _checkpoints(self) -> list[Path]:
@@ -210,16 +210,32 @@ class RunDirectory:
 
         Tells of those that it passes over; raises RunFilesError where there are some and none can be read.
         """
-        files = self._checkpoints()
-        for file in files:
+        reasons = []
+        for file in self._checkpoints():
             try:
-                tensors, record = read_tensors(file)
-                return int(record["step"]), tensors
-            except (ValueError, KeyError, TypeError) as error:
-                log.warning("A checkpoint is passed over: %s.", error if isinstance(error, ValueError) else f"{file} names no step")
-        if files:
-            raise RunFilesError(f"{self.path} has no readable checkpoint. Start anew: ddkit distill --recipe {self.path / RECIPE}")
+                found = self._checkpoint(file)
+            except ValueError as error:
+                reasons.append(str(error))
+                continue
+            for reason in reasons:
+                log.warning("A checkpoint is passed over: %s.", reason)
+            return found
+        if reasons:
+            raise RunFilesError(
+                f"{self.path / CHECKPOINTS} has no readable checkpoint: {'; '.join(reasons)}. "
+                f"Start anew: ddkit distill --recipe {self.path / RECIPE}"
+            )
         return None
+
+    def _checkpoint(self, file: Path) -> tuple[int, dict[str, Tensor]]:
+        """Returns (step, state) of a checkpoint; raises ValueError saying why it cannot be used."""
+        tensors, record = read_tensors(file)
+        step, recipe = record.get("step"), record.get("recipe") or self._recipe
+        if not isinstance(step, int) or file.name != f"step-{step:08d}.safetensors":
+            raise ValueError(f"{file} does not record the step of its name")
+        if self._recipe and recipe != self._recipe:
+            raise ValueError(f"{file} is a checkpoint of another run: its recipe is not that of {self.path / RECIPE}")
+        return step, tensors
 
     def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
         """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log."""
@@ -244,22 +260,41 @@ class RunDirectory:
         except OSError as error:
             raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
 
+    def reopen(self) -> None:
+        """Removes the manifest, as its run is about to go on and will write it anew; raises RunFilesError where a file is not as listed."""
+        check_listed(self.path, METRICS)
+        try:
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            sync(self.path)
+        except OSError as error:
+            raise RunFilesError(f"{self.path / MANIFEST} cannot be removed: {error.strerror or error}.") from None
+
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
         names = [artifact.FILE, RECIPE, METRICS, EVALUATION, PREVIEW]
-        files = {
-            name: {"sha256": sha256(self.path / name), "bytes": (self.path / name).stat().st_size}
-            for name in names
-            if (self.path / name).is_file()
-        }
-        write_json(self.path / MANIFEST, {"schema": SCHEMA, **facts, "versions": versions(), "files": files})
+        files = {name: file_entry(self.path / name) for name in names if (self.path / name).is_file()}
+        write_manifest(self.path, {**facts, "versions": versions(), "files": files})
+
+    def rewrite(self, name: str, value: Any) -> None:
+        """Writes the JSON file `name` of a finished run anew; the manifest never lists another content than is there."""
+        manifest = self.read_manifest()
+        others = {key: entry for key, entry in manifest["files"].items() if key != name}
+        write_manifest(self.path, manifest | {"files": others})
+        write_json(self.path / name, value)
+        write_manifest(self.path, manifest | {"files": others | {name: file_entry(self.path / name)}})
 
     def read_manifest(self) -> dict[str, Any]:
-        """Returns the manifest; raises RunFilesError where it is missing or of another schema."""
-        found = read_json(self.path / MANIFEST)
-        if not isinstance(found, dict) or found.get("schema") != SCHEMA:
-            raise RunFilesError(f"{self.path / MANIFEST} is not a manifest of schema {SCHEMA}.")
-        return found
+        """Returns the manifest; raises RunFilesError where it is missing, damaged or of another schema."""
+        return read_manifest(self.path)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _recipe_key(table: Mapping[str, Any]) -> str:
+    """Returns a key of a recipe, whatever its number of steps, which a run may prolong."""
+    return json_digest({key: value for key, value in table.items() if key != "steps"})
 
 
 def _occupied(path: Path) -> RunFilesError:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import read_json, sha256
+from ddkit.files import read_json, sha256, unsealed
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.rundir import MANIFEST
@@ -175,8 +175,8 @@ def kept_row(task: Task) -> dict[str, Any] | None:
     file = kept_file(task)
     if not file.is_file() or not (task.path / MANIFEST).is_file():
         return None
-    found = read_json(file)
-    if not isinstance(found, dict) or not isinstance(found.get("row"), dict):
+    found = unsealed(read_json(file), file)
+    if not isinstance(found.get("row"), dict):
         raise RunFilesError(f"{file} is no evaluation of a study; remove it, and the next call makes it again.")
     row: dict[str, Any] = found["row"]
     return row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,12 +37,7 @@ Report = Callable[[int, int], None]
 def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> Teacher:
     """Returns the teacher of a file; raises InputError with the difference where it does not fit the data."""
     path = Path(table.use)
-    if not path.is_file():
-        raise InputError(f"The teacher file {path} does not exist. `--teacher auto` trains one.", "teacher.use")
-    try:
-        tensors, record = read_tensors(path)
-    except ValueError as error:
-        raise InputError(f"The teacher: {error}. ddkit reads safetensors state dicts only.", "teacher.use") from None
+    tensors, record = read_teacher(path)
     _check_record(path, record, info)
     mean, std = _statistics(table, record, info.channels, path)
     model = record.get("model", table.model)
@@ -50,6 +46,32 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     module = build_network(factory, info, 0, "teacher shape")
     _load_state(module, tensors, path, model, recorded=bool(record))
     return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path))
+
+
+class _Record(msgspec.Struct):
+    """What ddkit reads of a teacher's record; a bare state dict has none of it."""
+
+    model: str | None = None
+    options: dict[str, Any] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    class_names: list[str] | None = None
+    input_shape: tuple[int, int, int] | None = None
+
+
+def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns (state dict, record) of a teacher file, {} for a bare state dict; raises InputError naming a file that is unusable."""
+    if not path.is_file():
+        raise InputError(f"The teacher file {path} does not exist. `--teacher auto` trains one.", "teacher.use")
+    try:
+        tensors, record = read_tensors(path)
+        msgspec.convert(record, _Record)
+    except msgspec.ValidationError as error:
+        raise InputError(f"The teacher {path} has a record that is none: {error}.", "teacher.use") from None
+    except ValueError as error:
+        hint = "ddkit reads safetensors state dicts only; `ddkit import` makes one of a file written by torch.save."
+        raise InputError(f"The teacher: {error}. {hint}", "teacher.use") from None
+    return tensors, record
 
 
 def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
@@ -83,8 +105,8 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
             raise InputError(f"teacher.{name} has {len(values)} values for {channels} channels.", f"teacher.{name}")
-    if min(std) <= 0:
-        raise InputError("teacher.std must be positive in every channel.", "teacher.std")
+    if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
+        raise InputError("teacher.std must be positive in every channel, and teacher.mean finite.", "teacher.std")
     return tuple(mean), tuple(std)
 
 
@@ -206,6 +228,18 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
+def _is_whole(path: Path) -> bool:
+    """Returns whether a teacher is kept at `path`; warns of one that is damaged, which is as good as none."""
+    if not path.is_file():
+        return False
+    try:
+        read_tensors(path)
+    except ValueError as error:
+        log.warning("The teacher in the cache is not used: %s.", error)
+        return False
+    return True
+
+
 def automatic_teacher(
     dataset: Dataset,
     shape: tuple[int, int, int],
@@ -227,7 +261,7 @@ def automatic_teacher(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "teachers" / f"{table.model.replace('/', '-').replace(':', '-')}-{digest}.safetensors"
-    if not path.is_file():
+    if not _is_whole(path):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
             table.model, train.epochs, len(dataset.labels("train")),

@@ -67,6 +67,7 @@ def result(path: Path) -> dict[str, Any]:
     found["metrics.jsonl"] = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["files"].pop("metrics.jsonl")
+    manifest.pop("digest")
     return found | {"manifest.json": {**manifest, "seconds": 0}, "evaluation.json": (path / "evaluation.json").read_text()}
 
 

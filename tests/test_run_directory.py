@@ -350,7 +350,7 @@ def test_evaluating_a_run_rewrites_its_evaluation_and_manifest(cli: Cli, run: Pa
     content = (run / "evaluation.json").read_bytes()
     assert rewritten["files"]["evaluation.json"]["sha256"] == hashlib.sha256(content).hexdigest()
     changed = {key for key in manifest if manifest[key] != rewritten[key]}
-    assert changed == {"files"}
+    assert changed == {"files", "digest"}
     assert {key for key in manifest["files"] if manifest["files"][key] != rewritten["files"][key]} == {"evaluation.json"}
 
 

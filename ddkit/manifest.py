@@ -1,0 +1,75 @@
+"""The manifest of a run: what tells whether the run's files are those that were written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ddkit.errors import RunFilesError
+from ddkit.files import SCHEMA, read_json, sealed, sha256, unsealed, write_json
+
+MANIFEST = "manifest.json"
+
+
+class _Entry(msgspec.Struct):
+    sha256: str
+    bytes: int
+
+
+class _Manifest(msgspec.Struct):
+    """What ddkit itself reads of a manifest."""
+
+    files: dict[str, _Entry]
+    steps: int = 0
+    seconds: float = 0.0
+    plugins: list[dict[str, str]] = []
+    real_files: list[str | int] = []
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes the manifest of `folder`, sealed with its own sha256."""
+    write_json(folder / MANIFEST, sealed({"schema": SCHEMA, **facts}))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Returns the manifest of `folder`; raises RunFilesError where it is missing, damaged or of another schema."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise RunFilesError(f"{folder} has no {MANIFEST}, so it is no finished run. `ddkit distill --out {folder} --resume` finishes one.")
+    found = unsealed(read_json(path), path)
+    if found.get("schema") != SCHEMA:
+        raise RunFilesError(f"{path} is not a manifest of schema {SCHEMA}.")
+    try:
+        msgspec.convert(found, _Manifest)
+    except msgspec.ValidationError as error:
+        raise RunFilesError(f"{path} is no manifest: {error}.") from None
+    return found
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Returns what a manifest tells of a file: its sha256 and its size in bytes."""
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def check_listed(folder: Path, name: str) -> None:
+    """Raises RunFilesError where the file `name` of `folder` is not the one that the manifest lists.
+
+    A folder without a manifest, and a file that it does not list, pass.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
+    listed = read_manifest(folder)["files"].get(name)
+    if listed is not None and listed != _entry_or_none(folder / name):
+        raise RunFilesError(
+            f"{folder / name} is not the file that {folder / MANIFEST} lists: it was damaged, edited or replaced (its size or sha256 "
+            "differs). Restore it from a copy, or make the run again."
+        )
+
+
+def _entry_or_none(path: Path) -> dict[str, Any] | None:
+    try:
+        return file_entry(path)
+    except OSError:
+        return None
