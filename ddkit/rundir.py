@@ -222,7 +222,7 @@ class RunDirectory:
             return found
         if reasons:
             raise RunFilesError(
-                f"{self.path / CHECKPOINTS} has no readable checkpoint: {'; '.join(reasons)}. "
+                f"{self.path / CHECKPOINTS} has no readable checkpoint: {reasons[0]}. "
                 f"Start anew: ddkit distill --recipe {self.path / RECIPE}"
             )
         return None
