@@ -17,16 +17,14 @@ from typing import Any
 import msgspec
 
 from ddkit.errors import DdkitError, FlagError
+from ddkit.testing.augmenters import AugmenterConformance
+from ddkit.testing.datasets import DatasetConformance
+from ddkit.testing.evaluators import EvaluatorConformance
+from ddkit.testing.exporters import ExporterConformance
+from ddkit.testing.initializers import InitializerConformance
 from ddkit.testing.losses import LossConformance
-from ddkit.testing.others import (
-    AugmenterConformance,
-    DatasetConformance,
-    EvaluatorConformance,
-    ExporterConformance,
-    InitializerConformance,
-    ModelConformance,
-    ObserverConformance,
-)
+from ddkit.testing.models import ModelConformance
+from ddkit.testing.observers import ObserverConformance
 from ddkit.testing.suite import Broken, Conformance
 
 __all__ = [
