@@ -24,6 +24,7 @@ from ddkit.evaluating import evaluate, run_evaluators
 from ddkit.files import write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
+from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
@@ -48,7 +49,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
         "accessible_images": len(job.real.indices),
         "synthetic_images": job.info.classes * recipe.ipc,
         "teacher": recipe.teacher.use if job.needs_teacher else None,
-        "plugins": job.plugins_used(),
+        "plugins": job.plugins_used,
     }
 
 
@@ -111,7 +112,7 @@ def run_recipe(
         if job.evaluators:
             _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
         directory.write_recipe(recipe_dict(resolved))
-        directory.write_checkpoint(0, engine.state(0))
+        directory.write_checkpoint(0, engine.state(0), job.plugin_files)
     except BaseException:
         directory.discard()
         raise
@@ -131,11 +132,13 @@ def resume(path: Path, *, steps: int | None = None, device: str = "auto", observ
     newest = directory.newest_checkpoint()
     if newest is None:
         raise RunFilesError(f"{path} has no readable checkpoint. Start anew: ddkit distill --recipe {path / 'recipe.toml'}")
-    start, state = newest
+    start, state, plugin_files = newest
+    check_unchanged(plugin_files, path)
     if start > recipe.steps:
         raise RunFilesError(f"{path} is at step {start} already, past --steps {recipe.steps}.")
     watchers = watchers_of(observers)
     job = _prepared(recipe, device, watchers)
+    job.plugin_files = plugin_files | job.plugin_files
     bank = job.bank()
     engine = job.engine(bank)
     try:
@@ -178,7 +181,7 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
             watchers.call("checkpoint_written", index=index, images=images, labels=bank.host_labels, class_names=list(job.info.class_names))
 
     def keep(index: int) -> None:
-        directory.write_checkpoint(index, engine.state(index))
+        directory.write_checkpoint(index, engine.state(index), job.plugin_files)
         show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
@@ -228,7 +231,8 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.seed,
         "device": str(job.device),
         "threads": torch.get_num_threads(),
-        "plugins": job.plugins_used(),
+        "plugins": job.plugins_used,
+        **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
         "real_files": job.real.sources,
     }
@@ -274,6 +278,7 @@ def _maker(device: str, observers: Sequence[Any]) -> Callable[[Recipe, Path], No
 
     def make(recipe: Recipe, path: Path) -> None:
         if (path / MANIFEST).is_file():
+            check_unchanged(RunDirectory(path).read_manifest().get("plugin_files", {}), path)
             return
         if any((path / "checkpoints").glob("*.safetensors")):
             resume(path, device=device, observers=observers)

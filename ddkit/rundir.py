@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import tomli_w
@@ -45,6 +45,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     seconds: float
     evaluations: list[Evaluation]
+
+
+class Checkpoint(NamedTuple):
+    """The state before step `step`, and the plugin files of the run, path to sha256."""
+
+    step: int
+    state: dict[str, Tensor]
+    plugin_files: dict[str, str]
 
 
 class RunDirectory:
@@ -123,26 +131,31 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             raise RunFilesError(f"{self.path / RECIPE} cannot be read: {error}.") from None
 
-    def write_checkpoint(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Writes the state before step `step` and removes all but the last two checkpoints."""
+    def write_checkpoint(self, step: int, state: Mapping[str, Tensor], plugin_files: Mapping[str, str] | None = None) -> None:
+        """Writes the state before step `step` and removes all but the last two checkpoints.
+
+        `plugin_files` (path to sha256) go into the metadata: an unfinished run has no manifest to tell them.
+        """
         folder = self.path / "checkpoints"
         try:
             folder.mkdir(exist_ok=True)
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step})
+        write_tensors(
+            folder / f"step-{step:08d}.safetensors", state, {"step": step} | ({"plugin_files": dict(plugin_files)} if plugin_files else {})
+        )
         for old in self._checkpoints()[KEPT_CHECKPOINTS:]:
             old.unlink()
 
     def _checkpoints(self) -> list[Path]:
         return sorted((self.path / "checkpoints").glob("step-*.safetensors"), reverse=True)
 
-    def newest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Returns (step, state) of the newest checkpoint that reads whole, None if there is none."""
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest checkpoint that reads whole, None if there is none."""
         for file in self._checkpoints():
             try:
                 tensors, record = read_tensors(file)
-                return int(record["step"]), tensors
+                return Checkpoint(int(record["step"]), tensors, dict(record.get("plugin_files", {})))
             except (ValueError, KeyError, TypeError):
                 continue
         return None
