@@ -26,6 +26,9 @@ class ObserverConformance(Conformance):
     def make(self, info: DataInfo | None = None, **arguments: Any) -> Any:
         return plugins.load("observer", self.component) if isinstance(self.component, str) else self.component
 
+    def found(self) -> Any:
+        return self.make()
+
     @check
     def test_is_of_its_kind_and_api(self) -> None:
         observers = Observers([("checked", self.make())])
