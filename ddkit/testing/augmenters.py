@@ -31,10 +31,12 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_one_image(self) -> None:
+        """It works with a single image."""
         self._applied((1, 8, 8), rows=1)
 
     @check
     def test_parameters_have_a_row_each(self) -> None:
+        """`sample` and `sample_batch` give tensors with a row for each group or image."""
         augmenter: Augmenter = self.make(info_of())
         for name, drawn in (("sample", augmenter.sample), ("sample_batch", augmenter.sample_batch)):
             for key, value in drawn(generator(0, "conformance", "draw"), 4).items():
@@ -43,6 +45,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_same_seed_same_draw(self) -> None:
+        """A draw is a function of the generator that is passed."""
         augmenter: Augmenter = self.make(info_of())
         draws = []
         for seed in (1, 2):
@@ -53,6 +56,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_a_row_depends_on_its_own_parameters_only(self) -> None:
+        """Row i of the result depends on row i of the images and of the parameters, wherever it stands."""
         augmenter: Augmenter = self.make(info_of((3, 8, 8)))
         x = noise((5, 3, 8, 8), "augmented")
         drawn = augmenter.sample(generator(0, "conformance", "draw"), 5)
@@ -64,6 +68,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_rowwise_as_declared(self) -> None:
+        """With `rowwise = True`, two batches in one call give what they give apart."""
         augmenter: Augmenter = self.make(info_of((3, 8, 8)))
         if not augmenter.rowwise:
             return
@@ -76,6 +81,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_gradients_pass(self) -> None:
+        """A finite gradient, not zero, passes to the images."""
         augmenter: Augmenter = self.make(info_of((1, 8, 8)))
         x = noise((8, 1, 8, 8), "augmented").requires_grad_()
         found = augmenter.apply(x, augmenter.sample(generator(0, "conformance", "draw"), 8))
@@ -85,6 +91,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_inputs_are_unchanged(self) -> None:
+        """Images and parameters are as before, and so is all global state: `apply` draws nothing."""
         augmenter: Augmenter = self.make(info_of())
         x, drawn = noise((4, 1, 8, 8), "augmented"), augmenter.sample(generator(0, "conformance", "draw"), 4)
         tensors = {"images": x, **drawn}

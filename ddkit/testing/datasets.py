@@ -25,6 +25,7 @@ class DatasetConformance(Conformance):
 
     @check
     def test_labels_fit_the_class_names(self) -> None:
+        """At least two class names, all different; labels (n,) int64 that fit them; every class has a training image."""
         dataset = self.make()
         names = list(dataset.class_names)
         if len(names) < 2 or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
@@ -40,6 +41,7 @@ class DatasetConformance(Conformance):
 
     @check
     def test_images_are_of_the_documented_kind(self) -> None:
+        """Images are (1 or 3, H, W), uint8 or float32 in 0..1, one for each index, in both splits."""
         for split in ("train", "test"):
             self._check_images(split)
 
@@ -59,6 +61,7 @@ class DatasetConformance(Conformance):
 
     @check
     def test_images_come_in_the_order_asked_for(self) -> None:
+        """Images come in the order of the indices."""
         dataset = self.make()
         count = min(3, len(dataset.labels("train")))
         forward = dataset.images("train", list(range(count)))
@@ -68,6 +71,7 @@ class DatasetConformance(Conformance):
 
     @check
     def test_the_same_every_time(self) -> None:
+        """Opened again it has the same labels and the same fingerprint."""
         one, two = self.make(), self.make()
         same = [torch.equal(one.labels(split), two.labels(split)) for split in ("train", "test")]
         if one.fingerprint() != two.fingerprint() or not all(same):
@@ -75,6 +79,7 @@ class DatasetConformance(Conformance):
 
     @check
     def test_sources_name_every_image(self) -> None:
+        """`sources` gives one name an image, all different."""
         dataset = self.make()
         found = dataset.sources("train", [1, 0])
         if len(found) != 2 or len(set(found)) != 2:
@@ -82,6 +87,7 @@ class DatasetConformance(Conformance):
 
     @check
     def test_global_random_state_is_untouched(self) -> None:
+        """Opening it and reading images changes no global state."""
         self.make().images("train", [0])
         with global_state_is_kept(f"The dataset '{self.label}'"):
             dataset = self.make()

@@ -48,6 +48,7 @@ class EvaluatorConformance(ShapeConformance):
 
     @check
     def test_returns_rows_of_fractions(self) -> None:
+        """It returns one `ddkit.Evaluation` or more, accuracies in 0..1, `labels` being hard or soft."""
         rows, _ = self._evaluated()
         if not rows or not all(isinstance(row, Evaluation) for row in rows):
             raise Broken(f"The evaluator '{self.label}' returns {rows!r}; it has to be at least one ddkit.Evaluation.")
@@ -60,6 +61,7 @@ class EvaluatorConformance(ShapeConformance):
 
     @check
     def test_same_seed_same_result(self) -> None:
+        """The accuracies are a function of set, data and seed."""
         torch.manual_seed(1)
         one, _ = self._evaluated()
         torch.manual_seed(2)
@@ -69,6 +71,7 @@ class EvaluatorConformance(ShapeConformance):
 
     @check
     def test_inputs_are_unchanged(self) -> None:
+        """The set and the real data are as before, and so is all global state."""
         with global_state_is_kept(f"The evaluator '{self.label}'"):
             _, tensors = self._evaluated()
         _, fresh = self._evaluated()

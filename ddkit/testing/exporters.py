@@ -26,6 +26,7 @@ class ExporterConformance(Conformance):
 
     @check
     def test_writes_into_the_folder_and_changes_nothing(self) -> None:
+        """At least one file is written into the folder, and neither the set nor global state is changed."""
         found = self._set()
         tensors = {"images": found.images, "labels": found.labels}
         before = copies(tensors)
@@ -38,6 +39,7 @@ class ExporterConformance(Conformance):
 
     @check
     def test_same_set_same_files(self) -> None:
+        """The same set gives the same bytes."""
         written = []
         for _ in range(2):
             with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ class LossGroupConformance(Conformance):
 
     @check
     def test_members_are_losses(self) -> None:
+        """There is at least one member, and each is the name of a loss that loads; a group is none."""
         members = self._members()
         if isinstance(members, str) or not members:
             raise Broken(f"The loss group '{self.label}' has the members {members!r}; they have to be the names of at least one loss.")
@@ -32,6 +33,7 @@ class LossGroupConformance(Conformance):
 
     @check
     def test_members_are_named_once(self) -> None:
+        """No loss is named twice."""
         names = Counter(str(name).rpartition("/")[2] for name in self._members())
         twice = [name for name, count in names.items() if count > 1]
         if twice:

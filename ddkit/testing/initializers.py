@@ -42,14 +42,17 @@ class InitializerConformance(ShapeConformance):
 
     @check
     def test_one_image_a_class(self) -> None:
+        """It works with one image a class."""
         self._made(self.start(rows=(1, 1, 1)))
 
     @check
     def test_unbalanced_classes(self) -> None:
+        """It works where classes have different numbers of images."""
         self._made(self.start(rows=(1, 3, 2), real=(5, 4, 2)))
 
     @check
     def test_same_seed_same_images(self) -> None:
+        """The images are a function of the seed: draws come from `start.generator(label)`."""
         torch.manual_seed(1)
         one = self._made(self.start())
         torch.manual_seed(2)
@@ -58,6 +61,7 @@ class InitializerConformance(ShapeConformance):
 
     @check
     def test_a_class_does_not_depend_on_others(self) -> None:
+        """A class that is made alone gets the same images, bit for bit."""
         start = self.start()
         whole = self._made(start)
         rows, real = start.labels == 1, start.real_labels == 1
@@ -72,6 +76,7 @@ class InitializerConformance(ShapeConformance):
 
     @check
     def test_inputs_are_unchanged(self) -> None:
+        """Labels and real images are as before, also after the result is written to, and so is all global state."""
         start = self.start()
         tensors = {"labels": start.labels, "real images": start.real_images, "real labels": start.real_labels}
         before = copies(tensors)

@@ -31,10 +31,12 @@ class ModelConformance(ShapeConformance):
 
     @check
     def test_one_image(self) -> None:
+        """A network maps a single image to finite logits."""
         self._logits((1, 8, 8), rows=1)
 
     @check
     def test_draws_its_weights_from_the_default_generator(self) -> None:
+        """The same state of torch's default generator gives the same weights, another state others."""
         states = [self._network((1, 8, 8), purpose).state_dict() for purpose in ("one", "one", "two")]
         if changed(states[0], states[1]):
             raise Broken(f"The model '{self.label}' gives other weights for the same state of torch's default generator.")
@@ -43,12 +45,14 @@ class ModelConformance(ShapeConformance):
 
     @check
     def test_features_have_a_row_an_image(self) -> None:
+        """The features, those of `embed` or the input of the last linear layer, have shape (n, d)."""
         features = embed(self._network((1, 8, 8)).eval(), noise((3, 1, 8, 8), "x"))
         if features.ndim != 2 or len(features) != 3:
             raise Broken(f"The features of the model '{self.label}' have shape {tuple(features.shape)}, not (3, d).")
 
     @check
     def test_gradients_reach_images_and_parameters(self) -> None:
+        """The logits depend on the images and on every parameter."""
         network, x = self._network((1, 8, 8)), noise((2, 1, 8, 8), "x").requires_grad_()
         wanted = [x, *network.parameters()]
         parts = torch.autograd.grad(network(x).square().sum(), wanted, allow_unused=True)
@@ -57,6 +61,7 @@ class ModelConformance(ShapeConformance):
 
     @check
     def test_state_survives_save_and_load(self) -> None:
+        """A state dict carries everything: a network that loads it gives the same logits."""
         one, two = self._network((1, 8, 8), "one").eval(), self._network((1, 8, 8), "two").eval()
         two.load_state_dict(one.state_dict())
         x = noise((2, 1, 8, 8), "x")

@@ -31,16 +31,18 @@ class ObserverConformance(Conformance):
 
     @check
     def test_is_of_its_kind_and_api(self) -> None:
+        """It has at least one hook: a function of a hook's name, marked `@ddkit.hookimpl`, with arguments that the hook has."""
         observers = Observers([("checked", self.make())])
         if not any(observers.has(hook) for hook in HOOKS):
             raise Broken(f"The observer '{self.label}' has no hook: mark at least one of {', '.join(HOOKS)} with @ddkit.hookimpl.")
 
     @check
     def test_options_survive_a_recipe(self) -> None:
-        """Observers have no options."""
+        """Holds always: an observer has no options."""
 
     @check
     def test_every_hook_can_be_called(self) -> None:
+        """Each of its hooks takes what a run passes, also a record that is None, and raises nothing."""
         from ddkit.recipe import parse_recipe
 
         observer = self.make()

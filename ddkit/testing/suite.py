@@ -130,10 +130,12 @@ class Conformance:
 
     @check
     def test_imports_without_a_gpu(self) -> None:
+        """The module can be imported in a process that sees no GPU."""
         _import_cost(self)
 
     @check
     def test_import_is_cheap(self) -> None:
+        """Importing the module takes 2 s or less beside torch and ddkit."""
         seconds = _import_cost(self)
         if seconds > IMPORT_SECONDS:
             raise Broken(
@@ -143,10 +145,12 @@ class Conformance:
 
     @check
     def test_deviations_are_of_checks(self) -> None:
+        """What the component's `deviations` names are checks of its suite, each with a reason."""
         self._check_names(getattr(self.found(), "deviations", {}), f" of '{self.label}'")
 
     @check
     def test_is_of_its_kind_and_api(self) -> None:
+        """It is a subclass of the kind's base class, with a docstring, written for this plugin API."""
         found, base = self.found(), plugins.BASES[self.kind]
         if not issubclass(found, base):
             raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
@@ -157,6 +161,7 @@ class Conformance:
 
     @check
     def test_options_survive_a_recipe(self) -> None:
+        """The options written to a recipe and read again are the same."""
         import tomllib
 
         import tomli_w
@@ -182,14 +187,17 @@ class ShapeConformance(Conformance):
 
     @check
     def test_one_channel(self) -> None:
+        """It works with images of one channel."""
         self.holds_for(self.one)
 
     @check
     def test_three_channels(self) -> None:
+        """It works with images of three channels."""
         self.holds_for(self.three)
 
     @check
     def test_images_that_are_not_square(self) -> None:
+        """It works with images whose height is not their width."""
         self.holds_for(self.oblong)
 
 
