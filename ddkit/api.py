@@ -25,6 +25,7 @@ from ddkit.files import write_atomic, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
 from ddkit.manifest import MANIFEST, check_listed
+from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
@@ -51,7 +52,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
         "accessible_images": len(job.real.indices),
         "synthetic_images": job.info.classes * recipe.ipc,
         "teacher": recipe.teacher.use if job.needs_teacher else None,
-        "plugins": job.plugins_used(),
+        "plugins": job.plugins_used,
     }
 
 
@@ -138,16 +139,19 @@ def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watch
     """Goes on with a run whose resolved recipe is `table`."""
     recipe = parse_recipe(table)
     newest = directory.newest_checkpoint()
-    start, state = newest or (0, None)
-    if start > recipe.steps:
-        raise RunFilesError(f"{directory.path} is at step {start} already, past --steps {recipe.steps}.")
+    if newest is not None:
+        check_unchanged(newest.plugin_files, directory.path)
+        if newest.step > recipe.steps:
+            raise RunFilesError(f"{directory.path} is at step {newest.step} already, past --steps {recipe.steps}.")
     made = _made(recipe, device, watchers)
-    if state is None:
+    if newest is None:
         directory.reopen()
         _begin(made, directory)
         return _finish(made, directory, watchers, start=0)
+    start = newest.step
+    made.job.plugin_files = newest.plugin_files | made.job.plugin_files
     try:
-        made.engine.load_state(start, state)
+        made.engine.load_state(start, newest.state)
     except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {directory.path} does not fit its recipe: {error}.") from None
     directory.reopen()
@@ -192,7 +196,7 @@ def _begin(made: _Made, directory: RunDirectory) -> None:
         _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
-    directory.write_checkpoint(0, made.engine.state(0))
+    directory.write_checkpoint(0, made.engine.state(0), made.job.plugin_files)
 
 
 def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
@@ -220,7 +224,7 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
             watchers.call("checkpoint_written", index=index, images=images, labels=bank.host_labels, class_names=list(job.info.class_names))
 
     def keep(index: int) -> None:
-        directory.write_checkpoint(index, engine.state(index))
+        directory.write_checkpoint(index, engine.state(index), job.plugin_files)
         show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
@@ -270,7 +274,8 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "seed": recipe.seed,
         "device": str(job.device),
         "threads": torch.get_num_threads(),
-        "plugins": job.plugins_used(),
+        "plugins": job.plugins_used,
+        **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
         "real_files": job.real.sources,
     }
@@ -316,6 +321,7 @@ def _maker(device: str, observers: Sequence[Any]) -> Callable[[Recipe, Path], No
 
     def make(recipe: Recipe, path: Path) -> None:
         if (path / MANIFEST).is_file():
+            check_unchanged(RunDirectory(path).read_manifest().get("plugin_files", {}), path)
             return
         if (path / RECIPE).is_file():
             resume(path, device=device, observers=observers)

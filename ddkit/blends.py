@@ -160,9 +160,11 @@ def _blend_facts(recipe: Recipe, paths: Sequence[Path]) -> dict[str, Any]:
     files = [path / FILE if path.is_dir() else path for path in paths]
     manifests = [RunDirectory(path).read_manifest() for path in paths if (path / MANIFEST).is_file()]
     plugins_ = [plugin for manifest in manifests for plugin in manifest.get("plugins", [])]
+    files_of_plugins = {file: digest for manifest in manifests for file, digest in manifest.get("plugin_files", {}).items()}
     real = [source for manifest in manifests for source in manifest.get("real_files", [])]
     return {
         "threads": torch.get_num_threads(),
+        **({"plugin_files": files_of_plugins} if files_of_plugins else {}),
         "plugins": [plugin for number, plugin in enumerate(plugins_) if plugin not in plugins_[:number]],
         "real_files": sorted(set(real), key=str),
         "blend": {"alpha": recipe.blend.alpha, "parts": [{"path": str(file), "sha256": sha256(file)} for file in files]},

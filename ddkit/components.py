@@ -40,12 +40,14 @@ class Component:
     """Base of every named component; `options` are validated before the component is built.
 
     `api` is the version of the plugin API that the class was written for; another number is refused on load.
-    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `origin` is the
-    distribution and version of a stranger's component, "" for ddkit's own; ddkit fills it in.
+    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `deviations` maps a
+    check of the conformance suite that the component does not pass, on purpose, to the reason. `origin` is the distribution
+    and version of a stranger's component, "" for ddkit's own; ddkit fills it in.
     """
 
     api: ClassVar[int] = 1
     argument: ClassVar[str | None] = None
+    deviations: ClassVar[Mapping[str, str]] = {}
     Options: type[Options] = Options
     requires: Requires = Requires()
     origin: str = ""
@@ -78,15 +80,26 @@ class Loss(Component):
     order_invariant: ClassVar[bool] = False
 
     def __call__(self, step: Step) -> Tensor:
+        """Returns the value at a step: a finite scalar attached to the graph of `step.images` or of an extra parameter.
+
+        Called once a step, or once for each chunk of classes. It may raise InputError where its options do not fit what the step
+        holds; anything else that it raises ends the run with its name.
+        """
         raise NotImplementedError
 
     def initial(self, step: Step) -> Mapping[str, Tensor]:
-        """Returns initial values of declared parameters that depend on the data ({}: those declared). Called once."""
+        """Returns initial values, by name, of declared parameters that depend on the data ({}: those declared).
+
+        Called once, before the first step of a new run.
+        """
         return {}
 
 
 class LossGroup(Component):
-    """A name for several losses, chosen together; their weights stay the recipe's."""
+    """A name for several losses, chosen together; their weights stay the recipe's.
+
+    `members` are their names, each once.
+    """
 
     members: ClassVar[tuple[str, ...]] = ()
 
@@ -112,7 +125,10 @@ class Initializer(Component):
         """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run."""
 
     def __call__(self, start: Start) -> Tensor:
-        """Returns (n, C, H, W) normalised images, one for each of `start.labels`."""
+        """Returns (n, C, H, W) float32 normalised images, one for each of `start.labels`: finite, and no view of the real ones.
+
+        Called once, before the first step of a new run.
+        """
         raise NotImplementedError
 
 
@@ -126,7 +142,10 @@ class Augmenter(Component):
     rowwise: ClassVar[bool] = False
 
     def sample(self, generator: Generator, groups: int) -> dict[str, Tensor]:
-        """Returns parameters for `groups` groups, each tensor of first dimension `groups`."""
+        """Returns parameters for `groups` groups by name, each tensor of first dimension `groups`, on the CPU.
+
+        Draws from `generator` alone. A group is a class in a step, an image in a training batch.
+        """
         raise NotImplementedError
 
     def sample_batch(self, generator: Generator, rows: int) -> dict[str, Tensor]:
@@ -134,7 +153,10 @@ class Augmenter(Component):
         return self.sample(generator, rows)
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Returns x (n, C, H, W) augmented; row i uses row i of each parameter tensor."""
+        """Returns x (n, C, H, W), normalised, augmented: of the same shape and type, differentiable in x.
+
+        Row i uses row i of each parameter tensor. Draws nothing.
+        """
         raise NotImplementedError
 
 
@@ -184,6 +206,10 @@ class Evaluator(Component):
         """Raises DdkitError where the options cannot work with this data. Called before the run."""
 
     def __call__(self, artifact: Artifact, data: EvaluationData, teacher: Teacher | None) -> Sequence[Evaluation]:
+        """Returns one row or more; accuracies are fractions in 0..1. `teacher` is None unless it is required, or one was given.
+
+        Called at the end of a run and by `ddkit evaluate`. Every draw is keyed by `data.seed`.
+        """
         raise NotImplementedError
 
 
@@ -195,6 +221,11 @@ class Model(Component):
     """
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        """Returns a new network for images (channels, *size), size being (height, width) in pixels.
+
+        Weights come from torch's default generator, which ddkit seeds for this call. Raises InputError where there is no such
+        network for that size.
+        """
         raise NotImplementedError
 
 
@@ -202,6 +233,7 @@ class Dataset(Component):
     """Labelled real images in two splits, "train" and "test"; labels are had without opening an image.
 
     `directory` is where a dataset that downloads keeps its files. `mirror` says whether a mirrored image keeps its class.
+    Methods raise InputError where a file is missing or cannot be read, or there is no network.
     """
 
     mirror: ClassVar[bool] = True
@@ -212,17 +244,17 @@ class Dataset(Component):
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Class names in label order."""
+        """Class names in label order: at least two, all different."""
         raise NotImplementedError
 
     def labels(self, split: str) -> Tensor:
-        """Returns (n,) int64 labels of a split."""
+        """Returns (n,) int64 labels of a split, in 0..K-1; opens no image."""
         raise NotImplementedError
 
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
-        """Returns the images (C, H, W) of `indices`, uint8 or float in 0..1; sizes and channels may differ.
+        """Returns the images (C, H, W) of `indices` in their order, uint8 or float32 in 0..1, C being 1 or 3; opens no other.
 
-        Where they do not, they may be one new tensor (n, C, H, W), which saves a copy.
+        Sizes and channels may differ. Where they do not, they may be one new tensor (n, C, H, W), which saves a copy.
         """
         raise NotImplementedError
 
@@ -250,4 +282,5 @@ class Exporter(Component):
     """Writes a synthetic set in a format that others read."""
 
     def __call__(self, artifact: Artifact, folder: str) -> None:
+        """Writes one file or more into `folder`, which is there and empty; the same set gives the same bytes."""
         raise NotImplementedError

@@ -47,10 +47,10 @@ def step_finished(index: int, steps: int, record: Mapping[str, Any] | None) -> N
 
 @hookspec
 def checkpoint_written(index: int, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Called: when the run starts or goes on, and after each checkpoint. Receives: the number of steps done; copies of the images
+    """Called: when the run starts or goes on, and after each checkpoint. Receives: the number of steps done, copies of the images.
 
-    (n, C, H, W) in pixel units and of the labels (n,), on the CPU; the class names. May: write or draw. May not: change the run.
-    Since: 0.1.
+    The images are (n, C, H, W) in pixel units, the labels (n,), both on the CPU, with the class names in label order.
+    May: write or draw. May not: change the run. Since: 0.1.
     """
 
 

@@ -13,7 +13,7 @@ import msgspec
 import torch
 from torch import nn
 
-from ddkit import plugins
+from ddkit import pluginfile, plugins
 from ddkit.bank import Bank
 from ddkit.blame import blamed, called
 from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
@@ -53,6 +53,8 @@ class Job:
         self.real = RealData.of(recipe, self.dataset, self._shape())
         self.info: DataInfo = self.real.info
         self._build_components()
+        self.plugin_files = pluginfile.known()
+        self.plugins_used = self._plugins_used()
 
     def _without_data(self) -> Dataset | None:
         """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""
@@ -349,7 +351,7 @@ class Job:
             },
         )
 
-    def plugins_used(self) -> list[dict[str, str]]:
+    def _plugins_used(self) -> list[dict[str, str]]:
         """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
         recipe = self.recipe
         named = [

@@ -16,9 +16,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ddkit.errors import FlagError, PluginError
+from ddkit.errors import FlagError, PluginError, RunFilesError
 
-VARIABLE = "DDKIT_PLUGIN_FILES"  # a JSON list of paths: how processes that a run starts know the files
+VARIABLE = "DDKIT_PLUGIN_FILES"  # a JSON object, path to sha256: how processes that a run starts know the files, and as what they were
+
+
+class FileChanged(PluginError):
+    """A plugin file is another one than it was when the run that uses it began."""
 
 
 def checked(path: str | Path) -> Path:
@@ -29,18 +33,39 @@ def checked(path: str | Path) -> Path:
     return file
 
 
-def remember(file: Path) -> None:
-    """Makes `file` one of the plugin files of this process and of those that it starts."""
-    if file not in paths():
-        os.environ[VARIABLE] = json.dumps([str(each) for each in (*paths(), file)])
+def remember(files: Mapping[str, str]) -> None:
+    """Makes these the plugin files of this process and of those that it starts, path to sha256."""
+    os.environ[VARIABLE] = json.dumps(dict(files))
 
 
-def paths() -> tuple[Path, ...]:
-    """Returns the plugin files of this process, in the order in which they were given."""
+def known() -> dict[str, str]:
+    """Returns the plugin files of this process, path to sha256, in the order in which they were given."""
     try:
-        return tuple(Path(part) for part in json.loads(os.environ.get(VARIABLE) or "[]"))
-    except (ValueError, TypeError):
-        raise FlagError(f"The environment variable {VARIABLE} is no JSON list of paths. Unset it, and name files with --plugin.") from None
+        return {file: str(digest) for file, digest in json.loads(os.environ.get(VARIABLE) or "{}").items()}
+    except (ValueError, TypeError, AttributeError):
+        raise FlagError(
+            f"The environment variable {VARIABLE} is no JSON object of paths and sha256. Unset it, and name files with --plugin."
+        ) from None
+
+
+def check_unchanged(began: Mapping[str, str], run: Path) -> None:
+    """Raises RunFilesError where a plugin file that `run` began with (path to sha256) is another one in this process.
+
+    A file that moved is the same one; one that is not given at all is told where its component is looked for.
+    """
+    now = known()
+    gone = {file: digest for file, digest in began.items() if digest not in now.values()}
+    new = {file: digest for file, digest in now.items() if digest not in began.values()}
+    if not gone or not new:
+        return
+    file = next(iter([each for each in gone if each in new] or gone))
+    other = file if file in new else next(iter([each for each in new if Path(each).name == Path(file).name] or new))
+    what = "has changed since" if other == file else f"is not {other}"
+    raise RunFilesError(
+        f"{run} began with the plugin file {file}, which {what}: its sha256 was {gone[file][:12]}, and is {new[other][:12]} now. A run is "
+        f"continued with the code that it began with: bring the file back as it was, or start anew with "
+        f"`ddkit distill --recipe {run / 'recipe.toml'} --plugin {other}`."
+    )
 
 
 class _Loader(SourceFileLoader):
@@ -60,14 +85,23 @@ class _Loader(SourceFileLoader):
 
 
 class PluginFile:
-    """A plugin file as it was read: its `sha256`, and the `module` that was made of those very bytes."""
+    """A plugin file as it was read: its `sha256`, and the `module` that was made of those very bytes.
 
-    def __init__(self, file: Path) -> None:
+    Raises PluginError where it cannot be read or imported; with `expected`, FileChanged where its sha256 is another, having
+    run none of it.
+    """
+
+    def __init__(self, file: Path, expected: str = "") -> None:
         try:
             content = file.read_bytes()
         except OSError as error:
             raise PluginError(f"The plugin file {file} could not be read: {error.strerror}.") from None
         self.file, self.sha256 = file, hashlib.sha256(content).hexdigest()
+        if expected and self.sha256 != expected:
+            raise FileChanged(
+                f"The plugin file {file} has changed since the process that started this one read it: its sha256 was {expected[:12]}, "
+                f"and is {self.sha256[:12]} now. Bring the file back as it was, or start anew."
+            )
         self.module = self._module(content)
 
     def _module(self, content: bytes) -> ModuleType:
@@ -114,6 +148,21 @@ def _line(error: BaseException, file: Path) -> str:
             lines.append(trace.tb_lineno)
         trace = trace.tb_next
     return f", line {lines[-1]}" if lines else ""
+
+
+_OPENED: dict[tuple[str, str], PluginFile] = {}
+
+
+def opened(file: str, digest: str = "") -> PluginFile:
+    """Returns the plugin file as this process read it when its sha256 was `digest`, or as it is now.
+
+    Raises FileChanged where this process has not read it and it is another one by now; without `digest` it is read anew.
+    """
+    if (file, digest) not in _OPENED:
+        found = PluginFile(Path(file), digest)
+        _OPENED[file, found.sha256] = found
+        return found
+    return _OPENED[file, digest]
 
 
 def hyphenated(name: str) -> str:

@@ -46,7 +46,7 @@ BASES: dict[str, type[components.Component]] = {
     "dataset": components.Dataset,
     "exporter": components.Exporter,
 }
-CHECKED = (*(kind for kind in BASES if kind != "loss-group"), "observer")  # kinds that have a conformance suite
+CHECKED = (*BASES, "observer")  # kinds that have a conformance suite
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
@@ -106,10 +106,12 @@ def plugins() -> tuple[Plugin, ...]:
         found = [p for p in found if p.first_party or p.distribution in names]
     listed = [item for p in found for item in (_files(p) if p.kind in DATA_KINDS else [p])]
     order = list(GROUPS)
-    for path in pluginfile.paths():
+    for path, digest in pluginfile.known().items():
         try:
-            listed += _of_file(path)
-        except PluginError as error:  # named by the environment, and gone or broken since
+            listed += _of_file(pluginfile.opened(path, digest))
+        except pluginfile.FileChanged:
+            raise
+        except PluginError as error:  # named by the environment, and gone or broken here
             log.warning("%s", error)
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
@@ -124,11 +126,24 @@ def add_plugin_file(path: str | Path) -> None:
     """Makes the components of one Python file available by name, here and in processes that this one starts.
 
     Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
-    whose name is taken. A file that was edited is read anew.
+    whose name is taken. A file that was edited is read anew, by this call alone: whatever a run does later, and the processes
+    that it starts, use what was read here.
     """
-    file = pluginfile.checked(path)
-    installed = [p for p in plugins() if p.file != str(file)]
-    added = _of_file(file)
+    file = str(pluginfile.checked(path))
+    added = _of_file(pluginfile.opened(file))
+    before = pluginfile.known()
+    pluginfile.remember(before | {file: added[0].sha256})
+    plugins.cache_clear()
+    try:
+        _check_names(path, added, [p for p in plugins() if p.file != file])
+    except BaseException:
+        pluginfile.remember(before)
+        plugins.cache_clear()
+        raise
+
+
+def _check_names(path: str | Path, added: Sequence[Plugin], installed: Sequence[Plugin]) -> None:
+    """Raises PluginError where a component of a plugin file has the name of another one."""
     for number, plugin in enumerate(added):
         others = [p for p in (*added[:number], *installed) if p.name == plugin.name and share_names(p.kind, plugin.kind)]
         if others:
@@ -137,8 +152,6 @@ def add_plugin_file(path: str | Path) -> None:
                 f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', a name that {owner} "
                 "has already. Give the class another name: a component is called as its class, with hyphens."
             )
-    pluginfile.remember(file)
-    plugins.cache_clear()
 
 
 def share_names(kind: str, other: str) -> bool:
@@ -146,12 +159,11 @@ def share_names(kind: str, other: str) -> bool:
     return kind == other or {kind, other} == {"loss", "loss-group"}
 
 
-def _of_file(path: Path) -> list[Plugin]:
-    found = pluginfile.PluginFile(path)
+def _of_file(found: pluginfile.PluginFile) -> list[Plugin]:
     return [
         Plugin(
-            kind=kind, name=name, distribution=path.name, version=found.sha256[:12], value=f"{each.__module__}:{each.__name__}",
-            file=str(path), sha256=found.sha256,
+            kind=kind, name=name, distribution=found.file.name, version=found.sha256[:12], value=f"{each.__module__}:{each.__name__}",
+            file=str(found.file), sha256=found.sha256,
         )
         for kind, name, each in found.classes(BASES)
     ]  # fmt: skip

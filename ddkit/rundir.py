@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 import tomli_w
@@ -55,6 +55,14 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     seconds: float
     evaluations: list[Evaluation]
+
+
+class Checkpoint(NamedTuple):
+    """The state before step `step`, and the plugin files of the run, path to sha256."""
+
+    step: int
+    state: dict[str, Tensor]
+    plugin_files: dict[str, str]
 
 
 class RunDirectory:
@@ -176,8 +184,11 @@ class RunDirectory:
         self._recipe = _recipe_key(table)
         return table
 
-    def write_checkpoint(self, step: int, state: Mapping[str, Tensor]) -> None:
-        """Writes the state before step `step` and removes all but the last two checkpoints."""
+    def write_checkpoint(self, step: int, state: Mapping[str, Tensor], plugin_files: Mapping[str, str] | None = None) -> None:
+        """Writes the state before step `step` and removes all but the last two checkpoints.
+
+        `plugin_files` (path to sha256) go into the metadata: an unfinished run has no manifest to tell them.
+        """
         folder = self.path / CHECKPOINTS
         try:
             if not folder.is_dir():
@@ -187,7 +198,8 @@ class RunDirectory:
                 sync(self.path / METRICS)  # what a checkpoint relies on is on the disk before it
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, {"step": step, "recipe": self._recipe})
+        record = {"step": step, "recipe": self._recipe} | ({"plugin_files": dict(plugin_files)} if plugin_files else {})
+        write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
         self._drop(self._checkpoints()[KEPT_CHECKPOINTS:])
 
     def _checkpoints(self) -> list[Path]:
@@ -205,8 +217,8 @@ class RunDirectory:
             with suppress(OSError):  # one too many does no harm
                 file.unlink()
 
-    def newest_checkpoint(self) -> tuple[int, dict[str, Tensor]] | None:
-        """Returns (step, state) of the newest checkpoint that reads whole, None where none was written yet.
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest checkpoint that reads whole, None where none was written yet.
 
         Tells of those that it passes over; raises RunFilesError where there are some and none can be read.
         """
@@ -227,15 +239,18 @@ class RunDirectory:
             )
         return None
 
-    def _checkpoint(self, file: Path) -> tuple[int, dict[str, Tensor]]:
-        """Returns (step, state) of a checkpoint; raises ValueError saying why it cannot be used."""
+    def _checkpoint(self, file: Path) -> Checkpoint:
+        """Returns a checkpoint; raises ValueError saying why it cannot be used."""
         tensors, record = read_tensors(file)
         step, recipe = record.get("step"), record.get("recipe") or self._recipe
         if not isinstance(step, int) or file.name != f"step-{step:08d}.safetensors":
             raise ValueError(f"{file} does not record the step of its name")
         if self._recipe and recipe != self._recipe:
             raise ValueError(f"{file} is a checkpoint of another run: its recipe is not that of {self.path / RECIPE}")
-        return step, tensors
+        try:
+            return Checkpoint(step, tensors, msgspec.convert(record.get("plugin_files", {}), dict[str, str]))
+        except msgspec.ValidationError as error:
+            raise ValueError(f"{file} names plugin files that are none: {error}") from None
 
     def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
         """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log."""

@@ -1,21 +1,28 @@
-"""Writes the pages that the code can write: components.md, a page for each component, cli.md. `python docs/generate.py`."""
+"""Writes what the code can write: components.md, a page for each component, cli.md, and the marked parts of the pages of kinds.
+
+`python docs/generate.py`. In docs/kinds/ everything between `<!-- generated: WHAT -->` and `<!-- end -->` is written anew; the
+prose around it is written by hand.
+"""
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
-from ddkit import plugins
+import ddkit
+from ddkit import hookspecs, plugins, scaffold, testing
 from ddkit.cli import cli
 from ddkit.options import describe_options
 
 DOCS = Path(__file__).parent
+KINDS = DOCS / "kinds"
+MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# Components
 
 What comes with ddkit, by kind. `ddkit list` shows the same and whatever else is installed; `ddkit info NAME` shows
@@ -39,6 +46,12 @@ CHOSEN = {
     "model": "ddkit distill --model NAME",
     "dataset": "ddkit distill --dataset NAME",
 }
+NEEDS_NO_NAME = {
+    "exporter": "nothing yet: the command `export` is to come",
+    "recipe": "`--recipe NAME`",
+    "study": "`ddkit reproduce`",
+    "observer": "installed is enough",
+}
 WHERE = {
     "loss": "`losses.NAME`",
     "initializer": "`initializer`",
@@ -52,7 +65,8 @@ WHERE = {
 def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
     own = [p for p in plugins.plugins() if p.first_party and p.kind not in plugins.DATA_KINDS]
-    return {DOCS / "components.md": _list(), DOCS / "cli.md": _commands(), **{DOCS / _file(p): _component(p) for p in own}}
+    found = {DOCS / "components.md": _list(), DOCS / "cli.md": _commands(), **{DOCS / _file(p): _component(p) for p in own}}
+    return found | {page: _filled(page) for page in sorted(KINDS.glob("*.md"))}
 
 
 def _file(plugin: plugins.Plugin) -> str:
@@ -78,7 +92,7 @@ def _component(plugin: plugins.Plugin) -> str:
     if asked:
         rows = [f"| `{key}` | {_cell(value)} |" for key, value in asked.items()]
         parts.append("\n".join(["## What it requires", "", "| requirement | value |", "|---|---|", *rows, ""]))
-    parts.append("[All components](../components.md)\n")
+    parts.append(f"[All components](../components.md), [what every {plugin.kind} has to keep](../kinds/{plugin.kind}.md)\n")
     return "\n".join(parts)
 
 
@@ -131,10 +145,9 @@ def _list() -> str:
 
 
 def _section(kind: str, found: list[plugins.Plugin]) -> Iterator[str]:
-    title = {"loss": "Losses", "study": "Studies"}.get(kind, f"{kind.replace('-', ' ').capitalize()}s")
-    yield f"## {title}\n"
-    if kind in WHERE:
-        yield f"Options go under {WHERE[kind]}.\n"
+    yield f"## {_plural(kind)}\n"
+    where = f"Options go under {WHERE[kind]}. " if kind in WHERE else ""
+    yield f"{where}What a {kind.replace('-', ' ')} is and how to write one: [the page of the kind](kinds/{kind}.md).\n"
     last = {"loss-group": "members", "recipe": "", "study": ""}.get(kind, "options and defaults")
     yield f"| name | what it is |{f' {last} |' if last else ''}"
     yield f"|---|---|{'---|' if last else ''}"
@@ -143,6 +156,10 @@ def _section(kind: str, found: list[plugins.Plugin]) -> Iterator[str]:
         name = f"`{plugin.name}`" if plugin.kind in plugins.DATA_KINDS else f"[`{plugin.name}`]({_file(plugin)})"
         yield f"| {name} | {summary} |{f' {_details(plugin)} |' if last else ''}"
     yield ""
+
+
+def _plural(kind: str) -> str:
+    return {"loss": "Losses", "study": "Studies"}.get(kind, f"{kind.replace('-', ' ').capitalize()}s")
 
 
 def _details(plugin: plugins.Plugin) -> str:
@@ -158,6 +175,129 @@ def _option(option: dict[str, Any]) -> str:
     default = option["default"]
     text = "left out" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
     return f"`{option['name']}` {text or 'required'}"
+
+
+# The pages of kinds
+
+
+def _filled(page: Path) -> str:
+    """Returns a page of docs/kinds with its marked parts as the code has them."""
+
+    def fill(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{PARTS[match[2]](match[3] or page.stem)}\n\n{match[4]}"
+
+    return MARKED.sub(fill, page.read_text(encoding="utf-8"))
+
+
+def _facts(kind: str) -> str:
+    """Returns the table at the head of a kind's page."""
+    base = plugins.BASES.get(kind)
+    chosen = f"`{CHOSEN[kind].removeprefix('ddkit distill ')}`" if kind in CHOSEN else NEEDS_NO_NAME[kind]
+    rows = {
+        "base class": f"`ddkit.{base.__name__}`" if base else "functions marked `@ddkit.hookimpl`" if kind == "observer" else "none: TOML",
+        "entry-point group": f"`{plugins.GROUPS[kind]}`",
+        "chosen by": chosen,
+        "options in a recipe": WHERE.get(kind, ""),
+        "conformance suite": f"`ddkit.testing.{testing.SUITES[kind].__name__}`, `ddkit check {kind} NAME`"
+        if kind in testing.SUITES
+        else "",
+        "a package to begin with": f"`ddkit new {kind} my-{kind}`" if kind in scaffold.KINDS else "",
+        "what is installed": f"`ddkit list {kind}`",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)])
+
+
+def _reference(name: str) -> str:
+    """Returns what a public class says of itself: docstring, attributes, fields, methods with their signatures."""
+    found = getattr(ddkit, name)
+    parts = [_prose(inspect.getdoc(found) or "")]
+    if issubclass(found, msgspec.Struct):
+        fields = [f"{field.name}: {_type(found, field.name)}{_field_default(field)}" for field in msgspec.structs.fields(found)]
+        parts.append("Fields: " + ", ".join(f"`{field}`" for field in fields) + ".")
+    else:
+        values = {key: getattr(found, key) for key in inspect.get_annotations(found) if not key.startswith("_")}
+        shown = [f"`{key} = {_value(value)}`" for key, value in values.items()]
+        parts += ["Attributes of the class: " + ", ".join(shown) + "."] if shown else []
+    parts += [part for key, member in vars(found).items() if (part := _member(key, member))]
+    return "\n\n".join(parts)
+
+
+def _value(value: Any) -> str:
+    if inspect.isclass(value):
+        return value.__name__
+    return f"{type(value).__name__}()" if isinstance(value, msgspec.Struct) else repr(value)
+
+
+def _type(found: type, name: str) -> str:
+    return str(found.__annotations__[name])
+
+
+def _field_default(field: Any) -> str:
+    if field.required:
+        return ""
+    return f" = {field.default if field.default is not msgspec.NODEFAULT else field.default_factory()!r}"
+
+
+def _member(name: str, member: Any) -> str:
+    """Returns signature and docstring of a method or property that is public and documented, else ""."""
+    plain = member.__func__ if isinstance(member, classmethod | staticmethod) else member
+    text = inspect.getdoc(plain.fget if isinstance(plain, property) else plain) if not isinstance(plain, type) else None
+    if isinstance(plain, property) and not name.startswith("_"):
+        return f"**`{name} -> {plain.fget.__annotations__['return']}`** (a property)" + (f"\n\n{_prose(text)}" if text else "")
+    if not inspect.isfunction(plain) or not text or (name.startswith("_") and name != "__call__"):
+        return ""
+    return f"**`{name}{_signature(plain)}`**\n\n{_prose(text)}"
+
+
+def _signature(function: Any) -> str:
+    """Returns the arguments, without self, and the result of a function as its source has them."""
+    signature = inspect.signature(function)
+    kept = [each for each in signature.parameters.values() if each.name not in ("self", "cls")]
+    return str(signature.replace(parameters=kept)).replace("'", "")
+
+
+def _checks(kind: str) -> str:
+    """Returns the table of the checks of a kind's suite."""
+    suite = testing.SUITES[kind]
+    rows = [f"| `{name}` | {_cell(' '.join(str(getattr(suite, method).__doc__).split()))} |" for name, method in suite.checks().items()]
+    return "\n".join(["| check | what has to hold |", "|---|---|", *rows])
+
+
+def _own(kind: str) -> str:
+    """Returns the table of what comes with ddkit of a kind."""
+    rows = [
+        f"| {f'`{p.name}`' if p.kind in plugins.DATA_KINDS else f'[`{p.name}`](../{_file(p)})'} | {_cell(plugins.status(p)[1])} |"
+        for p in plugins.plugins()
+        if p.kind == kind and p.first_party
+    ]
+    return "\n".join(["| name | what it is |", "|---|---|", *rows]) if rows else "None."
+
+
+def _hooks(_: str) -> str:
+    """Returns what every hook says of itself, in the order of a run."""
+    parts = []
+    for hook in hookspecs.HOOKS:
+        function = getattr(hookspecs, hook)
+        text = " ".join((inspect.getdoc(function) or "").split())
+        answers = re.findall(r"(Called|Receives|May|May not|Since): (.*?)(?= (?:Receives|May|May not|Since): |$)", text)
+        parts.append("\n".join([f"### {hook}\n\n`{hook}{_signature(function)}`\n", *(f"- {key}: {value}" for key, value in answers)]))
+    return "\n\n".join(parts)
+
+
+def _kinds(_: str) -> str:
+    """Returns the table of all kinds."""
+    rows = []
+    for kind in plugins.GROUPS:
+        base = plugins.BASES.get(kind)
+        suite = testing.SUITES.get(kind)
+        cells = [f"[{kind}]({kind}.md)", f"`ddkit.{base.__name__}`" if base else "", f"`{plugins.GROUPS[kind]}`"]
+        rows.append(f"| {' | '.join([*cells, f'`{suite.__name__}`' if suite else ''])} |")
+    return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
+
+
+PARTS: dict[str, Callable[[str], str]] = {
+    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

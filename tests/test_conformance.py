@@ -13,6 +13,7 @@ from ddkit.testing import (
     EvaluatorConformance,
     InitializerConformance,
     LossConformance,
+    LossGroupConformance,
     ModelConformance,
     ObserverConformance,
 )
@@ -55,6 +56,10 @@ class TestTotalVariation(LossConformance):
 
 class TestImageNorm(LossConformance):
     component = "image-norm"
+
+
+class TestDkkt(LossGroupConformance):
+    component = "dkkt"
 
 
 class TestFeatureRegression(LossConformance):
@@ -170,4 +175,4 @@ def test_every_component_of_ddkit_has_a_conformance_test() -> None:
 
 
 def test_every_kind_that_a_stranger_can_write_has_a_suite() -> None:
-    assert set(testing.SUITES) == set(plugins.GROUPS) - {"loss-group", *plugins.DATA_KINDS}
+    assert set(testing.SUITES) == set(plugins.GROUPS) - set(plugins.DATA_KINDS)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +19,12 @@ import click
 import msgspec
 import pytest
 
-from ddkit import plugins
+import ddkit
+from ddkit import pluginfile, plugins, testing
 from ddkit.cli import cli as command_line
 from ddkit.recipe import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.study import Study, SystemTable, parse_study
+from ddkit.testing.suite import check as suite_check
 from tests.conftest import SMALL_FLAGS, Result
 
 ROOT = Path(__file__).parent.parent
@@ -69,9 +73,9 @@ def _context(command: str) -> tuple[str, click.Context]:
     """Returns (subcommand, its parsed context) of a command line; click raises where it does not parse."""
     words = [word for word in shlex.split(command, comments=True)[1:] if word != "--traceback"]
     name, *arguments = words
-    if "--plugin" in arguments:  # parsing it would import the file
+    written = {block.file for page in PAGES for block in blocks(page)}
+    while "--plugin" in arguments:  # parsing it would import the file
         place = arguments.index("--plugin")
-        written = {block.file for page in PAGES for block in blocks(page)}
         assert arguments[place + 1] in written or (ROOT / arguments[place + 1]).is_file(), "a file that a page has you write, or an example"
         del arguments[place : place + 2]
     found = command_line.commands[name]
@@ -84,7 +88,7 @@ def test_commands_in_the_docs_parse(page: Path, command: str) -> None:
         assert command.split()[1] in {*command_line.commands, "--help", "--version"}
         return
     name, context = _context(command)
-    if name in ("distill", "train"):
+    if name in ("distill", "train") and "--plugin" not in command:
         _check_names(context.params)
 
 
@@ -96,12 +100,6 @@ def _check_names(flags: dict[str, Any]) -> None:
         "attention-matching",
         "centre",
         "class-mean",
-        "mean-image",
-        "brightness",
-        "nearest-mean",
-        "linear",
-        "tones",
-        "contrast",
     }
     words = {word for value in flags.values() for word in re.split(r"[,:]", str(value))}
     if words & made_on_the_page or "/" in str(flags.get("recipe") or "") or str(flags.get("recipe")).endswith(".toml"):
@@ -307,12 +305,155 @@ def test_documented_errors_are_what_one_gets(cli: CLI, arguments: list[str], mes
     assert message in (ROOT / "docs" / "writing-a-loss.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("documented_plugins")
-def test_the_other_documented_kinds_work_by_name(cli: CLI) -> None:
-    line = next(c for page, c in COMMANDS if page.name == "writing-a-loss.md" and "tones" in c)
-    result = cli(*shlex.split(line)[1:])
+# The pages of kinds
+
+
+KINDS = ROOT / "docs" / "kinds"
+MADE = [kind for kind in plugins.GROUPS if kind not in plugins.DATA_KINDS]
+
+
+def _lacking(kinds: Mapping[str, str], suites: Mapping[str, type[testing.Conformance]]) -> list[str]:
+    """Returns what the pages of `kinds` (kind to entry-point group) lack, and the kinds of code without a suite."""
+    found = []
+    for kind, group in kinds.items():
+        page = KINDS / f"{kind}.md"
+        if not page.is_file():
+            found.append(f"{kind}: no page")
+            continue
+        text = page.read_text(encoding="utf-8")
+        wanted = ["<!-- generated: facts -->", "<!-- generated: own -->", f"`{group}`", f'[project.entry-points."{group}"]', "## Example"]
+        if kind in plugins.BASES:
+            wanted += [f"<!-- generated: class {plugins.BASES[kind].__name__} -->"]
+        if kind not in plugins.DATA_KINDS:
+            wanted += ["<!-- generated: checks -->", "## What it may do, and may not"] if kind != "loss-group" else []
+            found += [] if kind in suites else [f"{kind}: no suite"]
+        wanted += [f"| `{check}` |" for check in (suites[kind].checks() if kind in suites else ())]
+        found += [f"{kind}: {part}" for part in wanted if part not in text]
+    return found
+
+
+def test_every_kind_has_a_page_with_all_parts_and_a_suite() -> None:
+    assert _lacking(plugins.GROUPS, testing.SUITES) == []
+    assert {page.stem for page in KINDS.glob("*.md")} == {*plugins.GROUPS, "index"}
+
+
+def test_a_kind_without_a_page_suite_or_check_on_it_would_be_noticed() -> None:
+    assert _lacking({**plugins.GROUPS, "widget": "ddkit.widgets"}, testing.SUITES) == ["widget: no page"]
+    suites = {kind: suite for kind, suite in testing.SUITES.items() if kind != "model"}
+    assert _lacking(plugins.GROUPS, suites) == ["model: no suite"]
+
+    class More(testing.ModelConformance):
+        @suite_check
+        def test_something_new(self) -> None:
+            """Is new."""
+
+    assert _lacking(plugins.GROUPS, {**testing.SUITES, "model": More}) == ["model: | `something-new` |"]
+
+
+def test_every_check_and_every_method_of_a_base_class_says_what_it_is() -> None:
+    silent = [
+        f"{kind} {check}"
+        for kind, suite in testing.SUITES.items()
+        for check, method in suite.checks().items()
+        if not getattr(suite, method).__doc__
+    ]
+    silent += [
+        f"{base.__name__}.{name}"
+        for base in plugins.BASES.values()
+        for name, member in vars(base).items()
+        if callable(member) and (not name.startswith("_") or name == "__call__") and not member.__doc__
+    ]
+    assert silent == []
+
+
+def test_a_changed_signature_or_docstring_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: Any, ipc: int, available: int, more: str = "x") -> None:
+        """Raises for another reason."""
+
+    monkeypatch.setattr(ddkit.Initializer, "check", check)
+    text = _generator().pages()[KINDS / "initializer.md"]
+    assert "**`check(ipc: int, available: int, more: str = x) -> None`**\n\nRaises for another reason." in text
+    assert text != (KINDS / "initializer.md").read_text(encoding="utf-8")
+
+
+def _made_on(page: Path) -> tuple[str, str, Any]:
+    """Returns (group, name, object) of the entry point that a page of a kind shows, from the code on that page."""
+    (code,) = [block for block in blocks(page) if (block.file or "").endswith(".py")]
+    (points,) = [
+        tomllib.loads(b.text)["project"]["entry-points"] for b in blocks(page) if b.language == "toml" and "entry-points" in b.text
+    ]
+    ((group, named),) = points.items()
+    ((name, value),) = named.items()
+    module, _, attribute = value.partition(":")
+    assert code.file == f"{module}.py"
+    namespace: dict[str, Any] = {"__name__": module}
+    exec(compile(code.text, str(code.file), "exec", dont_inherit=True), namespace)
+    return group, name, namespace[attribute]
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_the_example_of_a_kind_passes_every_check_of_its_suite(kind: str) -> None:
+    group, name, made = _made_on(KINDS / f"{kind}.md")
+    assert group == plugins.GROUPS[kind]
+    assert plugins.NAME.fullmatch(name)
+    suite = type("Example", (testing.SUITES[kind],), {"component": made})()
+    for method in suite.checks().values():
+        getattr(suite, method)()
+
+
+WITH_FILES = [(page, command) for page, command in COMMANDS if page.parent == KINDS and "--plugin" in command]
+
+
+@pytest.fixture
+def written_files(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Writes the files of all pages of kinds to the folder in which `cli` runs commands."""
+    monkeypatch.setenv(pluginfile.VARIABLE, "")
+    plugins.plugins.cache_clear()
+    for page in KINDS.glob("*.md"):
+        for block in blocks(page):
+            if block.file:
+                file = Path(block.file)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(block.text, encoding="utf-8")
+    yield
+    os.environ[pluginfile.VARIABLE] = ""
+    plugins.plugins.cache_clear()
+
+
+@pytest.mark.parametrize(("page", "command"), WITH_FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")
+@pytest.mark.usefixtures("written_files")
+def test_the_command_with_the_example_of_a_kind_works(cli: CLI, page: Path, command: str) -> None:
+    result = cli(*shlex.split(command)[1:])
     assert result.code == 0, result.err
-    assert "nearest mean" in result.out
+    if page.stem in ("index", "evaluator"):
+        assert "nearest mean" in result.out
+
+
+def test_every_kind_that_a_file_can_hold_shows_such_a_command() -> None:
+    assert {page.stem for page, _ in WITH_FILES} == {*plugins.BASES, "index"}
+
+
+@pytest.mark.usefixtures("written_files")
+def test_the_recipe_on_its_page_is_one(cli: CLI) -> None:
+    result = cli("distill", "--recipe", "my_recipes/gentle.toml", "--plan", "--json")
+    assert result.code == 0, result.err
+    assert set(json.loads(result.out)["recipe"]["losses"]) == {"dm", "total-variation"}
+
+
+def _first_column(page: Path, title: str) -> list[str]:
+    """Returns the names in the first column of the table under a heading."""
+    section = page.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    cells = [row.split(" | ")[0] for row in section.splitlines() if row.startswith("| `")]
+    return [name for cell in cells for name in re.findall(r"`([\w.]+)(?:\(.*?\)|\[.*?\])?`", cell)]
+
+
+def test_everything_that_a_loss_may_ask_for_is_on_its_page() -> None:
+    page = KINDS / "loss.md"
+    assert _first_column(page, "Everything in `ddkit.Requires`") == list(ddkit.Requires.__struct_fields__)
+    assert _first_column(page, "Extra parameters") == list(ddkit.Parameter.__struct_fields__)
+    members = {name for name in vars(ddkit.Step) if not name.startswith("_")}
+    real = {f"real.{name}" for name in ("images", "labels", "rows_by_class", "augmented", "embeddings")}
+    assert set(_first_column(page, "Everything in `ddkit.Step`")) == members - {"real"} | real
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from ddkit import pluginfile, plugins
+from ddkit.errors import PluginError
 from tests.conftest import SMALL_FLAGS
 
 LOSS = '''"""Mine."""
@@ -145,7 +147,7 @@ def test_an_edited_file_is_read_anew_and_its_hash_is_that_of_the_code_that_runs(
     after = plugins.load("loss", "class-spread")
     assert (before.__doc__, after.__doc__) == ("Spread of the pixels.", "Another one.")
     assert plugins.find("loss", "class-spread").sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-    assert len(pluginfile.paths()) == 1
+    assert pluginfile.known() == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def test_a_path_may_hold_any_character(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -154,21 +156,22 @@ def test_a_path_may_hold_any_character(cli: Callable[..., Any], tmp_path: Path) 
     (tmp_path / "link.py").symlink_to(written(folder, "mine.py", LOSS))
     for file in (folder / "mine.py", tmp_path / "link.py"):
         assert cli("info", "--plugin", file, "class-spread").code == 0
-    assert len(pluginfile.paths()) == 1
+    assert len(pluginfile.known()) == 1
 
 
 def test_a_file_that_is_gone_is_a_warning_for_those_who_do_not_need_it(
     cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv(pluginfile.VARIABLE, json.dumps([str(tmp_path / "gone.py")]))
+    monkeypatch.setenv(pluginfile.VARIABLE, json.dumps({str(tmp_path / "gone.py"): "0" * 64}))
     plugins.plugins.cache_clear()
     assert cli("list").code == 0
     assert "gone.py could not be read" in caplog.text
-    monkeypatch.setenv(pluginfile.VARIABLE, "/no/json.py")
-    plugins.plugins.cache_clear()
-    result = cli("list")
-    assert (result.code, result.out) == (2, "")
-    assert "is no JSON list" in " ".join(result.err.split())
+    for value in ("/no/json.py", '["a.py"]'):
+        monkeypatch.setenv(pluginfile.VARIABLE, value)
+        plugins.plugins.cache_clear()
+        result = cli("list")
+        assert (result.code, result.out) == (2, "")
+        assert "is no JSON object" in " ".join(result.err.split())
 
 
 def test_what_a_file_prints_is_no_data_of_the_command(cli: Callable[..., Any], tmp_path: Path) -> None:
@@ -211,5 +214,155 @@ def test_a_file_of_no_use_is_told_in_one_paragraph(cli: Callable[..., Any], tmp_
 
 def test_a_file_that_failed_leaves_other_commands_alone(cli: Callable[..., Any], tmp_path: Path) -> None:
     assert cli("list", "--plugin", written(tmp_path, "bad.py", "raise ValueError\n")).code == 3
-    assert not pluginfile.paths()
+    assert not pluginfile.known()
     assert cli("list").code == 0
+
+
+# A file that is edited in mid-run
+
+OTHER = LOSS.replace(".mean()", ".sum()")
+
+
+def test_what_was_read_first_counts_whatever_the_file_holds_by_then(tmp_path: Path) -> None:
+    file = written(tmp_path, "mine.py", LOSS)
+    plugins.add_plugin_file(file)
+    before = plugins.load("loss", "class-spread")
+    written(tmp_path, "mine.py", OTHER)
+    plugins.add_plugin_file(written(tmp_path, "net.py", MODEL))
+    assert plugins.load("loss", "class-spread") is before
+    assert plugins.find("loss", "class-spread").sha256 == hashlib.sha256(LOSS.encode()).hexdigest()
+
+
+def test_a_file_that_is_refused_leaves_the_others_as_they_were(tmp_path: Path) -> None:
+    plugins.add_plugin_file(written(tmp_path, "mine.py", LOSS))
+    before = pluginfile.known()
+    with pytest.raises(PluginError, match="has already"):
+        plugins.add_plugin_file(written(tmp_path, "again.py", LOSS))
+    assert pluginfile.known() == before
+    assert plugins.find("loss", "class-spread").distribution == "mine.py"
+
+
+@pytest.mark.parametrize("words", [["info", "loss", "class-spread"], ["list", "losses", "--check"]], ids=" ".join)
+def test_a_child_process_that_finds_another_file_fails_and_runs_none_of_it(tmp_path: Path, words: list[str]) -> None:
+    command = [sys.executable, "-m", "ddkit", *words]
+    file = written(tmp_path, "mine.py", LOSS)
+    plugins.add_plugin_file(file)
+    same = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (same.returncode, "class-spread" in same.stdout) == (0, True), same.stderr
+    written(tmp_path, "mine.py", "raise SystemExit('it ran')\n" + LOSS)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (3, "")
+    said = " ".join(done.stderr.split())
+    assert f"The plugin file {file} has changed" in said
+    assert all(hashlib.sha256(text).hexdigest()[:12] in said for text in (LOSS.encode(), file.read_bytes()))
+    assert "it ran" not in said
+
+
+def test_a_listing_that_imports_in_another_process_tells_it_too(cli: Callable[..., Any], tmp_path: Path) -> None:
+    plugins.add_plugin_file(written(tmp_path, "mine.py", LOSS))
+    assert cli("list", "losses").code == 0
+    written(tmp_path, "mine.py", OTHER)
+    assert cli("list", "losses").code == 0, "imports nothing anew"
+    result = cli("list", "losses", "--check")
+    assert (result.code, result.out) == (3, "")
+    assert "mine.py has changed" in " ".join(result.err.split())
+
+
+def test_a_file_that_changes_in_mid_run_changes_no_result_of_the_run(
+    cli: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The processes of the evaluation refuse the new file, so this process, which has the old one, trains in their place."""
+    net = written(tmp_path, "net.py", MODEL)
+    editor = MODEL + EDITOR.format(file=str(net))
+    flags = [
+        "--losses", "image-norm", "--steps", 2, "--set", "evaluators.accuracy.model=tiny-net", "--set", "evaluators.accuracy.epochs=2",
+        "--set", "evaluators.accuracy.repeats=2", "--set", "evaluators.accuracy.workers=2", "--json",
+    ]  # fmt: skip
+    rows = json.loads(cli("distill", "--plugin", net, *flags, "--out", "undisturbed").out)["evaluations"]
+    assert "has changed" not in caplog.text
+    net.write_text(editor)
+    result = cli("distill", "--plugin", net, *flags, "--init", "editing", "--out", "run")
+    assert result.code == 0, result.err
+    assert f"ended with exit code 3: The plugin file {net} has changed" in caplog.text
+    again = json.loads(result.out)["evaluations"]
+    assert again[0]["accuracy_mean"] == rows[0]["accuracy_mean"]
+    manifest = json.loads(Path("run/manifest.json").read_text())
+    assert manifest["plugin_files"] == {str(net): hashlib.sha256(editor.encode()).hexdigest()}
+
+
+# An initializer of the same file, which edits it when the run has begun.
+EDITOR = '''
+import torch
+from pathlib import Path
+
+
+class Editing(ddkit.Initializer):
+    """Real images; writes nonsense to its own file."""
+
+    requires = ddkit.Requires(real=True)
+
+    def __call__(self, start):
+        Path({file!r}).write_text("raise SystemExit(1)")
+        return ddkit.create("initializer", "real")(start)
+'''
+
+
+@pytest.fixture
+def begun(cli: Callable[..., Any], tmp_path: Path) -> Path:
+    """Returns the plugin file of a run in ./run, of two steps, whose process is gone."""
+    file = written(tmp_path, "mine.py", LOSS)
+    made = cli("distill", "--plugin", file, "--losses", "class-spread", "--evaluate", "none", "--steps", 2, "--out", "run")
+    assert made.code == 0, made.err
+    Path("run/manifest.json").unlink()  # as where it was killed
+    _forget()
+    return file
+
+
+def _forget() -> None:
+    """Makes this process as one that knows no file."""
+    os.environ[pluginfile.VARIABLE] = ""
+    plugins.plugins.cache_clear()
+
+
+def test_resume_refuses_a_file_that_changed_and_names_both(cli: Callable[..., Any], tmp_path: Path, begun: Path) -> None:
+    written(tmp_path, "mine.py", OTHER)
+    before = sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*"))
+    result = cli("distill", "--resume", "--plugin", begun, "--out", "run", "--steps", 4)
+    assert (result.code, result.out) == (5, "")
+    said = " ".join(result.err.split())
+    assert f"run began with the plugin file {begun}, which has changed since" in said
+    assert all(hashlib.sha256(text.encode()).hexdigest()[:12] in said for text in (LOSS, OTHER))
+    assert sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*")) == before
+    written(tmp_path, "mine.py", LOSS)
+    _forget()
+    again = cli("distill", "--resume", "--plugin", begun, "--out", "run", "--steps", 4)
+    assert again.code == 0, again.err
+
+
+def test_resume_takes_the_file_from_another_place_but_not_another_file_there(cli: Callable[..., Any], tmp_path: Path, begun: Path) -> None:
+    begun.unlink()
+    (tmp_path / "new").mkdir()
+    other = written(tmp_path / "new", "mine.py", OTHER)
+    result = cli("distill", "--resume", "--plugin", other, "--out", "run", "--steps", 4)
+    assert result.code == 5
+    assert f"{begun}, which is not {other}" in " ".join(result.err.split())
+    _forget()
+    written(tmp_path / "new", "mine.py", LOSS)
+    extra = written(tmp_path, "net.py", MODEL)
+    again = cli("distill", "--resume", "--plugin", extra, "--plugin", other, "--out", "run", "--steps", 4)
+    assert again.code == 0, again.err
+
+
+def test_a_blend_that_goes_on_refuses_another_file_than_its_finished_part_was_made_with(cli: Callable[..., Any], tmp_path: Path) -> None:
+    file = written(tmp_path, "mine.py", LOSS)
+    recipe = "ipc = 1\npipc = 3\nsteps = 2\n[blend]\nfirst = '{0}/part.toml'\nsecond = '{0}/part.toml'\n"
+    written(tmp_path, "both.toml", recipe.format(tmp_path))
+    written(tmp_path, "part.toml", "[losses.class-spread]\n")
+    made = cli("distill", "--plugin", file, "--recipe", tmp_path / "both.toml", "--evaluate", "none", "--out", "run")
+    assert made.code == 0, made.err
+    assert list(json.loads(Path("run/manifest.json").read_text())["plugin_files"]) == [str(file)]
+    for text, code in ((OTHER, 5), (LOSS, 0)):
+        _forget()
+        written(tmp_path, "mine.py", text)
+        result = cli("distill", "--resume", "--plugin", file, "--out", "run")
+        assert result.code == code, result.err

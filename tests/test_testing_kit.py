@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -104,6 +104,9 @@ LOSSES: dict[str, tuple[type[ddkit.Loss], str]] = {
 }  # fmt: skip
 
 
+SHARED = {"imports-without-a-gpu", "import-is-cheap", "is-of-its-kind-and-api", "options-survive-a-recipe", "deviations-are-of-checks"}
+
+
 def suite_of(kind: str, component: Any, **members: Any) -> Conformance:
     """Returns the suite of a kind for a component, as an author's subclass would be."""
     found: Conformance = type("Mine", (testing.SUITES[kind],), {"component": component, **members})()
@@ -131,8 +134,7 @@ def test_a_broken_loss_fails_its_check_with_the_reason(check: str) -> None:
 
 
 def test_every_check_of_a_loss_has_a_broken_loss() -> None:
-    shared = {"imports-without-a-gpu", "import-is-cheap", "is-of-its-kind-and-api", "options-survive-a-recipe"}
-    assert set(testing.LossConformance.checks()) == set(LOSSES) | shared
+    assert set(testing.LossConformance.checks()) == set(LOSSES) | SHARED
 
 
 @pytest.mark.parametrize(
@@ -211,6 +213,9 @@ def test_a_component_without_a_docstring_or_of_another_kind_is_found() -> None:
     silent = type("Silent", (ddkit.Loss,), {"__call__": lambda self, step: _square(step), "__doc__": None})
     assert "docstring" in problem_of(suite_of("loss", silent), "is-of-its-kind-and-api")
     assert "subclass" in problem_of(suite_of("loss", ddkit.Model), "is-of-its-kind-and-api")
+    assert "plugin API 99" in problem_of(
+        suite_of("loss", _bad("Newer", lambda self, step: _square(step), api=99)), "is-of-its-kind-and-api"
+    )
 
 
 def test_options_that_a_recipe_cannot_hold_are_found() -> None:
@@ -271,6 +276,47 @@ def test_a_deviation_from_a_check_that_is_none_is_refused() -> None:
         suite_of("loss", Good, deviations={"one-chanel": "a slip"})
     slip = _bad("Slip", lambda self, step: no_such_name, requires=ddkit.Requires(separable="sum"))  # noqa: F821
     assert "NameError" in problem_of(suite_of("loss", slip, deviations={"separable-as-declared": "meant"}), "separable-as-declared")
+
+
+def _odd(**members: Any) -> type[ddkit.Loss]:
+    """Returns a loss whose gradient is zero, with `deviations` of its own."""
+    return _bad("Odd", lambda self, step: (step.images * 0).sum(), **members)
+
+
+REACH = "gradient-reaches-the-bank-and-nothing-else"
+
+
+def test_a_component_declares_its_own_deviations_and_its_suite_may_add_some() -> None:
+    assert "zero" in problem_of(suite_of("loss", _odd()), REACH)
+    mine = _odd(deviations={REACH: "a constant, for the test"})
+    assert problem_of(suite_of("loss", mine), REACH) == ""
+    both = suite_of("loss", mine, deviations={REACH: "said twice", "one-channel": "holds"})
+    assert both.reasons() == {REACH: "said twice", "one-channel": "holds"}
+    assert problem_of(both, REACH) == ""
+    assert "Remove it" in problem_of(both, "one-channel")
+
+
+@pytest.mark.parametrize(
+    ("deviations", "reason"),
+    [
+        ({"one-chanel": "a slip"}, "There is no check 'one-chanel'; `deviations` of 'Odd' may name "),
+        ({"deviations-are-of-checks": "of itself"}, "There is no check 'deviations-are-of-checks'"),
+        ({"one-channel": ""}, "maps names of checks to reasons"),
+        ("one-channel", "maps names of checks to reasons"),
+    ],
+    ids=str,
+)
+def test_a_component_with_a_deviation_that_can_be_none_is_told(deviations: Any, reason: str) -> None:
+    suite = suite_of("loss", _odd(deviations=deviations))
+    assert reason in problem_of(suite, "deviations-are-of-checks")
+    assert problem_of(suite, "one-channel") == "" or deviations == {"one-channel": ""}
+    assert problem_of(suite_of("loss", Good), "deviations-are-of-checks") == ""
+
+
+def test_an_observer_declares_deviations_too() -> None:
+    fails = _Observer(step_finished=_fails_without_record)
+    fails.deviations = {"every-hook-can-be-called": "for the test"}  # type: ignore[attr-defined]
+    assert problem_of(suite_of("observer", fails), "every-hook-can-be-called") == ""
 
 
 # The other kinds: (kind, check) -> a component that breaks it, and the reason
@@ -405,6 +451,10 @@ def _write(folder: str, content: bytes = b"x") -> None:
     (Path(folder) / "set.bin").write_bytes(content)
 
 
+def _group(*members: str) -> type[ddkit.LossGroup]:
+    return type("Broken", (ddkit.LossGroup,), {"__doc__": "Broken.", "members": members})
+
+
 class _Observer:
     def __init__(self, **hooks: Callable[..., Any]) -> None:
         for name, hook in hooks.items():
@@ -456,6 +506,8 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("dataset", "global-random-state-is-untouched"): (_dataset(images=lambda self, split, indices: [torch.rand(1, 4, 4) for _ in indices]), "global state of torch"),
     ("exporter", "writes-into-the-folder-and-changes-nothing"): (_exporter(lambda self, artifact, folder: None), "no file"),
     ("exporter", "same-set-same-files"): (_exporter(lambda self, artifact, folder: _write(folder, str(random.random()).encode())), "other bytes"),
+    ("loss-group", "members-are-losses"): (_group("dm", "no-such-loss"), "There is no loss 'no-such-loss'"),
+    ("loss-group", "members-are-named-once"): (_group("dm", "image-norm", "ddkit/dm"), "names dm more than once"),
     ("observer", "is-of-its-kind-and-api"): (_Observer(), "no hook"),
     ("observer", "every-hook-can-be-called"): (_Observer(step_finished=_fails_without_record), "NoneType"),
 }  # fmt: skip
@@ -481,6 +533,7 @@ GOOD: dict[str, Any] = {
     "model": _model(_linear),
     "dataset": _dataset(),
     "exporter": _exporter(lambda self, artifact, folder: _write(folder)),
+    "loss-group": _group("dm", "image-norm"),
     "observer": _Observer(step_finished=lambda index, record: None),
 }
 
@@ -492,10 +545,18 @@ def test_a_good_component_passes_every_check_of_its_kind(kind: str) -> None:
 
 
 def test_every_check_of_every_kind_has_a_broken_component() -> None:
-    shared = {"imports-without-a-gpu", "import-is-cheap", "options-survive-a-recipe", "is-of-its-kind-and-api"}
     for kind, suite in testing.SUITES.items():
         if kind != "loss":
-            assert set(suite.checks()) - shared == {check for known, check in BROKEN if known == kind} - shared, kind
+            assert set(suite.checks()) - SHARED == {check for known, check in BROKEN if known == kind} - SHARED, kind
+
+
+@pytest.mark.parametrize("members", [(), "dm", ("dkkt",)], ids=str)
+def test_a_group_of_nothing_of_a_word_or_of_groups_is_found(members: Any) -> None:
+    group = type("Broken", (ddkit.LossGroup,), {"__doc__": "Broken.", "members": members})
+    assert "'Broken'" in problem_of(suite_of("loss-group", group), "members-are-losses")
+    assert "docstring" in problem_of(
+        suite_of("loss-group", type("Silent", (ddkit.LossGroup,), {"members": ("dm",)})), "is-of-its-kind-and-api"
+    )
 
 
 def test_a_dataset_whose_test_images_cannot_be_had_is_found() -> None:
@@ -519,7 +580,7 @@ def test_the_command_takes_options_by_path(cli: Callable[..., Any]) -> None:
 def test_the_command_lists_every_check_and_ends_with_zero(cli: Callable[..., Any]) -> None:
     result = cli("check", "image-norm")
     assert result.code == 0, result.out
-    assert "21 of 21 checks hold" in result.out
+    assert "22 of 22 checks hold" in result.out
     rows = json.loads(cli("check", "loss", "image-norm", "--json").out)
     assert (rows["schema"], rows["kind"], rows["name"]) == (1, "loss", "image-norm")
     assert [row["check"] for row in rows["checks"]] == sorted(testing.LossConformance.checks())
@@ -537,9 +598,71 @@ def test_the_command_says_what_is_broken_and_ends_with_one(
     result = cli("check", "--plugin", file, "detached")
     plugins.plugins.cache_clear()
     assert result.code == 1
-    assert "broken  returns-a-finite-scalar" in result.out
+    assert "broken    returns-a-finite-scalar" in result.out
     assert "detached" in result.out
-    assert "ok      is-of-its-kind-and-api" in result.out
+    assert "ok        is-of-its-kind-and-api" in result.out
+
+
+DEVIATES = '''"""Mine."""
+
+import ddkit
+
+
+class Declares(ddkit.Loss):
+    """Gradient zero, on purpose."""
+
+    deviations = {deviations}
+
+    def __call__(self, step):
+        return (step.images * 0).sum()
+'''
+
+
+@pytest.fixture
+def declaring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+    """Returns a function that writes the plugin file of a loss with these deviations."""
+    monkeypatch.setenv(pluginfile.VARIABLE, "")
+
+    def write(deviations: str) -> Path:
+        file = tmp_path / "declares.py"
+        file.write_text(DEVIATES.format(deviations=deviations))
+        return file
+
+    yield write
+    plugins.plugins.cache_clear()
+
+
+def test_the_command_shows_a_declared_deviation_with_its_reason_and_ends_with_zero(
+    cli: Callable[..., Any], declaring: Callable[[str], Path]
+) -> None:
+    reason = "a constant, for the test"
+    file = declaring(json.dumps({REACH: reason}))
+    result = cli("check", "--plugin", file, "declares")
+    assert result.code == 0, result.out
+    assert f"deviates  {REACH}\n          {reason}\n" in result.out
+    assert "21 of 22 checks hold, 1 deviates on purpose" in result.out
+    rows = {row["check"]: row for row in json.loads(cli("check", "--plugin", file, "declares", "--json").out)["checks"]}
+    assert rows[REACH] == {"check": REACH, "status": "deviates", "problem": "", "reason": reason}
+    assert rows["one-channel"] == {"check": "one-channel", "status": "ok", "problem": "", "reason": ""}
+
+
+@pytest.mark.parametrize(
+    ("deviations", "check", "message"),
+    [
+        ({}, REACH, "is zero"),
+        ({REACH: "meant", "one-channel": "no longer one"}, "one-channel", "Remove it"),
+        ({REACH: "meant", "one-chanel": "a slip"}, "deviations-are-of-checks", "may name"),
+    ],
+    ids=["undeclared", "holds", "unknown"],
+)
+def test_the_command_calls_a_deviation_broken_that_is_undeclared_holds_or_is_none(
+    cli: Callable[..., Any], declaring: Callable[[str], Path], deviations: dict[str, str], check: str, message: str
+) -> None:
+    result = cli("check", "--plugin", declaring(json.dumps(deviations)), "declares", "--json")
+    assert result.code == 1
+    broken = {row["check"]: row["problem"] for row in json.loads(result.out)["checks"] if row["status"] == "broken"}
+    assert list(broken) == [check]
+    assert message in broken[check]
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,12 @@ def _row(plugin: plugins.Plugin) -> dict[str, str]:
 _CHECKER = """
 import json, sys
 from ddkit import plugins
-for plugin in plugins.plugins():
+try:
+    listed = plugins.plugins()
+except plugins.DdkitError as error:
+    print(json.dumps(str(error)), file=sys.__stdout__)
+    sys.exit(error.exit_code)
+for plugin in listed:
     if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
         continue
     try:
@@ -71,9 +76,12 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
         done = subprocess.run([sys.executable, "-c", _CHECKER, json.dumps(keys)], capture_output=True, text=True, check=False)
         for line in done.stdout.splitlines():
             try:
-                *key, problem = json.loads(line)
-            except ValueError:
+                told = json.loads(line)
+                *key, problem = told
+            except (ValueError, TypeError):
                 continue
+            if isinstance(told, str):
+                raise PluginError(told)
             results[tuple(key)] = problem
         waiting = [p for p in waiting if (p.kind, p.distribution, p.name) not in results]
         if waiting:

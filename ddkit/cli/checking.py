@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from typing import Any
 
 import click
@@ -22,7 +23,7 @@ from ddkit.errors import FlagError
 def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, as_json: bool) -> None:
     """Check what a component promises: the conformance suite of its kind, without pytest.
 
-    Exit code 0 where every check holds, 1 where one does not.
+    Exit code 0 where every check holds or deviates as the component declares, 1 where one is broken.
     """
     if len(words) > 2:
         raise FlagError(f"ddkit check takes [KIND] NAME; got {' '.join(words)}.")
@@ -39,22 +40,22 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     options = table["evaluators"][name]
     qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
     outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
-    broken = [outcome for outcome in outcomes if outcome.problem]
     if as_json:
-        rows = [{"check": each.check, "status": "broken" if each.problem else "ok", "problem": each.problem} for each in outcomes]
+        rows = [{"check": each.check, "status": each.status, "problem": each.problem, "reason": each.reason} for each in outcomes]
         echo_json({"schema": 1, "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "checks": rows})
     else:
         _show(plugin, outcomes)
-    sys.exit(1 if broken else 0)
+    sys.exit(1 if any(outcome.status == "broken" for outcome in outcomes) else 0)
 
 
 def _show(plugin: plugins.Plugin, outcomes: list[Any]) -> None:
     for outcome in outcomes:
-        click.echo(f"{'broken' if outcome.problem else 'ok':6}  {outcome.check}")
-        if outcome.problem:
-            click.echo(f"        {outcome.problem}{f' ({outcome.place})' if outcome.place else ''}")
-    count = sum(bool(outcome.problem) for outcome in outcomes)
-    click.echo(f"\n{plugin.label}: {len(outcomes) - count} of {len(outcomes)} checks hold")
+        click.echo(f"{outcome.status:8}  {outcome.check}")
+        if outcome.status != "ok":
+            click.echo(f"          {outcome.problem or outcome.reason}{f' ({outcome.place})' if outcome.place else ''}")
+    count = Counter(outcome.status for outcome in outcomes)
+    deviating = f", {count['deviates']} deviate{'s' if count['deviates'] == 1 else ''} on purpose" if count["deviates"] else ""
+    click.echo(f"\n{plugin.label}: {count['ok']} of {len(outcomes)} checks hold{deviating}")
 
 
 COMMANDS = (check,)

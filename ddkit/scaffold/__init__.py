@@ -13,9 +13,10 @@ from ddkit import plugins
 from ddkit.errors import FlagError, RunFilesError, suggestion
 from ddkit.files import write_atomic
 
-KINDS = ("loss", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "observer")
+KINDS = ("loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "observer")
 USES = {
     "loss": "ddkit distill --losses dm,$name --steps 20",
+    "loss-group": "ddkit distill --losses $name:0.5 --steps 20",
     "initializer": "ddkit distill --init $name --steps 20",
     "augmenter": "ddkit distill --augment $name --steps 20",
     "evaluator": "ddkit distill --evaluate $name --steps 20",
@@ -42,7 +43,8 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
     values = {
         "kind": kind, "name": name, "distribution": distribution, "package": package, "group": plugins.GROUPS[kind],
         "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
-        "suite": f"{kind.capitalize()}Conformance", "use": Template(USES[kind]).substitute(name=name), "ddkit_version": _version(),
+        "suite": f"{kind.title().replace('-', '')}Conformance", "use": Template(USES[kind]).substitute(name=name),
+        "ddkit_version": _version(),
     }  # fmt: skip
     files = {
         "pyproject.toml": "pyproject.toml", "README.md": "README.md", f"src/{package}/__init__.py": f"{kind}.py",

@@ -17,16 +17,15 @@ from typing import Any
 import msgspec
 
 from ddkit.errors import DdkitError, FlagError
+from ddkit.testing.augmenters import AugmenterConformance
+from ddkit.testing.datasets import DatasetConformance
+from ddkit.testing.evaluators import EvaluatorConformance
+from ddkit.testing.exporters import ExporterConformance
+from ddkit.testing.groups import LossGroupConformance
+from ddkit.testing.initializers import InitializerConformance
 from ddkit.testing.losses import LossConformance
-from ddkit.testing.others import (
-    AugmenterConformance,
-    DatasetConformance,
-    EvaluatorConformance,
-    ExporterConformance,
-    InitializerConformance,
-    ModelConformance,
-    ObserverConformance,
-)
+from ddkit.testing.models import ModelConformance
+from ddkit.testing.observers import ObserverConformance
 from ddkit.testing.suite import Broken, Conformance
 
 __all__ = [
@@ -39,6 +38,7 @@ __all__ = [
     "ExporterConformance",
     "InitializerConformance",
     "LossConformance",
+    "LossGroupConformance",
     "ModelConformance",
     "ObserverConformance",
     "Outcome",
@@ -48,18 +48,27 @@ __all__ = [
 SUITES: dict[str, type[Conformance]] = {
     suite.kind: suite
     for suite in (
-        LossConformance, InitializerConformance, AugmenterConformance, EvaluatorConformance, ModelConformance, DatasetConformance,
-        ExporterConformance, ObserverConformance,
+        LossConformance, LossGroupConformance, InitializerConformance, AugmenterConformance, EvaluatorConformance, ModelConformance,
+        DatasetConformance, ExporterConformance, ObserverConformance,
     )
 }  # fmt: skip
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What one check said: `problem` is "" where it holds; `place` is where in the code an exception came from."""
+    """What one check said: `problem` is "" where it holds; `place` is where in the code an exception came from.
+
+    `reason` is why the component does not pass it on purpose, "" where it declares no deviation.
+    """
 
     check: str
     problem: str
     place: str = ""
+    reason: str = ""
+
+    @property
+    def status(self) -> str:
+        """Returns "broken", "deviates" (as declared) or "ok"."""
+        return "broken" if self.problem else "deviates" if self.reason else "ok"
 
 
 def check(kind: str, name: str, options: Mapping[str, Any] | None = None, *, directory: str | None = None) -> list[Outcome]:
@@ -86,4 +95,4 @@ def _outcome(suite: Conformance, label: str, method: str) -> Outcome:
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
         return Outcome(check=label, problem=f"{type(error).__name__}: {' '.join(str(error).split())}", place=place)
-    return Outcome(check=label, problem="")
+    return Outcome(check=label, problem="", reason=suite.reasons().get(label, ""))

@@ -36,6 +36,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_returns_a_finite_scalar(self) -> None:
+        """The value is a finite scalar tensor attached to the images; undeclared use of a member of the step is an error here."""
         self._value_of(self.world())
 
     def holds_for(self, shape: tuple[int, int, int]) -> None:
@@ -43,10 +44,12 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_one_image_a_class(self) -> None:
+        """So it is with one synthetic image a class."""
         self._value_of(self.world(Setting(rows=(1, 1, 1))))
 
     @check
     def test_unbalanced_classes(self) -> None:
+        """So it is where classes have different numbers of images, and one has a single real image."""
         self._value_of(self.world(Setting(rows=(1, 3, 2), real=(5, 1, 2))))
 
     def _value_of(self, world: World) -> Tensor:
@@ -64,6 +67,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_gradient_reaches_the_bank_and_nothing_else(self) -> None:
+        """The gradient is finite and not zero, every declared parameter has a part in it, and nothing is left in `.grad`."""
         world = self.world()
         value = self._value_of(world)
         tensors = world.bank.tensors()
@@ -81,6 +85,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_inputs_are_unchanged(self) -> None:
+        """Images, real images, networks, their mode and their hooks are as before, bit for bit."""
         world = self.world()
         world.loss(world.step())  # builds the network
         teacher = world.source.teacher
@@ -97,6 +102,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_global_random_state_is_untouched(self) -> None:
+        """No global random generator and no global setting of torch is changed."""
         world = self.world()
         world.step(index=1).embed  # noqa: B018 (a member, not a call)
         with global_state_is_kept(f"The loss '{self.label}'"):
@@ -106,6 +112,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_same_seed_same_value(self) -> None:
+        """Value and gradient are a function of images, seed and step: draws come from `step.generator`."""
         values = []
         for seed in (1, 2):
             torch.manual_seed(seed)  # which it may not look at
@@ -121,6 +128,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_linear_in_the_weight(self) -> None:
+        """The gradient grows with the weight."""
         world = self.world(DOUBLE)
         (_, once, _), (_, more, _) = (world.engine(weight=weight).evaluate(0) for weight in (1.0, 2.5))
         for name, gradient in once.items():
@@ -129,6 +137,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_order_of_samples_within_a_class(self) -> None:
+        """With `order_invariant = True`, another order of the images within their classes gives the same value."""
         world = self.world(DOUBLE)
         if not world.loss.order_invariant:
             return
@@ -147,6 +156,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_what_it_requires_is_used(self) -> None:
+        """Everything that `requires` declares is used."""
         world = self.world()
         step = world.step()
         world.loss(step)
@@ -161,6 +171,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_gradients_of_parameters_are_declared(self) -> None:
+        """`second_order` is true where, and only where, it takes a gradient with `create_graph=True`."""
         world = self.world()
         with _watched_gradients() as taken:
             world.loss(world.step())
@@ -172,6 +183,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_separable_as_declared(self) -> None:
+        """Where `separable` is declared, value and gradient class by class add up to those for the whole set."""
         world = self.world(Setting(rows=(1, 3, 2), real=(5, 1, 2), dtype=torch.float64))
         if world.loss.requires.separable is None:
             return
@@ -191,6 +203,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_gradcheck_in_float64(self) -> None:
+        """The gradient is the derivative of the value, by finite differences in float64."""
         world = self.world(Setting(size=(4, 5), rows=(1, 2), real=(2, 2), dtype=torch.float64))
         names = list(world.bank.tensors())
         tensors = tuple(tensor.detach().clone().requires_grad_() for tensor in world.bank.tensors().values())
@@ -208,6 +221,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_state_survives_save_and_load(self) -> None:
+        """A run that is continued from a checkpoint is the same as an undisturbed one, bit for bit."""
         whole, first = self.world(), self.world()
         _advance(whole, 0, 3)
         _advance(first, 0, 2)

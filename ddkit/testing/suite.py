@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ddkit import plugins
 from ddkit.blame import random_states
-from ddkit.components import Component, DataInfo
+from ddkit.components import API_VERSION, Component, DataInfo
 from ddkit.options import written_options
 from ddkit.recipe import parse_recipe, recipe_dict
 
@@ -43,7 +43,7 @@ def check(method: Callable[[S], None]) -> Callable[[S], None]:
 
     @functools.wraps(method)
     def checked(self: S) -> None:
-        reason = self.deviations.get(name)
+        reason = self.reasons().get(name)
         if reason is None:
             method(self)
             return
@@ -66,7 +66,8 @@ class Conformance:
             component = "my-loss"
 
     `options` are the component's, where the defaults do not suit a tiny run. `deviations` maps the name of a check that the
-    component does not pass, on purpose, to the reason; a deviation that is no longer one fails.
+    component does not pass, on purpose, to the reason; those that the component declares itself hold too. A deviation that is
+    no longer one fails.
     """
 
     kind: ClassVar[str]
@@ -80,11 +81,30 @@ class Conformance:
         found = {name: getattr(cls, name) for name in dir(cls) if name.startswith("test_")}
         return {method.check_name: name for name, method in found.items() if hasattr(method, "check_name")}
 
+    @classmethod
+    def _may_deviate(cls) -> list[str]:
+        return [name for name in cls.checks() if name != "deviations-are-of-checks"]
+
+    @classmethod
+    def _check_names(cls, deviations: Any, whose: str) -> None:
+        """Raises Broken where `deviations` names what is no check, or gives no reason."""
+        if not isinstance(deviations, Mapping) or not all(isinstance(reason, str) and reason for reason in deviations.values()):
+            raise Broken(f"`deviations`{whose} is {deviations!r}; it maps names of checks to reasons.")
+        unknown = [str(name) for name in deviations if name not in cls._may_deviate()]
+        if unknown:
+            raise Broken(
+                f"There is no check {', '.join(map(repr, unknown))}; `deviations`{whose} may name {', '.join(cls._may_deviate())}."
+            )
+
     def __init_subclass__(cls, **named: Any) -> None:
         super().__init_subclass__(**named)
-        unknown = sorted(set(cls.deviations) - set(cls.checks()))
-        if unknown:
-            raise Broken(f"There is no check {', '.join(map(repr, unknown))}; `deviations` may name {', '.join(cls.checks())}.")
+        cls._check_names(cls.deviations, "")
+
+    def reasons(self) -> dict[str, str]:
+        """Returns the declared deviations, the component's and the suite's: name of the check to reason."""
+        own = getattr(self.found(), "deviations", {})
+        both = {**own, **self.deviations} if isinstance(own, Mapping) else dict(self.deviations)
+        return {name: reason for name, reason in both.items() if name in self._may_deviate()}
 
     @property
     def label(self) -> str:
@@ -110,10 +130,12 @@ class Conformance:
 
     @check
     def test_imports_without_a_gpu(self) -> None:
+        """The module can be imported in a process that sees no GPU."""
         _import_cost(self)
 
     @check
     def test_import_is_cheap(self) -> None:
+        """Importing the module takes 2 s or less beside torch and ddkit."""
         seconds = _import_cost(self)
         if seconds > IMPORT_SECONDS:
             raise Broken(
@@ -122,15 +144,24 @@ class Conformance:
             )
 
     @check
+    def test_deviations_are_of_checks(self) -> None:
+        """What the component's `deviations` names are checks of its suite, each with a reason."""
+        self._check_names(getattr(self.found(), "deviations", {}), f" of '{self.label}'")
+
+    @check
     def test_is_of_its_kind_and_api(self) -> None:
+        """It is a subclass of the kind's base class, with a docstring, written for this plugin API."""
         found, base = self.found(), plugins.BASES[self.kind]
         if not issubclass(found, base):
             raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
         if not (found.__doc__ or "").strip():
             raise Broken(f"'{self.label}' has no docstring: its first line is the summary that `ddkit list` shows.")
+        if found.api != API_VERSION:
+            raise Broken(f"'{self.label}' is written for plugin API {found.api}, this ddkit has {API_VERSION}.")
 
     @check
     def test_options_survive_a_recipe(self) -> None:
+        """The options written to a recipe and read again are the same."""
         import tomllib
 
         import tomli_w
@@ -156,14 +187,17 @@ class ShapeConformance(Conformance):
 
     @check
     def test_one_channel(self) -> None:
+        """It works with images of one channel."""
         self.holds_for(self.one)
 
     @check
     def test_three_channels(self) -> None:
+        """It works with images of three channels."""
         self.holds_for(self.three)
 
     @check
     def test_images_that_are_not_square(self) -> None:
+        """It works with images whose height is not their width."""
         self.holds_for(self.oblong)
 
 

@@ -158,4 +158,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ddkit.DdkitError as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        sys.exit(error.exit_code)
