@@ -50,7 +50,7 @@ def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
         "classes": list(job.info.class_names),
         "image_shape": list(job.info.shape),
         "accessible_images": len(job.real.indices),
-        "synthetic_images": job.info.classes * recipe.ipc,
+        "synthetic_images": job.info.classes * recipe.ipc,  # those that are stored
         "teacher": recipe.teacher.use if job.needs_teacher else None,
         "plugins": job.plugins_used,
     }
@@ -221,7 +221,9 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
     def show(index: int) -> None:
         if watchers.has("checkpoint_written"):
             images = job.normalisation.to_pixels(bank.images.detach()).cpu()
-            watchers.call("checkpoint_written", index=index, images=images, labels=bank.host_labels, class_names=list(job.info.class_names))
+            watchers.call(
+                "checkpoint_written", index=index, images=images, labels=bank.labels.cpu(), class_names=list(job.info.class_names)
+            )
 
     def keep(index: int) -> None:
         directory.write_checkpoint(index, engine.state(index), job.plugin_files)
@@ -255,6 +257,7 @@ def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) ->
         "pipc": recipe.pipc,
         "seed": recipe.seed,
         "recipe": recipe.name,
+        **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
     }
     extra = {name: tensor.detach().cpu() for name, tensor in bank.parameters.items()}
     save_set(Artifact(images, bank.labels.cpu(), metadata_, extra), directory)

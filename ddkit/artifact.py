@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from ddkit.decode import decoded
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
 from ddkit.images import Normalisation
@@ -22,13 +23,17 @@ FILE = "synthetic.safetensors"
 class Artifact:
     """A synthetic set: `images` (n, C, H, W) float32 in pixel units (0..1 nominal, not clipped), `labels` (n,) int64.
 
-    `mean` and `std` are the channel statistics that training on it should use; `parameters` are extra tensors that
-    losses declared (DKKT's multipliers); `metadata` is what the file records.
+    Where several images are decoded from each stored one (metadata `decode`), these are the decoded ones, which networks train on;
+    `stored_images` and `stored_labels` are those of the file, ipc a class. `mean` and `std` are the channel statistics that training on it
+    should use; `parameters` are extra tensors that losses declared (DKKT's multipliers); `metadata` is what the file records.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
-        self.images, self.labels, self.metadata = images, labels, metadata
+        """`images` and `labels` are those to be stored."""
+        self.stored_images, self.stored_labels, self.metadata = images, labels, metadata
         self.parameters = dict(parameters or {})
+        factor = metadata.get("decode", {}).get("factor", 1)
+        self.images, self.labels = decoded(images, factor), labels if factor == 1 else labels.repeat_interleave(factor**2)
 
     @property
     def class_names(self) -> list[str]:
@@ -53,7 +58,7 @@ class Artifact:
 
     def save(self, path: Path) -> None:
         """Writes the set as safetensors, whole or not at all."""
-        write_tensors(path, {**self.parameters, "images": self.images, "labels": self.labels}, self.metadata)
+        write_tensors(path, {**self.parameters, "images": self.stored_images, "labels": self.stored_labels}, self.metadata)
 
 
 def load(path: str | Path) -> Artifact:
@@ -77,6 +82,10 @@ def load(path: str | Path) -> Artifact:
     return Artifact(tensors["images"], tensors["labels"], metadata, parameters)
 
 
+class _Decode(msgspec.Struct):
+    factor: Annotated[int, msgspec.Meta(ge=1, le=8)]
+
+
 class _Record(msgspec.Struct):
     """What ddkit reads of a set's metadata."""
 
@@ -87,6 +96,7 @@ class _Record(msgspec.Struct):
     pipc: Annotated[int, msgspec.Meta(ge=0)] | Literal["all"] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
     seeds: list[int] = []
+    decode: _Decode | None = None
 
 
 def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None:
@@ -104,6 +114,8 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
         record = msgspec.convert(metadata, _Record)
     except msgspec.ValidationError as error:
         return f"its metadata cannot be used ({error})"
+    if record.decode and any(side % record.decode.factor for side in images.shape[2:]):
+        return f"its images of {images.shape[2]} x {images.shape[3]} pixels cannot be cut into {record.decode.factor} parts a side"
     if len(record.mean) != images.shape[1] or len(record.std) != images.shape[1]:
         return "its mean and std do not fit its channels"
     if not all(math.isfinite(value) for value in (*record.mean, *record.std)) or min(record.std) <= 0:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ddkit.decode import decoded
 from ddkit.errors import InputError
 from ddkit.options import Parameter
 from ddkit.recipe import OptimizerTable
@@ -17,7 +18,9 @@ Optimizer = torch.optim.Optimizer
 class Bank:
     """Synthetic parameters: `images` (n, C, H, W) normalised, and the `parameters` that losses declared.
 
-    `labels` (n,) int64 are grouped by ascending class. All parameters are leaves that require gradients.
+    `labels` (n,) int64 are grouped by ascending class. All parameters are leaves that require gradients. With `factor` above 1
+    each stored image is a grid of images: `decoded` and `decoded_labels` are what losses see, and `rows` and parameters per
+    sample are of these.
     """
 
     def __init__(
@@ -26,12 +29,16 @@ class Bank:
         labels: Tensor,
         declared: Mapping[str, Parameter],
         settings: Mapping[str, OptimizerTable],
+        *,
+        factor: int = 1,
     ) -> None:
-        self.labels, self.host_labels = labels, labels.cpu()
+        self.labels, self.factor = labels, factor
+        self.decoded_labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
+        self.host_labels = self.decoded_labels.cpu()
         self._ends = torch.bincount(self.host_labels).cumsum(0).tolist()
         self.declared = dict(sorted(declared.items()))
         self.images = images.detach().clone().requires_grad_()
-        self.parameters = {name: _initial(spec, images) for name, spec in self.declared.items()}
+        self.parameters = {name: _initial(spec, images, len(self.host_labels)) for name, spec in self.declared.items()}
         for name in settings:
             if name not in self.tensors():
                 known = ", ".join(self.tensors())
@@ -46,6 +53,13 @@ class Bank:
     def tensors(self) -> dict[str, Tensor]:
         """Returns every optimised tensor by name."""
         return {"images": self.images, **self.parameters}
+
+    def decoded(self, rows: slice) -> Tensor:
+        """Returns the images of `rows`, which are whole classes, as losses see them."""
+        if self.factor == 1:
+            return self.images[rows]
+        parts = self.factor**2
+        return decoded(self.images[rows.start // parts : rows.stop // parts], self.factor)
 
     def rows(self, classes: range | None) -> slice:
         """Returns the rows of `classes` (None: all)."""
@@ -112,8 +126,8 @@ def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
 
 
-def _initial(spec: Parameter, images: Tensor) -> Tensor:
-    shape = (len(images), *spec.shape) if spec.per == "sample" else spec.shape
+def _initial(spec: Parameter, images: Tensor, rows: int) -> Tensor:
+    shape = (rows, *spec.shape) if spec.per == "sample" else spec.shape
     return torch.full(shape, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
 
 

@@ -26,11 +26,11 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     partner = _partners(first, second)
     if (first.mean, first.std) != (second.mean, second.std):
         log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
-    images = torch.lerp(first.images, second.images[partner], alpha)
+    images = torch.lerp(first.stored_images, second.stored_images[partner], alpha)
     pipc = _larger(first.metadata.get("pipc"), second.metadata.get("pipc"))
     seeds = sorted({seed for part in (first, second) for seed in seeds_of(part)})
     metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | ({} if pipc is None else {"pipc": pipc})
-    return Artifact(images, first.labels, {key: value for key, value in metadata.items() if key != "schema"})
+    return Artifact(images, first.stored_labels, {key: value for key, value in metadata.items() if key != "schema"})
 
 
 def seeds_of(artifact: Artifact) -> list[int]:
@@ -47,10 +47,12 @@ def _partners(first: Artifact, second: Artifact) -> Tensor:
     if first.images.shape[1:] != second.images.shape[1:]:
         shapes = [tuple(each.images.shape[1:]) for each in (first, second)]
         raise InputError(f"The first set has images of shape {shapes[0]} (C, H, W), the second of {shapes[1]}; they cannot be averaged.")
-    partner = torch.empty(len(first.labels), dtype=torch.int64)
+    if first.metadata.get("decode") != second.metadata.get("decode"):
+        raise InputError("Images are decoded from those of one set and not in the same way from the other's; the two cannot be averaged.")
+    partner = torch.empty(len(first.stored_labels), dtype=torch.int64)
     for label, name in enumerate(ours):
-        rows = (first.labels == label).nonzero().flatten()
-        others = (second.labels == theirs.index(name)).nonzero().flatten()
+        rows = (first.stored_labels == label).nonzero().flatten()
+        others = (second.stored_labels == theirs.index(name)).nonzero().flatten()
         if len(rows) != len(others):
             raise InputError(
                 f"The first set has {len(rows)} images of the class '{name}', the second {len(others)}: only sets of the same ipc "

@@ -151,7 +151,7 @@ def _finished_parts(recipe: Recipe) -> list[Artifact]:
 
 
 def _images_a_class(artifact: Artifact) -> int:
-    return int(artifact.metadata.get("ipc") or artifact.labels.bincount().max())
+    return int(artifact.metadata.get("ipc") or artifact.stored_labels.bincount().max())
 
 
 def _blend_facts(recipe: Recipe, paths: Sequence[Path]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
                     rows[study.systems[task.cell.system].title or task.cell.system] = task
         wanted = len(study.pictures) + len(study.blends.alphas if study.blends else [])
         if rows and len(rows) == wanted:  # a call for some of them leaves the picture of all as it is
-            sets = [load(task.path).images for task in rows.values()]
+            sets = [load(task.path).stored_images for task in rows.values()]
             labels = torch.cat([torch.full((len(images),), row) for row, images in enumerate(sets)])
             file = out / f"{study.name}-ipc{ipc}-pipc{pipc}.png"
             write_atomic(file, sheet_png(torch.cat(sets), labels, list(rows), columns=len(labels)))

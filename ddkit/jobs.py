@@ -19,6 +19,7 @@ from ddkit.blame import blamed, called
 from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
 from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
+from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
 from ddkit.images import Normalisation, channel_statistics
@@ -52,6 +53,7 @@ class Job:
         self.teacher: Teacher | None = None
         self.real = RealData.of(recipe, self.dataset, self._shape())
         self.info: DataInfo = self.real.info
+        check_factor(recipe.factor, self.info.size)
         self._build_components()
         self.plugin_files = pluginfile.known()
         self.plugins_used = self._plugins_used()
@@ -80,7 +82,7 @@ class Job:
         available = {name: int(min(count, limit)) for name, count in zip(self.dataset.class_names, counts, strict=True)}
         table = self.recipe.initializer
         self.initializer: Initializer = plugins.create("initializer", table.use, table.options, where="initializer")
-        self.initializer.check(self.recipe.ipc, available)
+        self.initializer.check(self.recipe.rows_per_class, available)
 
     def _shape(self) -> tuple[int, int, int] | None:
         """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
@@ -162,7 +164,7 @@ class Job:
                 "engine.compile",
             )
         self.step_work = forward_flops(self._probe, self.info, features=True) * (
-            self._real_rows() + 2 * self.info.classes * self.recipe.ipc
+            self._real_rows() + 2 * self.info.classes * self.recipe.rows_per_class
         )
         self.arithmetic = decide_arithmetic(
             engine.compile if self._compilable else False,
@@ -208,14 +210,14 @@ class Job:
         if not separable or (self.needs_network and self._coupled):
             return 0
         per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
-        per_class = per_image * self.recipe.ipc
+        per_class = per_image * self.recipe.rows_per_class
         if any(requires.real for requires in separable):
             per_class += per_image * min(max(class_counts(self.real.labels, self.info.classes), default=0), self.recipe.data.batch)
         if any(requires.embedder or requires.network_gradients for requires in separable):
-            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.ipc
+            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
         views = {view for requires in separable for view in (requires.views or ("default",)) if requires.teacher}
         if views:
-            per_class += len(views) * int(ALIVE * saved_bytes(self._teacher_probe(), self.info)) * self.recipe.ipc
+            per_class += len(views) * int(ALIVE * saved_bytes(self._teacher_probe(), self.info)) * self.recipe.rows_per_class
         chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
         return 0 if chunk >= self.info.classes else chunk
 
@@ -265,7 +267,7 @@ class Job:
 
     def bank(self) -> Bank:
         """Returns the initial synthetic set."""
-        labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.ipc)
+        labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
         start = Start(
             labels=labels,
             shape=self.info.shape,
@@ -279,7 +281,9 @@ class Job:
             raise RunFailed(
                 f"The initializer '{self.recipe.initializer.use}' returned images of shape {tuple(images.shape)} or not finite."
             )
-        return Bank(images.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer)
+        factor = self.recipe.factor
+        stored, labels = encoded(images, factor), labels[:: factor**2]
+        return Bank(stored.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer, factor=factor)
 
     def engine(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""

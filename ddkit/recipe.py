@@ -126,6 +126,12 @@ class BlendTable(Table):
     set: Annotated[dict[str, Any], Option("recipe paths and values that hold for both; by itself: all that is set beside the blend")] = {}
 
 
+class DecodeTable(Table):
+    """Several images decoded from each stored one; `ipc` counts stored images."""
+
+    factor: Annotated[int, Option("a stored image is a grid of factor x factor images, each enlarged to the full size", ge=1, le=8)] = 1
+
+
 class RuleTable(Table):
     when: dict[Literal["ipc_min", "ipc_max", "pipc_min", "pipc_max"], int]
     set: dict[str, Any]
@@ -153,7 +159,18 @@ class Recipe(Table):
     losses: dict[str, LossTable] = {}
     evaluators: dict[str, EvaluatorTable] = {}
     blend: BlendTable | None = None
+    decode: DecodeTable | None = None
     notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
+
+    @property
+    def factor(self) -> int:
+        """Returns the number of images along each side of a stored one."""
+        return self.decode.factor if self.decode else 1
+
+    @property
+    def rows_per_class(self) -> int:
+        """Returns how many images of a class losses and networks see: ipc, or more where several are decoded from one."""
+        return self.ipc * self.factor**2
 
     def loss_name(self, label: str) -> str:
         """Returns the plugin name of the loss labelled `label`."""
@@ -169,6 +186,7 @@ TABLES: dict[str, type[Table]] = {
     "augmenter": AugmenterTable,
     "engine": EngineTable,
     "blend": BlendTable,
+    "decode": DecodeTable,
 }
 NAMED_TABLES: dict[str, type[Table]] = {
     "views": ViewTable,

@@ -336,4 +336,4 @@ def versions() -> dict[str, str]:
 def save_set(result: Artifact, directory: RunDirectory) -> None:
     """Writes the set and its picture."""
     result.save(directory.path / artifact.FILE)
-    write_atomic(directory.path / PREVIEW, sheet_png(result.images, result.labels, result.class_names))
+    write_atomic(directory.path / PREVIEW, sheet_png(result.stored_images, result.stored_labels, result.class_names))

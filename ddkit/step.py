@@ -241,13 +241,14 @@ class SharedStep:
     def __init__(self, source: StepSource, bank: Bank, index: int, classes: range | None = None) -> None:
         self.source, self.bank, self.index, self.classes = source, bank, index, classes
         self.rows = bank.rows(classes)
-        self.images, self.labels, self.size = bank.images[self.rows], bank.labels[self.rows], len(bank.labels)
+        self.images, self.labels, self.size = bank.decoded(self.rows), bank.decoded_labels[self.rows], len(bank.decoded_labels)
         self._host_labels = [(self.labels, bank.host_labels[self.rows])]  # labels on the device, and the same on the CPU
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}
         self.watch = Watch()
         self.watch.note("the images", bank.images)
+        self.watch.note("the images", self.images)
         self.watch.note("the labels", self.labels)
         for name, value in bank.parameters.items():
             self.watch.note(f"the parameter '{name}'", value)

@@ -364,5 +364,6 @@ def test_a_blend_that_goes_on_refuses_another_file_than_its_finished_part_was_ma
     for text, code in ((OTHER, 5), (LOSS, 0)):
         _forget()
         written(tmp_path, "mine.py", text)
+        Path("run/manifest.json").unlink(missing_ok=True)
         result = cli("distill", "--resume", "--plugin", file, "--out", "run")
         assert result.code == code, result.err

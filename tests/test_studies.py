@@ -135,7 +135,11 @@ def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], mo
     assert commands[0][:2] == ["distill", "--resume"]
     assert again["figures"] == whole["figures"]
     (path / "manifest.json").unlink()
-    shutil.rmtree(path / "checkpoints")  # it never began, so it is made anew
+    shutil.rmtree(path / "checkpoints")  # it never took a step, so it begins again
+    commands.clear()
+    assert json.loads(cli(*common).out)["figures"] == whole["figures"]
+    assert commands[0][:2] == ["distill", "--resume"]
+    shutil.rmtree(path)
     commands.clear()
     assert json.loads(cli(*common).out)["figures"] == whole["figures"]
     assert commands[0][:2] == ["distill", "--recipe"]

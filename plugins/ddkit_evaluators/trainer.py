@@ -116,8 +116,8 @@ class Trainer:
         return makers[kind](repeat)
 
     def _shuffled(self, purpose: str, repeat: int) -> Iterator[tuple[Tensor, int]]:
-        """Yields for each class of the set its accessible rows in an order drawn anew per repeat, and its images in the set."""
-        for label, count in zip(*self.artifact.labels.unique(return_counts=True), strict=True):
+        """Yields for each class its accessible rows in an order drawn anew per repeat, and how many images of it the set stores."""
+        for label, count in zip(*self.artifact.stored_labels.unique(return_counts=True), strict=True):
             own = (self.data.real_labels == label).nonzero().flatten()
             draw = ddkit.generator(self.data.seed, purpose, repeat, int(label))
             yield own[torch.randperm(len(own), generator=draw)], int(count)

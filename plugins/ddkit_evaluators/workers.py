@@ -117,7 +117,8 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
     data, artifact = trainer.data, trainer.artifact
     wanted = slice(None) if any(kind != "synthetic" for kind, _ in tasks) else slice(0)
     tensors = {
-        "images": artifact.images, "labels": artifact.labels, "test_images": data.test_images, "test_labels": data.test_labels,
+        "images": artifact.stored_images, "labels": artifact.stored_labels,
+        "test_images": data.test_images, "test_labels": data.test_labels,
         "real_images": data.real_images[wanted], "real_labels": data.real_labels[wanted],
     }  # fmt: skip
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / TENSORS)  # it refuses shared memory
@@ -125,7 +126,8 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
         "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options),
         "schedule": msgspec.to_builtins(trainer.schedule),
         "augmenter": trainer.augmenter_name, "arithmetic": msgspec.to_builtins(trainer.arithmetic), "info": msgspec.to_builtins(data.info),
-        "seed": data.seed, "threads": threads, "artifact": {key: artifact.metadata[key] for key in ("class_names", "mean", "std")},
+        "seed": data.seed, "threads": threads, 
+        "artifact": {key: value for key, value in artifact.metadata.items() if key in ("class_names", "mean", "std", "decode")},
     }  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
