@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
     from ddkit.randomness import generator
+    from ddkit.spectra import high_frequency_share, radial_spectrum
     from ddkit.step import RealStep, Step, View
     from ddkit.teacher import Teacher
     from ddkit.training import Schedule, accuracy, fit
@@ -64,6 +65,7 @@ _HOMES = {
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
+    "ddkit.spectra": ("high_frequency_share", "radial_spectrum"),
     "ddkit.step": ("RealStep", "Step", "View"),
     "ddkit.teacher": ("Teacher",),
     "ddkit.training": ("Schedule", "accuracy", "fit"),
@@ -120,11 +122,13 @@ __all__ = [
     "evaluate",
     "fit",
     "generator",
+    "high_frequency_share",
     "hookimpl",
     "is_compiled",
     "load",
     "pick_precision",
     "products",
+    "radial_spectrum",
     "redraw",
     "to_device",
     "train",

@@ -163,6 +163,8 @@ class Augmenter(Component):
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """One row of an evaluation. Accuracies are fractions; std is the sample standard deviation, None for one repeat.
 
+    An evaluator that trains no network has no accuracy (None), and tells in `details`, under "summary" in a few words.
+
     `images` names what the networks were trained on: "synthetic", or a baseline; random real stands beside synthetic.
     `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
     """
@@ -172,7 +174,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     protocol: str
     labels: str
     repeats: int
-    accuracy_mean: float
+    accuracy_mean: float | None
     accuracy_std: float | None
     random_real_mean: float | None = None
     random_real_std: float | None = None

@@ -22,7 +22,8 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
     "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth. `rho` above 0 is
     sharpness-aware minimisation (Foret et al., ICLR 2021): each update takes the gradient at the point that lies rho away
-    from the weights along the gradient of the same batch. It needs two passes for each batch.
+    from the weights along the gradient of the same batch. It needs two passes for each batch. With `ema` above 0 the network ends
+    with an exponential moving average of its weights and running statistics, of that decay, in the place of the last ones.
     """
 
     epochs: Annotated[int, Option(ge=1)]
@@ -33,6 +34,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     weight_decay: float = 5e-4
     schedule: Literal["one-cycle", "constant", "step"] = "step"
     rho: float = 0.0
+    ema: float = 0.0
 
     @property
     def passes(self) -> int:
@@ -71,6 +73,7 @@ def fit(
     forward = forward or module
     optimizer = _optimizer(module, schedule)
     count = -(-len(images) // schedule.batch)
+    average = _average(module, schedule.ema) if schedule.ema else None
     scheduler = _scheduler(optimizer, schedule, count)
     for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
         x, wanted = x.contiguous(memory_format=layout), y if targets is None else targets(x, y)
@@ -87,9 +90,18 @@ def fit(
             _sharpen(module, schedule.rho, gradient)
         optimizer.step()
         scheduler.step()
+        if average is not None:
+            average.update_parameters(module)
         if report is not None and number % count == 0:
             report(number // count, schedule.epochs)
+    if average is not None:
+        module.load_state_dict(average.module.state_dict())
     module.eval()
+
+
+def _average(module: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
+    """Returns a copy of `module` that follows its weights and buffers."""
+    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> None:

@@ -106,6 +106,24 @@ class TestAccuracySoft(EvaluatorConformance):
     options = {"epochs": 2, "repeats": 1, "labels": "both", "baselines": ["class-mean"], "model_options": {"width": 4}}
 
 
+class TestTransfer(EvaluatorConformance):
+    component = "transfer"
+    options = {"epochs": 1, "repeats": 1, "model": "convnet,mlp"}
+
+
+class TestRanking(EvaluatorConformance):
+    component = "ranking"
+    options = {"epochs": 1, "repeats": 1, "model_options": {"width": 4}}
+
+
+class TestSpectrum(EvaluatorConformance):
+    component = "spectrum"
+
+
+class TestMemorisation(EvaluatorConformance):
+    component = "memorisation"
+
+
 class TestConvnet(ModelConformance):
     component = "convnet"
 

@@ -122,6 +122,12 @@ def percent(mean: float | None, std: float | None) -> str:
     return f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %"
 
 
+def _result(row: Any) -> str:
+    """Returns the accuracy of a row, and what its evaluator has to say beside it, or in its place."""
+    said = str(row.details.get("summary", ""))
+    return said if row.accuracy_mean is None and said else percent(row.accuracy_mean, row.accuracy_std) + (f" ({said})" if said else "")
+
+
 def evaluation_table(rows: Sequence[Any]) -> str:
     """Returns the evaluations as a text table."""
     from tabulate import tabulate
@@ -130,7 +136,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     for key, usual in (("images", "synthetic"), ("split", "test")):
         values = [getattr(row, key) for row in rows]
         columns |= {key: values} if any(value != usual for value in values) else {}
-    columns["accuracy"] = [percent(row.accuracy_mean, row.accuracy_std) for row in rows]
+    columns["accuracy"] = [_result(row) for row in rows]
     columns["random real"] = [percent(row.random_real_mean, row.random_real_std) for row in rows]
     columns["networks"] = [row.repeats for row in rows]
     return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)

@@ -66,6 +66,8 @@ class Accuracy(ddkit.Evaluator):
         baselines: Annotated[
             tuple[Literal["pipc-real", "class-mean"], ...], ddkit.Option("rows of their own: all accessible images, class means")
         ] = ()
+        augment: Annotated[str, ddkit.Option("augmenter of the networks' training; auto: the protocol's")] = "auto"
+        ema: Annotated[float, ddkit.Option("decay of an average of the weights, which is tested in their place; 0: none", ge=0, lt=1)] = 0.0
         labels: Annotated[Literal["hard", "soft", "both"], ddkit.Option("soft: the teacher's probabilities, in rows of their own")] = "hard"
         temperature: Annotated[float, ddkit.Option("of soft labels", gt=0)] = 1.0
         precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -78,6 +80,7 @@ class Accuracy(ddkit.Evaluator):
 
     def check(self, info: ddkit.DataInfo) -> None:
         self._models(info)
+        ddkit.create("augmenter", self.augmenter, data=info)
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
         names = [name.strip() for name in self.options.model.split(",")]
@@ -104,7 +107,12 @@ class Accuracy(ddkit.Evaluator):
     def schedule(self) -> ddkit.Schedule:
         """How a network is trained: the protocol's, with the passes that were asked for."""
         own = PROTOCOLS[self.options.protocol].schedule
-        return msgspec.structs.replace(own, epochs=self.options.epochs or own.epochs)
+        return msgspec.structs.replace(own, epochs=self.options.epochs or own.epochs, ema=self.options.ema)
+
+    @property
+    def augmenter(self) -> str:
+        """The name of the augmenter under which networks are trained."""
+        return PROTOCOLS[self.options.protocol].augmenter if self.options.augment == "auto" else str(self.options.augment)
 
     def plan(
         self, info: ddkit.DataInfo, device: torch.device, *, rows: int, tests: int, networks: int, model: ddkit.Model | None = None
@@ -153,12 +161,14 @@ class Accuracy(ddkit.Evaluator):
         networks = repeats * sum(kind in ("synthetic", "random real") for kind in kinds)
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         workers = plan.workers if soft is None else 1
-        trainer = Trainer(name, model, artifact, data, self.schedule, protocol.augmenter, plan.arithmetic, soft)
+        trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         found = trained_apart(trainer, tasks, workers) if workers > 1 else trained_in_turn(trainer, tasks)
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
+        facts |= {"ema": self.options.ema} if self.options.ema else {}
+        facts |= {"augment": self.options.augment} if self.options.augment != "auto" else {}
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
         return [self._row(name, kind, made, real if kind == "synthetic" else [], facts) for kind, made in by_kind.items()]

@@ -65,7 +65,8 @@ class TensorBoard:
             return
         for row in evaluations:
             name = f"{row.evaluator}/{row.model}, {row.protocol}, {row.labels} labels, {row.images}"
-            self._writer.add_scalar(name, row.accuracy_mean)
+            if row.accuracy_mean is not None:
+                self._writer.add_scalar(name, row.accuracy_mean)
         self._close()
 
     def _close(self) -> None:

@@ -1,0 +1,96 @@
+"""Evaluators made of `accuracy`: `transfer`, over architectures, and `ranking`, the scores of DD-Ranking."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import msgspec
+
+import ddkit
+from ddkit_evaluators import Accuracy
+
+
+class Transfer(Accuracy):
+    """Test accuracy over architectures: networks of several kinds trained from scratch on the set, a row for each.
+
+    What a set teaches to an architecture that it was not made with is what its users get. Every option is that of `accuracy`.
+    """
+
+    class Options(Accuracy.Options):
+        model: Annotated[str, ddkit.Option("networks, separated by commas")] = "convnet,mlp"
+
+
+class Ranking(ddkit.Evaluator):
+    """The scores of DD-Ranking: how much of a result is the set's own, and not the protocol's or its soft labels'.
+
+    With accuracies as fractions of 1, hard labels, and the evaluation of `accuracy` under `protocol`:
+
+    - hlr, the hard-label recovery: accuracy of a network trained on all real data, less that of one trained on the set; less is better;
+    - ior, the improvement over random: accuracy of the set, less that of as many random real images;
+    - lrs = (e^a - e^-1) / (e - e^-1) with a = 0.5 ior - 0.5 hlr;
+    - ars likewise with 0.5 times the improvement over random with augmentation plus 0.5 times that without.
+
+    "All real data" is the teacher's accuracy on the same test images, or the option `full`. accuracy_mean is that of the set.
+    Source: Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300.
+    """
+
+    class Options(ddkit.Options):
+        protocol: Annotated[str, ddkit.Option("of accuracy")] = "short"
+        model: Annotated[str, ddkit.Option("network")] = "convnet"
+        model_options: Annotated[dict[str, Any], ddkit.Option("options of that model")] = msgspec.field(default_factory=dict)
+        repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
+        epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
+        full: Annotated[float, ddkit.Option("accuracy with all real data; left out: the teacher's", ge=0, le=1)] | None = None
+
+    @property
+    def requires(self) -> ddkit.Requires:  # type: ignore[override]
+        return ddkit.Requires(teacher=self.options.full is None)
+
+    def check(self, info: ddkit.DataInfo) -> None:
+        if "," in self.options.model:
+            raise ddkit.InputError(f"evaluators.{self.name}.model = {self.options.model!r}: its scores are those of one network.")
+        self._accuracy(info, "auto").check(info)
+
+    def _accuracy(self, info: ddkit.DataInfo, augment: str) -> ddkit.Evaluator:
+        own = {key: value for key, value in msgspec.structs.asdict(self.options).items() if key != "full" and value is not None}
+        made: ddkit.Evaluator = ddkit.create(
+            "evaluator", "accuracy", own | {"augment": augment}, data=info, where=f"evaluators.{self.name}"
+        )
+        return made
+
+    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+        if not len(data.real_images):
+            raise ddkit.InputError(f"evaluators.{self.name} compares with random real images, and none are accessible.")
+        full = self._full(data, teacher)
+        with_, without = (self._accuracy(data.info, augment)(artifact, data, None)[0] for augment in ("auto", "none"))
+        found = scores(full, _pair(with_), _pair(without))
+        details = {"summary": ", ".join(f"{name.upper()} {value:.3f}" for name, value in found.items()), **found, "full": full}
+        details |= {"unaugmented": {"accuracy_mean": without.accuracy_mean, "random_real_mean": without.random_real_mean}}
+        return [msgspec.structs.replace(with_, evaluator=self.name, details=with_.details | details)]
+
+    def _full(self, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> float:
+        if self.options.full is not None:
+            return float(self.options.full)
+        if teacher is None:
+            raise ddkit.InputError(f"evaluators.{self.name} needs a teacher, or --set evaluators.{self.name}.full=ACCURACY.")
+        images = ddkit.Normalisation(teacher.mean, teacher.std).normalise(data.test_images).to(data.device)
+        return ddkit.accuracy(teacher.module, images, data.test_labels.to(data.device))
+
+
+def _pair(row: ddkit.Evaluation) -> tuple[float, float]:
+    assert row.accuracy_mean is not None
+    assert row.random_real_mean is not None
+    return row.accuracy_mean, row.random_real_mean
+
+
+def scores(full: float, augmented: tuple[float, float], plain: tuple[float, float]) -> dict[str, float]:
+    """Returns hlr, ior, lrs and ars from fractions: `full`, and (set, random real) with augmentation and without."""
+    hlr, ior = full - augmented[0], augmented[0] - augmented[1]
+    gap = 0.5 * ior + 0.5 * (plain[0] - plain[1])
+    return {"hlr": hlr, "ior": ior, "lrs": _scaled(0.5 * ior - 0.5 * hlr), "ars": _scaled(gap)}
+
+
+def _scaled(value: float) -> float:
+    """Returns 0 for -1, 1 for 1, growing exponentially in between."""
+    return (math.exp(value) - math.exp(-1)) / (math.exp(1) - math.exp(-1))

@@ -1,0 +1,108 @@
+"""Evaluators that look at the images instead of training networks: `spectrum` and `memorisation`."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+import ddkit
+
+log = logging.getLogger("ddkit")
+MOST_REAL = 1000  # real images whose own neighbours are looked for: a quantile needs no more
+AT_ONCE = 4096  # real images compared at once, for memory
+
+
+def looked_at(name: str, details: dict[str, Any]) -> list[ddkit.Evaluation]:
+    """Returns the row of an evaluator that trains no network: it has no accuracy, and tells all in `details`."""
+    row = ddkit.Evaluation(
+        evaluator=name, model="-", protocol="-", labels="hard", repeats=1, accuracy_mean=None, accuracy_std=None, details=details
+    )
+    return [row]
+
+
+def in_pixels(images: Tensor) -> Tensor:
+    """Returns images (n, C, H, W), uint8 or float, as float32 in pixel units."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
+
+
+class Spectrum(ddkit.Evaluator):
+    """Radial power spectrum of the synthetic images beside that of the accessible real ones; no accuracy.
+
+    The share of the power in equal bands of frequency, and the share above 0.25 cycles per pixel, which the papers on deep support vectors
+    mean where they call images low-frequency (arXiv 2405.00348, Fig. 3). White noise has 80 % of it there at 32 x 32 pixels.
+    """
+
+    class Options(ddkit.Options):
+        bins: Annotated[int, ddkit.Option("equal bands from 0 to 0.5 cycles per pixel", ge=2, le=256)] = 16
+
+    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+        frequencies, synthetic = ddkit.radial_spectrum(artifact.images, self.options.bins)
+        details: dict[str, Any] = {"frequencies": frequencies, "synthetic": synthetic}
+        share = ddkit.high_frequency_share(artifact.images)
+        details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
+        if len(data.real_images):
+            real = in_pixels(data.real_images[:MOST_REAL])
+            details["real"] = ddkit.radial_spectrum(real, self.options.bins)[1]
+            details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
+            summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
+        return looked_at(self.name, {"summary": summary, **details})
+
+
+class Memorisation(ddkit.Evaluator):
+    """How near each synthetic image is to an accessible real one, beside how near real images are to each other; no accuracy.
+
+    Distances are root mean squares over pixels and channels, in pixel units, mirrored images counting as the same where the data says so.
+    An image is close where it is nearer to a real one than 95 % of the real ones are to another. A set with close images shows
+    pictures that its owner may not want to show: the argument that a synthetic set protects them does not hold for it. (Nor does the
+    lack of close images prove that it does: that would take more than distances of pixels.)
+    """
+
+    class Options(ddkit.Options):
+        quantile: Annotated[float, ddkit.Option("of real images' distances, under which an image is close", gt=0, lt=1)] = 0.05
+
+    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+        if len(data.real_images) < 2:
+            raise ddkit.InputError(f"evaluators.{self.name} compares with accessible real images, and there are {len(data.real_images)}.")
+        real, mirror = in_pixels(data.real_images), data.info.mirror
+        found = nearest(artifact.images, real, mirror=mirror)
+        chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
+        own = nearest(real[chosen], real, mirror=mirror, without=chosen)
+        limit = float(own.quantile(self.options.quantile))
+        close = int((found < limit).sum())
+        if close:
+            log.warning(
+                "%d of %d synthetic images are nearer to an accessible real image than %g %% of the real ones are to another: "
+                "this set does not hide the images that it was made from.",
+                close, len(found), 100 * (1 - self.options.quantile),
+            )  # fmt: skip
+        ratio = float(found.median() / own.median()) if float(own.median()) > 0 else None
+        details = {
+            "summary": f"{close} of {len(found)} images are close to a real one",
+            "close": close, "close_below": limit, "nearest": found.tolist(), "nearest_median": float(found.median()),
+            "real_nearest_median": float(own.median()), "ratio": ratio,
+        }  # fmt: skip
+        return looked_at(self.name, details)
+
+
+def nearest(images: Tensor, others: Tensor, *, mirror: bool, without: Tensor | None = None) -> Tensor:
+    """Returns (n,) the distance of each of images (n, C, H, W) to the nearest of `others` (m, C, H, W): root mean square over C, H and W.
+
+    `without` (n,) is the row of `others` that does not count for each image: itself. With `mirror` the mirrored image counts too.
+    """
+    queries = [images, images.flip(3)] if mirror else [images]
+    parts = [_nearest(query.flatten(1), others.flatten(1), without) for query in queries]
+    return torch.stack(parts).amin(0) / images[0].numel() ** 0.5
+
+
+def _nearest(queries: Tensor, others: Tensor, without: Tensor | None) -> Tensor:
+    best = torch.full((len(queries),), torch.inf)
+    for start in range(0, len(others), AT_ONCE):
+        found = torch.cdist(queries, others[start : start + AT_ONCE], compute_mode="donot_use_mm_for_euclid_dist")
+        if without is not None:
+            own = (without >= start) & (without < start + found.shape[1])
+            found[own.nonzero().flatten(), without[own] - start] = torch.inf
+        best = torch.minimum(best, found.amin(1))
+    return best
