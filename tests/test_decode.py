@@ -104,6 +104,15 @@ def test_the_first_image_of_a_run_without_steps_is_a_grid_of_accessible_ones(tmp
     torch.testing.assert_close(ddkit.load(tmp_path / "four").stored_images, encoded(ddkit.load(tmp_path / "plain").images, 2))
 
 
+def test_too_few_real_images_are_used_again_mirrored_if_asked(tmp_path: Path) -> None:
+    given = {"losses": "dm", "evaluators": "none", "device": "cpu", "pipc": 3}
+    sets = SMALL | {"steps": 0, "initializer.reuse": True}
+    ddkit.distill(ipc=8, sets=sets, out=tmp_path / "more", **given)  # type: ignore[arg-type]
+    ddkit.distill(ipc=3, sets=SMALL | {"steps": 0}, out=tmp_path / "three", **given)  # type: ignore[arg-type]
+    more, three = ddkit.load(tmp_path / "more").images[:8], ddkit.load(tmp_path / "three").images[:3]
+    assert torch.equal(more, torch.cat([three, three.flip(3), three[:2]]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

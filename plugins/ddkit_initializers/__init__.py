@@ -30,12 +30,16 @@ class Real(ddkit.Initializer):
 
     requires = ddkit.Requires(real=True)
 
+    class Options(ddkit.Options):
+        reuse: Annotated[bool, ddkit.Option("where a class has too few: take them again, every second time mirrored")] = False
+
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        short = [f"'{name}' has {count}" for name, count in available.items() if count < ipc]
+        needed = 1 if self.options.reuse else ipc
+        short = [f"'{name}' has {count}" for name, count in available.items() if count < needed]
         if short:
             raise ddkit.InputError(
-                f"Initializer 'real' needs {ipc} accessible images a class for ipc {ipc}, but {', '.join(short[:5])}"
-                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, lower --ipc, or use --init noise.",
+                f"Initializer 'real' needs {needed} accessible images a class for {ipc} images, but {', '.join(short[:5])}"
+                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, lower --ipc, use --init noise, or --set initializer.reuse=true.",
                 "ipc",
             )
 
@@ -44,5 +48,7 @@ class Real(ddkit.Initializer):
         for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
             images = start.real_images[start.real_labels == label]
             chosen = torch.randperm(len(images), generator=start.generator(int(label)))[: int(count)]
-            parts.append(images[chosen.sort().values])  # in order: ipc = pipc gives exactly the real set
+            own = images[chosen.sort().values]  # in order: ipc = pipc gives exactly the real set
+            rounds = [own if turn % 2 == 0 else own.flip(3) for turn in range(-(-int(count) // len(own)))]
+            parts.append(torch.cat(rounds)[: int(count)])
         return torch.cat(parts)
