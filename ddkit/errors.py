@@ -6,11 +6,16 @@ import difflib
 import unicodedata
 from collections.abc import Iterable
 
+LONGEST = 1800  # characters of a message: a value in it may have any length
+
 
 class DdkitError(Exception):
     """A problem that the user can mend: the message is one paragraph saying what, where and how to mend it."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 505]} ... {message[-500:]}")
 
 
 class RunFailed(DdkitError):
