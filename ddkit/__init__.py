@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, train
+    from ddkit.arrays import read_arrays
     from ddkit.artifact import Artifact, load
     from ddkit.children import Child, ChildEnded
     from ddkit.components import (
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
+    "ddkit.arrays": ("read_arrays",),
     "ddkit.artifact": ("Artifact", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
     "ddkit.components": (
@@ -125,6 +127,7 @@ __all__ = [
     "load",
     "pick_precision",
     "products",
+    "read_arrays",
     "redraw",
     "to_device",
     "train",

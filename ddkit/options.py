@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ddkit.errors import InputError, printable, shown, suggestion
+from ddkit.errors import InputError, is_text, printable, shown, suggestion
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -116,7 +116,7 @@ def _check_leaf(path: str, value: Any) -> None:
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise InputError(f"{path} is a number of more than 64 bits; it must be smaller.", path)
     for text in (path, value):
-        if isinstance(text, str) and not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        if isinstance(text, str) and not is_text(text):
             raise InputError(f"{printable(path)} holds bytes that are no UTF-8 text ({shown(text)}).", path)
 
 

@@ -9,7 +9,7 @@ import click
 
 from ddkit import plugins
 from ddkit.cli.catalogue import found_plugin
-from ddkit.cli.common import echo_json, plugin_files
+from ddkit.cli.common import echo_json, plugin_files, show
 from ddkit.errors import FlagError
 
 
@@ -50,11 +50,11 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
 
 def _show(plugin: plugins.Plugin, outcomes: list[Any]) -> None:
     for outcome in outcomes:
-        click.echo(f"{'broken' if outcome.problem else 'ok':6}  {outcome.check}")
+        show(f"{'broken' if outcome.problem else 'ok':6}  {outcome.check}")
         if outcome.problem:
-            click.echo(f"        {outcome.problem}{f' ({outcome.place})' if outcome.place else ''}")
+            show(f"        {outcome.problem}{f' ({outcome.place})' if outcome.place else ''}")
     count = sum(bool(outcome.problem) for outcome in outcomes)
-    click.echo(f"\n{plugin.label}: {len(outcomes) - count} of {len(outcomes)} checks hold")
+    show(f"\n{plugin.label}: {len(outcomes) - count} of {len(outcomes)} checks hold")
 
 
 COMMANDS = (check,)
