@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation
+    from ddkit.importing import import_file
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
@@ -62,6 +63,7 @@ _HOMES = {
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation",),
+    "ddkit.importing": ("import_file",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("add_plugin_file", "create"),
@@ -123,6 +125,7 @@ __all__ = [
     "fit",
     "generator",
     "hookimpl",
+    "import_file",
     "is_compiled",
     "load",
     "pick_precision",

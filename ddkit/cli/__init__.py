@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, creating, evaluating, making, reproducing
+from ddkit.cli import benching, catalogue, checking, creating, evaluating, importing, making, reproducing
 from ddkit.cli.common import LogFormat
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError, printable
@@ -36,6 +36,7 @@ def cli(show_traceback: bool) -> None:
 for command in (
     *making.COMMANDS,
     *evaluating.COMMANDS,
+    *importing.COMMANDS,
     *reproducing.COMMANDS,
     *benching.COMMANDS,
     *catalogue.COMMANDS,
