@@ -129,7 +129,7 @@ def _read_torch(path: Path) -> Any:
 def _refusal(path: Path, text: str) -> str:
     named = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", text)
     if named is None and "WeightsUnpickler" not in text and "weights_only" not in text:
-        return f"{path} cannot be read as a file of torch.save: {' '.join(text.split())[:200]}."
+        return f"{path} is no file of torch.save, .npz or .safetensors that can be read ({' '.join(text.split())[:200]})."
     what = f"holds {named.group(1)} beside tensors" if named else "holds more than tensors"
     return (
         f"{path} {what}. To build that is to run what the file says, so ddkit reads tensors alone. Where you trust the file, keep the "

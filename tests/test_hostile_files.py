@@ -10,7 +10,6 @@ import pickle
 import shutil
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from ddkit.errors import printable
 from ddkit.figures import _markdown
 from ddkit.files import read_tensors, write_tensors
 from ddkit.images import sheet_png
-from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
+from tests.conftest import SMALL, SMALL_FLAGS, Result, png_of, write_image_folder
 
 Cli = Callable[..., Result]
 
@@ -230,21 +229,13 @@ def test_a_well_packed_archive_of_honest_size_is_read(tmp_path: Path) -> None:
 # Images that declare too much
 
 
-def _png(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize(("side", "shown"), [(60_000, "3,600,000,000"), (10_000, "100,000,000")])
 def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     cli: Cli, image_folder: Path, monkeypatch: pytest.MonkeyPatch, split: str, side: int, shown: str
 ) -> None:
     bad = image_folder / split / "owl" / "000.png"
-    bad.write_bytes(_png(side, side))
+    bad.write_bytes(png_of(side, side))
     prepared: list[tuple[int, int]] = []
     original = ImageFile.ImageFile.load_prepare
 
@@ -263,7 +254,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
 
 
 def test_an_image_within_the_limit_but_torn_is_told_apart(cli: Cli, image_folder: Path) -> None:
-    (image_folder / "train" / "owl" / "000.png").write_bytes(_png(50, 50))
+    (image_folder / "train" / "owl" / "000.png").write_bytes(png_of(50, 50))
     result = cli("distill", "--losses", "dm", "--pipc", "all", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
     assert result.code == 4
     assert "owl/000.png cannot be decoded" in " ".join(result.err.split())

@@ -303,7 +303,9 @@ def test_a_file_of_more_than_tensors_is_refused_with_the_way_to_convert_it(files
 def test_a_file_that_is_none_is_refused(files: Path, cli: Cli, name: str) -> None:
     result = cli("import", files / name, *SET.split(), "--out", "new")
     assert (result.code, result.out) == (4, "")
-    assert " ".join(result.err.split()).startswith(f"ddkit: {files / name} cannot be read as a file of torch.save:")
+    assert " ".join(result.err.split()).startswith(
+        f"ddkit: {files / name} is no file of torch.save, .npz or .safetensors that can be read ("
+    )
 
 
 def test_a_state_dict_of_another_model_is_told_with_the_difference(files: Path, cli: Cli) -> None:

@@ -89,6 +89,8 @@ class Npz(InMemory):
 
     def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
         super().__init__(options, name=name, directory=directory)
+        if not self.options.path:
+            raise ddkit.InputError(f"The dataset '{self.name}' needs a file: --dataset {self.name}:PATH", "data.path")
         path = Path(self.options.path).absolute()
         self.options = msgspec.structs.replace(self.options, path=str(path))
         arrays = _read(path)

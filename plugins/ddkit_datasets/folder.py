@@ -61,6 +61,8 @@ class ImageFolder(ddkit.Dataset):
         size = self.options.size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ddkit.InputError(f"data.size = {list(size)}: it is [height, width], both at least 1.", "data.size")
+        if not self.options.path:
+            raise ddkit.InputError(f"The dataset '{self.name}' needs a folder: --dataset {self.name}:PATH", "data.path")
         self.root = Path(self.options.path).absolute()
         self.options = msgspec.structs.replace(self.options, path=str(self.root))
         if not self.root.is_dir():
