@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import sys
@@ -45,8 +46,8 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
-    """Returns a function that runs `ddkit ARGS...` in this process, in an empty folder."""
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """Yields a function that runs `ddkit ARGS...` in this process, in an empty folder."""
     from ddkit.cli import main
 
     folder = tmp_path / "cwd"
@@ -61,7 +62,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         captured = capsys.readouterr()
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
-    return run
+    yield run
+    logging.getLogger("ddkit").setLevel(logging.NOTSET)  # as it was before --quiet
 
 
 @pytest.fixture
