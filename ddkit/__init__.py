@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, train
+    from ddkit.arrays import read_arrays
     from ddkit.artifact import Artifact, load
     from ddkit.children import Child, ChildEnded
     from ddkit.components import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation
+    from ddkit.importing import import_file
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
@@ -46,6 +48,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
+    "ddkit.arrays": ("read_arrays",),
     "ddkit.artifact": ("Artifact", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
     "ddkit.components": (
@@ -61,6 +64,7 @@ _HOMES = {
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation",),
+    "ddkit.importing": ("import_file",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("add_plugin_file", "create"),
@@ -124,11 +128,13 @@ __all__ = [
     "generator",
     "high_frequency_share",
     "hookimpl",
+    "import_file",
     "is_compiled",
     "load",
     "pick_precision",
     "products",
     "radial_spectrum",
+    "read_arrays",
     "redraw",
     "to_device",
     "train",

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
-from ddkit.errors import DdkitError, InputError
+from ddkit.errors import DdkitError, InputError, is_text, shown
 from ddkit.imagecache import entry_of
 from ddkit.images import common_shape, conform, other_sizes, to_unit
 from ddkit.randomness import generator
@@ -31,12 +31,23 @@ def open_dataset(table: DataTable) -> Dataset:
     except Exception as error:  # a stranger's dataset can raise anything
         helps = advice("dataset", dataset)
         raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{helps}") from error
+    check_names(names, table.use)
     if len(counts) > len(names):
         raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
     for name, count in zip(names, counts, strict=True):
         if count == 0:
             raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add some or remove the class.")
     return dataset
+
+
+def check_names(names: Sequence[str], use: str) -> None:
+    """Raises InputError where two classes of the dataset `use` have one name, or a name cannot be written to a file."""
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise InputError(f"The dataset '{use}' has two classes called '{twice}'. Rename one of them.")
+    for name in names:
+        if not is_text(name):
+            raise InputError(f"The dataset '{use}' has a class whose name is no UTF-8 text ({shown(name)}). Rename it.")
 
 
 def data_info(dataset: Dataset, shape: Sequence[int]) -> DataInfo:

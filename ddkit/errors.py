@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import difflib
+import json
 import unicodedata
 from collections.abc import Iterable
+
+LONGEST = 1800  # characters of a message: a value in it may have any length
 
 
 class DdkitError(Exception):
     """A problem that the user can mend: the message is one paragraph saying what, where and how to mend it."""
 
     exit_code = 1
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= LONGEST else f"{message[: LONGEST - 505]} ... {message[-500:]}")
 
 
 class RunFailed(DdkitError):
@@ -66,16 +72,21 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    r"""Returns `text` with what acts on a terminal, hides, or cannot be written (control characters, marks of direction) as escapes.
+    r"""Returns `text` with what acts on a terminal, hides, or cannot be written as JSON's escapes: control characters, direction marks.
 
     >>> printable("cat\x1b[31m"), printable("chat é")
-    ('cat\\x1b[31m', 'chat é')
+    ('cat\\u001b[31m', 'chat é')
     """
-    return "".join(char if _shows(char) else char.encode("unicode_escape").decode("ascii") for char in text)
+    return "".join(char if _shows(char) else json.dumps(char)[1:-1] for char in text)
 
 
 def _shows(char: str) -> bool:
-    return char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return " " <= char <= "~" or char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
+def is_text(text: str) -> bool:
+    """Whether `text` can be written as UTF-8: a file name of other bytes has half characters in it."""
+    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
 
 
 def shown(value: object, most: int = 80) -> str:

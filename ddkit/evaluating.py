@@ -107,10 +107,10 @@ def judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers,
 
 
 def _run_at(path: Path) -> RunDirectory | None:
-    """Returns the run at `path`; None for a file, and for a blend of two files, which knows no data."""
+    """Returns the run at `path`; None for a file, and for an imported set or a blend of two files, which know no data."""
     if not path.is_dir():
         return None
-    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and "blend" in RunDirectory(path).read_manifest():
+    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {"blend", "imported"} & set(RunDirectory(path).read_manifest()):
         return None
     return RunDirectory.existing(path)
 

@@ -11,6 +11,7 @@ import msgspec
 import torch
 
 from ddkit.artifact import load
+from ddkit.errors import printable
 from ddkit.files import write_atomic
 from ddkit.images import sheet_png
 from ddkit.rundir import MANIFEST
@@ -143,6 +144,7 @@ def report_table(report: Report, style: str = "simple") -> str:
     header[3:3] = ["alpha"] if blends else []
     header += ["high freq."] if spectra else []
     rows = [_line(figure, blends, spectra) for figure in report.figures]
+    rows = [[_markdown(cell) for cell in row] for row in rows] if style == "pipe" else rows
     left = [f"{f.title} at ipc {f.ipc}, pipc {f.pipc}" for f in report.figures if f.state in ("not run", "partly")]
     soft = any(figure.labels == "soft" for figure in report.figures)
     notes = [f"{report.study}: accuracy in % on {'held-out training images' if report.split == 'held-out' else 'the test set'}, "
@@ -152,7 +154,14 @@ def report_table(report: Report, style: str = "simple") -> str:
     notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
     aligned = ["right", "right", *["left"] * (len(header) - 2)]
     table = tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned)
-    return "\n\n".join([table, "\n".join(notes)])
+    return "\n\n".join([table, "\n".join(map(_markdown, notes) if style == "pipe" else notes)])
+
+
+def _markdown(text: str) -> str:
+    """Returns text that stays itself in a cell of a Markdown table: no other cell, no line, no HTML."""
+    for sign, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
+        text = text.replace(sign, escaped)
+    return " ".join(printable(text).split())
 
 
 def _line(figure: Figure, blends: bool, spectra: bool) -> list[str]:

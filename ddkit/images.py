@@ -9,6 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddkit.errors import printable
+
+LONGEST_NAME = 60  # characters of a class name in a picture
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 
 
@@ -105,14 +108,15 @@ def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, col
     scale = max(1, round(64 / max(height, width)))
     font = ImageFont.load_default(size=14)
     rows = sorted(set(labels.tolist()))
-    margin = 12 + max(int(font.getlength(class_names[label])) for label in rows)
+    names = {label: " ".join(printable(class_names[label]).split())[:LONGEST_NAME] for label in rows}
+    margin = 12 + max(int(font.getlength(name)) for name in names.values())
     most = min(columns, max(int((labels == label).sum()) for label in rows))
     cell_h, cell_w = height * scale + 4, width * scale + 4
     sheet = Image.new("RGB", (margin + most * cell_w, len(rows) * cell_h), "white")
     draw = ImageDraw.Draw(sheet)
     pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
     for y, label in enumerate(rows):
-        draw.text((6, y * cell_h + cell_h // 2), class_names[label], fill="black", font=font, anchor="lm")
+        draw.text((6, y * cell_h + cell_h // 2), names[label], fill="black", font=font, anchor="lm")
         for x, image in enumerate(pixels[labels == label][:most]):
             array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
             tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.NEAREST)

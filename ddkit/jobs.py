@@ -17,7 +17,7 @@ from ddkit import pluginfile, plugins
 from ddkit.bank import Bank
 from ddkit.blame import blamed, called
 from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
-from ddkit.compute import Arithmetic, decide_arithmetic, pick_device
+from ddkit.compute import Arithmetic, decide_arithmetic, machine_bytes, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
 from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
@@ -54,6 +54,7 @@ class Job:
         self.real = RealData.of(recipe, self.dataset, self._shape())
         self.info: DataInfo = self.real.info
         check_factor(recipe.factor, self.info.size)
+        self._check_memory()
         self._build_components()
         self.plugin_files = pluginfile.known()
         self.plugins_used = self._plugins_used()
@@ -83,6 +84,16 @@ class Job:
         table = self.recipe.initializer
         self.initializer: Initializer = plugins.create("initializer", table.use, table.options, where="initializer")
         self.initializer.check(self.recipe.rows_per_class, available)
+
+    def _check_memory(self) -> None:
+        """Raises InputError where the synthetic images alone are larger than this machine's memory."""
+        needed = 4 * self.info.classes * self.recipe.rows_per_class * math.prod(self.info.shape)
+        if needed > machine_bytes():
+            raise InputError(
+                f"ipc = {self.recipe.ipc} makes {needed / 2**30:,.0f} GiB of images, and this machine has "
+                f"{machine_bytes() / 2**30:,.0f} GiB of memory. Use a smaller ipc.",
+                "ipc",
+            )
 
     def _shape(self) -> tuple[int, int, int] | None:
         """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
@@ -139,6 +150,9 @@ class Job:
 
     def _view(self, name: str) -> ViewSpec:
         table = self.recipe.views[name]
+        if table.compose is not None and not hasattr(plugins.options_of("augmenter", table.augmenter, {}, f"views.{name}"), "compose"):
+            where = f"views.{name}.compose"
+            raise InputError(f"{where}: the augmenter '{table.augmenter}' has no option 'compose'. Leave it out, or use dsa.", where)
         options = table.options | ({} if table.compose is None else {"compose": table.compose})
         return ViewSpec(plugins.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from ddkit.errors import InputError, suggestion
+from ddkit.errors import InputError, is_text, printable, shown, suggestion
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -91,8 +91,7 @@ def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Coll
             at = f"{where}.{key}" if where else key
             raise InputError(f"{where or 'the recipe'} has no key '{key}'. {suggestion(key, {*fields, *also})}", at)
     for path, value in _leaves(table, where):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{path} is {value}; it must be a finite number.", path)
+        _check_leaf(path, value)
     try:
         return msgspec.convert(dict(table), kind)
     except msgspec.ValidationError as error:
@@ -110,6 +109,17 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
+def _check_leaf(path: str, value: Any) -> None:
+    """Raises InputError for what TOML cannot write: numbers that are not finite or longer than 64 bits, half characters."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path} is {value}; it must be a finite number.", path)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{path} is a number of more than 64 bits; it must be smaller.", path)
+    for text in (path, value):
+        if isinstance(text, str) and not is_text(text):
+            raise InputError(f"{printable(path)} holds bytes that are no UTF-8 text ({shown(text)}).", path)
+
+
 def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where: str, table: Mapping[str, Any]) -> InputError:
     text, _, place = str(error).replace(" - at `key` in `$", " as a key - at `$").partition(" - at `$")
     keys = re.sub(r"\[\.\.\.\]|\[\d+\]", "", place.rstrip("`")).strip(".")
@@ -119,10 +129,11 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
         value = value.get(key) if isinstance(value, Mapping) else None
     text = text[:1].lower() + text[1:]
     choices = literal_choices(kind, keys)
-    hint = f" {suggestion(str(value), choices)}" if choices else ""
+    word = value if isinstance(value, str) else shown(value)
+    hint = f" {suggestion(word, choices)}" if choices else ""
     if _takes_numbers(kind, keys):
         hint = hint.replace("Choose from:", "It is a number, or one of:")
-    return InputError(f"{path} = {value!r} is not possible: {text.replace('`', '')}.{hint}", path)
+    return InputError(f"{path} = {shown(value)} is not possible: {text.replace('`', '')}.{hint}", path)
 
 
 def literal_choices(kind: type[msgspec.Struct], name: str) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from ddkit.errors import InputError
+from ddkit.errors import InputError, shown
 from ddkit.options import Option, parse_struct
 
 Positive = Annotated[int, Option(ge=1)]
@@ -197,6 +197,7 @@ NAMED_TABLES: dict[str, type[Table]] = {
 SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "augmenter": "use"}
 
 T = TypeVar("T", bound=Table)
+DEEPEST = 32  # levels of tables and arrays in a recipe
 
 
 def own_keys(kind: type[Table]) -> set[str]:
@@ -224,11 +225,25 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     return parse_struct(Recipe, values, "")
 
 
+def check_depth(table: Mapping[str, Any], what: str) -> None:
+    """Raises InputError where tables and arrays are nested deeper than any recipe needs, and functions that call themselves can go."""
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        level = [item for value in level if isinstance(value, Mapping | list | tuple) for item in _items(value)]
+        if not level:
+            return
+    raise InputError(f"{what} is nested more than {DEEPEST} levels deep. Write it flatter.")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value
+
+
 def _as_table(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str) and where in SHORTHAND:
         return {SHORTHAND[where]: value}
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} is a table of the recipe; got {value!r}.", where)
+        raise InputError(f"{where} is a table of the recipe; got {shown(value)}.", where)
     return dict(value)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import msgspec
 
 from ddkit import plugins
-from ddkit.errors import FlagError, InputError, PluginError, suggestion
+from ddkit.errors import FlagError, InputError, PluginError, shown, suggestion
 from ddkit.options import parse_struct
-from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, own_keys, parse_recipe
+from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
 
 Raw = dict[str, Any]
 CHOOSING_KEYS = {
@@ -49,11 +49,13 @@ def read_named(kind: str, name: str) -> Raw:
 def parse_toml(path: Path, kind: str = "recipe") -> Raw:
     """Returns the TOML data of a file; raises InputError naming the file and line."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"The {kind} file {path} does not exist.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"The {kind} file {path} cannot be read as TOML: {error}.") from None
+    check_depth(found, f"The {kind} file {path}")
+    return found
 
 
 def build_recipe(
@@ -68,6 +70,8 @@ def build_recipe(
     `sets` and `flags` are (path, value): ("losses.dm.weight", 0.01). `losses` selects as on the command line.
     """
     sets, flags = list(sets), dict(flags or {})
+    if isinstance(recipe, Mapping):
+        check_depth(recipe, "The recipe")
     raw = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe or "default")
     override = [*sets, *flags.items()]
     ipc, pipc = (_final(raw, override, key, default) for key, default in (("ipc", 1), ("pipc", 50)))
@@ -76,6 +80,7 @@ def build_recipe(
         fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
         raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
     assign_all(raw, override)
+    check_depth(raw, "The recipe with what was set")
     if isinstance(raw.get("blend"), Mapping):
         raw["blend"] = _with_shared_settings(raw, override)
     return parse_recipe(raw)
@@ -172,6 +177,8 @@ def parse_set(text: str) -> tuple[str, Any]:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
         return path.strip(), value
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"--set {path.strip()}: the value cannot be read: {error}.") from None
     return path.strip(), parsed["value"] if set(parsed) == {"value"} else value
 
 
@@ -267,10 +274,10 @@ def _scaled(table: Raw, factor: float) -> Raw:
 def _loss_tables(raw: Raw) -> dict[str, Raw]:
     tables = raw.get("losses", {})
     if not isinstance(tables, Mapping):
-        raise InputError(f"losses is a table of the recipe; got {tables!r}.", "losses")
+        raise InputError(f"losses is a table of the recipe; got {shown(tables)}.", "losses")
     for label, table in tables.items():
         if not isinstance(table, Mapping):
-            raise InputError(f"losses.{label} is a table of the recipe; got {table!r}.", f"losses.{label}")
+            raise InputError(f"losses.{label} is a table of the recipe; got {shown(table)}.", f"losses.{label}")
     return dict(tables)
 
 

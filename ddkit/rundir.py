@@ -22,13 +22,14 @@ import tomli_w
 
 from ddkit import artifact
 from ddkit.components import Evaluation
-from ddkit.errors import RunFilesError
+from ddkit.errors import InputError, RunFilesError
 from ddkit.files import json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_json, write_tensors
 from ddkit.images import sheet_png
 from ddkit.locks import NAME as LOCK
 from ddkit.locks import FolderLock
 from ddkit.manifest import MANIFEST as MANIFEST
 from ddkit.manifest import check_listed, file_entry, read_manifest, write_manifest
+from ddkit.recipe import check_depth
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -173,7 +174,8 @@ class RunDirectory:
         try:
             text = file.read_text(encoding="utf-8")
             table = tomllib.loads(text)
-        except (OSError, ValueError, RecursionError) as error:
+            check_depth(table, "it")
+        except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None
         first, _, rest = text.partition("\n")
         if not table or (first.startswith("#") and first != f"{RECIPE_SEAL}{_sha256(rest)}"):

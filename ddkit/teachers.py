@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     options = record.get("options", table.options)
     factory = plugins.create("model", model, options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher shape")
-    _load_state(module, tensors, path, model, recorded=bool(record))
+    load_state(module, tensors, path, model, recorded=bool(record))
     return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path))
 
 
@@ -110,7 +110,11 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
     return tuple(mean), tuple(std)
 
 
-def _load_state(module: nn.Module, tensors: dict[str, Tensor], path: Path, model: str, *, recorded: bool) -> None:
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, model: str, *, recorded: bool = False) -> None:
+    """Loads the state dict of the file `path` into a `model`; raises InputError with the difference where it does not fit.
+
+    `recorded`: whether the file itself says which model it is.
+    """
     own = module.state_dict()
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -43,8 +46,8 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Result]:
-    """Returns a function that runs `ddkit ARGS...` in this process, in an empty folder."""
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Result]]:
+    """Yields a function that runs `ddkit ARGS...` in this process, in an empty folder."""
     from ddkit.cli import main
 
     folder = tmp_path / "cwd"
@@ -59,7 +62,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         captured = capsys.readouterr()
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
-    return run
+    yield run
+    logging.getLogger("ddkit").setLevel(logging.NOTSET)  # as it was before --quiet
 
 
 @pytest.fixture
@@ -81,3 +85,13 @@ def write_image_folder(root: Path, *, size: tuple[int, int] = (12, 12), train: i
                 pixels = random.integers(80 * label, 80 * label + 80, (*size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number:03d}.png")
     return root
+
+
+def png_of(width: int, height: int) -> bytes:
+    """Returns a PNG file that declares an image of width x height RGB pixels, and holds hardly any of it."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")

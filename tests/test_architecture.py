@@ -93,15 +93,26 @@ def test_the_check_of_import_cost_can_fail() -> None:
 
 
 def _forbidden(text: str) -> Iterator[str]:
-    """Yields uses of pickle, torch.load and torch.save, eval and exec as functions, and numpy's allow_pickle."""
-    for node in ast.walk(ast.parse(text)):
+    """Yields uses of pickle, torch.load (but of tensors alone) and torch.save, eval and exec as functions, and numpy's allow_pickle."""
+    tree = ast.parse(text)
+    safe = {node.func for node in ast.walk(tree) if isinstance(node, ast.Call) and _loads_tensors_alone(node)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Name) and node.id in ("eval", "exec", "pickle"):
             yield node.id
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save") and node not in safe:
             yield ast.unparse(node)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             yield "allow_pickle"
-    yield from (name for name in _imports(text) if name.split(".")[0] in ("pickle", "marshal", "shelve", "dill"))
+    yield from (name for name in _imports(text) if name.split(".")[0] in UNPICKLERS)
+    yield from (name for name in _imports(text) if name in ("torch.load", "numpy.load"))
+
+
+UNPICKLERS = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+
+
+def _loads_tensors_alone(call: ast.Call) -> bool:
+    only = [word.value for word in call.keywords if word.arg == "weights_only"]
+    return ast.unparse(call.func) == "torch.load" and [ast.unparse(value) for value in only] == ["True"]
 
 
 @pytest.mark.parametrize("file", [*CORE_FILES, *PLUGIN_FILES], ids=_label)
@@ -112,6 +123,13 @@ def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
 def test_the_check_of_forbidden_calls_can_fail() -> None:
     assert list(_forbidden("import pickle\neval('1')")) == ["eval", "pickle"]
     assert list(_forbidden("torch.load(f)")) == ["torch.load"]
+    assert list(_forbidden("torch.load(f, weights_only=False)")) == ["torch.load"]
+    assert list(_forbidden("torch.load(f, weights_only=flag)")) == ["torch.load"]
+    assert list(_forbidden("load = torch.load; load(f, weights_only=True)")) == ["torch.load"]
+    assert list(_forbidden("torch.load(f, weights_only=True)")) == []
+    assert list(_forbidden("import joblib")) == ["joblib"]
+    assert list(_forbidden("np.load(f, allow_pickle=True)")) == ["allow_pickle"]
+    assert list(_forbidden("np.load(f)")) == []
     assert list(_forbidden("network.eval()")) == []
 
 

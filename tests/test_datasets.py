@@ -326,7 +326,7 @@ def test_labels_and_listing_open_no_image(image_folder: Path, monkeypatch: pytes
     data = opened(f"imagefolder:{image_folder}")
     assert len(data.labels("train")) == 18
     assert data.sources("train", [3])
-    with pytest.raises(RuntimeError, match="opened"):
+    with pytest.raises(ddkit.InputError, match="opened"):
         data.images("train", [3])
 
 

@@ -13,9 +13,10 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, creating, evaluating, making, reproducing
+from ddkit.cli import benching, catalogue, checking, creating, evaluating, importing, making, reproducing
+from ddkit.cli.common import LogFormat
 from ddkit.compute import tune_process
-from ddkit.errors import DdkitError
+from ddkit.errors import DdkitError, printable
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -35,6 +36,7 @@ def cli(show_traceback: bool) -> None:
 for command in (
     *making.COMMANDS,
     *evaluating.COMMANDS,
+    *importing.COMMANDS,
     *reproducing.COMMANDS,
     *benching.COMMANDS,
     *catalogue.COMMANDS,
@@ -46,7 +48,9 @@ for command in (
 
 def main() -> NoReturn:
     """Runs the command line; a DdkitError becomes one paragraph on stderr and its exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormat())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     tune_process()
     arguments = sys.argv[1:]
     show = "--traceback" in arguments
@@ -61,6 +65,8 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(_usage(error), error.exit_code, show)
+    except MemoryError:
+        _fail("There is not enough memory. Use fewer or smaller images, or a smaller network.", 1, show)
     except (KeyboardInterrupt, click.Abort) as error:
         _fail("Interrupted.", 143 if isinstance(error.__cause__ or error, _Terminated) else 130, show)
     except BrokenPipeError:
@@ -88,6 +94,6 @@ def _usage(error: click.ClickException) -> str:
 def _fail(message: str, code: int, show: bool) -> NoReturn:
     if show:
         traceback.print_exc()
-    text = " ".join(message.split())
+    text = printable(" ".join(message.split()))
     print(textwrap.fill(f"ddkit: {text}", width=110, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
     sys.exit(code)

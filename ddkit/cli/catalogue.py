@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ddkit import plugins
-from ddkit.cli.common import echo_json, plugin_files
+from ddkit.cli.common import echo_json, plugin_files, show
 from ddkit.errors import PluginError, suggestion
 
 
@@ -36,7 +36,7 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     from tabulate import tabulate
 
     table = [[r["kind"], r["name"], r["distribution"], r["status"], r["summary"]] for r in rows]
-    click.echo(tabulate(table, ["kind", "name", "from", "status", "summary"], tablefmt="simple", disable_numparse=True))
+    show(tabulate(table, ["kind", "name", "from", "status", "summary"], tablefmt="simple", disable_numparse=True))
 
 
 def _row(plugin: plugins.Plugin) -> dict[str, str]:
@@ -102,7 +102,7 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         echo_json({"schema": 1, **facts})
     else:
-        click.echo(_page(facts))
+        show(_page(facts))
 
 
 def found_plugin(words: tuple[str, ...], command: str = "info", *, among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:

@@ -10,7 +10,7 @@ import click
 
 from ddkit import plugins
 from ddkit.cli.catalogue import found_plugin
-from ddkit.cli.common import echo_json, plugin_files
+from ddkit.cli.common import echo_json, plugin_files, show
 from ddkit.errors import FlagError
 
 
@@ -50,12 +50,12 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
 
 def _show(plugin: plugins.Plugin, outcomes: list[Any]) -> None:
     for outcome in outcomes:
-        click.echo(f"{outcome.status:8}  {outcome.check}")
+        show(f"{outcome.status:8}  {outcome.check}")
         if outcome.status != "ok":
-            click.echo(f"          {outcome.problem or outcome.reason}{f' ({outcome.place})' if outcome.place else ''}")
+            show(f"          {outcome.problem or outcome.reason}{f' ({outcome.place})' if outcome.place else ''}")
     count = Counter(outcome.status for outcome in outcomes)
     deviating = f", {count['deviates']} deviate{'s' if count['deviates'] == 1 else ''} on purpose" if count["deviates"] else ""
-    click.echo(f"\n{plugin.label}: {count['ok']} of {len(outcomes)} checks hold{deviating}")
+    show(f"\n{plugin.label}: {count['ok']} of {len(outcomes)} checks hold{deviating}")
 
 
 COMMANDS = (check,)

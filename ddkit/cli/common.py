@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ddkit.errors import FlagError, InputError
+from ddkit.errors import FlagError, InputError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -111,8 +111,20 @@ def blaming_flags(flags: Mapping[str, Any]) -> Iterator[None]:
 
 
 def echo_json(value: Any) -> None:
-    """Prints one JSON object on stdout."""
-    click.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    """Prints one JSON object on stdout; what acts on a terminal is escaped, as JSON escapes it."""
+    click.echo(printable(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Prints text on stdout; what acts on a terminal (a class or file may be called anything) is escaped."""
+    click.echo(printable(text + end), nl=False)
+
+
+class LogFormat(logging.Formatter):
+    """A log line as it is, without what acts on a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def percent(mean: float | None, std: float | None) -> str:

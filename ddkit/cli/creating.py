@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from ddkit import plugins, scaffold
+from ddkit.cli.common import show
 
 
 @click.command()
@@ -21,7 +22,7 @@ def new(kind: str, name: str, out: Path | None) -> None:
     """
     wanted = plugins.parse_kind(kind)
     folder = scaffold.new_package(wanted, name, out)
-    click.echo(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")
+    show(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")
 
 
 COMMANDS = (new,)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared
+from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show
 from ddkit.recipes import parse_set
 
 
@@ -38,14 +38,14 @@ def evaluate(target: str, **flags: Any) -> None:
 
         echo_json({"schema": 1, "run": target, **_made_in(Path(target)), "evaluations": msgspec.to_builtins(rows)})
     else:
-        click.echo(evaluation_table(rows))
+        show(evaluation_table(rows))
 
 
 def _made_in(target: Path) -> dict[str, Any]:
     """Returns the steps and seconds that the run took, None where `target` is a file and does not tell."""
     from ddkit.rundir import RunDirectory
 
-    manifest = RunDirectory.existing(target).read_manifest() if target.is_dir() else {}
+    manifest = RunDirectory(target).read_manifest() if target.is_dir() else {}
     return {key: manifest.get(key) for key in ("steps", "seconds")}
 
 

@@ -18,6 +18,7 @@ from ddkit.cli.common import (
     quiet,
     set_verbosity,
     shared,
+    show,
 )
 from ddkit.errors import FlagError
 
@@ -126,12 +127,12 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     import tomli_w
 
     height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
-    click.echo(
+    show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
         f"{plan['device']}; teacher: {plan['teacher'] or 'none needed'}.\n"
     )
-    click.echo(tomli_w.dumps(plan["recipe"]), nl=False)
+    show(tomli_w.dumps(plan["recipe"]), end="")
 
 
 def _show_run(run: Any, as_json: bool) -> None:
@@ -150,8 +151,8 @@ def _show_run(run: Any, as_json: bool) -> None:
         )
         return
     if run.evaluations:
-        click.echo(evaluation_table(run.evaluations))
-    click.echo(f"\n{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
+        show(evaluation_table(run.evaluations))
+    show(f"\n{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
 
 
 @click.command()
@@ -182,7 +183,7 @@ def train(**flags: Any) -> None:
     if flags["as_json"]:
         echo_json({"schema": 1, "teacher": str(flags["out"]), "test_accuracy": found, "model": teacher.info["model"]})
     else:
-        click.echo(f"teacher  {flags['out']}\ntest accuracy  {percent(found, None)}")
+        show(f"teacher  {flags['out']}\ntest accuracy  {percent(found, None)}")
 
 
 COMMANDS = (distill, train)

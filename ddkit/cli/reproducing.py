@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, blaming_flags, echo_json, quiet, set_verbosity, shared
+from ddkit.cli.common import Cells, blaming_flags, echo_json, quiet, set_verbosity, shared, show
 from ddkit.errors import FlagError, RunFailed
 
 
@@ -57,9 +57,9 @@ def reproduce(study: str, **flags: Any) -> None:
     if flags["as_json"]:
         echo_json(report_json(report))
     else:
-        click.echo(report_table(report, "pipe" if flags["markdown"] else "simple"))
+        show(report_table(report, "pipe" if flags["markdown"] else "simple"))
         for picture in report.pictures:
-            click.echo(f"picture  {picture}")
+            show(f"picture  {picture}")
     if any(figure.failed for figure in report.figures):
         raise RunFailed("Some sets failed; the table says which, and a second call tries them again.")
 
@@ -81,7 +81,7 @@ def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> No
     if as_json:
         echo_json({"schema": 1, "run": str(run.path), "alpha": alpha, "first": first, "second": second})
     else:
-        click.echo(f"run      {run.path}\npicture  {run.path / 'preview.png'}")
+        show(f"run      {run.path}\npicture  {run.path / 'preview.png'}")
 
 
 COMMANDS = (reproduce, blend)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -78,7 +76,8 @@ class Npz(InMemory):
     """A NumPy .npz file of the user's: arrays x_train, y_train, x_test, y_test (and class_names, if you like).
 
     Images are (n, H, W), (n, H, W, C) or (n, C, H, W) with C 1 or 3; uint8, or floats in 0..1. Labels are integers
-    from 0. Without x_test, `holdout` of each class becomes the test split. Nothing is unpickled.
+    from 0. Without x_test, `holdout` of each class becomes the test split. Nothing is unpickled, and a file that declares more
+    than 1 GiB and more than 100 times its own size is refused before it is unpacked.
     """
 
     argument = "path"
@@ -90,6 +89,8 @@ class Npz(InMemory):
 
     def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
         super().__init__(options, name=name, directory=directory)
+        if not self.options.path:
+            raise ddkit.InputError(f"The dataset '{self.name}' needs a file: --dataset {self.name}:PATH", "data.path")
         path = Path(self.options.path).absolute()
         self.options = msgspec.structs.replace(self.options, path=str(path))
         arrays = _read(path)
@@ -120,13 +121,7 @@ def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ddkit.InputError(f"The data file {path} does not exist.")
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, TypeError, AttributeError) as error:
-        raise ddkit.InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error}.") from None
+    arrays = ddkit.read_arrays(path)
     if "x_train" not in arrays or "y_train" not in arrays:
         raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
     return arrays

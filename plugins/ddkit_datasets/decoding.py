@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +33,20 @@ def decode_images(files: Sequence[str], size: tuple[int, ...] | None) -> list[Te
     """
     if not files:
         return []
+    with _strict_pillow():
+        return _decoded(files, size)
+
+
+@contextmanager
+def _strict_pillow() -> Iterator[None]:
+    """Inside, an image that declares more pixels than Pillow's limit is an error before it is decoded, and nothing is a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _decoded(files: Sequence[str], size: tuple[int, ...] | None) -> list[Tensor] | Tensor:
     first = _decode(files[0], size)
     workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
     sample = [first, *_each(lambda file: _decode(file, size), files[1:SAMPLE], workers)]
@@ -83,7 +100,13 @@ def _decode(file: str, size: tuple[int, ...] | None) -> Any:
             if size is not None and found.size != (size[1], size[0]):
                 found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
             array = np.asarray(found)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error))[:1]) or "0"
+        raise ddkit.InputError(
+            f"The image {file} declares {int(pixels):,} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused before they are decoded. "
+            "Scale it down or remove it."
+        ) from None
+    except Exception as error:  # a stranger's file can make a decoder raise anything
         raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
     return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import unicodedata
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -60,6 +61,8 @@ class ImageFolder(ddkit.Dataset):
         size = self.options.size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ddkit.InputError(f"data.size = {list(size)}: it is [height, width], both at least 1.", "data.size")
+        if not self.options.path:
+            raise ddkit.InputError(f"The dataset '{self.name}' needs a folder: --dataset {self.name}:PATH", "data.path")
         self.root = Path(self.options.path).absolute()
         self.options = msgspec.structs.replace(self.options, path=str(self.root))
         if not self.root.is_dir():
@@ -69,9 +72,21 @@ class ImageFolder(ddkit.Dataset):
         self._names = _subfolders(self.train_root)
         if not self._names:
             raise ddkit.InputError(f"{self.train_root} holds no class folders; the layout is {self.train_root}/CLASS/IMAGE.")
+        self._check_case()
         empty = [name for name, count in zip(self._names, self._counts(), strict=True) if count == 0]
         if empty:
             raise ddkit.InputError(f"The class folder {self.train_root / empty[0]} holds no image ({', '.join(SUFFIXES)}).")
+
+    def _check_case(self) -> None:
+        """Raises InputError for class folders that are one folder on other systems, and most likely one class."""
+        seen: dict[str, str] = {}
+        for name in self._names:
+            other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+            if other != name:
+                raise ddkit.InputError(
+                    f"{self.train_root} has the class folders '{other}' and '{name}', which differ in case or accents' spelling alone. "
+                    "Put their images into one, or rename one."
+                )
 
     def _counts(self) -> list[int]:
         return torch.bincount(self._listing.labels, minlength=len(self._names)).tolist()
@@ -139,8 +154,18 @@ def _list_files(root: Path, names: Sequence[str]) -> Files:
     """Returns the image files in the folders `names` of `root`, folder by folder, each in order of name."""
     folders = [root / name for name in names]
     inside = [_visible(folder, _is_image) if folder.is_dir() else [] for folder in folders]
+    _check_text(folders, inside)
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(files) for files in inside], dtype=torch.int64))
     return Files([folder.as_posix() for folder in folders], labels, [file for files in inside for file in files])
+
+
+def _check_text(folders: Sequence[Path], inside: Sequence[Sequence[str]]) -> None:
+    """Raises InputError for a file name of bytes that are no UTF-8: the manifest could not list it."""
+    for folder, names in zip(folders, inside, strict=True):
+        try:
+            f"{folder.name}{''.join(names)}".encode()
+        except UnicodeEncodeError:
+            raise ddkit.InputError(f"In {folder} a name is no UTF-8 text; rename it so that the manifest can list it.") from None
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

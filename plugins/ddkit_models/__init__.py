@@ -36,7 +36,8 @@ class ConvNetModule(nn.Module):
                 height, width = height // 2, width // 2
         if min(height, width) < 1:
             raise ddkit.InputError(
-                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {options.depth} poolings; use a smaller depth."
+                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {options.depth} poolings; "
+                "use a smaller depth, or pooling none."
             )
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(options.width * height * width, classes)

@@ -1,0 +1,66 @@
+"""NumPy archives of strangers: plain arrays alone, and only after what the archive declares was looked at."""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+from ddkit.errors import InputError
+
+# A deflated archive of real images is some 1 to 30 times as large when unpacked; a bomb a thousand times and more.
+SMALL_BYTES, MOST_RATIO = 2**30, 100
+
+
+def read_arrays(path: Path) -> dict[str, Any]:
+    """Returns the arrays of an .npz file by name; raises InputError naming a file that cannot be used.
+
+    Nothing is unpickled. Before anything is unpacked the declared sizes are checked: an archive of more than 1 GiB and more than
+    100 times its size on disk is refused, as is an array whose header does not match its size.
+    """
+    if not path.is_file():
+        raise InputError(f"The data file {path} does not exist.")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_declared(archive, path)
+            return {info.filename.removesuffix(".npy"): _array(archive, info) for info in archive.infolist() if not info.is_dir()}
+    except InputError:
+        raise
+    except Exception as error:  # a stranger's archive can raise anything
+        raise InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error or type(error).__name__}.") from None
+
+
+def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raises InputError where `archive`, the file `path`, declares to hold far more than its size can honestly stand for."""
+    declared, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
+    if declared > max(SMALL_BYTES, MOST_RATIO * size):
+        raise InputError(
+            f"{path} has {size / 2**20:,.1f} MiB and declares {declared / 2**30:,.1f} GiB when unpacked: more than 1 GiB and {MOST_RATIO} "
+            "times its size is refused. If it is yours, save it uncompressed, with np.savez."
+        )
+
+
+def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
+    import numpy as np
+
+    with archive.open(info) as stream:
+        _check_header(stream, info)
+    with archive.open(info) as stream:
+        return np.lib.format.read_array(stream, allow_pickle=False)
+
+
+def _check_header(stream: IO[bytes], info: zipfile.ZipInfo) -> None:
+    """Raises ValueError where the header of an .npy member is not that of a plain array of the member's size."""
+    from numpy.lib import format as npy
+
+    version = npy.read_magic(stream)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise ValueError(f"{info.filename} is of the .npy version {version}")
+    shape, _, dtype = read(stream)
+    if dtype.hasobject:
+        raise ValueError(f"{info.filename} holds Python objects, which would have to be unpickled")
+    needed = stream.tell() + math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed != info.file_size:
+        raise ValueError(f"{info.filename} declares an array of shape {shape}, {needed} bytes, and has {info.file_size}")
