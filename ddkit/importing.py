@@ -238,13 +238,13 @@ def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes:
         told = ", ".join(f"{name} {count}" for name, count in zip(names[:20], counts, strict=False))
         log.warning("The classes have different numbers of images (%s): evaluate takes them as they are, blend needs the same.", told)
     result = Artifact(images[order], labels[order], record)
-    directory = RunDirectory.claim(out)
-    try:
-        save_set(result, directory)
-        directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": {"path": str(path.absolute()), "sha256": sha256(path)}})
-    except BaseException:
-        directory.discard()
-        raise
+    with RunDirectory.claim(out) as directory:
+        try:
+            save_set(result, directory)
+            directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": {"path": str(path.absolute()), "sha256": sha256(path)}})
+        except BaseException:
+            directory.discard()
+            raise
     return result
 
 

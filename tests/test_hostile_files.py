@@ -72,6 +72,7 @@ def hostile(run: Path, marker: Path, tmp_path: Path) -> Path:
         (folder / "manifest.json").unlink(missing_ok=True)
         (folder / name).write_bytes(content)
     folder = shutil.copytree(run, root / "run-checkpoints")
+    (folder / "manifest.json").unlink()
     for file in (folder / "checkpoints").iterdir():
         file.write_bytes(content)
     cifar = root / "cifar" / "cifar-10-batches-py"
