@@ -20,7 +20,7 @@ def check_factor(factor: int, size: Sequence[int]) -> None:
     if height % factor or width % factor:
         raise InputError(
             f"decode.factor = {factor} cuts an image into {factor} x {factor} equal parts, and the data's have {height} x {width} pixels. "
-            "Choose a divisor of both, or set data.size.",
+            "Choose a divisor of both (1: no grid), or set data.size.",
             "decode.factor",
         )
 

@@ -40,10 +40,10 @@ def recipes_that_distil() -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Returns a data set of 3 classes of colour images, 9 x 8 pixels."""
+    """Returns a data set of 3 classes of colour images, 10 x 8 pixels."""
     random = np.random.default_rng(0)
     labels = np.arange(24) % 3
-    images = random.integers(0, 200, (24, 9, 8, 3), dtype=np.uint8) + (labels * 20)[:, None, None, None].astype(np.uint8)
+    images = random.integers(0, 200, (24, 10, 8, 3), dtype=np.uint8) + (labels * 20)[:, None, None, None].astype(np.uint8)
     file = tmp_path_factory.mktemp("data") / "tiny.npz"
     np.savez(file, x_train=images, y_train=labels, x_test=images[:6], y_test=labels[:6])
     return f"npz:{file}"
