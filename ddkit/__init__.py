@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
+    from ddkit.progress import ProgressBar
     from ddkit.randomness import generator
     from ddkit.spectra import high_frequency_share, radial_spectrum
     from ddkit.step import RealStep, Step, View
@@ -67,6 +68,7 @@ _HOMES = {
     "ddkit.importing": ("import_file",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
+    "ddkit.progress": ("ProgressBar",),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
     "ddkit.spectra": ("high_frequency_share", "radial_spectrum"),
@@ -103,6 +105,7 @@ __all__ = [
     "Options",
     "Parameter",
     "PluginError",
+    "ProgressBar",
     "RealStep",
     "Requires",
     "Run",

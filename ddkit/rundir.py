@@ -57,6 +57,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     evaluations: list[Evaluation]
 
+    def _repr_png_(self) -> bytes | None:
+        """Returns the picture of the set, which a notebook shows for a run."""
+        file = self.path / PREVIEW
+        return file.read_bytes() if file.is_file() else None
+
 
 class Checkpoint(NamedTuple):
     """The state before step `step`, and the plugin files of the run, path to sha256."""

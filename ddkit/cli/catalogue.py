@@ -14,6 +14,7 @@ import click
 
 from ddkit import plugins
 from ddkit.cli.common import echo_json, plugin_files, show
+from ddkit.cli.names import Names
 from ddkit.errors import PluginError, suggestion
 
 
@@ -91,7 +92,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME")
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*plugins.GROUPS))
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(words: tuple[str, ...], as_json: bool) -> None:

@@ -11,11 +11,12 @@ import click
 from ddkit import plugins
 from ddkit.cli.catalogue import found_plugin
 from ddkit.cli.common import echo_json, plugin_files, show
+from ddkit.cli.names import Names
 from ddkit.errors import FlagError
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME")
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*plugins.GROUPS))
 @click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the component, where its default does not suit.")
 @click.option("--data-dir", metavar="DIR", help="Folder for a dataset that downloads.")
 @plugin_files

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
+from ddkit.cli.names import Names
 from ddkit.errors import FlagError, InputError, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -77,7 +78,9 @@ plugin_files = click.option(
     help="Python file whose components are available by name in this command, as its class in lower case with hyphens.",
 )  # fmt: skip
 shared = options(
-    click.option("--dataset", metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."),
+    click.option(
+        "--dataset", type=Names("dataset"), metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."
+    ),
     click.option("--data-dir", metavar="DIR", help="Folder for datasets that download."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps", help="Where to compute."),
     click.option("--seed", type=click.IntRange(min=0, max=2**53), help="Seed of every random draw."),

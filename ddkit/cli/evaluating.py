@@ -8,14 +8,21 @@ from typing import Any
 import click
 
 from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show
+from ddkit.cli.names import Names
 from ddkit.recipes import parse_set
 
 
 @click.command()
 @click.argument("target", metavar="RUN|FILE", type=click.Path())
 @shared
-@click.option("--evaluate", "evaluators", metavar="NAMES", help="Evaluators (default: those of the run, else accuracy).")
-@click.option("--model", metavar="NAMES", help="Networks to train on the set, separated by commas.")
+@click.option(
+    "--evaluate",
+    "evaluators",
+    type=Names("evaluator", many=True),
+    metavar="NAMES",
+    help="Evaluators (default: those of the run, else accuracy).",
+)
+@click.option("--model", type=Names("model", many=True), metavar="NAMES", help="Networks to train on the set, separated by commas.")
 @protocol
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained (default: the protocol's).")
 @click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")

@@ -20,6 +20,7 @@ from ddkit.cli.common import (
     shared,
     show,
 )
+from ddkit.cli.names import Names
 from ddkit.errors import FlagError
 
 FLAG_PATHS = {
@@ -36,16 +37,25 @@ FLAG_PATHS = {
 }
 
 recipe_flags = options(
-    click.option("--recipe", metavar="NAME|FILE", help="Recipe to start from (default: default)."),
-    click.option("--losses", metavar="NAMES", help="Losses, with weights if you like: dm,dkkt or dm:0.001,dkkt-primal:1."),
+    click.option("--recipe", type=Names("recipe", files=".toml"), metavar="NAME|FILE", help="Recipe to start from (default: default)."),
+    click.option(
+        "--losses",
+        type=Names("loss", "loss-group", many=True),
+        metavar="NAMES",
+        help="Losses, with weights if you like: dm,dkkt or dm:0.001,dkkt-primal:1.",
+    ),
     click.option("--ipc", type=click.IntRange(min=1), help="Synthetic images per class."),
     click.option("--pipc", type=Pipc(), help="Real images per class that may be used, or all."),
     click.option("--steps", type=click.IntRange(min=0), help="Updates of the synthetic set."),
     click.option("--teacher", metavar="FILE|auto", help="Trained model; auto trains one on all training images and caches it."),
-    click.option("--model", metavar="NAME", help="Architecture of the teacher, the matched network and the evaluation."),
-    click.option("--init", metavar="NAME", help="Initializer: real, noise, ..."),
-    click.option("--augment", metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."),
-    click.option("--evaluate", metavar="NAMES|none", help="Evaluators, or none."),
+    click.option(
+        "--model", type=Names("model"), metavar="NAME", help="Architecture of the teacher, the matched network and the evaluation."
+    ),
+    click.option("--init", type=Names("initializer"), metavar="NAME", help="Initializer: real, noise, ..."),
+    click.option(
+        "--augment", type=Names("augmenter"), metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."
+    ),
+    click.option("--evaluate", type=Names("evaluator", many=True), metavar="NAMES|none", help="Evaluators, or none."),
     protocol,
     click.option(
         "--deterministic",
@@ -157,8 +167,13 @@ def _show_run(run: Any, as_json: bool) -> None:
 
 @click.command()
 @shared
-@click.option("--model", metavar="NAME", help="Architecture: convnet, mlp, ...")
-@click.option("--recipe", metavar="NAME|FILE", help="Recipe whose [teacher] and [train] tables are used (default: default).")
+@click.option("--model", type=Names("model"), metavar="NAME", help="Architecture: convnet, mlp, ...")
+@click.option(
+    "--recipe",
+    type=Names("recipe", files=".toml"),
+    metavar="NAME|FILE",
+    help="Recipe whose [teacher] and [train] tables are used (default: default).",
+)
 @click.option("--out", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Teacher file to write, .safetensors.")
 @quiet
 def train(**flags: Any) -> None:
