@@ -115,8 +115,41 @@ class TestConvnetBatchNorm(ModelConformance):
     options = {"norm": "batch", "pooling": "max", "width": 8}
 
 
+class TestConvnetGroupNorm(ModelConformance):
+    component = "convnet"
+    options = {"norm": "group", "width": 8}
+
+
+class TestConvnetLayerNorm(ModelConformance):
+    component = "convnet"
+    options = {"norm": "layer", "width": 8}
+
+
 class TestMlp(ModelConformance):
     component = "mlp"
+
+
+class TestLenet(ModelConformance):
+    component = "lenet"
+
+
+class TestAlexnet(ModelConformance):
+    component = "alexnet"
+
+
+class TestVgg11(ModelConformance):
+    component = "vgg11"
+    options = {"width": 8}
+
+
+class TestVgg11BatchNorm(ModelConformance):
+    component = "vgg11"
+    options = {"width": 8, "norm": "batch"}
+
+
+class TestResnet18(ModelConformance):
+    component = "resnet18"
+    options = {"width": 8}
 
 
 class TestDigits(DatasetConformance):
