@@ -152,6 +152,26 @@ class TestResnet18(ModelConformance):
     options = {"width": 8}
 
 
+class TestTorchvision(ModelConformance):
+    component = "torchvision:mobilenet_v3_small"
+
+
+class TestTorchvisionSmallStem(ModelConformance):
+    component = "torchvision:resnet18"
+
+
+class TestTimm(ModelConformance):
+    component = "timm:resnet18"
+
+    @pytest.fixture(autouse=True)
+    def installed(self) -> None:
+        pytest.importorskip("timm", reason="an extra")
+
+
+class TestPython(ModelConformance):
+    component = "python:tests.factories.small"
+
+
 class TestDigits(DatasetConformance):
     component = "digits"
 

@@ -16,6 +16,7 @@ import click
 from ddkit.cli import benching, catalogue, checking, creating, evaluating, making, reproducing
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError
+from ddkit.permission import named_by_user
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -49,6 +50,7 @@ def main() -> NoReturn:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     tune_process()
     arguments = sys.argv[1:]
+    named_by_user(arguments)
     show = "--traceback" in arguments
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
