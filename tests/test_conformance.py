@@ -209,7 +209,7 @@ class TestTensorBoard(ObserverConformance):
 
 
 # Those whose images have to be downloaded first.
-ELSEWHERE = {("dataset", "mnist"), ("dataset", "fashion-mnist"), ("dataset", "cifar10")}
+ELSEWHERE = {("dataset", "mnist"), ("dataset", "fashion-mnist"), ("dataset", "cifar10"), ("dataset", "cifar100"), ("dataset", "svhn")}
 
 
 def _tested() -> set[tuple[str, str]]:
