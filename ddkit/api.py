@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 
-from ddkit import plugins
+from ddkit import permission, plugins
 from ddkit.artifact import Artifact, load
 from ddkit.bank import Bank
 from ddkit.blends import blend, plan_of_blend, run_blend
@@ -76,18 +76,22 @@ def distill(
     device: str = "auto",
     out: str | Path | None = None,
     observers: Sequence[Any] = (),
+    allow_code: bool = False,
 ) -> Run:
     """Makes a synthetic set and returns its run; the arguments are the flags of `ddkit distill`.
 
-    `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. Raises DdkitError.
+    `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. `allow_code` lets Python code run that a
+    recipe or teacher file names; what the arguments name runs anyway. Raises DdkitError.
     """
     losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
+    permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
     built = recipe_for(
         recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
         data__use=dataset, ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
         augmenter__use=augment, data__dir=data_dir,
     )  # fmt: skip
-    return run_recipe(built, losses=losses, device=device, out=None if out is None else Path(out), observers=observers)
+    with permission.allowing(allow_code):
+        return run_recipe(built, losses=losses, device=device, out=None if out is None else Path(out), observers=observers)
 
 
 def run_recipe(
@@ -115,12 +119,13 @@ def run_recipe(
             return _finish(made, directory, watchers, start=0)
 
 
-def resume(path: Path, *, steps: int | None = None, device: str = "auto", observers: Sequence[Any] = ()) -> Run:
+def resume(path: Path, *, steps: int | None = None, device: str = "auto", observers: Sequence[Any] = (), allow_code: bool = False) -> Run:
     """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it.
 
-    A run that is finished is returned as it is.
+    A run that is finished is returned as it is. `allow_code` lets Python code run that its recipe names: whose run it is, a folder
+    does not tell.
     """
-    with RunDirectory.existing(path).take() as directory:
+    with permission.allowing(allow_code), RunDirectory.existing(path).take() as directory:
         table = directory.read_recipe()
         recipe = parse_recipe(table)
         if recipe.blend is not None and steps is not None:
@@ -295,8 +300,13 @@ def train(
     sets: Mapping[str, Any] | None = None,
     device: str = "auto",
     report: Callable[[int, int], None] | None = None,
+    allow_code: bool = False,
 ) -> Teacher:
-    """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it."""
+    """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it.
+
+    `allow_code` lets Python code run that a recipe file names.
+    """
+    permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
     path = Path(out)
     if path.exists():
         raise RunFilesError(f"--out {path} exists already; name a new file.")
@@ -314,7 +324,8 @@ def train(
     check_classes(found)
     write_atomic(path, b"")  # shows that it can be written before an hour of training
     path.unlink()
-    teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
+    with permission.allowing(allow_code):
+        teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
     save_teacher(path, teacher)
     return teacher
 

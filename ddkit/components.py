@@ -40,13 +40,15 @@ class Component:
     """Base of every named component; `options` are validated before the component is built.
 
     `api` is the version of the plugin API that the class was written for; another number is refused on load.
-    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `deviations` maps a
-    check of the conformance suite that the component does not pass, on purpose, to the reason. `origin` is the distribution
-    and version of a stranger's component, "" for ddkit's own; ddkit fills it in.
+    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
+    option names Python code, which a file may not have run unless the user allows it. `deviations` maps a check of the conformance
+    suite that the component does not pass, on purpose, to the reason. `origin` is the distribution and version of a stranger's
+    component, "" for ddkit's own; ddkit fills it in.
     """
 
     api: ClassVar[int] = 1
     argument: ClassVar[str | None] = None
+    runs_code: ClassVar[bool] = False
     deviations: ClassVar[Mapping[str, str]] = {}
     Options: type[Options] = Options
     requires: Requires = Requires()

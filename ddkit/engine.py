@@ -141,7 +141,15 @@ class Engine:
 
     def _gradients(self, total: Tensor) -> dict[str, Tensor]:
         tensors = self.bank.tensors()
-        parts = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+        try:
+            parts = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+        except RuntimeError as error:
+            if "is not implemented" not in str(error):
+                raise
+            raise RunFailed(
+                f"The losses ({', '.join(term.label for term in self.terms)}) have no gradient here: {error}. A layer of the teacher or "
+                "network has no second derivative in torch, and one of the losses takes it. Choose another model, or another loss."
+            ) from error
         return {name: part for name, part in zip(tensors, parts, strict=True) if part is not None}
 
     def careful_step(self, index: int) -> Outcome:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
+from ddkit import permission
 from ddkit.artifact import Artifact, load
 from ddkit.blame import blamed
 from ddkit.blend import seeds_of
@@ -46,12 +47,15 @@ def evaluate(
     sets: Mapping[str, Any] | None = None,
     device: str = "auto",
     observers: Sequence[Any] = (),
+    allow_code: bool = False,
 ) -> list[Evaluation]:
     """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
     Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without
-    `dataset` a run's is used. `model` may name several, separated by commas. Raises DdkitError.
+    `dataset` a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe
+    or a teacher file names. Raises DdkitError.
     """
+    permission.named_by_user(model, sets)
     if evaluators == "none":
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
@@ -64,7 +68,8 @@ def evaluate(
     )  # fmt: skip
     recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
-    rows = judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
+    with permission.allowing(allow_code):
+        rows = judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
         _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
     return rows

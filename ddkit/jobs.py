@@ -345,7 +345,7 @@ class Job:
             teacher=teacher,
             train=training,
             data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=written_options(self._data_options())),
-            network=replace(recipe.network, options=written_options(self.model.options)),
+            network=replace(recipe.network, model=plugins.split_name(recipe.network.model)[0], options=written_options(self.model.options)),
             initializer=replace(
                 recipe.initializer,
                 use=plugins.split_name(recipe.initializer.use)[0],

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from ddkit import components, pluginfile, source
+from ddkit import components, permission, pluginfile, source
 from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
 from ddkit.hookspecs import Observers
 from ddkit.options import parse_options
@@ -272,6 +272,8 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
             raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
         merged[found.argument] = argument
     options = parse_options(found.Options, merged, where, short, keys_beside(where))
+    if found.runs_code and found.argument is not None:
+        permission.check(kind, short, str(getattr(options, found.argument)))
     return options if data is None else found.resolve(options, data)
 
 

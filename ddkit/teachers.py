@@ -157,13 +157,14 @@ def train_teacher(
     images = load_images(dataset, "train", range(len(labels)), shape)
     mean, std = channel_statistics(images)
     info = data_info(dataset, images.shape[1:])
-    options = plugins.options_of("model", table.model, table.options, "teacher", info)
-    model = plugins.load("model", table.model)(options, name=table.model)
+    model = plugins.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
     _fit_teacher(module, Normalisation(mean, std).normalise(images).to(device), labels.to(device), train, info, seed, report)
     record = {
-        "model": table.model,
-        "options": written_options(options),
+        "model": plugins.split_name(table.model)[0],
+        "options": {
+            key: value for key, value in written_options(model.options).items() if not key.startswith("weights")
+        },  # these are newer
         "mean": list(mean),
         "std": list(std),
         "class_names": list(info.class_names),
@@ -214,7 +215,7 @@ def resolved_training(table: TeacherTable, train: TrainTable, info: DataInfo) ->
     model = plugins.options_of("model", table.model, table.options, "teacher", info)
     augmenter = plugins.options_of("augmenter", train.augmenter, train.options, "train", info)
     return (
-        msgspec.structs.replace(table, options=written_options(model)),
+        msgspec.structs.replace(table, model=plugins.split_name(table.model)[0], options=written_options(model)),
         msgspec.structs.replace(train, options=written_options(augmenter)),
     )
 
@@ -254,6 +255,7 @@ def automatic_teacher(
 ) -> Teacher:
     """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so."""
     info = data_info(dataset, shape)
+    name = table.model
     table, train = resolved_training(table, train, info)
     key = {
         "dataset": fingerprint(dataset),
@@ -268,7 +270,7 @@ def automatic_teacher(
     if not _is_whole(path):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
-            table.model, train.epochs, len(dataset.labels("train")),
+            name, train.epochs, len(dataset.labels("train")),
         )  # fmt: skip
         _make_folder(path.parent)
         save_teacher(path, train_teacher(dataset, shape, table, train, seed=0, device=device, report=report))

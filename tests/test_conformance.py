@@ -133,8 +133,61 @@ class TestConvnetBatchNorm(ModelConformance):
     options = {"norm": "batch", "pooling": "max", "width": 8}
 
 
+class TestConvnetGroupNorm(ModelConformance):
+    component = "convnet"
+    options = {"norm": "group", "width": 8}
+
+
+class TestConvnetLayerNorm(ModelConformance):
+    component = "convnet"
+    options = {"norm": "layer", "width": 8}
+
+
 class TestMlp(ModelConformance):
     component = "mlp"
+
+
+class TestLenet(ModelConformance):
+    component = "lenet"
+
+
+class TestAlexnet(ModelConformance):
+    component = "alexnet"
+
+
+class TestVgg11(ModelConformance):
+    component = "vgg11"
+    options = {"width": 8}
+
+
+class TestVgg11BatchNorm(ModelConformance):
+    component = "vgg11"
+    options = {"width": 8, "norm": "batch"}
+
+
+class TestResnet18(ModelConformance):
+    component = "resnet18"
+    options = {"width": 8}
+
+
+class TestTorchvision(ModelConformance):
+    component = "torchvision:mobilenet_v3_small"
+
+
+class TestTorchvisionSmallStem(ModelConformance):
+    component = "torchvision:resnet18"
+
+
+class TestTimm(ModelConformance):
+    component = "timm:resnet18"
+
+    @pytest.fixture(autouse=True)
+    def installed(self) -> None:
+        pytest.importorskip("timm", reason="an extra")
+
+
+class TestPython(ModelConformance):
+    component = "python:tests.factories.small"
 
 
 class TestDigits(DatasetConformance):
@@ -174,7 +227,7 @@ class TestTensorBoard(ObserverConformance):
 
 
 # Those whose images have to be downloaded first.
-ELSEWHERE = {("dataset", "mnist"), ("dataset", "fashion-mnist"), ("dataset", "cifar10")}
+ELSEWHERE = {("dataset", "mnist"), ("dataset", "fashion-mnist"), ("dataset", "cifar10"), ("dataset", "cifar100"), ("dataset", "svhn")}
 
 
 def _tested() -> set[tuple[str, str]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -493,6 +495,62 @@ def test_torchvision_data_has_the_right_shape_and_names(
     raw = fake(str(tmp_path), train=True, download=True).data
     reference = torch.as_tensor(raw)[7]
     assert torch.equal(data.images("train", [7])[0], reference[None] if reference.ndim == 2 else reference.permute(2, 0, 1))
+
+
+def md5(file: Path) -> str:
+    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def test_cifar100_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the published layout, a few rows long; torchvision is told their md5."""
+    from ddkit_datasets.downloads import FINE_LABELS
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (200, 3 * 32 * 32), dtype=np.uint8)
+    content = {"data": rows, "fine_labels": [row % 100 for row in range(200)], "coarse_labels": [0] * 200}
+    for name, value in (("train", content), ("test", content), ("meta", {"fine_label_names": FINE_LABELS.split()})):
+        (folder / name).write_bytes(pickle.dumps(value))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(folder / "train")]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(folder / "test")]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5(folder / "meta")})
+    data = open_dataset(DataTable(use="cifar100", dir=str(tmp_path)))
+    assert list(data.class_names) == CIFAR100(str(tmp_path)).classes
+    assert len(set(data.class_names)) == 100
+    assert data.labels("train").tolist() == content["fine_labels"]
+    assert torch.equal(data.images("test", [7])[0], torch.from_numpy(rows[7]).view(3, 32, 32))
+    assert data.mirror
+
+
+def test_svhn_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MATLAB files of the published layout: X (32, 32, 3, n), y (n, 1) in 1..10, ten being the digit 0."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
+    labels = (np.arange(20) % 10 + 1).reshape(-1, 1)
+    listed = {}
+    for split in ("train", "test"):
+        file = tmp_path / f"{split}_32x32.mat"
+        savemat(file, {"X": pixels, "y": labels})
+        listed[split] = ["", file.name, md5(file)]
+    monkeypatch.setattr(SVHN, "split_list", SVHN.split_list | listed)
+    data = open_dataset(DataTable(use="svhn", dir=str(tmp_path)))
+    assert list(data.class_names) == [str(digit) for digit in range(10)]
+    assert data.labels("train").tolist() == [(row + 1) % 10 for row in range(20)]
+    for split in ("train", "test"):
+        images = data.images(split, [0, 9])
+        assert images[1].shape == (3, 32, 32)
+        assert torch.equal(images[1], torch.from_numpy(pixels[..., 9]).permute(2, 0, 1))
+    assert not data.mirror  # a mirrored digit is none
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar100"])
+def test_without_a_network_the_new_ones_are_the_usual_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ddkit.InputError, match=f"The dataset '{name}' is not in .*could not be downloaded.*--dataset digits"):
+        open_dataset(DataTable(use=name, dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("Error downloading x.gz"), ConnectionResetError()])

@@ -17,6 +17,7 @@ from ddkit.cli import benching, catalogue, checking, creating, evaluating, impor
 from ddkit.cli.common import LogFormat
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError, printable
+from ddkit.permission import named_by_user
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -53,6 +54,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     tune_process()
     arguments = sys.argv[1:]
+    named_by_user(arguments)
     show = "--traceback" in arguments
     before = signal.signal(signal.SIGTERM, _terminate)
     try:

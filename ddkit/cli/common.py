@@ -77,6 +77,19 @@ plugin_files = click.option(
     "--plugin", "plugin_files", multiple=True, metavar="FILE", is_eager=True, expose_value=False, callback=_add_files,
     help="Python file whose components are available by name in this command, as its class in lower case with hyphens.",
 )  # fmt: skip
+
+
+def _allow(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Allows code that files name for as long as the command takes."""
+    from ddkit.permission import allowing
+
+    ctx.with_resource(allowing(value))
+
+
+allow_code = click.option(
+    "--allow-code", is_flag=True, is_eager=True, expose_value=False, callback=_allow,
+    help="Run Python code that a recipe, run or teacher file names (python:module.factory). What you name yourself needs no leave.",
+)  # fmt: skip
 shared = options(
     click.option(
         "--dataset", type=Names("dataset"), metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."
@@ -86,6 +99,7 @@ shared = options(
     click.option("--seed", type=click.IntRange(min=0, max=2**53), help="Seed of every random draw."),
     click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value, e.g. losses.dm.weight=0.01."),
     plugin_files,
+    allow_code,
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
 )
 protocol = click.option(

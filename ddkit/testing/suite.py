@@ -18,6 +18,7 @@ from ddkit import plugins
 from ddkit.blame import random_states
 from ddkit.components import API_VERSION, Component, DataInfo
 from ddkit.options import written_options
+from ddkit.permission import named_by_user
 from ddkit.recipe import parse_recipe, recipe_dict
 
 S = TypeVar("S", bound="Conformance")
@@ -113,6 +114,7 @@ class Conformance:
     def make(self, info: DataInfo | None = None, **arguments: Any) -> Any:
         """Returns the component, built as a recipe would build it."""
         if isinstance(self.component, str):
+            named_by_user(self.component, self.options)
             return plugins.create(self.kind, self.component, self.options, data=info, **arguments)
         found = self.component
         options = msgspec.convert(dict(self.options), found.Options)

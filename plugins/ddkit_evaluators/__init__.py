@@ -10,6 +10,7 @@ import msgspec
 import torch
 
 import ddkit
+from ddkit_evaluators.modeloptions import split_options
 from ddkit_evaluators.trainer import SoftLabels, Trainer, trained_in_turn
 from ddkit_evaluators.workers import trained_apart
 
@@ -59,7 +60,9 @@ class Accuracy(ddkit.Evaluator):
             "short"
         )
         model: Annotated[str, ddkit.Option("network, or several separated by commas")] = "convnet"
-        model_options: Annotated[dict[str, Any], ddkit.Option("options of those models")] = msgspec.field(default_factory=dict)
+        model_options: Annotated[
+            dict[str, Any], ddkit.Option("options, each for the models that have it; in a table of a model's name, for that one alone")
+        ] = msgspec.field(default_factory=dict)
         repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
         epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
         random_real: Annotated[bool, ddkit.Option("whether random real images are evaluated beside the set")] = True
@@ -79,13 +82,14 @@ class Accuracy(ddkit.Evaluator):
         return ddkit.Requires(teacher=self.options.labels != "hard")
 
     def check(self, info: ddkit.DataInfo) -> None:
-        self._models(info)
+        for model in self._models(info).values():
+            ddkit.build_network(model, info, 0, "evaluate", "probe")  # images too small for it are told before the run
         ddkit.create("augmenter", self.augmenter, data=info)
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
-        names = [name.strip() for name in self.options.model.split(",")]
-        options = self.options.model_options
-        return {name: ddkit.create("model", name, options, data=info, where="evaluators.accuracy.model_options") for name in names}
+        where, names = f"evaluators.{self.name}.model_options", [name.strip() for name in self.options.model.split(",")]
+        found = split_options(names, self.options.model_options, where)
+        return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         models, guides = self._models(data.info), self._guides(artifact, teacher)

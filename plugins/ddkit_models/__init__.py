@@ -1,4 +1,4 @@
-"""Classifiers: `convnet`, the field's standard network, and `mlp`."""
+"""Classifiers: `convnet`, the field's standard network, and `mlp`; the others have modules of their own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import msgspec
 from torch import Tensor, nn
 
 import ddkit
+from ddkit_models.layers import norm_layer
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -31,7 +32,7 @@ class ConvNetModule(nn.Module):
         for block in range(options.depth or 1):
             padding = options.one_channel_padding if block == 0 and channels == 1 else 1
             height, width = height + 2 * padding - 2, width + 2 * padding - 2
-            layers += _block(channels if block == 0 else options.width, options, padding)
+            layers += _block(channels if block == 0 else options.width, options, padding, (height, width))
             if options.pooling != "none":
                 height, width = height // 2, width // 2
         if min(height, width) < 1:
@@ -52,12 +53,9 @@ class ConvNetModule(nn.Module):
         return result
 
 
-def _block(channels: int, options: ConvNet.Options, padding: int) -> list[nn.Module]:
+def _block(channels: int, options: ConvNet.Options, padding: int, size: tuple[int, int]) -> list[nn.Module]:
     layers: list[nn.Module] = [nn.Conv2d(channels, options.width, kernel_size=3, padding=padding)]
-    if options.norm == "instance":
-        layers.append(nn.GroupNorm(options.width, options.width, affine=True))
-    elif options.norm == "batch":
-        layers.append(nn.BatchNorm2d(options.width))
+    layers += norm_layer(options.norm, options.width, size, model="convnet")
     layers.append(ACTIVATIONS[options.activation]())
     if options.pooling != "none":
         layers.append(nn.AvgPool2d(2) if options.pooling == "avg" else nn.MaxPool2d(2))
@@ -76,7 +74,10 @@ class ConvNet(ddkit.Model):
     class Options(ddkit.Options):
         depth: Annotated[int, ddkit.Option("blocks; left out: from the image size", ge=1, le=10)] | None = None
         width: Annotated[int, ddkit.Option("channels of each block", ge=1)] = 128
-        norm: Annotated[Literal["instance", "batch", "none"], ddkit.Option("normalisation")] = "instance"
+        norm: Annotated[
+            Literal["instance", "batch", "group", "layer", "none"],
+            ddkit.Option("normalisation; group: four groups of channels; layer: all values of an image"),
+        ] = "instance"
         activation: Literal["relu", "leaky-relu", "sigmoid"] = "relu"
         pooling: Annotated[Literal["avg", "max", "none"], ddkit.Option("2x2 pooling of each block")] = "avg"
         one_channel_padding: Annotated[

@@ -1,0 +1,164 @@
+"""Networks of the cross-architecture tables of the distillation literature: `lenet`, `alexnet`, `vgg11` and `resnet18`.
+
+They are the small-image variants of Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (ICLR 2021), written from
+their description. For images too small for all of their halvings the first ones are left out.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import ddkit
+from ddkit_models.layers import halvings, norm_layer
+
+Norm = Literal["instance", "batch", "none"]
+
+
+class Classifier(nn.Module):
+    """`features`, whose output is flattened, and a linear `classifier`."""
+
+    def __init__(self, features: nn.Sequential, width: int, classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = nn.Linear(width, classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Returns the input (n, width) of the classifier."""
+        result: Tensor = self.features(x).flatten(1)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.classifier(self.embed(x))
+        return result
+
+
+class LeNet(ddkit.Model):
+    """LeNet-5: two 5x5 convolutions (6 and 16 channels) with ReLU and max pooling, then linear layers of 120 and 84.
+
+    The first convolution pads images of one channel by 2, as the original does for 28 pixels; below 28 pixels both pad by 2.
+    The smallest image is 4 x 4 pixels.
+    """
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        small = min(size) < 28
+        paddings = (2 if small or channels == 1 else 0, 2 if small else 0)
+        height, width = size
+        for padding in paddings:
+            height, width = (height + 2 * padding - 4) // 2, (width + 2 * padding - 4) // 2
+        if min(height, width) < 1:
+            raise ddkit.InputError(f"lenet: images of {size[0]} x {size[1]} pixels are too small; the least is 4 x 4. Use --model mlp.")
+        layers: list[nn.Module] = []
+        for before, after, padding in zip((channels, 6), (6, 16), paddings, strict=True):
+            layers += [nn.Conv2d(before, after, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
+        layers += [nn.Flatten(), nn.Linear(16 * height * width, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU()]
+        return Classifier(nn.Sequential(*layers), 84, classes)
+
+
+class AlexNet(ddkit.Model):
+    """AlexNet for small images: five convolutions of 128 to 256 channels, three max poolings, one linear layer, no norm."""
+
+    class Options(ddkit.Options):
+        one_channel_padding: Annotated[
+            int, ddkit.Option("padding of the first convolution for one-channel images; the public code has 4", ge=2, le=4)
+        ] = 2
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        padding = self.options.one_channel_padding if channels == 1 else 2
+        map_size = (size[0] + 2 * padding - 4, size[1] + 2 * padding - 4)
+        left_out = 3 - halvings(map_size, 3)
+        plan = ((128, 5, padding, True), (192, 5, 2, True), (256, 3, 1, False), (192, 3, 1, False), (192, 3, 1, True))
+        layers: list[nn.Module] = []
+        before, pooled = channels, 0
+        for after, kernel, pad, pools in plan:
+            layers += [nn.Conv2d(before, after, kernel, padding=pad), nn.ReLU()]
+            before, pooled = after, pooled + pools
+            if pools and pooled > left_out:
+                layers.append(nn.MaxPool2d(2))
+                map_size = (map_size[0] // 2, map_size[1] // 2)
+        return Classifier(nn.Sequential(*layers), before * map_size[0] * map_size[1], classes)
+
+
+class Vgg11(ddkit.Model):
+    """VGG-11 for small images: eight 3x3 convolutions of 64 to 512 channels, five max poolings, one linear layer."""
+
+    class Options(ddkit.Options):
+        norm: Annotated[Norm, ddkit.Option("normalisation")] = "instance"
+        width: Annotated[int, ddkit.Option("channels of the first convolution; the last has eight times as many", ge=1)] = 64
+        one_channel_padding: Annotated[
+            int, ddkit.Option("padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
+        ] = 1
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        options = self.options
+        padding = options.one_channel_padding if channels == 1 else 1
+        map_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
+        left_out = 5 - halvings(map_size, 5)
+        layers: list[nn.Module] = []
+        before = channels
+        for stage, factors in enumerate(((1,), (2,), (4, 4), (8, 8), (8, 8))):
+            for factor in factors:
+                after = factor * options.width
+                layers.append(nn.Conv2d(before, after, 3, padding=1 if layers else padding))
+                layers += [*norm_layer(options.norm, after, map_size, model="vgg11"), nn.ReLU()]
+                before = after
+            if stage >= left_out:
+                layers.append(nn.MaxPool2d(2))
+                map_size = (map_size[0] // 2, map_size[1] // 2)
+        return Classifier(nn.Sequential(*layers), before * map_size[0] * map_size[1], classes)
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut: relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))."""
+
+    def __init__(self, before: int, after: int, stride: int, size: tuple[int, int], norm: str) -> None:
+        super().__init__()
+        own = lambda: nn.Sequential(*norm_layer(norm, after, size, model="resnet18"))  # noqa: E731
+        self.conv1 = nn.Conv2d(before, after, 3, stride, 1, bias=False)
+        self.norm1 = own()
+        self.conv2 = nn.Conv2d(after, after, 3, 1, 1, bias=False)
+        self.norm2 = own()
+        same = stride == 1 and before == after
+        self.shortcut = nn.Sequential(*([] if same else [nn.Conv2d(before, after, 1, stride, bias=False), own()]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = functional.relu(self.norm1(self.conv1(x)))
+        return functional.relu(self.norm2(self.conv2(result)) + self.shortcut(x))
+
+
+class _Mean(nn.Module):
+    """Mean over all pixels: (n, C, H, W) to (n, C)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.mean(x, (2, 3))
+
+
+class ResNet18(ddkit.Model):
+    """ResNet-18 for small images: a 3x3 convolution without pooling, four stages of two blocks, mean over all pixels.
+
+    A stage halves the map only where it keeps at least 2 x 2 pixels, as normalising single pixels leaves nothing of them: where it
+    would not, the first stages do not halve. torchvision's own is `torchvision:resnet18`.
+    """
+
+    class Options(ddkit.Options):
+        norm: Annotated[Norm, ddkit.Option("normalisation")] = "instance"
+        width: Annotated[int, ddkit.Option("channels of the first stage; the last has eight times as many", ge=1)] = 64
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        norm, width = self.options.norm, self.options.width
+        left_out = 3 - halvings(size, 3, least=2)
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
+        layers += [*norm_layer(norm, width, size, model="resnet18"), nn.ReLU()]
+        before, map_size = width, size
+        for stage in range(4):
+            halve = stage > left_out
+            if halve:
+                map_size = ((map_size[0] + 1) // 2, (map_size[1] + 1) // 2)
+            after = width * 2**stage
+            blocks = [Block(before, after, 2 if halve else 1, map_size, norm), Block(after, after, 1, map_size, norm)]
+            layers.append(nn.Sequential(*blocks))
+            before = after
+        return Classifier(nn.Sequential(*layers, _Mean()), before, classes)

@@ -1,0 +1,105 @@
+"""`python:module.factory`: a model that is a function of the user's."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from torch import nn
+
+import ddkit
+
+log = logging.getLogger("ddkit")
+PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_TOLD: set[str] = set()
+
+
+class Python(ddkit.Model):
+    """A model of your own: `python:module.factory`, called as factory(channels, (height, width), classes), returns an nn.Module.
+
+    The module is looked for in the current folder, then among what is installed. A recipe, run or teacher file may name one only
+    with `--allow-code`; what you name yourself, in a flag or in Python, runs.
+    """
+
+    argument = "factory"
+    runs_code = True
+
+    class Options(ddkit.Options):
+        factory: Annotated[str, ddkit.Option("the callable, module.attribute")] = ""
+        sha256: Annotated[str, ddkit.Option("of the module's file, filled in: a warning tells where it is another one later")] | None = None
+
+    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
+        super().__init__(options, name=name)
+        self.factory = found(self.options.factory)
+
+    @classmethod
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
+        file = getattr(sys.modules.get(found(options.factory).__module__), "__file__", None)
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
+        if options.sha256 not in (None, digest):
+            log.warning(
+                "python:%s: %s is not what it was when this was recorded (its sha256 began with %s).",
+                options.factory, file, options.sha256[:12],
+            )  # fmt: skip
+        return msgspec.structs.replace(options, sha256=digest)
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        path = self.options.factory
+        module = self.factory(channels, size, classes)
+        if not isinstance(module, nn.Module):
+            raise ddkit.PluginError(f"python:{path} returned {type(module).__name__}; it has to return a torch.nn.Module.")
+        drops = [name for name, layer in module.named_modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0]
+        if drops and path not in _TOLD:
+            _TOLD.add(path)
+            log.warning(
+                "python:%s: its dropout (%s) draws from torch's global generator, so results will differ from run to run. "
+                "With p = 0 they do not.", path, ", ".join(drops[:5]),
+            )  # fmt: skip
+        return module
+
+
+def found(path: str) -> Callable[[int, tuple[int, int], int], Any]:
+    """Returns the callable at `path`, module.attribute.
+
+    Raises InputError where the path has another form, PluginError where nothing is there.
+    """
+    if not PATH.fullmatch(path):
+        raise ddkit.InputError(
+            f"--model python:{path} names no function of yours. It is python:MODULE.FUNCTION, such as python:my_models.small."
+        )
+    name, _, attribute = path.rpartition(".")
+    try:
+        with _current_folder_first():
+            module = importlib.import_module(name)
+    except Exception as error:  # the user's module can raise anything
+        raise ddkit.PluginError(
+            f"python:{path}: the module {name} could not be imported from {os.getcwd()} or from what is installed: "
+            f"{type(error).__name__}: {error}."
+        ) from error
+    made = getattr(module, attribute, None)
+    if not callable(made):
+        near = difflib.get_close_matches(attribute, [each for each, value in vars(module).items() if callable(value)], 1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise ddkit.PluginError(f"python:{path}: {getattr(module, '__file__', name)} has no callable '{attribute}'.{hint}")
+    return made
+
+
+@contextmanager
+def _current_folder_first() -> Iterator[None]:
+    """Inside, modules are looked for in the current folder first, as `python -m` does."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
