@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, train
-    from ddkit.artifact import Artifact, load
+    from ddkit.artifact import Artifact, Provenance, load
     from ddkit.children import Child, ChildEnded
     from ddkit.components import (
         API_VERSION,
@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     )
     from ddkit.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
+    from ddkit.exporting import export
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation
+    from ddkit.images import Normalisation, sheet_png
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
@@ -45,7 +46,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
-    "ddkit.artifact": ("Artifact", "load"),
+    "ddkit.artifact": ("Artifact", "Provenance", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
     "ddkit.components": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
@@ -57,9 +58,10 @@ _HOMES = {
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
+    "ddkit.exporting": ("export",),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation",),
+    "ddkit.images": ("Normalisation", "sheet_png"),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("add_plugin_file", "create"),
@@ -97,6 +99,7 @@ __all__ = [
     "Options",
     "Parameter",
     "PluginError",
+    "Provenance",
     "RealStep",
     "Requires",
     "Run",
@@ -118,6 +121,7 @@ __all__ = [
     "decide_arithmetic",
     "distill",
     "evaluate",
+    "export",
     "fit",
     "generator",
     "hookimpl",
@@ -126,6 +130,7 @@ __all__ = [
     "pick_precision",
     "products",
     "redraw",
+    "sheet_png",
     "to_device",
     "train",
     "training_flops",

@@ -19,16 +19,30 @@ from ddkit.manifest import check_listed
 FILE = "synthetic.safetensors"
 
 
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a set comes from, as its files tell: empty where they do not, as beside a file without its run.
+
+    sha256: of the set's own file; recipe: the resolved recipe as TOML data; manifest: what manifest.json says; evaluations:
+    the rows of evaluation.json, accuracies as fractions.
+    """
+
+    sha256: str = ""
+    recipe: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
+    evaluations: list[dict[str, Any]] = []
+
+
 class Artifact:
     """A synthetic set: `images` (n, C, H, W) float32 in pixel units (0..1 nominal, not clipped), `labels` (n,) int64.
 
     `mean` and `std` are the channel statistics that training on it should use; `parameters` are extra tensors that
-    losses declared (DKKT's multipliers); `metadata` is what the file records.
+    losses declared (DKKT's multipliers); `metadata` is what the file records; `provenance` is filled in for exporters.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
         self.images, self.labels, self.metadata = images, labels, metadata
         self.parameters = dict(parameters or {})
+        self.provenance = Provenance()
 
     @property
     def class_names(self) -> list[str]:

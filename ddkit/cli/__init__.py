@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, creating, evaluating, making, reproducing
+from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, making, reproducing
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError
 
@@ -35,6 +35,7 @@ def cli(show_traceback: bool) -> None:
 for command in (
     *making.COMMANDS,
     *evaluating.COMMANDS,
+    *exporting.COMMANDS,
     *reproducing.COMMANDS,
     *benching.COMMANDS,
     *catalogue.COMMANDS,
