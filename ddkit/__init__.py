@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
     from ddkit.randomness import generator
+    from ddkit.reporting import report
     from ddkit.step import RealStep, Step, View
     from ddkit.teacher import Teacher
     from ddkit.training import Schedule, accuracy, fit
@@ -66,6 +67,7 @@ _HOMES = {
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
+    "ddkit.reporting": ("report",),
     "ddkit.step": ("RealStep", "Step", "View"),
     "ddkit.teacher": ("Teacher",),
     "ddkit.training": ("Schedule", "accuracy", "fit"),
@@ -130,6 +132,7 @@ __all__ = [
     "pick_precision",
     "products",
     "redraw",
+    "report",
     "sheet_png",
     "to_device",
     "train",

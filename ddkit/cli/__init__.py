@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, making, reproducing
+from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, making, reporting, reproducing
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError
 
@@ -36,6 +36,7 @@ for command in (
     *making.COMMANDS,
     *evaluating.COMMANDS,
     *exporting.COMMANDS,
+    *reporting.COMMANDS,
     *reproducing.COMMANDS,
     *benching.COMMANDS,
     *catalogue.COMMANDS,

@@ -152,6 +152,8 @@ def _show_run(run: Any, as_json: bool) -> None:
     if run.evaluations:
         click.echo(evaluation_table(run.evaluations))
     click.echo(f"\n{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
+    if (run.path / "report.html").is_file():
+        click.echo(f"report   {run.path / 'report.html'}")
 
 
 @click.command()
