@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, train
     from ddkit.arrays import read_arrays
-    from ddkit.artifact import Artifact, load
+    from ddkit.artifact import Artifact, Provenance, load
     from ddkit.children import Child, ChildEnded
     from ddkit.components import (
         API_VERSION,
@@ -31,15 +31,17 @@ if TYPE_CHECKING:
     )
     from ddkit.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
+    from ddkit.exporting import export
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation
+    from ddkit.images import Normalisation, sheet_png
     from ddkit.importing import import_file
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
     from ddkit.progress import ProgressBar
     from ddkit.randomness import generator
+    from ddkit.reporting import report
     from ddkit.spectra import high_frequency_share, radial_spectrum
     from ddkit.step import RealStep, Step, View
     from ddkit.teacher import Teacher
@@ -50,7 +52,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
     "ddkit.arrays": ("read_arrays",),
-    "ddkit.artifact": ("Artifact", "load"),
+    "ddkit.artifact": ("Artifact", "Provenance", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
     "ddkit.components": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
@@ -62,15 +64,17 @@ _HOMES = {
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
+    "ddkit.exporting": ("export",),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation",),
+    "ddkit.images": ("Normalisation", "sheet_png"),
     "ddkit.importing": ("import_file",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.progress": ("ProgressBar",),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
+    "ddkit.reporting": ("report",),
     "ddkit.spectra": ("high_frequency_share", "radial_spectrum"),
     "ddkit.step": ("RealStep", "Step", "View"),
     "ddkit.teacher": ("Teacher",),
@@ -106,6 +110,7 @@ __all__ = [
     "Parameter",
     "PluginError",
     "ProgressBar",
+    "Provenance",
     "RealStep",
     "Requires",
     "Run",
@@ -127,6 +132,7 @@ __all__ = [
     "decide_arithmetic",
     "distill",
     "evaluate",
+    "export",
     "fit",
     "generator",
     "high_frequency_share",
@@ -139,6 +145,8 @@ __all__ = [
     "radial_spectrum",
     "read_arrays",
     "redraw",
+    "report",
+    "sheet_png",
     "to_device",
     "train",
     "training_flops",

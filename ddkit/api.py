@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 import torch
+from torch import Tensor
 
 from ddkit import permission, plugins
 from ddkit.artifact import Artifact, load
@@ -22,6 +23,7 @@ from ddkit.engine import Engine, deterministic
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.evaluating import evaluate, recorded, run_evaluators
 from ddkit.files import write_atomic, write_json
+from ddkit.film import add_frame, begin_film, is_frame
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
 from ddkit.manifest import MANIFEST, check_listed
@@ -29,6 +31,7 @@ from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
+from ddkit.reporting import close_run, known_spectrum
 from ddkit.rundir import EVALUATION, RECIPE, Run, RunDirectory, is_logged, save_set
 from ddkit.teacher import Teacher
 from ddkit.teachers import save_teacher, train_teacher
@@ -201,6 +204,7 @@ def _begin(made: _Made, directory: RunDirectory) -> None:
         _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
+    begin_film(directory.path, _pixels(made.job, made.bank), made.bank.host_labels)
     directory.write_checkpoint(0, made.engine.state(0), made.job.plugin_files)
 
 
@@ -214,7 +218,7 @@ def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start:
     _write_set(job, bank, recipe, directory)
     evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
-    directory.write_manifest(facts)
+    close_run(directory, facts)
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
     watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
     return run
@@ -225,7 +229,7 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
 
     def show(index: int) -> None:
         if watchers.has("checkpoint_written"):
-            images = job.normalisation.to_pixels(bank.images.detach()).cpu()
+            images = _pixels(job, bank)
             watchers.call(
                 "checkpoint_written", index=index, images=images, labels=bank.labels.cpu(), class_names=list(job.info.class_names)
             )
@@ -240,11 +244,13 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
             line = record() | {"seconds": round(time.perf_counter() - began, 3)}
             directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
+        if is_frame(index + 1):
+            add_frame(directory.path, index + 1, _pixels(job, bank), bank.host_labels)
         if (index + 1) % every.checkpoint_every == 0:
             keep(index + 1)
 
     def is_read(index: int) -> bool:
-        return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0
+        return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0 or is_frame(index + 1)
 
     show(start)
     engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read)
@@ -252,8 +258,13 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
         keep(recipe.steps)
 
 
+def _pixels(job: Job, bank: Bank) -> Tensor:
+    """Returns the images (n, C, H, W) in pixel units, on the CPU."""
+    return job.normalisation.to_pixels(bank.images.detach()).cpu()
+
+
 def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
-    images = job.normalisation.to_pixels(bank.images.detach()).cpu()
+    images = _pixels(job, bank)
     metadata_ = {
         "class_names": list(job.info.class_names),
         "mean": list(job.normalisation.mean),
@@ -285,6 +296,7 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "plugins": job.plugins_used,
         **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
+        **known_spectrum(job.real.images),
         "real_files": job.real.sources,
     }
 

@@ -20,18 +20,33 @@ from ddkit.manifest import check_listed
 FILE = "synthetic.safetensors"
 
 
+class Provenance(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a set comes from, as its files tell: empty where they do not, as beside a file without its run.
+
+    sha256: of the set's own file; recipe: the resolved recipe as TOML data; manifest: what manifest.json says; evaluations:
+    the rows of evaluation.json, accuracies as fractions.
+    """
+
+    sha256: str = ""
+    recipe: dict[str, Any] = {}
+    manifest: dict[str, Any] = {}
+    evaluations: list[dict[str, Any]] = []
+
+
 class Artifact:
     """A synthetic set: `images` (n, C, H, W) float32 in pixel units (0..1 nominal, not clipped), `labels` (n,) int64.
 
     Where several images are decoded from each stored one (metadata `decode`), these are the decoded ones, which networks train on;
     `stored_images` and `stored_labels` are those of the file, ipc a class. `mean` and `std` are the channel statistics that training on it
-    should use; `parameters` are extra tensors that losses declared (DKKT's multipliers); `metadata` is what the file records.
+    should use; `parameters` are extra tensors that losses declared (DKKT's multipliers); `metadata` is what the file records; `provenance`
+    is filled in for exporters.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
         """`images` and `labels` are those to be stored."""
         self.stored_images, self.stored_labels, self.metadata = images, labels, metadata
         self.parameters = dict(parameters or {})
+        self.provenance = Provenance()
         factor = metadata.get("decode", {}).get("factor", 1)
         self.images, self.labels = decoded(images, factor), labels if factor == 1 else labels.repeat_interleave(factor**2)
 

@@ -20,6 +20,7 @@ from ddkit.hookspecs import Observers
 from ddkit.jobs import Job, evaluators_of
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
+from ddkit.reporting import close_run
 from ddkit.rundir import EVALUATION, MANIFEST, RECIPE, Run, RunDirectory, save_set
 
 
@@ -42,7 +43,7 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
             if known:
                 directory.write_recipe(recipe_dict(recipe))
             save_set(result, directory)
-            directory.write_manifest({"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
+            close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
         except BaseException:
             directory.discard()
             raise
@@ -89,7 +90,7 @@ def run_blend(recipe: Recipe, directory: RunDirectory, device: str, watchers: Ob
     if rows:
         write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
     facts = {"seed": recipe.seed, "device": str(pick_device(device)), "steps": steps, "seconds": round(seconds, 3)}
-    directory.write_manifest(facts | _blend_facts(recipe, paths))
+    close_run(directory, facts | _blend_facts(recipe, paths))
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=steps, seconds=seconds, evaluations=rows)
 

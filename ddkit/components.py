@@ -258,7 +258,8 @@ class Dataset(Component):
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
         """Returns the images (C, H, W) of `indices` in their order, uint8 or float32 in 0..1, C being 1 or 3; opens no other.
 
-        Sizes and channels may differ. Where they do not, they may be one new tensor (n, C, H, W), which saves a copy.
+        Floats of a synthetic set may lie a little outside. Sizes and channels may differ. Where they do not, they may be one
+        new tensor (n, C, H, W), which saves a copy.
         """
         raise NotImplementedError
 
@@ -286,5 +287,9 @@ class Exporter(Component):
     """Writes a synthetic set in a format that others read."""
 
     def __call__(self, artifact: Artifact, folder: str) -> None:
-        """Writes one file or more into `folder`, which is there and empty; the same set gives the same bytes."""
+        """Writes one file or more into `folder`, which is there and empty; the same set gives the same bytes.
+
+        Called by `ddkit export`; `artifact.provenance` has what the files of a run tell of the set. Raises InputError where the
+        format cannot hold the set.
+        """
         raise NotImplementedError

@@ -18,12 +18,13 @@ from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
 from ddkit.errors import FlagError, InputError, RunFilesError
-from ddkit.files import read_json
+from ddkit.files import json_bytes, read_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
 from ddkit.manifest import MANIFEST, check_listed
 from ddkit.recipe import Recipe, parse_recipe
 from ddkit.recipes import recipe_for, with_options
+from ddkit.reporting import renew_report
 from ddkit.rundir import EVALUATION, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
 from ddkit.teachers import automatic_teacher, load_teacher
@@ -187,7 +188,8 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]
         older = [row for row in recorded(directory) if _identity(row) not in keys]
-        directory.rewrite(EVALUATION, {"schema": 1, "evaluations": older + fresh})
+        directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
+        renew_report(directory)
 
 
 def recorded(directory: RunDirectory) -> list[dict[str, Any]]:

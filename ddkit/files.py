@@ -80,7 +80,12 @@ def sync(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, indented, with a final newline; NaN is refused."""
-    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_atomic(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Returns what a JSON file holds, indented, with a final newline; raises ValueError for NaN."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: Path) -> Any:

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import tomli_w
 
-from ddkit import artifact
+from ddkit import artifact, film
 from ddkit.components import Evaluation
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_json, write_tensors
+from ddkit.files import json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_tensors
 from ddkit.images import sheet_png
 from ddkit.locks import NAME as LOCK
 from ddkit.locks import FolderLock
@@ -38,11 +38,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 
-RECIPE, METRICS, EVALUATION, PREVIEW = (
+RECIPE, METRICS, EVALUATION, PREVIEW, REPORT = (
     "recipe.toml",
     "metrics.jsonl",
     "evaluation.json",
     "preview.png",
+    "report.html",
 )
 CHECKPOINTS = "checkpoints"
 RECIPE_SEAL = "# sha256 of the lines below: "
@@ -293,16 +294,16 @@ class RunDirectory:
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
-        names = [artifact.FILE, RECIPE, METRICS, EVALUATION, PREVIEW]
+        names = [artifact.FILE, RECIPE, METRICS, EVALUATION, PREVIEW, film.FILE, REPORT]
         files = {name: file_entry(self.path / name) for name in names if (self.path / name).is_file()}
         write_manifest(self.path, {**facts, "versions": versions(), "files": files})
 
-    def rewrite(self, name: str, value: Any) -> None:
-        """Writes the JSON file `name` of a finished run anew; the manifest never lists another content than is there."""
+    def rewrite(self, name: str, content: bytes) -> None:
+        """Writes the file `name` of a finished run anew; the manifest never lists another content than is there."""
         manifest = self.read_manifest()
         others = {key: entry for key, entry in manifest["files"].items() if key != name}
         write_manifest(self.path, manifest | {"files": others})
-        write_json(self.path / name, value)
+        write_atomic(self.path / name, content)
         write_manifest(self.path, manifest | {"files": others | {name: file_entry(self.path / name)}})
 
     def read_manifest(self) -> dict[str, Any]:

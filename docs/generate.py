@@ -45,9 +45,9 @@ CHOSEN = {
     "evaluator": "ddkit distill --evaluate NAME",
     "model": "ddkit distill --model NAME",
     "dataset": "ddkit distill --dataset NAME",
+    "exporter": "ddkit export my-run --to NAME --out exported",
 }
 NEEDS_NO_NAME = {
-    "exporter": "nothing yet: the command `export` is to come",
     "recipe": "`--recipe NAME`",
     "study": "`ddkit reproduce`",
     "observer": "installed is enough",
@@ -59,6 +59,7 @@ WHERE = {
     "evaluator": "`evaluators.NAME`",
     "model": "`network` (the network that embeds or is matched) or `teacher`",
     "dataset": "`data`",
+    "exporter": "`--set OPTION=VALUE`",
 }
 
 
@@ -197,7 +198,7 @@ def _facts(kind: str) -> str:
         "base class": f"`ddkit.{base.__name__}`" if base else "functions marked `@ddkit.hookimpl`" if kind == "observer" else "none: TOML",
         "entry-point group": f"`{plugins.GROUPS[kind]}`",
         "chosen by": chosen,
-        "options in a recipe": WHERE.get(kind, ""),
+        "options in a recipe": WHERE.get(kind, "") if kind != "exporter" else "none, but `--set OPTION=VALUE` of `export`",
         "conformance suite": f"`ddkit.testing.{testing.SUITES[kind].__name__}`, `ddkit check {kind} NAME`"
         if kind in testing.SUITES
         else "",

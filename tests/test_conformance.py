@@ -11,6 +11,7 @@ from ddkit.testing import (
     AugmenterConformance,
     DatasetConformance,
     EvaluatorConformance,
+    ExporterConformance,
     InitializerConformance,
     LossConformance,
     LossGroupConformance,
@@ -216,6 +217,22 @@ class TestImagefolder(DatasetConformance):
             for number in range(6):
                 Image.fromarray(draw.integers(0, 255, (6, 7, 3), dtype=np.uint8)).save(root / name / f"{number}.png")
         type(self).component = f"imagefolder:{root}"
+
+
+class TestCard(ExporterConformance):
+    component = "card"
+
+
+class TestExportedFolder(ExporterConformance):
+    component = "imagefolder"
+
+
+class TestExportedNpz(ExporterConformance):
+    component = "npz"
+
+
+class TestSheet(ExporterConformance):
+    component = "png"
 
 
 class TestTensorBoard(ObserverConformance):

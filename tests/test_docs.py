@@ -423,6 +423,8 @@ def written_files(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize(("page", "command"), WITH_FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")
 @pytest.mark.usefixtures("written_files")
 def test_the_command_with_the_example_of_a_kind_works(cli: CLI, page: Path, command: str) -> None:
+    if "my-run" in command.split():
+        assert cli("distill", "--losses", "dm", "--evaluate", "none", "--out", "my-run", *SMALL_FLAGS).code == 0
     result = cli(*shlex.split(command)[1:])
     assert result.code == 0, result.err
     if page.stem in ("index", "evaluator"):

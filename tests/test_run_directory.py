@@ -22,7 +22,10 @@ from ddkit.rundir import RunDirectory
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
-FILES = {"recipe.toml", "manifest.json", "metrics.jsonl", "evaluation.json", "preview.png", "synthetic.safetensors", "checkpoints"}
+FILES = {
+    "recipe.toml", "manifest.json", "metrics.jsonl", "evaluation.json", "preview.png", "report.html", "film.safetensors",
+    "synthetic.safetensors", "checkpoints",
+}  # fmt: skip
 FIGURES = ["accuracy_mean", "accuracy_std", "random_real_mean", "random_real_std"]
 ROW = ["evaluator", "model", "protocol", "labels", "repeats", *FIGURES, "images", "split"]
 BOTH = ["--losses", "dm:0.01,dkkt:0.5", "--ipc", 1, "--pipc", 4, *SMALL_FLAGS, "--set", "engine.log_every=1"]
@@ -351,7 +354,7 @@ def test_evaluating_a_run_rewrites_its_evaluation_and_manifest(cli: Cli, run: Pa
     assert rewritten["files"]["evaluation.json"]["sha256"] == hashlib.sha256(content).hexdigest()
     changed = {key for key in manifest if manifest[key] != rewritten[key]}
     assert changed == {"files", "digest"}
-    assert {key for key in manifest["files"] if manifest["files"][key] != rewritten["files"][key]} == {"evaluation.json"}
+    assert {key for key in manifest["files"] if manifest["files"][key] != rewritten["files"][key]} == {"evaluation.json", "report.html"}
 
 
 def test_its_random_real_images_come_from_the_same_accessible_ones(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

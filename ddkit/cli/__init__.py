@@ -13,7 +13,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, creating, evaluating, importing, making, reproducing
+from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, importing, making, reporting, reproducing
 from ddkit.cli.common import LogFormat
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError, printable
@@ -38,6 +38,8 @@ for command in (
     *making.COMMANDS,
     *evaluating.COMMANDS,
     *importing.COMMANDS,
+    *exporting.COMMANDS,
+    *reporting.COMMANDS,
     *reproducing.COMMANDS,
     *benching.COMMANDS,
     *catalogue.COMMANDS,

@@ -163,6 +163,8 @@ def _show_run(run: Any, as_json: bool) -> None:
     if run.evaluations:
         show(evaluation_table(run.evaluations))
     show(f"\n{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
+    if (run.path / "report.html").is_file():
+        show(f"report   {run.path / 'report.html'}")
 
 
 @click.command()

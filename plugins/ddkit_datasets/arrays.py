@@ -76,8 +76,9 @@ class Npz(InMemory):
     """A NumPy .npz file of the user's: arrays x_train, y_train, x_test, y_test (and class_names, if you like).
 
     Images are (n, H, W), (n, H, W, C) or (n, C, H, W) with C 1 or 3; uint8, or floats in 0..1. Labels are integers
-    from 0. Without x_test, `holdout` of each class becomes the test split. Nothing is unpickled, and a file that declares more
-    than 1 GiB and more than 100 times its own size is refused before it is unpacked.
+    from 0. Without x_test, `holdout` of each class becomes the test split. With an array `unclipped`, as the exporter npz
+    writes it, floats may lie outside 0..1. Nothing is unpickled, and a file that declares more than 1 GiB and more than 100 times its
+    own size is refused before it is unpacked.
     """
 
     argument = "path"
@@ -129,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tensor]:
     x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}")
-    images = _images(x, split, path)
+    images = _images(x, split, path, unclipped="unclipped" in arrays)
     if y is None or y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
         raise ddkit.InputError(f"{path}: y_{split} must be integers, one for each image of x_{split}.")
     if split == "train" and len(y) == 0:
@@ -139,7 +140,7 @@ def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tens
     return images, torch.from_numpy(y.astype(np.int64))
 
 
-def _images(x: Any, split: str, path: Path) -> Tensor:
+def _images(x: Any, split: str, path: Path, *, unclipped: bool) -> Tensor:
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
@@ -148,7 +149,8 @@ def _images(x: Any, split: str, path: Path) -> Tensor:
         raise ddkit.InputError(f"{path}: x_{split} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1 or 3.")
     if x.dtype == np.uint8:
         return torch.from_numpy(np.ascontiguousarray(x))
-    if x.dtype.kind != "f" or not np.isfinite(x).all() or (x.size and (x.min() < 0 or x.max() > 1)):
+    outside = bool(x.size) and not unclipped and (x.min() < 0 or x.max() > 1)
+    if x.dtype.kind != "f" or not np.isfinite(x).all() or outside:
         raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
     return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
 

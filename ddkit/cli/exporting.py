@@ -1,0 +1,48 @@
+"""The command that writes a set for others to read: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ddkit.cli.common import echo_json, plugin_files
+
+SHOWN = 12  # files that the text names; --json has all
+
+
+@click.command()
+@click.argument("target", metavar="RUN|FILE", type=click.Path())
+@click.option("--to", required=True, metavar="NAME[:ARG]", help="Exporter: imagefolder, npz, png, card, ...")
+@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write, absent or empty.")
+@click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the exporter, e.g. columns=10.")
+@plugin_files
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool) -> None:
+    """Write a synthetic set in a format that others read, with a card that says what it is.
+
+    `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
+    """
+    from ddkit.exporting import export as write
+    from ddkit.recipes import parse_set
+
+    files = _files(write(target, to, out, options=dict(parse_set(text) for text in sets)))
+    if as_json:
+        echo_json({"schema": 1, "exporter": to.partition(":")[0], "out": str(out), "files": files})
+        return
+    for entry in files[:SHOWN]:
+        click.echo(f"{entry['bytes']:>12,}  {out / entry['name']}")
+    if len(files) > SHOWN:
+        click.echo(f"{sum(entry['bytes'] for entry in files[SHOWN:]):>12,}  in {len(files) - SHOWN} more files")
+
+
+def _files(folder: Path) -> list[dict[str, Any]]:
+    """Returns name, size in bytes and sha256 of every file, those of the folder itself first."""
+    from ddkit.manifest import file_entry
+
+    found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), path))
+    return [{"name": path.relative_to(folder).as_posix(), **file_entry(path)} for path in found]
+
+
+COMMANDS = (export,)

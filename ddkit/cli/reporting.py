@@ -1,0 +1,30 @@
+"""The commands that tell of runs and recipes to people and programs: report and schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ddkit.cli.common import echo_json
+
+
+@click.command()
+@click.argument("target", metavar="RUN", type=click.Path())
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="New file to write (default: report.html of the run).")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+def report(target: str, out: Path | None, as_json: bool) -> None:
+    """Make the report of a finished run again from its files: one HTML page with images, curves and figures.
+
+    A run writes it at its end, and evaluate renews it. It opens from the disk and asks for nothing from outside.
+    """
+    from ddkit.reporting import report as write
+
+    file = write(target, out=out)
+    if as_json:
+        echo_json({"schema": 1, "run": target, "report": str(file)})
+    else:
+        click.echo(f"report   {file}")
+
+
+COMMANDS = (report,)

@@ -1,0 +1,88 @@
+"""The film of a run: a few of its images at a few of its steps, in eight bits, kept as it goes for its report."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddkit.files import read_tensors, write_tensors
+
+log = logging.getLogger("ddkit")
+FILE = "film.safetensors"
+MOST_IMAGES, MOST_BYTES = 100, 2**20  # of a frame
+
+
+class Film(NamedTuple):
+    """`steps` (k,) int64 ascending: updates done; `rows` (m,) int64: of the set; `images` (k, m, C, H, W) uint8, clipped to 0..1."""
+
+    steps: Tensor
+    rows: Tensor
+    images: Tensor
+
+
+def is_frame(step: int) -> bool:
+    """Whether a picture is kept after `step` updates: at 0 and at powers of 4, whatever the number of steps, which a run may prolong."""
+    return step == 0 or (step.bit_count() == 1 and step.bit_length() % 2 == 1)
+
+
+def film_rows(labels: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """Returns the rows (m,) that are kept: the first of each class, equally many, of the first classes where there are very many."""
+    most = max(1, min(MOST_IMAGES, MOST_BYTES // (shape[0] * shape[1] * shape[2])))
+    classes = labels.unique()[:most]
+    each = max(1, most // len(classes))
+    return torch.cat([(labels == label).nonzero().flatten()[:each] for label in classes])
+
+
+def eight_bits(images: Tensor) -> Tensor:
+    """Returns images in pixel units as uint8: clipped to 0..1, and rounded."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def read_film(folder: Path) -> Film | None:
+    """Returns the film of the run in `folder`, None where it has none; raises ValueError where it cannot be read."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    tensors, _ = read_tensors(file)
+    try:
+        film = Film(tensors["steps"], tensors["rows"], tensors["images"])
+    except KeyError as error:
+        raise ValueError(f"{file} is no film of a run: it has no tensor {error}") from None
+    if film.images.ndim != 5 or film.images.dtype != torch.uint8 or film.images.shape[:2] != (len(film.steps), len(film.rows)):
+        raise ValueError(f"{file} is no film of a run: its images have the shape {tuple(film.images.shape)}")
+    return film
+
+
+def begin_film(folder: Path, images: Tensor, labels: Tensor) -> None:
+    """Writes a film of one frame, step 0, of images (n, C, H, W) in pixel units."""
+    channels, height, width = images.shape[1:]
+    rows = film_rows(labels, (channels, height, width))
+    _write(folder, Film(torch.zeros(1, dtype=torch.int64), rows, eight_bits(images[rows])[None]))
+
+
+def add_frame(folder: Path, step: int, images: Tensor, labels: Tensor) -> None:
+    """Adds the frame of `step` and drops those of later steps, which a run had seen before it was cut off."""
+    channels, height, width = images.shape[1:]
+    rows = film_rows(labels, (channels, height, width))
+    frame = Film(torch.tensor([step]), rows, eight_bits(images[rows])[None])
+    before = _readable(folder)
+    if before is not None and torch.equal(before.rows, rows) and before.images.shape[2:] == frame.images.shape[2:]:
+        kept = before.steps < step
+        frame = Film(torch.cat([before.steps[kept], frame.steps]), rows, torch.cat([before.images[kept], frame.images]))
+    _write(folder, frame)
+
+
+def _readable(folder: Path) -> Film | None:
+    try:
+        return read_film(folder)
+    except ValueError as error:
+        log.warning("The frames of %s so far are lost for its report: %s.", folder, error)
+        return None
+
+
+def _write(folder: Path, film: Film) -> None:
+    write_tensors(folder / FILE, film._asdict(), {"content": "film"})

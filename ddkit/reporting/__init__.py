@@ -1,0 +1,133 @@
+"""The report of a run, report.html: one file that opens from the disk, made from the files of the run alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit import film
+from ddkit.artifact import load
+from ddkit.errors import DdkitError, RunFilesError
+from ddkit.files import read_json, write_atomic
+from ddkit.images import to_unit
+from ddkit.manifest import check_listed
+from ddkit.reporting.page import page
+from ddkit.reporting.sections import SECTIONS, Files, head, spectrum_bins
+from ddkit.rundir import EVALUATION, METRICS, RECIPE, REPORT, RunDirectory, versions
+from ddkit.spectra import radial_spectrum
+
+log = logging.getLogger("ddkit")
+LOCK_SECONDS = 20.0  # how long to wait for another process that works in the run
+MOST_REAL = 1000  # images whose spectrum is kept
+
+
+def report(target: str | Path, *, out: str | Path | None = None) -> Path:
+    """Makes the report of the finished run at `target` again from its files; returns the file.
+
+    It is the run's report.html, which the manifest lists, or the new file `out`, which leaves the run as it is. Raises
+    RunFilesError where a file of the run is missing or damaged, or the report cannot be written.
+    """
+    directory = RunDirectory(Path(target))
+    if not directory.path.is_dir():
+        raise RunFilesError(f"{target} is no run directory, and only a run has a report. `ddkit export {target} --to png` draws a file.")
+    if out is not None:
+        if Path(out).exists():
+            raise RunFilesError(f"--out {out} exists already; name a new file.")
+        write_atomic(Path(out), report_html(directory.path, directory.read_manifest()))
+        return Path(out)
+    directory.read_manifest()
+    with directory.take(wait=LOCK_SECONDS):
+        _rewrite(directory)
+    return directory.path / REPORT
+
+
+def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
+    """Ends a run: writes its report, then the manifest with `facts`. A report that cannot be drawn costs no run: a warning tells."""
+    file = directory.path / REPORT
+    try:
+        write_atomic(file, report_html(directory.path, {**facts, "versions": versions()}))
+    except DdkitError:
+        raise
+    except Exception as error:
+        file.unlink(missing_ok=True)
+        log.warning("%s could not be made (%s: %s); the run is whole without it.", file, type(error).__name__, error)
+    directory.write_manifest(facts)
+
+
+def renew_report(directory: RunDirectory) -> None:
+    """Makes the report of a finished run anew where that can be done; else a warning tells, and what was recorded stays."""
+    try:
+        _rewrite(directory)
+    except Exception as error:
+        log.warning("%s is not up to date: %s", directory.path / REPORT, error)
+
+
+def _rewrite(directory: RunDirectory) -> None:
+    directory.rewrite(REPORT, report_html(directory.path, directory.read_manifest()))
+
+
+def known_spectrum(real_images: Tensor) -> dict[str, list[float]]:
+    """Returns {"real_spectrum": shares} of real images (n, C, H, W), for the manifest; {} where there are none, or they are too small."""
+    bins = spectrum_bins(*real_images.shape[-2:]) if len(real_images) else 0
+    if not bins:
+        return {}
+    rows = torch.linspace(0, len(real_images) - 1, min(MOST_REAL, len(real_images))).round().long()
+    return {"real_spectrum": [float(f"{share:.6g}") for share in radial_spectrum(to_unit(real_images[rows]), bins)[1]]}
+
+
+def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
+    """Returns the report of the run in `folder`, whose manifest says, or will say, `facts`.
+
+    It names neither the folder nor the time at which it was made, so the same run gives the same report, its times apart.
+    """
+    files = _files(folder, facts)
+    title, summary, tiles = head(files)
+    return page(title, summary, [tiles, *(part(files) for part in SECTIONS)]).encode()
+
+
+def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
+    directory = RunDirectory(folder)
+    has_recipe = (folder / RECIPE).is_file()
+    return Files(
+        artifact=load(folder),
+        facts=facts,
+        recipe=directory.read_recipe() if has_recipe else {},
+        recipe_text=(folder / RECIPE).read_text(encoding="utf-8") if has_recipe else "",
+        metrics=_metrics(folder),
+        evaluations=_evaluations(folder),
+        film=_film(folder),
+    )
+
+
+def _metrics(folder: Path) -> list[dict[str, Any]]:
+    check_listed(folder, METRICS)
+    file = folder / METRICS
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFilesError(f"{file} cannot be read: {error}.") from None
+
+
+def _evaluations(folder: Path) -> list[dict[str, Any]]:
+    check_listed(folder, EVALUATION)
+    file = folder / EVALUATION
+    found = read_json(file) if file.is_file() else {}
+    rows = found.get("evaluations", []) if isinstance(found, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RunFilesError(f"{file} holds no evaluations.")
+    return rows
+
+
+def _film(folder: Path) -> film.Film | None:
+    check_listed(folder, film.FILE)
+    try:
+        found = film.read_film(folder)
+    except ValueError as error:
+        raise RunFilesError(f"{error}.") from None
+    return found

@@ -1,0 +1,351 @@
+"""The parts of a report, each made from what the files of a run say."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ddkit.artifact import FILE, Artifact
+from ddkit.film import Film, eight_bits
+from ddkit.reporting.charts import (
+    Dots,
+    Line,
+    bar_chart,
+    dot_chart,
+    legend,
+    line_chart,
+    number,
+    text,
+    wants_log,
+)
+from ddkit.reporting.page import chart, film_table, note, section, table, time
+from ddkit.reporting.pictures import picture
+from ddkit.spectra import radial_spectrum
+
+MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
+FILM_ROWS, FILM_COLUMNS = 10, 7
+BINS = 20  # of the histogram of a parameter
+
+
+class Files(msgspec.Struct, frozen=True, kw_only=True):
+    """What the files of a run say: `facts` is the manifest, `recipe` its TOML data and `recipe_text` the file, "" without one."""
+
+    artifact: Artifact
+    facts: Mapping[str, Any]
+    recipe: Mapping[str, Any] = {}
+    recipe_text: str = ""
+    metrics: Sequence[Mapping[str, Any]] = ()
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    film: Film | None = None
+
+
+def head(files: Files) -> tuple[str, str, str]:
+    """Returns title and summary as plain text, and the tiles with the figures that matter as HTML."""
+    artifact, recipe = files.artifact, files.recipe
+    count, channels, height, width = artifact.images.shape
+    ipc, data = artifact.metadata.get("ipc"), recipe.get("data", {})
+    source = data.get("use", "") if isinstance(data, Mapping) else data
+    name = artifact.metadata.get("recipe") or recipe.get("name") or ("blend" if "blend" in files.facts else "synthetic set")
+    title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
+    pipc = artifact.metadata.get("pipc")
+    tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}")]
+    tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
+    tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
+    row = next(iter(_rows(files, "hard") or _rows(files, "soft")), None)
+    if row is not None:
+        beside = f"random real {_percent(row, 'random_real')}; " if row.get("random_real_mean") is not None else ""
+        tiles += [
+            ("accuracy", _percent(row, "accuracy"), f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}")
+        ]
+    summary = str(recipe.get("summary", "")) or "A synthetic training set, made by dataset distillation."
+    return title, summary, f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
+
+
+def _tile(name: str, value: str, beside: str) -> str:
+    return f'<div class="tile"><span>{text(name)}</span><b>{text(value)}</b><span>{text(beside)}</span></div>'
+
+
+# The images
+
+
+def images(files: Files) -> str:
+    """Returns the images of the set, class by class."""
+    artifact = files.artifact
+    labels = artifact.labels.unique().tolist()
+    shown = labels[:MOST_CLASSES]
+    each = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
+    pixels = {label: eight_bits(artifact.images[artifact.labels == label][:each]) for label in shown}
+    few = max(len(rows) for rows in pixels.values()) <= 3
+    figures = []
+    for label, rows in pixels.items():
+        name = _name(artifact, label)
+        figures.append(_figure(picture([rows], f"Synthetic images of class {text(name)}", cell=112 if few else 64), name))
+    outside = ((artifact.images < 0) | (artifact.images > 1)).float().mean()
+    words = [f"Shown in 8 bits: {100 * float(outside):.1f} % of the values lie outside 0..1 and are clipped here."]
+    most = int(artifact.labels.bincount().max())
+    words += [f"The first {each} of {most} images of each class."] if each < most else []
+    words += [f"The first {len(shown)} of {len(labels)} classes."] if len(shown) < len(labels) else []
+    return section("Images", f'<div class="images{" few" if few else ""}">{"".join(figures)}</div>', note(" ".join(words)))
+
+
+def _figure(drawing: str, caption: str) -> str:
+    return f"<figure><figcaption>{text(caption)}</figcaption>{drawing}</figure>"
+
+
+def _name(artifact: Artifact, label: int) -> str:
+    return artifact.class_names[label] or "(no name)"
+
+
+def start_and_end(files: Files) -> str:
+    """Returns the images of the start above those of the end, class by class, "" where the start was not kept."""
+    film, artifact = files.film, files.artifact
+    if film is None or len(film.rows) == 0 or int(film.steps[0]) != 0 or not files.facts.get("steps"):
+        return ""
+    owners, end = artifact.labels[film.rows], eight_bits(artifact.images[film.rows])
+    shown = owners.unique().tolist()[:MOST_CLASSES]
+    few = len(film.rows) <= 3 * len(owners.unique())
+    most = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
+    figures = []
+    for label in shown:
+        rows, name = (owners == label).nonzero().flatten()[:most], _name(artifact, label)
+        alt = f"class {text(name)}: {len(rows)} at the start above, the same at the end below"
+        figures.append(_figure(picture([film.images[0, rows], end[rows]], alt, cell=88 if few else 64), name))
+    tiles = f'<div class="images{" few" if few else ""}">{"".join(figures)}</div>'
+    return section("Start and end", note("Above: before the first step. Below: the finished set."), tiles)
+
+
+def strip(files: Files) -> str:
+    """Returns one image of each class at some steps, "" where none was kept."""
+    film, artifact, last = files.film, files.artifact, files.facts.get("steps", 0)
+    if film is None or len(film.rows) == 0 or not last:
+        return ""
+    kept = [place for place, step in enumerate(film.steps.tolist()) if step < last]
+    while len(kept) > FILM_COLUMNS - 1:  # of the first steps, which are close together, some can go
+        del kept[1]
+    owners, end = artifact.labels[film.rows], eight_bits(artifact.images[film.rows])
+    rows = []
+    for label in owners.unique().tolist()[:FILM_ROWS]:
+        row, name = int((owners == label).nonzero()[0, 0]), _name(artifact, label)
+        frames = [(film.images[place, row], f"step {int(film.steps[place])}") for place in kept] + [(end[row], f"step {last}")]
+        rows.append((name, [picture([image[None]], f"class {text(name)}, {when}", cell=80) for image, when in frames]))
+    steps = [f"{int(step):,}" for step in [*film.steps[kept], last]]
+    return section("Film strip", note("The first image of a class after so many updates."), film_table(steps, rows))
+
+
+# The losses and the parameters
+
+
+def losses(files: Files) -> str:
+    """Returns the curves of every term, raw, and of all of them weighted."""
+    lines = [line for line in files.metrics if isinstance(line.get("losses"), Mapping)]
+    labels = list(dict.fromkeys(label for line in lines for label in line["losses"]))
+    if not labels:
+        return ""
+    terms = {
+        kind: {label: [(line["step"], line["losses"][label][kind]) for line in lines if label in line["losses"]] for label in labels}
+        for kind in ("raw", "weighted")
+    }
+    total = Line("total", [(line["step"], line["total"]) for line in lines])
+    together = [total] + [Line(label, points) for label, points in terms["weighted"].items()]
+    charts = [_curves("Weighted, and their total", together if len(labels) > 1 else [total], "weighted")]
+    charts += [_curves(f"{label}, raw", [Line(label, terms["raw"][label])], "raw", known=False) for label in labels]
+    rows = [
+        [label, *(number(points[label][place][1]) for points in (terms["raw"], terms["weighted"]) for place in (0, -1))] for label in labels
+    ]
+    first, last = lines[0]["step"], lines[-1]["step"]
+    figures = table(["loss", f"raw, step {first}", f"raw, step {last}", f"weighted, step {first}", f"weighted, step {last}"], rows)
+    return section("Losses", f'<div class="charts">{"".join(charts)}</div>', figures)
+
+
+def _curves(title: str, lines: Sequence[Line], y: str, *, known: bool = True) -> str:
+    values = [value for line in lines for _, value in line.points]
+    log = wants_log([value for value in values if math.isfinite(value)])
+    names = ", ".join(line.name for line in lines)
+    drawing = line_chart(lines, x="step", y=f"{y}{' (log scale)' if log else ''}", log=log, what=f"{title}: {names} over the steps")
+    return chart(title, drawing, legend([line.name for line in lines]) if known and len(lines) > 1 else "")
+
+
+def parameters(files: Files) -> str:
+    """Returns the distribution of every extra parameter of the set: the multipliers of DKKT are one."""
+    found = {name: value.flatten().double() for name, value in files.artifact.parameters.items() if value.is_floating_point()}
+    kept = {name: value for name, value in found.items() if value.numel() and bool(value.isfinite().all())}
+    rows = [[name, *_spread(value)] for name, value in kept.items()]
+    charts = "".join(_histogram(name, value) for name, value in kept.items())
+    figures = table(["parameter", "values", "smallest", "median", "largest", "exactly 0"], rows) if rows else ""
+    return section("Parameters beside the images", f'<div class="charts">{charts}</div>' if charts else "", figures)
+
+
+def _spread(value: Tensor) -> list[str]:
+    """Returns how many values, the smallest, median and largest, and the share that is exactly 0."""
+    zero = float((value == 0).double().mean())
+    return [f"{value.numel():,}", *(number(float(each)) for each in (value.min(), value.median(), value.max())), f"{100 * zero:.1f} %"]
+
+
+def _histogram(name: str, values: Tensor) -> str:
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = low - 0.5, high + 0.5
+    edges = [low + (high - low) * index / BINS for index in range(BINS + 1)]
+    places = ((values - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
+    counts = torch.bincount(places, minlength=BINS).tolist()
+    return chart(name, bar_chart(edges, counts, x="value", y="how many", what=f"Histogram of {name}"))
+
+
+# Spectra
+
+
+def spectrum_bins(height: int, width: int) -> int:
+    """Returns the bands of the spectra of such images, 0 where they are too small to have one."""
+    return min(16, min(height, width) // 2) if min(height, width) >= 4 else 0
+
+
+def spectra(files: Files) -> str:
+    """Returns the radial spectrum of the set beside that of the real images, where it was kept."""
+    height, width = files.artifact.images.shape[-2:]
+    bins = spectrum_bins(height, width)
+    if not bins:
+        return ""
+    frequencies, shares = radial_spectrum(files.artifact.images, bins)
+    shown = {"synthetic": shares}
+    real = files.facts.get("real_spectrum")
+    if isinstance(real, list) and len(real) == bins:
+        shown["real"] = real
+    empty = [not any(values) for values in zip(*shown.values(), strict=True)]  # small images have no frequency in the lowest band
+    lines = [
+        Line(name, [(f, share) for f, share, left_out in zip(frequencies, values, empty, strict=True) if not left_out])
+        for name, values in shown.items()
+    ]  # fmt: skip
+    log = wants_log([value for line in lines for _, value in line.points if value > 0])
+    drawing = line_chart(
+        lines, x="cycles per pixel", y=f"share of the power{' (log scale)' if log else ''}", log=log, what="Radial spectra"
+    )
+    words = "The share of the images' power, without their mean, in bands of spatial frequency; above 0.25 lies fine detail, and noise."
+    words += " Real: accessible images, 1,000 at most." if len(lines) > 1 else ""
+    return section(
+        "Spectra", note(words), f'<div class="charts">{chart("Radial spectrum", drawing, legend([line.name for line in lines]))}</div>'
+    )
+
+
+# Evaluation
+
+
+def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
+    return [row for row in files.evaluations if row.get("labels", "hard") == labels and isinstance(row.get("accuracy_mean"), float | int)]
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    parts = [row.get("model", ""), row.get("protocol", "")]
+    parts += [f"{epochs} epochs"] if (epochs := row.get("details", {}).get("epochs")) else []
+    parts += [str(row["images"])] if row.get("images", "synthetic") != "synthetic" else []
+    parts += [str(row["split"])] if row.get("split", "test") != "test" else []
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _percent(row: Mapping[str, Any], key: str) -> str:
+    mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %"
+
+
+def evaluation(files: Files) -> str:
+    """Returns accuracies with random real beside, hard and soft labels apart."""
+    parts = []
+    for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels: the teacher's probabilities")):
+        rows = _rows(files, labels)
+        if rows:
+            parts += [f"<h3>{text(title)}</h3>", f'<div class="charts">{_dots(rows, title)}</div>', _figures(rows)]
+    words = (
+        "Networks trained from scratch on the set, after the last epoch: mean ± sample standard deviation over n networks, which the error "
+        "bars show. Random real: as many random real images of each class, drawn anew for each network from the accessible ones, under the "
+        "same protocol. Figures under different protocols, or with hard and with soft labels, cannot be compared."
+    )
+    return section("Evaluation", note(words) if parts else "", *parts) or section("Evaluation", note("None is recorded."))
+
+
+def _dots(rows: Sequence[Mapping[str, Any]], title: str) -> str:
+    dots = [Dots(_named(row), [_pair(row, "accuracy"), _pair(row, "random_real")]) for row in rows]
+    drawing = dot_chart(dots, x="accuracy in %", what=f"{title}: accuracies with error bars")
+    return chart("Accuracy", drawing, legend(["trained on the set", "random real"]))
+
+
+def _pair(row: Mapping[str, Any], key: str) -> tuple[float, float | None] | None:
+    mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
+    return None if mean is None else (100 * mean, None if std is None else 100 * std)
+
+
+def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for row in rows:
+        mean, real = row["accuracy_mean"], row.get("random_real_mean")
+        more = "-" if real is None else f"{100 * (mean - real):+.1f}"
+        told = [
+            str(row.get("evaluator", "")),
+            _named(row),
+            str(row.get("repeats", "")),
+            _percent(row, "accuracy"),
+            _percent(row, "random_real"),
+        ]
+        lines.append([*told, more])
+    return table(["evaluator", "network and protocol", "n", "accuracy", "random real", "difference"], lines)
+
+
+# What made it
+
+
+def making(files: Files) -> str:
+    """Returns times, device, versions and plugins."""
+    facts = files.facts
+    seconds, steps = facts.get("seconds", 0.0), facts.get("steps", 0)
+    rows: list[list[str]] = []
+    if steps:
+        rows.append(["distillation", time(f"{seconds:,.1f} s{_a_step(files)}")])
+    rows += [[key, str(facts[key])] for key in ("device", "threads", "seed") if facts.get(key) is not None]
+    teacher = facts.get("teacher")
+    rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if isinstance(teacher, Mapping) else []
+    rows += _blend(facts)
+    rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
+    rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
+    parts = [table([], rows)]
+    used = [[p.get("kind", ""), p.get("name", ""), p.get("distribution", ""), p.get("version", "")] for p in facts.get("plugins", [])]
+    parts += ["<h3>Plugins</h3>", table(["kind", "name", "from", "version"], used)] if used else []
+    return section("Time and environment", *parts)
+
+
+def _a_step(files: Files) -> str:
+    """Returns the median time of a step, from the times of the logged ones, "" where there are too few."""
+    times = [(line["step"], line["seconds"]) for line in files.metrics if "seconds" in line]
+    pace = [(late - early) / (last - first) for (first, early), (last, late) in pairwise(times) if late > early]
+    return f", {1000 * statistics.median(pace):.1f} ms a step" if pace else ""
+
+
+def _blend(facts: Mapping[str, Any]) -> list[list[str]]:
+    blend = facts.get("blend")
+    if not isinstance(blend, Mapping):
+        return []
+    parts = [f"{_short(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in blend.get("parts", [])]
+    return [["blend", f"alpha {blend.get('alpha')} of {' and '.join(parts)}"]]
+
+
+def _short(path: Path) -> str:
+    """Returns the name of a run, or of a file that is alone."""
+    return path.parent.name if path.name == FILE else path.name
+
+
+def recipe(files: Files) -> str:
+    """Returns the resolved recipe as it is written."""
+    if not files.recipe_text:
+        return ""
+    words = "Resolved: every setting, also those that were decided by themselves. ddkit distill --recipe FILE repeats the run."
+    return section("Recipe", note(words), f"<details><summary>recipe.toml</summary><pre>{text(files.recipe_text)}</pre></details>")
+
+
+SECTIONS = (images, start_and_end, strip, losses, parameters, spectra, evaluation, making, recipe)

@@ -1,0 +1,122 @@
+"""Exporters: image folders, NumPy arrays, a picture of the whole set; each with a data set card beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+import ddkit
+from ddkit_exporters.card import Layout, eight_bit, write_card
+from ddkit_exporters.names import folder_names
+
+NPZ, SHEET, CLASSES, METADATA = "synthetic.npz", "sheet.png", "classes.json", "metadata.jsonl"
+
+
+class Npz(ddkit.Exporter):
+    """NumPy arrays in one .npz file, bit for bit: x_train, y_train, class_names, mean and std; read without pickle.
+
+    `x_train` (n, C, H, W) is float32 in pixel units, `y_train` (n,) int64; `mean` and `std` (C,) are float32. `unclipped` says
+    that values may lie outside 0..1: the dataset `npz:PATH` takes them where it is there. Learned labels are `soft_labels`.
+    """
+
+    def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
+        arrays: dict[str, Any] = {
+            "x_train": _array(artifact.images),
+            "y_train": _array(artifact.labels),
+            "class_names": np.array(artifact.class_names, dtype=np.str_),
+            "mean": np.array(artifact.mean, dtype=np.float32),
+            "std": np.array(artifact.std, dtype=np.float32),
+            "unclipped": np.array(True),
+        }
+        if "soft_labels" in artifact.parameters:
+            arrays["soft_labels"] = _array(artifact.parameters["soft_labels"])
+        np.savez(Path(folder, NPZ), **arrays)
+        write_card(artifact, folder, Layout(LOAD_NPZ, files=[Path(folder, NPZ)]))
+
+
+class ImageFolder(ddkit.Exporter):
+    """PNG files in class folders, train/CLASS/0001.png, for torchvision's ImageFolder and Hugging Face's imagefolder.
+
+    PNG has 8 bits: values are clipped to 0..1 and rounded to 256 levels, and the card says by how much at most. A class name
+    that is no good folder name is escaped, "a/b" as "a%2Fb"; `classes.json` and `train/metadata.jsonl` have the names as they are.
+    """
+
+    def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
+        _check_channels("imagefolder", artifact)
+        pixels, rounding = eight_bit(artifact.images)
+        folders = folder_names(artifact.class_names)
+        rows = []
+        for label in sorted(set(artifact.labels.tolist())):
+            Path(folder, "train", folders[label]).mkdir(parents=True)
+            mine = pixels[artifact.labels == label]
+            for number, image in enumerate(mine, 1):
+                name = f"{folders[label]}/{number:0{max(4, len(str(len(mine))))}d}.png"
+                _picture(image).save(Path(folder, "train", name), format="PNG")
+                rows.append({"file_name": name, "label": label, "class_name": artifact.class_names[label]})
+        Path(folder, "train", METADATA).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        _write_classes(artifact, folder, folders)
+        write_card(artifact, folder, Layout(_load_images(artifact), folders=folders, rounding=rounding))
+
+
+class Sheet(ddkit.Exporter):
+    """One PNG picture of the set to look at: a row for each class, its name at the left, enlarged by whole pixels."""
+
+    class Options(ddkit.Options):
+        columns: Annotated[int, ddkit.Option("images of a class, at most", ge=1)] = 20
+
+    def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
+        _check_channels("png", artifact)
+        picture = ddkit.sheet_png(artifact.images, artifact.labels, artifact.class_names, columns=self.options.columns)
+        Path(folder, SHEET).write_bytes(picture)
+        write_card(artifact, folder, Layout((), files=[Path(folder, SHEET)], rounding=eight_bit(artifact.images)[1]))
+
+
+LOAD_NPZ = [
+    "import numpy as np",
+    "",
+    f'data = np.load("{NPZ}")',
+    'images, labels, names = data["x_train"], data["y_train"], data["class_names"]  # pixel units, 0 to 1, not clipped',
+    'inputs = (images - data["mean"].reshape(1, -1, 1, 1)) / data["std"].reshape(1, -1, 1, 1)',
+]
+
+
+def _load_images(artifact: ddkit.Artifact) -> list[str]:
+    """Returns the code that reads the folders with torchvision, normalised."""
+    mean, std = ([float(f"{value:.6g}") for value in values] for values in (artifact.mean, artifact.std))
+    grey = "t.Grayscale(), " if artifact.images.shape[1] == 1 else ""
+    return [
+        "from torchvision import transforms as t",
+        "from torchvision.datasets import ImageFolder",
+        "",
+        f"transform = t.Compose([{grey}t.ToTensor(), t.Normalize({mean}, {std})])",
+        'data = ImageFolder("train", transform)  # labels in alphabetical order of the folders: data.classes',
+    ]
+
+
+def _write_classes(artifact: ddkit.Artifact, folder: str, folders: list[str]) -> None:
+    count = artifact.labels.bincount(minlength=len(folders)).tolist()
+    table = [
+        {"label": label, "name": name, "folder": folders[label], "images": count[label]}
+        for label, name in enumerate(artifact.class_names)
+    ]  # fmt: skip
+    Path(folder, CLASSES).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_channels(name: str, artifact: ddkit.Artifact) -> None:
+    channels = artifact.images.shape[1]
+    if channels not in (1, 3):
+        raise ddkit.InputError(f"The exporter '{name}' writes images of 1 or 3 channels, and this set has {channels}. Use --to npz.")
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """Returns an image (C, H, W) of bytes as Pillow's: grey for one channel."""
+    return Image.fromarray(_array(image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)))
+
+
+def _array(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().numpy()
