@@ -204,7 +204,7 @@ def _begin(made: _Made, directory: RunDirectory) -> None:
         _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
-    begin_film(directory.path, _pixels(made.job, made.bank), made.bank.host_labels)
+    begin_film(directory.path, _pixels(made.job, made.bank), made.bank.labels.cpu())
     directory.write_checkpoint(0, made.engine.state(0), made.job.plugin_files)
 
 
@@ -245,7 +245,7 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
             directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
         if is_frame(index + 1):
-            add_frame(directory.path, index + 1, _pixels(job, bank), bank.host_labels)
+            add_frame(directory.path, index + 1, _pixels(job, bank), bank.labels.cpu())
         if (index + 1) % every.checkpoint_every == 0:
             keep(index + 1)
 

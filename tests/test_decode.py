@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -147,3 +148,14 @@ def test_a_file_that_decodes_what_it_cannot_is_refused(tmp_path: Path) -> None:
         write_tensors(tmp_path / "bad.safetensors", tensors, {**record, "decode": {"factor": factor}})
         with pytest.raises(ddkit.RunFilesError, match=r"bad\.safetensors is no synthetic set"):
             ddkit.load(tmp_path / "bad.safetensors")
+
+
+def test_the_report_and_the_picture_show_what_is_stored_and_other_exports_what_networks_see(cli: Cli) -> None:
+    made = cli("distill", "--losses", "dm", "--pipc", 4, "--evaluate", "none", *SMALL_FLAGS, *FOUR, "--out", "run")
+    assert made.code == 0, made.err
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert ">10</b>" in page
+    assert "Start and end" in page
+    for name in ("npz", "png"):
+        assert cli("export", "run", "--to", name, "--out", name).code == 0
+    assert np.load(next(Path("npz").glob("*.npz")))["x_train"].shape == (40, 1, 8, 8)

@@ -50,7 +50,7 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
 def head(files: Files) -> tuple[str, str, str]:
     """Returns title and summary as plain text, and the tiles with the figures that matter as HTML."""
     artifact, recipe = files.artifact, files.recipe
-    count, channels, height, width = artifact.images.shape
+    count, channels, height, width = artifact.stored_images.shape
     ipc, data = artifact.metadata.get("ipc"), recipe.get("data", {})
     source = data.get("use", "") if isinstance(data, Mapping) else data
     name = artifact.metadata.get("recipe") or recipe.get("name") or ("blend" if "blend" in files.facts else "synthetic set")
@@ -79,18 +79,18 @@ def _tile(name: str, value: str, beside: str) -> str:
 def images(files: Files) -> str:
     """Returns the images of the set, class by class."""
     artifact = files.artifact
-    labels = artifact.labels.unique().tolist()
+    labels = artifact.stored_labels.unique().tolist()
     shown = labels[:MOST_CLASSES]
     each = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
-    pixels = {label: eight_bits(artifact.images[artifact.labels == label][:each]) for label in shown}
+    pixels = {label: eight_bits(artifact.stored_images[artifact.stored_labels == label][:each]) for label in shown}
     few = max(len(rows) for rows in pixels.values()) <= 3
     figures = []
     for label, rows in pixels.items():
         name = _name(artifact, label)
         figures.append(_figure(picture([rows], f"Synthetic images of class {text(name)}", cell=112 if few else 64), name))
-    outside = ((artifact.images < 0) | (artifact.images > 1)).float().mean()
+    outside = ((artifact.stored_images < 0) | (artifact.stored_images > 1)).float().mean()
     words = [f"Shown in 8 bits: {100 * float(outside):.1f} % of the values lie outside 0..1 and are clipped here."]
-    most = int(artifact.labels.bincount().max())
+    most = int(artifact.stored_labels.bincount().max())
     words += [f"The first {each} of {most} images of each class."] if each < most else []
     words += [f"The first {len(shown)} of {len(labels)} classes."] if len(shown) < len(labels) else []
     return section("Images", f'<div class="images{" few" if few else ""}">{"".join(figures)}</div>', note(" ".join(words)))
@@ -109,7 +109,7 @@ def start_and_end(files: Files) -> str:
     film, artifact = files.film, files.artifact
     if film is None or len(film.rows) == 0 or int(film.steps[0]) != 0 or not files.facts.get("steps"):
         return ""
-    owners, end = artifact.labels[film.rows], eight_bits(artifact.images[film.rows])
+    owners, end = artifact.stored_labels[film.rows], eight_bits(artifact.stored_images[film.rows])
     shown = owners.unique().tolist()[:MOST_CLASSES]
     few = len(film.rows) <= 3 * len(owners.unique())
     most = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
@@ -130,7 +130,7 @@ def strip(files: Files) -> str:
     kept = [place for place, step in enumerate(film.steps.tolist()) if step < last]
     while len(kept) > FILM_COLUMNS - 1:  # of the first steps, which are close together, some can go
         del kept[1]
-    owners, end = artifact.labels[film.rows], eight_bits(artifact.images[film.rows])
+    owners, end = artifact.stored_labels[film.rows], eight_bits(artifact.stored_images[film.rows])
     rows = []
     for label in owners.unique().tolist()[:FILM_ROWS]:
         row, name = int((owners == label).nonzero()[0, 0]), _name(artifact, label)
