@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation
+    from ddkit.images import Normalisation, conform
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
@@ -59,7 +59,7 @@ _HOMES = {
     ),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation",),
+    "ddkit.images": ("Normalisation", "conform"),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.plugins": ("add_plugin_file", "create"),
@@ -114,6 +114,7 @@ __all__ = [
     "build_network",
     "cache_folder",
     "compiled",
+    "conform",
     "create",
     "decide_arithmetic",
     "distill",

@@ -1,4 +1,4 @@
-"""First synthetic images: `noise` and `real`."""
+"""First synthetic images: `noise` and `real`; the others have modules of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import ddkit
+from ddkit_initializers.choosing import check_enough, classes
 
 
 class Noise(ddkit.Initializer):
@@ -31,18 +32,11 @@ class Real(ddkit.Initializer):
     requires = ddkit.Requires(real=True)
 
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        short = [f"'{name}' has {count}" for name, count in available.items() if count < ipc]
-        if short:
-            raise ddkit.InputError(
-                f"Initializer 'real' needs {ipc} accessible images a class for ipc {ipc}, but {', '.join(short[:5])}"
-                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, lower --ipc, or use --init noise.",
-                "ipc",
-            )
+        check_enough("real", ipc, ipc, available, otherwise="lower --ipc, or use --init noise")
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         parts = []
-        for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
-            images = start.real_images[start.real_labels == label]
-            chosen = torch.randperm(len(images), generator=start.generator(int(label)))[: int(count)]
+        for label, count, images in classes(start):
+            chosen = torch.randperm(len(images), generator=start.generator(label))[:count]
             parts.append(images[chosen.sort().values])  # in order: ipc = pipc gives exactly the real set
         return torch.cat(parts)
