@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ddkit.exporting import export
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation, sheet_png
+    from ddkit.images import Normalisation, conform, sheet_png
     from ddkit.importing import import_file
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
@@ -67,7 +67,7 @@ _HOMES = {
     "ddkit.exporting": ("export",),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation", "sheet_png"),
+    "ddkit.images": ("Normalisation", "conform", "sheet_png"),
     "ddkit.importing": ("import_file",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
@@ -128,6 +128,7 @@ __all__ = [
     "build_network",
     "cache_folder",
     "compiled",
+    "conform",
     "create",
     "decide_arithmetic",
     "distill",

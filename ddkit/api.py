@@ -151,7 +151,7 @@ def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watch
         check_unchanged(newest.plugin_files, directory.path)
         if newest.step > recipe.steps:
             raise RunFilesError(f"{directory.path} is at step {newest.step} already, past --steps {recipe.steps}.")
-    made = _made(recipe, device, watchers)
+    made = _made(recipe, device, watchers, begun=newest is not None)
     if newest is None:
         directory.reopen()
         _begin(made, directory)
@@ -189,8 +189,9 @@ class _Made(NamedTuple):
     recipe: Recipe
 
 
-def _made(recipe: Recipe, device: str, watchers: Observers) -> _Made:
-    job = Job(recipe, device=device)
+def _made(recipe: Recipe, device: str, watchers: Observers, *, begun: bool = False) -> _Made:
+    """Returns the objects of a run; `begun`: its set is to be read from a checkpoint."""
+    job = Job(recipe, device=device, begun=begun)
     job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
     bank = job.bank()
     return _Made(job, bank, job.engine(bank), job.resolved())

@@ -110,7 +110,10 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     """What an initializer sees. Images are normalised.
 
     labels: (n,) int64, ascending; shape: (C, H, W); real_images: (m, C, H, W) and real_labels: (m,), the accessible
-    images, class by class (m = 0 without data); generator(label): the random generator of one class.
+    images, class by class (m = 0 without data); generator(label): the random generator of one class; class_names: of the
+    data, in label order; normalisation: the run's, between pixel units and normalised ones. Where the initializer
+    requires a teacher, teacher is that, and features(images) gives its features (n, d) of normalised images, without
+    gradients and on the CPU; elsewhere both are None.
     """
 
     labels: Any
@@ -118,10 +121,17 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
     real_images: Any
     real_labels: Any
     generator: Callable[[int], Any]
+    class_names: tuple[str, ...] = ()
+    normalisation: Any = None
+    teacher: Any = None
+    features: Callable[[Any], Any] | None = None
 
 
 class Initializer(Component):
-    """Returns the first synthetic images for labels."""
+    """Returns the first synthetic images for labels.
+
+    `requires` may ask for `real` images and for the `teacher`, whose statistics then normalise the run's images.
+    """
 
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
         """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run."""

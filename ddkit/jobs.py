@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddkit import pluginfile, plugins
 from ddkit.bank import Bank
@@ -23,7 +23,7 @@ from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
 from ddkit.images import Normalisation, channel_statistics
-from ddkit.networks import build_network, couples_samples, forward_flops, saved_bytes
+from ddkit.networks import build_network, couples_samples, features_of, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
 from ddkit.randomness import generator
 from ddkit.recipe import Recipe
@@ -39,10 +39,13 @@ IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and wh
 
 
 class Job:
-    """Everything a run needs, checked before anything is trained or written."""
+    """Everything a run needs, checked before anything is trained or written.
 
-    def __init__(self, recipe: Recipe, *, device: str = "auto") -> None:
-        self.recipe = recipe
+    `begun`: its set is to be read from a checkpoint, so that the initializer has nothing to do.
+    """
+
+    def __init__(self, recipe: Recipe, *, device: str = "auto", begun: bool = False) -> None:
+        self.recipe, self.begun = recipe, begun
         self.device = pick_device(device)
         self.terms = _terms(recipe)
         self.requires = [term.loss.requires for term in self.terms]
@@ -83,7 +86,8 @@ class Job:
         available = {name: int(min(count, limit)) for name, count in zip(self.dataset.class_names, counts, strict=True)}
         table = self.recipe.initializer
         self.initializer: Initializer = plugins.create("initializer", table.use, table.options, where="initializer")
-        self.initializer.check(self.recipe.rows_per_class, available)
+        if not self.begun:
+            self.initializer.check(self.recipe.rows_per_class, available)
 
     def _check_memory(self) -> None:
         """Raises InputError where the synthetic images alone are larger than this machine's memory."""
@@ -256,7 +260,8 @@ class Job:
 
     @property
     def _distils_with_teacher(self) -> bool:
-        return any(requires.teacher for requires in self.requires) or self.recipe.teacher.use != "auto"
+        asked = [*self.requires, self.initializer.requires]
+        return any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
 
     def load_teacher(self, report: Report | None = None) -> None:
         """Loads the teacher, or trains an automatic one; a recipe that needs none gets none."""
@@ -280,14 +285,26 @@ class Job:
         return Normalisation(*channel_statistics(self.real.images))
 
     def bank(self) -> Bank:
-        """Returns the initial synthetic set."""
+        """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
+        factor = self.recipe.factor
         labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
+        images = torch.zeros((len(labels), *self.info.shape)) if self.begun else self._first_images(labels)
+        stored, labels = encoded(images, factor), labels[:: factor**2]
+        return Bank(stored.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer, factor=factor)
+
+    def _first_images(self, labels: Tensor) -> Tensor:
+        """Returns what the initializer gives for labels (n,): (n, C, H, W), normalised."""
+        guide = self.teacher if self.initializer.requires.teacher else None
         start = Start(
             labels=labels,
             shape=self.info.shape,
             real_images=self.normalisation.normalise(self.real.images),
             real_labels=self.real.labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
+            class_names=self.info.class_names,
+            normalisation=self.normalisation,
+            teacher=guide,
+            features=None if guide is None else lambda images: features_of(guide.module, images),
         )
         with blamed("initializer", self.initializer, building=True):
             images = self.initializer(start)
@@ -295,9 +312,7 @@ class Job:
             raise RunFailed(
                 f"The initializer '{self.recipe.initializer.use}' returned images of shape {tuple(images.shape)} or not finite."
             )
-        factor = self.recipe.factor
-        stored, labels = encoded(images, factor), labels[:: factor**2]
-        return Bank(stored.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer, factor=factor)
+        return images
 
     def engine(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""

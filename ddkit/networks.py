@@ -94,6 +94,13 @@ def embed(module: nn.Module, x: Tensor) -> Tensor:
     return seen[-1].flatten(1)
 
 
+def features_of(module: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
+    """Returns features (n, d) on the CPU, without gradients, of normalised images (n, C, H, W) on any device."""
+    device = next(module.parameters(), images).device
+    with torch.no_grad():
+        return torch.cat([embed(module, part.to(device)).cpu() for part in images.split(batch)])
+
+
 def couples_samples(module: nn.Module, info: DataInfo) -> bool:
     """Returns whether the features of an image depend on the others in its batch (batch norm in training mode)."""
     x = torch.randn((4, *info.shape), generator=torch.Generator().manual_seed(0))

@@ -80,6 +80,44 @@ class TestNoise(InitializerConformance):
     component = "noise"
 
 
+class TestKmeans(InitializerConformance):
+    component = "kmeans"
+
+
+class TestHerding(InitializerConformance):
+    component = "herding"
+
+
+class TestHerdingFeatures(InitializerConformance):
+    component = "herding"
+    options = {"features": "teacher"}
+
+
+class TestKCenter(InitializerConformance):
+    component = "k-center"
+
+
+class TestMix(InitializerConformance):
+    component = "mix"
+    options = {"factor": 1}
+
+
+class TestMultiplier(InitializerConformance):
+    component = "multiplier"
+
+
+class TestFile(InitializerConformance):
+    @pytest.fixture(autouse=True)
+    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        root = tmp_path_factory.mktemp("set")
+        draw = np.random.default_rng(0)
+        for label in range(3):
+            (root / f"class {label}").mkdir()
+            for number in range(4):
+                Image.fromarray(draw.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(root / f"class {label}" / f"{number}.png")
+        type(self).component = f"file:{root}"
+
+
 class TestNone(AugmenterConformance):
     component = "none"
 
@@ -254,7 +292,11 @@ def _tested() -> set[tuple[str, str]]:
         for each in suites
         if each not in testing.SUITES.values() and isinstance(vars(each).get("component"), str)
     ]
-    return {(kind, str(component).partition(":")[0]) for kind, component in named} | {("dataset", "npz"), ("dataset", "imagefolder")}
+    return {(kind, str(component).partition(":")[0]) for kind, component in named} | {
+        ("dataset", "npz"),
+        ("dataset", "imagefolder"),
+        ("initializer", "file"),
+    }
 
 
 def test_every_component_of_ddkit_has_a_conformance_test() -> None:

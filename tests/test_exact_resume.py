@@ -123,7 +123,13 @@ def test_every_loss(data: str, tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", own("initializer"))
 def test_every_initializer(data: str, tmp_path: Path, name: str) -> None:
-    check(data, tmp_path, losses="dm,dkkt", init=name)
+    init = f"file:{run(data, tmp_path / 'earlier', steps=1, losses='dm')}" if name == "file" else name
+    check(data, tmp_path, losses="dm,dkkt", init=init)
+
+
+@pytest.mark.parametrize("name", ["kmeans", "herding", "k-center"])
+def test_every_initializer_on_the_teachers_features(data: str, tmp_path: Path, name: str) -> None:
+    check(data, tmp_path, losses="dm", init=name, sets={"initializer.features": "teacher"})
 
 
 @pytest.mark.parametrize("name", own("augmenter"))

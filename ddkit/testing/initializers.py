@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ddkit.components import Start
+from ddkit.images import Normalisation
+from ddkit.networks import features_of
 from ddkit.randomness import generator
-from ddkit.testing.samples import noise
+from ddkit.testing.samples import info_of, noise
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
+from ddkit.testing.world import untrained_teacher
 
 
 class InitializerConformance(ShapeConformance):
@@ -19,12 +23,17 @@ class InitializerConformance(ShapeConformance):
     kind = "initializer"
 
     def start(self, shape: tuple[int, int, int] = (1, 8, 8), rows: Sequence[int] = (2, 2, 2), real: Sequence[int] = (3, 4, 3)) -> Start:
-        """Returns what an initializer sees; without real images where it does not require them."""
-        real = real if self.make().requires.real else [0] * len(real)
+        """Returns what an initializer sees; without real images, and without a teacher, where it does not require them."""
+        requires = self.make().requires
+        real = real if requires.real else [0] * len(real)
+        half = [0.5] * shape[0]
+        teacher = untrained_teacher(info_of(shape, len(rows))) if requires.teacher else None
         return Start(
             labels=torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)), shape=shape,
             real_images=noise((sum(real), *shape), "real"), real_labels=torch.arange(len(real)).repeat_interleave(torch.tensor(real)),
-            generator=lambda label: generator(0, "conformance", "class", label),
+            generator=lambda label: generator(0, "conformance", "class", label), class_names=info_of(shape, len(rows)).class_names,
+            normalisation=Normalisation(half, half), teacher=teacher,
+            features=None if teacher is None else lambda images: features_of(teacher.module, images),
         )  # fmt: skip
 
     def _made(self, start: Start) -> Tensor:
@@ -65,10 +74,9 @@ class InitializerConformance(ShapeConformance):
         start = self.start()
         whole = self._made(start)
         rows, real = start.labels == 1, start.real_labels == 1
-        alone = Start(
-            labels=start.labels[rows], shape=start.shape, real_images=start.real_images[real], real_labels=start.real_labels[real],
-            generator=start.generator,
-        )  # fmt: skip
+        alone = msgspec.structs.replace(
+            start, labels=start.labels[rows], real_images=start.real_images[real], real_labels=start.real_labels[real]
+        )
         if not torch.equal(whole[rows], self._made(alone)):
             raise Broken(
                 f"The initializer '{self.label}' gives a class other images when it is made alone: draw from start.generator(label)."

@@ -102,21 +102,13 @@ class World:
         self.source = _Source(
             seed=0, info=info, normalisation=Normalisation([0.5] * info.channels, [0.25] * info.channels), batch=max(setting.real),
             real_images=real, real_labels=real_labels, augmenter=_augmenter("dsa", info), views=views, model=_model("instance", info),
-            renew_every=1, teacher=self._teacher(), device=CPU, arithmetic=PLAIN,
+            renew_every=1, teacher=untrained_teacher(info, dtype), device=CPU, arithmetic=PLAIN,
         )  # fmt: skip
         self.source.dtype = dtype
         labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.rows))
         images = torch.randn((len(labels), *info.shape), generator=generator(0, "conformance", "images"), dtype=dtype)
         self.bank = Bank(images, labels, loss.requires.parameters, {})
         self.fill()
-
-    def _teacher(self) -> Teacher:
-        """Returns an untrained teacher with batch norm, whose running statistics are those of some noise."""
-        module = build_network(_model("batch", self.info), self.info, 0, "conformance teacher").train()
-        with torch.no_grad():
-            module(torch.randn((16, *self.info.shape), generator=generator(0, "conformance", "noise")))
-        one = tuple([0.5] * self.info.channels)
-        return Teacher(module.to(self.setting.dtype), mean=one, std=tuple([0.25] * self.info.channels))
 
     def fill(self) -> None:
         """Gives extra parameters the values that the loss computes from the first step, as a run does."""
@@ -156,6 +148,14 @@ class World:
         for owner, module in modules.items():
             found |= {f"{owner} {name}": value for name, value in (*module.named_parameters(), *module.named_buffers())}
         return found
+
+
+def untrained_teacher(info: DataInfo, dtype: torch.dtype = torch.float32) -> Teacher:
+    """Returns an untrained teacher with batch norm, whose running statistics are those of some noise."""
+    module = build_network(_model("batch", info), info, 0, "conformance teacher").train()
+    with torch.no_grad():
+        module(torch.randn((16, *info.shape), generator=generator(0, "conformance", "noise")))
+    return Teacher(module.to(dtype), mean=tuple([0.5] * info.channels), std=tuple([0.25] * info.channels))
 
 
 def _augmenter(name: str, info: DataInfo) -> Any:

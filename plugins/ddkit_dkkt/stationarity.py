@@ -156,30 +156,39 @@ class Stationarity(ddkit.Loss):
         return self._names
 
     def _choose(self, step: ddkit.Step) -> list[str]:
-        own = {name: value.detach() for name, value in step.teacher_parameters.items()}
-        chosen = selected_parameters(step.teacher.module, list(own), self.options.parameters)
-        if not chosen:
-            raise ddkit.InputError(
-                f"dkkt-stationarity: the teacher has no parameter that '{self.options.parameters}' selects; it has {', '.join(own)}."
-            )
-        if self.options.scale_invariant == "keep":
-            return chosen
-        invariant = scale_invariant_groups(step.teacher.exact_logits, own, step.info.shape)
-        skipped = {name for group, names in module_groups(list(own)).items() if group in invariant for name in names}
-        kept = [name for name in chosen if name not in skipped]
-        if not kept:
-            raise ddkit.InputError(
-                "dkkt-stationarity: every selected parameter of the teacher belongs to a scale-invariant layer, where "
-                "stationarity cannot be attained. Use a teacher with batch norm or no norm (--set teacher.norm=batch)."
-            )
-        if len(kept) < len(chosen):
-            share = sum(own[name].numel() for name in kept) / sum(own[name].numel() for name in chosen)
-            log.warning(
-                "dkkt-stationarity: the teacher's layers %s are scale-invariant (parameters and gradient are orthogonal), so "
-                "stationarity cannot be attained there; they are left out and %.1f %% of the selected parameters stay.",
-                ", ".join(invariant), 100 * share,
-            )  # fmt: skip
-        return kept
+        options = self.options
+        return included_parameters(
+            step.teacher, step.info.shape, options.parameters, skip=options.scale_invariant == "skip", who="dkkt-stationarity"
+        )
+
+
+def included_parameters(teacher: ddkit.Teacher, shape: tuple[int, int, int], which: str, *, skip: bool, who: str) -> list[str]:
+    """Returns the names of the teacher's parameters that `which` selects; with `skip` without those of scale-invariant layers.
+
+    Raises InputError where none is left. `who` asks, for messages; images are of `shape` (C, H, W).
+    """
+    own = {name: value.detach() for name, value in teacher.parameters.items()}
+    chosen = selected_parameters(teacher.module, list(own), which)
+    if not chosen:
+        raise ddkit.InputError(f"{who}: the teacher has no parameter that '{which}' selects; it has {', '.join(own)}.")
+    if not skip:
+        return chosen
+    invariant = scale_invariant_groups(teacher.exact_logits, own, shape)
+    skipped = {name for group, names in module_groups(list(own)).items() if group in invariant for name in names}
+    kept = [name for name in chosen if name not in skipped]
+    if not kept:
+        raise ddkit.InputError(
+            f"{who}: every selected parameter of the teacher belongs to a scale-invariant layer, where "
+            "stationarity cannot be attained. Use a teacher with batch norm or no norm (--set teacher.norm=batch)."
+        )
+    if len(kept) < len(chosen):
+        share = sum(own[name].numel() for name in kept) / sum(own[name].numel() for name in chosen)
+        log.warning(
+            "%s: the teacher's layers %s are scale-invariant (parameters and gradient are orthogonal), so "
+            "stationarity cannot be attained there; they are left out and %.1f %% of the selected parameters stay.",
+            who, ", ".join(invariant), 100 * share,
+        )  # fmt: skip
+    return kept
 
 
 def selected_parameters(module: nn.Module, names: Sequence[str], which: str) -> list[str]:

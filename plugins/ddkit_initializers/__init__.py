@@ -1,4 +1,4 @@
-"""First synthetic images: `noise` and `real`."""
+"""First synthetic images: `noise` and `real`; the others have modules of their own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import ddkit
+from ddkit_initializers.choosing import check_enough, classes
 
 
 class Noise(ddkit.Initializer):
@@ -34,21 +35,14 @@ class Real(ddkit.Initializer):
         reuse: Annotated[bool, ddkit.Option("where a class has too few: take them again, every second time mirrored")] = False
 
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        needed = 1 if self.options.reuse else ipc
-        short = [f"'{name}' has {count}" for name, count in available.items() if count < needed]
-        if short:
-            raise ddkit.InputError(
-                f"Initializer 'real' needs {needed} accessible images a class for {ipc} images, but {', '.join(short[:5])}"
-                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, lower --ipc, use --init noise, or --set initializer.reuse=true.",
-                "ipc",
-            )
+        needed, helps = (1, "") if self.options.reuse else (ipc, ", or --set initializer.reuse=true")
+        check_enough("real", needed, ipc, available, otherwise=f"lower --ipc, use --init noise{helps}")
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         parts = []
-        for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
-            images = start.real_images[start.real_labels == label]
-            chosen = torch.randperm(len(images), generator=start.generator(int(label)))[: int(count)]
+        for label, count, images in classes(start):
+            chosen = torch.randperm(len(images), generator=start.generator(label))[:count]
             own = images[chosen.sort().values]  # in order: ipc = pipc gives exactly the real set
-            rounds = [own if turn % 2 == 0 else own.flip(3) for turn in range(-(-int(count) // len(own)))]
-            parts.append(torch.cat(rounds)[: int(count)])
+            rounds = [own if turn % 2 == 0 else own.flip(3) for turn in range(-(-count // len(own)))]
+            parts.append(torch.cat(rounds)[:count])
         return torch.cat(parts)

@@ -1,0 +1,179 @@
+"""`multiplier`: the accessible real images that carry the teacher, by the multipliers of the DeepKKT conditions."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+import ddkit
+from ddkit_dkkt.stationarity import included_parameters
+
+log = logging.getLogger("ddkit")
+Vector = NDArray[np.float64]
+BLOCK_MIB = 256  # gradients kept at once, twice
+GAP = 1e-6  # of the largest right-hand side: where the solver stops
+
+
+class Solution(NamedTuple):
+    """Multipliers (m,) >= 0, each image's share lambda |g|, and its slack <g, theta - sum lambda g> / |g|."""
+
+    multipliers: Vector
+    shares: Vector
+    slack: Vector
+
+
+def nonnegative_solution(gram: Vector, right: Vector, *, sweeps: int, gap: float = GAP) -> tuple[Vector, float]:
+    """Returns (x, remaining gap): x >= 0 that minimises x' gram x / 2 - right' x, by coordinate descent.
+
+    gram (m, m) positive semidefinite with a diagonal of ones, or zero where x is to stay 0; right (m,). It stops where the optimality
+    conditions hold to `gap` times the largest |right|: the gradient is 0 where x > 0, and not negative elsewhere.
+    """
+    x, gradient = np.zeros_like(right), -right
+    scale, left = float(np.abs(right).max(initial=0.0)) or 1.0, 0.0
+    free = np.flatnonzero(np.diag(gram) > 0)
+    for _ in range(sweeps):
+        left = float(np.abs(np.minimum(x, gradient))[free].max(initial=0.0)) / scale
+        if left <= gap:
+            break
+        for i in free:
+            moved = max(0.0, x[i] - gradient[i]) - x[i]
+            if moved:
+                x[i] += moved
+                gradient += moved * gram[i]
+    return x, left
+
+
+def solve(gram: Vector, right: Vector, *, sweeps: int) -> Solution:
+    """Returns the multipliers lambda >= 0 that minimise || theta - sum_i lambda_i g_i ||^2.
+
+    gram (m, m) holds <g_i, g_j>, right (m,) <g_i, theta>. Solved for the shares lambda_i |g_i|, whose problem has a diagonal of ones:
+    the gradient of an image that the teacher is sure of is tiny, and its multiplier huge.
+    """
+    lengths = np.sqrt(np.diag(gram))
+    usable = lengths > 1e-12 * lengths.max(initial=0.0)
+    inverse = np.where(usable, 1.0 / np.where(usable, lengths, 1.0), 0.0)
+    scaled = gram * inverse[:, None] * inverse[None, :]
+    shares, left = nonnegative_solution(scaled, right * inverse, sweeps=sweeps)
+    if left > GAP:
+        log.warning("multiplier: after %d sweeps the optimality conditions hold to %.1g only; raise initializer.sweeps.", sweeps, left)
+    return Solution(shares * inverse, shares, right * inverse - scaled @ shares)
+
+
+def gram_matrix(gradients: Callable[[range], Tensor], target: Tensor, count: int, block: int) -> tuple[Vector, Vector]:
+    """Returns (<g_i, g_j>, <g_i, target>) of `count` vectors, of which `gradients(rows)` gives `block` at a time, (rows, P)."""
+    gram, right = np.zeros((count, count)), np.zeros(count)
+    parts = [range(first, min(first + block, count)) for first in range(0, count, block)]
+    for number, rows in enumerate(parts):
+        one = gradients(rows)
+        right[rows.start : rows.stop] = (one @ target).double().cpu().numpy()
+        for others in parts[number:]:
+            two = one if others is rows else gradients(others)
+            inner = (one @ two.T).double().cpu().numpy()
+            gram[rows.start : rows.stop, others.start : others.stop] = inner
+            gram[others.start : others.stop, rows.start : rows.stop] = inner.T
+    return gram, right
+
+
+def negative_gradients(teacher: ddkit.Teacher, names: Sequence[str], images: Tensor, labels: Tensor) -> Tensor:
+    """Returns -grad_theta L(Phi(x_i; theta), y_i), (n, P), of normalised images (n, C, H, W) one by one, theta being `names`."""
+    leaves = {name: value.detach().requires_grad_() for name, value in teacher.parameters.items()}
+    wanted, device = [leaves[name] for name in names], next(iter(leaves.values())).device
+    rows = []
+    for image, label in zip(images.to(device), labels.to(device), strict=True):
+        loss = functional.cross_entropy(teacher.logits(image[None], leaves), label[None])
+        parts = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        rows.append(-torch.cat([part.flatten() for part in parts]))
+    return torch.stack(rows)
+
+
+class Multiplier(ddkit.Initializer):
+    """Accessible real images with the highest multipliers of the DeepKKT conditions: those that carry the teacher.
+
+    The images stay as they are, and the multipliers are the exact minimum of || theta - sum_i lambda_i g_i ||^2 over lambda >= 0, with
+    g_i = -grad L(Phi(x_i; theta), y_i): stationarity and dual feasibility of Lee et al., Deep Support Vectors, arXiv 2403.17329,
+    Eq. 6, with the squared distance of Algorithm 1. Up to their scale they also minimise the cosine distance: the nearest point of a
+    cone has the smallest angle. Parameters of scale-invariant layers are left out, as in `dkkt-stationarity`.
+    """
+
+    requires = ddkit.Requires(real=True, teacher=True)
+    deviations = {"a-class-does-not-depend-on-others": "the teacher's parameters are one sum over the images of all classes"}
+
+    class Options(ddkit.Options):
+        rank: Annotated[
+            Literal["multiplier", "share"],
+            ddkit.Option("by what images are chosen: lambda, or lambda |g|, the length of the image's part of the sum"),
+        ] = "multiplier"
+        parameters: Annotated[str, ddkit.Option("all, weights (no biases or norms), classifier (the last layer), or a name pattern")] = (
+            "all"
+        )
+        scale_invariant: Annotated[Literal["skip", "keep"], ddkit.Option("what to do with scale-invariant groups")] = "skip"
+        candidates: Annotated[
+            int, ddkit.Option("images a class that take part, at most, drawn by the seed; never fewer than ipc", ge=1)
+        ] = 100
+        sweeps: Annotated[int, ddkit.Option("passes over all multipliers, at most", ge=1)] = 2000
+
+    def check(self, ipc: int, available: Mapping[str, int]) -> None:
+        short = [f"'{name}' has {count}" for name, count in available.items() if count < ipc]
+        if short:
+            raise ddkit.InputError(
+                f"Initializer 'multiplier' needs {ipc} accessible images a class for ipc {ipc}, but {', '.join(short[:5])}"
+                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, lower --ipc, or use --init noise.",
+                "ipc",
+            )
+
+    def __call__(self, start: ddkit.Start) -> Tensor:
+        rows = self._candidates(start)
+        images, labels = start.real_images[rows], start.real_labels[rows]
+        found = self._solution(start, images, labels)
+        score = found.multipliers if self.options.rank == "multiplier" else found.shares
+        chosen = []
+        for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
+            own = (labels == label).nonzero().flatten().numpy()
+            order = np.lexsort((own, -found.slack[own], -score[own]))  # the last key first: score, then what would come in next
+            chosen.append(torch.from_numpy(np.sort(own[order[: int(count)]])))
+        return images[torch.cat(chosen)]
+
+    def _candidates(self, start: ddkit.Start) -> Tensor:
+        """Returns rows of the real images, ascending: at most `candidates` of each class."""
+        kept = []
+        for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
+            own = (start.real_labels == label).nonzero().flatten()
+            most = max(self.options.candidates, int(count))
+            order = torch.randperm(len(own), generator=start.generator(int(label)))[:most]
+            kept.append(own[order.sort().values])
+        return torch.cat(kept)
+
+    def _solution(self, start: ddkit.Start, images: Tensor, labels: Tensor) -> Solution:
+        options, teacher = self.options, start.teacher
+        names = included_parameters(teacher, start.shape, options.parameters, skip=options.scale_invariant == "skip", who="multiplier")
+        theta = torch.cat([teacher.parameters[name].detach().flatten() for name in names])
+        block = max(1, BLOCK_MIB * 2**20 // (4 * len(theta)))
+
+        def gradients(part: range) -> Tensor:
+            rows = slice(part.start, part.stop)
+            return negative_gradients(teacher, names, images[rows], labels[rows])
+
+        gram, right = gram_matrix(gradients, theta, len(labels), block)
+        found = solve(gram, right, sweeps=options.sweeps)
+        self._tell(found, gram, right, float(theta.double().square().sum()))
+        return found
+
+    def _tell(self, found: Solution, gram: Vector, right: Vector, square: float) -> None:
+        """Says, at --verbose, how far the images carry the teacher."""
+        x = found.multipliers
+        norm = math.sqrt(max(float(x @ gram @ x), 0.0) * square)
+        cosine = float(x @ right) / norm if norm > 0 else 0.0
+        log.info(
+            "multiplier: %d of %d multipliers are positive; cosine of the sum and the teacher's parameters %.3f.",
+            int((x > 0).sum()),
+            len(x),
+            cosine,
+        )

@@ -1,0 +1,109 @@
+"""`file:PATH`: a set that is there already, as a run, a file, or a folder of images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+import ddkit
+
+log = logging.getLogger("ddkit")
+OF_A_RUN = ("synthetic.safetensors", "manifest.json", "recipe.toml")
+
+
+class Source(msgspec.Struct, frozen=True):
+    """A set to continue from: the images of each class name, `counts` known before one is opened, `images(name, n)` the first n."""
+
+    counts: dict[str, int]
+    images: Callable[[str, int], list[Tensor]]
+
+
+class File(ddkit.Initializer):
+    """A set that is there: `file:PATH`, an earlier run, a synthetic.safetensors, or class folders of images.
+
+    Classes are matched by name, and the first ipc images of each are taken, in the order of the set or of the file names. Images of
+    another size or other channels are made to fit, which a warning tells. Their pixels are normalised with the statistics of this run.
+    """
+
+    argument = "path"
+
+    class Options(ddkit.Options):
+        path: Annotated[str, ddkit.Option("run directory, .safetensors file, or folder of class folders")] = ""
+
+    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
+        super().__init__(options, name=name)
+        if not self.options.path:
+            raise ddkit.InputError("The initializer 'file' needs a path: --init file:PATH.", "initializer.path")
+        self.options = msgspec.structs.replace(self.options, path=str(Path(self.options.path).absolute()))
+
+    @cached_property
+    def source(self) -> Source:
+        """The set; raises InputError where there is none, RunFilesError where a run or file is damaged."""
+        path = Path(self.options.path)
+        if not path.exists():
+            raise ddkit.InputError(f"The initializer cannot read {path}: there is no such file or folder.", "initializer.path")
+        if path.is_file() or any((path / name).exists() for name in OF_A_RUN):
+            return _of_artifact(ddkit.load(path))
+        return _of_folder(path)
+
+    def check(self, ipc: int, available: Mapping[str, int]) -> None:
+        counts, path = self.source.counts, self.options.path
+        missing = [name for name in available if name not in counts]
+        if missing:
+            raise ddkit.InputError(
+                f"{path} has no class {', '.join(map(repr, missing[:5]))}{' ...' if len(missing) > 5 else ''}; it has "
+                f"{', '.join(map(repr, list(counts)[:12]))}. A set to begin with needs every class of the data, by name.",
+                "initializer.path",
+            )
+        short = [f"'{name}' has {counts[name]}" for name in available if counts[name] < ipc]
+        if short:
+            raise ddkit.InputError(
+                f"{path} has too few images for ipc {ipc}: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}. Lower --ipc.", "ipc"
+            )
+
+    def __call__(self, start: ddkit.Start) -> Tensor:
+        images: list[Tensor] = []
+        for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
+            images += self.source.images(start.class_names[int(label)], int(count))
+        others = sum(tuple(image.shape) != tuple(start.shape) for image in images)
+        if others:
+            channels, height, width = start.shape
+            log.warning(
+                "%s: %d of %d images were made to fit: %d channel%s, %d x %d pixels.",
+                self.options.path, others, len(images), channels, "s" if channels > 1 else "", height, width,
+            )  # fmt: skip
+        result: Tensor = start.normalisation.normalise(ddkit.conform(images, start.shape))
+        return result
+
+
+def _of_artifact(artifact: ddkit.Artifact) -> Source:
+    names = artifact.class_names
+    counts = torch.bincount(artifact.labels, minlength=len(names)).tolist()
+
+    def images(name: str, count: int) -> list[Tensor]:
+        return list(artifact.images[artifact.labels == names.index(name)][:count])
+
+    return Source({name: count for name, count in zip(names, counts, strict=True) if count}, images)
+
+
+def _of_folder(path: Path) -> Source:
+    """Returns the images of PATH/CLASS, or of PATH/train/CLASS, in the order of their names."""
+    dataset: ddkit.Dataset = ddkit.create("dataset", f"imagefolder:{path}")
+    splits = ("train",) if (path / "train").is_dir() else ("train", "test")  # without a folder of its own the test split is part of it
+    files: dict[str, list[tuple[str, str, int]]] = {name: [] for name in dataset.class_names}
+    for split in splits:
+        labels = dataset.labels(split).tolist()
+        for index, source in enumerate(dataset.sources(split, range(len(labels)))):
+            files[dataset.class_names[labels[index]]].append((str(source), split, index))
+
+    def images(name: str, count: int) -> list[Tensor]:
+        return [dataset.images(split, [index])[0] for _, split, index in sorted(files[name])[:count]]
+
+    return Source({name: len(found) for name, found in files.items()}, images)
