@@ -132,6 +132,7 @@ def test_all_of_them_stand_in_one_table(cli: Cli) -> None:
     quick = ["--set", "train.epochs=1", "--set", "teacher.width=8"]
     for name in ("ranking", "transfer"):
         quick += ["--set", f"evaluators.{name}.epochs=1", "--repeats", 1]
+    quick += ["--set", "evaluators.transfer.model=convnet,mlp"]
     shown = cli("evaluate", "run", "--evaluate", "spectrum,memorisation,ranking,transfer", *quick)
     assert shown.code == 0, shown.err
     assert "of power is high-frequency, of real images" in shown.out

@@ -18,7 +18,7 @@ class Transfer(Accuracy):
     """
 
     class Options(Accuracy.Options):
-        model: Annotated[str, ddkit.Option("networks, separated by commas")] = "convnet,mlp"
+        model: Annotated[str, ddkit.Option("networks, separated by commas")] = "convnet,mlp,lenet,resnet18,vgg11"
 
 
 class Ranking(ddkit.Evaluator):
