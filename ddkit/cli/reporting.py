@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -27,4 +28,19 @@ def report(target: str, out: Path | None, as_json: bool) -> None:
         click.echo(f"report   {file}")
 
 
-COMMANDS = (report,)
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The same on one line.")
+def schema(as_json: bool) -> None:
+    """Print the JSON schema of a recipe file, with the options of ddkit's own components.
+
+    For editors that check TOML against a schema, and for programs that write recipes.
+    """
+    from ddkit.schema import recipe_schema
+
+    if as_json:
+        echo_json(recipe_schema())
+    else:
+        click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+COMMANDS = (report, schema)
