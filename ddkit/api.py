@@ -157,6 +157,7 @@ def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watch
         _begin(made, directory)
         return _finish(made, directory, watchers, start=0)
     start = newest.step
+    _check_inputs(newest.inputs, made.job, directory.path)
     made.job.plugin_files = newest.plugin_files | made.job.plugin_files
     try:
         made.engine.load_state(start, newest.state)
@@ -164,9 +165,20 @@ def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watch
         raise RunFilesError(f"The checkpoint of step {start} in {directory.path} does not fit its recipe: {error}.") from None
     directory.reopen()
     directory.keep_checkpoints_until(start)
-    directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     directory.write_recipe(table)
+    directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     return _finish(made, directory, watchers, start=start)
+
+
+def _check_inputs(began: Mapping[str, str], job: Job, path: Path) -> None:
+    """Raises RunFilesError where the run at `path` began with another teacher or other images; warns for an automatic teacher."""
+    for name, digest in job.inputs.items():
+        if began.get(name, digest) == digest:
+            continue
+        told = f"{name} is not what the run at {path} began with (sha256 {began[name][:12]} then, {digest[:12]} now)"
+        if name != "the automatic teacher":
+            raise RunFilesError(f"{told}, so it cannot be continued exactly. Restore it, or start anew.")
+        log.warning("%s: it was trained again. The run goes on with this one, and is not the one that it would have been.", told)
 
 
 def _finished(directory: RunDirectory, watchers: Observers) -> Run:
@@ -206,7 +218,7 @@ def _begin(made: _Made, directory: RunDirectory) -> None:
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
     begin_film(directory.path, _pixels(made.job, made.bank), made.bank.labels.cpu())
-    directory.write_checkpoint(0, made.engine.state(0), made.job.plugin_files)
+    directory.write_checkpoint(0, made.engine.state(0), made.job.plugin_files, made.job.inputs)
 
 
 def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
@@ -236,7 +248,7 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
             )
 
     def keep(index: int) -> None:
-        directory.write_checkpoint(index, engine.state(index), job.plugin_files)
+        directory.write_checkpoint(index, engine.state(index), job.plugin_files, job.inputs)
         show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:

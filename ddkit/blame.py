@@ -14,6 +14,8 @@ from ddkit import plugins
 from ddkit.components import Component
 from ddkit.errors import DdkitError, PluginError, RunFailed
 
+SETTINGS = "torch's settings"
+
 
 @contextmanager
 def blamed(kind: str, component: Component, *, building: bool = False, may_draw: bool = False) -> Iterator[None]:
@@ -28,7 +30,7 @@ def blamed(kind: str, component: Component, *, building: bool = False, may_draw:
         yield
     except DdkitError:
         raise
-    except Exception as error:  # a stranger's component can raise anything
+    except (Exception, SystemExit) as error:  # a stranger's component can raise anything
         kind_of_error = PluginError if building else RunFailed
         raise kind_of_error(f"The {called(kind, component)} raised {type(error).__name__}: {error}.{advice(kind, component)}") from error
     if watched:
@@ -48,6 +50,11 @@ def advice(kind: str, component: Component) -> str:
 def check_random_states(before: dict[str, Any], who: str, helps: str) -> None:
     """Raises RunFailed where a global random generator is not as it was `before`."""
     moved = [library for library, state in random_states().items() if state != before[library]]
+    if SETTINGS in moved:
+        raise RunFailed(
+            f"The {who} changes {SETTINGS} (default dtype, gradients on or off, threads, deterministic algorithms), which hold for every "
+            f"other component too. It has to leave them as they are.{helps}"
+        )
     if moved:
         raise RunFailed(
             f"The {who} changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from the "
@@ -56,6 +63,12 @@ def check_random_states(before: dict[str, Any], who: str, helps: str) -> None:
 
 
 def random_states() -> dict[str, Any]:
-    """Returns the states of the global random generators on the CPU, to compare."""
+    """Returns the states of the global random generators on the CPU, and torch's settings, to compare."""
     numpy = np.random.get_state(legacy=False)["state"]
-    return {"torch": torch.get_rng_state().numpy().tobytes(), "Python": random.getstate(), "numpy": (numpy["pos"], numpy["key"].tobytes())}
+    settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
+    return {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "Python": random.getstate(),
+        "numpy": (numpy["pos"], numpy["key"].tobytes()),
+        SETTINGS: settings,
+    }

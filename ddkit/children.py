@@ -29,7 +29,7 @@ class Child:
         self._errors = errors
         with errors.open("w") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, argument], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                [sys.executable, "-P", "-m", module, argument], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
                 env=dict(os.environ if environment is None else environment),
             )  # fmt: skip
 

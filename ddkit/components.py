@@ -200,7 +200,7 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
 
     test_images (t, C, H, W), test_labels (t,): the test set, or held-out training images in its place; real_images
     (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
-    `report(done, total)` shows progress.
+    `report(done, total)` shows progress; `split` names what the test images are, "test" or "held-out".
     """
 
     info: DataInfo
@@ -211,6 +211,7 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     device: Any
     report: Callable[[int, int], None]
+    split: str = "test"
 
 
 class Evaluator(Component):

@@ -28,7 +28,7 @@ def open_dataset(table: DataTable) -> Dataset:
         names, counts = list(dataset.class_names), class_counts(dataset.labels("train"), len(dataset.class_names))
     except DdkitError:
         raise
-    except Exception as error:  # a stranger's dataset can raise anything
+    except (Exception, SystemExit) as error:  # a stranger's dataset can raise anything
         helps = advice("dataset", dataset)
         raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{helps}") from error
     check_names(names, table.use)

@@ -248,7 +248,7 @@ def _calling(term: Term, call: Callable[[], Any]) -> Any:
         return call()
     except DdkitError:
         raise
-    except Exception as error:  # a stranger's loss can raise anything
+    except (Exception, SystemExit) as error:  # a stranger's loss can raise anything
         raise RunFailed(f"The {term} raised {type(error).__name__}: {error}.{term.advice}") from error
 
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ddkit import permission
-from ddkit.artifact import Artifact, load
+from ddkit.artifact import FILE, Artifact, load
 from ddkit.blame import blamed
 from ddkit.blend import seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
@@ -61,6 +61,7 @@ def evaluate(
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
+    judged_file = None if directory is None else directory.read_manifest()["files"].get(FILE)
     if directory is not None:
         recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
     recipe = _evaluation_recipe(
@@ -72,7 +73,7 @@ def evaluate(
     with permission.allowing(allow_code):
         rows = judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
-        _record_evaluation(directory, rows)  # rows on other data than the run's are returned, not recorded
+        _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
     return rows
 
 
@@ -89,7 +90,7 @@ def run_evaluators(
     images, labels = real.test_set
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.images, real_labels=real.labels,
-        seed=seed, device=device,
+        seed=seed, device=device, split=real.split,
         report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
     )  # fmt: skip
     rows: list[Evaluation] = []
@@ -174,10 +175,11 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
     check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
 
 
-def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
+def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_file: Mapping[str, Any] | None) -> None:
     """Adds rows to evaluation.json, a new row replacing an older one of the same _identity.
 
-    Where a run is being written there just now, a warning says that they were not added.
+    Where a run is being written there just now, or its set is not that of `judged_file` any more, a warning says that they were not
+    added.
     """
     try:
         directory.take(wait=LOCK_SECONDS)
@@ -185,6 +187,9 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation]) -> None:
         log.warning("These figures were not added to the run's files. %s", error)
         return
     with directory:
+        if not (directory.path / MANIFEST).is_file() or directory.read_manifest()["files"].get(FILE) != judged_file:
+            log.warning("These figures were not added to the run's files: its set has changed since they were begun.")
+            return
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]
         older = [row for row in recorded(directory) if _identity(row) not in keys]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -63,8 +64,14 @@ def _umask() -> int:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files of writes that were killed; only for those who know that nobody is writing in `folder`."""
-    for file in folder.glob(f".*.????????{TEMPORARY}"):
-        file.unlink(missing_ok=True)
+    for file in folder.glob(f".*{TEMPORARY}"):
+        if is_leftover(file):
+            file.unlink(missing_ok=True)
+
+
+def is_leftover(file: Path) -> bool:
+    """Whether a file has the name of one of ddkit's that was being written: `.NAME.XXXXXXXX.part`."""
+    return re.fullmatch(rf"\..+\.(toml|json|jsonl|safetensors|png|html)\.\w{{8}}{re.escape(TEMPORARY)}", file.name) is not None
 
 
 def sync(path: Path) -> None:

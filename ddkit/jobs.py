@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from contextlib import suppress
@@ -246,6 +247,18 @@ class Job:
         name, options = record.get("model", table.model), record.get("options", table.options)
         return build_network(plugins.create("model", name, options, data=self.info, where="teacher"), self.info, 0, "probe").eval()
 
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
+        digest = hashlib.sha256(repr(tuple(self.real.images.shape)).encode())
+        for tensor in (self.real.images, self.real.labels):
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found = {"the data": digest.hexdigest()}
+        if self.teacher is not None and self._distils_with_teacher:
+            automatic = self.recipe.teacher.use == "auto"
+            found["the automatic teacher" if automatic else f"the teacher {Path(self.recipe.teacher.use).name}"] = self.teacher.sha256 or ""
+        return found
+
     @property
     def needs_embedder(self) -> bool:
         return any(requires.embedder for requires in self.requires)
@@ -407,11 +420,15 @@ class Job:
 
 
 def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
-    """Returns the evaluators of `recipe` for the data, by label."""
-    return {
+    """Returns the evaluators of `recipe` for the data, by label; raises InputError where one needs real images and none are accessible."""
+    made: dict[str, Evaluator] = {
         label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
         for label, table in recipe.evaluators.items()
     }
+    needing = [label for label, evaluator in made.items() if evaluator.requires.real]
+    if recipe.pipc == 0 and needing:
+        raise InputError(f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} compares with some.", "pipc")
+    return made
 
 
 def _teacher_record(path: Path) -> dict[str, Any]:

@@ -67,6 +67,7 @@ def _locked(descriptor: int) -> bool:
     try:
         import fcntl
     except ImportError:
+        log.warning("This system has no file locks: nothing keeps a second run out of the folder.")
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -196,7 +196,7 @@ class _Crew:
             if self.stopped:
                 raise Interrupted("Stopped, as another set was.", 130)
             child = subprocess.Popen(
-                [sys.executable, "-m", "ddkit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                [sys.executable, "-P", "-m", "ddkit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 env=environment,
             )  # fmt: skip
             self.children.add(child)

@@ -23,7 +23,7 @@ import tomli_w
 from ddkit import artifact, film
 from ddkit.components import Evaluation
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_tensors
+from ddkit.files import is_leftover, json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_tensors
 from ddkit.images import sheet_png
 from ddkit.locks import NAME as LOCK
 from ddkit.locks import FolderLock
@@ -65,11 +65,12 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Checkpoint(NamedTuple):
-    """The state before step `step`, and the plugin files of the run, path to sha256."""
+    """The state before step `step`, the plugin files of the run, path to sha256, and the sha256 of what it works with, by name."""
 
     step: int
     state: dict[str, Tensor]
     plugin_files: dict[str, str]
+    inputs: dict[str, str]
 
 
 class RunDirectory:
@@ -115,7 +116,7 @@ class RunDirectory:
             for made in created:
                 sync(made.parent)
             directory = cls(path, created)
-            if any(entry.name != LOCK and not entry.name.startswith(".") for entry in path.iterdir()):
+            if any(entry.name != LOCK and not is_leftover(entry) for entry in path.iterdir()):
                 raise _occupied(path)
             directory.take()
             if any(entry.name != LOCK for entry in path.iterdir()):
@@ -146,7 +147,10 @@ class RunDirectory:
     def existing(cls, path: Path) -> RunDirectory:
         """Returns the run at `path`; raises RunFilesError if there is none."""
         if not (path / RECIPE).is_file():
-            raise RunFilesError(f"{path} is no run directory: it has no {RECIPE}.")
+            raise RunFilesError(
+                f"{path} is no run directory: it has no {RECIPE}. (A run that was ended before its first step, as while its teacher was "
+                "trained, leaves nothing to continue: give its first command again.)"
+            )
         return cls(path)
 
     def discard(self) -> None:
@@ -192,10 +196,17 @@ class RunDirectory:
         self._recipe = _recipe_key(table)
         return table
 
-    def write_checkpoint(self, step: int, state: Mapping[str, Tensor], plugin_files: Mapping[str, str] | None = None) -> None:
+    def write_checkpoint(
+        self,
+        step: int,
+        state: Mapping[str, Tensor],
+        plugin_files: Mapping[str, str] | None = None,
+        inputs: Mapping[str, str] | None = None,
+    ) -> None:
         """Writes the state before step `step` and removes all but the last two checkpoints.
 
-        `plugin_files` (path to sha256) go into the metadata: an unfinished run has no manifest to tell them.
+        `plugin_files` (path to sha256) and `inputs` (name to sha256) go into the metadata: an unfinished run has no manifest
+        to tell them.
         """
         folder = self.path / CHECKPOINTS
         try:
@@ -206,7 +217,8 @@ class RunDirectory:
                 sync(self.path / METRICS)  # what a checkpoint relies on is on the disk before it
         except OSError as error:
             raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        record = {"step": step, "recipe": self._recipe} | ({"plugin_files": dict(plugin_files)} if plugin_files else {})
+        record: dict[str, Any] = {"step": step, "recipe": self._recipe, "inputs": dict(inputs or {})}
+        record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
         write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
         self._drop(self._checkpoints()[KEPT_CHECKPOINTS:])
 
@@ -256,24 +268,32 @@ class RunDirectory:
         if self._recipe and recipe != self._recipe:
             raise ValueError(f"{file} is a checkpoint of another run: its recipe is not that of {self.path / RECIPE}")
         try:
-            return Checkpoint(step, tensors, msgspec.convert(record.get("plugin_files", {}), dict[str, str]))
+            named = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
         except msgspec.ValidationError as error:
-            raise ValueError(f"{file} names plugin files that are none: {error}") from None
+            raise ValueError(f"{file} names plugin files or inputs that are none: {error}") from None
+        return Checkpoint(step, tensors, *named)
 
     def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
-        """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log."""
+        """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log.
+
+        Raises RunFilesError where another line cannot be read, or one is missing that was written before the checkpoint of `step`.
+        """
         file = self.path / METRICS
-        if not file.is_file():
-            return
-        kept = []
-        for line in file.read_text(encoding="utf-8").splitlines():
+        lines = file.read_bytes().splitlines() if file.is_file() else []
+        kept: dict[int, bytes] = {}
+        for number, line in enumerate(lines, start=1):
             try:
                 index = json.loads(line)["step"]
                 if index < step and is_logged(index, steps, log_every):
-                    kept.append(line + "\n")
+                    kept[index] = line + b"\n"
             except (ValueError, KeyError, TypeError):
-                break
-        write_atomic(file, "".join(kept).encode())
+                if number < len(lines):
+                    raise RunFilesError(f"{file} is damaged: line {number} cannot be read. Restore it, or make the run again.") from None
+        lost = [index for index in range(0, step, log_every) if index not in kept]
+        if lost:
+            raise RunFilesError(f"{file} is damaged: it has no line of step {lost[0]}. Restore it, or make the run again.")
+        if lines:
+            write_atomic(file, b"".join(kept[index] for index in sorted(kept)))
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl and flushes it."""
@@ -284,10 +304,14 @@ class RunDirectory:
             raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
 
     def reopen(self) -> None:
-        """Removes the manifest, as its run is about to go on and will write it anew; raises RunFilesError where a file is not as listed."""
+        """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.
+
+        Raises RunFilesError where a file is not as listed.
+        """
         check_listed(self.path, METRICS)
         try:
-            (self.path / MANIFEST).unlink(missing_ok=True)
+            for name in (MANIFEST, EVALUATION, REPORT):
+                (self.path / name).unlink(missing_ok=True)
             sync(self.path)
         except OSError as error:
             raise RunFilesError(f"{self.path / MANIFEST} cannot be removed: {error.strerror or error}.") from None

@@ -45,7 +45,7 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     factory = plugins.create("model", model, options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher shape")
     load_state(module, tensors, path, model, recorded=bool(record))
-    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path))
+    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path.absolute()))
 
 
 class _Record(msgspec.Struct):

@@ -29,14 +29,14 @@ class Resident:
 
 
 class Leaks:
-    """An observer that keeps a MiB of every step."""
+    """An observer that keeps four MiB of every step, more than earlier tests can have left free."""
 
     def __init__(self) -> None:
         self.kept: list[bytes] = []
 
     @ddkit.hookimpl
     def step_finished(self, index: int) -> None:
-        self.kept.append(bytes([index % 256]) * MIB)
+        self.kept.append(bytes([index % 256]) * 4 * MIB)
 
 
 def growth(tmp_path: Path, steps: int, warm: int, *others: Any, width: int = 8) -> float:
@@ -59,7 +59,7 @@ def test_memory_is_flat_after_the_first_steps(tmp_path: Path) -> None:
 
 
 @needs_proc
-def test_a_leak_of_a_mib_a_step_would_be_seen(tmp_path: Path) -> None:
+def test_a_leak_would_be_seen(tmp_path: Path) -> None:
     assert growth(tmp_path, 100, 40, Leaks()) > 10
 
 

@@ -94,6 +94,24 @@ def test_copies_of_real_images_are_called_close_with_a_warning_and_others_are_no
     assert caplog.text == ""
 
 
+def test_a_copy_is_close_also_where_real_images_have_copies_of_their_own() -> None:
+    real = torch.cat([noise(20), noise(20)])
+    assert judged("memorisation", *given(real[:4], real)).details["close"] == 4
+
+
+def test_a_spectrum_looks_at_real_images_of_all_classes() -> None:
+    flat = torch.full((1500, 1, 16, 16), 0.5)
+    flat[750:] = noise(750)
+    assert judged("spectrum", *given(noise(2), flat)).details["real_high_frequency_share"] > 0.7
+
+
+def test_what_compares_with_real_images_is_refused_before_a_run_without_any(cli: Cli) -> None:
+    for name in ("memorisation", "ranking"):
+        refused = cli("distill", "--losses", "dkkt", "--init", "noise", "--pipc", 0, "--evaluate", name)
+        assert refused.code == 4
+        assert f"the evaluator {name} compares with some" in " ".join(refused.err.split())
+
+
 def test_without_two_real_images_there_is_nothing_to_compare_with() -> None:
     with pytest.raises(ddkit.InputError, match="there are 1"):
         judged("memorisation", *given(noise(2), noise(1)))

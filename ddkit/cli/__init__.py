@@ -76,6 +76,8 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except OSError as error:  # a path that is too long, or in a folder that may not be read
+        _fail(f"{error.filename or 'A file'}: {error.strerror or error}. Name a path that can be read and written.", 5, show)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -74,7 +74,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
     waiting = [p for p in found if p.kind not in plugins.DATA_KINDS]
     while waiting:
         keys = [[p.kind, p.distribution, p.name] for p in waiting]
-        done = subprocess.run([sys.executable, "-c", _CHECKER, json.dumps(keys)], capture_output=True, text=True, check=False)
+        done = subprocess.run([sys.executable, "-P", "-c", _CHECKER, json.dumps(keys)], capture_output=True, text=True, check=False)
         for line in done.stdout.splitlines():
             try:
                 told = json.loads(line)

@@ -51,6 +51,11 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
     """Ends a run: writes its report, then the manifest with `facts`. A report that cannot be drawn costs no run: a warning tells."""
     file = directory.path / REPORT
     try:
+        film.read_film(directory.path)
+    except ValueError as error:
+        log.warning("The film of the run is lost for its report: %s.", error)
+        (directory.path / film.FILE).unlink(missing_ok=True)
+    try:
         write_atomic(file, report_html(directory.path, {**facts, "versions": versions()}))
     except DdkitError:
         raise

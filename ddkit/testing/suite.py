@@ -50,7 +50,7 @@ def check(method: Callable[[S], None]) -> Callable[[S], None]:
             return
         try:
             method(self)
-        except Exception as error:  # a component may break a promise by raising
+        except (Exception, SystemExit) as error:  # a component may break a promise by raising
             if any(isinstance(each, ImportError | NameError | SyntaxError) for each in (error, error.__cause__)):
                 raise  # nothing that was meant
             return
@@ -208,7 +208,7 @@ def _cost_of(kind: str, name: str) -> float:
     import os
 
     done = subprocess.run(
-        [sys.executable, "-c", _COST, kind, name], capture_output=True, text=True, check=False,
+        [sys.executable, "-P", "-c", _COST, kind, name], capture_output=True, text=True, check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     if done.returncode:
@@ -235,8 +235,7 @@ def global_state_is_kept(what: str) -> Iterator[None]:
 
 
 def _global_state() -> dict[str, Any]:
-    settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-    return random_states() | {"torch's settings": settings}
+    return random_states()
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Annotated, Any
 
@@ -9,6 +10,8 @@ import msgspec
 
 import ddkit
 from ddkit_evaluators import Accuracy
+
+log = logging.getLogger("ddkit")
 
 
 class Transfer(Accuracy):
@@ -45,7 +48,7 @@ class Ranking(ddkit.Evaluator):
 
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(teacher=self.options.full is None)
+        return ddkit.Requires(real=True, teacher=self.options.full is None)
 
     def check(self, info: ddkit.DataInfo) -> None:
         if "," in self.options.model:
@@ -74,6 +77,8 @@ class Ranking(ddkit.Evaluator):
             return float(self.options.full)
         if teacher is None:
             raise ddkit.InputError(f"evaluators.{self.name} needs a teacher, or --set evaluators.{self.name}.full=ACCURACY.")
+        if data.split != "test":
+            log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.name)
         images = ddkit.Normalisation(teacher.mean, teacher.std).normalise(data.test_images).to(data.device)
         return ddkit.accuracy(teacher.module, images, data.test_labels.to(data.device))
 

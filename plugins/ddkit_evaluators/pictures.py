@@ -44,7 +44,8 @@ class Spectrum(ddkit.Evaluator):
         share = ddkit.high_frequency_share(artifact.images)
         details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
         if len(data.real_images):
-            real = in_pixels(data.real_images[:MOST_REAL])
+            rows = torch.linspace(0, len(data.real_images) - 1, min(MOST_REAL, len(data.real_images))).round().long()  # of all classes
+            real = in_pixels(data.real_images[rows])
             details["real"] = ddkit.radial_spectrum(real, self.options.bins)[1]
             details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
             summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
@@ -60,6 +61,8 @@ class Memorisation(ddkit.Evaluator):
     lack of close images prove that it does: that would take more than distances of pixels.)
     """
 
+    requires = ddkit.Requires(real=True)
+
     class Options(ddkit.Options):
         quantile: Annotated[float, ddkit.Option("of real images' distances, under which an image is close", gt=0, lt=1)] = 0.05
 
@@ -71,7 +74,7 @@ class Memorisation(ddkit.Evaluator):
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
         own = nearest(real[chosen], real, mirror=mirror, without=chosen)
         limit = float(own.quantile(self.options.quantile))
-        close = int((found < limit).sum())
+        close = int(((found < limit) | (found == 0)).sum())  # a copy is close also where real images have copies among themselves
         if close:
             log.warning(
                 "%d of %d synthetic images are nearer to an accessible real image than %g %% of the real ones are to another: "
