@@ -55,6 +55,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(folder)
 
     def run(*arguments: object) -> Result:
+        monkeypatch.delenv("DDKIT_ALLOWED_CODE", raising=False)  # as in a new process
         monkeypatch.setattr(sys, "argv", ["ddkit", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

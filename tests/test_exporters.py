@@ -132,7 +132,7 @@ def test_png_files_are_within_half_a_grey_level_except_where_clipped(tmp_path: P
 
 def test_a_set_of_grey_levels_survives_exactly(tmp_path: Path) -> None:
     made = a_set(["a", "b"])
-    made.images = (made.images.clamp(0, 1) * 255).round() / 255
+    made.images = made.stored_images = (made.images.clamp(0, 1) * 255).round() / 255
     out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
     data = ddkit.create("dataset", f"imagefolder:{out}")
     images = torch.stack([image.float() / 255 for image in data.images("train", range(4))])
@@ -184,7 +184,7 @@ def test_names_that_only_look_like_a_split_stay() -> None:
 
 def test_a_set_of_four_channels_has_no_png(tmp_path: Path) -> None:
     made = a_set(["a", "b"], channels=3)
-    made.images = torch.rand(4, 4, 5, 5)
+    made.images = made.stored_images = torch.rand(4, 4, 5, 5)
     made.metadata |= {"mean": [0.5] * 4, "std": [0.2] * 4}
     file = saved(made, tmp_path / "s.safetensors")
     for name in ("imagefolder", "png"):

@@ -418,7 +418,7 @@ def on_meta(*names: str) -> Engine:
     there = Engine(
         bank(torch.empty((6, *INFO.shape), device=meta), labels, declared=declared), source(teacher=loaded, device=meta, batch=4), made
     )
-    there.bank.labels = labels.to(meta)
+    there.bank.labels = there.bank.decoded_labels = labels.to(meta)
     return there
 
 

@@ -185,7 +185,7 @@ def test_names_paths_and_recipe_are_escaped(odd: Path) -> None:
     assert not set("\x1b‮") & set(content)
     assert page.tags["script"] == 0
     assert "<script>alert(1)</script>" in page.text
-    assert "line break\\x1b[31m" in page.text
+    assert "break\\u001b[31m" in page.text
     assert "\\u202eright" in page.text
     assert "ü&amp;" in page.text
     assert "<img src=https://example.org/x.png onerror=alert(2)>" in page.text
@@ -194,7 +194,7 @@ def test_names_paths_and_recipe_are_escaped(odd: Path) -> None:
 
 
 def test_text_escapes_what_html_and_terminals_read() -> None:
-    assert text("<a href='x'>\"&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&quot;&amp;\\x1b"
+    assert text("<a href='x'>\"&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&quot;&amp;\\u001b"
 
 
 def test_the_accuracies_are_those_recorded_with_random_real_beside(finished: Path) -> None:

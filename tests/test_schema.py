@@ -82,7 +82,7 @@ WRONG = [
     ("data", {"use": "digits", "path": "x"}),
     ("data", {"use": "npz:data.npz", "holdout": 1.5}),
     ("initializer", 3),
-    ("teacher/norm", "layer"),
+    ("teacher/norm", "layers"),
     ("teacher/nrom", "batch"),
     ("network/model", "mlp"),  # which has no depth_of_field
     ("losses/dm/wieght", 1.0),

@@ -118,7 +118,8 @@ def found_plugin(words: tuple[str, ...], command: str = "info", *, among: Collec
         known = {p.name for p in plugins.plugins()}
         raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")
     if len(kinds) > 1:
-        raise PluginError(f"'{name}' is a {' and a '.join(kinds)}: say which, for example ddkit {command} {kinds[0]} {name}")
+        told = " and ".join(f"{'an' if kind[0] in 'aeio' else 'a'} {kind}" for kind in kinds)
+        raise PluginError(f"'{name}' is {told}: say which, for example ddkit {command} {kinds[0]} {name}")
     return plugins.find(kinds[0], name)
 
 
