@@ -148,7 +148,8 @@ def _list() -> str:
 def _section(kind: str, found: list[plugins.Plugin]) -> Iterator[str]:
     yield f"## {_plural(kind)}\n"
     where = f"Options go under {WHERE[kind]}. " if kind in WHERE else ""
-    yield f"{where}What {'an' if kind[0] in 'aeio' else 'a'} {kind.replace('-', ' ')} is and how to write one: [the page of the kind](kinds/{kind}.md).\n"
+    named = f"{'an' if kind[0] in 'aeio' else 'a'} {kind.replace('-', ' ')}"
+    yield f"{where}What {named} is and how to write one: [the page of the kind](kinds/{kind}.md).\n"
     last = {"loss-group": "members", "recipe": "", "study": ""}.get(kind, "options and defaults")
     yield f"| name | what it is |{f' {last} |' if last else ''}"
     yield f"|---|---|{'---|' if last else ''}"

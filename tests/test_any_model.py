@@ -132,6 +132,7 @@ def test_weights_that_are_not_there_or_do_not_fit_are_errors(tmp_path: Path) -> 
         network("torchvision:resnet18", weights=str(tmp_path / "other.safetensors"))
 
 
+@pytest.mark.slow
 def test_a_run_uses_torchvision_for_teacher_network_and_evaluation_and_repeats(tmp_path: Path) -> None:
     name = "torchvision:shufflenet_v2_x0_5"
     runs = [
@@ -144,6 +145,7 @@ def test_a_run_uses_torchvision_for_teacher_network_and_evaluation_and_repeats(t
     assert runs[0].evaluations == runs[1].evaluations
 
 
+@pytest.mark.slow
 def test_a_teacher_without_second_derivatives_is_an_error_that_says_so(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match=r"dkkt-stationarity.*hardsigmoid.*no second derivative in torch"):
         ddkit.distill(losses="dkkt", model="torchvision:mobilenet_v3_small", pipc=3, sets=QUICK, evaluators="none", out=tmp_path / "run")

@@ -169,6 +169,7 @@ def test_a_measuring_process_that_dies_is_told_with_its_last_words() -> None:
         workers.start({"kind": "loading", "tuned": False}).measure()
 
 
+@pytest.mark.slow
 def test_evaluation_is_measured_with_more_threads_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
     """With four workers the first networks of each are left out of the time, and some must remain."""
     from ddkit.bench import worker

@@ -385,6 +385,7 @@ print(job.chunk, (peak() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells the peak")
 def test_the_memory_of_a_step_stays_within_its_budget(tmp_path: Path) -> None:
     """Measured in a process of its own: 600 synthetic images of 32 x 32, whose activations take several times the budget."""

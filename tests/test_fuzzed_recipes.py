@@ -229,7 +229,7 @@ FILES = {
     "yaml-tag": ("summary: !!python/object/apply:os.system [echo]", "cannot be read as TOML: Expected '=' after a key"),
     "yaml-tag-as-value": ("summary = !!python/object:os.system", "cannot be read as TOML: Invalid value (at line 1, column 11)."),
     "byte-order-mark": ("\ufeffipc = 1", "cannot be read as TOML: Invalid statement (at line 1, column 1)."),
-    "code-as-model": ('[network]\nmodel = "python:os.system"', "There is no model 'python'"),
+    "code-as-model": ('[network]\nmodel = "python:os.system"\n[losses.dm]', "runs Python code of that name, and a file asks for it"),
     "code-as-loss": ('[losses.x]\nuse = "python:os.system"', "There is no loss 'python'"),
     "code-as-data": ('data = "python:os.system"', "There is no dataset 'python'"),
     "code-as-initializer": ('initializer = "python:os.system"', "There is no initializer 'python'"),
@@ -243,7 +243,8 @@ def test_a_file_that_is_no_recipe_is_refused_and_runs_nothing(name: str, tmp_pat
     file = tmp_path / f"{name}.toml"
     text, said = FILES[name]
     file.write_text(text)
-    told = _told(lambda: recipe_for(str(file)))
+    monkeypatch.delenv("DDKIT_ALLOWED_CODE", raising=False)
+    told = _told(lambda: api.plan(recipe_for(str(file)), device="cpu"))
     assert told is not None
     assert said in told
 
