@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ddkit.exporting import export
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation, conform, sheet_png
+    from ddkit.images import Normalisation, conform, sheet_png, to_unit
     from ddkit.importing import import_file
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ddkit.progress import ProgressBar
     from ddkit.randomness import generator
     from ddkit.reporting import report
-    from ddkit.spectra import high_frequency_share, radial_spectrum
+    from ddkit.spectra import high_frequency_share, radial_spectrum, spread
     from ddkit.step import RealStep, Step, View
     from ddkit.teacher import Teacher
     from ddkit.training import Schedule, accuracy, fit
@@ -67,7 +67,7 @@ _HOMES = {
     "ddkit.exporting": ("export",),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation", "conform", "sheet_png"),
+    "ddkit.images": ("Normalisation", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
@@ -75,7 +75,7 @@ _HOMES = {
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
     "ddkit.reporting": ("report",),
-    "ddkit.spectra": ("high_frequency_share", "radial_spectrum"),
+    "ddkit.spectra": ("high_frequency_share", "radial_spectrum", "spread"),
     "ddkit.step": ("RealStep", "Step", "View"),
     "ddkit.teacher": ("Teacher",),
     "ddkit.training": ("Schedule", "accuracy", "fit"),
@@ -148,7 +148,9 @@ __all__ = [
     "redraw",
     "report",
     "sheet_png",
+    "spread",
     "to_device",
+    "to_unit",
     "train",
     "training_flops",
     "tune_process",

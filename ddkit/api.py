@@ -25,7 +25,7 @@ from ddkit.evaluating import evaluate, recorded, run_evaluators
 from ddkit.files import write_atomic, write_json
 from ddkit.film import add_frame, begin_film, is_frame
 from ddkit.hookspecs import Observers
-from ddkit.jobs import Job
+from ddkit.jobs import AUTOMATIC_TEACHER, Job
 from ddkit.manifest import MANIFEST, check_listed
 from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
@@ -176,7 +176,7 @@ def _check_inputs(began: Mapping[str, str], job: Job, path: Path) -> None:
         if began.get(name, digest) == digest:
             continue
         told = f"{name} is not what the run at {path} began with (sha256 {began[name][:12]} then, {digest[:12]} now)"
-        if name != "the automatic teacher":
+        if name != AUTOMATIC_TEACHER:
             raise RunFilesError(f"{told}, so it cannot be continued exactly. Restore it, or start anew.")
         log.warning("%s: it was trained again. The run goes on with this one, and is not the one that it would have been.", told)
 

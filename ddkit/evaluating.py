@@ -25,12 +25,11 @@ from ddkit.manifest import MANIFEST, check_listed
 from ddkit.recipe import Recipe, parse_recipe
 from ddkit.recipes import recipe_for, with_options
 from ddkit.reporting import renew_report
-from ddkit.rundir import EVALUATION, RECIPE, RunDirectory
+from ddkit.rundir import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
 from ddkit.teachers import automatic_teacher, load_teacher
 
 log = logging.getLogger("ddkit")
-LOCK_SECONDS = 20.0  # how long to wait for another process that adds figures to the same run
 
 
 def evaluate(

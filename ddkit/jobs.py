@@ -33,6 +33,7 @@ from ddkit.teacher import Teacher
 from ddkit.teachers import Report, automatic_teacher, load_teacher, read_teacher, resolved_training
 from ddkit.training import Schedule
 
+AUTOMATIC_TEACHER = "the automatic teacher"
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
@@ -255,8 +256,8 @@ class Job:
             digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
         found = {"the data": digest.hexdigest()}
         if self.teacher is not None and self._distils_with_teacher:
-            automatic = self.recipe.teacher.use == "auto"
-            found["the automatic teacher" if automatic else f"the teacher {Path(self.recipe.teacher.use).name}"] = self.teacher.sha256 or ""
+            name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"the teacher {Path(self.recipe.teacher.use).name}"
+            found[name] = self.teacher.sha256 or ""
         return found
 
     @property

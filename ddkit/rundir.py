@@ -48,6 +48,7 @@ RECIPE, METRICS, EVALUATION, PREVIEW, REPORT = (
 CHECKPOINTS = "checkpoints"
 RECIPE_SEAL = "# sha256 of the lines below: "
 KEPT_CHECKPOINTS = 2
+LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,6 +90,10 @@ class RunDirectory:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is held."""
         if self._lock is not None:
             self._lock.release()
 
@@ -120,7 +125,7 @@ class RunDirectory:
                 raise _occupied(path)
             directory.take()
             if any(entry.name != LOCK for entry in path.iterdir()):
-                directory.__exit__(None, None, None)
+                directory.release()
                 raise _occupied(path)
         except OSError as error:
             raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
@@ -166,7 +171,7 @@ class RunDirectory:
             elif entry.name != LOCK:
                 with suppress(OSError):
                     entry.unlink()
-        self.__exit__(None, None, None)
+        self.release()
         with suppress(OSError):
             for folder in self._created:
                 folder.rmdir()

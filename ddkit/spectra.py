@@ -8,6 +8,12 @@ from torch import Tensor
 from ddkit.errors import InputError
 
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
+MOST_IMAGES = 1000  # whose spectrum stands for that of all
+
+
+def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
+    """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
+    return images[torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()]
 
 
 def power(images: Tensor) -> tuple[Tensor, Tensor]:

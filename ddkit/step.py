@@ -247,8 +247,7 @@ class SharedStep:
         self.logged: dict[str, dict[str, Tensor]] = {}
         self._views: dict[str, View] = {}
         self.watch = Watch()
-        self.watch.note("the images", bank.images)
-        self.watch.note("the images", self.images)
+        self.watch.note("the images", self.images)  # a view of the bank's shares its counter
         self.watch.note("the labels", self.labels)
         for name, value in bank.parameters.items():
             self.watch.note(f"the parameter '{name}'", value)

@@ -19,12 +19,10 @@ from ddkit.images import to_unit
 from ddkit.manifest import check_listed
 from ddkit.reporting.page import page
 from ddkit.reporting.sections import SECTIONS, Files, head, spectrum_bins
-from ddkit.rundir import EVALUATION, METRICS, RECIPE, REPORT, RunDirectory, versions
-from ddkit.spectra import radial_spectrum
+from ddkit.rundir import EVALUATION, LOCK_SECONDS, METRICS, RECIPE, REPORT, RunDirectory, versions
+from ddkit.spectra import radial_spectrum, spread
 
 log = logging.getLogger("ddkit")
-LOCK_SECONDS = 20.0  # how long to wait for another process that works in the run
-MOST_REAL = 1000  # images whose spectrum is kept
 
 
 def report(target: str | Path, *, out: str | Path | None = None) -> Path:
@@ -82,8 +80,7 @@ def known_spectrum(real_images: Tensor) -> dict[str, list[float]]:
     bins = spectrum_bins(*real_images.shape[-2:]) if len(real_images) else 0
     if not bins:
         return {}
-    rows = torch.linspace(0, len(real_images) - 1, min(MOST_REAL, len(real_images))).round().long()
-    return {"real_spectrum": [float(f"{share:.6g}") for share in radial_spectrum(to_unit(real_images[rows]), bins)[1]]}
+    return {"real_spectrum": [float(f"{share:.6g}") for share in radial_spectrum(to_unit(spread(real_images)), bins)[1]]}
 
 
 def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:

@@ -23,11 +23,6 @@ def looked_at(name: str, details: dict[str, Any]) -> list[ddkit.Evaluation]:
     return [row]
 
 
-def in_pixels(images: Tensor) -> Tensor:
-    """Returns images (n, C, H, W), uint8 or float, as float32 in pixel units."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images.float()
-
-
 class Spectrum(ddkit.Evaluator):
     """Radial power spectrum of the synthetic images beside that of the accessible real ones; no accuracy.
 
@@ -44,8 +39,7 @@ class Spectrum(ddkit.Evaluator):
         share = ddkit.high_frequency_share(artifact.images)
         details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
         if len(data.real_images):
-            rows = torch.linspace(0, len(data.real_images) - 1, min(MOST_REAL, len(data.real_images))).round().long()  # of all classes
-            real = in_pixels(data.real_images[rows])
+            real = ddkit.to_unit(ddkit.spread(data.real_images))
             details["real"] = ddkit.radial_spectrum(real, self.options.bins)[1]
             details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
             summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
@@ -69,7 +63,7 @@ class Memorisation(ddkit.Evaluator):
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         if len(data.real_images) < 2:
             raise ddkit.InputError(f"evaluators.{self.name} compares with accessible real images, and there are {len(data.real_images)}.")
-        real, mirror = in_pixels(data.real_images), data.info.mirror
+        real, mirror = ddkit.to_unit(data.real_images), data.info.mirror
         found = nearest(artifact.images, real, mirror=mirror)
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
         own = nearest(real[chosen], real, mirror=mirror, without=chosen)
