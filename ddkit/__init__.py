@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Start,
     )
     from ddkit.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
+    from ddkit.decode import grid
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.exporting import export
     from ddkit.files import cache_folder
@@ -61,6 +62,7 @@ _HOMES = {
     "ddkit.compute": (
         "Arithmetic", "compiled", "decide_arithmetic", "is_compiled", "pick_precision", "products", "to_device", "tune_process",
     ),
+    "ddkit.decode": ("grid",),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
@@ -136,6 +138,7 @@ __all__ = [
     "export",
     "fit",
     "generator",
+    "grid",
     "high_frequency_share",
     "hookimpl",
     "import_file",

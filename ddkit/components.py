@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
+from ddkit.errors import InputError
 from ddkit.options import Options, Requires
 
 if TYPE_CHECKING:
@@ -133,8 +134,28 @@ class Initializer(Component):
     `requires` may ask for `real` images and for the `teacher`, whose statistics then normalise the run's images.
     """
 
+    def needed(self, ipc: int) -> int:
+        """Returns how many accessible real images of each class it needs for `ipc` of them; by default none."""
+        return 0
+
+    @property
+    def remedy(self) -> str:
+        """What else helps where there are fewer, beside a larger --pipc."""
+        return "lower --ipc, or use --init noise"
+
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run."""
+        """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run.
+
+        By default where a class has fewer than `needed(ipc)`.
+        """
+        needed = self.needed(ipc)
+        short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
+        if short:
+            raise InputError(
+                f"Initializer '{self.name}' needs {needed} accessible images a class for {ipc} images, but {', '.join(short[:5])}"
+                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, {self.remedy}.",
+                "ipc",
+            )
 
     def __call__(self, start: Start) -> Tensor:
         """Returns (n, C, H, W) float32 normalised images, one for each of `start.labels`: finite, and no view of the real ones.

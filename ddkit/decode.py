@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -39,10 +40,20 @@ def decoded(images: Tensor, factor: int) -> Tensor:
 
 
 def encoded(images: Tensor, factor: int) -> Tensor:
-    """Returns (n, C, H, W), each a grid of factor x factor of the images (n * factor², C, H, W), shrunk with antialiasing."""
-    if factor == 1:
-        return images
-    count, channels, height, width = images.shape
-    parts = functional.interpolate(images, (height // factor, width // factor), mode="bilinear", antialias=True, align_corners=False)
-    grid = parts.view(count // factor**2, factor, factor, channels, height // factor, width // factor)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+    """Returns (n, C, H, W), each the `grid` of factor x factor of the images (n * factor², C, H, W)."""
+    return images if factor == 1 else torch.stack([grid(parts, factor) for parts in images.split(factor**2)])
+
+
+def grid(images: Tensor, factor: int) -> Tensor:
+    """Returns one picture (C, H, W) of factor * factor images (n, C, H, W), row by row, each resized to its cell.
+
+    Cells differ by a pixel where a side is no multiple of `factor`. Bilinear, antialiased.
+    """
+    rows, columns = (torch.linspace(0, side, factor + 1).round().int().tolist() for side in images.shape[2:])
+    picture = torch.empty_like(images[0])
+    for number in range(factor**2):
+        top, bottom = rows[number // factor], rows[number // factor + 1]
+        left, right = columns[number % factor], columns[number % factor + 1]
+        cell = functional.interpolate(images[number : number + 1], (bottom - top, right - left), mode="bilinear", antialias=True)
+        picture[:, top:bottom, left:right] = cell[0]
+    return picture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import struct
 import sys
 import zlib
@@ -36,9 +37,13 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight."""
+    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight.
+
+    Ctrl-C works, here and in the processes that tests start, also where a shell started the tests in the background.
+    """
     import torch
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     os.environ["DDKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield

@@ -15,12 +15,12 @@ import pytest
 import torch
 from ddkit_dkkt.selection import gram_matrix, negative_gradients, nonnegative_solution, solve
 from ddkit_initializers.coresets import central, farthest, herd
-from ddkit_initializers.mix import grid
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
 import ddkit
+from ddkit import grid
 from ddkit.api import resume
 from ddkit.images import Normalisation
 from ddkit.networks import embed, features_of

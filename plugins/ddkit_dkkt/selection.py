@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -120,14 +120,8 @@ class Multiplier(ddkit.Initializer):
         ] = 100
         sweeps: Annotated[int, ddkit.Option("passes over all multipliers, at most", ge=1)] = 2000
 
-    def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        short = [f"'{name}' has {count}" for name, count in available.items() if count < ipc]
-        if short:
-            raise ddkit.InputError(
-                f"Initializer 'multiplier' needs {ipc} accessible images a class for ipc {ipc}, but {', '.join(short[:5])}"
-                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, lower --ipc, or use --init noise.",
-                "ipc",
-            )
+    def needed(self, ipc: int) -> int:
+        return ipc
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         rows = self._candidates(start)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated
 
 import torch
 from torch import Tensor
 
 import ddkit
-from ddkit_initializers.choosing import check_enough, classes
+from ddkit_initializers.choosing import classes
 
 
 class Noise(ddkit.Initializer):
@@ -34,9 +33,12 @@ class Real(ddkit.Initializer):
     class Options(ddkit.Options):
         reuse: Annotated[bool, ddkit.Option("where a class has too few: take them again, every second time mirrored")] = False
 
-    def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        needed, helps = (1, "") if self.options.reuse else (ipc, ", or --set initializer.reuse=true")
-        check_enough("real", needed, ipc, available, otherwise=f"lower --ipc, use --init noise{helps}")
+    def needed(self, ipc: int) -> int:
+        return 1 if self.options.reuse else ipc
+
+    @property
+    def remedy(self) -> str:
+        return "lower --ipc, use --init noise" + ("" if self.options.reuse else ", or --set initializer.reuse=true")
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         parts = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
@@ -22,14 +22,3 @@ def classes(start: ddkit.Start) -> Iterator[Class]:
     """Yields the classes of the set in ascending order of label."""
     for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
         yield Class(int(label), int(count), start.real_images[start.real_labels == label])
-
-
-def check_enough(name: str, needed: int, ipc: int, available: Mapping[str, int], *, otherwise: str) -> None:
-    """Raises InputError where a class has fewer than `needed` accessible images; `otherwise` says what else would help."""
-    short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
-    if short:
-        raise ddkit.InputError(
-            f"Initializer '{name}' needs {needed} accessible images a class for {ipc} images, but {', '.join(short[:5])}"
-            f"{' ...' if len(short) > 5 else ''}. Raise --pipc, {otherwise}.",
-            "ipc",
-        )

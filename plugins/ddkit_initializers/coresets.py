@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 import ddkit
-from ddkit_initializers.choosing import check_enough, classes
+from ddkit_initializers.choosing import classes
 
 Points = NDArray[np.float64]  # (m, d): a row an image
 
@@ -85,8 +84,8 @@ class Coreset(ddkit.Initializer):
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
         return ddkit.Requires(real=True, teacher=self.options.features == "teacher")
 
-    def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        check_enough(self.name, ipc, ipc, available, otherwise="lower --ipc, or use --init noise")
+    def needed(self, ipc: int) -> int:
+        return ipc
 
     def choose(self, points: Points, count: int, generator: Generator) -> list[int]:
         """Returns `count` different rows of points (m, d)."""

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
-from torch.nn import functional
 
 import ddkit
-from ddkit_initializers.choosing import check_enough, classes
+from ddkit_initializers.choosing import classes
 
 
 class Mix(ddkit.Initializer):
@@ -25,8 +24,13 @@ class Mix(ddkit.Initializer):
     class Options(ddkit.Options):
         factor: Annotated[int, ddkit.Option("images side by side, and one below the other", ge=1)] = 2
 
-    def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        check_enough("mix", self.options.factor**2, ipc, available, otherwise="lower --set initializer.factor, or use --init noise")
+    def needed(self, ipc: int) -> int:
+        found: int = self.options.factor**2
+        return found
+
+    @property
+    def remedy(self) -> str:
+        return "lower --set initializer.factor, or use --init noise"
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         factor, size = self.options.factor, start.shape[1:]
@@ -36,7 +40,7 @@ class Mix(ddkit.Initializer):
                 "initializer.factor",
             )
         pictures = [
-            grid(images[rows], factor)
+            ddkit.grid(images[rows], factor)
             for label, count, images in classes(start)
             for rows in _drawn(len(images), factor**2, count, start.generator(label))
         ]
@@ -51,18 +55,3 @@ def _drawn(available: int, each: int, count: int, generator: Generator) -> Itera
             yield order[number * each : (number + 1) * each]
         else:
             yield torch.randperm(available, generator=generator)[:each]
-
-
-def grid(images: Tensor, factor: int) -> Tensor:
-    """Returns one picture (C, H, W) of factor * factor images (n, C, H, W), row by row, each resized to its cell.
-
-    Cells differ by a pixel where a side is no multiple of `factor`. Bilinear, antialiased.
-    """
-    rows, columns = (torch.linspace(0, side, factor + 1).round().int().tolist() for side in images.shape[2:])
-    picture = torch.empty_like(images[0])
-    for number in range(factor**2):
-        top, bottom = rows[number // factor], rows[number // factor + 1]
-        left, right = columns[number % factor], columns[number % factor + 1]
-        cell = functional.interpolate(images[number : number + 1], (bottom - top, right - left), mode="bilinear", antialias=True)
-        picture[:, top:bottom, left:right] = cell[0]
-    return picture

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import msgspec
-from torch import Tensor, nn
+from torch import nn
 
 import ddkit
-from ddkit_models.layers import norm_layer
+from ddkit_models.layers import Classifier, norm_layer
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -19,14 +19,13 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class ConvNetModule(nn.Module):
+class ConvNetModule(Classifier):
     """`features` (blocks of 3x3 convolution, normalisation, activation, 2x2 pooling) and a linear `classifier`.
 
     Parameter names are those of the public DatasetCondensation code, so its state dicts load.
     """
 
     def __init__(self, channels: int, size: tuple[int, int], classes: int, options: ConvNet.Options) -> None:
-        super().__init__()
         height, width = size
         layers: list[nn.Module] = []
         for block in range(options.depth or 1):
@@ -40,17 +39,7 @@ class ConvNetModule(nn.Module):
                 f"convnet: images of {size[0]} x {size[1]} pixels are too small for {options.depth} poolings; "
                 "use a smaller depth, or pooling none."
             )
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(options.width * height * width, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Returns flattened features (n, width * h * w)."""
-        result: Tensor = self.features(x).flatten(1)
-        return result
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.embed(x))
-        return result
+        super().__init__(nn.Sequential(*layers), options.width * height * width, classes)
 
 
 def _block(channels: int, options: ConvNet.Options, padding: int, size: tuple[int, int]) -> list[nn.Module]:
@@ -94,25 +83,14 @@ class ConvNet(ddkit.Model):
         return ConvNetModule(channels, size, classes, options)
 
 
-class MlpModule(nn.Module):
+class MlpModule(Classifier):
     """`features` (hidden layers with ReLU) and a linear `classifier`."""
 
     def __init__(self, inputs: int, classes: int, width: int, depth: int) -> None:
-        super().__init__()
         layers: list[nn.Module] = [nn.Flatten()]
         for layer in range(depth):
             layers += [nn.Linear(inputs if layer == 0 else width, width), nn.ReLU()]
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(width, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Returns the last hidden layer (n, width)."""
-        result: Tensor = self.features(x)
-        return result
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.embed(x))
-        return result
+        super().__init__(nn.Sequential(*layers), width, classes)
 
 
 class Mlp(ddkit.Model):

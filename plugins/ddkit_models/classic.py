@@ -13,27 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ddkit
-from ddkit_models.layers import halvings, norm_layer
+from ddkit_models.layers import Classifier, halvings, norm_layer
 
 Norm = Literal["instance", "batch", "none"]
-
-
-class Classifier(nn.Module):
-    """`features`, whose output is flattened, and a linear `classifier`."""
-
-    def __init__(self, features: nn.Sequential, width: int, classes: int) -> None:
-        super().__init__()
-        self.features = features
-        self.classifier = nn.Linear(width, classes)
-
-    def embed(self, x: Tensor) -> Tensor:
-        """Returns the input (n, width) of the classifier."""
-        result: Tensor = self.features(x).flatten(1)
-        return result
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.embed(x))
-        return result
 
 
 class LeNet(ddkit.Model):

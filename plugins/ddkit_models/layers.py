@@ -1,14 +1,32 @@
-"""What the networks share: normalisation by name, and how many halvings an image size allows."""
+"""What the networks share: a linear classifier on features, normalisation by name, how many halvings an image size allows."""
 
 from __future__ import annotations
 
 import math
 
-from torch import nn
+from torch import Tensor, nn
 
 import ddkit
 
 GROUPS = 4  # of norm = group, as in the public DatasetCondensation code
+
+
+class Classifier(nn.Module):
+    """`features`, whose output is flattened, and a linear `classifier`."""
+
+    def __init__(self, features: nn.Sequential, width: int, classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = nn.Linear(width, classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Returns the input (n, width) of the classifier."""
+        result: Tensor = self.features(x).flatten(1)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.classifier(self.embed(x))
+        return result
 
 
 def norm_layer(norm: str, channels: int, size: tuple[int, int], *, model: str) -> list[nn.Module]:
