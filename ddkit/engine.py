@@ -105,7 +105,8 @@ class Engine:
 
     def evaluate(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
-        self.source.advance(index, self.bank.decoded(self.bank.rows(None)), self.bank.decoded_labels)
+        if self.source.inner is not None:  # nothing is decoded for a network that is not trained
+            self.source.advance(index, self.bank.decoded(self.bank.rows(None)), self.bank.decoded_labels)
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}

@@ -69,8 +69,13 @@ class Job:
         recipe = self.recipe
         if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators:
             return None
-        names = _teacher_record(Path(recipe.teacher.use)).get("class_names")
+        names = self._teacher_record.get("class_names")
         return NoImages(names) if names else None
+
+    @cached_property
+    def _teacher_record(self) -> dict[str, Any]:
+        """What the recipe's teacher file records, {} for a bare state dict; raises InputError naming a file that is unusable."""
+        return read_teacher(Path(self.recipe.teacher.use))[1]
 
     def _data_options(self) -> Any:
         """Returns the options of the recipe's dataset, also where it is not opened and may not even be there."""
@@ -107,7 +112,7 @@ class Job:
             return None
         if self.recipe.teacher.use == "auto":
             return self._first_shape()
-        shape = _teacher_record(Path(self.recipe.teacher.use)).get("input_shape")
+        shape = self._teacher_record.get("input_shape")
         return (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None
 
     def _first_shape(self) -> tuple[int, int, int]:
@@ -244,7 +249,7 @@ class Job:
     def _teacher_probe(self) -> nn.Module:
         """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
         table = self.recipe.teacher
-        record = {} if table.use == "auto" else _teacher_record(Path(table.use))
+        record = {} if table.use == "auto" else self._teacher_record
         name, options = record.get("model", table.model), record.get("options", table.options)
         return build_network(plugins.create("model", name, options, data=self.info, where="teacher"), self.info, 0, "probe").eval()
 
@@ -430,11 +435,6 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     if recipe.pipc == 0 and needing:
         raise InputError(f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} compares with some.", "pipc")
     return made
-
-
-def _teacher_record(path: Path) -> dict[str, Any]:
-    """Returns what a teacher file records, {} for a bare state dict; raises InputError naming a file that is unusable."""
-    return read_teacher(path)[1]
 
 
 def _terms(recipe: Recipe) -> list[Term]:

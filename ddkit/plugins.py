@@ -99,7 +99,8 @@ def parse_kind(text: str) -> str:
 def plugins() -> tuple[Plugin, ...]:
     """Returns every installed component, in order of kind and name, first-party ones first. One metadata scan a process."""
     installed = metadata.entry_points()
-    found = [_plugin(kind, point) for kind, group in GROUPS.items() for point in installed.select(group=group)]
+    owners: dict[Any, tuple[str, str]] = {}  # a distribution's metadata is parsed once, whatever it brings
+    found = [_plugin(kind, point, owners) for kind, group in GROUPS.items() for point in installed.select(group=group)]
     allowed = os.environ.get("DDKIT_PLUGINS")
     if allowed is not None:
         names = {_canonical(name) for name in allowed.split(",") if name.strip()}
@@ -116,9 +117,10 @@ def plugins() -> tuple[Plugin, ...]:
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
 
-def _plugin(kind: str, point: metadata.EntryPoint) -> Plugin:
-    name = point.dist.name if point.dist else "unknown"
-    version = point.dist.version if point.dist else "0"
+def _plugin(kind: str, point: metadata.EntryPoint, owners: dict[Any, tuple[str, str]]) -> Plugin:
+    if point.dist not in owners:
+        owners[point.dist] = (point.dist.name, point.dist.version) if point.dist else ("unknown", "0")
+    name, version = owners[point.dist]
     return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import tomllib
+from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,7 +49,7 @@ def summary(value: str) -> tuple[str, str]:
         if file is None:
             return f"module {module} not found", ""
         try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
+            tree = _parsed(file, file.stat().st_mtime_ns)
         except (SyntaxError, ValueError, OSError) as error:
             line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
             return f"{type(error).__name__} in {file.name}{line}", ""
@@ -59,6 +60,12 @@ def summary(value: str) -> tuple[str, str]:
             return _described(found, attribute, module)
         module, attribute = _target(found, module, file, attribute)
     return "ok", ""
+
+
+@lru_cache(maxsize=64)
+def _parsed(file: Path, changed: int) -> ast.Module:
+    """Returns the syntax tree of a file as it is at its modification time `changed`: a module may define many components."""
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
