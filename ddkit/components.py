@@ -151,11 +151,9 @@ class Initializer(Component):
         needed = self.needed(ipc)
         short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
         if short:
-            raise InputError(
-                f"Initializer '{self.name}' needs {needed} accessible images a class for {ipc} images, but {', '.join(short[:5])}"
-                f"{' ...' if len(short) > 5 else ''}. Raise --pipc, {self.remedy}.",
-                "ipc",
-            )
+            wanted = f"{needed} accessible images a class for {ipc} image{'s' if ipc > 1 else ''}"
+            told = f"{', '.join(short[:5])}{' ...' if len(short) > 5 else ''}"
+            raise InputError(f"Initializer '{self.name}' needs {wanted}, but {told}. Raise --pipc, {self.remedy}.", "ipc")
 
     def __call__(self, start: Start) -> Tensor:
         """Returns (n, C, H, W) float32 normalised images, one for each of `start.labels`: finite, and no view of the real ones.

@@ -101,6 +101,8 @@ def _read(path: Path) -> Any:
             return read_tensors(path)[0]
         except ValueError as error:
             raise InputError(f"{error}.") from None
+    if not start.startswith(b"\x80"):  # how a pickle begins, which torch.save wrote before it wrote archives
+        raise InputError(f"{path} is no file of torch.save, .npz or .safetensors that can be read (it begins as none of them does).")
     return _read_torch(path)
 
 
