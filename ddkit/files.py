@@ -108,8 +108,9 @@ def _no_constant(name: str) -> None:
 
 
 def sealed(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns JSON data with the sha256 of all of it under "digest"."""
-    return {**table, "digest": json_digest(table)}
+    """Returns JSON data with the sha256 of all of it under "digest", and under "sealed" that there is one."""
+    marked = {**table, "sealed": True}
+    return marked | {"digest": json_digest(marked)}
 
 
 def unsealed(table: Any, path: Path) -> dict[str, Any]:
@@ -120,9 +121,16 @@ def unsealed(table: Any, path: Path) -> dict[str, Any]:
     if not isinstance(table, dict):
         raise RunFilesError(f"{path} holds no JSON object.")
     found = {key: value for key, value in table.items() if key != "digest"}
-    if "digest" in table and table["digest"] != json_digest(found):
+    if _is_broken(table, lambda: json_digest(found)):
         raise RunFilesError(f"{path} is damaged, or was edited: its content does not match the sha256 that it records.")
+    found.pop("sealed", None)
     return found
+
+
+def _is_broken(record: Mapping[str, Any], digest: Callable[[], str]) -> bool:
+    """Whether the content of a record is not that of its digest, or its digest is gone: a turned bit may be in the word "digest" too."""
+    recorded = record.get("digest")
+    return "sealed" in record if recorded is None else recorded != digest()
 
 
 def json_digest(value: Any) -> str:
@@ -147,6 +155,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     record = {"schema": SCHEMA, **metadata}
+    record |= {"sealed": True} if digest else {}
     record |= {"digest": tensors_digest(contiguous, record)} if digest else {}
     header = json.dumps(record, sort_keys=True, allow_nan=False)
 
@@ -180,10 +189,11 @@ def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor],
         raise ValueError(f"{path} carries ddkit metadata that is not an object")
     if metadata and metadata.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {shown(metadata.get('schema'))}; this ddkit reads {SCHEMA}")
-    digest = metadata.pop("digest", None)
-    if verify and digest is not None and digest != tensors_digest(tensors, metadata):
+    record = {key: value for key, value in metadata.items() if key != "digest"}
+    if verify and _is_broken(metadata, lambda: tensors_digest(tensors, record)):
         raise ValueError(f"{path} is damaged: its content does not match the sha256 that it records")
-    return tensors, metadata
+    record.pop("sealed", None)
+    return tensors, record
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:

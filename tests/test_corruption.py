@@ -18,7 +18,7 @@ from ddkit.api import resume
 from ddkit.artifact import Artifact
 from ddkit.components import DataInfo
 from ddkit.evaluating import recorded
-from ddkit.files import read_tensors, write_tensors
+from ddkit.files import read_json, read_tensors, sealed, unsealed, write_json, write_tensors
 from ddkit.manifest import read_manifest
 from ddkit.recipe import TeacherTable
 from ddkit.rundir import RunDirectory, save_set
@@ -207,6 +207,21 @@ def test_every_flipped_bit_of_the_tensors_is_refused(small: Path, name: str) -> 
     step = max(1, 8 * (len(whole) - start) // 600)
     for bit in range(8 * start, 8 * len(whole), step):
         _refuses(small, name, _flipped(whole, bit))
+
+
+@pytest.mark.parametrize("name", ["sealed", "digest"])
+def test_a_file_whose_word_for_its_digest_is_damaged_too_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.ones(3)}, {"name": "theirs"})
+    content = path.read_bytes()
+    changed = bytearray(content.replace(name.encode(), name.upper().encode(), 1))
+    changed[-1] ^= 1  # of the last tensor
+    path.write_bytes(bytes(changed))
+    with pytest.raises(ValueError, match="is damaged"):
+        read_tensors(path)
+    write_json(tmp_path / "a.json", {name.upper() if key == name else key: value for key, value in sealed({"name": "theirs"}).items()})
+    with pytest.raises(ddkit.RunFilesError, match="is damaged"):
+        unsealed(read_json(tmp_path / "a.json"), tmp_path / "a.json")
 
 
 def test_without_its_digest_a_flipped_bit_of_the_tensors_would_be_read(tmp_path: Path) -> None:
