@@ -12,8 +12,8 @@ import torch
 
 from ddkit import permission
 from ddkit.artifact import FILE, Artifact, load
+from ddkit.averaging import seeds_of
 from ddkit.blame import blamed
-from ddkit.blend import seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
