@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,6 +159,33 @@ def test_torchvision_reads_the_folders(tmp_path: Path) -> None:
         rows = made.images[made.labels == label_of[data.classes[target]]]
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         assert any(torch.equal(pixels, eight_bit(row[None])[0][0]) for row in rows)
+
+
+READ_BY_HUGGING_FACE = """
+import json, sys
+import numpy as np
+from datasets import load_dataset
+data = load_dataset("imagefolder", data_dir=sys.argv[1], split="train", cache_dir=sys.argv[2])
+rows = [[row["label"], row["class_name"], np.array(row["image"]).tolist()] for row in data]
+print(json.dumps({"features": sorted(data.features), "rows": rows}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="Hugging Face datasets is not installed")
+@pytest.mark.parametrize(("names", "channels"), [(ODD, 3), (["1", "0"], 1)])
+def test_hugging_face_reads_the_folders_with_names_counts_and_pixels(tmp_path: Path, names: list[str], channels: int) -> None:
+    made = a_set(names, channels=channels)
+    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", READ_BY_HUGGING_FACE, str(out), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["features"] == ["class_name", "image", "label"]
+    assert [row[:2] for row in found["rows"]] == [[label, names[label]] for label in made.labels.tolist()]
+    pixels = eight_bit(made.images)[0]
+    for (_, _, image), wanted in zip(found["rows"], pixels, strict=True):
+        assert torch.equal(torch.tensor(image, dtype=torch.uint8), wanted[0] if channels == 1 else wanted.permute(1, 2, 0))
 
 
 def test_odd_class_names_become_safe_folders_that_differ() -> None:
