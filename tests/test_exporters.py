@@ -267,6 +267,47 @@ def test_the_card_of_a_file_says_that_nothing_was_measured(tmp_path: Path) -> No
     assert "## Recipe" not in text
 
 
+def card_of(run: Path, out: Path) -> str:
+    return (ddkit.export(run, "card", out) / "README.md").read_text()
+
+
+def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, run: Path, cli: Cli) -> None:
+    before = card_of(run, tmp_path / "before").partition("## Closeness to real images")[2].partition("\n## ")[0]
+    assert "The set began with real images (initializer `real`). How close its images are to real ones was not measured" in before
+    assert "Do not claim that the set hides the images that it was made from." in before
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert cli("evaluate", copy, "--evaluate", "memorisation,spectrum").code == 0
+    text = card_of(copy, tmp_path / "after")
+    close = next(row["details"]["close"] for row in json.loads((copy / "evaluation.json").read_text())["evaluations"]
+                 if row["evaluator"] == "memorisation")  # fmt: skip
+    assert close > 0
+    found = text.partition("## Closeness to real images")[2].partition("\n## ")[0]
+    assert "**Warning: this set shows real images.**" in found
+    assert f"{close} of 20 images are nearer to a real image that the run could see than 95 % of those are to each other." in found
+    table = text.partition("## Accuracy")[2].partition("\n## ")[0]
+    assert table.count("not measured") == 0  # rows without an accuracy are no rows of accuracies
+    assert f"| memorisation | {close} of 20 images are close to a real one |" in table
+
+
+def test_the_card_claims_nothing_where_images_began_as_noise_and_stayed_far(tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "noise"
+    ddkit.distill(losses="dm", init="noise", pipc=5, evaluators="memorisation", sets=SMALL, out=path, device="cpu")
+    found = card_of(path, tmp_path / "out").partition("## Closeness to real images")[2].partition("\n## ")[0]
+    assert "Warning" not in found
+    assert "0 of 10 images are nearer" in found
+    assert "no proof that the set protects them" in found
+    assert "The set began with noise (initializer `noise`)." in found
+
+
+def test_the_card_of_a_coreset_says_that_its_images_are_real_ones(tmp_path: Path, run: Path) -> None:
+    path = tmp_path / "coreset"
+    ddkit.distill(losses="dm", init="herding", pipc=5, evaluators="memorisation", sets=SMALL | {"steps": 0}, out=path, device="cpu")
+    text = card_of(path, tmp_path / "out")
+    assert "They are real images (initializer `herding`), as a run of no steps took them: nothing was optimised." in text
+    assert "10 of 10 images are nearer" in text
+    assert "The images were optimised" in card_of(run, tmp_path / "other")
+
+
 def test_the_card_measures_what_eight_bits_cost(tmp_path: Path) -> None:
     made = a_set(["a", "b"])
     made.images[0, 0, 0, 0] = 1 + 100 / 255
