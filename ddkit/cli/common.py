@@ -106,10 +106,13 @@ protocol = click.option(
     "--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official, practical-sam (of the evaluator accuracy)."
 )
 quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
+verbose = click.option("--verbose", is_flag=True, help="Lines instead of a bar: what is done, and the losses of every logged step.")
 
 
 def set_verbosity(quiet: bool, verbose: bool = False) -> None:
-    """Sets how much of ddkit's log reaches stderr."""
+    """Sets how much of ddkit's log reaches stderr; raises FlagError where both are asked for."""
+    if quiet and verbose:
+        raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
     logging.getLogger("ddkit").setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
 
 
