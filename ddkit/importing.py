@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddkit import plugins
+from ddkit import permission, plugins
 from ddkit.arrays import check_declared, read_arrays
 from ddkit.artifact import Artifact
 from ddkit.components import DataInfo
@@ -305,13 +305,16 @@ def _import_teacher(
         raise FlagError(f"--size is height and width in pixels, both at least 1; got {list(size)}.")
     info = DataInfo(class_names=tuple(_names(classes, 2, path)), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
     table = _teacher_table(model, sets)
-    options = plugins.options_of("model", table.model, table.options, "teacher", info)
-    module = build_network(plugins.load("model", table.model)(options, name=table.model), info, 0, "teacher")
+    permission.named_by_user(model, sets)
+    factory = plugins.create("model", table.model, table.options, data=info, where="teacher")
+    module = build_network(factory, info, 0, "teacher")
     own = module.state_dict()
     tensors = {name: _plain(value, name, path) for name, value in state.items()}
     load_state(module, {name: value.to(own[name].dtype) if name in own else value for name, value in tensors.items()}, path, table.model)
+    kept = {key: value for key, value in written_options(factory.options).items() if not key.startswith("weights")}  # these are newer
     record = {
-        "model": table.model, "options": written_options(options), "mean": list(norm.mean), "std": list(norm.std),
+        "model": plugins.split_name(table.model)[0], "options": kept,
+        "mean": list(norm.mean), "std": list(norm.std),
         "class_names": list(info.class_names), "input_shape": list(info.shape), "test_accuracy": None,
         "imported": {"path": str(path.absolute()), "sha256": sha256(path)},
     }  # fmt: skip

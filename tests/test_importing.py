@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,43 @@ def test_every_form_of_a_state_dict_becomes_a_teacher(wrap: str, tmp_path: Path)
     assert (teacher.mean, teacher.std) == ((0.25,), (0.5,))
     assert teacher.info["model"] == "convnet"
     assert (teacher.info["options"]["norm"], teacher.info["input_shape"]) == ("batch", [1, 8, 8])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_torchvision_becomes_a_teacher(cli: Cli, prefix: str) -> None:
+    from torchvision.models import squeezenet1_1
+
+    theirs = {f"{prefix}{name}": value for name, value in squeezenet1_1(num_classes=3).state_dict().items()}
+    torch.save({"state_dict": theirs, "epoch": 3}, "theirs.pth")
+    words = ("--size", 32, "--classes", "a,b,c", "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2")
+    told = cli("import", "theirs.pth", "--out", "t.safetensors", "--model", "torchvision:squeezenet1_1", *words)
+    assert told.code == 0, told.err
+    info = DataInfo(class_names=("a", "b", "c"), channels=3, size=(32, 32))
+    teacher = load_teacher(TeacherTable(use="t.safetensors", model="convnet"), info, torch.device("cpu"))
+    assert teacher.info["options"]["architecture"] == "squeezenet1_1"
+    images = torch.rand(2, 3, 32, 32)
+    plain = squeezenet1_1(num_classes=3)
+    plain.load_state_dict({name.removeprefix("module."): value for name, value in theirs.items()})
+    assert torch.allclose(teacher.module.eval()(images), plain.eval()(images), atol=1e-5)
+    wrong = cli("import", "theirs.pth", "--out", "w.safetensors", "--model", "torchvision:resnet18", *words)
+    assert (wrong.code, wrong.out) == (4, "")
+    assert "(`ddkit info model torchvision`)" in " ".join(wrong.err.split())
+
+
+def test_a_checkpoint_of_ones_own_network_becomes_a_teacher(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\ndef small(channels, size, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    Path("own_import.py").write_text(code)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).state_dict(), "own.pt")
+    words = ("own.pt", "--model", "python:own_import.small", "--size", 8, "--classes", 10, "--mean", 0.3, "--std", 0.4)
+    told = cli("import", *words, "--out", "t.safetensors")
+    assert told.code == 0, told.err
+    run = ("distill", "--losses", "dkkt-primal", "--pipc", 0, "--init", "noise", "--teacher", "t.safetensors", "--evaluate", "none")
+    asked = cli(*run, "--steps", 1, "--out", "no")
+    assert asked.code == 4
+    assert "--allow-code" in asked.err  # the file names the code, not the user
+    assert cli(*run, "--steps", 1, "--out", "yes", "--model", "python:own_import.small").code == 0
+    sys.modules.pop("own_import", None)
 
 
 def test_an_imported_teacher_distils(cli: Cli, tmp_path: Path) -> None:
