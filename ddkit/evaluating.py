@@ -219,5 +219,5 @@ def _same_data(one: Recipe, other: Recipe) -> bool:
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what two rows have in common of which the newer replaces the older."""
     named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
-    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature"))
+    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature", "variant"))
     return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)

@@ -165,6 +165,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     from tabulate import tabulate
 
     columns: dict[str, list[Any]] = {key: [getattr(row, key) for row in rows] for key in ("evaluator", "model", "protocol", "labels")}
+    columns["protocol"] = [", ".join(filter(None, (row.protocol, str(row.details.get("variant", ""))))) for row in rows]
     for key, usual in (("images", "synthetic"), ("split", "test")):
         values = [getattr(row, key) for row in rows]
         columns |= {key: values} if any(value != usual for value in values) else {}

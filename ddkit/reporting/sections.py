@@ -281,6 +281,7 @@ def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
 
 def _named(row: Mapping[str, Any]) -> str:
     parts = [row.get("model", ""), row.get("protocol", "")]
+    parts += [str(variant)] if (variant := row.get("details", {}).get("variant")) else []
     parts += [f"{epochs} epochs"] if (epochs := row.get("details", {}).get("epochs")) else []
     parts += [str(row["images"])] if row.get("images", "synthetic") != "synthetic" else []
     parts += [str(row["split"])] if row.get("split", "test") != "test" else []

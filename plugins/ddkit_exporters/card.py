@@ -267,6 +267,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         told = [str(row.get(key, usual)) for key, usual in (("images", "synthetic"), ("model", ""), ("protocol", ""), ("split", "test"))]
         epochs = row.get("details", {}).get("epochs")
         told[2] += f", {epochs} epochs" if epochs else ""
+        told[2] += f", {row['details']['variant']}" if row.get("details", {}).get("variant") else ""
         figures = [_percent(row.get(f"{key}_mean"), row.get(f"{key}_std")) for key in ("accuracy", "random_real")]
         lines.append(f"| {' | '.join([*map(markdown, told), str(row.get('repeats', '')), *figures])} |")
     return "\n".join(lines)
