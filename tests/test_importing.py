@@ -78,6 +78,29 @@ def test_npz_and_safetensors_are_read(tmp_path: Path) -> None:
         assert torch.equal(ddkit.load(tmp_path / f"{name}-out").images, IMAGES)
 
 
+def test_an_exported_npz_comes_back_bit_for_bit_without_a_flag(tmp_path: Path) -> None:
+    images, labels = _pair()
+    record = {"class_names": ["ü b", "a"], "mean": [0.4], "std": [0.3], "ipc": 2}
+    Artifact(images * 1.5 - 0.25, labels, record).save(tmp_path / "s.safetensors")
+    file = ddkit.export(tmp_path / "s.safetensors", "npz", tmp_path / "out") / "synthetic.npz"
+    found = ddkit.import_file(file, tmp_path / "in")
+    assert isinstance(found, Artifact)
+    assert torch.equal(found.images, images * 1.5 - 0.25)
+    assert found.class_names == ["ü b", "a"]
+    assert (found.mean, found.std) == (pytest.approx([0.4]), pytest.approx([0.3]))
+    other = ddkit.import_file(file, tmp_path / "other", mean=[0.1], std=[0.2], classes=["x", "y"])
+    assert isinstance(other, Artifact)
+    assert (other.mean, other.class_names) == ([0.1], ["x", "y"])
+
+
+def test_a_file_that_records_mean_and_std_is_not_asked_for_them(tmp_path: Path) -> None:
+    images, labels = _pair()
+    file = _saved({"images": images, "labels": labels, "mean": torch.tensor([0.25]), "std": torch.tensor([0.5])}, tmp_path / "a.pt")
+    found = ddkit.import_file(file, tmp_path / "in", pixels="normalised")
+    assert isinstance(found, Artifact)
+    assert torch.allclose(found.images, images * 0.5 + 0.25)
+
+
 def test_normalised_images_become_pixels_and_bytes_need_no_word(tmp_path: Path) -> None:
     normalised = _saved([(IMAGES - 0.25) / 0.5, LABELS], tmp_path / "n.pt")
     ddkit.import_file(normalised, tmp_path / "n", pixels="normalised", **NORM)
