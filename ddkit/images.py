@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,16 @@ LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 
 def common_shape(images: Sequence[Tensor]) -> tuple[int, int, int]:
     """Returns (C, H, W): 1 channel if all have one, else 3; the most frequent size (of equals, the larger)."""
-    channels = 1 if all(image.shape[0] == 1 for image in images) else 3
-    sizes = Counter((image.shape[1], image.shape[2]) for image in images)
+    return shape_of(Counter((image.shape[0], image.shape[1], image.shape[2]) for image in images))
+
+
+def shape_of(shapes: Mapping[tuple[int, int, int], int]) -> tuple[int, int, int]:
+    """Returns what common_shape does of images of which so many have each of `shapes` (C, H, W)."""
+    sizes: Counter[tuple[int, int]] = Counter()
+    for (_, height, width), count in shapes.items():
+        sizes[height, width] += count
     height, width = max(sizes, key=lambda size: (sizes[size], size))
-    return channels, height, width
+    return (1 if all(channels == 1 for channels, _, _ in shapes) else 3), height, width
 
 
 def other_sizes(images: Sequence[Tensor], shape: tuple[int, int, int]) -> int:
@@ -62,15 +68,21 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64."""
-    count = images.shape[0] * images.shape[2] * images.shape[3]
+def channel_statistics(
+    images: Tensor, *, rows: int | None = None, total: Callable[[Tensor], Tensor] = lambda own: own
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64.
+
+    Where these are a part of `rows` images, `total` returns a sum over all parts.
+    """
+    count = (images.shape[0] if rows is None else rows) * images.shape[2] * images.shape[3]
     mean, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for part in images.split(1000):
         mean = mean + to_unit(part).double().sum((0, 2, 3)) / count
+    mean = total(mean)
     for part in images.split(1000):
         squares = squares + (to_unit(part).double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
-    std = (squares / count).sqrt().clamp_min(1e-6)
+    std = (total(squares) / count).sqrt().clamp_min(1e-6)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

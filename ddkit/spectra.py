@@ -13,7 +13,9 @@ MOST_IMAGES = 1000  # whose spectrum stands for that of all
 
 def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
     """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
-    return images[torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()]
+    if len(images) <= most:
+        return images
+    return images[torch.linspace(0, len(images) - 1, most).round().long()]
 
 
 def power(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import click
 
 from ddkit.cli.names import Names
 from ddkit.errors import FlagError, InputError, printable
+from ddkit.ranks import follows
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +51,18 @@ class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         if any(number < 1 for ipc, pipc in cells for number in ((ipc,) if self.whole else (ipc, int(pipc)))):
             self.fail(f"ipc{'' if self.whole else ' and pipc'} {'is' if self.whole else 'are'} at least 1.", param, ctx)
         return cells
+
+
+class Shard(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """A share I/N of the work, I from 1 to N; as (I - 1, N)."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        number, _, of = str(value).partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            self.fail(f"{value!r} is no share I/N with I from 1 to N, such as 1/4.", param, ctx)
+        return int(number) - 1, int(of)
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -113,7 +126,7 @@ def set_verbosity(quiet: bool, verbose: bool = False) -> None:
     """Sets how much of ddkit's log reaches stderr; raises FlagError where both are asked for."""
     if quiet and verbose:
         raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
-    logging.getLogger("ddkit").setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("ddkit").setLevel(logging.ERROR if quiet or follows() else logging.INFO if verbose else logging.WARNING)
 
 
 @contextmanager
@@ -132,12 +145,16 @@ def blaming_flags(flags: Mapping[str, Any]) -> Iterator[None]:
 
 def echo_json(value: Any) -> None:
     """Prints one JSON object on stdout; what acts on a terminal is escaped, as JSON escapes it."""
-    click.echo(printable(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+    show(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Prints text on stdout; what acts on a terminal (a class or file may be called anything) is escaped."""
-    click.echo(printable(text + end), nl=False)
+    """Prints text on stdout; what acts on a terminal (a class or file may be called anything) is escaped.
+
+    Of several processes that torchrun started the first alone does.
+    """
+    if not follows():
+        click.echo(printable(text + end), nl=False)
 
 
 class LogFormat(logging.Formatter):

@@ -41,6 +41,7 @@ def evaluate(target: str, **flags: Any) -> None:
             model=flags["model"], repeats=flags["repeats"], teacher=flags["teacher"], seed=flags["seed"], pipc=flags["pipc"],
             sets=dict(parse_set(text) for text in flags["sets"]), device=flags["device"],
             observers=observers(flags["quiet"], flags["verbose"]),
+            distributed=True,
         )  # fmt: skip
     if flags["as_json"]:
         import msgspec

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.hookspecs import hookimpl
+from ddkit.ranks import follows
 
 log = logging.getLogger("ddkit")
 
@@ -45,12 +46,17 @@ def _yes(value: Any) -> str:
 
 
 def observers(quiet: bool, verbose: bool = False) -> list[Any]:
-    """Returns what shows the progress: with `verbose` lines, else a bar where stderr is a terminal, nothing where it is to be `quiet`."""
+    """Returns what shows the progress: with `verbose` lines, else a bar where stderr is a terminal, nothing where it is to be `quiet`.
+
+    Of the processes of a run the first alone shows it.
+    """
     from ddkit.progress import ProgressBar
 
-    if verbose and not quiet:
+    if quiet or follows():
+        return []
+    if verbose:
         return [Narrator()]
-    return [] if quiet or not sys.stderr.isatty() else [ProgressBar()]
+    return [ProgressBar()] if sys.stderr.isatty() else []
 
 
 def reporter(stage: str, watchers: list[Any]) -> Callable[[int, int], None] | None:
