@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,9 @@ ONE_PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABA
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     path = find_browser()
     if path is None:
-        pytest.skip(f"no browser: none of {', '.join(NAMES)} is installed, and DDKIT_BROWSER names none")
+        named = os.environ.get("DDKIT_BROWSER")
+        problem = f"DDKIT_BROWSER = {named} is none" if named else f"none of {', '.join(NAMES)} is installed"
+        pytest.skip(f"no browser: {problem}")
     with Browser(path, tmp_path_factory.mktemp("browser") / "profile") as started:
         yield started
 
