@@ -97,7 +97,7 @@ def run_evaluators(
     images, labels = real.test_set
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
-        seed=seed, device=device, split=real.split, shared=_sharing(ranks),
+        seed=seed, device=device, split=real.split, spread=_spread(ranks) if ranks.size > 1 else None,
         report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
     )  # fmt: skip
     rows: list[Evaluation] = []
@@ -109,19 +109,17 @@ def run_evaluators(
     return rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
 
 
-def _sharing(ranks: Ranks) -> Callable[[Sequence[Any], Callable[[Sequence[Any]], Sequence[float]]], list[float]]:
-    """Returns what EvaluationData.shared is in this process."""
+def _spread(ranks: Ranks) -> Callable[..., list[float]]:
+    """Returns what EvaluationData.shared() does in one of several processes."""
 
-    def shared(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
-        if ranks.size == 1:
-            return list(work(tasks))
+    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
         own = slice(ranks.rank, None, ranks.size)
         found = torch.zeros(len(tasks), dtype=torch.float64)
         if tasks[own]:
             found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
         return ranks.sums([found], "evaluation")[0].tolist()
 
-    return shared
+    return spread
 
 
 def judged(

@@ -14,7 +14,6 @@ import click
 
 from ddkit import plugins
 from ddkit.cli.common import echo_json, plugin_files, show
-from ddkit.cli.manual import manual_page
 from ddkit.cli.names import Names
 from ddkit.errors import PluginError, suggestion
 
@@ -181,6 +180,8 @@ def _condition(when: dict[str, int]) -> str:
 
 def _page(facts: dict[str, Any]) -> str:
     """Returns the page of a component, recipe or study; the settings of a recipe as a table where it says where they come from."""
+    from ddkit.cli.manual import manual_page
+
     rows = facts.get("settings", [])
     return manual_page(facts, _settings_table(rows) if any(row["origin"] for row in rows) else "")
 
