@@ -12,8 +12,8 @@ import torch
 
 from ddkit import permission
 from ddkit.artifact import FILE, Artifact, load
+from ddkit.averaging import seeds_of
 from ddkit.blame import blamed
-from ddkit.blend import seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
@@ -244,5 +244,5 @@ def _same_data(one: Recipe, other: Recipe) -> bool:
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what two rows have in common of which the newer replaces the older."""
     named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
-    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature"))
+    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature", "variant"))
     return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)
