@@ -10,10 +10,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+from tests.forks import HEAVY, forking
 
 SMALL = {  # keeps every run in tests to a fraction of a second
     "steps": 2,
@@ -48,6 +50,13 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     os.environ["DDKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["DDKIT_CACHE"]
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """Yields what stands in for the module subprocess: its processes are forks of one that has imported torch and the like."""
+    with forking(*HEAVY) as made:
+        yield made
 
 
 @pytest.fixture
