@@ -60,6 +60,12 @@ def forks() -> Iterator[Any]:
 
 
 @pytest.fixture
+def forked_children(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
+    """Makes the processes that ddkit starts forks."""
+    monkeypatch.setattr("ddkit.children.subprocess", forks)
+
+
+@pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Result]]:
     """Yields a function that runs `ddkit ARGS...` in this process, in an empty folder."""
     from ddkit.cli import main

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 HEAVY = ("torch", "torch._dynamo", "numpy", "PIL.Image", "safetensors.torch")  # torch imports _dynamo at its first optimizer
@@ -126,26 +128,24 @@ class Forked:
         socket.send_fds(link, [message], [*given, tells])
         for file in (*given, tells):
             os.close(file)
-        self._told = os.fdopen(told)
+        self._told, self._lock = os.fdopen(told), threading.Lock()
         self.pid = int(self._told.readline())
 
     def poll(self) -> int | None:
-        import select
-
-        if self.returncode is None and select.select([self._told], [], [], 0)[0]:
-            self.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        import select
+        if self.returncode is None and not select.select([self._told], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
+        with self._lock:  # two threads may wait
+            if self.returncode is None:
+                self.returncode = int(self._told.readline())
+            return self.returncode
 
-        if self.returncode is None:
-            if not select.select([self._told], [], [], timeout)[0]:
-                assert timeout is not None
-                raise subprocess.TimeoutExpired(list(self.args), timeout)
-            self.returncode = int(self._told.readline())
-            self._told.close()
-        return self.returncode
+    def __del__(self) -> None:
+        self._told.close()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
