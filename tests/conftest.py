@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import struct
 import sys
@@ -39,7 +38,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight.
+    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight; those they start, too.
 
     Ctrl-C works, here and in the processes that tests start, also where a shell started the tests in the background.
     """
@@ -47,9 +46,10 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    os.environ["DDKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["DDKIT_CACHE"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a core that others have take ten times as long
+        yield
 
 
 @pytest.fixture(scope="session")
