@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import struct
 import sys
@@ -47,7 +48,11 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("DDKIT_CACHE", str(cache))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "compile"))  # as the command does; so Python's functions share what is compiled
+        if "TORCHINDUCTOR_VEC_ISA_OK" not in os.environ:  # torch need not try the compiler on every kind of vector, which takes 15 s
+            patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
         patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a core that others have take ten times as long
         yield
 
