@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,6 +20,15 @@ from ddkit.testing import (
     ModelConformance,
     ObserverConformance,
 )
+from tests.forks import forking
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forks() -> Iterator[None]:
+    """Imports each module in a fork of one process that has what an import is timed beside; tests of the testing kit start one anew."""
+    with forking("torch", "numpy", "ddkit") as forks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.testing.suite.subprocess", forks)
+        yield
 
 
 class TestDistributionMatching(LossConformance):

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -496,7 +495,8 @@ def test_everything_that_a_loss_may_ask_for_is_on_its_page() -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_tell_how_they_are_used(script: Path) -> None:
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+def test_examples_tell_how_they_are_used(forks: Any, script: Path) -> None:
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = forks.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
