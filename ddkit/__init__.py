@@ -35,8 +35,9 @@ if TYPE_CHECKING:
     from ddkit.exporting import export
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation, conform, sheet_png, to_unit
+    from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
     from ddkit.importing import import_file
+    from ddkit.mapped import blocks, on_disk
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.plugins import add_plugin_file, create
@@ -69,8 +70,9 @@ _HOMES = {
     "ddkit.exporting": ("export",),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation", "conform", "sheet_png", "to_unit"),
+    "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),
+    "ddkit.mapped": ("blocks", "on_disk"),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.progress": ("ProgressBar",),
@@ -107,6 +109,7 @@ __all__ = [
     "LossGroup",
     "Model",
     "Normalisation",
+    "NormalisedRows",
     "Option",
     "Options",
     "Parameter",
@@ -127,6 +130,7 @@ __all__ = [
     "accuracy",
     "add_plugin_file",
     "blend",
+    "blocks",
     "build_network",
     "cache_folder",
     "compiled",
@@ -144,6 +148,7 @@ __all__ = [
     "import_file",
     "is_compiled",
     "load",
+    "on_disk",
     "pick_precision",
     "products",
     "radial_spectrum",

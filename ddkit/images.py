@@ -4,28 +4,49 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddkit.errors import printable
+from ddkit.mapped import blocks, on_disk, rows_of
 
 LONGEST_NAME = 60  # characters of a class name in a picture
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 
 
-def common_shape(images: Sequence[Tensor]) -> tuple[int, int, int]:
-    """Returns (C, H, W): 1 channel if all have one, else 3; the most frequent size (of equals, the larger)."""
-    channels = 1 if all(image.shape[0] == 1 for image in images) else 3
-    sizes = Counter((image.shape[1], image.shape[2]) for image in images)
-    height, width = max(sizes, key=lambda size: (sizes[size], size))
-    return channels, height, width
+class Kinds:
+    """What some images are like: how many of each size (height, width), whether all are grey, and whether all are bytes."""
 
+    def __init__(self) -> None:
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.grey = self.bytes = True
 
-def other_sizes(images: Sequence[Tensor], shape: tuple[int, int, int]) -> int:
-    """Returns how many of the images (C, H, W) have another height or width than `shape`."""
-    return sum(tuple(image.shape[1:]) != shape[1:] for image in images)
+    def __len__(self) -> int:
+        return self.sizes.total()
+
+    def add(self, images: Sequence[Tensor] | Tensor) -> None:
+        """Counts images (C, H, W)."""
+        self.add_shapes([tuple(image.shape) for image in images])
+        self.bytes &= all(image.dtype == torch.uint8 for image in images)
+
+    def add_shapes(self, shapes: Iterable[tuple[int, ...]]) -> None:
+        """Counts images of uint8 by their shapes (C, H, W)."""
+        for channels, height, width in shapes:
+            self.sizes[height, width] += 1
+            self.grey &= channels == 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W): 1 channel if all have one, else 3; the most frequent size (of equals, the larger)."""
+        height, width = max(self.sizes, key=lambda size: (self.sizes[size], size))
+        return 1 if self.grey else 3, height, width
+
+    def others(self, shape: tuple[int, int, int]) -> int:
+        """Returns how many have another height or width than `shape`."""
+        return len(self) - self.sizes[shape[1], shape[2]]
 
 
 def conform(images: list[Tensor], shape: tuple[int, int, int]) -> Tensor:
@@ -62,13 +83,17 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
+STATISTICS_VALUES = 1000 * 3 * 32 * 32  # taken into account at once, in float64
+
+
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64."""
     count = images.shape[0] * images.shape[2] * images.shape[3]
+    rows = max(1, min(1000, STATISTICS_VALUES // images[0].numel()))
     mean, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for part in images.split(1000):
+    for part in blocks(images, rows):
         mean = mean + to_unit(part).double().sum((0, 2, 3)) / count
-    for part in images.split(1000):
+    for part in blocks(images, rows):
         squares = squares + (to_unit(part).double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
     std = (squares / count).sqrt().clamp_min(1e-6)
     return tuple(mean.tolist()), tuple(std.tolist())
@@ -94,10 +119,50 @@ class Normalisation:
         mean, std = self._constants(x)
         return (x - mean) / std
 
+    def lazily(self, images: Tensor) -> Tensor | NormalisedRows:
+        """Returns normalised images: a tensor, or where `images` lie on the disk, rows that are normalised where they are looked at."""
+        return NormalisedRows(images, self) if on_disk(images) else self.normalise(images)
+
     def to_pixels(self, images: Tensor) -> Tensor:
         """Returns images in pixel units from normalised ones; not clipped."""
         mean, std = self._constants(images)
         return images * std + mean
+
+
+class NormalisedRows:
+    """Images (n, C, H, W) on the disk, seen as normalised ones: `rows[index]` is a tensor of those rows, on `device`.
+
+    Not one of them is kept. Used as a whole, as in `rows.mean(0)`, it is a tensor of all of them, which may not fit in memory.
+    """
+
+    def __init__(self, images: Tensor, normalisation: Normalisation, device: torch.device | str = "cpu") -> None:
+        self.images, self.normalisation, self.device = images, normalisation, torch.device(device)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.images.shape
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Tensor | slice | int) -> Tensor:
+        """Returns the normalised images of an index, a mask, a slice, or one number."""
+        rows = torch.arange(len(self.images))[index.cpu() if isinstance(index, Tensor) else index]
+        return self.normalisation.normalise(rows_of(self.images, rows).to(self.device))
+
+    def split(self, rows: int) -> Iterator[Tensor]:
+        """Yields consecutive blocks of at most `rows` rows."""
+        for part in blocks(self.images, rows):
+            yield self.normalisation.normalise(part.to(self.device))
+
+    def to(self, device: torch.device | str) -> NormalisedRows:
+        """Returns the same rows, to come on `device`."""
+        return NormalisedRows(self.images, self.normalisation, device)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self[:], name)
 
 
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:

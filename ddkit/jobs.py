@@ -24,6 +24,7 @@ from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
 from ddkit.images import Normalisation, channel_statistics
+from ddkit.mapped import blocks
 from ddkit.networks import build_network, couples_samples, features_of, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
 from ddkit.randomness import generator
@@ -37,6 +38,7 @@ AUTOMATIC_TEACHER = "the automatic teacher"
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
+HASHED_ROWS = 1000  # images that are hashed at once
 IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
@@ -258,7 +260,8 @@ class Job:
         """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
         digest = hashlib.sha256(repr(tuple(self.real.images.shape)).encode())
         for tensor in (self.real.images, self.real.labels):
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            for part in blocks(tensor, HASHED_ROWS):
+                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy())
         found = {"the data": digest.hexdigest()}
         if self.teacher is not None and self._distils_with_teacher:
             name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"the teacher {Path(self.recipe.teacher.use).name}"
@@ -317,7 +320,7 @@ class Job:
         start = Start(
             labels=labels,
             shape=self.info.shape,
-            real_images=self.normalisation.normalise(self.real.images),
+            real_images=self.normalisation.lazily(self.real.images),
             real_labels=self.real.labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,

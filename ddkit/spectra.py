@@ -8,6 +8,7 @@ from torch import Tensor
 from ddkit.errors import InputError
 
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
+MOST_VALUES = 10_000_000  # transformed at once, in float64
 MOST_IMAGES = 1000  # whose spectrum stands for that of all
 
 
@@ -23,12 +24,18 @@ def power(images: Tensor) -> tuple[Tensor, Tensor]:
     channel's mean was taken off; coefficients that stand for a mirrored one too count twice.
     """
     height, width = images.shape[-2:]
-    x = images.double() - images.double().mean((-2, -1), keepdim=True)
-    found = torch.fft.rfft2(x).abs().square().flatten(0, 1).mean(0)
+    parts = images.split(max(1, MOST_VALUES // max(1, images[:1].numel())))
+    found = sum(len(part) / len(images) * _power(part) for part in parts) if len(parts) > 1 else _power(images)
     across = torch.fft.rfftfreq(width, dtype=torch.float64)
     twice = 2.0 - ((across == 0) | (across == 0.5)).double()
     frequency = (torch.fft.fftfreq(height, dtype=torch.float64)[:, None].square() + across.square()).sqrt()
     return frequency, found * twice
+
+
+def _power(images: Tensor) -> Tensor:
+    """Returns the mean over images and channels of the squared size of their coefficients."""
+    x = images.double() - images.double().mean((-2, -1), keepdim=True)
+    return torch.fft.rfft2(x).abs().square().flatten(0, 1).mean(0)
 
 
 def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[float]]:

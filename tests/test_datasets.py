@@ -20,7 +20,7 @@ from torch import Tensor
 import ddkit
 from ddkit.components import Dataset
 from ddkit.data import RealData, accessible_indices, open_dataset
-from ddkit.images import Normalisation, channel_statistics, common_shape, conform, sheet_png
+from ddkit.images import Kinds, Normalisation, channel_statistics, conform, sheet_png
 from ddkit.recipe import DataTable
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
@@ -302,7 +302,9 @@ def test_images_of_one_size_are_not_said_to_be_resized(image_folder: Path, caplo
 
 def test_common_shape_is_the_most_frequent_and_of_equals_the_larger() -> None:
     def of(*shapes: tuple[int, int, int]) -> tuple[int, int, int]:
-        return common_shape([torch.zeros(shape) for shape in shapes])
+        kinds = Kinds()
+        kinds.add([torch.zeros(shape) for shape in shapes])
+        return kinds.shape
 
     assert of((1, 4, 6), (1, 8, 8), (1, 4, 6)) == (1, 4, 6)
     assert of((3, 4, 6), (1, 8, 8)) == (3, 8, 8)
