@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddkit.api import Run, blend, distill, evaluate, train
+    from ddkit.api import Run, blend, distill, evaluate, resume, train
     from ddkit.arrays import read_arrays
     from ddkit.artifact import Artifact, Provenance, load
     from ddkit.children import Child, ChildEnded
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ddkit.mapped import blocks, on_disk
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
+    from ddkit.passed import passed_dataset
     from ddkit.plugins import add_plugin_file, create
     from ddkit.progress import ProgressBar
     from ddkit.randomness import generator
@@ -52,7 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
+    "ddkit.api": ("Run", "blend", "distill", "evaluate", "resume", "train"),
     "ddkit.arrays": ("read_arrays",),
     "ddkit.artifact": ("Artifact", "Provenance", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
@@ -75,6 +76,7 @@ _HOMES = {
     "ddkit.mapped": ("blocks", "on_disk"),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
+    "ddkit.passed": ("passed_dataset",),
     "ddkit.progress": ("ProgressBar",),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
@@ -149,12 +151,14 @@ __all__ = [
     "is_compiled",
     "load",
     "on_disk",
+    "passed_dataset",
     "pick_precision",
     "products",
     "radial_spectrum",
     "read_arrays",
     "redraw",
     "report",
+    "resume",
     "sheet_png",
     "spread",
     "to_device",

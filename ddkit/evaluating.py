@@ -22,6 +22,7 @@ from ddkit.files import json_bytes, read_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
 from ddkit.manifest import MANIFEST, check_listed
+from ddkit.passed import passing
 from ddkit.recipe import Recipe, parse_recipe
 from ddkit.recipes import recipe_for, with_options
 from ddkit.reporting import renew_report
@@ -35,7 +36,7 @@ log = logging.getLogger("ddkit")
 def evaluate(
     target: Artifact | str | Path,
     *,
-    dataset: str | None = None,
+    dataset: Any = None,
     data_dir: str | None = None,
     evaluators: str | None = None,
     protocol: str | None = None,
@@ -51,9 +52,9 @@ def evaluate(
 ) -> list[Evaluation]:
     """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
-    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without
-    `dataset` a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe
-    or a teacher file names. Raises DdkitError.
+    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without `dataset`, which is as for
+    distill, a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe or a
+    teacher file names. Raises DdkitError.
     """
     permission.named_by_user(model, sets)
     if evaluators == "none":
@@ -63,13 +64,13 @@ def evaluate(
     judged_file = None if directory is None else directory.read_manifest()["files"].get(FILE)
     if directory is not None:
         recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
-    recipe = _evaluation_recipe(
-        artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
-        data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
-    )  # fmt: skip
-    recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
-    with permission.allowing(allow_code):
+    with passing(dataset) as data, permission.allowing(allow_code):
+        recipe = _evaluation_recipe(
+            artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
+            data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
+        )  # fmt: skip
+        recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
         rows = judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
         _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
