@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from ddkit.errors import printable
 from ddkit.mapped import blocks, on_disk, rows_of
 
 LONGEST_NAME = 60  # characters of a class name in a picture
+MANY_CLASSES = 100  # whose rows, of 64 pixels, may stand below each other; more are drawn smaller
+MOST_HEIGHT, MOST_PIXELS = 7000, 10_000_000  # of a picture; viewers give up on towers
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 
 
@@ -166,26 +170,84 @@ class NormalisedRows:
 
 
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
-    """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
+
+    Where the rows would make a tower they stand in several columns, and of very many classes the first are shown; a line says so. Names
+    in letters that Pillow's own font lacks are in a font of the system, and where it has none the class is called by its number.
+    """
+    from PIL import Image, ImageDraw
 
     height, width = images.shape[2:]
-    scale = max(1, round(64 / max(height, width)))
-    font = ImageFont.load_default(size=14)
-    rows = sorted(set(labels.tolist()))
-    names = {label: " ".join(printable(class_names[label]).split())[:LONGEST_NAME] for label in rows}
-    margin = 12 + max(int(font.getlength(name)) for name in names.values())
-    most = min(columns, max(int((labels == label).sum()) for label in rows))
+    rows = labels.unique().tolist()
+    scale = max(1, round((64 if len(rows) <= MANY_CLASSES else 32) / max(height, width)))
+    most = min(columns, int(labels.bincount().max()))
     cell_h, cell_w = height * scale + 4, width * scale + 4
-    sheet = Image.new("RGB", (margin + most * cell_w, len(rows) * cell_h), "white")
+    most_rows = MOST_PIXELS // (cell_h * cell_w) + 1
+    names = {label: _written(" ".join(printable(class_names[label]).split())[:LONGEST_NAME], label) for label in rows[:most_rows]}
+    margin = 12 + max(int(font.getlength(name)) for name, font in names.values())
+    row_w = margin + most * cell_w
+    shown = rows[: max(1, MOST_PIXELS // (row_w * cell_h))]
+    deep = _depth(len(shown), row_w, cell_h)
+    footer = 24 if len(shown) < len(rows) else 0
+    sheet = Image.new("RGB", (-(-len(shown) // deep) * row_w, min(deep, len(shown)) * cell_h + footer), "white")
     draw = ImageDraw.Draw(sheet)
     pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    for y, label in enumerate(rows):
-        draw.text((6, y * cell_h + cell_h // 2), names[label], fill="black", font=font, anchor="lm")
+    for number, label in enumerate(shown):
+        left, top = number // deep * row_w, number % deep * cell_h
+        name, own = names[label]
+        draw.text((left + 6, top + cell_h // 2), name, fill="black", font=own, anchor="lm")
         for x, image in enumerate(pixels[labels == label][:most]):
             array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
             tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(tile, (margin + x * cell_w, y * cell_h + 2))
+            sheet.paste(tile, (left + margin + x * cell_w, top + 2))
+    if footer:
+        draw.text(
+            (6, sheet.height - 12), f"The first {len(shown):,} of {len(rows):,} classes.", fill="black", font=_fonts()[0], anchor="lm"
+        )
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+    "msgothic.ttc",
+    "YuGothM.ttc",
+)
+
+
+@cache
+def _fonts() -> tuple[Any, ...]:
+    """Returns Pillow's own font, then those of the system that are there."""
+    from PIL import ImageFont
+
+    found = [ImageFont.load_default(size=14)]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size=14))
+    return tuple(found)
+
+
+def _written(name: str, label: int) -> tuple[str, Any]:
+    """Returns (name, font) as it can be drawn: the first font that has all of its letters."""
+    for font in _fonts()[: 1 if name.isascii() else None]:
+        if all(_has(font, letter) for letter in set(name)):
+            return name, font
+    return f"class {label}", _fonts()[0]
+
+
+@cache
+def _has(font: Any, letter: str) -> bool:
+    """Whether a font has a letter: what it lacks is drawn as one and the same box."""
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
+
+
+def _depth(rows: int, width: int, height: int) -> int:
+    """Returns how many of `rows` rows, each of width x height pixels, stand below each other: all, or as many as make a square."""
+    if rows * height <= MOST_HEIGHT:
+        return rows
+    return -(-rows // max(2, round((rows * height / width) ** 0.5)))
