@@ -134,7 +134,7 @@ class Normalisation:
 
 
 class NormalisedRows:
-    """Images (n, C, H, W) on the disk, seen as normalised ones: `rows[index]` is a tensor of those rows, on `device`.
+    """Images (n, C, H, W), mostly on the disk, seen as normalised ones: `rows[index]` is a tensor of those rows, on `device`.
 
     Not one of them is kept. Used as a whole, as in `rows.mean(0)`, it is a tensor of all of them, which may not fit in memory.
     """

@@ -23,7 +23,7 @@ from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dat
 from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
-from ddkit.images import Normalisation, channel_statistics
+from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.mapped import blocks
 from ddkit.networks import build_network, couples_samples, features_of, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
@@ -38,7 +38,7 @@ AUTOMATIC_TEACHER = "the automatic teacher"
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
-HASHED_ROWS = 1000  # images that are hashed at once
+HASHED_ROWS = 100  # images that are hashed at once
 IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
@@ -320,7 +320,9 @@ class Job:
         start = Start(
             labels=labels,
             shape=self.info.shape,
-            real_images=self.normalisation.lazily(self.real.images),
+            real_images=NormalisedRows(self.real.images, self.normalisation)
+            if not self.initializer.origin  # ddkit's own take rows; a stranger's may want a tensor
+            else self.normalisation.lazily(self.real.images),
             real_labels=self.real.labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,

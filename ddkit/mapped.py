@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+PART_BYTES = 2**24  # of pages that are in memory at once
 _FILES: WeakValueDictionary[int, mmap.mmap] = WeakValueDictionary()  # by the address of the tensor's first value
 
 
@@ -47,8 +48,14 @@ def blocks(images: Tensor, rows: int) -> Iterator[Tensor]:
 
 def rows_of(images: Tensor, rows: Tensor) -> Tensor:
     """Returns a copy of some rows, by index or mask; of a tensor in a file, pages are given back."""
-    found = images[rows]
-    _give_back(images)
+    if not on_disk(images) or rows.ndim == 0:
+        return images[rows]
+    rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+    found = images.new_empty((len(rows), *images.shape[1:]))
+    size = max(1, PART_BYTES // images[0].nbytes)
+    for part, chosen in zip(found.split(size), rows.split(size), strict=True):
+        part.copy_(images[chosen])
+        _give_back(images)
     return found
 
 

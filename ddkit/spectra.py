@@ -6,19 +6,21 @@ import torch
 from torch import Tensor
 
 from ddkit.errors import InputError
+from ddkit.images import to_unit
+from ddkit.mapped import rows_of
 
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
-MOST_VALUES = 10_000_000  # transformed at once, in float64
+MOST_VALUES = 1000 * 3 * 32 * 32  # transformed at once, in float64
 MOST_IMAGES = 1000  # whose spectrum stands for that of all
 
 
 def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
     """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
-    return images[torch.linspace(0, len(images) - 1, min(most, len(images))).round().long()]
+    return rows_of(images, torch.linspace(0, len(images) - 1, min(most, len(images))).round().long())
 
 
 def power(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (frequency, power) of every Fourier coefficient of images (n, C, H, W): two tensors (H, W // 2 + 1).
+    """Returns (frequency, power) of every Fourier coefficient of images (n, C, H, W), floats or uint8: two tensors (H, W // 2 + 1).
 
     Frequencies are radial, in cycles per pixel, 0 to 0.71. The power is averaged over images and channels, after each
     channel's mean was taken off; coefficients that stand for a mirrored one too count twice.
@@ -34,7 +36,8 @@ def power(images: Tensor) -> tuple[Tensor, Tensor]:
 
 def _power(images: Tensor) -> Tensor:
     """Returns the mean over images and channels of the squared size of their coefficients."""
-    x = images.double() - images.double().mean((-2, -1), keepdim=True)
+    x = to_unit(images).double()
+    x = x - x.mean((-2, -1), keepdim=True)
     return torch.fft.rfft2(x).abs().square().flatten(0, 1).mean(0)
 
 

@@ -39,7 +39,7 @@ class Spectrum(ddkit.Evaluator):
         share = ddkit.high_frequency_share(artifact.images)
         details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
         if len(data.real_images):
-            real = ddkit.to_unit(ddkit.spread(data.real_images))
+            real = ddkit.spread(data.real_images)
             details["real"] = ddkit.radial_spectrum(real, self.options.bins)[1]
             details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
             summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
