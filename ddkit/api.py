@@ -30,10 +30,11 @@ from ddkit.manifest import MANIFEST, check_listed
 from ddkit.passed import passing
 from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
+from ddkit.ranks import Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.reporting import close_run, known_spectrum
-from ddkit.rundir import EVALUATION, RECIPE, Run, RunDirectory, is_logged, save_set
+from ddkit.rundir import EVALUATION, RECIPE, Follower, Run, RunDirectory, is_logged, save_set
 from ddkit.teacher import Teacher
 from ddkit.teachers import save_teacher, train_teacher
 
@@ -81,22 +82,25 @@ def distill(
     out: str | Path | None = None,
     observers: Sequence[Any] = (),
     allow_code: bool = False,
+    distributed: bool = False,
 ) -> Run:
     """Makes a synthetic set and returns its run; the arguments are the flags of `ddkit distill`.
 
     `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. `dataset` is a name, or an object: a map-style
     torch Dataset of (image, label), or (training, test) of these. `allow_code` lets Python code run that a recipe or teacher file names;
-    what the arguments name runs anyway. Raises DdkitError.
+    what the arguments name runs anyway. `distributed`: the processes that torchrun started, all of which call this, share the run
+    (elsewhere this process is alone). Raises DdkitError.
     """
     losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
     permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
+    place = None if out is None else Path(out)
     with passing(dataset) as data, permission.allowing(allow_code):
         built = recipe_for(
             recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
             ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
             augmenter__use=augment, data__dir=data_dir, **data,
         )  # fmt: skip
-        return run_recipe(built, losses=losses, device=device, out=None if out is None else Path(out), observers=observers)
+        return run_recipe(built, losses=losses, device=device, out=place, observers=observers, distributed=distributed)
 
 
 def run_recipe(
@@ -106,17 +110,43 @@ def run_recipe(
     device: str = "auto",
     out: Path | None = None,
     observers: Sequence[Any] = (),
+    distributed: bool = False,
 ) -> Run:
     """Runs `recipe` into `out` (None: runs/<recipe or losses>-<dataset>-<n>); nothing stays of a run that never began."""
-    pick_device(device)
-    watchers = watchers_of(observers)
-    stem = f"{(losses or recipe.name).replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
-    with RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out) as directory:
+    with group(wanted=distributed) as ranks:
+        return _run(recipe, _Place(own_device(device), ranks, observers), out, losses or recipe.name)
+
+
+class _Place(NamedTuple):
+    """Where a run is made: on which device, by which processes, seen by whom."""
+
+    device: str
+    ranks: Ranks
+    observers: Sequence[Any]
+
+    def watchers(self) -> Observers:
+        """Returns the observers, which only the first process has."""
+        return watchers_of(self.observers) if self.ranks.first else Observers([])
+
+    def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
+        """Returns what `claim` does in the first process, and in the others the same folder to follow."""
+        if not self.ranks.first:
+            return Follower(Path(self.ranks.told(None)))
+        claimed = claim()
+        self.ranks.told(str(claimed.path.absolute()) if self.ranks.size > 1 else None)
+        return claimed
+
+
+def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:
+    pick_device(place.device)
+    watchers = place.watchers()
+    stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
+    with place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
         if recipe.blend is not None:
-            return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
+            return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         with deterministic(recipe.engine.deterministic):
             try:
-                made = _made(recipe, device, watchers)
+                made = _made(recipe, place, watchers)
                 _begin(made, directory)
             except BaseException:
                 directory.discard()
@@ -132,39 +162,46 @@ def resume(
     device: str = "auto",
     observers: Sequence[Any] = (),
     allow_code: bool = False,
+    distributed: bool = False,
 ) -> Run:
     """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it.
 
     `dataset` is needed where the run's was an object: the same again, as for distill. A run that is finished is returned as it is.
-    `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. Raises DdkitError.
+    `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. `distributed`: as in distill; the
+    run may have been begun by any number of processes. Raises DdkitError.
     """
-    path = Path(path)
     if isinstance(dataset, str):
         raise FlagError("dataset: a run is continued on its own data. Pass the object that it was begun with, or leave it out.")
-    with permission.allowing(allow_code), passing(dataset), RunDirectory.existing(path).take() as directory:
+    with permission.allowing(allow_code), passing(dataset), group(wanted=distributed) as ranks:
+        return _resume(Path(path), steps, _Place(own_device(device), ranks, observers))
+
+
+def _resume(path: Path, steps: int | None, place: _Place) -> Run:
+    with place.directory(lambda: RunDirectory.existing(path).take()) as directory:
         table = directory.read_recipe()
         recipe = parse_recipe(table)
         if recipe.blend is not None and steps is not None:
             raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
-        watchers = watchers_of(observers)
-        if steps in (None, recipe.steps) and (path / MANIFEST).is_file():
+        watchers = place.watchers()
+        if place.ranks.told(steps in (None, recipe.steps) and (path / MANIFEST).is_file()):
             return _finished(directory, watchers)
         if recipe.blend is not None:
-            return run_blend(recipe, directory, device, watchers, make=_maker(device, observers))
+            return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         longer = table if steps is None else table | {"steps": steps}
         with deterministic(recipe.engine.deterministic):
-            return _continue(longer, directory, device, watchers)
+            return _continue(longer, directory, place, watchers)
 
 
-def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watchers: Observers) -> Run:
+def _continue(table: dict[str, Any], directory: RunDirectory, place: _Place, watchers: Observers) -> Run:
     """Goes on with a run whose resolved recipe is `table`."""
     recipe = parse_recipe(table)
     newest = directory.newest_checkpoint()
+    place.ranks.same("The newest checkpoint", None if newest is None else newest.step)
     if newest is not None:
         check_unchanged(newest.plugin_files, directory.path)
         if newest.step > recipe.steps:
             raise RunFilesError(f"{directory.path} is at step {newest.step} already, past --steps {recipe.steps}.")
-    made = _made(recipe, device, watchers, begun=newest is not None)
+    made = _made(recipe, place, watchers, begun=newest is not None)
     if newest is None:
         directory.reopen()
         _begin(made, directory)
@@ -173,7 +210,7 @@ def _continue(table: dict[str, Any], directory: RunDirectory, device: str, watch
     _check_inputs(newest.inputs, made.job, directory.path)
     made.job.plugin_files = newest.plugin_files | made.job.plugin_files
     try:
-        made.engine.load_state(start, newest.state)
+        made.engine.load_state(start, made.bank.own_part(newest.state))
     except (KeyError, ValueError) as error:
         raise RunFilesError(f"The checkpoint of step {start} in {directory.path} does not fit its recipe: {error}.") from None
     directory.reopen()
@@ -214,24 +251,35 @@ class _Made(NamedTuple):
     recipe: Recipe
 
 
-def _made(recipe: Recipe, device: str, watchers: Observers, *, begun: bool = False) -> _Made:
+def _made(recipe: Recipe, place: _Place, watchers: Observers, *, begun: bool = False) -> _Made:
     """Returns the objects of a run; `begun`: its set is to be read from a checkpoint."""
-    job = Job(recipe, device=device, begun=begun)
+    job = Job(recipe, device=place.device, begun=begun, ranks=place.ranks)
     job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
     bank = job.bank()
-    return _Made(job, bank, job.engine(bank), job.resolved())
+    resolved = job.resolved()
+    place.ranks.same("The recipe", recipe_dict(resolved))
+    return _Made(job, bank, job.engine(bank), resolved)
 
 
 def _begin(made: _Made, directory: RunDirectory) -> None:
     """Writes what a run that is cut off continues from."""
     with products(made.job.device, made.job.products):
         made.engine.start()
-    if made.job.evaluators:
+    if made.job.evaluators and made.job.ranks.first:
         _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
-    begin_film(directory.path, _pixels(made.job, made.bank), made.bank.labels.cpu())
-    directory.write_checkpoint(0, made.engine.state(0), made.job.plugin_files, made.job.inputs)
+    images = _pixels(made.job, made.bank)
+    if images is not None:
+        begin_film(directory.path, images, made.job.stored_labels)
+    _keep(0, made.job, made.bank, made.engine, directory)
+
+
+def _keep(index: int, job: Job, bank: Bank, engine: Engine, directory: RunDirectory) -> None:
+    """Writes the checkpoint of step `index`."""
+    state = engine.state(index)
+    rowwise = {key for key in state if bank.is_rowwise(key)}
+    directory.write_checkpoint(index, state, job.plugin_files, job.inputs, rowwise=rowwise, ranks=job.ranks)
 
 
 def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
@@ -242,26 +290,29 @@ def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start:
         _iterate(job, bank, engine, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
+    job.ranks.told(None)  # its file is there
     evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
-    close_run(directory, facts)
+    if job.ranks.first:
+        close_run(directory, facts)
+    job.ranks.told(None)  # the run is finished for all of them, or for none
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
     watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
     return run
 
 
-def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
+def _iterate(job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
     began, every = time.perf_counter(), recipe.engine
 
     def show(index: int) -> None:
-        if watchers.has("checkpoint_written"):
-            images = _pixels(job, bank)
+        images = _pixels(job, bank) if job.ranks.told(watchers.has("checkpoint_written")) else None
+        if images is not None:
             watchers.call(
-                "checkpoint_written", index=index, images=images, labels=bank.labels.cpu(), class_names=list(job.info.class_names)
+                "checkpoint_written", index=index, images=images, labels=job.stored_labels, class_names=list(job.info.class_names)
             )
 
     def keep(index: int) -> None:
-        directory.write_checkpoint(index, engine.state(index), job.plugin_files, job.inputs)
+        _keep(index, job, bank, engine, directory)
         show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
@@ -270,8 +321,9 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
             line = record() | {"seconds": round(time.perf_counter() - began, 3)}
             directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
-        if is_frame(index + 1):
-            add_frame(directory.path, index + 1, _pixels(job, bank), bank.labels.cpu())
+        images = _pixels(job, bank) if is_frame(index + 1) else None
+        if images is not None:
+            add_frame(directory.path, index + 1, images, job.stored_labels)
         if (index + 1) % every.checkpoint_every == 0:
             keep(index + 1)
 
@@ -284,13 +336,19 @@ def _iterate(job: Job, bank: Bank, engine: Any, recipe: Recipe, directory: RunDi
         keep(recipe.steps)
 
 
-def _pixels(job: Job, bank: Bank) -> Tensor:
-    """Returns the images (n, C, H, W) in pixel units, on the CPU."""
-    return job.normalisation.to_pixels(bank.images.detach()).cpu()
+def _pixels(job: Job, bank: Bank) -> Tensor | None:
+    """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the first."""
+    return job.ranks.gathered(job.normalisation.to_pixels(bank.images.detach()))
 
 
 def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
     images = _pixels(job, bank)
+    extra = {
+        name: job.ranks.gathered(tensor) if bank.is_rowwise(f"bank.{name}") else tensor.detach().cpu()
+        for name, tensor in bank.parameters.items()
+    }
+    if images is None:
+        return
     metadata_ = {
         "class_names": list(job.info.class_names),
         "mean": list(job.normalisation.mean),
@@ -301,15 +359,16 @@ def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) ->
         "recipe": recipe.name,
         **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
     }
-    extra = {name: tensor.detach().cpu() for name, tensor in bank.parameters.items()}
-    save_set(Artifact(images, bank.labels.cpu(), metadata_, extra), directory)
+    whole = {name: tensor for name, tensor in extra.items() if tensor is not None}
+    save_set(Artifact(images, job.stored_labels, metadata_, whole), directory)
 
 
 def _evaluate_run(job: Job, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
     if not job.evaluators:
         return []
-    rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers)
-    write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
+    rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers, job.ranks)
+    if job.ranks.first:
+        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
     return rows
 
 
@@ -322,8 +381,9 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "plugins": job.plugins_used,
         **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
-        **known_spectrum(job.real.images),
+        **known_spectrum(job.sample_of_real_images()),
         "real_files": job.real.sources,
+        **({"processes": {"count": job.ranks.size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.size > 1 else {}),
     }
 
 
@@ -362,16 +422,16 @@ def train(
     return teacher
 
 
-def _maker(device: str, observers: Sequence[Any]) -> Callable[[Recipe, Path], None]:
+def _maker(place: _Place) -> Callable[[Recipe, Path], None]:
     """Returns what makes a part of a blend, or goes on with it."""
 
     def make(recipe: Recipe, path: Path) -> None:
-        if (path / MANIFEST).is_file():
+        if place.ranks.told((path / MANIFEST).is_file()):
             check_unchanged(RunDirectory(path).read_manifest().get("plugin_files", {}), path)
             return
-        if (path / RECIPE).is_file():
-            resume(path, device=device, observers=observers)
+        if place.ranks.told((path / RECIPE).is_file()):
+            _resume(path, None, place)
         else:
-            run_recipe(recipe, device=device, out=path, observers=observers)
+            _run(recipe, place, path, recipe.name)
 
     return make

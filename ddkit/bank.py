@@ -20,7 +20,8 @@ class Bank:
 
     `labels` (n,) int64 are grouped by ascending class. All parameters are leaves that require gradients. With `factor` above 1
     each stored image is a grid of images: `decoded` and `decoded_labels` are what losses see, and `rows` and parameters per
-    sample are of these.
+    sample are of these. In a run of several processes a bank holds the rows of this one's classes: `size` is the number of decoded
+    rows in the whole set, `start` that of those before this bank's.
     """
 
     def __init__(
@@ -31,8 +32,12 @@ class Bank:
         settings: Mapping[str, OptimizerTable],
         *,
         factor: int = 1,
+        start: int = 0,
+        size: int | None = None,
     ) -> None:
+        """`start` and `size` count stored images; `size` None: these are all."""
         self.labels, self.factor = labels, factor
+        self.start, self.size = (count * factor**2 for count in (start, len(labels) if size is None else size))
         self.decoded_labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
         self.host_labels = self.decoded_labels.cpu()
         self._ends = torch.bincount(self.host_labels).cumsum(0).tolist()
@@ -97,6 +102,27 @@ class Bank:
                 if value is not None:
                     state[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
         return {key: value.detach().clone() for key, value in state.items()}
+
+    def is_rowwise(self, key: str) -> bool:
+        """Whether the tensor `key` of state() has a row for each image of the set (stored or decoded)."""
+        kind, _, name = key.partition(".")
+        if kind == "optimizer":
+            name, _, kept = name.rpartition(".")
+            if kept == "step":
+                return False
+        return key == "labels" or name == "images" or (name in self.declared and self.declared[name].per == "sample")
+
+    def own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns this bank's rows of the state of a bank of the whole set; raises ValueError where that has another number of rows."""
+        stored = self.size // self.factor**2
+        found = dict(state)
+        for key, value in state.items():
+            if self.is_rowwise(key):
+                if len(value) not in (stored, self.size):
+                    raise ValueError(f"{key} has {len(value)} rows, and the set {stored}")
+                first = self.start * len(value) // self.size
+                found[key] = value[first : first + len(self.host_labels) * len(value) // self.size]
+        return found
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from what state() returned; raises KeyError or ValueError where it is that of another bank."""

@@ -18,6 +18,7 @@ from ddkit.evaluating import image_shape, judged
 from ddkit.files import sha256, write_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job, evaluators_of
+from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.reporting import close_run
@@ -61,14 +62,22 @@ def plan_of_blend(recipe: Recipe, device: str, plan: Callable[..., dict[str, Any
     return facts | {"recipe": recipe_dict(recipe), "parts": plans}
 
 
-def run_blend(recipe: Recipe, directory: RunDirectory, device: str, watchers: Observers, *, make: Callable[[Recipe, Path], None]) -> Run:
+def run_blend(
+    recipe: Recipe,
+    directory: RunDirectory,
+    device: str,
+    watchers: Observers,
+    *,
+    make: Callable[[Recipe, Path], None],
+    ranks: Ranks = ALONE,
+) -> Run:
     """Makes both parts in `parts/` of the directory by `make(recipe, path)`, and blends and evaluates them.
 
     `make` goes on with a part that is there, and returns at once where it is finished.
     """
     assert recipe.blend is not None
     try:
-        made = _check_blend(recipe, device)
+        made = _check_blend(recipe, device, ranks)
         directory.reopen()
         directory.write_recipe(recipe_dict(recipe))
     except BaseException:
@@ -85,21 +94,24 @@ def run_blend(recipe: Recipe, directory: RunDirectory, device: str, watchers: Ob
         paths.append(path)
     result = blended(load(paths[0]), load(paths[1]), recipe.blend.alpha)
     result.metadata |= {"recipe": recipe.name}
-    save_set(result, directory)
-    rows = judged(recipe, result, device, watchers) if recipe.evaluators else []
-    if rows:
+    if ranks.first:
+        save_set(result, directory)
+    rows = judged(recipe, result, device, watchers, ranks=ranks) if recipe.evaluators else []
+    if rows and ranks.first:
         write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
     facts = {"seed": recipe.seed, "device": str(pick_device(device)), "steps": steps, "seconds": round(seconds, 3)}
-    close_run(directory, facts | _blend_facts(recipe, paths))
+    if ranks.first:
+        close_run(directory, facts | _blend_facts(recipe, paths))
+    ranks.told(None)
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=steps, seconds=seconds, evaluations=rows)
 
 
-def _check_blend(recipe: Recipe, device: str) -> dict[str, Recipe]:
+def _check_blend(recipe: Recipe, device: str, ranks: Ranks = ALONE) -> dict[str, Recipe]:
     """Returns the recipes of the parts to be made; raises a DdkitError for all that would fail after they are made."""
     assert recipe.blend is not None
     made = _recipes_of_parts(recipe)
-    jobs = [Job(part, device=device) for part in made.values()]
+    jobs = [Job(part, device=device, ranks=ranks) for part in made.values()]
     finished = _finished_parts(recipe)
     if len(finished) == 2:
         blended(finished[0], finished[1], recipe.blend.alpha)

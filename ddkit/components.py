@@ -131,8 +131,15 @@ class Start(msgspec.Struct, frozen=True, kw_only=True):
 class Initializer(Component):
     """Returns the first synthetic images for labels.
 
-    `requires` may ask for `real` images and for the `teacher`, whose statistics then normalise the run's images.
+    `requires` may ask for `real` images and for the `teacher`, whose statistics then normalise the run's images. The images of a class
+    depend on that class's labels and real images alone, unless `deviations` names "a-class-does-not-depend-on-others": in a run of
+    several processes each then opens all accessible images, and keeps its share of the result.
     """
+
+    @property
+    def by_class(self) -> bool:
+        """Whether a class that is made alone gets the same images."""
+        return "a-class-does-not-depend-on-others" not in self.deviations
 
     def needed(self, ipc: int) -> int:
         """Returns how many accessible real images of each class it needs for `ipc` of them; by default none."""
@@ -219,7 +226,8 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
 
     test_images (t, C, H, W), test_labels (t,): the test set, or held-out training images in its place; real_images
     (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
-    `report(done, total)` shows progress; `split` names what the test images are, "test" or "held-out".
+    `report(done, total)` shows progress; `split` names what the test images are, "test" or "held-out". `shared(tasks, work)` returns a
+    number for each of a sequence of tasks, which `work(some of them)` returns: the processes of a run do a share each.
     """
 
     info: DataInfo
@@ -231,10 +239,16 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     device: Any
     report: Callable[[int, int], None]
     split: str = "test"
+    shared: Callable[[Sequence[Any], Callable[[Sequence[Any]], Sequence[float]]], list[float]] = lambda tasks, work: list(work(tasks))
 
 
 class Evaluator(Component):
-    """Judges a synthetic set as it was read back from its file."""
+    """Judges a synthetic set as it was read back from its file.
+
+    In a run of several processes the first alone calls it, unless it `shares` its work through EvaluationData.shared.
+    """
+
+    shares: ClassVar[bool] = False
 
     def check(self, info: DataInfo) -> None:
         """Raises DdkitError where the options cannot work with this data. Called before the run."""

@@ -12,8 +12,10 @@ from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
 from ddkit.errors import DdkitError, InputError, is_text, shown
-from ddkit.loading import load_images
+from ddkit.images import Kinds
+from ddkit.loading import load_images, surveyed
 from ddkit.randomness import generator
+from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import DataTable, Recipe
 
 
@@ -92,6 +94,17 @@ def _chosen_indices(labels: Tensor, classes: int, seed: int, part: slice) -> lis
     return torch.cat([order[:0], *chosen]).tolist()
 
 
+def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: tuple[int, int, int] | None, ranks: Ranks) -> tuple[int, int, int]:
+    """Returns the shape of all processes' images, of which this one has `indices`: `shape`, or what a single process would find."""
+    if shape is not None:
+        return shape
+    own, together = surveyed(dataset, "train", indices), Kinds()
+    for part in ranks.heard([own.grey, [[list(size), count] for size, count in own.sizes.items()]]):
+        together.grey &= part[0]
+        together.sizes.update({(size[0], size[1]): count for size, count in part[1]})
+    return together.shape
+
+
 class NoImages(Dataset):
     """The classes that a teacher knows, and not one image: for runs that need no real data."""
 
@@ -113,6 +126,9 @@ class NoImages(Dataset):
 class RealData:
     """The accessible real images of a run: `images` (m, C, H, W) in pixel units (uint8 or float), `labels` (m,).
 
+    In a run of several processes `images` are those of this one's classes, which are rows `own` of the labels; no other is opened
+    unless all_images() is asked for.
+
     `split` names what evaluations test on: "test", or "held-out" where `held_out` training images of each class are.
     """
 
@@ -124,6 +140,7 @@ class RealData:
         shape: tuple[int, int, int] | None = None,
         *,
         held_out: int | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Opens only the accessible images; `shape` is needed where pipc is 0. `held_out` None: the test split is tested on."""
         self.dataset, self.pipc, self.seed, self.held_out = dataset, pipc, seed, held_out
@@ -134,15 +151,24 @@ class RealData:
             raise InputError(
                 "With --pipc 0 nothing tells the image shape: give a teacher made by ddkit, which records it (--teacher FILE)."
             )
-        self.images = load_images(dataset, "train", self.indices, shape)
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
+        self.own = class_rows(self.labels, ranks.classes(len(dataset.class_names)))
+        if ranks.size > 1 and self.indices:
+            shape = _agreed_shape(dataset, self.indices[self.own], shape, ranks)
+        self.images = load_images(dataset, "train", self.indices[self.own], shape)
         self.info = data_info(dataset, self.images.shape[1:])
 
+    def all_images(self) -> Tensor:
+        """Returns the accessible images of all classes, which one of several processes opens now."""
+        if len(self.images) == len(self.indices):
+            return self.images
+        return load_images(self.dataset, "train", self.indices, self.info.shape)
+
     @classmethod
-    def of(cls, recipe: Recipe, dataset: Dataset, shape: tuple[int, int, int] | None) -> RealData:
+    def of(cls, recipe: Recipe, dataset: Dataset, shape: tuple[int, int, int] | None, ranks: Ranks = ALONE) -> RealData:
         """Returns the real data that `recipe` asks for."""
         held_out = recipe.data.held_out if recipe.data.test == "held-out" else None
-        return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out)
+        return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out, ranks=ranks)
 
     @property
     def sources(self) -> list[str | int]:

@@ -44,7 +44,8 @@ class Engine:
 
     def __init__(self, bank: Bank, source: StepSource, terms: Sequence[Term], *, chunk: int = 0) -> None:
         self.bank, self.source, self.terms = bank, source, sorted(terms, key=lambda term: term.label)
-        self.parts = _parts(self.terms, chunk, source.info.classes)
+        self.ranks = source.ranks
+        self.parts = _parts(self.terms, chunk, source.own_classes)
 
     def start(self) -> None:
         """Fills the extra parameters whose initial values a loss computes from the first step."""
@@ -60,7 +61,7 @@ class Engine:
                     f"The {term} gives initial values of '{name}', which it does not declare in ddkit.Requires(parameters=...)."
                 )
             self.bank.fill(name, value)
-            if not bool(self.bank.finite()):
+            if not self.ranks.all(bool(self.bank.finite())):
                 raise RunFailed(f"The {term} gives initial values of '{name}' that are not finite.")
 
     def state(self, index: int) -> dict[str, Tensor]:
@@ -98,15 +99,15 @@ class Engine:
                 if is_read(index) or index == steps - 1:
                     values, logged = guard.check(index + 1) or (values, logged)
                 observe(index, lambda: _record(index, self.terms, values, logged))  # noqa: B023 (read at once)
-                if stop:
+                signalled = self.ranks.agreed(stop[0] if stop else 0)
+                if signalled:
                     guard.check(index + 1)
                     save(index + 1)
-                    raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + stop[0])
+                    raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + signalled)
 
     def evaluate(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
-        if self.source.inner is not None:  # nothing is decoded for a network that is not trained
-            self.source.advance(index, self.bank.decoded(self.bank.rows(None)), self.bank.decoded_labels)
+        self.source.advance(index, self._whole_set)
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}
@@ -123,7 +124,26 @@ class Engine:
                 gradients[name] = gradients[name] + part if name in gradients else part
         for name, tensor in self.bank.tensors().items():
             gradients.setdefault(name, torch.zeros_like(tensor))
-        return values, gradients, logged
+        return self._summed(values), gradients | self._of_the_whole_set(gradients), logged
+
+    def _whole_set(self) -> tuple[Tensor, Tensor]:
+        """Returns the images and labels of the set, of all processes, as losses see them."""
+        images = self.ranks.whole(self.bank.decoded(self.bank.rows(None)), "the network's training")
+        return images, self.ranks.whole(self.bank.decoded_labels, "the network's training")
+
+    def _summed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the values of the whole set: those of a loss that every process computes whole count once."""
+        if self.ranks.size == 1:
+            return values
+        labels = [term.label for term in self.terms if term.loss.requires.separable != "total"]
+        return values | dict(zip(labels, self.ranks.sums([values[label].double() for label in labels], "values"), strict=True))
+
+    def _of_the_whole_set(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the gradients of parameters that the whole set shares, summed over the processes, each of which has them all."""
+        names = [name for name, spec in self.bank.declared.items() if spec.per == "set"]
+        if not names or self.ranks.size == 1:
+            return {}
+        return dict(zip(names, self.ranks.sums([gradients[name] for name in names], "shared parameters"), strict=True))
 
     def _shared(self, index: int, classes: range | None, terms: Sequence[Term]) -> SharedStep:
         shared = SharedStep(self.source, self.bank, index, classes)
@@ -171,9 +191,9 @@ class Engine:
                     f"checkpoints/. Try a smaller learning rate{' (also network.inner_lr)' if self.source.inner else ''} or weight, "
                     f"or float32 (--set engine.precision=float32).{term.advice}"
                 )
-        if bool(all_finite(gradients.values())):  # a projection could hide one that is not
+        if self.ranks.all(bool(all_finite(gradients.values()))):  # a projection could hide one that is not
             self.bank.update(gradients)
-            if bool(self.bank.finite()):
+            if self.ranks.all(bool(self.bank.finite())):
                 return values, logged
         raise RunFailed(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
@@ -206,7 +226,7 @@ class _Guard:
 
         Returns the last step's values and diagnostics where going back mended it, else None.
         """
-        mended = None if bool(self.fine) else self._replay(index)
+        mended = None if self.engine.ranks.all(bool(self.fine)) else self._replay(index)
         self._good(index)
         return mended
 
@@ -223,23 +243,28 @@ class _Guard:
 
     @contextmanager
     def around(self, index: int) -> Iterator[None]:
-        """Saves the last good state where the step inside, number `index`, raises a DdkitError."""
+        """Saves the last good state where the step inside, number `index`, raises a DdkitError.
+
+        One of several processes cannot do that alone: the newest checkpoint is what stays.
+        """
         try:
             yield
         except DdkitError:
+            if self.engine.ranks.size > 1:
+                raise
             if not bool(self.fine):  # what it raised may come of values that were not finite: tell of those
                 self._replay(index)
             self.save(index)
             raise
 
 
-def _parts(terms: Sequence[Term], chunk: int, classes: int) -> list[tuple[range | None, list[Term]]]:
-    separable = [term for term in terms if term.loss.requires.separable is not None]
-    if not chunk or chunk >= classes or not separable:
+def _parts(terms: Sequence[Term], chunk: int, classes: range) -> list[tuple[range | None, list[Term]]]:
+    separable = [term for term in terms if term.loss.requires.separable in ("sum", "mean")]
+    if not chunk or chunk >= len(classes) or not separable:
         return [(None, list(terms))]
-    whole = [term for term in terms if term.loss.requires.separable is None]
+    whole = [term for term in terms if term not in separable]
     chunks: list[tuple[range | None, list[Term]]] = [
-        (range(first, min(first + chunk, classes)), separable) for first in range(0, classes, chunk)
+        (range(first, min(first + chunk, classes.stop)), separable) for first in classes[::chunk]
     ]
     return ([(None, whole)] if whole else []) + chunks
 

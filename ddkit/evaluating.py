@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
 from ddkit.manifest import MANIFEST, check_listed
 from ddkit.passed import passing
-from ddkit.recipe import Recipe, parse_recipe
+from ddkit.ranks import ALONE, Ranks, group, own_device
+from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for, with_options
 from ddkit.reporting import renew_report
 from ddkit.rundir import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
@@ -49,12 +50,14 @@ def evaluate(
     device: str = "auto",
     observers: Sequence[Any] = (),
     allow_code: bool = False,
+    distributed: bool = False,
 ) -> list[Evaluation]:
     """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
     Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without `dataset`, which is as for
     distill, a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe or a
-    teacher file names. Raises DdkitError.
+    teacher file names. `distributed`: the processes that torchrun started, all of which call this, share the networks to train. Raises
+    DdkitError.
     """
     permission.named_by_user(model, sets)
     if evaluators == "none":
@@ -65,13 +68,17 @@ def evaluate(
     if directory is not None:
         recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
-    with passing(dataset) as data, permission.allowing(allow_code):
+    with passing(dataset) as data, permission.allowing(allow_code), group(wanted=distributed) as ranks:
         recipe = _evaluation_recipe(
             artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
             data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
         )  # fmt: skip
         recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
-        rows = judged(recipe, artifact, device, watchers, with_teacher=teacher is not None)
+        ranks.same("The recipe of the evaluation", recipe_dict(recipe))
+        rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
+        ranks.told(None)
+    if not ranks.first:
+        return rows
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
         _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
     return rows
@@ -85,22 +92,42 @@ def run_evaluators(
     seed: int,
     device: torch.device,
     watchers: Observers,
+    ranks: Ranks = ALONE,
 ) -> list[Evaluation]:
-    """Returns the rows of every evaluator, in order of label."""
+    """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first."""
     images, labels = real.test_set
     data = EvaluationData(
-        info=real.info, test_images=images, test_labels=labels, real_images=real.images, real_labels=real.labels,
-        seed=seed, device=device, split=real.split,
+        info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
+        seed=seed, device=device, split=real.split, shared=_sharing(ranks),
         report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
     )  # fmt: skip
     rows: list[Evaluation] = []
     for _, evaluator in sorted(evaluators.items()):
+        if not (ranks.first or evaluator.shares):
+            continue
         with blamed("evaluator", evaluator, may_draw=True):
             rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, data, teacher)]
-    return rows
+    return rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
 
 
-def judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False) -> list[Evaluation]:
+def _sharing(ranks: Ranks) -> Callable[[Sequence[Any], Callable[[Sequence[Any]], Sequence[float]]], list[float]]:
+    """Returns what EvaluationData.shared is in this process."""
+
+    def shared(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
+        if ranks.size == 1:
+            return list(work(tasks))
+        own = slice(ranks.rank, None, ranks.size)
+        found = torch.zeros(len(tasks), dtype=torch.float64)
+        if tasks[own]:
+            found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
+        return ranks.sums([found], "evaluation")[0].tolist()
+
+    return shared
+
+
+def judged(
+    recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False, ranks: Ranks = ALONE
+) -> list[Evaluation]:
     """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
     where = pick_device(device)
     real = RealData.of(recipe, open_dataset(recipe.data), image_shape(artifact))
@@ -109,8 +136,8 @@ def judged(recipe: Recipe, artifact: Artifact, device: str, watchers: Observers,
     made = evaluators_of(recipe, real.info)
     real.check_test_set()
     required = any(evaluator.requires.teacher for evaluator in made.values())
-    guide = _guide(recipe, real, where, watchers) if required or (with_teacher and recipe.teacher.use != "auto") else None
-    return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers)
+    guide = _guide(recipe, real, where, watchers, ranks) if required or (with_teacher and recipe.teacher.use != "auto") else None
+    return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers, ranks)
 
 
 def _run_at(path: Path) -> RunDirectory | None:
@@ -136,13 +163,13 @@ def _evaluation_recipe(
     return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
 
 
-def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers) -> Teacher:
+def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers, ranks: Ranks) -> Teacher:
     """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
     if recipe.teacher.use != "auto":
         return load_teacher(recipe.teacher, real.info, device)
     return automatic_teacher(
         real.dataset, real.info.shape, recipe.teacher, recipe.train, device,
-        lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total),
+        lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total), ranks=ranks,
     )  # fmt: skip
 
 

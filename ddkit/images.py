@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from typing import Any
@@ -90,16 +90,22 @@ def to_unit(images: Tensor) -> Tensor:
 STATISTICS_VALUES = 1000 * 3 * 32 * 32  # taken into account at once, in float64
 
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64."""
-    count = images.shape[0] * images.shape[2] * images.shape[3]
-    rows = max(1, min(1000, STATISTICS_VALUES // images[0].numel()))
+def channel_statistics(
+    images: Tensor, *, rows: int | None = None, total: Callable[[Tensor], Tensor] = lambda own: own
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns (mean, std) of each channel of images (n, C, H, W) in pixel units, computed in float64.
+
+    Where these are a part of `rows` images, `total` returns a sum over all parts.
+    """
+    count = (images.shape[0] if rows is None else rows) * images.shape[2] * images.shape[3]
+    at_once = max(1, min(1000, STATISTICS_VALUES // max(1, images[:1].numel())))
     mean, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
-    for part in blocks(images, rows):
+    for part in blocks(images, at_once):
         mean = mean + to_unit(part).double().sum((0, 2, 3)) / count
-    for part in blocks(images, rows):
+    mean = total(mean)
+    for part in blocks(images, at_once):
         squares = squares + (to_unit(part).double() - mean.view(-1, 1, 1)).square().sum((0, 2, 3))
-    std = (squares / count).sqrt().clamp_min(1e-6)
+    std = (total(squares) / count).sqrt().clamp_min(1e-6)
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

@@ -24,11 +24,13 @@ from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
-from ddkit.mapped import blocks
+from ddkit.mapped import give_back, rows_of
 from ddkit.networks import build_network, couples_samples, features_of, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
 from ddkit.randomness import generator
+from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import Recipe
+from ddkit.spectra import spread
 from ddkit.step import StepSource, ViewSpec
 from ddkit.teacher import Teacher
 from ddkit.teachers import Report, automatic_teacher, load_teacher, read_teacher, resolved_training
@@ -45,20 +47,23 @@ IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and wh
 class Job:
     """Everything a run needs, checked before anything is trained or written.
 
-    `begun`: its set is to be read from a checkpoint, so that the initializer has nothing to do.
+    `begun`: its set is to be read from a checkpoint, so that the initializer has nothing to do. `ranks`: the processes that share the
+    run; this job has the images and the rows of its own classes.
     """
 
-    def __init__(self, recipe: Recipe, *, device: str = "auto", begun: bool = False) -> None:
-        self.recipe, self.begun = recipe, begun
+    def __init__(self, recipe: Recipe, *, device: str = "auto", begun: bool = False, ranks: Ranks = ALONE) -> None:
+        self.recipe, self.begun, self.ranks = recipe, begun, ranks
         self.device = pick_device(device)
         self.terms = _terms(recipe)
         self.requires = [term.loss.requires for term in self.terms]
         _check_access(recipe, self.terms)
         self.dataset = self._without_data() or open_dataset(recipe.data)
         check_classes(self.dataset)
+        ranks.check(len(self.dataset.class_names))
+        _check_separable(self.terms, ranks)
         self._check_room()
         self.teacher: Teacher | None = None
-        self.real = RealData.of(recipe, self.dataset, self._shape())
+        self.real = RealData.of(recipe, self.dataset, self._shape(), ranks)
         self.info: DataInfo = self.real.info
         check_factor(recipe.factor, self.info.size)
         self._check_memory()
@@ -100,13 +105,17 @@ class Job:
 
     def _check_memory(self) -> None:
         """Raises InputError where the synthetic images alone are larger than this machine's memory."""
-        needed = 4 * self.info.classes * self.recipe.rows_per_class * math.prod(self.info.shape)
+        needed = 4 * len(self.own_classes) * self.recipe.rows_per_class * math.prod(self.info.shape)
         if needed > machine_bytes():
             raise InputError(
                 f"ipc = {self.recipe.ipc} makes {needed / 2**30:,.0f} GiB of images, and this machine has "
                 f"{machine_bytes() / 2**30:,.0f} GiB of memory. Use a smaller ipc.",
                 "ipc",
             )
+
+    @property
+    def own_classes(self) -> range:
+        return self.ranks.classes(self.info.classes)
 
     def _shape(self) -> tuple[int, int, int] | None:
         """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
@@ -174,6 +183,12 @@ class Job:
         engine = self.recipe.engine
         self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
         self.block, self.step_work = 0, 0.0
+        if self.ranks.size > 1 and self.needs_network and self._coupled:
+            raise InputError(
+                f"The network's features of an image depend on its batch (batch norm), so the classes cannot be dealt out to "
+                f"{self.ranks.size} processes. Use --set network.norm=instance, or one process.",
+                "network.norm",
+            )
         if self.chunk and self.needs_network and self._coupled:
             raise InputError(
                 "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
@@ -233,7 +248,7 @@ class Job:
 
     def _automatic_chunk(self) -> int:
         """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
-        separable = [requires for requires in self.requires if requires.separable]
+        separable = [requires for requires in self.requires if requires.separable in ("sum", "mean")]
         if not separable or (self.needs_network and self._coupled):
             return 0
         per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
@@ -246,7 +261,7 @@ class Job:
         if views:
             per_class += len(views) * int(ALIVE * saved_bytes(self._teacher_probe(), self.info)) * self.recipe.rows_per_class
         chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
-        return 0 if chunk >= self.info.classes else chunk
+        return 0 if chunk >= -(-self.info.classes // self.ranks.size) else chunk  # the same in every process
 
     def _teacher_probe(self) -> nn.Module:
         """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
@@ -258,15 +273,32 @@ class Job:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
-        digest = hashlib.sha256(repr(tuple(self.real.images.shape)).encode())
-        for tensor in (self.real.images, self.real.labels):
-            for part in blocks(tensor, HASHED_ROWS):
-                digest.update(part.contiguous().reshape(-1).view(torch.uint8).numpy())
-        found = {"the data": digest.hexdigest()}
+        found = {"the accessible data": self._data_digest()}
         if self.teacher is not None and self._distils_with_teacher:
             name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"the teacher {Path(self.recipe.teacher.use).name}"
             found[name] = self.teacher.sha256 or ""
         return found
+
+    def _data_digest(self) -> str:
+        """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
+        own = [self._digest_of(images) for images in self._images_by_class()]
+        digest = hashlib.sha256(repr(self.info.shape).encode())
+        digest.update(_bytes_of(self.real.labels))
+        for part in self.ranks.heard(own):
+            digest.update("".join(part).encode())
+        return digest.hexdigest()
+
+    def _digest_of(self, images: Tensor) -> str:
+        """Returns the sha256 of some of the real images; what lies on the disk does not stay in memory."""
+        digest = hashlib.sha256()
+        for part in images.split(HASHED_ROWS):
+            digest.update(_bytes_of(part))
+            give_back(self.real.images)
+        return digest.hexdigest()
+
+    def _images_by_class(self) -> tuple[Tensor, ...]:
+        counts = class_counts(self.real.labels, self.info.classes)
+        return self.real.images.split([counts[label] for label in self.own_classes])
 
     @property
     def needs_embedder(self) -> bool:
@@ -290,9 +322,12 @@ class Job:
         if not self.needs_teacher:
             return
         if self.recipe.teacher.use == "auto":
-            self.teacher = automatic_teacher(self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, report)
+            self.teacher = automatic_teacher(
+                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, report, ranks=self.ranks
+            )
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
+        self.ranks.same("The teacher", self.teacher.sha256)
 
     @cached_property
     def normalisation(self) -> Normalisation:
@@ -300,30 +335,50 @@ class Job:
 
         An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
         """
-        if self.teacher is not None and (self._distils_with_teacher or len(self.real.images) == 0):
+        if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
             return Normalisation(self.teacher.mean, self.teacher.std)
-        if len(self.real.images) == 0:
+        if len(self.real.labels) == 0:
             raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
-        return Normalisation(*channel_statistics(self.real.images))
+        together = channel_statistics(
+            self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.sums([own], "channel statistics")[0]
+        )
+        return Normalisation(*together)
 
     def bank(self) -> Bank:
         """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
-        factor = self.recipe.factor
-        labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
-        images = torch.zeros((len(labels), *self.info.shape)) if self.begun else self._first_images(labels)
-        stored, labels = encoded(images, factor), labels[:: factor**2]
-        return Bank(stored.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer, factor=factor)
+        factor, own = self.recipe.factor, self.own_classes
+        rows = torch.arange(own.start, own.stop).repeat_interleave(self.recipe.rows_per_class)
+        images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
+        stored, labels = encoded(images, factor), rows[:: factor**2]
+        return Bank(
+            stored.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer, factor=factor,
+            start=own.start * self.recipe.ipc, size=self.info.classes * self.recipe.ipc,
+        )  # fmt: skip
+
+    @property
+    def stored_labels(self) -> Tensor:
+        """The labels (classes * ipc,) int64 of the whole set's stored images, on the CPU."""
+        return torch.arange(self.info.classes).repeat_interleave(self.recipe.ipc)
 
     def _first_images(self, labels: Tensor) -> Tensor:
-        """Returns what the initializer gives for labels (n,): (n, C, H, W), normalised."""
+        """Returns what the initializer gives for labels (n,) of this process's classes: (n, C, H, W), normalised.
+
+        An initializer that does not do class by class gets all of them, so that the set begins as that of a single process.
+        """
+        if self.ranks.size == 1 or self.initializer.by_class:
+            return self._initialised(labels, self.real.images, self.real.labels[self.real.own])
+        every = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
+        return self._initialised(every, self.real.all_images(), self.real.labels)[class_rows(every, self.own_classes)]
+
+    def _initialised(self, labels: Tensor, real_images: Tensor, real_labels: Tensor) -> Tensor:
         guide = self.teacher if self.initializer.requires.teacher else None
         start = Start(
             labels=labels,
             shape=self.info.shape,
-            real_images=NormalisedRows(self.real.images, self.normalisation)
+            real_images=NormalisedRows(real_images, self.normalisation)
             if not self.initializer.origin  # ddkit's own take rows; a stranger's may want a tensor
-            else self.normalisation.lazily(self.real.images),
-            real_labels=self.real.labels,
+            else self.normalisation.lazily(real_images),
+            real_labels=real_labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,
             normalisation=self.normalisation,
@@ -337,6 +392,13 @@ class Job:
                 f"The initializer '{self.recipe.initializer.use}' returned images of shape {tuple(images.shape)} or not finite."
             )
         return images
+
+    def sample_of_real_images(self) -> Tensor:
+        """Returns the accessible images that stand for all of them in a report; none in every process but the first."""
+        rows = spread(torch.arange(len(self.real.labels)))
+        own = rows[(rows >= self.real.own.start) & (rows < self.real.own.stop)] - self.real.own.start
+        found = self.ranks.gathered(rows_of(self.real.images, own))
+        return self.real.images[:0] if found is None else found
 
     def engine(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
@@ -356,6 +418,7 @@ class Job:
             arithmetic=self.arithmetic,
             block=self.block,
             inner=self._inner(),
+            ranks=self.ranks,
         )
         return Engine(bank, source, self.terms, chunk=self.chunk)
 
@@ -430,6 +493,11 @@ class Job:
         ]
 
 
+def _bytes_of(tensor: Tensor) -> Any:
+    """Returns the bytes of a tensor on the CPU, for a digest."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     """Returns the evaluators of `recipe` for the data, by label; raises InputError where one needs real images and none are accessible."""
     made: dict[str, Evaluator] = {
@@ -466,6 +534,17 @@ def _check_access(recipe: Recipe, terms: list[Term]) -> None:
                 f"With pipc 0 there are no real images, but {', '.join(needing)} needs some. Give --pipc 1 or more.",
                 "pipc",
             )
+
+
+def _check_separable(terms: list[Term], ranks: Ranks) -> None:
+    """Raises InputError where the run has several processes and a loss that has to see the whole set."""
+    whole = [term for term in terms if term.loss.requires.separable is None]
+    if whole and ranks.size > 1:
+        raise InputError(
+            f"The {whole[0]} sees the whole synthetic set at once (its ddkit.Requires says nothing of `separable`), so its classes cannot "
+            f"be dealt out to {ranks.size} processes. Run it in one process, or leave it out.{whole[0].advice}",
+            f"losses.{whole[0].label}",
+        )
 
 
 def _declared(terms: list[Term]) -> Mapping[str, Parameter]:

@@ -96,7 +96,7 @@ def _alike(block: Tensor, room: Tensor) -> bool:
 
 def _streamed(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, entry: Entry | None) -> tuple[Tensor, int]:
     """Returns (images, how many were resized) in a file, or after all in memory, where they are small once they are resized."""
-    kinds = _surveyed(dataset, split, indices)
+    kinds = surveyed(dataset, split, indices)
     shape = shape or kinds.shape
     dtype = torch.uint8 if kinds.bytes else torch.float32
     whole, before = (len(indices), *shape), dataset.resized
@@ -122,7 +122,7 @@ def _streamed(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape
     return _in_file(dtype, whole, fitted) if kept is None else kept, resized()
 
 
-def _surveyed(dataset: Dataset, split: str, indices: Sequence[int]) -> Kinds:
+def surveyed(dataset: Dataset, split: str, indices: Sequence[int]) -> Kinds:
     """Returns what the images are like, from their sizes alone where the dataset knows them."""
     kinds, shapes = Kinds(), dataset.shapes(split, indices)
     if shapes is not None:

@@ -43,7 +43,7 @@ def blocks(images: Tensor, rows: int) -> Iterator[Tensor]:
     """Yields consecutive blocks of at most `rows` rows of a tensor; of one in a file, pages are given back after each block."""
     for part in images.split(rows):
         yield part
-        _give_back(images)
+        give_back(images)
 
 
 def rows_of(images: Tensor, rows: Tensor) -> Tensor:
@@ -55,11 +55,12 @@ def rows_of(images: Tensor, rows: Tensor) -> Tensor:
     size = max(1, PART_BYTES // images[0].nbytes)
     for part, chosen in zip(found.split(size), rows.split(size), strict=True):
         part.copy_(images[chosen])
-        _give_back(images)
+        give_back(images)
     return found
 
 
-def _give_back(images: Tensor) -> None:
+def give_back(images: Tensor) -> None:
+    """Gives the pages of a tensor in a file back to the system; what is read later comes from the file again."""
     memory = _file(images)
     if memory is not None and hasattr(mmap, "MADV_DONTNEED"):
         memory.madvise(mmap.MADV_DONTNEED)

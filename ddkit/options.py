@@ -59,8 +59,10 @@ class Parameter(msgspec.Struct, frozen=True):
 class Requires(msgspec.Struct, frozen=True, kw_only=True):
     """What a component asks of a run, read before it starts; every default asks for nothing.
 
-    separable: "sum" (the value is the sum over any partition of the set by class), "mean" (the same, weighted by
-    rows) or None (the loss always sees the whole set and is never chunked).
+    separable says how the value of the whole set comes from parts of it, each some of the classes: "sum" (the sum of the
+    parts' values), "mean" (the same, weighted by rows), "total" (every part computes the value of the whole set, from sums over
+    samples that it passes through step.total or rows that it passes through step.gather; never chunked) or None (the loss always
+    sees the whole set: it is never chunked, and refused in a run of several processes).
     """
 
     real: bool = False
@@ -74,8 +76,10 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
     separable: str | None = None
 
     def __post_init__(self) -> None:
-        if self.separable not in (None, "sum", "mean"):
-            raise ValueError(f"Requires(separable={self.separable!r}): separable is None, 'sum' or 'mean'")
+        if self.separable not in (None, "sum", "mean", "total"):
+            raise ValueError(f"Requires(separable={self.separable!r}): separable is None, 'sum', 'mean' or 'total'")
+        if self.separable == "total" and any(spec.per == "set" for spec in self.parameters.values()):
+            raise ValueError("Requires: a loss with separable='total' cannot have a Parameter(per='set'); its gradient would count twice")
         if (self.teacher_gradients or self.views) and not self.teacher:
             raise ValueError("Requires: teacher_gradients and views need teacher=True as well")
 

@@ -10,25 +10,28 @@ import platform
 import re
 import shutil
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import tomli_w
 
 from ddkit import artifact, film
+from ddkit.checkpoints import FOLDER as CHECKPOINTS
+from ddkit.checkpoints import Checkpoint, Checkpoints
 from ddkit.components import Evaluation
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import is_leftover, json_digest, read_tensors, remove_leftovers, sync, write_atomic, write_tensors
+from ddkit.files import is_leftover, json_digest, remove_leftovers, sync, write_atomic
 from ddkit.images import sheet_png
 from ddkit.locks import NAME as LOCK
 from ddkit.locks import FolderLock
 from ddkit.manifest import MANIFEST as MANIFEST
 from ddkit.manifest import check_listed, file_entry, read_manifest, write_manifest
+from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import check_depth
 
 if TYPE_CHECKING:
@@ -45,9 +48,7 @@ RECIPE, METRICS, EVALUATION, PREVIEW, REPORT = (
     "preview.png",
     "report.html",
 )
-CHECKPOINTS = "checkpoints"
 RECIPE_SEAL = "# sha256 of the lines below: "
-KEPT_CHECKPOINTS = 2
 LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
 
 
@@ -63,15 +64,6 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """Returns the picture of the set, which a notebook shows for a run."""
         file = self.path / PREVIEW
         return file.read_bytes() if file.is_file() else None
-
-
-class Checkpoint(NamedTuple):
-    """The state before step `step`, the plugin files of the run, path to sha256, and the sha256 of what it works with, by name."""
-
-    step: int
-    state: dict[str, Tensor]
-    plugin_files: dict[str, str]
-    inputs: dict[str, str]
 
 
 class RunDirectory:
@@ -207,76 +199,33 @@ class RunDirectory:
         state: Mapping[str, Tensor],
         plugin_files: Mapping[str, str] | None = None,
         inputs: Mapping[str, str] | None = None,
+        *,
+        rowwise: Collection[str] = (),
+        ranks: Ranks = ALONE,
     ) -> None:
-        """Writes the state before step `step` and removes all but the last two checkpoints.
+        """Writes the state before step `step` and removes all but the last two checkpoints; see Checkpoints.write."""
+        self._sync_metrics()
+        self._checkpoints.write(step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, rowwise=rowwise, ranks=ranks)
 
-        `plugin_files` (path to sha256) and `inputs` (name to sha256) go into the metadata: an unfinished run has no manifest
-        to tell them.
-        """
-        folder = self.path / CHECKPOINTS
+    def _sync_metrics(self) -> None:
+        """Sees to it that what a checkpoint relies on is on the disk before it."""
         try:
-            if not folder.is_dir():
-                folder.mkdir()
-                sync(self.path)
             if (self.path / METRICS).is_file():
-                sync(self.path / METRICS)  # what a checkpoint relies on is on the disk before it
+                sync(self.path / METRICS)
         except OSError as error:
-            raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}.") from error
-        record: dict[str, Any] = {"step": step, "recipe": self._recipe, "inputs": dict(inputs or {})}
-        record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
-        self._drop(self._checkpoints()[KEPT_CHECKPOINTS:])
+            raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
 
-    def _checkpoints(self) -> list[Path]:
-        return sorted((self.path / CHECKPOINTS).glob("step-*.safetensors"), reverse=True)
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path, self._recipe)
 
     def keep_checkpoints_until(self, step: int) -> None:
-        """Removes checkpoints of later steps, which could not be read and would push good ones out, and all but two of the others."""
-        later = [file for file in self._checkpoints() if file.name > f"step-{step:08d}.safetensors"]
-        self._drop(later)
-        self._drop([file for file in self._checkpoints() if file not in later][KEPT_CHECKPOINTS:])
-
-    @staticmethod
-    def _drop(files: Sequence[Path]) -> None:
-        for file in files:
-            with suppress(OSError):  # one too many does no harm
-                file.unlink()
+        """Removes checkpoints of later steps, and all but two of the others."""
+        self._checkpoints.keep_until(step)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that reads whole, None where none was written yet.
-
-        Tells of those that it passes over; raises RunFilesError where there are some and none can be read.
-        """
-        reasons = []
-        for file in self._checkpoints():
-            try:
-                found = self._checkpoint(file)
-            except ValueError as error:
-                reasons.append(str(error))
-                continue
-            for reason in reasons:
-                log.warning("A checkpoint is passed over: %s.", reason)
-            return found
-        if reasons:
-            raise RunFilesError(
-                f"{self.path / CHECKPOINTS} has no readable checkpoint: {reasons[0]}. "
-                f"Start anew: ddkit distill --recipe {self.path / RECIPE}"
-            )
-        return None
-
-    def _checkpoint(self, file: Path) -> Checkpoint:
-        """Returns a checkpoint; raises ValueError saying why it cannot be used."""
-        tensors, record = read_tensors(file)
-        step, recipe = record.get("step"), record.get("recipe") or self._recipe
-        if not isinstance(step, int) or file.name != f"step-{step:08d}.safetensors":
-            raise ValueError(f"{file} does not record the step of its name")
-        if self._recipe and recipe != self._recipe:
-            raise ValueError(f"{file} is a checkpoint of another run: its recipe is not that of {self.path / RECIPE}")
-        try:
-            named = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
-        except msgspec.ValidationError as error:
-            raise ValueError(f"{file} names plugin files or inputs that are none: {error}") from None
-        return Checkpoint(step, tensors, *named)
+        """Returns the newest checkpoint that reads whole, None where none was written yet; see Checkpoints.newest."""
+        return self._checkpoints.newest(f"Start anew: ddkit distill --recipe {self.path / RECIPE}")
 
     def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
         """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log.
@@ -338,6 +287,39 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """Returns the manifest; raises RunFilesError where it is missing, damaged or of another schema."""
         return read_manifest(self.path)
+
+
+class Follower(RunDirectory):
+    """A run directory as the processes beside the first see it: they read it and write their parts of checkpoints, and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        if not (path / LOCK).exists():
+            raise RunFilesError(
+                f"{path}, which the first process of the run has made, is not there for this one. Name a folder with --out that all "
+                "machines share."
+            )
+
+    def discard(self) -> None:
+        pass
+
+    def write_recipe(self, table: Mapping[str, Any]) -> None:
+        self._recipe = _recipe_key(tomllib.loads(tomli_w.dumps(dict(table))))
+
+    def _sync_metrics(self) -> None:
+        pass
+
+    def keep_checkpoints_until(self, step: int) -> None:
+        pass
+
+    def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
+        pass
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def reopen(self) -> None:
+        pass
 
 
 def _sha256(text: str) -> str:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ddkit.errors import InputError
 from ddkit.images import to_unit
-from ddkit.mapped import rows_of
+from ddkit.mapped import blocks, rows_of
 
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
 MOST_VALUES = 1000 * 3 * 32 * 32  # transformed at once, in float64
@@ -16,7 +16,9 @@ MOST_IMAGES = 1000  # whose spectrum stands for that of all
 
 def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
     """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
-    return rows_of(images, torch.linspace(0, len(images) - 1, min(most, len(images))).round().long())
+    if len(images) <= most:
+        return images
+    return rows_of(images, torch.linspace(0, len(images) - 1, most).round().long())
 
 
 def power(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,8 +28,9 @@ def power(images: Tensor) -> tuple[Tensor, Tensor]:
     channel's mean was taken off; coefficients that stand for a mirrored one too count twice.
     """
     height, width = images.shape[-2:]
-    parts = images.split(max(1, MOST_VALUES // max(1, images[:1].numel())))
-    found = sum(len(part) / len(images) * _power(part) for part in parts) if len(parts) > 1 else _power(images)
+    rows = max(1, MOST_VALUES // max(1, images[:1].numel()))
+    parts = [len(part) / len(images) * _power(part) for part in blocks(images, rows)] if len(images) > rows else [_power(images)]
+    found = torch.stack(parts).sum(0)
     across = torch.fft.rfftfreq(width, dtype=torch.float64)
     twice = 2.0 - ((across == 0) | (across == 0.5)).double()
     frequency = (torch.fft.fftfreq(height, dtype=torch.float64)[:, None].square() + across.square()).sqrt()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ddkit.mapped import on_disk, rows_of
 from ddkit.networks import build_network, network_tensors, redraw
 from ddkit.options import Requires
 from ddkit.randomness import generator
+from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.teacher import Teacher
 from ddkit.training import Schedule, fit
 from ddkit.watch import Watch
@@ -62,13 +63,15 @@ class StepSource:
         arithmetic: Arithmetic,
         block: int = 0,
         inner: Schedule | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """`real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8).
 
-        Those that lie on the disk stay there.
-
-        `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not).
+        Those that lie on the disk stay there. `inner` says how the network is trained on the synthetic set between the steps that share it
+        (None: it is not). In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
         """
+        self.ranks, self.own_classes = ranks, ranks.classes(info.classes)
+        self.own_real = class_rows(real_labels, self.own_classes)
         self.seed, self.info, self.normalisation, self.device = seed, info, normalisation, device
         self.real_images, self.real_labels = real_images if on_disk(real_images) else real_images.to(device), real_labels
         self.counts = torch.bincount(real_labels, minlength=info.classes)
@@ -119,11 +122,16 @@ class StepSource:
         drawn: Parameters = self._once(index, purpose, draw)
         return drawn
 
-    def noise(self, index: int, name: str, rows: int) -> Tensor:
-        """Returns standard normal noise (rows, C, H, W) for the whole set in view `name` at step `index`, on the CPU."""
-        draw = generator(self.seed, "view noise", name, index)
-        drawn: Tensor = self._once(index, f"noise {name}", lambda: torch.randn((rows, *self.info.shape), generator=draw))
-        return drawn
+    def noise(self, index: int, name: str, labels: Tensor) -> Tensor:
+        """Returns standard normal noise (n, C, H, W) on the CPU for ascending labels (n,) in view `name` at step `index`.
+
+        It is drawn class by class.
+        """
+        parts = [
+            torch.randn((rows.stop - rows.start, *self.info.shape), generator=generator(self.seed, "view noise", name, index, label))
+            for label, rows in rows_by_class(labels).items()
+        ]
+        return torch.cat(parts)
 
     def embedder(self, index: int) -> Embedder:
         """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every.
@@ -143,8 +151,8 @@ class StepSource:
         self._network_index, self._graph_index = draw, index
         return self._embedder
 
-    def advance(self, index: int, images: Tensor, labels: Tensor) -> None:
-        """Makes the network, where it is trained, that of step `index`, whose synthetic set is images (n, C, H, W), labels (n,).
+    def advance(self, index: int, synthetic: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Makes the network, where it is trained, that of step `index`; `synthetic()` is its whole set: images (n, C, H, W), labels (n,).
 
         It is a fresh one, or that of the step before trained on this set: the network of a step depends on all updates
         since it was fresh. Nothing happens where it is of step `index` already.
@@ -157,7 +165,7 @@ class StepSource:
             raise RunFailed(f"The network of step {index} is trained from that of step {index - 1}, which is not here.")
         embedder = self.embedder(index)
         if index % self.renew_every:
-            self._train(index, embedder, images, labels)
+            self._train(index, embedder, *synthetic())
         self._measure(index, embedder.module)
         self._network_step = index
 
@@ -217,19 +225,19 @@ def rows_by_class(labels: Tensor) -> dict[int, slice]:
 class RealStep:
     """The real images of a step: `images` (m, C, H, W) normalised, `labels` (m,), `augmented`, `embeddings`.
 
-    Labels are ascending; `rows_by_class` has the rows of each class as a slice, without asking the device.
+    Labels are ascending; `rows_by_class` has the rows of each class as a slice, without asking the device. `size` is the number of
+    real images of the step in all parts of the set.
     """
 
     def __init__(self, step: SharedStep) -> None:
         self._step = step
         source = step.source
-        rows = source.real_rows(step.index)
-        if step.classes is not None:
-            inside = source.real_labels[rows]
-            rows = rows[(inside >= step.classes.start) & (inside < step.classes.stop)]
+        drawn = source.real_rows(step.index)
+        self.size, self.part = len(drawn), class_rows(source.real_labels[drawn], step.classes or source.own_classes)
+        rows = drawn[self.part]
         labels = source.real_labels[rows]
         self.labels, self.rows_by_class = step.on_device(labels), rows_by_class(labels)
-        self.images = source.normalisation.normalise(source.real_pixels(rows))
+        self.images = source.normalisation.normalise(source.real_pixels(rows - source.own_real.start))
         step.watch.note("the real images", self.images)
         step.watch.note("the real labels", self.labels)
 
@@ -249,7 +257,7 @@ class SharedStep:
     def __init__(self, source: StepSource, bank: Bank, index: int, classes: range | None = None) -> None:
         self.source, self.bank, self.index, self.classes = source, bank, index, classes
         self.rows = bank.rows(classes)
-        self.images, self.labels, self.size = bank.decoded(self.rows), bank.decoded_labels[self.rows], len(bank.decoded_labels)
+        self.images, self.labels, self.size = bank.decoded(self.rows), bank.decoded_labels[self.rows], bank.size
         self._host_labels = [(self.labels, bank.host_labels[self.rows])]  # labels on the device, and the same on the CPU
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
@@ -342,7 +350,7 @@ class SharedStep:
         images = self._apply(spec.augmenter, drawn, self.images, self.labels)
         if spec.noise == 0:
             return images
-        noise = self.source.noise(self.index, name, self.size)[self.rows]
+        noise = self.source.noise(self.index, name, self._on_host(self.labels))
         return images + spec.noise * to_device(noise, images.device).to(images.dtype)
 
 
@@ -380,7 +388,7 @@ class Step:
 
     @property
     def size(self) -> int:
-        """Rows in the whole synthetic set (n is fewer in a chunk)."""
+        """Rows in the whole synthetic set (n is fewer in a part of it)."""
         return self._shared.size
 
     @property
@@ -408,8 +416,50 @@ class Step:
         return generator(self._shared.source.seed, "loss", self._label, self.index)
 
     def total(self, t: Tensor) -> Tensor:
-        """Returns t summed over all parts of the set that the loss is evaluated on; in a plain run t itself."""
-        return t
+        """Returns t summed over all parts of the set that the loss is evaluated on; in a plain run t itself.
+
+        Gradients flow into this part's t alone, which is what a value that every part computes needs (declare separable="total").
+        """
+        return self.totals([t])[0]
+
+    def totals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns total(t) of each of the tensors, which are of one dtype, in one exchange."""
+        ranks = self._parted("total")
+        return list(_Total.apply(ranks, self._label, *tensors)) if ranks.size > 1 else list(tensors)
+
+    def gather(self, t: Tensor, *, real: bool = False) -> Tensor:
+        """Returns the rows t (n, ...) of this part's images (`real`: real images) among those of all parts, in order of class.
+
+        In a plain run t itself. Gradients flow into this part's rows alone, as in `total`.
+        """
+        if self._parted("gather").size == 1:
+            return t
+        size, part = self._place(real)
+        return self.total(torch.cat([t.new_zeros((part.start, *t.shape[1:])), t, t.new_zeros((size - part.stop, *t.shape[1:]))]))
+
+    def scatter(self, t: Tensor, *, real: bool = False) -> Tensor:
+        """Returns this part's rows of t (`size`, ...), which has a row for each image (`real`: real image) of all parts.
+
+        So what is drawn by row does not depend on how the set is parted.
+        """
+        return t[self._place(real)[1]]
+
+    def _place(self, real: bool) -> tuple[int, slice]:
+        """Returns the number of rows in all parts, and which of them are this part's."""
+        if real:
+            return self._shared.real.size, self._shared.real.part
+        first = self._shared.bank.start
+        return self.size, slice(first + self._shared.rows.start, first + self._shared.rows.stop)
+
+    def _parted(self, member: str) -> Ranks:
+        """Returns the processes among which the set is parted; raises RunFailed where the loss would see but a part of a part."""
+        shared = self._shared
+        if self._requires.separable != "total" and len(shared.labels) < shared.size:
+            raise RunFailed(
+                f"The loss '{self._label}' uses step.{member}, and it is evaluated on parts of the set: "
+                'declare separable="total" in its ddkit.Requires(...).'
+            )
+        return shared.source.ranks
 
     def log(self, name: str, value: Tensor) -> None:
         """Records a diagnostic scalar or short vector beside the loss's value in metrics.jsonl."""
@@ -469,12 +519,25 @@ class Step:
         )
 
 
+class _Total(torch.autograd.Function):
+    """The sum over all processes; the gradient is that of this process's summand, and is not summed again."""
+
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, label: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(ranks.sums(tensors, label))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *gradients)
+
+
 class _DeclaredReal(RealStep):
     """The shared RealStep as one loss sees it."""
 
     def __init__(self, step: Step, shared: RealStep) -> None:
         self._own, self._shared = step, shared
         self.images, self.labels, self.rows_by_class = shared.images, shared.labels, shared.rows_by_class
+        self.size, self.part = shared.size, shared.part
 
     @property
     def augmented(self) -> Tensor:

@@ -27,6 +27,7 @@ from ddkit.loading import load_images
 from ddkit.networks import build_network, training_flops
 from ddkit.options import written_options
 from ddkit.randomness import generator
+from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import TeacherTable, TrainTable
 from ddkit.teacher import Teacher
 from ddkit.training import Schedule, accuracy, fit
@@ -253,8 +254,13 @@ def automatic_teacher(
     train: TrainTable,
     device: torch.device,
     report: Report | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Teacher:
-    """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so."""
+    """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so.
+
+    Of several processes the first trains it, and the others raise RunFilesError where they do not find it in the cache afterwards.
+    """
     info = data_info(dataset, shape)
     name = table.model
     table, train = resolved_training(table, train, info)
@@ -268,6 +274,13 @@ def automatic_teacher(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "teachers" / f"{table.model.replace('/', '-').replace(':', '-')}-{digest}.safetensors"
+    if not ranks.first:
+        ranks.told(None)
+    if not ranks.first and not _is_whole(path):
+        raise RunFilesError(
+            f"The first process of the run has trained a teacher, which is not in the cache of this one ({path.parent}). Give all machines "
+            "one cache with the environment variable DDKIT_CACHE, or give --teacher FILE."
+        )
     if not _is_whole(path):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
@@ -275,4 +288,6 @@ def automatic_teacher(
         )  # fmt: skip
         _make_folder(path.parent)
         save_teacher(path, train_teacher(dataset, shape, table, train, seed=0, device=device, report=report))
+    if ranks.first:
+        ranks.told(None)  # the others wait for this
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)

@@ -174,7 +174,7 @@ def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedder
         steps.renew_every, steps.inner = 3, Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
         steps._embedder, found = embedder, []
         for index in range(4):
-            steps.advance(index, x, labels)
+            steps.advance(index, lambda: (x, labels))
             found.append(embedder(x).detach())
         assert not any(parameter.requires_grad for parameter in embedder.module.parameters())
         redraw(embedder.module, model(), INFO, 0, "network")

@@ -174,7 +174,7 @@ def test_running_statistics_come_from_real_images_and_the_network_stays_in_train
     job, bank, engine = made(recipe("gm", network={"norm": "batch"}))
     modules = []
     for index in (0, 1):
-        engine.source.advance(index, bank.images, bank.labels)
+        engine.source.advance(index, lambda: (bank.images, bank.labels))
         module = engine.source.embedder(index).module
         assert all(each.training for each in module.modules())
         modules.append({name: value.clone() for name, value in network_tensors(module).items()})

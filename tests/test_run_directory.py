@@ -237,7 +237,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_continues_exactl
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_before_the_first_step_leaves_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
-    monkeypatch.setattr("ddkit.jobs.automatic_teacher", lambda *arguments: os.kill(os.getpid(), number))
+    monkeypatch.setattr("ddkit.jobs.automatic_teacher", lambda *arguments, **named: os.kill(os.getpid(), number))
     result = cli("distill", *BOTH, "--out", "new/run")
     assert (result.code, result.out) == (code, "")
     assert result.err.strip() == "ddkit: Interrupted."

@@ -18,6 +18,9 @@ from ddkit.cli.common import LogFormat
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError, printable
 from ddkit.permission import named_by_user
+from ddkit.ranks import LastWords, follows, launched
+
+SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,6 +59,8 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     tune_process()
     arguments = sys.argv[1:]
+    if follows() and not _is_shared(arguments):
+        sys.exit(0)  # the first of several processes does it
     named_by_user(arguments)
     show = "--traceback" in arguments
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -79,7 +84,13 @@ def main() -> NoReturn:
     except OSError as error:  # a path that is too long, or in a folder that may not be read
         _fail(f"{error.filename or 'A file'}: {error.strerror or error}. Name a path that can be read and written.", 5, show)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if not launched():  # torchrun's request to end must not cut off the last words
+            signal.signal(signal.SIGTERM, before)
+
+
+def _is_shared(arguments: list[str]) -> bool:
+    """Whether several processes share the command's work."""
+    return next((argument for argument in arguments if not argument.startswith("-")), "") in SHARED
 
 
 class _Terminated(KeyboardInterrupt):
@@ -98,8 +109,11 @@ def _usage(error: click.ClickException) -> str:
 
 
 def _fail(message: str, code: int, show: bool) -> NoReturn:
+    """Ends the process with `code`; where torchrun started several, one of them tells `message`."""
     if show:
         traceback.print_exc()
+    if launched() and not LastWords().mine(sys.exc_info()[1]):
+        sys.exit(code)
     text = printable(" ".join(message.split()))
     print(textwrap.fill(f"ddkit: {text}", width=110, break_long_words=False, break_on_hyphens=False), file=sys.stderr)
     sys.exit(code)

@@ -12,6 +12,7 @@ import click
 
 from ddkit.cli.names import Names
 from ddkit.errors import FlagError, InputError, printable
+from ddkit.ranks import follows
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -110,7 +111,7 @@ quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
 
 def set_verbosity(quiet: bool, verbose: bool = False) -> None:
     """Sets how much of ddkit's log reaches stderr."""
-    logging.getLogger("ddkit").setLevel(logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("ddkit").setLevel(logging.ERROR if quiet or follows() else logging.INFO if verbose else logging.WARNING)
 
 
 @contextmanager
@@ -129,12 +130,16 @@ def blaming_flags(flags: Mapping[str, Any]) -> Iterator[None]:
 
 def echo_json(value: Any) -> None:
     """Prints one JSON object on stdout; what acts on a terminal is escaped, as JSON escapes it."""
-    click.echo(printable(json.dumps(value, ensure_ascii=False, allow_nan=False)))
+    show(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Prints text on stdout; what acts on a terminal (a class or file may be called anything) is escaped."""
-    click.echo(printable(text + end), nl=False)
+    """Prints text on stdout; what acts on a terminal (a class or file may be called anything) is escaped.
+
+    Of several processes that torchrun started the first alone does.
+    """
+    if not follows():
+        click.echo(printable(text + end), nl=False)
 
 
 class LogFormat(logging.Formatter):

@@ -39,6 +39,7 @@ def evaluate(target: str, **flags: Any) -> None:
             target, dataset=flags["dataset"], data_dir=flags["data_dir"], evaluators=flags["evaluators"], protocol=flags["protocol"],
             model=flags["model"], repeats=flags["repeats"], teacher=flags["teacher"], seed=flags["seed"], pipc=flags["pipc"],
             sets=dict(parse_set(text) for text in flags["sets"]), device=flags["device"], observers=observers(flags["quiet"]),
+            distributed=True,
         )  # fmt: skip
     if flags["as_json"]:
         import msgspec

@@ -98,6 +98,7 @@ def distill(**flags: Any) -> None:
             device=flags["device"],
             out=flags["out"],
             observers=observers(flags["quiet"]),
+            distributed=True,
         )
     _show_run(run, flags["as_json"])
 
@@ -127,7 +128,7 @@ def _resumed(flags: dict[str, Any]) -> Any:
     from ddkit import api
     from ddkit.cli.progress import observers
 
-    return api.resume(flags["out"], steps=flags["steps"], device=flags["device"], observers=observers(flags["quiet"]))
+    return api.resume(flags["out"], steps=flags["steps"], device=flags["device"], observers=observers(flags["quiet"]), distributed=True)
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:

@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 
 from ddkit.components import Loss
 from ddkit.files import read_tensors, write_tensors
+from ddkit.testing.parts import in_parts, part_of
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
 from ddkit.testing.world import Setting, World
 
@@ -183,21 +184,24 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_separable_as_declared(self) -> None:
-        """Where `separable` is declared, value and gradient class by class add up to those for the whole set."""
+        """Where `separable` is declared, value and gradient of parts of the set, as declared, make up those of the whole set."""
         world = self.world(Setting(rows=(1, 3, 2), real=(5, 1, 2), dtype=torch.float64))
-        if world.loss.requires.separable is None:
+        separable = world.loss.requires.separable
+        if separable is None:
             return
         whole, gradients, _ = world.engine().evaluate(0)
-        for chunk in (1, 2):
-            parts, others, _ = world.engine(chunk=chunk).evaluate(0)
-            one, two = float(whole["checked"]), float(parts["checked"])
+        parted = {f"in {size} parts": _in_processes(world, size) for size in (2, 3)}
+        if separable != "total":
+            parted |= {f"in chunks of {chunk}": world.engine(chunk=chunk).evaluate(0)[:2] for chunk in (1, 2)}
+        for how, (values, others) in parted.items():
+            one, two = float(whole["checked"]), float(values["checked"])
             if abs(one - two) > 1e-9 * max(1.0, abs(one)):
                 raise Broken(
-                    f"The loss '{self.label}' declares separable={world.loss.requires.separable!r}, but is {one} for the whole set and "
-                    f"{two} summed over its classes."
+                    f"The loss '{self.label}' declares separable={separable!r}, but is {one} for the whole set and {two} when it is "
+                    f"evaluated {how} of its classes."
                 )
             if not all(torch.allclose(gradients[name], others[name], rtol=1e-7, atol=1e-10) for name in gradients):
-                raise Broken(f"The gradient of the loss '{self.label}' is another one when it is evaluated class by class.")
+                raise Broken(f"The gradient of the loss '{self.label}' is another one when it is evaluated {how} of its classes.")
 
     # Mathematics
 
@@ -237,6 +241,16 @@ class LossConformance(ShapeConformance):
                 f"With the loss '{self.label}' a run that is continued after step 2 differs from an undisturbed one in {', '.join(moved)}: "
                 "keep nothing from step to step but declared parameters."
             )
+
+
+def _in_processes(world: World, size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Returns value and gradients of the whole set from the processes among which its classes are dealt out."""
+    found = in_parts(size, lambda ranks: part_of(world, ranks).engine().evaluate(0))
+    names = found[0][1]
+    joined = {
+        name: torch.cat([part[1][name] for part in found]) if world.bank.is_rowwise(f"bank.{name}") else found[0][1][name] for name in names
+    }
+    return found[-1][0], joined
 
 
 def _modes(modules: list[torch.nn.Module]) -> list[Any]:

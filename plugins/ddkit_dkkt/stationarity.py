@@ -97,6 +97,7 @@ class Stationarity(ddkit.Loss):
             teacher_gradients=True,
             second_order=True,
             views=tuple(options.views),
+            separable="total",
             parameters={
                 "multipliers": ddkit.Parameter(
                     init=_inverse_softplus(first) if options.constraint == "softplus" else first,
@@ -123,27 +124,24 @@ class Stationarity(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         free = step.parameters["multipliers"]
         multipliers = functional.softplus(free) if self.options.constraint == "softplus" else free
-        step.log("multiplier mean", multipliers.mean())
-        if "cosine" in self.options.distance:  # the scale is undetermined
-            multipliers = multipliers / multipliers.mean().clamp_min(1e-12)
+        mean = step.total(multipliers.sum()) / step.size
+        step.log("multiplier mean", mean)
+        # the scale of a cosine is undetermined: its multipliers are divided by their mean
+        scale = mean.clamp_min(1e-12) if "cosine" in self.options.distance else torch.ones_like(mean)
         terms = []
         for view, factor in sorted(self.options.views.items()):
-            pairs = self._pairs(step, view, multipliers)
+            pairs = [(theta, g / scale) for theta, g in self._pairs(step, view, multipliers)]
             terms.append(factor * stationarity_distance(pairs, self.options.distance, average=self.options.average))
             self._log_layers(step, view, pairs)
         return torch.stack(terms).sum()
 
     def _pairs(self, step: ddkit.Step, view: str, multipliers: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns (theta, negative gradient of the whole set) for each included parameter: the sums are exchanged once a view."""
         names = self._included(step)
         theta = [step.teacher_parameters[name] for name in names]
         found = step.view(view)
-        return list(
-            zip(
-                [t.detach() for t in theta],
-                negative_gradient(found.teacher_logits, found.labels, multipliers, theta),
-                strict=True,
-            )
-        )
+        sums = step.totals(negative_gradient(found.teacher_logits, found.labels, multipliers, theta))
+        return list(zip([t.detach() for t in theta], sums, strict=True))
 
     def _log_layers(self, step: ddkit.Step, view: str, pairs: Pairs) -> None:
         with torch.no_grad():

@@ -55,6 +55,8 @@ class Accuracy(ddkit.Evaluator):
     these are rows of their own, random real and baselines learn them too, and networks are trained in one process, in turn.
     """
 
+    shares = True
+
     class Options(ddkit.Options):
         protocol: Annotated[Literal["short", "dm-official", "dc-official", "practical-sam"], ddkit.Option("how networks are trained")] = (
             "short"
@@ -168,7 +170,7 @@ class Accuracy(ddkit.Evaluator):
         workers = plan.workers if soft is None and not on_disk else 1
         trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
-        found = trained_apart(trainer, tasks, workers) if workers > 1 else trained_in_turn(trainer, tasks)
+        found = data.shared(tasks, lambda some: trained_apart(trainer, some, workers) if workers > 1 else trained_in_turn(trainer, some))
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}

@@ -38,6 +38,8 @@ class Ranking(ddkit.Evaluator):
     Source: Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300.
     """
 
+    shares = True
+
     class Options(ddkit.Options):
         protocol: Annotated[str, ddkit.Option("of accuracy")] = "short"
         model: Annotated[str, ddkit.Option("network")] = "convnet"

@@ -53,7 +53,7 @@ class FeatureRegression(ddkit.Loss):
 
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(real=True, embedder=True, teacher=self.options.targets == "teacher")
+        return ddkit.Requires(real=True, embedder=True, teacher=self.options.targets == "teacher", separable="total")
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         self._augmenters(step.info)  # one that is not there is told before the first step
@@ -63,29 +63,32 @@ class FeatureRegression(ddkit.Loss):
         classes = step.info.classes
         with torch.no_grad():
             real, wanted = self._queries(step)
-            queries = step.embed(real)
-        features = step.embed(self._augmented(step, self.options.augmenter, step.images))
-        found = ridge_prediction(features, centred(step.labels, classes), queries, self.options.ridge)
-        step.log("accuracy", (found.argmax(1) == step.real.labels).float().mean())
+            queries, wanted = step.gather(step.embed(real), real=True), step.gather(wanted, real=True)
+            answers = step.gather(centred(step.real.labels, classes), real=True).argmax(1)
+        features = step.gather(step.embed(self._augmented(step, self.options.augmenter, step.images)))
+        found = ridge_prediction(features, step.gather(centred(step.labels, classes)), queries, self.options.ridge)
+        step.log("accuracy", (found.argmax(1) == answers).float().mean())
         return (found - wanted).square().sum(1).mean()
 
     def _queries(self, step: ddkit.Step) -> tuple[Tensor, Tensor]:
         """Returns augmented real images (m, C, H, W), blended where `mixup` says so, and what they should get (m, K)."""
-        real = self._augmented(step, self.options.real_augmenter, step.real.images)
+        real = self._augmented(step, self.options.real_augmenter, step.real.images, real=True)
         wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
         if self.options.mixup:
-            other = torch.randperm(len(real), generator=step.generator)
-            share = self.options.mixup * torch.rand(len(real), generator=step.generator).to(real.dtype)
-            other, share = (ddkit.to_device(each, real.device) for each in (other, share))
-            real = torch.lerp(real, real[other], share[:, None, None, None])
-            wanted = torch.lerp(wanted, wanted[other], share[:, None])
+            drawn = torch.randperm(step.real.size, generator=step.generator), torch.rand(step.real.size, generator=step.generator)
+            other, share = (ddkit.to_device(step.scatter(each, real=True), real.device) for each in drawn)
+            share = self.options.mixup * share.to(real.dtype)
+            partners, theirs = step.gather(real, real=True)[other], step.gather(wanted, real=True)[other]
+            real, wanted = torch.lerp(real, partners, share[:, None, None, None]), torch.lerp(wanted, theirs, share[:, None])
         if self.options.targets == "teacher":
             wanted = step.teacher.logits(real).softmax(1) - 1 / step.info.classes
         return real, wanted
 
-    def _augmented(self, step: ddkit.Step, name: str, x: Tensor) -> Tensor:
+    def _augmented(self, step: ddkit.Step, name: str, x: Tensor, *, real: bool = False) -> Tensor:
+        """Returns x augmented; what is drawn for an image does not depend on how the set is parted."""
         augmenter = self._augmenters(step.info)[name]
-        return augmenter.apply(x, augmenter.sample_batch(step.generator, len(x)))
+        drawn = augmenter.sample_batch(step.generator, step.real.size if real else step.size)
+        return augmenter.apply(x, {key: step.scatter(value, real=real) for key, value in drawn.items()})
 
     def _augmenters(self, info: ddkit.DataInfo) -> dict[str, ddkit.Augmenter]:
         if "_made" not in self.__dict__:

@@ -1,0 +1,309 @@
+"""The processes of one run: which classes each of them owns, and the few things that they exchange.
+
+A run is one process, or several that torchrun started. Classes are dealt out in contiguous ranges, so the rows of a
+process are contiguous too. Tensors and JSON travel, nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from ddkit.errors import FlagError, InputError, RunFailed
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+log = logging.getLogger("ddkit")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+# A process that dies closes its connections, which ends the others at once. The limit is for those that wait for the first one
+# while it trains a teacher, or evaluates.
+PATIENCE = timedelta(days=2)
+SECOND_THOUGHTS = 0.5  # seconds in which a process that knows the cause may tell it before one that only saw another go
+
+
+class OthersEnded(RunFailed):
+    """An exchange failed, as another process of the run is gone."""
+
+
+class Ranks:
+    """One process that is the whole run; `Group` is one of several. `rank` is its number of `size`; rank 0 prints and writes files.
+
+    `exchanged` counts the bytes that this process gave to exchanges, by purpose.
+    """
+
+    rank, size = 0, 1
+
+    def __init__(self) -> None:
+        self.exchanged: Counter[str] = Counter()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def classes(self, count: int) -> range:
+        """Returns the classes of 0..count-1 that this process owns: ranges differ in length by one at most."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def check(self, classes: int) -> None:
+        """Raises InputError where there are more processes than classes."""
+        if self.size > classes:
+            raise InputError(
+                f"{self.size} processes were started for {classes} classes, and a class belongs to one process. "
+                f"Start at most {classes}: torchrun --nproc-per-node={classes}."
+            )
+
+    def sums(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
+        """Returns the sum over all processes of each tensor, without gradients, in one exchange; the same bits everywhere.
+
+        Floats travel as float32 or float64, whichever the first is, so all tensors are of one dtype.
+        """
+        return [tensor.detach() for tensor in tensors]
+
+    def all(self, flag: bool) -> bool:
+        """Returns whether `flag` is true in every process."""
+        return flag
+
+    def agreed(self, flag: int) -> int:
+        """Returns the largest `flag` (an integer) of all processes."""
+        return flag
+
+    def told(self, value: Any) -> Any:
+        """Returns the first process's `value`, which is JSON data; what the others give is not looked at."""
+        return value
+
+    def heard(self, value: Any) -> list[Any]:
+        """Returns the `value` (JSON data) of every process, in their order."""
+        return [value]
+
+    def gathered(self, rows: Tensor) -> Tensor | None:
+        """Returns the rows (n, ...) of all processes in their order, on the CPU; None in every process but the first."""
+        return rows.detach().cpu()
+
+    def whole(self, rows: Tensor, purpose: str) -> Tensor:
+        """Returns the rows (n, ...) of all processes in their order, in every process, without gradients."""
+        return rows.detach()
+
+    def same(self, what: str, value: Any) -> None:
+        """Raises InputError where `value` (JSON data) differs between processes."""
+
+
+ALONE = Ranks()
+
+
+def class_rows(labels: Tensor, classes: range) -> slice:
+    """Returns the rows of ascending labels (n,) on the CPU that belong to `classes`."""
+    import torch
+
+    return slice(*torch.searchsorted(labels, torch.tensor([classes.start, classes.stop])).tolist())
+
+
+class Group(Ranks):
+    """One of the processes that torchrun started. CPU tensors travel over gloo, others over the default group's backend (NCCL)."""
+
+    def __init__(self) -> None:
+        import torch.distributed as distributed
+
+        super().__init__()
+        self._distributed = distributed
+        with others_may_end():
+            self._cpu: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
+
+    def _of(self, tensor: Tensor) -> Any:
+        return self._cpu if tensor.device.type == "cpu" else None
+
+    def _summed(self, tensor: Tensor, purpose: str) -> Tensor:
+        self.exchanged[purpose] += tensor.nbytes
+        with others_may_end():
+            self._distributed.all_reduce(tensor, group=self._of(tensor))
+        return tensor
+
+    def sums(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
+        import torch
+
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])  # a copy, also of one tensor
+        parts = self._summed(flat, purpose).split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def all(self, flag: bool) -> bool:
+        return self.agreed(int(not flag)) == 0
+
+    def agreed(self, flag: int) -> int:
+        import torch
+
+        found = torch.tensor(flag)
+        self.exchanged["control"] += found.nbytes
+        with others_may_end():
+            self._distributed.all_reduce(found, op=self._distributed.ReduceOp.MAX, group=self._cpu)
+        return int(found)
+
+    def told(self, value: Any) -> Any:
+        import torch
+
+        content = json.dumps(value).encode() if self.first else b""
+        length = self.agreed(len(content))
+        found = torch.frombuffer(bytearray(content or bytes(length)), dtype=torch.uint8)
+        self.exchanged["control"] += length
+        with others_may_end():
+            self._distributed.broadcast(found, 0, group=self._cpu)
+        return json.loads(found.numpy().tobytes())
+
+    def heard(self, value: Any) -> list[Any]:
+        import torch
+
+        content = json.dumps(value).encode()
+        length = self.agreed(len(content))
+        own = torch.frombuffer(bytearray(content.ljust(length)), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self.exchanged["control"] += length
+        with others_may_end():
+            self._distributed.all_gather(parts, own, group=self._cpu)
+        return [json.loads(part.numpy().tobytes()) for part in parts]
+
+    def gathered(self, rows: Tensor) -> Tensor | None:
+
+        own = rows.detach().cpu().contiguous()
+        counts = self.heard(len(own))
+        with others_may_end():
+            if not self.first:
+                self.exchanged["gathering"] += own.nbytes
+                self._distributed.send(own, 0, group=self._cpu)
+                return None
+            found = own.new_empty((sum(counts), *own.shape[1:]))
+            found[: len(own)] = own
+            for rank, part in enumerate(found.split(counts)[1:], start=1):
+                self._distributed.recv(part, rank, group=self._cpu)
+        return found
+
+    def whole(self, rows: Tensor, purpose: str) -> Tensor:
+        counts = self.heard(len(rows))
+        found = rows.new_zeros((sum(counts), *rows.shape[1:]))
+        start = sum(counts[: self.rank])
+        found[start : start + len(rows)] = rows.detach()
+        return self._summed(found, purpose)
+
+    def same(self, what: str, value: Any) -> None:
+        values = self.heard(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise InputError(
+                    f"{what} of process {rank} is not that of process 0 ({str(other)[:40]} there, {str(values[0])[:40]} here). All "
+                    "processes of a run work with the same files and the same ddkit: give the same command and paths on every machine."
+                )
+
+
+@contextmanager
+def others_may_end() -> Iterator[None]:
+    """Turns what torch raises, when another process is gone in mid-exchange, into OthersEnded."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's and NCCL's errors are of this kind
+        raise OthersEnded(
+            "Another process of this run has ended, so this one ends too. What torchrun says below tells which one. "
+            "`ddkit distill --out DIR --resume`, with as many processes as you like, continues from the newest complete checkpoint."
+        ) from error
+
+
+def launched() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return all(name in os.environ for name in LAUNCHED) and os.environ["WORLD_SIZE"] != "1"
+
+
+def follows() -> bool:
+    """Whether this is not the first of several processes: it prints nothing."""
+    return launched() and os.environ["RANK"] != "0"
+
+
+def plain_environment() -> dict[str, str]:
+    """Returns the environment for processes that are not part of the group: without what torchrun tells its own."""
+    ours = (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
+    return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("TORCHELASTIC_")}
+
+
+@contextmanager
+def group(*, wanted: bool = True) -> Iterator[Ranks]:
+    """Inside, the processes that torchrun started are one group, if that is `wanted`; elsewhere this one is alone.
+
+    A group that is there already (of a program that uses torch.distributed itself) is used, and left as it was.
+    """
+    if not wanted or not launched():
+        yield Ranks()
+        return
+    import torch.distributed as distributed
+
+    own = not distributed.is_initialized()
+    if own:
+        _begin(distributed)
+    try:
+        yield Group()
+    finally:
+        if own and sys.exc_info()[0] is None:  # after an error the others may be gone, and leaving in order would wait for them
+            distributed.destroy_process_group()
+
+
+def _begin(distributed: Any) -> None:
+    import torch
+
+    gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    if gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    try:
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise RunFailed(
+            f"The processes that torchrun started could not find one another at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"({' '.join(str(error).split())[:300]}). Where the name of this machine is not known to its network, name the interface: "
+            "GLOO_SOCKET_IFNAME=lo on one machine."
+        ) from error
+
+
+def own_device(name: str) -> str:
+    """Returns the device of this process for what --device names: on a machine with several GPUs one for each process."""
+    import torch
+
+    if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
+        if launched() and name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise FlagError(f"--device {name}: under torchrun every process takes a GPU of its own. Use --device cuda.")
+        return name
+    local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= gpus:
+        raise FlagError(
+            f"torchrun started process {local} of this machine, which has {gpus} GPUs. Use --nproc-per-node={gpus}, or --device cpu."
+        )
+    return f"cuda:{local}"
+
+
+class LastWords:
+    """Sees to it that one process tells why a run of several ended, and the others are silent: through torchrun's own store."""
+
+    def __init__(self) -> None:
+        self._store: Any = None
+        with suppress(Exception):  # whatever is wrong with the store, the error itself must be told
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)) if agent else None
+
+    def mine(self, error: BaseException | None) -> bool:
+        """Returns whether this process is the one to tell `error`; from then on torchrun's request to end is not heard."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if self._store is None:
+            return not follows()
+        if isinstance(error, OthersEnded):
+            time.sleep(SECOND_THOUGHTS)
+        with suppress(Exception):
+            return bool(self._store.add("ddkit/last words", 1) == 1)
+        return not follows()
