@@ -239,7 +239,7 @@ def test_a_run_goes_on_and_is_evaluated_when_the_dataset_is_passed_again(
     assert ddkit.evaluate(path, dataset=(Pictures(), Pictures(8)), sets=short), "other data: told, not recorded"
     assert (path / "evaluation.json").read_bytes() == kept
     assert ddkit.resume(path, dataset=(Pictures(), Pictures(6)), steps=3).steps == 3
-    with pytest.raises(ddkit.RunFilesError, match=r"the data is not what the run at .* began with"):
+    with pytest.raises(ddkit.RunFilesError, match=r"the accessible data is not what the run at .* began with"):
         ddkit.resume(path, dataset=(Pictures(shade=1), Pictures(6)), steps=4)
     with pytest.raises(ddkit.FlagError, match="a run is continued on its own data"):
         ddkit.resume(path, dataset="digits", steps=4)
