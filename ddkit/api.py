@@ -130,11 +130,13 @@ class _Place(NamedTuple):
 
     def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
         """Returns what `claim` does in the first process, and in the others the same folder to follow."""
-        if not self.ranks.first:
-            return Follower(Path(self.ranks.told(None)))
-        claimed = claim()
-        self.ranks.told(str(claimed.path.absolute()) if self.ranks.size > 1 else None)
-        return claimed
+        if self.ranks.first:
+            found = claim()
+            self.ranks.told(str(found.path.absolute()) if self.ranks.size > 1 else None)
+        else:
+            found = Follower(Path(self.ranks.told(None)))
+        self.ranks.all(True)  # all have seen it, before one may remove it
+        return found
 
 
 def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:

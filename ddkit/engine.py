@@ -133,9 +133,9 @@ class Engine:
 
     def _summed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the values of the whole set: those of a loss that every process computes whole count once."""
-        if self.ranks.size == 1:
-            return values
         labels = [term.label for term in self.terms if term.loss.requires.separable != "total"]
+        if self.ranks.size == 1 or not labels:
+            return values
         return values | dict(zip(labels, self.ranks.sums([values[label].double() for label in labels], "values"), strict=True))
 
     def _of_the_whole_set(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,9 +27,11 @@ from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.files import sealed, write_atomic, write_json
+from ddkit.ranks import Ranks, group, plain_environment
 from ddkit.recipe import recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.rundir import MANIFEST, RECIPE
+from ddkit.stores import SETS, merge, share
 from ddkit.study import Study, chosen_cells
 from ddkit.tasks import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
 
@@ -43,8 +45,14 @@ def reproduce(
     systems: Sequence[str] | None = None,
     run: bool = True,
     report: Callable[[str], None] = lambda line: None,
+    part: tuple[int, int] = (0, 1),
+    merged: Sequence[Path] = (),
+    distributed: bool = False,
 ) -> Report:
     """Runs what is not yet there of the study (all cells and systems, or those given) and returns what is known.
+
+    `part` (i, n): only the sets of share i, 0 to n - 1, which another machine's share completes; `merged` are stores from which finished
+    sets are copied first. `distributed`: the processes that torchrun started, all of which call this, make a share each.
 
     `run` False only tells. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
     the result. Raises DdkitError for bad input at once; a set that fails later is told in its figure.
@@ -54,9 +62,17 @@ def reproduce(
     tasks = planned(study, chosen, out, settings)
     _check(study, tasks, settings)
     failures: dict[Path, str] = {}
-    if run:
-        _make(out / "sets")
-        failures = _work(tasks, settings, report)
+    with group(wanted=distributed) as ranks:
+        if ranks.first:
+            for store in merged:
+                report(f"{merge(store, out)} sets and evaluations were copied from {store}")
+        ranks.told(None)
+        if run:
+            _make(out / SETS)
+            own = share(share(tasks, *part), ranks.rank, ranks.size)
+            failures = _together(ranks, _work(own, settings, report))
+    if not ranks.first:
+        run = False
     found = figures_of(study, tasks, failures)
     pictures = write_pictures(study, tasks, out) if run else []
     result = Report(
@@ -67,6 +83,12 @@ def reproduce(
         write_json(out / "report.json", report_json(result))
         write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
     return result
+
+
+def _together(ranks: Ranks, failures: dict[Path, str]) -> dict[Path, str]:
+    """Returns the failures of all processes, when all are done."""
+    parts = ranks.heard({str(path): reason for path, reason in failures.items()})
+    return {Path(path): reason for part in parts for path, reason in part.items()}
 
 
 def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
@@ -188,7 +210,7 @@ class _Crew:
 
     def command(self, arguments: Sequence[str]) -> str:
         """Returns what `ddkit ARGUMENTS...` prints; raises RunFailed with its message, or an error of its exit code."""
-        environment = dict(os.environ)
+        environment = plain_environment()  # a set is made by one process, whoever started this one
         if self.settings.jobs > 1:
             threads = max(1, (os.cpu_count() or 1) // self.settings.jobs)
             environment["OMP_NUM_THREADS"] = str(threads)

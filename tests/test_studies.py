@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
@@ -17,6 +20,8 @@ import pytest
 from ddkit import plugins, reproduce, tasks
 from ddkit.cli import cli as command_line
 from ddkit.errors import InputError, RunFailed
+from ddkit.recipe import parse_recipe
+from ddkit.stores import share
 from ddkit.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
 from tests.conftest import SMALL as SETTINGS
 from tests.conftest import Result
@@ -306,3 +311,68 @@ def test_rows_of_a_study_can_be_chosen() -> None:
     assert len(chosen_cells(study, None, None)) == 6
     with pytest.raises(InputError):
         chosen_cells(study, [(1, 5)], None)
+
+
+# Shares of a study, and stores put together
+
+
+def _task(name: str, *parts: str) -> tasks.Task:
+    asked = tasks.Evaluating(protocol="short", labels="hard", images="synthetic", networks=1, teacher="")
+    return tasks.Task(Cell(1, 1, name), 0, parse_recipe({}), Path(name), asked, tuple(map(Path, parts)))
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5])
+def test_shares_are_a_partition_and_a_blend_goes_with_its_parts(of: int) -> None:
+    made = [_task("a"), _task("b"), _task("c"), _task("a"), _task("d"), _task("a+c", "a", "c"), _task("d+c", "d", "c")]
+    shares = [share(made, number, of) for number in range(of)]
+    assert sorted(task.cell.system for some in shares for task in some) == sorted(task.cell.system for task in made)
+    for some in shares:
+        names = {task.path.name for task in some}
+        assert names <= {"a", "c", "d", "a+c", "d+c"} or names <= {"b"} or of == 1
+    assert shares[0] == [task for task in made if task in shares[0]], "in the study's order"
+
+
+def test_shares_made_apart_are_the_whole_study_once_they_are_put_together(cli: CLI, commands: list[list[str]]) -> None:
+    study = f"./{_study()}"
+    for number in (1, 2):
+        shard = cli("reproduce", study, *SMALL, "--shard", f"{number}/2", "--out", f"share-{number}", "--json")
+        assert shard.code == 0, shard.err
+        assert {"not run", "partly"} & {figure["state"] for figure in json.loads(shard.out)["figures"]}
+    made = [c[c.index("--out") + 1].split("/")[-1] for c in commands if c[0] == "distill"]
+    assert len(made) == len(set(made)) == 2 * (2 + 1 + 2), "each set in one share alone"
+    commands.clear()
+    together = cli("reproduce", study, *SMALL, "--merge", "share-1", "--merge", "share-2", "--json")
+    assert together.code == 0, together.err
+    assert commands == [], "nothing is left to do"
+    whole = cli("reproduce", study, *SMALL, "--out", "whole", "--json")
+    assert json.loads(together.out)["figures"] == json.loads(whole.out)["figures"]
+    again = cli("reproduce", study, *SMALL[:-1], "--merge", "share-1", "--show")
+    assert "0 sets and evaluations were copied from share-1" in again.err
+
+
+def test_a_damaged_store_is_not_merged_and_nothing_half_copied_stays(cli: CLI, commands: list[list[str]]) -> None:
+    study = f"./{_study()}"
+    one = [*SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    assert cli("reproduce", study, *one, "--out", "first").code == 0
+    (run,) = (path for path in Path("first/sets").glob("dm-*") if path.is_dir())
+    file = run / "synthetic.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = cli("reproduce", study, *one, "--merge", "first", "--out", "second", "--show")
+    assert result.code == 5
+    assert "synthetic.safetensors" in result.err
+    assert list(Path("second/sets").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_torchrun_makes_a_share_in_each_process(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(STUDY)
+    flags = [*map(str, SMALL), "--seeds", "1", "--systems", "dm", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "ddkit", "reproduce", "./study.toml", *flags],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {figure["state"] for figure in json.loads(done.stdout)["figures"]} == {"done"}

@@ -261,6 +261,47 @@ def test_a_module_that_is_slow_or_fails_elsewhere_is_found(heavy: Callable[[str]
         plugins.plugins.cache_clear()
 
 
+# Losses that every part computes
+
+
+def _spread(step: ddkit.Step, *, of_a_part: bool = False, nested: bool = False) -> Tensor:
+    """Returns the variance of the images, from totals; `of_a_part` forgets the others, `nested` sums what depends on a total."""
+    total = (lambda t: t) if of_a_part else step.total
+    mean = total(step.images.sum(0)) / step.size
+    if nested:
+        return total((step.images - mean + 1).square().sum(0)).sum() / step.size
+    return (total(step.images.square().sum(0)) / step.size - mean.square()).mean()
+
+
+TOTAL = ddkit.Requires(separable="total")
+
+
+def test_a_loss_of_totals_passes_and_one_that_forgets_the_other_parts_does_not() -> None:
+    for harm, told in (({}, ""), ({"of_a_part": True}, "in 2 parts"), ({"nested": True}, "The gradient of the loss")):
+        loss = _bad("Spread", lambda self, step, harm=harm: _spread(step, **harm), requires=TOTAL)
+        assert told in problem_of(suite_of("loss", loss), "separable-as-declared"), harm
+    assert problem_of(suite_of("loss", _bad("Spread", lambda self, step: _spread(step), requires=TOTAL)), "separable-as-declared") == ""
+
+
+def test_total_in_a_part_of_a_loss_that_does_not_declare_it_is_refused() -> None:
+    loss = _bad("Sum", lambda self, step: step.total(_square(step)), requires=ddkit.Requires(separable="sum"))
+    assert 'declare separable="total"' in problem_of(suite_of("loss", loss), "separable-as-declared")
+
+
+def test_rows_that_are_gathered_and_drawn_for_the_whole_set_are_those_of_one_part() -> None:
+    def call(self: Any, step: ddkit.Step) -> Tensor:
+        drawn = torch.rand(step.size, generator=step.generator, dtype=step.images.dtype)
+        rows = step.gather(step.scatter(drawn)[:, None] * step.images.flatten(1))
+        return (rows @ rows.T).square().mean()
+
+    assert problem_of(suite_of("loss", _bad("Gram", call, requires=TOTAL)), "separable-as-declared") == ""
+
+
+def test_a_parameter_of_the_whole_set_does_not_go_with_totals() -> None:
+    with pytest.raises(ValueError, match="would count twice"):
+        ddkit.Requires(separable="total", parameters={"scale": ddkit.Parameter(per="set")})
+
+
 # Declared deviations
 
 

@@ -53,6 +53,18 @@ class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         return cells
 
 
+class Shard(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """A share I/N of the work, I from 1 to N; as (I - 1, N)."""
+
+    name = "i/n"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        number, _, of = str(value).partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+            self.fail(f"{value!r} is no share I/N with I from 1 to N, such as 1/4.", param, ctx)
+        return int(number) - 1, int(of)
+
+
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Returns one decorator that applies several options, first one first in the help."""
 

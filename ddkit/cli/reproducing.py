@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, blaming_flags, echo_json, quiet, set_verbosity, shared, show
+from ddkit.cli.common import Cells, Shard, blaming_flags, echo_json, quiet, set_verbosity, shared, show
 from ddkit.errors import FlagError, RunFailed
 
 
@@ -23,13 +23,18 @@ from ddkit.errors import FlagError, RunFailed
 @click.option("--teacher", metavar="FILE|auto", help="Trained model, for all systems.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sets made at the same time, sharing the cores.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Where sets are kept (default: runs/STUDY).")
+@click.option("--shard", type=Shard(), help="Make only share I of N of the sets, as one of N machines: 1/4 to 4/4.")
+@click.option(
+    "--merge", "merged", multiple=True, metavar="DIR", type=click.Path(path_type=Path), help="Copy what another --out has finished first."
+)
 @click.option("--show", is_flag=True, help="Only tell what is there; run nothing.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @quiet
 def reproduce(study: str, **flags: Any) -> None:
     """Run a study: systems times cells, measured beside the published figures.
 
-    What is finished is kept; a second call continues. `ddkit list studies` shows those that come along.
+    What is finished is kept; a second call continues. `ddkit list studies` shows those that come along. Under torchrun the processes
+    make a share of the sets each; machines that know nothing of one another take --shard I/N, and --merge puts their results together.
     """
     set_verbosity(flags["quiet"])
     if flags["markdown"] and flags["as_json"]:
@@ -52,7 +57,8 @@ def reproduce(study: str, **flags: Any) -> None:
     with blaming_flags(flags):
         report = work.reproduce(
             found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
-            report=lambda line: None if flags["quiet"] else click.echo(line, err=True),
+            report=lambda line: None if flags["quiet"] else click.echo(line, err=True), part=flags["shard"] or (0, 1),
+            merged=flags["merged"], distributed=True,
         )  # fmt: skip
     if flags["as_json"]:
         echo_json(report_json(report))

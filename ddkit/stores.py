@@ -1,0 +1,76 @@
+"""Stores of a study's sets: a share of the sets for each of several machines, and stores that are put together again."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ddkit.errors import InputError, RunFilesError
+from ddkit.files import read_json, sync, unsealed, write_atomic
+from ddkit.manifest import MANIFEST, check_listed, read_manifest
+from ddkit.tasks import Task
+
+SETS = "sets"  # the folder of a store that has a run directory for each set, and a file for each evaluation of it
+
+
+def share(tasks: Sequence[Task], number: int, of: int) -> list[Task]:
+    """Returns the tasks of share `number` (0 to of - 1): every task is in one share, and a blend in that of its parts."""
+    owner: dict[Path, Path] = {}
+
+    def root(path: Path) -> Path:
+        while owner.setdefault(path, path) != path:
+            path = owner[path]
+        return path
+
+    for task in tasks:
+        for part in task.parts:
+            owner[root(part)] = root(task.path)
+    numbers: dict[Path, int] = {}
+    for task in tasks:
+        numbers.setdefault(root(task.path), len(numbers))
+    return [task for task in tasks if numbers[root(task.path)] % of == number]
+
+
+def merge(other: Path, out: Path) -> int:
+    """Copies into the store `out` what the store `other` has finished and `out` has not; returns how many sets and evaluations.
+
+    What both have stays as it is in `out`. Raises RunFilesError where `other` is no store or a file in it is damaged, and then leaves
+    no half-copied set behind.
+    """
+    source, target = other / SETS, out / SETS
+    if not source.is_dir():
+        raise RunFilesError(f"--merge {other}: there is no folder {SETS} in it. Name the --out of an earlier `ddkit reproduce`.")
+    if source.resolve() == target.resolve():
+        raise InputError(f"--merge {other} is the store itself. Name another one, or leave it out.")
+    found = 0
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for entry in sorted(source.iterdir()):
+            place = target / entry.name
+            if (entry / MANIFEST).is_file() and not (place / MANIFEST).is_file():
+                _copy_set(entry, place)
+                found += 1
+        for file in sorted(source.glob("*.json")):
+            place = target / file.name
+            if not place.is_file():
+                unsealed(read_json(file), file)
+                write_atomic(place, file.read_bytes())
+                found += 1
+    except OSError as error:
+        raise RunFilesError(f"{error.filename or target} cannot be copied: {error.strerror or error}.") from None
+    return found
+
+
+def _copy_set(run: Path, place: Path) -> None:
+    """Copies a finished run under another name first."""
+    for name in read_manifest(run)["files"]:
+        check_listed(run, name)
+    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+        copied = Path(folder) / place.name
+        shutil.copytree(run, copied, ignore=shutil.ignore_patterns(".*"))
+        if place.is_dir():  # begun here, and finished there
+            shutil.rmtree(place)
+        copied.rename(place)
+    sync(place.parent)
