@@ -113,6 +113,9 @@ def test_npz_takes_the_common_layouts(tmp_path: Path, shape: tuple[int, ...], ex
     channel_first = x[5][None] if len(shape) == 3 else (x[5] if shape[1] in (1, 3) else x[5].transpose(2, 0, 1))
     np.testing.assert_array_equal(images[1].numpy(), channel_first.astype(images[1].numpy().dtype))
     assert data.labels("test").tolist() == [0, 1, 2]
+    whole = data.images("train", range(6))
+    assert isinstance(whole, Tensor)
+    assert whole.stride() == torch.empty(whole.shape).stride(), "which convolution computes must not depend on the layout"
 
 
 def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path) -> None:
