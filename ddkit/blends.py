@@ -10,12 +10,13 @@ import msgspec
 import torch
 
 from ddkit.artifact import FILE, Artifact, load
-from ddkit.blend import blended
+from ddkit.averaging import blended, partners
 from ddkit.compute import pick_device
 from ddkit.data import RealData, open_dataset
 from ddkit.errors import InputError
 from ddkit.evaluating import image_shape, judged
 from ddkit.files import sha256, write_json
+from ddkit.film import write_parts
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job, evaluators_of
 from ddkit.ranks import ALONE, Ranks
@@ -32,7 +33,8 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     class name, and within a class by their order. Where one of them is a run, `ddkit evaluate` finds its real data.
     Raises DdkitError.
     """
-    result = blended(load(first), load(second), alpha)
+    parts = load(first), load(second)
+    result = blended(*parts, alpha)
     known = [RunDirectory.existing(Path(part)).read_recipe() for part in (first, second) if (Path(part) / RECIPE).is_file()]
     copied = ("data", "teacher", "train", "seed", "pipc")
     table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
@@ -44,6 +46,7 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
             if known:
                 directory.write_recipe(recipe_dict(recipe))
             save_set(result, directory)
+            _keep(parts, directory)
             close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
         except BaseException:
             directory.discard()
@@ -92,10 +95,12 @@ def run_blend(
             facts = RunDirectory(path).read_manifest()
             steps, seconds = steps + facts["steps"], seconds + facts["seconds"]
         paths.append(path)
-    result = blended(load(paths[0]), load(paths[1]), recipe.blend.alpha)
+    parts = load(paths[0]), load(paths[1])
+    result = blended(*parts, recipe.blend.alpha)
     result.metadata |= {"recipe": recipe.name}
     if ranks.first:
         save_set(result, directory)
+        _keep(parts, directory)
     rows = judged(recipe, result, device, watchers, ranks=ranks) if recipe.evaluators else []
     if rows and ranks.first:
         write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
@@ -105,6 +110,12 @@ def run_blend(
     ranks.told(None)
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=steps, seconds=seconds, evaluations=rows)
+
+
+def _keep(parts: tuple[Artifact, Artifact], directory: RunDirectory) -> None:
+    """Keeps some images of both sets of a blend for its report."""
+    first, second = parts
+    write_parts(directory.path, first.stored_images, second.stored_images[partners(first, second)], first.stored_labels)
 
 
 def _check_blend(recipe: Recipe, device: str, ranks: Ranks = ALONE) -> dict[str, Recipe]:

@@ -205,6 +205,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
     `images` names what the networks were trained on: "synthetic", or a baseline; random real stands beside synthetic.
     `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
+    `details["variant"]` says in a few words what differs from the protocol; rows of another variant stand beside each other.
     """
 
     evaluator: str
@@ -226,8 +227,8 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
 
     test_images (t, C, H, W), test_labels (t,): the test set, or held-out training images in its place; real_images
     (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
-    `report(done, total)` shows progress; `split` names what the test images are, "test" or "held-out". `shared(tasks, work)` returns a
-    number for each of a sequence of tasks, which `work(some of them)` returns: the processes of a run do a share each.
+    `report(done, total)` shows progress; `split` names what the test images are, "test" or "held-out". `spread` is None in a run of
+    one process; see shared().
     """
 
     info: DataInfo
@@ -239,7 +240,11 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     device: Any
     report: Callable[[int, int], None]
     split: str = "test"
-    shared: Callable[[Sequence[Any], Callable[[Sequence[Any]], Sequence[float]]], list[float]] = lambda tasks, work: list(work(tasks))
+    spread: Callable[..., list[float]] | None = None
+
+    def shared(self, tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
+        """Returns a number for each task, which `work(some tasks)` gives: of several processes each does a share, and all get all."""
+        return list(work(tasks)) if self.spread is None else self.spread(tasks, work)
 
 
 class Evaluator(Component):

@@ -12,8 +12,8 @@ import torch
 
 from ddkit import permission
 from ddkit.artifact import FILE, Artifact, load
+from ddkit.averaging import seeds_of
 from ddkit.blame import blamed
-from ddkit.blend import seeds_of
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
@@ -98,7 +98,7 @@ def run_evaluators(
     images, labels = real.test_set
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
-        seed=seed, device=device, split=real.split, shared=_sharing(ranks),
+        seed=seed, device=device, split=real.split, spread=_spread(ranks) if ranks.size > 1 else None,
         report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
     )  # fmt: skip
     rows: list[Evaluation] = []
@@ -110,19 +110,17 @@ def run_evaluators(
     return rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
 
 
-def _sharing(ranks: Ranks) -> Callable[[Sequence[Any], Callable[[Sequence[Any]], Sequence[float]]], list[float]]:
-    """Returns what EvaluationData.shared is in this process."""
+def _spread(ranks: Ranks) -> Callable[..., list[float]]:
+    """Returns what EvaluationData.shared() does in one of several processes."""
 
-    def shared(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
-        if ranks.size == 1:
-            return list(work(tasks))
+    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
         own = slice(ranks.rank, None, ranks.size)
         found = torch.zeros(len(tasks), dtype=torch.float64)
         if tasks[own]:
             found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
         return ranks.sums([found], "evaluation")[0].tolist()
 
-    return shared
+    return spread
 
 
 def judged(
@@ -247,5 +245,5 @@ def _same_data(one: Recipe, other: Recipe) -> bool:
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what two rows have in common of which the newer replaces the older."""
     named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
-    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature"))
+    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature", "variant"))
     return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)

@@ -1,4 +1,7 @@
-"""The film of a run: a few of its images at a few of its steps, in eight bits, kept as it goes for its report."""
+"""The film of a run: a few of its images at a few of its steps, in eight bits, kept as it goes for its report.
+
+A blend has no steps: its film holds its two sets instead, as steps 0 and 1, in the order of the blend's own images.
+"""
 
 from __future__ import annotations
 
@@ -62,6 +65,12 @@ def begin_film(folder: Path, images: Tensor, labels: Tensor) -> None:
     channels, height, width = images.shape[1:]
     rows = film_rows(labels, (channels, height, width))
     _write(folder, Film(torch.zeros(1, dtype=torch.int64), rows, eight_bits(images[rows])[None]))
+
+
+def write_parts(folder: Path, first: Tensor, second: Tensor, labels: Tensor) -> None:
+    """Writes the film of a blend: the images (n, C, H, W) in pixel units of both sets, row by row those that were averaged."""
+    begin_film(folder, first, labels)
+    add_frame(folder, 1, second, labels)
 
 
 def add_frame(folder: Path, step: int, images: Tensor, labels: Tensor) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ddkit import plugins
+from ddkit import permission, plugins
 from ddkit.arrays import check_declared, read_arrays
 from ddkit.artifact import Artifact
 from ddkit.components import DataInfo
@@ -28,8 +28,8 @@ from ddkit.teachers import load_state, save_teacher
 
 log = logging.getLogger("ddkit")
 
-IMAGES = ("images", "image", "data", "x", "image_syn", "images_syn")
-LABELS = ("labels", "label", "targets", "target", "y", "label_syn", "labels_syn")
+IMAGES = ("images", "image", "data", "x", "x_train", "image_syn", "images_syn")
+LABELS = ("labels", "label", "targets", "target", "y", "y_train", "label_syn", "labels_syn")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
 PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel, and of torch.compile
 
@@ -57,13 +57,17 @@ def import_file(
     is images (n, C, H, W) and labels (n,), and becomes the folder `out`; `pixels` says whether floats are normalised with `mean`
     and `std` or in 0..1, and `index` which of several sets is taken. A teacher is a state dict of `model` (with the options
     that `sets` gives: {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file `out`. `classes` are the
-    class names, or their number. Raises DdkitError.
+    class names, or their number. What the file itself records is taken where it is not given: `mean` and `std`, and of an .npz of
+    ddkit's exporter the class names and that pixels are in 0..1. Raises DdkitError.
     """
     source, target = Path(path), Path(out)
     found = _read(source)
+    recorded = _recorded(source, found)
+    mean, std = (mean or recorded.get("mean"), std or recorded.get("std")) if mean is None or std is None else (mean, std)
     pair = _set_in(found, index) if kind in ("auto", "set") else None
     if pair is not None:
-        return _import_set(source, target, pair, _statistics(source, mean, std), classes, pixels)
+        norm = _statistics(source, mean, std)
+        return _import_set(source, target, pair, norm, classes or recorded.get("classes"), pixels or recorded.get("pixels"))
     state = _state_in(found) if kind in ("auto", "teacher") else None
     if state is None:
         raise InputError(f"{source} holds {_content(found)}: that is {_wanted(kind)}.")
@@ -104,6 +108,20 @@ def _read(path: Path) -> Any:
     if not start.startswith(b"\x80"):  # how a pickle begins, which torch.save wrote before it wrote archives
         raise InputError(f"{path} is no file of torch.save, .npz or .safetensors that can be read (it begins as none of them does).")
     return _read_torch(path)
+
+
+def _recorded(path: Path, found: Any) -> dict[str, Any]:
+    """Returns what a file of a set records of "mean" and "std", and an .npz of ddkit's exporter of "classes" and "pixels"."""
+    if not isinstance(found, Mapping) or not any(name in found for name in IMAGES):
+        return {}
+    values = {name: found[name] for name in ("mean", "std") if isinstance(found.get(name), Tensor) and found[name].ndim == 1}
+    known: dict[str, Any] = {name: value.double().tolist() for name, value in values.items() if len(values) == 2}
+    if zipfile.is_zipfile(path) and "x_train" in found:
+        arrays = read_arrays(path)
+        known |= {"pixels": "unit"} if "unclipped" in arrays else {}
+        names = arrays.get("class_names")
+        known |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
+    return known
 
 
 def _declared(path: Path) -> list[str]:
@@ -305,13 +323,16 @@ def _import_teacher(
         raise FlagError(f"--size is height and width in pixels, both at least 1; got {list(size)}.")
     info = DataInfo(class_names=tuple(_names(classes, 2, path)), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
     table = _teacher_table(model, sets)
-    options = plugins.options_of("model", table.model, table.options, "teacher", info)
-    module = build_network(plugins.load("model", table.model)(options, name=table.model), info, 0, "teacher")
+    permission.named_by_user(model, sets)
+    factory = plugins.create("model", table.model, table.options, data=info, where="teacher")
+    module = build_network(factory, info, 0, "teacher")
     own = module.state_dict()
     tensors = {name: _plain(value, name, path) for name, value in state.items()}
     load_state(module, {name: value.to(own[name].dtype) if name in own else value for name, value in tensors.items()}, path, table.model)
+    kept = {key: value for key, value in written_options(factory.options).items() if not key.startswith("weights")}  # these are newer
     record = {
-        "model": table.model, "options": written_options(options), "mean": list(norm.mean), "std": list(norm.std),
+        "model": plugins.split_name(table.model)[0], "options": kept,
+        "mean": list(norm.mean), "std": list(norm.std),
         "class_names": list(info.class_names), "input_shape": list(info.shape), "test_accuracy": None,
         "imported": {"path": str(path.absolute()), "sha256": sha256(path)},
     }  # fmt: skip

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddkit.errors import InputError, RunFilesError
+from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import read_json, sync, unsealed, write_atomic
 from ddkit.manifest import MANIFEST, check_listed, read_manifest
 from ddkit.tasks import Task
@@ -43,7 +43,7 @@ def merge(other: Path, out: Path) -> int:
     if not source.is_dir():
         raise RunFilesError(f"--merge {other}: there is no folder {SETS} in it. Name the --out of an earlier `ddkit reproduce`.")
     if source.resolve() == target.resolve():
-        raise InputError(f"--merge {other} is the store itself. Name another one, or leave it out.")
+        raise FlagError(f"--merge {other} is the store itself. Name another one, or leave it out.")
     found = 0
     try:
         target.mkdir(parents=True, exist_ok=True)

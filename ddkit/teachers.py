@@ -130,7 +130,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
         hint = (
             ""
             if recorded
-            else f" Name its architecture with --model and its options with --set teacher.OPTION=VALUE (`ddkit info model {model}`)."
+            else " Name its architecture with --model and its options with --set teacher.OPTION=VALUE "
+            f"(`ddkit info model {plugins.split_name(model)[0]}`)."
         )
         raise InputError(f"The teacher {path} does not fit the model '{model}'; {'; '.join(problems)}.{hint}")
     if not all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()):

@@ -18,6 +18,7 @@ import msgspec
 import ddkit
 from ddkit import hookspecs, plugins, scaffold, testing
 from ddkit.cli import cli
+from ddkit.cli.manual import USED as CHOSEN
 from ddkit.options import describe_options
 
 DOCS = Path(__file__).parent
@@ -37,16 +38,6 @@ the exit codes are in [getting started](getting-started.md#exit-codes).
 
 This page is written by `python docs/generate.py`; a test compares it with the code.
 """
-CHOSEN = {
-    "loss": "ddkit distill --losses NAME",
-    "loss-group": "ddkit distill --losses NAME",
-    "initializer": "ddkit distill --init NAME",
-    "augmenter": "ddkit distill --augment NAME",
-    "evaluator": "ddkit distill --evaluate NAME",
-    "model": "ddkit distill --model NAME",
-    "dataset": "ddkit distill --dataset NAME",
-    "exporter": "ddkit export my-run --to NAME --out exported",
-}
 NEEDS_NO_NAME = {
     "recipe": "`--recipe NAME`",
     "study": "`ddkit reproduce`",

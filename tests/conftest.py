@@ -10,10 +10,12 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+
+from tests.forks import HEAVY, forking
 
 SMALL = {  # keeps every run in tests to a fraction of a second
     "steps": 2,
@@ -37,7 +39,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight.
+    """Gives the session a cache of its own and one thread, so that parallel test processes do not fight; those they start, too.
 
     Ctrl-C works, here and in the processes that tests start, also where a shell started the tests in the background.
     """
@@ -45,9 +47,33 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
-    os.environ["DDKIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    del os.environ["DDKIT_CACHE"]
+    with pytest.MonkeyPatch.context() as patch:
+        cache = tmp_path_factory.mktemp("cache")
+        patch.setenv("DDKIT_CACHE", str(cache))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "compile"))  # as the command does; so Python's functions share what is compiled
+        if "TORCHINDUCTOR_VEC_ISA_OK" not in os.environ:  # torch need not try the compiler on every kind of vector, which takes 15 s
+            patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a core that others have take ten times as long
+        yield
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Any]:
+    """Yields what stands in for the module subprocess: its processes are forks of one that has imported torch and the like."""
+    with forking(*HEAVY) as made:
+        yield made
+
+
+@pytest.fixture
+def forked_children(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
+    """Makes the processes that ddkit starts forks."""
+    monkeypatch.setattr("ddkit.children.subprocess", forks)
+
+
+@pytest.fixture
+def forked_imports(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
+    """Makes the processes in which conformance checks import a module forks: for tests that read no time of it."""
+    monkeypatch.setattr("ddkit.testing.suite.subprocess", forks)
 
 
 @pytest.fixture

@@ -344,6 +344,7 @@ def test_a_table_from_python_is_the_callers(tmp_path: Path) -> None:
     assert ddkit.distill(recipe=table, sets=QUICK | {"steps": 1}, evaluators="none", out=tmp_path / "run").steps == 1
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_processes_that_train_networks_may_run_what_was_named(tmp_path: Path) -> None:
     sets = QUICK | {"evaluators.accuracy.workers": 2}
     run = ddkit.distill(losses="dm", model="python:tests.factories.small", pipc=3, sets=sets, out=tmp_path / "run")

@@ -56,6 +56,11 @@ def test_plugins_use_public_names_of_ddkit_only(file: Path) -> None:
     assert used <= set(ddkit.__all__), f"not in ddkit.__all__: {sorted(used - set(ddkit.__all__))}"
 
 
+def test_no_public_name_is_that_of_a_module_which_would_take_its_place_when_it_is_imported() -> None:
+    modules = {file.stem if file.stem != "__init__" else file.parent.name for file in (ROOT / "ddkit").glob("*.py")}
+    assert set(ddkit.__all__) & (modules | {file.parent.name for file in (ROOT / "ddkit").glob("*/__init__.py")}) == set()
+
+
 def test_the_check_of_public_names_sees_private_ones() -> None:
     assert list(_core_names("import ddkit\nddkit.engine\nfrom ddkit.bank import Bank")) == ["bank.Bank", "engine"]
 

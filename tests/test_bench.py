@@ -20,10 +20,12 @@ SMALL = {"cells": ((1, 2),), "classes": (2,), "sizes": (8,), "runs": 2, "steps":
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    """Returns a whole measurement of the smallest kind: real processes, real steps."""
-    parts = ("steps", "evaluation", "loading")
-    return bench(Settings(**SMALL, parts=parts, files=(20,)))  # type: ignore[arg-type]
+def measured(forks: Any) -> dict[str, Any]:
+    """Returns a whole measurement of the smallest kind: real steps in real processes; those of the other parts are forks."""
+    steps = bench(Settings(**SMALL, parts=("steps",)))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.children.subprocess", forks)
+        return bench(Settings(**SMALL, parts=("evaluation", "loading"), files=(20,))) | steps  # type: ignore[arg-type]
 
 
 def test_steps_are_measured_beside_the_published_loop_and_the_plain_path(measured: dict[str, Any]) -> None:
@@ -132,6 +134,7 @@ def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
     assert "again s" in loading
 
 
+@pytest.mark.usefixtures("forked_children")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -161,6 +164,7 @@ def test_a_start_is_a_whole_command_and_one_that_fails_is_told() -> None:
         benching._whole_command(["info", "nothing"])
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_measuring_process_that_dies_is_told_with_its_last_words() -> None:
     with (
         pytest.raises(ddkit.RunFailed, match=r"Measuring loading ended with exit code 1: KeyError: 'folder'"),

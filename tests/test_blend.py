@@ -11,7 +11,7 @@ import torch
 
 import ddkit
 from ddkit.artifact import Artifact
-from ddkit.blend import blended
+from ddkit.averaging import blended
 from ddkit.errors import FlagError, InputError
 from tests.conftest import SMALL_FLAGS, Result
 

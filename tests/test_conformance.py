@@ -21,6 +21,15 @@ from ddkit.testing import (
     ModelConformance,
     ObserverConformance,
 )
+from tests.forks import forking
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forks() -> Iterator[None]:
+    """Imports each module in a fork of one process that has what an import is timed beside; tests of the testing kit start one anew."""
+    with forking("torch", "numpy", "ddkit") as forks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.testing.suite.subprocess", forks)
+        yield
 
 
 class TestDistributionMatching(LossConformance):

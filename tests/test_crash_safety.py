@@ -7,14 +7,12 @@ import json
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from ddkit.files import write_json
 from ddkit.locks import FolderLock
 from ddkit.rundir import CHECKPOINTS, RunDirectory
 from tests.conftest import Result
+from tests.forks import HEAVY, forking
 
 Cli = Callable[..., Result]
 SMALLEST = {
@@ -41,10 +40,22 @@ SMALLEST = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tells this process, and those that it starts, where a data set of two classes is."""
+    file = tmp_path_factory.mktemp("data") / "two.npz"
+    labels = np.arange(8) % 2
+    images = np.random.default_rng(0).integers(0, 200, (8, 8, 8), dtype=np.uint8) + (labels * 50).astype(np.uint8)[:, None, None]
+    np.savez(file, x_train=images, y_train=labels, x_test=images, y_test=labels)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TWO_CLASSES", f"npz:{file}")
+        yield
+
+
 def begin(out: Path, **changes: Any) -> None:
     """Makes a run that takes a fraction of a second: 3 steps, checkpoints at 0, 2 and 3, one network."""
     sets = SMALLEST | {"engine.log_every": 1} | {key.replace("__", "."): value for key, value in changes.items()}
-    ddkit.distill(losses="dm", dataset="digits", ipc=1, pipc=2, sets=sets, out=out, device="cpu")
+    ddkit.distill(losses="dm", dataset=os.environ["TWO_CLASSES"], ipc=1, pipc=2, sets=sets, out=out, device="cpu")
 
 
 def continued(path: Path) -> None:
@@ -189,90 +200,61 @@ def test_that_comparison_would_see_another_run(tmp_path: Path, undisturbed: dict
 
 # Killed at random moments
 
-SERVER = """
-import json, os, sys, traceback
+ONE = """
+import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-import ddkit, ddkit_dm, ddkit_models, ddkit_evaluators, ddkit_datasets, ddkit_initializers, ddkit_augmenters
-from ddkit import jobs, api
-from tests.test_crash_safety import begin, continued
-for line in sys.stdin:
-    path = Path(json.loads(line))
-    child = os.fork()
-    if not child:
-        try:
-            continued(path)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+from tests.test_crash_safety import continued
+continued(Path(sys.argv[1]))
 """
+IMPORTED = ("ddkit", "ddkit.api", "ddkit.jobs", "ddkit_dm", "ddkit_models", "ddkit_evaluators", "ddkit_datasets", "ddkit_initializers")
+Ended = Callable[..., tuple[int, float]]
 
 
-class Forks:
-    """A process that has all imported, and forks one for each run: so that a hundred of them take no minutes."""
+@pytest.fixture(scope="module")
+def ended() -> Iterator[Ended]:
+    """Yields a function that begins or continues the run at a path in a process: (exit code, which is -9 where it was killed, seconds).
 
-    def __init__(self) -> None:
-        root = Path(__file__).parent.parent
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "plugins")])},
-        )  # fmt: skip
+    The processes are forks of one that has all imported, so that a hundred of them take no minutes.
+    """
+    with forking(*HEAVY, *IMPORTED) as forks:
 
-    def run(self, path: Path, *, killed_after: float | None = None) -> tuple[int, float]:
-        """Returns the exit code (-9: killed) and the seconds of a process that begins or continues the run at `path`."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        print(json.dumps(str(path)), file=self.process.stdin, flush=True)
-        child, began = int(self.process.stdout.readline()), time.perf_counter()
-        if killed_after is not None:
-            time.sleep(killed_after)
-            with suppress(ProcessLookupError):  # it has ended
-                os.kill(child, signal.SIGKILL)
-        return int(self.process.stdout.readline()), time.perf_counter() - began
+        def run(path: Path, *, killed_after: float | None = None) -> tuple[int, float]:
+            process, began = forks.Popen([sys.executable, "-c", ONE, str(path)], text=True), time.perf_counter()
+            if killed_after is not None:
+                time.sleep(killed_after)
+                process.kill()
+            return process.wait(), time.perf_counter() - began
 
-    def stop(self) -> None:
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
-        self.process.wait()
+        yield run
 
 
-@pytest.fixture
-def forks() -> Iterator[Forks]:
-    made = Forks()
-    yield made
-    made.stop()
-
-
-def killed_often(forks: Forks, folder: Path, undisturbed: dict[str, Any], times: int) -> int:
+def killed_often(ended: Ended, folder: Path, undisturbed: dict[str, Any], times: int) -> int:
     """Kills runs `times` times, twice each, and asserts that each ends as if it had not been; returns how many were really cut off."""
-    code, seconds = forks.run(folder / "first")
+    code, seconds = ended(folder / "first")
     assert code == 0
     draw = random.Random(0)
     cut = 0
     for number in range(times // 2):
         path = folder / f"run-{number}"
         for _ in range(2):
-            code, _ = forks.run(path, killed_after=draw.uniform(0.0, 0.9 * seconds))
+            code, _ = ended(path, killed_after=draw.uniform(0.0, 0.9 * seconds))
             assert code in (0, -9)
             cut += code == -9
-        assert forks.run(path)[0] == 0
+        assert ended(path)[0] == 0
         assert result(path) == undisturbed, number
         shutil.rmtree(path)
     return cut
 
 
-def test_a_run_killed_at_random_moments_continues_to_the_same_bytes(forks: Forks, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    assert killed_often(forks, tmp_path, undisturbed, 8) >= 2
+def test_a_run_killed_at_random_moments_continues_to_the_same_bytes(ended: Ended, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    assert killed_often(ended, tmp_path, undisturbed, 8) >= 2
 
 
 @pytest.mark.slow
-def test_a_hundred_kills_at_random_moments_change_nothing(forks: Forks, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    assert killed_often(forks, tmp_path, undisturbed, 200) >= 100
+def test_a_hundred_kills_at_random_moments_change_nothing(ended: Ended, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    assert killed_often(ended, tmp_path, undisturbed, 200) >= 100
 
 
 def test_what_a_killed_write_left_is_removed_and_a_folder_that_only_holds_that_can_be_used(tmp_path: Path) -> None:
@@ -299,25 +281,22 @@ def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
 # A disk that is full, a folder that cannot be written
 
 
-def ddkit_process(*arguments: object, limit: int | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Runs `ddkit ARGS...` in a process of its own, with no file above `limit` bytes."""
-
-    def prepare() -> None:
-        if limit is not None:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    return subprocess.run(
-        [sys.executable, "-m", "ddkit", *map(str, arguments)], capture_output=True, text=True, check=False, cwd=cwd, preexec_fn=prepare,
-    )  # fmt: skip
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from ddkit.cli import main
+main()
+"""
 
 
-def test_a_file_that_finds_no_room_is_told_and_what_was_there_stays(tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_a_file_that_finds_no_room_is_told_and_what_was_there_stays(forks: Any, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     path = tmp_path / "run"
     begin(path)
     (path / "manifest.json").unlink()
     (path / "synthetic.safetensors").unlink()
     before = {file.name for file in (path / CHECKPOINTS).iterdir()}
-    done = ddkit_process("distill", "--resume", "--out", path, limit=1000, cwd=tmp_path)  # the set has some 3,000 bytes
+    command = [sys.executable, "-c", LIMITED, "distill", "--resume", "--out", str(path)]  # the set has more than 1000 bytes
+    done = forks.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (5, "")
     assert done.stderr.startswith(f"ddkit: {path}")
     assert "cannot be written" in " ".join(done.stderr.split())
@@ -467,7 +446,7 @@ class Slow(ddkit.Loss):
 '''
 
 
-def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(tmp_path: Path) -> None:
+def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(forks: Any, tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(SLOW)
     arguments = ["--plugin", "slow.py", "--losses", "slow", "--pipc", "1", "--evaluate", "none", "--steps", "4"]
     flags = [sys.executable, "-m", "ddkit", "distill", *arguments, "--set", "engine.checkpoint_every=1"]
@@ -487,7 +466,8 @@ def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(tm
     newest = RunDirectory(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest[0] == 2
-    done = ddkit_process("distill", "--resume", "--plugin", "slow.py", "--out", "run", cwd=tmp_path)
+    command = [sys.executable, "-m", "ddkit", "distill", "--resume", "--plugin", "slow.py", "--out", "run"]
+    done = forks.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["steps"] == 4
 

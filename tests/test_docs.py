@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 import click
 import msgspec
 import pytest
+import torch
 
 import ddkit
 from ddkit import pluginfile, plugins, testing
@@ -25,7 +25,7 @@ from ddkit.cli import cli as command_line
 from ddkit.recipe import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.study import Study, SystemTable, parse_study
 from ddkit.testing.suite import check as suite_check
-from tests.conftest import SMALL_FLAGS, Result
+from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -111,13 +111,49 @@ def _check_names(flags: dict[str, Any]) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(b.language == "python" for b in blocks(p))], ids=_name)
+HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in HOW_TO and any(b.language == "python" for b in blocks(p))], ids=_name)
 def test_python_in_the_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in blocks(page):
         if block.language == "python":
             exec(compile(block.text, _name(page) or "", "exec", dont_inherit=True), namespace)
+
+
+def _faster(words: list[str]) -> list[str]:
+    """Returns a command of a page for a task with fewer steps, epochs and smaller networks."""
+    if words[0] not in ("distill", "train", "evaluate"):
+        return words
+    without = ("width",) if any(word.startswith("python:") for word in words) else ("teacher.width",) if "--teacher" in words else ()
+    return [*words, *(part for path, value in SMALL.items() if not path.endswith(without) for part in ("--set", f"{path}={value}"))]
+
+
+@pytest.mark.parametrize("page", [page for page in HOW_TO if page.stem != "index"], ids=_name)
+def test_a_task_works_from_the_first_line_of_its_page_to_the_last(cli: CLI, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image_folder(Path("photos"))
+    network = ddkit.create("model", "convnet", {"norm": "batch"})(3, (12, 12), 3)
+    torch.save(network.state_dict(), "checkpoint.pt")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    namespace: dict[str, Any] = {"__name__": "docs"}
+    for block in blocks(page):
+        if block.file:
+            Path(block.file).write_text(block.text, encoding="utf-8")
+        elif block.language == "python":
+            exec(compile(block.text, _name(page) or "", "exec", dont_inherit=True), namespace)
+        elif block.language == "bash":
+            for line in block.text.splitlines():
+                result = cli(*_faster(shlex.split(line)[1:]))
+                assert result.code == 0, f"{line}\n{result.err}"
+    sys.modules.pop("my_models", None)
+
+
+def test_every_task_is_on_the_page_of_tasks() -> None:
+    text = (ROOT / "docs" / "how-to" / "index.md").read_text(encoding="utf-8")
+    titles = {page.name: page.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") for page in HOW_TO if page.stem != "index"}
+    assert {name: title for title, name in re.findall(r"^- \[(.*)\]\((.*)\)$", text, re.MULTILINE)} == titles
 
 
 def _anchors(page: Path) -> set[str]:
@@ -476,7 +512,8 @@ def test_everything_that_a_loss_may_ask_for_is_on_its_page() -> None:
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_tell_how_they_are_used(script: Path) -> None:
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+def test_examples_tell_how_they_are_used(forks: Any, script: Path) -> None:
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    done = forks.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout

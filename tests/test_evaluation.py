@@ -167,6 +167,7 @@ def test_baselines_are_rows_of_their_own_and_change_no_other() -> None:
     assert evaluated(baselines=["class-mean", "class-mean"], random_real=False, epochs=60)[1:] == [means]
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_processes_train_baselines_as_one_after_the_other_does() -> None:
     def accuracies(workers: int) -> list[list[float]]:
         return [row.details["accuracies"] for row in evaluated(baselines=BASELINES, random_real=False, workers=workers)]
@@ -431,6 +432,7 @@ def test_a_gradient_of_zero_and_frozen_parameters_do_no_harm() -> None:
     assert bool(module.linear.weight.isfinite().all())
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_processes_train_sharpness_aware_too() -> None:
     def accuracies(protocol: str, workers: int) -> list[float]:
         options = {"protocol": protocol, "epochs": 40, "random_real": False, "workers": workers}

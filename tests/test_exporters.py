@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,6 +161,33 @@ def test_torchvision_reads_the_folders(tmp_path: Path) -> None:
         assert any(torch.equal(pixels, eight_bit(row[None])[0][0]) for row in rows)
 
 
+READ_BY_HUGGING_FACE = """
+import json, sys
+import numpy as np
+from datasets import load_dataset
+data = load_dataset("imagefolder", data_dir=sys.argv[1], split="train", cache_dir=sys.argv[2])
+rows = [[row["label"], row["class_name"], np.array(row["image"]).tolist()] for row in data]
+print(json.dumps({"features": sorted(data.features), "rows": rows}))
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="Hugging Face datasets is not installed")
+@pytest.mark.parametrize(("names", "channels"), [(ODD, 3), (["1", "0"], 1)])
+def test_hugging_face_reads_the_folders_with_names_counts_and_pixels(tmp_path: Path, names: list[str], channels: int) -> None:
+    made = a_set(names, channels=channels)
+    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, "-c", READ_BY_HUGGING_FACE, str(out), str(tmp_path / "cache")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["features"] == ["class_name", "image", "label"]
+    assert [row[:2] for row in found["rows"]] == [[label, names[label]] for label in made.labels.tolist()]
+    pixels = eight_bit(made.images)[0]
+    for (_, _, image), wanted in zip(found["rows"], pixels, strict=True):
+        assert torch.equal(torch.tensor(image, dtype=torch.uint8), wanted[0] if channels == 1 else wanted.permute(1, 2, 0))
+
+
 def test_odd_class_names_become_safe_folders_that_differ() -> None:
     found = folder_names(ODD)
     assert found[:9] == ["a%2Fb", "%2E%2E", "%74est", "my %74rain", "Cat", "cat~5", "%43ON", "%", "%3Cscript%3E%7C%60x%60"]
@@ -235,6 +265,47 @@ def test_the_card_of_a_file_says_that_nothing_was_measured(tmp_path: Path) -> No
     text = (ddkit.export(saved(a_set(["a", "b"]), tmp_path / "s.safetensors"), "card", tmp_path / "out") / "README.md").read_text()
     assert "None is recorded." in text
     assert "## Recipe" not in text
+
+
+def card_of(run: Path, out: Path) -> str:
+    return (ddkit.export(run, "card", out) / "README.md").read_text()
+
+
+def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, run: Path, cli: Cli) -> None:
+    before = card_of(run, tmp_path / "before").partition("## Closeness to real images")[2].partition("\n## ")[0]
+    assert "The set began with real images (initializer `real`). How close its images are to real ones was not measured" in before
+    assert "Do not claim that the set hides the images that it was made from." in before
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert cli("evaluate", copy, "--evaluate", "memorisation,spectrum").code == 0
+    text = card_of(copy, tmp_path / "after")
+    close = next(row["details"]["close"] for row in json.loads((copy / "evaluation.json").read_text())["evaluations"]
+                 if row["evaluator"] == "memorisation")  # fmt: skip
+    assert close > 0
+    found = text.partition("## Closeness to real images")[2].partition("\n## ")[0]
+    assert "**Warning: this set shows real images.**" in found
+    assert f"{close} of 20 images are nearer to a real image that the run could see than 95 % of those are to each other." in found
+    table = text.partition("## Accuracy")[2].partition("\n## ")[0]
+    assert table.count("not measured") == 0  # rows without an accuracy are no rows of accuracies
+    assert f"| memorisation | {close} of 20 images are close to a real one |" in table
+
+
+def test_the_card_claims_nothing_where_images_began_as_noise_and_stayed_far(tmp_path: Path, cli: Cli) -> None:
+    path = tmp_path / "noise"
+    ddkit.distill(losses="dm", init="noise", pipc=5, evaluators="memorisation", sets=SMALL, out=path, device="cpu")
+    found = card_of(path, tmp_path / "out").partition("## Closeness to real images")[2].partition("\n## ")[0]
+    assert "Warning" not in found
+    assert "0 of 10 images are nearer" in found
+    assert "no proof that the set protects them" in found
+    assert "The set began with noise (initializer `noise`)." in found
+
+
+def test_the_card_of_a_coreset_says_that_its_images_are_real_ones(tmp_path: Path, run: Path) -> None:
+    path = tmp_path / "coreset"
+    ddkit.distill(losses="dm", init="herding", pipc=5, evaluators="memorisation", sets=SMALL | {"steps": 0}, out=path, device="cpu")
+    text = card_of(path, tmp_path / "out")
+    assert "They are real images (initializer `herding`), as a run of no steps took them: nothing was optimised." in text
+    assert "10 of 10 images are nearer" in text
+    assert "The images were optimised" in card_of(run, tmp_path / "other")
 
 
 def test_the_card_measures_what_eight_bits_cost(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,29 @@ def test_npz_and_safetensors_are_read(tmp_path: Path) -> None:
     for name in ("x.npz", "x.safetensors"):
         ddkit.import_file(tmp_path / name, tmp_path / f"{name}-out", pixels="unit", **NORM)
         assert torch.equal(ddkit.load(tmp_path / f"{name}-out").images, IMAGES)
+
+
+def test_an_exported_npz_comes_back_bit_for_bit_without_a_flag(tmp_path: Path) -> None:
+    images, labels = _pair()
+    record = {"class_names": ["ü b", "a"], "mean": [0.4], "std": [0.3], "ipc": 2}
+    Artifact(images * 1.5 - 0.25, labels, record).save(tmp_path / "s.safetensors")
+    file = ddkit.export(tmp_path / "s.safetensors", "npz", tmp_path / "out") / "synthetic.npz"
+    found = ddkit.import_file(file, tmp_path / "in")
+    assert isinstance(found, Artifact)
+    assert torch.equal(found.images, images * 1.5 - 0.25)
+    assert found.class_names == ["ü b", "a"]
+    assert (found.mean, found.std) == (pytest.approx([0.4]), pytest.approx([0.3]))
+    other = ddkit.import_file(file, tmp_path / "other", mean=[0.1], std=[0.2], classes=["x", "y"])
+    assert isinstance(other, Artifact)
+    assert (other.mean, other.class_names) == ([0.1], ["x", "y"])
+
+
+def test_a_file_that_records_mean_and_std_is_not_asked_for_them(tmp_path: Path) -> None:
+    images, labels = _pair()
+    file = _saved({"images": images, "labels": labels, "mean": torch.tensor([0.25]), "std": torch.tensor([0.5])}, tmp_path / "a.pt")
+    found = ddkit.import_file(file, tmp_path / "in", pixels="normalised")
+    assert isinstance(found, Artifact)
+    assert torch.allclose(found.images, images * 0.5 + 0.25)
 
 
 def test_normalised_images_become_pixels_and_bytes_need_no_word(tmp_path: Path) -> None:
@@ -178,6 +202,43 @@ def test_every_form_of_a_state_dict_becomes_a_teacher(wrap: str, tmp_path: Path)
     assert (teacher.mean, teacher.std) == ((0.25,), (0.5,))
     assert teacher.info["model"] == "convnet"
     assert (teacher.info["options"]["norm"], teacher.info["input_shape"]) == ("batch", [1, 8, 8])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_torchvision_becomes_a_teacher(cli: Cli, prefix: str) -> None:
+    from torchvision.models import squeezenet1_1
+
+    theirs = {f"{prefix}{name}": value for name, value in squeezenet1_1(num_classes=3).state_dict().items()}
+    torch.save({"state_dict": theirs, "epoch": 3}, "theirs.pth")
+    words = ("--size", 32, "--classes", "a,b,c", "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2")
+    told = cli("import", "theirs.pth", "--out", "t.safetensors", "--model", "torchvision:squeezenet1_1", *words)
+    assert told.code == 0, told.err
+    info = DataInfo(class_names=("a", "b", "c"), channels=3, size=(32, 32))
+    teacher = load_teacher(TeacherTable(use="t.safetensors", model="convnet"), info, torch.device("cpu"))
+    assert teacher.info["options"]["architecture"] == "squeezenet1_1"
+    images = torch.rand(2, 3, 32, 32)
+    plain = squeezenet1_1(num_classes=3)
+    plain.load_state_dict({name.removeprefix("module."): value for name, value in theirs.items()})
+    assert torch.allclose(teacher.module.eval()(images), plain.eval()(images), atol=1e-5)
+    wrong = cli("import", "theirs.pth", "--out", "w.safetensors", "--model", "torchvision:resnet18", *words)
+    assert (wrong.code, wrong.out) == (4, "")
+    assert "(`ddkit info model torchvision`)" in " ".join(wrong.err.split())
+
+
+def test_a_checkpoint_of_ones_own_network_becomes_a_teacher(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\ndef small(channels, size, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    Path("own_import.py").write_text(code)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).state_dict(), "own.pt")
+    words = ("own.pt", "--model", "python:own_import.small", "--size", 8, "--classes", 10, "--mean", 0.3, "--std", 0.4)
+    told = cli("import", *words, "--out", "t.safetensors")
+    assert told.code == 0, told.err
+    run = ("distill", "--losses", "dkkt-primal", "--pipc", 0, "--init", "noise", "--teacher", "t.safetensors", "--evaluate", "none")
+    asked = cli(*run, "--steps", 1, "--out", "no")
+    assert asked.code == 4
+    assert "--allow-code" in asked.err  # the file names the code, not the user
+    assert cli(*run, "--steps", 1, "--out", "yes", "--model", "python:own_import.small").code == 0
+    sys.modules.pop("own_import", None)
 
 
 def test_an_imported_teacher_distils(cli: Cli, tmp_path: Path) -> None:

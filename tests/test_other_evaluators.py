@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ddkit_evaluators.derived import scores
 from ddkit_evaluators.pictures import nearest
 
 import ddkit
-from tests.conftest import SMALL_FLAGS, Result
+from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
 
@@ -194,3 +195,16 @@ def test_accuracy_tells_its_average_and_its_augmentation(cli: Cli) -> None:
     refused = cli("distill", "--losses", "dm", "--set", "evaluators.accuracy.augment=dsaa")
     assert refused.code == 3
     assert "Did you mean 'dsa'" in " ".join(refused.err.split())
+
+
+def test_a_variant_of_a_protocol_is_a_row_of_its_own_and_says_so(tmp_path: Path, cli: Cli) -> None:
+    run = tmp_path / "run"
+    ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=run, device="cpu")
+    told = cli("evaluate", run, "--set", "evaluators.accuracy.ema=0.5", "--set", "evaluators.accuracy.augment=none")
+    assert told.code == 0, told.err
+    assert "short, ema 0.5, augment none" in told.out
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert [row["details"].get("variant") for row in rows] == [None, "ema 0.5, augment none"]
+    assert "convnet, short, ema 0.5, augment none, 2 epochs" in (run / "report.html").read_text()
+    card = (ddkit.export(run, "card", tmp_path / "card") / "README.md").read_text()
+    assert "| short, 2 epochs, ema 0.5, augment none | test |" in card

@@ -119,18 +119,18 @@ def test_a_run_resumes_with_the_file_and_names_the_missing_loss_without_it(
     assert again.code == 0, again.err
 
 
-def test_processes_of_a_run_know_the_file_too(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("forked_children")
+def test_processes_of_a_run_know_the_file_too(cli: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Evaluation trains networks in processes of its own; the model is that of the file."""
     file = written(tmp_path, "net.py", MODEL)
     width = SMALL_FLAGS.index("evaluators.accuracy.model_options.width=8") - 1
     flags = SMALL_FLAGS[:width] + SMALL_FLAGS[width + 2 :]
-    command = [
-        sys.executable, "-m", "ddkit", "distill", "--plugin", str(file), "--losses", "image-norm", "--out", str(tmp_path / "run"), *flags,
+    done = cli(
+        "distill", "--plugin", file, "--losses", "image-norm", "--out", tmp_path / "run", *flags,
         "--set", "evaluators.accuracy.workers=2", "--set", "evaluators.accuracy.model=tiny-net",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "trained here instead" not in done.stderr
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "trained here instead" not in caplog.text
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluations"]
     assert [row["model"] for row in rows] == ["tiny-net"]
     assert rows[0]["details"]["workers"] == 2
@@ -268,6 +268,7 @@ def test_a_listing_that_imports_in_another_process_tells_it_too(cli: Callable[..
     assert "mine.py has changed" in " ".join(result.err.split())
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_file_that_changes_in_mid_run_changes_no_result_of_the_run(
     cli: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

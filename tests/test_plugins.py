@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ddkit import plugins
+from ddkit.cli import cli as command_line
 from ddkit.errors import FlagError, PluginError
 from tests.conftest import SMALL_FLAGS, Result
 
@@ -533,6 +535,55 @@ def test_check_imports_each_in_another_process_and_says_which_fail(install: Inst
 FIRST_PARTY = [(p.kind, p.name) for p in plugins.plugins() if p.first_party]
 
 
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def sections(page: str) -> dict[str, str]:
+    """Returns the text under each heading of a manual page, in order."""
+    parts = re.split(r"^([A-Z ]+)\n", page, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+MANUAL = ["NAME", "SYNOPSIS", "DESCRIPTION", "LOSSES", "OPTIONS", "SETTINGS", "FILE", "REQUIREMENTS", "EXAMPLE", "SOURCE", "SEE ALSO"]
+
+
+@pytest.mark.parametrize(("kind", "name"), FIRST_PARTY)
+def test_info_reads_like_a_manual_page(cli: Callable[..., Result], kind: str, name: str) -> None:
+    page = cli("info", kind, name).out
+    head, found = page.splitlines()[0], sections(page)
+    assert re.fullmatch(rf"{re.escape(name)}\({kind}\) +ddkit 0\.1\.0 +{re.escape(name)}\({kind}\)", head)
+    assert list(found) == [title for title in MANUAL if title in found]
+    assert {"NAME", "SYNOPSIS", "SEE ALSO"} <= set(found)
+    assert ("EXAMPLE" in found) == (kind != "observer")
+    assert flat(found["NAME"]).startswith(f"{name} - ")
+    prose = {title: text for title, text in found.items() if title in ("NAME", "DESCRIPTION", "SYNOPSIS", "SOURCE", "SEE ALSO")}
+    assert max(len(line) for text in prose.values() for line in text.splitlines()) <= 100
+    assert all(not line or line.startswith("    ") for text in found.values() for line in text.splitlines())
+    if "EXAMPLE" in found:
+        _, *words = found["EXAMPLE"].split()
+        assert command_line.commands[words[0]].make_context(words[0], words[1:]).params
+
+
+def test_info_fits_a_narrow_terminal(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    found = sections(cli("info", "evaluator", "ranking").out)
+    assert max(map(len, found["DESCRIPTION"].splitlines())) <= 60
+    assert "    - hlr, the hard-label recovery: accuracy of a network\n      trained on all real data" in found["DESCRIPTION"]
+
+
+def test_info_tells_the_argument_after_a_colon(cli: Callable[..., Result]) -> None:
+    found = sections(cli("info", "dataset", "imagefolder").out)
+    assert "ddkit distill --dataset imagefolder:PATH\n" in found["SYNOPSIS"]
+    assert "--set data.OPTION=VALUE" in found["SYNOPSIS"]
+    assert json.loads(cli("info", "dataset", "imagefolder", "--json").out)["argument"] == "path"
+
+
+def test_info_of_a_recipe_for_teachers_shows_train(cli: Callable[..., Result]) -> None:
+    found = sections(cli("info", "recipe", "teacher").out)
+    assert found["SYNOPSIS"].strip() == "ddkit train --recipe teacher --out FILE"
+
+
 @pytest.mark.parametrize(("kind", "name"), FIRST_PARTY)
 def test_info_describes_every_component_and_its_options(cli: Callable[..., Result], kind: str, name: str) -> None:
     page, facts = cli("info", kind, name), cli("info", kind, name, "--json")
@@ -544,9 +595,9 @@ def test_info_describes_every_component_and_its_options(cli: Callable[..., Resul
     if kind in ("recipe", "study"):
         assert found["text"] == Path(plugins.find(kind, name).value).read_text()
         noted = kind == "recipe" and "[notes]" in found["text"]
-        assert found["source" if noted else "text"].strip() in page.out
+        assert flat(found["source" if noted else "text"]) in flat(page.out)
         return
-    assert found["description"].splitlines()[0] in page.out
+    assert flat(found["description"].partition("\n\n")[0]) in flat(page.out)
     for option in found.get("options", []):
         assert set(option) == {"name", "type", "default", "bounds", "description"}
         assert f"{option['name']} = {json.dumps(option['default'])}" in page.out

@@ -27,7 +27,7 @@ from ddkit.artifact import Artifact
 from ddkit.film import MOST_BYTES, add_frame, begin_film, eight_bits, film_rows, is_frame, read_film
 from ddkit.manifest import read_manifest
 from ddkit.reporting.charts import Dots, Line, dot_chart, line_chart, log_ticks, number, text, ticks, wants_log
-from ddkit.reporting.pictures import picture
+from ddkit.reporting.pictures import picture, pictures, sides
 from ddkit.reporting.sections import spectrum_bins
 from ddkit.rundir import RunDirectory, save_set
 from ddkit.spectra import radial_spectrum
@@ -159,7 +159,7 @@ def test_every_image_is_there_and_says_what_it_is(finished: Path) -> None:
     for source in sources:
         with Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2]))) as image:
             assert image.mode == "RGBA"
-            assert min(image.size) >= 64
+            assert min(image.size) >= 72
 
 
 def test_the_pictures_are_the_pixels_enlarged_by_whole_ones(finished: Path) -> None:
@@ -250,6 +250,24 @@ def test_hard_and_soft_rows_stand_apart(run: Path) -> None:
     assert soft.count('<th scope="row">accuracy</th>') == 1
 
 
+def test_what_evaluators_say_in_words_is_told_and_close_images_are_warned_of(cli: Cli, run: Path) -> None:
+    assert "What else was found" not in read(run).text
+    assert cli("evaluate", run, "--evaluate", "spectrum,memorisation").code == 0
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    told = {row["evaluator"]: row["details"] for row in rows if row["accuracy_mean"] is None}
+    words = read(run).text
+    assert all(f"{name} {details['summary']}" in words for name, details in told.items())
+    warning = "it does not hide the images that it was made from"
+    assert told["memorisation"]["close"] > 0
+    assert warning in words
+    facts = json.loads((run / "evaluation.json").read_text())
+    for row in facts["evaluations"]:
+        row["details"]["close"] = 0
+    RunDirectory(run).rewrite("evaluation.json", json.dumps(facts).encode())
+    reporting.report(run)
+    assert warning not in read(run).text
+
+
 # Made again
 
 
@@ -307,6 +325,33 @@ def test_a_run_of_before_there_were_reports_gets_one(cli: Cli, tmp_path: Path) -
     assert "Film strip" not in page.text
     assert "Losses" in page.text
     assert read_manifest(old)["files"]["report.html"]["bytes"] == (old / "report.html").stat().st_size
+
+
+def test_a_blend_shows_its_two_sets_beside_it(cli: Cli, run: Path) -> None:
+    other = ddkit.load(run)
+    order = torch.arange(19, -1, -1)  # classes in another order: images are matched by name
+    turned = Artifact(1 - other.images[order], 9 - other.labels[order], other.metadata | {"class_names": other.class_names[::-1]})
+    turned.save(Path("turned.safetensors"))
+    assert cli("blend", run, "turned.safetensors", "--alpha", "0.25", "--out", "both").code == 0
+    film = read_film(Path("both"))
+    assert film is not None
+    assert film.steps.tolist() == [0, 1]
+    assert torch.equal(film.images[0], eight_bits(other.images))
+    assert torch.equal(film.images[1], eight_bits(1 - other.images.view(10, 2, 1, 8, 8).flip(1).view(20, 1, 8, 8)))
+    page = read(Path("both"))
+    check_self_contained(page)
+    assert (
+        "Above: the first set, copy. In the middle: the blend. Below: the second, turned.safetensors, whose share is alpha 0.25."
+        in page.text
+    )
+    assert "Film strip" not in page.text
+    assert "Start and end" not in page.text
+    source = str(page.values("img", "src")[10])
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+        assert image.size == (2 * 112 + 2, 3 * 112 + 4)
+    before = (Path("both") / "report.html").read_bytes()
+    assert cli("report", "both").code == 0
+    assert (Path("both") / "report.html").read_bytes() == before
 
 
 def test_a_blend_of_files_has_a_report(cli: Cli, run: Path) -> None:
@@ -452,8 +497,21 @@ def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
     assert centres[0] - float(bar[0]) == pytest.approx(centres[0] - centres[1], abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("size", "cell", "shown"),
+    [((8, 8), 72, (72, 72)), ((32, 32), 72, (64, 64)), ((28, 28), 160, (140, 140)), ((64, 96), 72, (64, 96)), ((224, 112), 72, (112, 56)),
+     ((130, 130), 160, (130, 130)), ((1, 500), 72, (1, 112))],
+)  # fmt: skip
+def test_images_are_enlarged_by_whole_pixels_and_large_ones_reduced(size: tuple[int, int], cell: int, shown: tuple[int, int]) -> None:
+    images = torch.randint(0, 255, (7, 3, *size), dtype=torch.uint8)
+    assert sides(images, cell) == shown
+    found = [tuple(map(int, pair)) for pair in re.findall(r'width="(\d+)" height="(\d+)"', pictures([images, images], "a", cell=cell))]
+    assert all(width <= 368 and height == 2 * shown[0] + 2 for width, height in found)
+    assert sum((width + 2) // (shown[1] + 2) for width, _ in found) == 7
+
+
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pictures_of_any_number_of_channels(channels: int) -> None:
-    made: Any = picture([torch.zeros(2, channels, 4, 4, dtype=torch.uint8)], "alt")
+    made: Any = picture([torch.zeros(2, channels, 4, 4, dtype=torch.uint8)], "alt", cell=64)
     assert made.startswith('<img src="data:image/png;base64,')
     assert 'width="130" height="64" alt="alt"' in made

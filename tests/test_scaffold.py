@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from ddkit import plugins, scaffold
+from tests.forks import HEAVY, forking
 from tests.test_third_party import _environment
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -28,21 +30,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path) -> Run:
-    """Returns a function that runs `python ARGS...` in an environment in which all of them are installed."""
+def run(folder: Path) -> Iterator[Run]:
+    """Yields a function that runs `python ARGS...` in an environment in which all of them are installed; `fork` saves its start."""
     python = _environment(folder / "venv")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("DDKIT_PLUGIN", "PYTHONPATH", "PYTEST"))}
 
-    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [str(python), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env=clean)
+    def call(*arguments: object, fork: bool = False) -> subprocess.CompletedProcess[str]:
+        command, processes = [str(python), *map(str, arguments)], forks if fork else subprocess
+        return processes.run(command, capture_output=True, text=True, check=False, cwd=folder, env=clean)
 
     done = call(
         "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--no-build-isolation", "--no-index",
         *(f"./ddkit-my-{kind}" for kind in scaffold.KINDS),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return call
+    with forking(*HEAVY, python=str(python), env=clean) as forks:
+        yield call
 
 
 def test_every_one_is_listed_and_loads(run: Run) -> None:
@@ -54,11 +57,28 @@ def test_every_one_is_listed_and_loads(run: Run) -> None:
         assert row["summary"]
 
 
+# A plugin of pytest: each module is imported in a fork of one process that has what an import is timed beside.
+FORKED = """
+import pytest
+from forks import forking
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked():
+    with forking("torch", "numpy", "ddkit") as forks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.testing.suite.subprocess", forks)
+        yield
+"""
+
+
 @pytest.fixture(scope="module")
 def outcomes(run: Run, folder: Path) -> dict[str, list[ElementTree.Element]]:
     """Returns what each package's own tests gave, by kind; one process runs them all."""
     folders = [f"ddkit-my-{kind}/tests" for kind in scaffold.KINDS]
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", "--junitxml=own.xml", *folders)
+    shutil.copy(Path(__file__).parent / "forks.py", folder)
+    (folder / "forked.py").write_text(FORKED)
+    flags = ("-q", "-p", "no:cacheprovider", "-p", "forked", "--import-mode=importlib", "--junitxml=own.xml")
+    done = run("-m", "pytest", *flags, *folders, fork=True)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     cases = list(ElementTree.parse(folder / "own.xml").iter("testcase"))
     suites = {kind: f"TestMy{kind.title().replace('-', '')}" for kind in scaffold.KINDS}
@@ -87,7 +107,7 @@ def test_a_run_uses_all_of_them_at_once(run: Run, folder: Path) -> None:
 
 def test_a_run_uses_the_group_of_losses(run: Run, folder: Path) -> None:
     flags = ("--losses", "my-loss-group:0.5", "--evaluate", "none", "--pipc", 5, "--steps", 1, "--set", "network.width=8")
-    done = run("-m", "ddkit", "distill", *flags, "--out", "grouped")
+    done = run("-m", "ddkit", "distill", *flags, "--out", "grouped", fork=True)
     assert done.returncode == 0, done.stderr
     line = json.loads((folder / "grouped" / "metrics.jsonl").read_text().splitlines()[0])
     assert set(line["losses"]) == {"dm", "total-variation"}

@@ -28,7 +28,7 @@ print(json.dumps({
 """
 
 
-def distilled(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def distilled(forks: Any, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs the command in a process of its own, 4 steps with a checkpoint after 2 and every step logged."""
     import os
 
@@ -37,24 +37,24 @@ def distilled(folder: Path, **environment: str) -> subprocess.CompletedProcess[s
         *SMALL_FLAGS,
         "--steps", "4", "--set", "engine.checkpoint_every=2", "--set", "engine.log_every=1",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment})
+    done = forks.run(command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
     return done
 
 
-def events(folder: Path) -> dict[str, Any]:
+def events(forks: Any, folder: Path) -> dict[str, Any]:
     import json
 
-    done = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
+    done = forks.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(tmp_path: Path) -> None:
+def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(forks: Any, tmp_path: Path) -> None:
     import json
 
-    distilled(tmp_path, DDKIT_TENSORBOARD="1")
-    found = events(tmp_path / "run" / "tensorboard")
+    distilled(forks, tmp_path, DDKIT_TENSORBOARD="1")
+    found = events(forks, tmp_path / "run" / "tensorboard")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found["scalars"]["dm/raw"] == [[line["step"], pytest.approx(line["losses"]["dm"]["raw"], rel=1e-6)] for line in lines]
     assert [step for step, _ in found["scalars"]["total"]] == [0, 1, 2, 3]
@@ -66,8 +66,8 @@ def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(tmp_path: P
     assert found["images"]["synthetic set"][0][1:] == [2 * 10 + 2, 10 * 10 + 2]  # 2 columns and 10 rows of 8 x 8, edges of 2
 
 
-def test_a_path_gets_a_folder_of_the_runs_name(tmp_path: Path) -> None:
-    distilled(tmp_path, DDKIT_TENSORBOARD=str(tmp_path / "all"))
+def test_a_path_gets_a_folder_of_the_runs_name(forks: Any, tmp_path: Path) -> None:
+    distilled(forks, tmp_path, DDKIT_TENSORBOARD=str(tmp_path / "all"))
     assert list((tmp_path / "all" / "run").glob("events.*"))
     assert not (tmp_path / "run" / "tensorboard").exists()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ import pytest
 import ddkit
 from ddkit.cli import cli
 from ddkit.progress import in_notebook
-from tests.conftest import SMALL
+from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 
 def completed(*words: str) -> list[str]:
@@ -79,6 +81,52 @@ def test_the_terms_of_a_step_stand_behind_the_bar() -> None:
     assert bar._bar.postfix == "dm=1.235"
     assert bar._bar.total == 10
     bar.close()
+
+
+def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:
+    sets = ("--set", "engine.log_every=2", "--set", "steps=5")
+    assert cli("distill", "--losses", "dm:0.5,image-norm", "--pipc", 2, *SMALL_FLAGS, *sets, "--out", "run", "--verbose").code == 0
+    first, *steps, last = caplog.messages
+    assert first == "run: steps 0 to 5, losses dm x 0.5, image-norm x 1; real at the start, convnet as network, compiled: no, float32."
+    assert [line.partition(":")[0] for line in steps] == ["step 1 of 5", "step 3 of 5", "step 5 of 5"]
+    assert re.fullmatch(r"step 1 of 5: total [\d.]+ \(dm [\d.]+, image-norm [\d.]+\)", steps[0])
+    assert last == "evaluation: 4 of 4"
+    caplog.clear()
+    assert cli("evaluate", "run", "--verbose").code == 0
+    assert caplog.messages == ["evaluation: 4 of 4"]
+    caplog.clear()
+    assert cli("train", "--out", "t.safetensors", "--set", "train.epochs=1", "--set", "teacher.width=8", "--verbose").code == 0
+    assert caplog.messages == ["training: 1 of 1"]
+
+
+def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:
+    usual = cli("distill", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--out", "run")
+    assert (usual.code, usual.err, caplog.messages) == (0, "", [])  # stderr is no terminal
+    lines = usual.out.splitlines()
+    assert lines[0].split() == ["evaluator", "model", "protocol", "labels", "accuracy", "random", "real", "networks"]
+    assert lines[3] == ""
+    assert [line.split()[0] for line in lines[4:]] == ["2", "run", "picture", "report"]
+    words = ("distill", "--losses", "dkkt", "--pipc", 2, *SMALL_FLAGS, "--set", "train.epochs=2", "--evaluate", "none")
+    quiet = cli(*words, "--seed", 1, "--out", "quiet", "--quiet")
+    assert (quiet.code, quiet.err, caplog.messages) == (0, "", [])  # no word of the teacher that is trained
+    assert quiet.out.splitlines()[0].startswith("2 steps in ")
+    assert cli(*words, "--seed", 2, "--set", "teacher.width=4", "--out", "usual").code == 0
+    assert "No teacher was given" in caplog.text
+    assert "There is no loss 'd'" in cli("distill", "--losses", "d", "--quiet").err
+
+
+@pytest.mark.parametrize(("shell", "asked", "begins"), [
+    ("bash", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain,practical-plus\n"),
+    ("zsh", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain\npractical-plus\nThis project's own"),
+    ("fish", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "practical-"}, "plain,practical-plus\tThis project's own"),
+])  # fmt: skip
+def test_every_shell_gets_names_and_its_script(shell: str, asked: dict[str, str], begins: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.argv = ['ddkit']; import ddkit.cli; ddkit.cli.main()"]
+    for variables, wanted in (({**asked, "_DDKIT_COMPLETE": f"{shell}_complete"}, begins), ({"_DDKIT_COMPLETE": f"{shell}_source"}, "")):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables}, cwd=tmp_path)
+        if wanted or done.returncode == 0:  # the script for bash asks for the bash that is installed
+            assert done.stdout.startswith(wanted)
+            assert wanted or "_DDKIT_COMPLETE" in done.stdout
 
 
 def test_in_a_notebook_the_bar_is_a_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import site
 import subprocess
 import sysconfig
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import SMALL_FLAGS
+from tests.forks import HEAVY, forking
 
 EXAMPLES = Path(__file__).parent.parent / "examples" / "third-party"
 PROJECT = EXAMPLES / "ddkit-second-moment"
@@ -62,14 +63,27 @@ def _user_site() -> list[str]:
     return [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
 
 
+@pytest.fixture(scope="module")
+def processes(stranger: Path) -> Iterator[Any]:
+    """Yields what starts processes of that environment: forks of one that has imported torch, but nothing of ddkit or a stranger."""
+    with forking(*HEAVY, python=str(stranger), env=_clean()) as made:
+        yield made
+
+
+def _clean() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "DDKIT_PLUGIN_FILES", "PYTHONPATH")}
+
+
 @pytest.fixture
-def ddkit(stranger: Path, tmp_path: Path) -> Ddkit:
+def ddkit(stranger: Path, processes: Any, tmp_path: Path) -> Ddkit:
     """Returns a function that runs `python -m ddkit ARGS...` in that environment, in an empty folder."""
 
-    def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "DDKIT_PLUGIN_FILES", "PYTHONPATH")}
+    def run(*arguments: object, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
         command = [str(stranger), "-m", "ddkit", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env={**clean, **environment})
+        env = {**_clean(), **environment}
+        if fresh:  # as a user's: a new interpreter, with as many threads as it likes
+            del env["OMP_NUM_THREADS"]
+        return (subprocess if fresh else processes).run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
 
     return run
 
@@ -94,7 +108,8 @@ def test_without_installation_this_interpreter_does_not_know_it() -> None:
 
 def test_distill_uses_it_by_name_and_the_manifest_names_its_distribution(ddkit: Ddkit, tmp_path: Path) -> None:
     flags = ["--losses", "second-moment,dm:0.5", "--ipc", 1, "--pipc", 4, "--evaluate", "none", "--out", "run", *SMALL_FLAGS[:2]]
-    done = ddkit("distill", *flags, "--set", "network.width=8", "--set", "losses.second-moment.weight=0.25", "--json")
+    sets = ("--set", "network.width=8", "--set", "losses.second-moment.weight=0.25")
+    done = ddkit("distill", *flags, *sets, "--json", fresh=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 2
     used = json.loads((tmp_path / "run" / "manifest.json").read_text())["plugins"]

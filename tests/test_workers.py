@@ -56,6 +56,7 @@ def test_processes_give_what_one_after_the_other_gives() -> None:
     assert evaluated(workers=1, epochs=1).details["accuracies"] != in_turn.details["accuracies"], "the figures could differ"
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_processes_take_tensors_that_share_memory() -> None:
     """A set that is tested on its own images, for example."""
     evaluator: Accuracy = ddkit.create("evaluator", "accuracy", {"epochs": 1, "repeats": 2, "model": "mlp", "workers": 2}, data=INFO)
@@ -69,6 +70,7 @@ def test_no_more_processes_than_networks() -> None:
     assert evaluated(workers=9, random_real=False, repeats=1).details["workers"] == 1
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_a_process_that_fails_is_told_and_its_networks_are_trained_here(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +106,7 @@ def test_several_processes_on_another_device_are_refused() -> None:
         evaluator.plan(INFO, torch.device("cuda"), rows=4, tests=4, networks=4, model=model)
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     crews: list[workers._Crew] = []
     stop = workers._Crew.stop

@@ -96,7 +96,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(words: tuple[str, ...], as_json: bool) -> None:
-    """Tell what a component or recipe does, its options and requirements."""
+    """Tell what a component or recipe is: a manual page with its use, options, requirements, an example and its source."""
     if len(words) > 2:
         raise click.UsageError("info takes [KIND] NAME.")
     facts = _facts(found_plugin(words))
@@ -141,7 +141,7 @@ def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
         return facts
     requires = found.requires if not isinstance(found.requires, property) else found(found.Options()).requires
     asked = {key: value for key, value in msgspec.to_builtins(requires).items() if value not in (False, None, [], {}, ())}
-    return facts | {"options": describe_options(found.Options), "requires": asked}
+    return facts | {"argument": found.argument, "options": describe_options(found.Options), "requires": asked}
 
 
 def _file_facts(plugin: plugins.Plugin) -> dict[str, Any]:
@@ -179,25 +179,11 @@ def _condition(when: dict[str, int]) -> str:
 
 
 def _page(facts: dict[str, Any]) -> str:
-    lines = [f"{facts['name']} ({facts['kind']}, {facts['distribution']} {facts['version']})", ""]
-    if any(row["origin"] for row in facts.get("settings", [])):
-        lines += [facts["summary"], f"Source: {facts['source']}", "", _settings_table(facts["settings"]), ""]
-        return "\n".join([*lines, f"The file: ddkit info recipe {facts['name']} --json, key text"])
-    if "text" in facts:
-        return "\n".join([*lines, facts["text"].rstrip()])
-    lines += [facts["description"], ""]
-    if facts.get("members"):
-        lines += [f"Losses: {', '.join(facts['members'])}"]
-    for option in facts.get("options", []):
-        bounds = f", {option['bounds']}" if option["bounds"] else ""
-        lines += [f"  {option['name']} = {json.dumps(option['default'])}    ({option['type']}{bounds})"]
-        lines += [f"      {option['description']}"] if option["description"] else []
-    if facts.get("requires"):
-        lines += [
-            "",
-            "Requires: " + ", ".join(f"{key}={json.dumps(value)}" for key, value in facts["requires"].items()),
-        ]
-    return "\n".join(lines).rstrip()
+    """Returns the page of a component, recipe or study; the settings of a recipe as a table where it says where they come from."""
+    from ddkit.cli.manual import manual_page
+
+    rows = facts.get("settings", [])
+    return manual_page(facts, _settings_table(rows) if any(row["origin"] for row in rows) else "")
 
 
 COMMANDS = (list_components, info)

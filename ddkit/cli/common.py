@@ -119,10 +119,13 @@ protocol = click.option(
     "--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official, practical-sam (of the evaluator accuracy)."
 )
 quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
+verbose = click.option("--verbose", is_flag=True, help="Lines instead of a bar: what is done, and the losses of every logged step.")
 
 
 def set_verbosity(quiet: bool, verbose: bool = False) -> None:
-    """Sets how much of ddkit's log reaches stderr."""
+    """Sets how much of ddkit's log reaches stderr; raises FlagError where both are asked for."""
+    if quiet and verbose:
+        raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
     logging.getLogger("ddkit").setLevel(logging.ERROR if quiet or follows() else logging.INFO if verbose else logging.WARNING)
 
 
@@ -179,6 +182,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     from tabulate import tabulate
 
     columns: dict[str, list[Any]] = {key: [getattr(row, key) for row in rows] for key in ("evaluator", "model", "protocol", "labels")}
+    columns["protocol"] = [", ".join(filter(None, (row.protocol, str(row.details.get("variant", ""))))) for row in rows]
     for key, usual in (("images", "synthetic"), ("split", "test")):
         values = [getattr(row, key) for row in rows]
         columns |= {key: values} if any(value != usual for value in values) else {}

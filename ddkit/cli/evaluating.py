@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show
+from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show, verbose
 from ddkit.cli.names import Names
 from ddkit.recipes import parse_set
 
@@ -28,9 +28,10 @@ from ddkit.recipes import parse_set
 @click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")
 @click.option("--pipc", type=Pipc(), help="Real images per class for the random-real baseline (default: the run's).")
 @quiet
+@verbose
 def evaluate(target: str, **flags: Any) -> None:
     """Evaluate the synthetic set of a run directory or file, as it reads back."""
-    set_verbosity(flags["quiet"])
+    set_verbosity(flags["quiet"], flags["verbose"])
     from ddkit import api
     from ddkit.cli.progress import observers
 
@@ -38,7 +39,8 @@ def evaluate(target: str, **flags: Any) -> None:
         rows = api.evaluate(
             target, dataset=flags["dataset"], data_dir=flags["data_dir"], evaluators=flags["evaluators"], protocol=flags["protocol"],
             model=flags["model"], repeats=flags["repeats"], teacher=flags["teacher"], seed=flags["seed"], pipc=flags["pipc"],
-            sets=dict(parse_set(text) for text in flags["sets"]), device=flags["device"], observers=observers(flags["quiet"]),
+            sets=dict(parse_set(text) for text in flags["sets"]), device=flags["device"],
+            observers=observers(flags["quiet"], flags["verbose"]),
             distributed=True,
         )  # fmt: skip
     if flags["as_json"]:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ddkit.cli.common import echo_json, plugin_files, quiet, set_verbosity, show
+from ddkit.cli.names import Names
 
 
 class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -57,7 +58,7 @@ class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 @click.option("--pixels", type=click.Choice(["normalised", "unit"]), help="What floats of a set are: normalised, or 0 black and 1 white.")
 @click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Which set, where the file holds several.")
 @click.option("--size", type=Values(sides=True), help="Image size of a teacher: height,width, or one number.")
-@click.option("--model", metavar="NAME", help="Architecture of a teacher (default: convnet).")
+@click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
 @click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Option of the teacher's model, e.g. teacher.norm=batch.")
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

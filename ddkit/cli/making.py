@@ -19,6 +19,7 @@ from ddkit.cli.common import (
     set_verbosity,
     shared,
     show,
+    verbose,
 )
 from ddkit.cli.names import Names
 from ddkit.errors import FlagError
@@ -73,7 +74,7 @@ recipe_flags = options(
 @click.option("--resume", is_flag=True, help="Continue the run in --out; only --steps and --device may be given with it.")
 @click.option("--plan", is_flag=True, help="Show what would be done; train and write nothing.")
 @quiet
-@click.option("--verbose", is_flag=True, help="Say more.")
+@verbose
 def distill(**flags: Any) -> None:
     """Make a synthetic training set.
 
@@ -97,7 +98,7 @@ def distill(**flags: Any) -> None:
             losses=flags["losses"],
             device=flags["device"],
             out=flags["out"],
-            observers=observers(flags["quiet"]),
+            observers=observers(flags["quiet"], flags["verbose"]),
             distributed=True,
         )
     _show_run(run, flags["as_json"])
@@ -128,7 +129,9 @@ def _resumed(flags: dict[str, Any]) -> Any:
     from ddkit import api
     from ddkit.cli.progress import observers
 
-    return api.resume(flags["out"], steps=flags["steps"], device=flags["device"], observers=observers(flags["quiet"]), distributed=True)
+    return api.resume(
+        flags["out"], steps=flags["steps"], device=flags["device"], observers=observers(flags["quiet"], flags["verbose"]), distributed=True
+    )
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -163,7 +166,8 @@ def _show_run(run: Any, as_json: bool) -> None:
         return
     if run.evaluations:
         show(evaluation_table(run.evaluations))
-    show(f"\n{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
+        show("")
+    show(f"{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
     if (run.path / "report.html").is_file():
         show(f"report   {run.path / 'report.html'}")
 
@@ -179,23 +183,23 @@ def _show_run(run: Any, as_json: bool) -> None:
 )
 @click.option("--out", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Teacher file to write, .safetensors.")
 @quiet
+@verbose
 def train(**flags: Any) -> None:
     """Train a teacher on all training images and save it.
 
     Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8
     """
-    set_verbosity(flags["quiet"])
+    set_verbosity(flags["quiet"], flags["verbose"])
     from ddkit.recipes import parse_set
 
     sets = [parse_set(text) for text in flags["sets"]]
     from ddkit import api
-    from ddkit.cli.progress import observers
+    from ddkit.cli.progress import observers, reporter
 
-    watchers = observers(flags["quiet"])
     teacher = api.train(
         flags["out"], dataset=flags["dataset"], model=flags["model"], data_dir=flags["data_dir"], seed=flags["seed"],
         recipe=flags["recipe"], sets=dict(sets), device=flags["device"],
-        report=(lambda done, total: watchers[0].stage_progress("training", done, total)) if watchers else None,
+        report=reporter("training", observers(flags["quiet"], flags["verbose"])),
     )  # fmt: skip
     found = teacher.info["test_accuracy"]
     if flags["as_json"]:

@@ -87,7 +87,7 @@ def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> No
     if as_json:
         echo_json({"schema": 1, "run": str(run.path), "alpha": alpha, "first": first, "second": second})
     else:
-        show(f"run      {run.path}\npicture  {run.path / 'preview.png'}")
+        show(f"run      {run.path}\npicture  {run.path / 'preview.png'}\nreport   {run.path / 'report.html'}")
 
 
 COMMANDS = (reproduce, blend)

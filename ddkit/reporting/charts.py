@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from ddkit.errors import printable
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 12, 40  # margins of the plot
+WIDTH, HEIGHT = 420, 280
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 50  # margins of the plot
+ROW = 52  # of a chart of dots
+LONGEST = 48  # characters of a name in it
 COLOURS = 6  # of the page, --c0 to --c5
 
 
@@ -67,7 +69,7 @@ def wants_log(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > 20
 
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
+def ticks(low: float, high: float, most: int = 5) -> list[float]:
     """Returns round values from low to high, about `most` of them at most."""
     raw = (high - low) / most
     size = 10 ** math.floor(math.log10(raw))
@@ -125,21 +127,21 @@ def dot_chart(rows: Sequence[Dots], *, x: str, what: str) -> str:
     ends = [end for row in rows for pair in row.values if pair for end in (pair[0] - (pair[1] or 0), pair[0] + (pair[1] or 0))]
     if not ends:
         return '<p class="note">There is nothing to draw.</p>'
-    height = TOP + 46 * len(rows) + BOTTOM
-    across = Axis(*_widened(min(ends), max(ends), share=0.12), 12, WIDTH - 18)
+    height = TOP + ROW * len(rows) + BOTTOM
+    across = Axis(*_widened(min(ends), max(ends), share=0.12), 14, WIDTH - 20)
     parts = _across(across, x, height, TOP)
     for number_, row in enumerate(rows):
-        parts += _dots(row, TOP + 46 * number_, across)
+        parts += _dots(row, TOP + ROW * number_, across)
     return _svg(parts, what, height)
 
 
 def _dots(row: Dots, top: int, across: Axis) -> list[str]:
-    name = row.name if len(row.name) <= 62 else f"{row.name[:60]} ..."
-    parts = [f'<text x="12" y="{top + 13}">{text(name)}</text>']
+    name = row.name if len(row.name) <= LONGEST else f"{row.name[: LONGEST - 4]} ..."
+    parts = [f'<text x="12" y="{top + 14}">{text(name)}</text>']
     for index, pair in enumerate(row.values):
         if pair is None:
             continue
-        y, (mean, half) = top + 24 + 11 * index, pair
+        y, (mean, half) = top + 26 + 12 * index, pair
         if half:
             low, high = across.at(mean - half), across.at(mean + half)
             parts.append(f'<path d="M{low} {y - 3}v6m0-3H{high}m0-3v6" class="l{index}"/>')
@@ -150,12 +152,12 @@ def _dots(row: Dots, top: int, across: Axis) -> list[str]:
 def _frame(across: Axis, up: Axis, x: str, y: str) -> list[str]:
     """Returns grid, ticks and names of both axes."""
     parts = _across(across, x, HEIGHT, TOP)
-    for value in log_ticks(up.low, up.high) if up.log else ticks(up.low, up.high, 5):
+    for value in log_ticks(up.low, up.high) if up.log else ticks(up.low, up.high):
         place = up.at(value)
         parts.append(f'<path d="M{LEFT} {place}H{WIDTH - RIGHT}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{place + 4}" text-anchor="end">{number(value)}</text>')
+        parts.append(f'<text x="{LEFT - 6}" y="{place + 5}" text-anchor="end">{number(value)}</text>')
     middle = (HEIGHT - BOTTOM + TOP) / 2
-    return [*parts, f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">{text(y)}</text>']
+    return [*parts, f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{text(y)}</text>']
 
 
 def _across(across: Axis, name: str, height: float, top: float) -> list[str]:
@@ -164,8 +166,8 @@ def _across(across: Axis, name: str, height: float, top: float) -> list[str]:
         place = across.at(value)
         anchor = "end" if place > WIDTH - 20 else "middle"
         parts.append(f'<path d="M{place} {top}V{bottom}" class="grid"/>')
-        parts.append(f'<text x="{place}" y="{bottom + 16}" text-anchor="{anchor}">{number(value)}</text>')
-    return [*parts, f'<text x="{(across.start + across.end) / 2}" y="{bottom + 34}" text-anchor="middle">{text(name)}</text>']
+        parts.append(f'<text x="{place}" y="{bottom + 19}" text-anchor="{anchor}">{number(value)}</text>')
+    return [*parts, f'<text x="{(across.start + across.end) / 2}" y="{bottom + 41}" text-anchor="middle">{text(name)}</text>']
 
 
 def _widened(low: float, high: float, share: float = 0.05) -> tuple[float, float]:

@@ -22,17 +22,15 @@ p { max-width: 48rem; margin: .4rem 0; overflow-wrap: anywhere; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 10rem), 1fr)); gap: .75rem; margin: 1rem 0 0; }
 .tile { background: var(--card); border-radius: .5rem; padding: .75rem 1rem; overflow-wrap: anywhere; }
 .tile b { display: block; font-size: 1.35rem; line-height: 1.3; }
-.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 32rem), 1fr)); gap: .9rem 2rem; }
-.images.few { display: flex; flex-wrap: wrap; gap: 1rem 1.25rem; }
+.images { display: flex; flex-wrap: wrap; gap: 1rem 1.25rem; }
 figure { margin: 0; max-width: 100%; }
-figcaption { overflow-wrap: anywhere; }
-.images.few figcaption { max-width: 12rem; }
-.images figcaption { margin-bottom: .15rem; }
+.images figcaption { width: 0; min-width: 100%; overflow-wrap: anywhere; margin-bottom: .15rem; }
+.images img + img { margin-top: 2px; }
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; border-radius: 2px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
-.chart { background: var(--card); border-radius: .5rem; padding: .75rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1rem; }
+.chart { background: var(--card); border-radius: .5rem; padding: .75rem; max-width: 30rem; }
 .chart h3 { margin: 0 0 .25rem .25rem; }
-svg { display: block; width: 100%; height: auto; font-size: 12px; }
+svg { display: block; width: 100%; height: auto; font-size: 15px; }
 svg text { fill: var(--ink); } svg .grid { stroke: var(--line); fill: none; }
 .l0, .l1, .l2, .l3, .l4, .l5 { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .l0 { stroke: var(--c0); } .l1 { stroke: var(--c1); } .l2 { stroke: var(--c2); }
@@ -52,11 +50,13 @@ th { font-weight: 600; } tbody th { font-weight: 400; }
 .film td, .film th { border: 0; padding: .15rem .3rem .15rem 0; vertical-align: middle; font-size: .875rem; }
 .film thead th { color: var(--soft); text-align: center; white-space: nowrap; }
 .film tbody th { max-width: 10rem; overflow-wrap: anywhere; }
-.film img { width: clamp(2.4rem, 7.5vw, 5rem); margin: 0 auto; }
+.film img { margin: 0 auto; max-width: none; }
 code, pre { font: .8125rem/1.5 ui-monospace, "DejaVu Sans Mono", Menlo, Consolas, monospace; }
 code { overflow-wrap: anywhere; }
 pre { background: var(--card); border-radius: .5rem; padding: 1rem; overflow-x: auto; margin: .5rem 0; }
 summary { cursor: pointer; }
+@media (max-width: 40rem) { .tile { padding: .6rem .75rem; } .tile b { font-size: 1.2rem; } table { font-size: .875rem; }
+  th, td { padding-right: .6rem; } .film .between { display: none; } .film tbody th { max-width: 3.6rem; font-size: .75rem; } }
 @media print { body { max-width: none; } .chart, .tile, figure, tr { break-inside: avoid; } }
 """
 FACTS = ' class="facts"'  # a table of names and values, which may be long
@@ -99,9 +99,17 @@ def _wide(inside: str, what: str) -> str:
 
 
 def film_table(head: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> str:
-    """Returns a table of pictures: `head` are the steps, `rows` (plain text, HTML of each picture)."""
-    top = '<th scope="col">step</th>' + "".join(f'<th scope="col">{text(name)}</th>' for name in head)
-    lines = [f'<tr><th scope="row">{text(name)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" for name, cells in rows]
+    """Returns a table of pictures: `head` are the steps, `rows` (plain text, HTML of each picture); where it is narrow, of four steps."""
+    last = len(head) - 1
+    always = {round(place * last / 3) for place in range(4)}  # a narrow page has room for four
+    marks = ["" if place in always else ' class="between"' for place in range(len(head))]
+    top = '<th scope="col">step</th>' + "".join(f'<th scope="col"{mark}>{text(name)}</th>' for mark, name in zip(marks, head, strict=True))
+    lines = [
+        f'<tr><th scope="row">{text(name)}</th>'
+        + "".join(f"<td{mark}>{cell}</td>" for mark, cell in zip(marks, cells, strict=True))
+        + "</tr>"
+        for name, cells in rows
+    ]
     inside = f'<table class="film"><thead><tr>{top}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
     return _wide(inside, "film strip")
 

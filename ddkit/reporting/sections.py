@@ -27,7 +27,7 @@ from ddkit.reporting.charts import (
     wants_log,
 )
 from ddkit.reporting.page import chart, film_table, note, section, table, time
-from ddkit.reporting.pictures import picture
+from ddkit.reporting.pictures import picture, pictures, sides
 from ddkit.spectra import radial_spectrum
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
@@ -52,7 +52,7 @@ def head(files: Files) -> tuple[str, str, str]:
     artifact, recipe = files.artifact, files.recipe
     count, channels, height, width = artifact.stored_images.shape
     ipc, data = artifact.metadata.get("ipc"), recipe.get("data", {})
-    source = data.get("use", "") if isinstance(data, Mapping) else data
+    source = _source(data) if isinstance(data, Mapping) else data
     name = artifact.metadata.get("recipe") or recipe.get("name") or ("blend" if "blend" in files.facts else "synthetic set")
     title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
     pipc = artifact.metadata.get("pipc")
@@ -65,8 +65,15 @@ def head(files: Files) -> tuple[str, str, str]:
         tiles += [
             ("accuracy", _percent(row, "accuracy"), f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}")
         ]
-    summary = str(recipe.get("summary", "")) or "A synthetic training set, made by dataset distillation."
+    usual = "The average of two synthetic sets." if "blend" in files.facts else "A synthetic training set, made by dataset distillation."
+    summary = str(recipe.get("summary", "")) or usual
     return title, summary, f'<div class="tiles">{"".join(_tile(*tile) for tile in tiles)}</div>'
+
+
+def _source(data: Mapping[str, Any]) -> str:
+    """Returns the name of the real data, with the last part of the path of the user's own."""
+    name, path = data.get("use", ""), data.get("path")
+    return f"{name} ({Path(path).name})" if path else str(name)
 
 
 def _tile(name: str, value: str, beside: str) -> str:
@@ -83,17 +90,23 @@ def images(files: Files) -> str:
     shown = labels[:MOST_CLASSES]
     each = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
     pixels = {label: eight_bits(artifact.stored_images[artifact.stored_labels == label][:each]) for label in shown}
-    few = max(len(rows) for rows in pixels.values()) <= 3
+    cell = _cell(max(len(rows) for rows in pixels.values()))
     figures = []
     for label, rows in pixels.items():
         name = _name(artifact, label)
-        figures.append(_figure(picture([rows], f"Synthetic images of class {text(name)}", cell=112 if few else 64), name))
+        figures.append(_figure(pictures([rows], f"Synthetic images of class {text(name)}", cell=cell), name))
     outside = ((artifact.stored_images < 0) | (artifact.stored_images > 1)).float().mean()
     words = [f"Shown in 8 bits: {100 * float(outside):.1f} % of the values lie outside 0..1 and are clipped here."]
     most = int(artifact.stored_labels.bincount().max())
     words += [f"The first {each} of {most} images of each class."] if each < most else []
     words += [f"The first {len(shown)} of {len(labels)} classes."] if len(shown) < len(labels) else []
-    return section("Images", f'<div class="images{" few" if few else ""}">{"".join(figures)}</div>', note(" ".join(words)))
+    words += ["Reduced to fit the page."] if sides(artifact.stored_images, cell)[0] < artifact.stored_images.shape[2] else []
+    return section("Images", f'<div class="images">{"".join(figures)}</div>', note(" ".join(words)))
+
+
+def _cell(most: int) -> int:
+    """Returns about how many pixels the longer side of an image has on the page, where a class has `most` of them."""
+    return 160 if most == 1 else 112 if most <= 3 else 72
 
 
 def _figure(drawing: str, caption: str) -> str:
@@ -106,36 +119,61 @@ def _name(artifact: Artifact, label: int) -> str:
 
 def start_and_end(files: Files) -> str:
     """Returns the images of the start above those of the end, class by class, "" where the start was not kept."""
-    film, artifact = files.film, files.artifact
-    if film is None or len(film.rows) == 0 or int(film.steps[0]) != 0 or not files.facts.get("steps"):
+    film = files.film
+    if film is None or len(film.rows) == 0 or int(film.steps[0]) != 0 or not _trained(files):
         return ""
-    owners, end = artifact.stored_labels[film.rows], eight_bits(artifact.stored_images[film.rows])
-    shown = owners.unique().tolist()[:MOST_CLASSES]
-    few = len(film.rows) <= 3 * len(owners.unique())
-    most = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
-    figures = []
-    for label in shown:
-        rows, name = (owners == label).nonzero().flatten()[:most], _name(artifact, label)
-        alt = f"class {text(name)}: {len(rows)} at the start above, the same at the end below"
-        figures.append(_figure(picture([film.images[0, rows], end[rows]], alt, cell=88 if few else 64), name))
-    tiles = f'<div class="images{" few" if few else ""}">{"".join(figures)}</div>'
+    tiles = _above_each_other(files, film, [film.images[0], _end(files, film)], "at the start above, the same at the end below")
     return section("Start and end", note("Above: before the first step. Below: the finished set."), tiles)
+
+
+def parts_of_blend(files: Files) -> str:
+    """Returns the images of both sets of a blend around their average, class by class, "" where they were not kept."""
+    film, blend = files.film, files.facts.get("blend")
+    if film is None or len(film.rows) == 0 or len(film.steps) != 2 or not isinstance(blend, Mapping):
+        return ""
+    first, second = (_short(Path(part["path"])) for part in blend["parts"])
+    words = f"Above: the first set, {first}. In the middle: the blend. Below: the second, {second}, whose share is alpha {blend['alpha']}."
+    told = "of the first set above, of the blend in the middle, of the second set below"
+    tiles = _above_each_other(files, film, [film.images[0], _end(files, film), film.images[1]], told)
+    return section("The two sets and their blend", note(words), tiles)
+
+
+def _trained(files: Files) -> bool:
+    """Whether a film is one of updates: a blend has had none, and its film holds its two sets."""
+    return bool(files.facts.get("steps")) and "blend" not in files.facts
+
+
+def _end(files: Files, film: Film) -> Tensor:
+    return eight_bits(files.artifact.stored_images[film.rows])
+
+
+def _above_each_other(files: Files, film: Film, layers: Sequence[Tensor], told: str) -> str:
+    """Returns a figure for each class with its images in each of the layers (m, C, H, W), which have the rows of the film."""
+    owners = files.artifact.stored_labels[film.rows]
+    shown = owners.unique().tolist()[:MOST_CLASSES]
+    most = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
+    cell, figures = _cell(min(most, int(owners.bincount().max()))), []
+    for label in shown:
+        rows, name = (owners == label).nonzero().flatten()[:most], _name(files.artifact, label)
+        alt = f"class {text(name)}: {len(rows)} {told}"
+        figures.append(_figure(pictures([layer[rows] for layer in layers], alt, cell=cell), name))
+    return f'<div class="images">{"".join(figures)}</div>'
 
 
 def strip(files: Files) -> str:
     """Returns one image of each class at some steps, "" where none was kept."""
     film, artifact, last = files.film, files.artifact, files.facts.get("steps", 0)
-    if film is None or len(film.rows) == 0 or not last:
+    if film is None or len(film.rows) == 0 or not _trained(files):
         return ""
     kept = [place for place, step in enumerate(film.steps.tolist()) if step < last]
     while len(kept) > FILM_COLUMNS - 1:  # of the first steps, which are close together, some can go
         del kept[1]
-    owners, end = artifact.stored_labels[film.rows], eight_bits(artifact.stored_images[film.rows])
+    owners, end = artifact.stored_labels[film.rows], _end(files, film)
     rows = []
     for label in owners.unique().tolist()[:FILM_ROWS]:
         row, name = int((owners == label).nonzero()[0, 0]), _name(artifact, label)
         frames = [(film.images[place, row], f"step {int(film.steps[place])}") for place in kept] + [(end[row], f"step {last}")]
-        rows.append((name, [picture([image[None]], f"class {text(name)}, {when}", cell=80) for image, when in frames]))
+        rows.append((name, [picture([image[None]], f"class {text(name)}, {when}", cell=72) for image, when in frames]))
     steps = [f"{int(step):,}" for step in [*film.steps[kept], last]]
     return section("Film strip", note("The first image of a class after so many updates."), film_table(steps, rows))
 
@@ -243,6 +281,7 @@ def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
 
 def _named(row: Mapping[str, Any]) -> str:
     parts = [row.get("model", ""), row.get("protocol", "")]
+    parts += [str(variant)] if (variant := row.get("details", {}).get("variant")) else []
     parts += [f"{epochs} epochs"] if (epochs := row.get("details", {}).get("epochs")) else []
     parts += [str(row["images"])] if row.get("images", "synthetic") != "synthetic" else []
     parts += [str(row["split"])] if row.get("split", "test") != "test" else []
@@ -253,7 +292,8 @@ def _percent(row: Mapping[str, Any], key: str) -> str:
     mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
     if mean is None:
         return "-"
-    return f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %"
+    told = f"{100 * mean:.1f}" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f}"
+    return f"{told} %".replace(" ", "\u00a0")
 
 
 def evaluation(files: Files) -> str:
@@ -268,7 +308,19 @@ def evaluation(files: Files) -> str:
         "bars show. Random real: as many random real images of each class, drawn anew for each network from the accessible ones, under the "
         "same protocol. Figures under different protocols, or with hard and with soft labels, cannot be compared."
     )
-    return section("Evaluation", note(words) if parts else "", *parts) or section("Evaluation", note("None is recorded."))
+    parts = [note(words), *parts] if parts else []
+    return section("Evaluation", *parts, *_findings(files)) or section("Evaluation", note("None is recorded."))
+
+
+def _findings(files: Files) -> list[str]:
+    """Returns what evaluators say in words, those too that train no network and have no accuracy."""
+    told = [(row, str(row.get("details", {}).get("summary", ""))) for row in files.evaluations]
+    rows = [[str(row.get("evaluator", "")), "" if row.get("model") == "-" else _named(row), words] for row, words in told if words]
+    if not rows:
+        return []
+    close = any(row.get("evaluator") == "memorisation" and row.get("details", {}).get("close") for row in files.evaluations)
+    warning = "Images of this set are close to real ones: it does not hide the images that it was made from."
+    return ["<h3>What else was found</h3>", f"<p><b>{warning}</b></p>" if close else "", table(["evaluator", "network", "finding"], rows)]
 
 
 def _dots(rows: Sequence[Mapping[str, Any]], title: str) -> str:
@@ -348,4 +400,4 @@ def recipe(files: Files) -> str:
     return section("Recipe", note(words), f"<details><summary>recipe.toml</summary><pre>{text(files.recipe_text)}</pre></details>")
 
 
-SECTIONS = (images, start_and_end, strip, losses, parameters, spectra, evaluation, making, recipe)
+SECTIONS = (images, parts_of_blend, start_and_end, strip, losses, parameters, spectra, evaluation, making, recipe)

@@ -6,6 +6,9 @@ import ddkit
 
 
 class Dkkt(ddkit.LossGroup):
-    """The DeepKKT loss: primal feasibility and stationarity, [P Eq. 4]; the stationarity rate is its weight."""
+    """The DeepKKT loss: primal feasibility and stationarity; the stationarity rate is the weight of the second.
+
+    Source: Lee, Lee, Kwak, Practical Dataset Distillation Based on Deep Support Vectors, arXiv 2405.00348, Eq. 4.
+    """
 
     members = ("dkkt-primal", "dkkt-stationarity")

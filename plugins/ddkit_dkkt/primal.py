@@ -29,7 +29,10 @@ def primal_loss(logits: Tensor, labels: Tensor, *, masked: bool) -> Tensor:
 
 
 class Primal(ddkit.Loss):
-    """Cross-entropy of the teacher on the synthetic images: primal feasibility of the DeepKKT conditions."""
+    """Cross-entropy of the teacher on the synthetic images: primal feasibility of the DeepKKT conditions.
+
+    Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 7 (masked) and Algorithm 1 (plain).
+    """
 
     class Options(ddkit.Options):
         masked: Annotated[bool, ddkit.Option("whether images already classified as their label count 0")] = False

@@ -65,12 +65,14 @@ class Stationarity(ddkit.Loss):
 
     Parameter groups in which stationarity cannot be attained (scale-invariant layers, such as a convolution before
     instance norm) are found numerically and left out, unless `scale_invariant` says otherwise.
+
+    Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 8 and Algorithm 1.
     """
 
     class Options(ddkit.Options):
-        distance: Annotated[Literal["l1", "l2", "cosine", "layer-cosine"], ddkit.Option("[D] writes l1 (Eq. 8) and l2 (Algorithm 1)")] = (
-            "cosine"
-        )
+        distance: Annotated[
+            Literal["l1", "l2", "cosine", "layer-cosine"], ddkit.Option("the source writes l1 (Eq. 8) and l2 (Algorithm 1)")
+        ] = "cosine"
         average: Annotated[bool, ddkit.Option("l1 and l2: per parameter, else the sum")] = True
         parameters: Annotated[str, ddkit.Option("all, weights (no biases or norms), classifier (the last layer), or a name pattern")] = (
             "all"

@@ -32,7 +32,12 @@ def dm_loss(real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor
 
 
 class DistributionMatching(ddkit.Loss):
-    """Squared distance of class-mean features, real to synthetic, in a fresh random network each step."""
+    """Squared distance of class-mean features, real to synthetic, in a fresh random network each step.
+
+    The images of a class are to look, on average, like its real ones to networks that know nothing. No network is trained.
+
+    Source: Zhao and Bilen, Dataset Condensation with Distribution Matching, arXiv 2110.04181, Eq. 4.
+    """
 
     order_invariant = True
     requires = ddkit.Requires(real=True, embedder=True, separable="sum")

@@ -174,8 +174,9 @@ class Accuracy(ddkit.Evaluator):
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
-        facts |= {"ema": self.options.ema} if self.options.ema else {}
-        facts |= {"augment": self.options.augment} if self.options.augment != "auto" else {}
+        changed = {"ema": self.options.ema or None, "augment": None if self.options.augment == "auto" else self.options.augment}
+        changed = {key: value for key, value in changed.items() if value is not None}
+        facts |= changed | ({"variant": ", ".join(f"{key} {value}" for key, value in changed.items())} if changed else {})
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
         return [self._row(name, kind, made, real if kind == "synthetic" else [], facts) for kind, made in by_kind.items()]

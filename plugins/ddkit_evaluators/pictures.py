@@ -78,8 +78,8 @@ class Memorisation(ddkit.Evaluator):
         ratio = float(found.median() / own.median()) if float(own.median()) > 0 else None
         details = {
             "summary": f"{close} of {len(found)} images are close to a real one",
-            "close": close, "close_below": limit, "nearest": found.tolist(), "nearest_median": float(found.median()),
-            "real_nearest_median": float(own.median()), "ratio": ratio,
+            "close": close, "quantile": self.options.quantile, "close_below": limit, "nearest": found.tolist(),
+            "nearest_median": float(found.median()), "real_nearest_median": float(own.median()), "ratio": ratio,
         }  # fmt: skip
         return looked_at(self.name, details)
 

@@ -20,6 +20,7 @@ from ddkit_exporters.names import markdown, plain
 README = "README.md"
 LEVELS = 255
 FOLDED = 100  # classes; of more the table opens on a click
+REAL_STARTS = ("real", "kmeans", "herding", "k-center", "multiplier", "mix")  # initializers that begin with real images
 LOAD_SET = [
     "import ddkit",
     "",
@@ -77,8 +78,8 @@ def card(artifact: ddkit.Artifact, layout: Layout) -> str:
     """Returns the text of a card."""
     parts = [
         _front_matter(artifact, layout), f"# {markdown(_title(artifact))}", _summary(artifact), _loading(layout),
-        _classes(artifact, layout), _eight_bits(layout), _made(artifact), _accuracy(artifact), _licence(artifact),
-        _files(artifact, layout), _recipe(artifact),
+        _classes(artifact, layout), _eight_bits(layout), _made(artifact), _accuracy(artifact), _closeness(artifact),
+        _licence(artifact), _files(artifact, layout), _recipe(artifact),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -115,12 +116,36 @@ def _summary(artifact: ddkit.Artifact) -> str:
     low, high = float(artifact.images.min()), float(artifact.images.max())
     return (
         f"A synthetic training set of {count} images in {len(artifact.class_names)} classes, {height} x {width} pixels, "
-        f"{channels} channel{'s' if channels > 1 else ''}. The images were optimised so that a network trained on them from scratch does "
-        "well on real test images (dataset distillation): they are no photographs, and each is labelled by its class alone.\n\n"
+        f"{channels} channel{'s' if channels > 1 else ''}. {_what_they_are(artifact)}\n\n"
         f"In pixel units (0 black, 1 white, not clipped) the values of the set lie in {low:.4g} to {high:.4g}. Networks should see them "
         f"normalised, (x - mean) / std a channel, with mean {_numbers(artifact.mean)} and std {_numbers(artifact.std)}; "
         "test images likewise."
     )
+
+
+def _what_they_are(artifact: ddkit.Artifact) -> str:
+    """Returns what the images are: optimised ones, unless the run took no step."""
+    manifest = artifact.provenance.manifest
+    if manifest.get("steps") == 0 and "blend" not in manifest:
+        return (
+            f"They are {_start(artifact) or 'the first images of a run'}, as a run of no steps took them: nothing was optimised. "
+            "Each is labelled by its class alone."
+        )
+    return (
+        "The images were optimised so that a network trained on them from scratch does well on real test images (dataset distillation), "
+        "and each is labelled by its class alone."
+    )
+
+
+def _start(artifact: ddkit.Artifact) -> str:
+    """Returns what the run began with in words, "" where that is not known."""
+    table = artifact.provenance.recipe.get("initializer", {})
+    name = table.get("use", "") if isinstance(table, Mapping) else str(table)
+    if not name or "blend" in artifact.provenance.manifest:
+        return ""
+    kinds = {"noise": "noise", "file": "images of an earlier set or folder"}
+    kind = kinds.get(name, "real images" if name in REAL_STARTS else "images")
+    return f"{kind} (initializer `{plain(name)}`)"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -206,9 +231,38 @@ def _accuracy(artifact: ddkit.Artifact) -> str:
         "different protocols, or with hard and with soft labels, cannot be compared."
     ]
     for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels (the teacher's probabilities)")):
-        own = [row for row in rows if row.get("labels", "hard") == labels]
+        own = [row for row in rows if row.get("labels", "hard") == labels and row.get("accuracy_mean") is not None]
         parts += [f"### {title}\n\n{_table(own)}"] if own else []
-    return "\n\n".join(parts)
+    if len(parts) == 1:
+        parts = ["## Accuracy\n\nNone is recorded. (`ddkit evaluate RUN` measures it.)"]
+    return "\n\n".join([*parts, *filter(None, [_findings(rows)])])
+
+
+def _findings(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what evaluators say in words, those too that have no accuracy, "" where none does."""
+    told = [(row, str(row.get("details", {}).get("summary", ""))) for row in rows]
+    lines = [f"| {markdown(str(row.get('evaluator', '')))} | {markdown(words)} |" for row, words in told if words]
+    return "\n".join(["### What else was found", "", "| evaluator | finding |", "|---|---|", *lines]) if lines else ""
+
+
+def _closeness(artifact: ddkit.Artifact) -> str:
+    """Returns how close the images are to real ones, with a warning where they are, or where nobody has looked."""
+    start = _start(artifact)
+    began = f"The set began with {start}." if start else ""
+    row = next((row for row in artifact.provenance.evaluations if row.get("evaluator") == "memorisation"), None)
+    if row is None:
+        words = "How close its images are to real ones was not measured (`ddkit evaluate RUN --evaluate memorisation` does it)."
+        words += " Do not claim that the set hides the images that it was made from." if "noise" not in start else ""
+        return f"## Closeness to real images\n\n{' '.join(part for part in (began, words) if part)}"
+    details = row.get("details", {})
+    close, count, share = int(details.get("close", 0)), len(details.get("nearest", ())), 100 * (1 - float(details.get("quantile", 0.05)))
+    measured = f"{close} of {count} images are nearer to a real image that the run could see than {share:g} % of those are to each other."
+    warning = (
+        f"**Warning: this set shows real images.** {measured} It does not hide the images that it was made from: "
+        "publish it only where those may be published."
+    )
+    calm = f"{measured} That is no proof that the set protects them: distances of pixels find copies, and little more."
+    return f"## Closeness to real images\n\n{' '.join(part for part in (warning if close else calm, began) if part)}"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -217,6 +271,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         told = [str(row.get(key, usual)) for key, usual in (("images", "synthetic"), ("model", ""), ("protocol", ""), ("split", "test"))]
         epochs = row.get("details", {}).get("epochs")
         told[2] += f", {epochs} epochs" if epochs else ""
+        told[2] += f", {row['details']['variant']}" if row.get("details", {}).get("variant") else ""
         figures = [_percent(row.get(f"{key}_mean"), row.get(f"{key}_std")) for key in ("accuracy", "random_real")]
         lines.append(f"| {' | '.join([*map(markdown, told), str(row.get('repeats', '')), *figures])} |")
     return "\n".join(lines)

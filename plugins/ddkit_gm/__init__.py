@@ -49,7 +49,12 @@ def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
 
 
 class GradientMatching(ddkit.Loss):
-    """Distance of the network gradients of real and synthetic images, class by class, on the network of the step."""
+    """Distance of the network gradients of real and synthetic images, class by class, on the network of the step.
+
+    A network that is trained on the set is to take the steps that it would take on the real images.
+
+    Source: Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021.
+    """
 
     class Options(ddkit.Options):
         distance: Annotated[Literal["layer-cosine", "mse", "cosine"], ddkit.Option("layer-wise cosine is the original's")] = "layer-cosine"

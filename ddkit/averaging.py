@@ -23,7 +23,7 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     """
     if not 0 <= alpha <= 1:
         raise FlagError(f"--alpha {alpha}: it is the share of the second set, from 0 to 1.")
-    partner = _partners(first, second)
+    partner = partners(first, second)
     if (first.mean, first.std) != (second.mean, second.std):
         log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
     images = torch.lerp(first.stored_images, second.stored_images[partner], alpha)
@@ -39,8 +39,11 @@ def seeds_of(artifact: Artifact) -> list[int]:
     return [int(seed) for seed in found]
 
 
-def _partners(first: Artifact, second: Artifact) -> Tensor:
-    """Returns for each row of the first set the row of the second that it is averaged with."""
+def partners(first: Artifact, second: Artifact) -> Tensor:
+    """Returns (n,) int64: for each stored row of the first set the row of the second that it is averaged with.
+
+    Raises InputError where classes, images a class or shapes differ.
+    """
     ours, theirs = first.class_names, second.class_names
     if sorted(ours) != sorted(theirs):
         raise InputError(f"The two sets have different classes, so they cannot be averaged: {_difference(ours, theirs)}.")

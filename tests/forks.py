@@ -1,0 +1,215 @@
+"""Processes without the seconds that importing torch takes: forks of one that has imported it, used as the module subprocess is.
+
+A fork is a process as any other: with its own pid, exit code, streams, environment, folder and signals. It differs from a
+fresh one in what is imported when it begins, so tests whose point is a fresh interpreter start one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+HEAVY = ("torch", "torch._dynamo", "numpy", "PIL.Image", "safetensors.torch")  # torch imports _dynamo at its first optimizer
+WORKS = sys.platform.startswith("linux")  # elsewhere what a library has started may not survive a fork
+
+SERVER = """
+import array, atexit, gc, importlib, json, os, select, socket, sys, threading, traceback, types, warnings
+
+def received(link):
+    data, ancillary, _, _ = link.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 4))
+    files = array.array("i")
+    for _, _, content in ancillary:
+        files.frombytes(content)
+    return data, list(files)
+
+def serve(link):
+    running = {}  # pid to the file that takes its exit code
+    while True:
+        ready = select.select([link], [], [], 0.005 if running else None)[0]
+        for pid in list(running):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                os.write(running.pop(pid), b"%d\\n" % os.waitstatus_to_exitcode(status))
+        if not ready:
+            continue
+        data, files = received(link)
+        if not data:
+            os._exit(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # numpy's threads, which look after themselves
+            pid = os.fork()
+        if not pid:
+            link.close()
+            for file in running.values():
+                os.close(file)
+            return json.loads(data), files
+        for file in files[:3]:
+            os.close(file)
+        os.write(files[3], b"%d\\n" % pid)
+        running[pid] = files[3]
+
+link = socket.socket(fileno=int(sys.argv[1]))
+for name in json.loads(sys.argv[2]):
+    importlib.import_module(name)
+gc.collect()
+gc.freeze()
+before = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+base = [each for each in sys.path if each not in before]
+link.send(b"x")
+job, files = serve(link)
+os.close(files[3])
+for number, file in enumerate(files[:3]):
+    os.dup2(file, number)
+    os.close(file)
+os.chdir(job["cwd"])
+os.environ.clear()
+os.environ.update(job["env"])
+words = job["words"]
+own = [] if words[0] == "-P" else [os.getcwd() if words[0] == "-m" else ""]
+if not own:
+    del words[0]
+path = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
+sys.path[:] = [*own, *path, *(each for each in base if each not in path)]
+importlib.invalidate_caches()
+sys.argv[:] = [words[0], *words[2:]]
+code = 0
+try:
+    if words[0] == "-m":
+        import runpy
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), vars(main))
+except SystemExit as ended:
+    code = ended.code or 0
+    if not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+except BaseException:
+    traceback.print_exc()
+    code = 1
+# The end of an interpreter, short of taking apart all that was imported, which takes a second.
+threading._shutdown()
+atexit._run_exitfuncs()
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(code)
+"""
+
+
+class Forked:
+    """A process, used as subprocess.Popen is."""
+
+    def __init__(self, link: socket.socket, words: Sequence[str], streams: list[Any], env: Mapping[str, str], cwd: str) -> None:
+        self.args, self.returncode = words, None  # type: ignore[var-annotated]
+        ends: list[IO[str] | None] = [None, None, None]
+        given: list[int] = []
+        for number, stream in enumerate(streams):
+            if stream == subprocess.PIPE:
+                pipe = os.pipe()
+                mine, its = pipe if number else pipe[::-1]
+                ends[number] = os.fdopen(mine, "r" if number else "w")
+                given.append(its)
+            else:
+                given.append(os.open(os.devnull, os.O_RDWR) if stream == subprocess.DEVNULL else os.dup(stream))
+        self.stdin, self.stdout, self.stderr = ends
+        told, tells = os.pipe()
+        message = json.dumps({"words": list(words), "env": dict(env), "cwd": cwd}).encode()
+        socket.send_fds(link, [message], [*given, tells])
+        for file in (*given, tells):
+            os.close(file)
+        self._told, self._lock = os.fdopen(told), threading.Lock()
+        self.pid = int(self._told.readline())
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None and not select.select([self._told], [], [], timeout)[0]:
+            raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
+        with self._lock:  # two threads may wait
+            if self.returncode is None:
+                self.returncode = int(self._told.readline())
+            return self.returncode
+
+    def __del__(self) -> None:
+        self._told.close()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            with suppress(ProcessLookupError):  # it has ended just now
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class Forks:
+    """Stands in for the module subprocess where processes of this Python, or of `python`, are started."""
+
+    PIPE, DEVNULL, TimeoutExpired = subprocess.PIPE, subprocess.DEVNULL, subprocess.TimeoutExpired
+
+    def __init__(self, *modules: str, python: str = sys.executable, env: Mapping[str, str] | None = None) -> None:
+        self._python, self._env = python, dict(os.environ if env is None else env)
+        self._link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._server = subprocess.Popen(
+            [python, "-P", "-c", SERVER, str(its.fileno()), json.dumps(modules)], pass_fds=[its.fileno()], env=self._env,
+        )  # fmt: skip
+        its.close()
+        assert self._link.recv(1) == b"x", "what they share cannot be imported"
+
+    def Popen(
+        self, command: Sequence[str], *, stdin: Any = None, stdout: Any = None, stderr: Any = None, env: Mapping[str, str] | None = None,
+        cwd: Any = None, text: bool = True,
+    ) -> Forked:  # fmt: skip
+        env = dict(os.environ if env is None else env)
+        assert command[0] == self._python
+        assert text
+        own = {name for name in {*env, *self._env} if name.startswith("PYTHON") and env.get(name) != self._env.get(name)}
+        assert own <= {"PYTHONPATH"}, f"a fork is of the interpreter that began with another {own}"
+        streams = [number if each is None else each for number, each in enumerate((stdin, stdout, stderr))]
+        streams = [each.fileno() if hasattr(each, "fileno") else each for each in streams]
+        return Forked(self._link, command[1:], streams, env, str(cwd or os.getcwd()))
+
+    def run(
+        self, command: Sequence[str], *, capture_output: bool, text: bool, check: bool = False, env: Mapping[str, str] | None = None,
+        cwd: Any = None,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        assert capture_output
+        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+            code = self.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, cwd=cwd, text=text).wait()
+            said = []
+            for file in (out, err):
+                file.seek(0)
+                said.append(file.read())
+        done = subprocess.CompletedProcess(list(command), code, *said)
+        if check:
+            done.check_returncode()
+        return done
+
+    def stop(self) -> None:
+        self._link.close()
+        self._server.wait()
+
+
+@contextmanager
+def forking(*modules: str, python: str = sys.executable, env: Mapping[str, str] | None = None) -> Iterator[Any]:
+    """Yields what stands in for the module subprocess: forks, or that module itself where forks do not work."""
+    if not WORKS:
+        yield subprocess
+        return
+    made = Forks(*modules, python=python, env=env)
+    yield made
+    made.stop()

@@ -1,0 +1,73 @@
+"""Forks, which stand in for processes in other tests, behave as those of subprocess."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PRINTS = "import os, sys; print(sys.argv, os.getcwd(), os.environ.get('MINE'), __name__, sys.stdin.read()); print('said', file=sys.stderr)"
+CODES = {
+    "ends": "pass",
+    "exits": "import sys; sys.exit(3)",
+    "exits with words": "raise SystemExit('words')",
+    "raises": "import no_such_module",
+    "at once": "import os; os._exit(9)",
+    "is killed": "import os; os.kill(os.getpid(), 9)",
+    "at exit": "import atexit; atexit.register(print, 'last')",
+}
+
+
+def both(forks: Any, command: list[str], **named: Any) -> list[subprocess.CompletedProcess[str]]:
+    return [each.run(command, capture_output=True, text=True, check=False, **named) for each in (forks, subprocess)]
+
+
+def test_a_fork_has_its_arguments_folder_environment_and_streams(forks: Any, tmp_path: Path) -> None:
+    command, environment = [sys.executable, "-c", PRINTS, "a", "b"], {**os.environ, "MINE": "yes"}
+    named = {"stdin": subprocess.DEVNULL, "text": True, "check": True, "cwd": tmp_path, "env": environment}
+    right = subprocess.run(command, capture_output=True, **named)  # type: ignore[call-overload]
+    del named["stdin"]  # a fork's always is
+    found = forks.run(command, capture_output=True, **named)
+    assert (found.stdout, found.stderr) == (right.stdout, right.stderr)
+    assert f"['-c', 'a', 'b'] {tmp_path} yes __main__" in found.stdout
+    assert "MINE" not in os.environ
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
+def test_a_fork_ends_as_a_process_does(forks: Any, code: str) -> None:
+    found, right = both(forks, [sys.executable, "-c", code])
+    assert (found.returncode, found.stdout) == (right.returncode, right.stdout)
+    assert found.stderr.splitlines()[-1:] == right.stderr.splitlines()[-1:]
+
+
+def test_a_module_is_found_where_a_process_finds_it(forks: Any, tmp_path: Path) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"only_{name}.py").write_text("import sys; print(__file__, __name__, sys.argv[1:])")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "there")}
+    for words, code in ((["-m", "only_here"], 0), (["-P", "-m", "only_here"], 1), (["-P", "-m", "only_there"], 0)):
+        found, right = both(forks, [sys.executable, *words, "x"], cwd=tmp_path / "here", env=environment)
+        assert (found.returncode, found.stdout) == (right.returncode, right.stdout)
+        assert found.returncode == code
+
+
+def test_a_fork_answers_until_it_is_ended(forks: Any) -> None:
+    code = "import sys\nfor line in sys.stdin: print('got', line.strip(), flush=True)"
+    two = [forks.Popen([sys.executable, "-c", code], stdin=forks.PIPE, stdout=forks.PIPE, text=True) for _ in range(2)]
+    for number, process in enumerate(two):
+        print(number, file=process.stdin, flush=True)
+        assert process.stdout.readline() == f"got {number}\n"
+        assert process.poll() is None
+    two[0].kill()
+    assert two[0].wait() == -signal.SIGKILL
+    assert two[1].poll() is None
+    two[1].stdin.close()  # nothing else holds the other end open
+    assert two[1].wait(60) == 0
+    two[0].stdin.close()
+    for process in two:
+        process.stdout.close()
