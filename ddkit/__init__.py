@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ddkit.api import Run, blend, distill, evaluate, train
+    from ddkit.api import Run, blend, distill, evaluate, resume, train
     from ddkit.arrays import read_arrays
     from ddkit.artifact import Artifact, Provenance, load
     from ddkit.children import Child, ChildEnded
@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from ddkit.exporting import export
     from ddkit.files import cache_folder
     from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation, conform, sheet_png, to_unit
+    from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
     from ddkit.importing import import_file
+    from ddkit.mapped import blocks, on_disk
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
+    from ddkit.passed import passed_dataset
     from ddkit.plugins import add_plugin_file, create
     from ddkit.progress import ProgressBar
     from ddkit.randomness import generator
@@ -51,7 +53,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ddkit.api": ("Run", "blend", "distill", "evaluate", "train"),
+    "ddkit.api": ("Run", "blend", "distill", "evaluate", "resume", "train"),
     "ddkit.arrays": ("read_arrays",),
     "ddkit.artifact": ("Artifact", "Provenance", "load"),
     "ddkit.children": ("Child", "ChildEnded"),
@@ -69,10 +71,12 @@ _HOMES = {
     "ddkit.exporting": ("export",),
     "ddkit.files": ("cache_folder",),
     "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation", "conform", "sheet_png", "to_unit"),
+    "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),
+    "ddkit.mapped": ("blocks", "on_disk"),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
+    "ddkit.passed": ("passed_dataset",),
     "ddkit.progress": ("ProgressBar",),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
@@ -107,6 +111,7 @@ __all__ = [
     "LossGroup",
     "Model",
     "Normalisation",
+    "NormalisedRows",
     "Option",
     "Options",
     "Parameter",
@@ -127,6 +132,7 @@ __all__ = [
     "accuracy",
     "add_plugin_file",
     "blend",
+    "blocks",
     "build_network",
     "cache_folder",
     "compiled",
@@ -144,12 +150,15 @@ __all__ = [
     "import_file",
     "is_compiled",
     "load",
+    "on_disk",
+    "passed_dataset",
     "pick_precision",
     "products",
     "radial_spectrum",
     "read_arrays",
     "redraw",
     "report",
+    "resume",
     "sheet_png",
     "spread",
     "to_device",

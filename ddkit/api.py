@@ -27,6 +27,7 @@ from ddkit.film import add_frame, begin_film, is_frame
 from ddkit.hookspecs import Observers
 from ddkit.jobs import AUTOMATIC_TEACHER, Job
 from ddkit.manifest import MANIFEST, check_listed
+from ddkit.passed import passing
 from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
 from ddkit.ranks import Ranks, group, own_device
@@ -64,7 +65,7 @@ def distill(
     recipe: str | Mapping[str, Any] | None = None,
     *,
     losses: str | Sequence[str] | None = None,
-    dataset: str | None = None,
+    dataset: Any = None,
     ipc: int | None = None,
     pipc: int | str | None = None,
     steps: int | None = None,
@@ -85,19 +86,20 @@ def distill(
 ) -> Run:
     """Makes a synthetic set and returns its run; the arguments are the flags of `ddkit distill`.
 
-    `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. `allow_code` lets Python code run that a
-    recipe or teacher file names; what the arguments name runs anyway. `distributed`: the processes that torchrun started, all of
-    which call this, share the run (elsewhere this process is alone). Raises DdkitError.
+    `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. `dataset` is a name, or an object: a map-style
+    torch Dataset of (image, label), or (training, test) of these. `allow_code` lets Python code run that a recipe or teacher file names;
+    what the arguments name runs anyway. `distributed`: the processes that torchrun started, all of which call this, share the run
+    (elsewhere this process is alone). Raises DdkitError.
     """
     losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
     permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
-    built = recipe_for(
-        recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
-        data__use=dataset, ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
-        augmenter__use=augment, data__dir=data_dir,
-    )  # fmt: skip
     place = None if out is None else Path(out)
-    with permission.allowing(allow_code):
+    with passing(dataset) as data, permission.allowing(allow_code):
+        built = recipe_for(
+            recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
+            ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
+            augmenter__use=augment, data__dir=data_dir, **data,
+        )  # fmt: skip
         return run_recipe(built, losses=losses, device=device, out=place, observers=observers, distributed=distributed)
 
 
@@ -155,8 +157,9 @@ def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:
 
 
 def resume(
-    path: Path,
+    path: str | Path,
     *,
+    dataset: Any = None,
     steps: int | None = None,
     device: str = "auto",
     observers: Sequence[Any] = (),
@@ -165,11 +168,14 @@ def resume(
 ) -> Run:
     """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it.
 
-    A run that is finished is returned as it is. `allow_code` lets Python code run that its recipe names: whose run it is, a folder
-    does not tell. `distributed`: as in distill; the run may have been begun by any number of processes.
+    `dataset` is needed where the run's was an object: the same again, as for distill. A run that is finished is returned as it is.
+    `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. `distributed`: as in distill; the
+    run may have been begun by any number of processes. Raises DdkitError.
     """
-    with permission.allowing(allow_code), group(wanted=distributed) as ranks:
-        return _resume(path, steps, _Place(own_device(device), ranks, observers))
+    if isinstance(dataset, str):
+        raise FlagError("dataset: a run is continued on its own data. Pass the object that it was begun with, or leave it out.")
+    with permission.allowing(allow_code), passing(dataset), group(wanted=distributed) as ranks:
+        return _resume(Path(path), steps, _Place(own_device(device), ranks, observers))
 
 
 def _resume(path: Path, steps: int | None, place: _Place) -> Run:
@@ -386,7 +392,7 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
 def train(
     out: str | Path,
     *,
-    dataset: str | None = None,
+    dataset: Any = None,
     model: str | None = None,
     data_dir: str | None = None,
     seed: int | None = None,
@@ -398,27 +404,21 @@ def train(
 ) -> Teacher:
     """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it.
 
-    `allow_code` lets Python code run that a recipe file names.
+    `dataset` is as for distill. `allow_code` lets Python code run that a recipe file names.
     """
     permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
     path = Path(out)
     if path.exists():
         raise RunFilesError(f"--out {path} exists already; name a new file.")
-    built = recipe_for(
-        recipe,
-        model=model,
-        evaluators="none",
-        sets=list((sets or {}).items()),
-        data__use=dataset,
-        data__dir=data_dir,
-        seed=seed,
-    )
-    where = pick_device(device)
-    found = open_dataset(built.data)
-    check_classes(found)
-    write_atomic(path, b"")  # shows that it can be written before an hour of training
-    path.unlink()
-    with permission.allowing(allow_code):
+    with passing(dataset) as data, permission.allowing(allow_code):
+        built = recipe_for(
+            recipe, model=model, evaluators="none", sets=list((sets or {}).items()), data__dir=data_dir, seed=seed, **data
+        )  # fmt: skip
+        where = pick_device(device)
+        found = open_dataset(built.data)
+        check_classes(found)
+        write_atomic(path, b"")  # shows that it can be written before an hour of training
+        path.unlink()
         teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
     save_teacher(path, teacher)
     return teacher

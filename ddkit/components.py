@@ -286,10 +286,13 @@ class Dataset(Component):
     """Labelled real images in two splits, "train" and "test"; labels are had without opening an image.
 
     `directory` is where a dataset that downloads keeps its files. `mirror` says whether a mirrored image keeps its class.
-    Methods raise InputError where a file is missing or cannot be read, or there is no network.
+    `resized` counts the images that the dataset itself has resized so far, for ddkit to tell. `memory_mib`, which ddkit fills in, is what
+    decoded images may take. Methods raise InputError where a file is missing or cannot be read, or there is no network.
     """
 
-    mirror: ClassVar[bool] = True
+    mirror: bool = True
+    resized: int = 0
+    memory_mib: int = 2048
 
     def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
         super().__init__(options, name=name)
@@ -311,6 +314,13 @@ class Dataset(Component):
         new tensor (n, C, H, W), which saves a copy.
         """
         raise NotImplementedError
+
+    def shapes(self, split: str, indices: Sequence[int]) -> Sequence[tuple[int, int, int]] | None:
+        """Returns (C, H, W) of each of `indices` as `images` gives it, without decoding it, where all are uint8; else None.
+
+        Asked for more images than memory may hold: without it they are decoded twice, first to learn their sizes.
+        """
+        return None
 
     def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
         """Returns (absolute path, size in bytes, modification time in ns) of each image's file, or None.

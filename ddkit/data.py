@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -14,18 +12,17 @@ from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
 from ddkit.errors import DdkitError, InputError, is_text, shown
-from ddkit.imagecache import entry_of
-from ddkit.images import common_shape, conform, other_sizes, shape_of, to_unit
+from ddkit.images import Kinds
+from ddkit.loading import load_images, surveyed
 from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import DataTable, Recipe
-
-log = logging.getLogger("ddkit")
 
 
 def open_dataset(table: DataTable) -> Dataset:
     """Returns the recipe's dataset; raises InputError where its files cannot be used."""
     dataset: Dataset = plugins.create("dataset", table.use, table.options, where="data", directory=table.dir)
+    dataset.memory_mib = table.memory
     try:
         names, counts = list(dataset.class_names), class_counts(dataset.labels("train"), len(dataset.class_names))
     except DdkitError:
@@ -97,45 +94,15 @@ def _chosen_indices(labels: Tensor, classes: int, seed: int, part: slice) -> lis
     return torch.cat([order[:0], *chosen]).tolist()
 
 
-def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: tuple[int, int, int] | None) -> Tensor:
-    """Returns images `indices` of a split as (n, C, H, W) of `shape` (None: the most common one among them).
-
-    They come from ddkit's cache where no file has changed since they were decoded. Warns of images that were resized.
-    """
-    entry = entry_of(dataset, split, indices, shape)
-    found = None if entry is None else entry.read()
-    if found is None:
-        found = _decoded(dataset, split, indices, shape)
-        if entry is not None:
-            entry.write(*found)
-    images, resized = found
-    if resized:
-        height, width = images.shape[2:]
-        log.warning("%d of %d images were resized to %d x %d pixels.", resized, len(images), height, width)
-    return images
-
-
-def _decoded(dataset: Dataset, split: str, indices: Sequence[int], shape: tuple[int, int, int] | None) -> tuple[Tensor, int]:
-    """Returns (images, how many were resized) of the dataset itself."""
-    images = dataset.images(split, indices)
-    if isinstance(images, Tensor) and len(images) and images[0].shape == (shape or common_shape([images[0]])):
-        return images if images.dtype == torch.uint8 else to_unit(images), 0
-    pending = list(images)
-    del images  # `conform` frees one image after the other
-    shape = shape or common_shape(pending)
-    resized = other_sizes(pending, shape)
-    return conform(pending, shape), resized
-
-
 def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: tuple[int, int, int] | None, ranks: Ranks) -> tuple[int, int, int]:
     """Returns the shape of all processes' images, of which this one has `indices`: `shape`, or what a single process would find."""
     if shape is not None:
         return shape
-    sizes = Counter(tuple(image.shape) for image in dataset.images("train", indices))
-    together: Counter[tuple[int, int, int]] = Counter()
-    for part in ranks.heard([[list(size), count] for size, count in sizes.items()]):
-        together.update({(size[0], size[1], size[2]): count for size, count in part})
-    return shape_of(together)
+    own, together = surveyed(dataset, "train", indices), Kinds()
+    for part in ranks.heard([own.grey, [[list(size), count] for size, count in own.sizes.items()]]):
+        together.grey &= part[0]
+        together.sizes.update({(size[0], size[1]): count for size, count in part[1]})
+    return together.shape
 
 
 class NoImages(Dataset):

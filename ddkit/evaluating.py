@@ -22,6 +22,7 @@ from ddkit.files import json_bytes, read_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
 from ddkit.manifest import MANIFEST, check_listed
+from ddkit.passed import passing
 from ddkit.ranks import ALONE, Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for, with_options
@@ -36,7 +37,7 @@ log = logging.getLogger("ddkit")
 def evaluate(
     target: Artifact | str | Path,
     *,
-    dataset: str | None = None,
+    dataset: Any = None,
     data_dir: str | None = None,
     evaluators: str | None = None,
     protocol: str | None = None,
@@ -53,10 +54,10 @@ def evaluate(
 ) -> list[Evaluation]:
     """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
-    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without
-    `dataset` a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe
-    or a teacher file names. `distributed`: the processes that torchrun started, all of which call this, share the networks to train.
-    Raises DdkitError.
+    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without `dataset`, which is as for
+    distill, a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe or a
+    teacher file names. `distributed`: the processes that torchrun started, all of which call this, share the networks to train. Raises
+    DdkitError.
     """
     permission.named_by_user(model, sets)
     if evaluators == "none":
@@ -66,13 +67,13 @@ def evaluate(
     judged_file = None if directory is None else directory.read_manifest()["files"].get(FILE)
     if directory is not None:
         recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
-    recipe = _evaluation_recipe(
-        artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol, data__use=dataset,
-        data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc,
-    )  # fmt: skip
-    recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
-    with permission.allowing(allow_code), group(wanted=distributed) as ranks:
+    with passing(dataset) as data, permission.allowing(allow_code), group(wanted=distributed) as ranks:
+        recipe = _evaluation_recipe(
+            artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
+            data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
+        )  # fmt: skip
+        recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
         ranks.same("The recipe of the evaluation", recipe_dict(recipe))
         rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
         ranks.told(None)
@@ -236,8 +237,8 @@ def recorded(directory: RunDirectory) -> list[dict[str, Any]]:
 
 
 def _same_data(one: Recipe, other: Recipe) -> bool:
-    """Whether both have the same real data; on which split of it they test is told by the rows."""
-    first, second = (msgspec.structs.replace(recipe.data, test="test") for recipe in (one, other))
+    """Whether both have the same real data; on which split of it they test is told by the rows, and memory is of no matter."""
+    first, second = (msgspec.structs.replace(recipe.data, test="test", memory=1) for recipe in (one, other))
     return (first, one.pipc, one.seed) == (second, other.pipc, other.seed)
 
 

@@ -33,10 +33,10 @@ def cache_folder() -> Path:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` so that `path` is either as before or whole; raises RunFilesError where it cannot be written."""
-    _replace_whole(path, lambda temporary: Path(temporary).write_bytes(content))
+    replace_whole(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
-def _replace_whole(path: Path, write: Callable[[str], object]) -> None:
+def replace_whole(path: Path, write: Callable[[str], object]) -> None:
     """Puts what `write(NAME)` writes in the place of `path`, or leaves all as it was and raises RunFilesError."""
     temporary: str | None = None
     try:
@@ -165,7 +165,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         except SafetensorError as error:
             raise OSError(str(error)) from error
 
-    _replace_whole(path, write)
+    replace_whole(path, write)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:

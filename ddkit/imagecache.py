@@ -13,7 +13,8 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from ddkit import __version__
 from ddkit.errors import RunFilesError
-from ddkit.files import cache_folder, read_tensors, write_json, write_tensors
+from ddkit.files import SCHEMA, cache_folder, read_tensors, replace_whole, write_json, write_tensors
+from ddkit.mapped import mapped
 
 if TYPE_CHECKING:
     from ddkit.components import Dataset
@@ -46,10 +48,11 @@ class Entry:
     def __init__(self, path: Path, rows: int, shape: Shape | None) -> None:
         self.path, self.rows, self.shape = path, rows, shape
 
-    def read(self) -> tuple[Tensor, int] | None:
+    def read(self, limit: int) -> tuple[Tensor, int] | None:
         """Returns (images, how many were resized), or None where there is no such file or it cannot be trusted.
 
-        The tensor is a private mapping of the file: pages are read when used, and writing into it stays in this process.
+        The tensor is a private mapping of the file: pages are read when used, and writing into it stays in this process. Images of more
+        than `limit` bytes are "on disk" in the sense of ddkit.mapped, whose functions give pages back.
         """
         if not os.path.isfile(self.path):
             return None
@@ -57,7 +60,8 @@ class Entry:
             tensors, metadata = read_tensors(self.path, verify=False)  # its own checksum stops where mapping saves reading
             images, resized = tensors["images"], int(metadata["resized"])
             trusted = metadata["key"] == self.path.stem and self._fits(images) and metadata["checksum"] == _checksum(images)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            images = _as_file(self.path, images) if images.nbytes > limit else images
+        except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
             log.info("The cached images of %s are not used: %s.", self.path, error)
             return None
         if not trusted:
@@ -82,6 +86,52 @@ class Entry:
             _make_room(self.path)
         except (OSError, RunFilesError) as error:
             log.info("The decoded images could not be cached: %s", error)
+
+    def stream(
+        self, dtype: torch.dtype, shape: Sequence[int], made: Callable[[], Iterator[Tensor]], resized: Callable[[], int]
+    ) -> Tensor | None:
+        """Keeps what `made()` yields, blocks of images (n, C, H, W), without holding them; returns them as they lie in the file.
+
+        `resized()` is asked afterwards how many were. None where they are too large for the cache, or it cannot be written.
+        """
+        if prod(shape) * dtype.itemsize > LIMIT_BYTES:
+            return None
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            replace_whole(self.path, lambda name: _write_streamed(name, self.path.stem, dtype, shape, made(), resized))
+            _make_room(self.path)
+        except (OSError, RunFilesError) as error:
+            log.info("The decoded images could not be cached: %s", error)
+            return None
+        found = self.read(0)
+        return None if found is None else found[0]
+
+
+HEADER_BYTES = 1024  # of a streamed file: known before what stands in it
+
+
+def _write_streamed(
+    name: str, key: str, dtype: torch.dtype, shape: Sequence[int], made: Iterator[Tensor], resized: Callable[[], int]
+) -> None:
+    """Writes what write_tensors would write of Entry.write, block by block: a safetensors file."""
+    nbytes, checksum = prod(shape) * dtype.itemsize, 0
+    with open(name, "wb") as file:
+        file.seek(8 + HEADER_BYTES)
+        for block in made:
+            content = block.contiguous().numpy().data
+            checksum = zlib.crc32(content, checksum) if nbytes <= CHECKED_BYTES else 0
+            file.write(content)
+        record = {"schema": SCHEMA, "key": key, "resized": resized(), "checksum": checksum if nbytes <= CHECKED_BYTES else None}
+        images = {"dtype": "U8" if dtype == torch.uint8 else "F32", "shape": list(shape), "data_offsets": [0, nbytes]}
+        header = json.dumps({"__metadata__": {"ddkit": json.dumps(record)}, "images": images}).encode()
+        file.seek(0)
+        file.write(HEADER_BYTES.to_bytes(8, "little") + header.ljust(HEADER_BYTES))
+
+
+def _as_file(path: Path, images: Tensor) -> Tensor:
+    """Returns the only tensor of a safetensors file, `images`, as one that lies on the disk."""
+    with path.open("rb") as file:
+        return mapped(file, images.dtype, images.shape, offset=8 + int.from_bytes(file.read(8), "little"))
 
 
 def entry_of(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None) -> Entry | None:

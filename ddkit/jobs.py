@@ -23,7 +23,8 @@ from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dat
 from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine, Term
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
-from ddkit.images import Normalisation, channel_statistics
+from ddkit.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.mapped import give_back, rows_of
 from ddkit.networks import build_network, couples_samples, features_of, forward_flops, saved_bytes
 from ddkit.options import Parameter, Requires, written_options
 from ddkit.randomness import generator
@@ -39,6 +40,7 @@ AUTOMATIC_TEACHER = "the automatic teacher"
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
+HASHED_ROWS = 100  # images that are hashed at once
 IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
@@ -279,11 +281,19 @@ class Job:
 
     def _data_digest(self) -> str:
         """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
-        own = [hashlib.sha256(_bytes_of(images)).hexdigest() for images in self._images_by_class()]
+        own = [self._digest_of(images) for images in self._images_by_class()]
         digest = hashlib.sha256(repr(self.info.shape).encode())
         digest.update(_bytes_of(self.real.labels))
         for part in self.ranks.heard(own):
             digest.update("".join(part).encode())
+        return digest.hexdigest()
+
+    def _digest_of(self, images: Tensor) -> str:
+        """Returns the sha256 of some of the real images; what lies on the disk does not stay in memory."""
+        digest = hashlib.sha256()
+        for part in images.split(HASHED_ROWS):
+            digest.update(_bytes_of(part))
+            give_back(self.real.images)
         return digest.hexdigest()
 
     def _images_by_class(self) -> tuple[Tensor, ...]:
@@ -365,7 +375,9 @@ class Job:
         start = Start(
             labels=labels,
             shape=self.info.shape,
-            real_images=self.normalisation.normalise(real_images),
+            real_images=NormalisedRows(real_images, self.normalisation)
+            if not self.initializer.origin  # ddkit's own take rows; a stranger's may want a tensor
+            else self.normalisation.lazily(real_images),
             real_labels=real_labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,
@@ -385,7 +397,7 @@ class Job:
         """Returns the accessible images that stand for all of them in a report; none in every process but the first."""
         rows = spread(torch.arange(len(self.real.labels)))
         own = rows[(rows >= self.real.own.start) & (rows < self.real.own.stop)] - self.real.own.start
-        found = self.ranks.gathered(self.real.images[own])
+        found = self.ranks.gathered(rows_of(self.real.images, own))
         return self.real.images[:0] if found is None else found
 
     def engine(self, bank: Bank) -> Engine:

@@ -33,6 +33,7 @@ class DataTable(PluginTable):
         Option("what evaluations test on: the test split, or training images that are not accessible, to choose settings by"),
     ] = "test"
     held_out: Annotated[int, Option("images of each class that are held out", ge=1)] = 200
+    memory: Annotated[int, Option("MiB that decoded images may take; more of them are read from the disk as they are needed", ge=1)] = 2048
 
 
 class TeacherTable(PluginTable):

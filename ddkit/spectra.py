@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from ddkit.errors import InputError
+from ddkit.images import to_unit
+from ddkit.mapped import blocks, rows_of
 
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
+MOST_VALUES = 1000 * 3 * 32 * 32  # transformed at once, in float64
 MOST_IMAGES = 1000  # whose spectrum stands for that of all
 
 
@@ -15,22 +18,30 @@ def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
     """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
     if len(images) <= most:
         return images
-    return images[torch.linspace(0, len(images) - 1, most).round().long()]
+    return rows_of(images, torch.linspace(0, len(images) - 1, most).round().long())
 
 
 def power(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns (frequency, power) of every Fourier coefficient of images (n, C, H, W): two tensors (H, W // 2 + 1).
+    """Returns (frequency, power) of every Fourier coefficient of images (n, C, H, W), floats or uint8: two tensors (H, W // 2 + 1).
 
     Frequencies are radial, in cycles per pixel, 0 to 0.71. The power is averaged over images and channels, after each
     channel's mean was taken off; coefficients that stand for a mirrored one too count twice.
     """
     height, width = images.shape[-2:]
-    x = images.double() - images.double().mean((-2, -1), keepdim=True)
-    found = torch.fft.rfft2(x).abs().square().flatten(0, 1).mean(0)
+    rows = max(1, MOST_VALUES // max(1, images[:1].numel()))
+    parts = [len(part) / len(images) * _power(part) for part in blocks(images, rows)] if len(images) > rows else [_power(images)]
+    found = torch.stack(parts).sum(0)
     across = torch.fft.rfftfreq(width, dtype=torch.float64)
     twice = 2.0 - ((across == 0) | (across == 0.5)).double()
     frequency = (torch.fft.fftfreq(height, dtype=torch.float64)[:, None].square() + across.square()).sqrt()
     return frequency, found * twice
+
+
+def _power(images: Tensor) -> Tensor:
+    """Returns the mean over images and channels of the squared size of their coefficients."""
+    x = to_unit(images).double()
+    x = x - x.mean((-2, -1), keepdim=True)
+    return torch.fft.rfft2(x).abs().square().flatten(0, 1).mean(0)
 
 
 def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[float]]:

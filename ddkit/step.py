@@ -16,6 +16,7 @@ from ddkit.compute import Arithmetic, to_device
 from ddkit.embedder import Embedder
 from ddkit.errors import RunFailed
 from ddkit.images import Normalisation
+from ddkit.mapped import on_disk, rows_of
 from ddkit.networks import build_network, network_tensors, redraw
 from ddkit.options import Requires
 from ddkit.randomness import generator
@@ -66,13 +67,13 @@ class StepSource:
     ) -> None:
         """`real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8).
 
-        `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not). In a run of
-        several processes `real_labels` are those of all classes and `real_images` those of this one's.
+        Those that lie on the disk stay there. `inner` says how the network is trained on the synthetic set between the steps that share it
+        (None: it is not). In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
         """
         self.ranks, self.own_classes = ranks, ranks.classes(info.classes)
         self.own_real = class_rows(real_labels, self.own_classes)
         self.seed, self.info, self.normalisation, self.device = seed, info, normalisation, device
-        self.real_images, self.real_labels = real_images.to(device), real_labels
+        self.real_images, self.real_labels = real_images if on_disk(real_images) else real_images.to(device), real_labels
         self.counts = torch.bincount(real_labels, minlength=info.classes)
         self.batch, self.augmenter, self.views = batch, augmenter, dict(views)
         self.model, self.renew_every, self.teacher = model, renew_every, teacher
@@ -95,6 +96,12 @@ class StepSource:
         """Returns the rows of the real images of this step, ascending, at most `batch` of each class, drawn anew where there are more."""
         rows: Tensor = self._once(index, "real", lambda: self._drawn_rows(index, "real", self.batch))
         return rows
+
+    def real_pixels(self, rows: Tensor) -> Tensor:
+        """Returns rows of the real images, in pixel units, on the device; `rows` is on the CPU."""
+        if on_disk(self.real_images):
+            return to_device(rows_of(self.real_images, rows), self.device)
+        return self.real_images if len(rows) == len(self.real_images) else self.real_images[to_device(rows, self.device)]
 
     def _drawn_rows(self, index: int, purpose: str, batch: int) -> Tensor:
         count = len(self.real_labels)
@@ -179,9 +186,9 @@ class StepSource:
     def _measure(self, index: int, module: nn.Module) -> None:
         """Sets the running statistics of batch norm: one pass in training mode over a few real images of every class."""
         if len(self.real_labels) and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules()):
-            rows = to_device(self._drawn_rows(index, "batch norm", NORM_IMAGES), self.device)
+            rows = self._drawn_rows(index, "batch norm", NORM_IMAGES)
             with torch.no_grad():
-                module(self.normalisation.normalise(self.real_images[rows]))
+                module(self.normalisation.normalise(self.real_pixels(rows)))
 
     def network_state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of what the network of step `index` and later depends on beside the synthetic set; {} where it is only drawn."""
@@ -230,9 +237,7 @@ class RealStep:
         rows = drawn[self.part]
         labels = source.real_labels[rows]
         self.labels, self.rows_by_class = step.on_device(labels), rows_by_class(labels)
-        rows = rows - source.own_real.start
-        whole = len(rows) == len(source.real_images)
-        self.images = source.normalisation.normalise(source.real_images if whole else source.real_images[to_device(rows, source.device)])
+        self.images = source.normalisation.normalise(source.real_pixels(rows - source.own_real.start))
         step.watch.note("the real images", self.images)
         step.watch.note("the real labels", self.labels)
 

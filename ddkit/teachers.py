@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
 from ddkit.compute import compiled, decide_arithmetic, products
-from ddkit.data import data_info, load_images
+from ddkit.data import data_info
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
 from ddkit.imagecache import fingerprint
-from ddkit.images import Normalisation, channel_statistics
+from ddkit.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.loading import load_images
 from ddkit.networks import build_network, training_flops
 from ddkit.options import written_options
 from ddkit.randomness import generator
@@ -161,7 +162,7 @@ def train_teacher(
     info = data_info(dataset, images.shape[1:])
     model = plugins.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
-    _fit_teacher(module, Normalisation(mean, std).normalise(images).to(device), labels.to(device), train, info, seed, report)
+    _fit_teacher(module, Normalisation(mean, std).lazily(images).to(device), labels.to(device), train, info, seed, report)
     record = {
         "model": plugins.split_name(table.model)[0],
         "options": {
@@ -179,7 +180,7 @@ def train_teacher(
 
 def _fit_teacher(
     module: nn.Module,
-    images: Tensor,
+    images: Tensor | NormalisedRows,
     labels: Tensor,
     train: TrainTable,
     info: DataInfo,
@@ -208,7 +209,7 @@ def _test_accuracy(module: nn.Module, dataset: Dataset, info: DataInfo, norm: No
     labels = dataset.labels("test")
     if len(labels) == 0:
         return None
-    images = norm.normalise(load_images(dataset, "test", range(len(labels)), info.shape)).to(device)
+    images = norm.lazily(load_images(dataset, "test", range(len(labels)), info.shape)).to(device)
     return accuracy(module, images, labels.to(device))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ddkit.components import Augmenter
 from ddkit.compute import to_device
+from ddkit.images import NormalisedRows
 from ddkit.options import Option
 
 Parameters = dict[str, Tensor]
@@ -44,7 +45,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
 def fit(
     module: nn.Module,
-    images: Tensor,
+    images: Tensor | NormalisedRows,
     labels: Tensor,
     schedule: Schedule,
     *,
@@ -58,6 +59,8 @@ def fit(
     temperature: float = 1.0,
 ) -> None:
     """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64.
+
+    Images on the disk come as what Normalisation.lazily returns.
 
     Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
     batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
@@ -134,7 +137,7 @@ AHEAD = 256  # images augmented in one call: small batches cost as much as one o
 
 
 def _batches(
-    images: Tensor, labels: Tensor, schedule: Schedule, augmenter: Augmenter | None, generator: torch.Generator
+    images: Tensor | NormalisedRows, labels: Tensor, schedule: Schedule, augmenter: Augmenter | None, generator: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the augmented batches of all epochs, in order.
 
@@ -152,7 +155,7 @@ def _batches(
 
 
 def _augmented(
-    images: Tensor, labels: Tensor, augmenter: Augmenter | None, waiting: list[tuple[Tensor, Parameters]]
+    images: Tensor | NormalisedRows, labels: Tensor, augmenter: Augmenter | None, waiting: list[tuple[Tensor, Parameters]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     rows = to_device(torch.cat([each for each, _ in waiting]), images.device)
     x = images[rows]
@@ -186,7 +189,7 @@ def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: in
 
 def accuracy(
     module: nn.Module,
-    images: Tensor,
+    images: Tensor | NormalisedRows,
     labels: Tensor,
     *,
     batch: int = 500,

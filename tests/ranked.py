@@ -48,9 +48,9 @@ class _opened:
         self.file, self.names, self.plain = file, [], decoding._decode
 
     def __enter__(self) -> None:
-        def decode(file: str, size: tuple[int, ...] | None) -> Any:
+        def decode(file: str, *arguments: Any) -> Any:
             self.names.append(file)
-            return self.plain(file, size)
+            return self.plain(file, *arguments)
 
         decoding._decode = decode
 

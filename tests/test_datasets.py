@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
+import os
 import pickle
 import shutil
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ from torch import Tensor
 import ddkit
 from ddkit.components import Dataset
 from ddkit.data import RealData, accessible_indices, open_dataset
-from ddkit.images import Normalisation, channel_statistics, common_shape, conform, sheet_png
+from ddkit.images import Kinds, Normalisation, _fonts, _written, channel_statistics, conform, sheet_png
 from ddkit.recipe import DataTable
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
@@ -109,6 +113,9 @@ def test_npz_takes_the_common_layouts(tmp_path: Path, shape: tuple[int, ...], ex
     channel_first = x[5][None] if len(shape) == 3 else (x[5] if shape[1] in (1, 3) else x[5].transpose(2, 0, 1))
     np.testing.assert_array_equal(images[1].numpy(), channel_first.astype(images[1].numpy().dtype))
     assert data.labels("test").tolist() == [0, 1, 2]
+    whole = data.images("train", range(6))
+    assert isinstance(whole, Tensor)
+    assert whole.stride() == torch.empty(whole.shape).stride(), "which convolution computes must not depend on the layout"
 
 
 def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path) -> None:
@@ -250,6 +257,47 @@ def test_every_common_image_mode_is_decoded(tmp_path: Path, mode: str) -> None:
     assert (image[:, 3:] == 0).all()
 
 
+def write_deep_png(path: Path, pixels: Any) -> None:
+    """Writes pixels (H, W, C) uint16 as a PNG of 16 bits, C of 2 to 4, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(2, [40, 40, 40]), (3, [40, 90, 200]), (4, [40, 90, 200])])
+def test_sixteen_bit_files_with_colour_or_alpha_are_scaled(tmp_path: Path, channels: int, expected: list[int]) -> None:
+    values = [40 * 257, 9 * 257] if channels == 2 else [40 * 257, 90 * 257, 200 * 257, 9 * 257][:channels]
+    write_deep_png(tmp_path / "a/1.png", np.full((5, 4, channels), values, np.uint16))
+    data = opened(f"imagefolder:{tmp_path}")
+    (image,) = data.images("train", [0])
+    assert image[:, 0, 0].tolist() == expected  # Pillow gives grey with alpha as colours
+    assert data.shapes("train", [0]) == [tuple(image.shape)]
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(rgb(200, (16, 16))).convert("CMYK").save(tmp_path / "a/1.jpg", quality=95)
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert (image[:, 8, 8].int() - torch.tensor([200, 100, 7])).abs().max() < 12
+
+
+def test_shapes_told_by_headers_are_those_of_the_images(tmp_path: Path) -> None:
+    for mode in ("L", "RGB", "RGBA", "P", "1", "LA", "CMYK"):
+        suffix = "tif" if mode == "CMYK" else "png"
+        write_image(tmp_path / f"a/{mode}.{suffix}", rgb(90, (6, 9)), mode)
+    Image.fromarray(np.zeros((5, 7), np.uint16)).save(tmp_path / "a/sixteen.png")
+    for options in ({}, {"size": [3, 4]}):
+        data = opened(f"imagefolder:{tmp_path}", holdout=0.01, **options)
+        rows = range(len(data.labels("train")))
+        assert data.shapes("train", rows) == [tuple(image.shape) for image in data.images("train", rows)]
+
+
 def test_palette_with_transparency_is_decoded_without_a_warning(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.fromarray(rgb(200)).quantize(4).save(tmp_path / "a/1.png", transparency=bytes([255, 0, 255, 0]))
@@ -295,6 +343,16 @@ def test_mixed_sizes_become_the_most_common_one_and_it_is_said(tmp_path: Path, c
     assert "1 of 4 images were resized to 6 x 8 pixels" in caplog.text
 
 
+def test_images_resized_to_the_size_of_the_recipe_are_said_also_from_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(40):
+        file = write_image(tmp_path / f"train/a/{number:02d}.png", rgb(90, (12, 4) if number < 7 else (6, 8)))
+        os.utime(file, (1_500_000_000, 1_500_000_000))
+    for _ in range(2):
+        caplog.clear()
+        RealData(opened(f"imagefolder:{tmp_path}", size=[6, 8]), "all", 0)
+        assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == ["7 of 40 images were resized to 6 x 8 pixels."]
+
+
 def test_images_of_one_size_are_not_said_to_be_resized(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     RealData(opened(f"imagefolder:{image_folder}"), "all", 0)
     assert "resized" not in caplog.text
@@ -302,7 +360,9 @@ def test_images_of_one_size_are_not_said_to_be_resized(image_folder: Path, caplo
 
 def test_common_shape_is_the_most_frequent_and_of_equals_the_larger() -> None:
     def of(*shapes: tuple[int, int, int]) -> tuple[int, int, int]:
-        return common_shape([torch.zeros(shape) for shape in shapes])
+        kinds = Kinds()
+        kinds.add([torch.zeros(shape) for shape in shapes])
+        return kinds.shape
 
     assert of((1, 4, 6), (1, 8, 8), (1, 4, 6)) == (1, 4, 6)
     assert of((3, 4, 6), (1, 8, 8)) == (3, 8, 8)
@@ -626,13 +686,37 @@ def test_normalising_and_back_is_the_identity() -> None:
 
 
 def test_sheet_has_a_row_per_class_and_takes_any_name() -> None:
-    import io
-
     labels = torch.tensor([0, 0, 1])
     png = sheet_png(torch.rand(3, 1, 8, 8), labels, ["猫 Katze", "b"])
     sheet = Image.open(io.BytesIO(png))
     assert sheet.height == 2 * (64 + 4)
     assert sheet.width > 2 * (64 + 4)
+
+
+def test_names_are_drawn_in_a_font_that_has_their_letters_or_told_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _written("cat 1", 3) == ("cat 1", _fonts()[0])
+    monkeypatch.setattr("ddkit.images._fonts", lambda: (_fonts()[0],))
+    assert _written("два слова", 3) == ("class 3", _fonts()[0])
+
+
+@pytest.mark.skipif(len(_fonts()) < 2, reason="no font of the system")
+def test_a_font_of_the_system_has_what_pillows_own_lacks() -> None:
+    name, font = _written("Größe, два слова", 3)
+    assert name == "Größe, два слова"
+    assert font is not _fonts()[0]
+
+
+def test_many_classes_stand_side_by_side_and_of_very_many_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(classes: int) -> tuple[int, int]:
+        names = [f"number {label}" for label in range(classes)]
+        return Image.open(io.BytesIO(sheet_png(torch.rand(classes, 1, 8, 8), torch.arange(classes), names))).size
+
+    assert size(100)[1] == 100 * 68
+    width, height = size(1000)
+    assert width * height < 1000 * 36 * 200
+    assert 0.5 < width / height < 2
+    monkeypatch.setattr("ddkit.images.MOST_PIXELS", 100 * 100 * 36)
+    assert size(1000)[0] * size(1000)[1] < 150 * 100 * 36
 
 
 # initializers

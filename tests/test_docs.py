@@ -471,6 +471,23 @@ def test_every_kind_that_a_file_can_hold_shows_such_a_command() -> None:
     assert {page.stem for page, _ in WITH_FILES} == {*plugins.BASES, "index"}
 
 
+OWN_IMAGES = ROOT / "docs" / "own-images.md"
+
+
+def test_the_commands_on_own_images_run_and_say_what_the_page_says(cli: CLI, caplog: pytest.LogCaptureFixture) -> None:
+    drawing = next(block for block in blocks(OWN_IMAGES) if block.language == "python")
+    exec(compile(drawing.text, OWN_IMAGES.name, "exec", dont_inherit=True), {})
+    commands = [command for page, command in COMMANDS if page == OWN_IMAGES and "imagefolder:photos" in command]
+    assert len(commands) == 3
+    for command in commands:
+        result = cli(*shlex.split(command)[1:], *SMALL_FLAGS)
+        assert result.code == 0, result.err
+        if "my-photos" in command:
+            assert "1 of 20 images were resized to 64 x 96 pixels." in caplog.messages
+    assert ddkit.load("my-photos").class_names == ["street cat", "собака"]
+    assert ddkit.load("small-photos").images.shape[2:] == (24, 36)
+
+
 @pytest.mark.usefixtures("written_files")
 def test_the_recipe_on_its_page_is_one(cli: CLI) -> None:
     result = cli("distill", "--recipe", "my_recipes/gentle.toml", "--plan", "--json")

@@ -14,7 +14,6 @@ from ddkit import film
 from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import read_json, write_atomic
-from ddkit.images import to_unit
 from ddkit.manifest import check_listed
 from ddkit.reporting.page import page
 from ddkit.reporting.sections import SECTIONS, Files, head, spectrum_bins
@@ -79,7 +78,7 @@ def known_spectrum(real_images: Tensor) -> dict[str, list[float]]:
     bins = spectrum_bins(*real_images.shape[-2:]) if len(real_images) else 0
     if not bins:
         return {}
-    return {"real_spectrum": [float(f"{share:.6g}") for share in radial_spectrum(to_unit(spread(real_images)), bins)[1]]}
+    return {"real_spectrum": [float(f"{share:.6g}") for share in radial_spectrum(spread(real_images), bins)[1]]}
 
 
 def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:

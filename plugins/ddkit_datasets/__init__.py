@@ -1,9 +1,10 @@
-"""Real data: `digits` (offline), those of torchvision (`mnist`, `svhn`, `cifar10`, ...), and the user's own folders and arrays."""
+"""Real data: `digits` (offline), those of torchvision (`mnist`, `svhn`, `cifar10`, ...), and the user's own folders, arrays and objects."""
 
 from __future__ import annotations
 
 from ddkit_datasets.arrays import Digits, Npz
 from ddkit_datasets.downloads import Cifar10, Cifar100, FashionMnist, Mnist, Svhn
 from ddkit_datasets.folder import ImageFolder
+from ddkit_datasets.objects import Python
 
-__all__ = ["Cifar10", "Cifar100", "Digits", "FashionMnist", "ImageFolder", "Mnist", "Npz", "Svhn"]
+__all__ = ["Cifar10", "Cifar100", "Digits", "FashionMnist", "ImageFolder", "Mnist", "Npz", "Python", "Svhn"]

@@ -34,7 +34,8 @@ class InMemory(ddkit.Dataset):
         digest = hashlib.sha256()
         for name in sorted(self.splits):
             for tensor in self.splits[name]:
-                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes())
+                digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+                digest.update(tensor.numpy().data)  # without a copy
         return digest.hexdigest()
 
 
@@ -148,11 +149,16 @@ def _images(x: Any, split: str, path: Path, *, unclipped: bool) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ddkit.InputError(f"{path}: x_{split} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1 or 3.")
     if x.dtype == np.uint8:
-        return torch.from_numpy(np.ascontiguousarray(x))
+        return _plain(np.ascontiguousarray(x))
     outside = bool(x.size) and not unclipped and (x.min() < 0 or x.max() > 1)
     if x.dtype.kind != "f" or not np.isfinite(x).all() or outside:
         raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
-    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+    return _plain(np.ascontiguousarray(x, dtype=np.float32))
+
+
+def _plain(x: Any) -> Tensor:
+    """Returns an array as a tensor with the usual strides: with one channel at the end they would choose another convolution."""
+    return torch.from_numpy(x).view(-1).view(x.shape)
 
 
 def _class_names(arrays: dict[str, Any], labels: Tensor, path: Path) -> list[str]:

@@ -25,16 +25,28 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def decode_images(files: Sequence[str], size: tuple[int, ...] | None) -> list[Tensor] | Tensor:
+def decode_images(files: Sequence[str], size: tuple[int, ...] | None, resized: list[str] | None = None) -> list[Tensor] | Tensor:
     """Returns the images (C, H, W) uint8 in order, as one tensor (n, C, H, W) where all have one shape.
 
-    A grey file has one channel, any other three (RGB). Each image is resized to `size` (height, width) unless that is None.
-    Raises InputError naming a file that cannot be decoded.
+    A grey file has one channel, any other three (RGB). Each image is resized to `size` (height, width) unless that is None; the files of
+    those that had another are added to `resized`. Raises InputError naming a file that cannot be decoded.
     """
     if not files:
         return []
     with _strict_pillow():
-        return _decoded(files, size)
+        return _decoded(files, size, [] if resized is None else resized)
+
+
+def image_shapes(files: Sequence[str], size: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
+    """Returns the shapes (C, H, W) of what decode_images returns, from the files' headers alone."""
+
+    def shape(file: str) -> tuple[int, int, int]:
+        with _opened(file) as image:
+            width, height = image.size
+            return (1 if _is_grey(image) else 3, *(size or (height, width)))  # type: ignore[return-value]
+
+    with _strict_pillow():
+        return _each(shape, files, 1)
 
 
 @contextmanager
@@ -46,17 +58,20 @@ def _strict_pillow() -> Iterator[None]:
         yield
 
 
-def _decoded(files: Sequence[str], size: tuple[int, ...] | None) -> list[Tensor] | Tensor:
-    first = _decode(files[0], size)
+def _decoded(files: Sequence[str], size: tuple[int, ...] | None, resized: list[str]) -> list[Tensor] | Tensor:
+    def decode(file: str) -> Any:
+        return _decode(file, size, resized)
+
+    first = decode(files[0])
     workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
-    sample = [first, *_each(lambda file: _decode(file, size), files[1:SAMPLE], workers)]
+    sample = [first, *_each(decode, files[1:SAMPLE], workers)]
     if any(image.shape != first.shape for image in sample):
-        rest = _each(lambda file: _tensor(_decode(file, size)), files[SAMPLE:], workers)
+        rest = _each(lambda file: _tensor(decode(file)), files[SAMPLE:], workers)
         return [*map(_tensor, sample), *rest]
-    return _filled(sample, files, size, workers)
+    return _filled(sample, files, decode, workers)
 
 
-def _filled(sample: Sequence[Any], files: Sequence[str], size: tuple[int, ...] | None, workers: int) -> list[Tensor] | Tensor:
+def _filled(sample: Sequence[Any], files: Sequence[str], decode: Callable[[str], Any], workers: int) -> list[Tensor] | Tensor:
     """Returns the images in one tensor, the first being `sample`; a list after all if a later one has another shape."""
     batch = torch.empty((len(files), *sample[0].shape), dtype=torch.uint8)
     rows = batch.numpy()
@@ -64,7 +79,7 @@ def _filled(sample: Sequence[Any], files: Sequence[str], size: tuple[int, ...] |
     others: dict[int, Tensor] = {}
 
     def fill(row: int) -> None:
-        image = _decode(files[row], size)
+        image = decode(files[row])
         if image.shape == rows.shape[1:]:
             rows[row] = image
         else:
@@ -92,14 +107,22 @@ def _tensor(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image, order="C"))
 
 
-def _decode(file: str, size: tuple[int, ...] | None) -> Any:
+def _decode(file: str, size: tuple[int, ...] | None, resized: list[str]) -> Any:
     """Returns the image as an array (C, H, W) uint8, which may be read-only."""
+    with _opened(file) as image:
+        found = eight_bit(image)
+        if size is not None and found.size != (size[1], size[0]):
+            resized.append(file)
+            found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+        return channels_first(found)
+
+
+@contextmanager
+def _opened(file: str) -> Iterator[Image.Image]:
+    """Inside, the image of a file; what cannot be done with it is an InputError that names the file."""
     try:
         with Image.open(file) as image:
-            found = _eight_bit(image)
-            if size is not None and found.size != (size[1], size[0]):
-                found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-            array = np.asarray(found)
+            yield image
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error))[:1]) or "0"
         raise ddkit.InputError(
@@ -108,10 +131,19 @@ def _decode(file: str, size: tuple[int, ...] | None) -> Any:
         ) from None
     except Exception as error:  # a stranger's file can make a decoder raise anything
         raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
+
+
+def channels_first(image: Image.Image) -> Any:
+    """Returns an image in mode L or RGB as an array (C, H, W) uint8, which may be read-only."""
+    array = np.asarray(image)
     return array.transpose(2, 0, 1) if array.ndim == 3 else array[None]
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
+def _is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", *SIXTEEN_BIT) or (image.mode == "I" and image.format == "PNG")
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
     """Returns the image in mode L or RGB; 16-bit grey is scaled, which Pillow's own conversion would clip."""
     if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
         return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
@@ -119,6 +151,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
         raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+    mode = "L" if _is_grey(image) else "RGB"
     image.load()
     return image if image.mode == mode else image.convert(mode)  # converting to its own mode copies

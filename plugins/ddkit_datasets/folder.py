@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ddkit
 from ddkit_datasets.arrays import holdout
-from ddkit_datasets.decoding import decode_images
+from ddkit_datasets.decoding import decode_images, image_shapes
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -118,7 +118,13 @@ class ImageFolder(ddkit.Dataset):
         return self._files[split].labels
 
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
-        return decode_images(self._files[split].paths(indices), self.options.size)
+        resized: list[str] = []
+        found = decode_images(self._files[split].paths(indices), self.options.size, resized)
+        self.resized += len(resized)
+        return found
+
+    def shapes(self, split: str, indices: Sequence[int]) -> list[tuple[int, int, int]]:
+        return image_shapes(self._files[split].paths(indices), self.options.size)
 
     def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
         try:

@@ -166,7 +166,8 @@ class Accuracy(ddkit.Evaluator):
         repeats = self.options.repeats or protocol.repeats
         networks = repeats * sum(kind in ("synthetic", "random real") for kind in kinds)
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
-        workers = plan.workers if soft is None else 1
+        on_disk = ddkit.on_disk(data.real_images) or ddkit.on_disk(data.test_images)  # too large to be copied for other processes
+        workers = plan.workers if soft is None and not on_disk else 1
         trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         found = data.shared(tasks, lambda some: trained_apart(trainer, some, workers) if workers > 1 else trained_in_turn(trainer, some))

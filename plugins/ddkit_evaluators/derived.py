@@ -81,7 +81,7 @@ class Ranking(ddkit.Evaluator):
             raise ddkit.InputError(f"evaluators.{self.name} needs a teacher, or --set evaluators.{self.name}.full=ACCURACY.")
         if data.split != "test":
             log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.name)
-        images = ddkit.Normalisation(teacher.mean, teacher.std).normalise(data.test_images).to(data.device)
+        images = ddkit.Normalisation(teacher.mean, teacher.std).lazily(data.test_images).to(data.device)
         return ddkit.accuracy(teacher.module, images, data.test_labels.to(data.device))
 
 

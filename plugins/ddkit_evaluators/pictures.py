@@ -12,7 +12,7 @@ import ddkit
 
 log = logging.getLogger("ddkit")
 MOST_REAL = 1000  # real images whose own neighbours are looked for: a quantile needs no more
-AT_ONCE = 4096  # real images compared at once, for memory
+AT_ONCE, MOST_VALUES = 4096, 4096 * 3 * 32 * 32  # real images, and their values, compared at once, for memory
 
 
 def looked_at(name: str, details: dict[str, Any]) -> list[ddkit.Evaluation]:
@@ -39,7 +39,7 @@ class Spectrum(ddkit.Evaluator):
         share = ddkit.high_frequency_share(artifact.images)
         details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
         if len(data.real_images):
-            real = ddkit.to_unit(ddkit.spread(data.real_images))
+            real = ddkit.spread(data.real_images)
             details["real"] = ddkit.radial_spectrum(real, self.options.bins)[1]
             details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
             summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
@@ -63,10 +63,10 @@ class Memorisation(ddkit.Evaluator):
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         if len(data.real_images) < 2:
             raise ddkit.InputError(f"evaluators.{self.name} compares with accessible real images, and there are {len(data.real_images)}.")
-        real, mirror = ddkit.to_unit(data.real_images), data.info.mirror
+        real, mirror = data.real_images, data.info.mirror
         found = nearest(artifact.images, real, mirror=mirror)
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
-        own = nearest(real[chosen], real, mirror=mirror, without=chosen)
+        own = nearest(ddkit.to_unit(real[chosen]), real, mirror=mirror, without=chosen)
         limit = float(own.quantile(self.options.quantile))
         close = int(((found < limit) | (found == 0)).sum())  # a copy is close also where real images have copies among themselves
         if close:
@@ -87,19 +87,20 @@ class Memorisation(ddkit.Evaluator):
 def nearest(images: Tensor, others: Tensor, *, mirror: bool, without: Tensor | None = None) -> Tensor:
     """Returns (n,) the distance of each of images (n, C, H, W) to the nearest of `others` (m, C, H, W): root mean square over C, H and W.
 
+    Images are floats in pixel units, others may be uint8.
     `without` (n,) is the row of `others` that does not count for each image: itself. With `mirror` the mirrored image counts too.
     """
     queries = [images, images.flip(3)] if mirror else [images]
-    parts = [_nearest(query.flatten(1), others.flatten(1), without) for query in queries]
+    parts = [_nearest(query.flatten(1), others, without) for query in queries]
     return torch.stack(parts).amin(0) / images[0].numel() ** 0.5
 
 
 def _nearest(queries: Tensor, others: Tensor, without: Tensor | None) -> Tensor:
-    best = torch.full((len(queries),), torch.inf)
-    for start in range(0, len(others), AT_ONCE):
-        found = torch.cdist(queries, others[start : start + AT_ONCE], compute_mode="donot_use_mm_for_euclid_dist")
+    best, start = torch.full((len(queries),), torch.inf), 0
+    for block in ddkit.blocks(others, max(1, min(AT_ONCE, MOST_VALUES // others[0].numel()))):
+        found = torch.cdist(queries, ddkit.to_unit(block).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
         if without is not None:
             own = (without >= start) & (without < start + found.shape[1])
             found[own.nonzero().flatten(), without[own] - start] = torch.inf
-        best = torch.minimum(best, found.amin(1))
+        best, start = torch.minimum(best, found.amin(1)), start + len(block)
     return best

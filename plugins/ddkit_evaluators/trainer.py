@@ -11,7 +11,8 @@ from torch import Tensor
 import ddkit
 
 Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
-Labelled = tuple[Tensor, Tensor]  # normalised images (n, C, H, W), labels (n,)
+Images = Tensor | ddkit.NormalisedRows
+Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,)
 
 
 def units(of: ddkit.Artifact | ddkit.Teacher) -> ddkit.Normalisation:
@@ -58,13 +59,13 @@ class Trainer:
         self.module = ddkit.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
         self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(self.module, wanted=arithmetic.compile, graphs=arithmetic.graphs)
         self.gave_up_compiling = False
-        self._tests: tuple[Tensor, Tensor] | None = None
+        self._tests: Labelled | None = None
 
     @property
-    def tests(self) -> tuple[Tensor, Tensor]:
-        """Normalised test images and their labels, on the device; made once for all networks."""
+    def tests(self) -> Labelled:
+        """Normalised test images and their labels, on the device; made once for all networks, unless they lie on the disk."""
         if self._tests is None:
-            images = self._normalised(self.data.test_images).to(self.data.device)
+            images = units(self.artifact).lazily(self.data.test_images).to(self.data.device)
             self._tests = images, self.data.test_labels.to(self.data.device)
         return self._tests
 
@@ -100,7 +101,7 @@ class Trainer:
     def _how(self) -> dict[str, Any]:
         return {"forward": self.forward, "precision": self.arithmetic.dtype, "channels_last": self.arithmetic.compile}
 
-    def _fit(self, images: Tensor, labels: Tensor, schedule: ddkit.Schedule, generator: torch.Generator) -> None:
+    def _fit(self, images: Images, labels: Tensor, schedule: ddkit.Schedule, generator: torch.Generator) -> None:
         device = self.data.device
         how = self._how if self.soft is None else self._how | {"targets": self.soft, "temperature": self.soft.temperature}
         ddkit.fit(self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, **how)
@@ -110,7 +111,7 @@ class Trainer:
         makers: dict[str, Callable[[int], Labelled]] = {
             "synthetic": lambda _: (self.artifact.normalised, self.artifact.labels),
             "random real": self._random_real,
-            "pipc-real": lambda _: (self._normalised(self.data.real_images), self.data.real_labels),
+            "pipc-real": lambda _: (units(self.artifact).lazily(self.data.real_images), self.data.real_labels),
             "class-mean": self._class_mean,
         }
         return makers[kind](repeat)

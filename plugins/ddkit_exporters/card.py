@@ -19,6 +19,7 @@ from ddkit_exporters.names import markdown, plain
 
 README = "README.md"
 LEVELS = 255
+FOLDED = 100  # classes; of more the table opens on a click
 REAL_STARTS = ("real", "kmeans", "herding", "k-center", "multiplier", "mix")  # initializers that begin with real images
 LOAD_SET = [
     "import ddkit",
@@ -174,7 +175,10 @@ def _classes(artifact: ddkit.Artifact, layout: Layout) -> str:
     if layout.folders:
         head, line = [*head, "folder"], line + "---|"
         rows = [[*row, f"`train/{folder}`" if count else "none"] for row, folder, count in zip(rows, layout.folders, counts, strict=True)]
-    return "\n".join(["## Classes", "", f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)])
+    table = [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
+    if len(rows) > FOLDED:
+        table = [f"<details><summary>{len(rows):,} classes</summary>", "", *table, "", "</details>"]
+    return "\n".join(["## Classes", "", *table])
 
 
 def _eight_bits(layout: Layout) -> str:

@@ -42,9 +42,9 @@ class Real(ddkit.Initializer):
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         parts = []
-        for label, count, images in classes(start):
-            chosen = torch.randperm(len(images), generator=start.generator(label))[:count]
-            own = images[chosen.sort().values]  # in order: ipc = pipc gives exactly the real set
-            rounds = [own if turn % 2 == 0 else own.flip(3) for turn in range(-(-count // len(own)))]
-            parts.append(torch.cat(rounds)[:count])
+        for each in classes(start):
+            chosen = torch.randperm(len(each.rows), generator=start.generator(each.label))[: each.ipc]
+            own = each.take(chosen.sort().values)  # in order: ipc = pipc gives exactly the real set
+            rounds = [own if turn % 2 == 0 else own.flip(3) for turn in range(-(-each.ipc // len(own)))]
+            parts.append(torch.cat(rounds)[: each.ipc])
         return torch.cat(parts)

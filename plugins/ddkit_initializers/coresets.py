@@ -93,10 +93,10 @@ class Coreset(ddkit.Initializer):
 
     def __call__(self, start: ddkit.Start) -> Tensor:
         parts = []
-        for label, count, images in classes(start):
-            points = self._points(start, images).double().numpy()
-            rows = torch.tensor(self.choose(points, count, start.generator(label))).sort().values
-            parts.append(images[rows])
+        for each in classes(start):
+            points = self._points(start, each.images).double().numpy()
+            chosen = torch.tensor(self.choose(points, each.ipc, start.generator(each.label))).sort().values
+            parts.append(each.take(chosen))
         return torch.cat(parts)
 
     def _points(self, start: ddkit.Start, images: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ class Mix(ddkit.Initializer):
                 "initializer.factor",
             )
         pictures = [
-            ddkit.grid(images[rows], factor)
-            for label, count, images in classes(start)
-            for rows in _drawn(len(images), factor**2, count, start.generator(label))
+            ddkit.grid(each.take(chosen), factor)
+            for each in classes(start)
+            for chosen in _drawn(len(each.rows), factor**2, each.ipc, start.generator(each.label))
         ]
         return torch.stack(pictures)
 
