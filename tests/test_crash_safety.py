@@ -522,7 +522,7 @@ def test_another_teacher_or_other_data_than_the_run_began_with_is_refused(tmp_pa
         resume(tmp_path / "run", device="cpu")
     teacher.write_bytes(kept)
     np.savez(data, x_train=images[::-1], y_train=labels, x_test=images, y_test=labels)
-    with pytest.raises(ddkit.RunFilesError, match=r"the data is not what the run at .* began with"):
+    with pytest.raises(ddkit.RunFilesError, match=r"the accessible data is not what the run at .* began with"):
         resume(tmp_path / "run", device="cpu")
     np.savez(data, x_train=images, y_train=labels, x_test=images, y_test=labels)
     resume(tmp_path / "run", device="cpu")

@@ -231,7 +231,7 @@ FILES = {
     "byte-order-mark": ("\ufeffipc = 1", "cannot be read as TOML: Invalid statement (at line 1, column 1)."),
     "code-as-model": ('[network]\nmodel = "python:os.system"\n[losses.dm]', "runs Python code of that name, and a file asks for it"),
     "code-as-loss": ('[losses.x]\nuse = "python:os.system"', "There is no loss 'python'"),
-    "code-as-data": ('data = "python:os.system"', "There is no dataset 'python'"),
+    "code-as-data": ('data = "python:os.system"\n[losses.dm]', "The dataset 'python' takes no argument after a colon"),
     "code-as-initializer": ('initializer = "python:os.system"', "There is no initializer 'python'"),
     "a-plugin-file": ('plugin = "mine.py"', "the recipe has no key 'plugin'"),
 }
