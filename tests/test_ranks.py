@@ -295,6 +295,7 @@ def test_a_run_of_one_process_is_continued_by_two_and_only_the_first_prints(worl
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_request_to_end_is_heard_by_all_at_one_step(world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     group = started(2, "ddkit", "distill", *flags_of(world, steps=100_000), "--out", out, cwd=tmp_path)
@@ -307,6 +308,7 @@ def test_a_request_to_end_is_heard_by_all_at_one_step(world: World, tmp_path: Pa
     assert {file.name for file in (out / "checkpoints").iterdir()} >= {f"step-{step:08d}.part-{part}-of-2.safetensors" for part in (1, 2)}
 
 
+@pytest.mark.slow
 def test_bad_input_is_told_once(tmp_path: Path, world: World) -> None:
     group = started(2, "ddkit", "distill", *flags_of(world, steps=1), "--losses", "nothing", cwd=tmp_path)
     printed, said = group.communicate(timeout=60)
