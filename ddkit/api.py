@@ -144,6 +144,7 @@ def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:
     watchers = place.watchers()
     stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
     with place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
+        place.ranks.same("The recipe", recipe_dict(recipe))
         if recipe.blend is not None:
             return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         with deterministic(recipe.engine.deterministic):

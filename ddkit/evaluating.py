@@ -106,7 +106,8 @@ def run_evaluators(
         if not (ranks.first or evaluator.shares):
             continue
         with blamed("evaluator", evaluator, may_draw=True):
-            rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, data, teacher)]
+            seen = data if evaluator.shares else msgspec.structs.replace(data, spread=None)
+            rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, seen, teacher)]
     return rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
 
 

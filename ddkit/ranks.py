@@ -305,5 +305,5 @@ class LastWords:
         if isinstance(error, OthersEnded):
             time.sleep(SECOND_THOUGHTS)
         with suppress(Exception):
-            return bool(self._store.add("ddkit/last words", 1) == 1)
+            return bool(self._store.add(f"ddkit/last words {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1)
         return not follows()

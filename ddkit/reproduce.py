@@ -27,7 +27,7 @@ from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.files import sealed, write_atomic, write_json
-from ddkit.ranks import Ranks, group, plain_environment
+from ddkit.ranks import Ranks, group, own_device, plain_environment
 from ddkit.recipe import recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.rundir import MANIFEST, RECIPE
@@ -70,6 +70,7 @@ def reproduce(
         if run:
             _make(out / SETS)
             own = share(share(tasks, *part), ranks.rank, ranks.size)
+            settings = msgspec.structs.replace(settings, device=own_device(settings.device) if ranks.size > 1 else settings.device)
             failures = _together(ranks, _work(own, settings, report))
     if not ranks.first:
         run = False
