@@ -135,7 +135,7 @@ class _Place(NamedTuple):
             self.ranks.told(str(found.path.absolute()) if self.ranks.size > 1 else None)
         else:
             found = Follower(Path(self.ranks.told(None)))
-        self.ranks.all(True)  # all have seen it, before one may remove it
+        self.ranks.wait()  # all have seen it, before one may remove it
         return found
 
 
@@ -293,12 +293,12 @@ def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start:
         _iterate(job, bank, engine, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
-    job.ranks.told(None)  # its file is there
+    job.ranks.wait()  # its file is there
     evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.first:
         close_run(directory, facts)
-    job.ranks.told(None)  # the run is finished for all of them, or for none
+    job.ranks.wait()  # the run is finished for all of them, or for none
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
     watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
     return run

@@ -107,7 +107,7 @@ def run_blend(
     facts = {"seed": recipe.seed, "device": str(pick_device(device)), "steps": steps, "seconds": round(seconds, 3)}
     if ranks.first:
         close_run(directory, facts | _blend_facts(recipe, paths))
-    ranks.told(None)
+    ranks.wait()
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=steps, seconds=seconds, evaluations=rows)
 

@@ -83,7 +83,7 @@ class Checkpoints:
         digests = ranks.heard(tensors_digest(on_host, {}))  # also waits until the first has made the folder
         record |= {"rowwise": sorted(key for key in state if key in rowwise), "digests": digests}
         write_tensors(self.folder / f"step-{step:08d}.part-{ranks.rank + 1}-of-{ranks.size}.safetensors", on_host, record)
-        ranks.all(True)  # every part is on the disk before an older checkpoint goes
+        ranks.wait()  # every part is on the disk before an older checkpoint goes
 
     def files(self) -> dict[int, dict[int, list[Path]]]:
         """Returns the files of each step, newest first, by the number of their parts, in order of part."""

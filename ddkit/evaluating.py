@@ -76,7 +76,6 @@ def evaluate(
         recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
         ranks.same("The recipe of the evaluation", recipe_dict(recipe))
         rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
-        ranks.told(None)
     if not ranks.first:
         return rows
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):

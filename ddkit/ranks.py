@@ -64,19 +64,20 @@ class Ranks:
             )
 
     def sums(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
-        """Returns the sum over all processes of each tensor, without gradients, in one exchange; the same bits everywhere.
-
-        Floats travel as float32 or float64, whichever the first is, so all tensors are of one dtype.
-        """
+        """Returns the sum over all processes of each tensor, without gradients, in one exchange; the tensors are of one dtype."""
         return [tensor.detach() for tensor in tensors]
 
     def all(self, flag: bool) -> bool:
         """Returns whether `flag` is true in every process."""
-        return flag
+        return self.agreed(int(not flag)) == 0
 
     def agreed(self, flag: int) -> int:
         """Returns the largest `flag` (an integer) of all processes."""
         return flag
+
+    def wait(self) -> None:
+        """Returns when every process is here."""
+        self.agreed(0)
 
     def told(self, value: Any) -> Any:
         """Returns the first process's `value`, which is JSON data; what the others give is not looked at."""
@@ -135,9 +136,6 @@ class Group(Ranks):
         flat = torch.cat([tensor.detach().flatten() for tensor in tensors])  # a copy, also of one tensor
         parts = self._summed(flat, purpose).split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def all(self, flag: bool) -> bool:
-        return self.agreed(int(not flag)) == 0
 
     def agreed(self, flag: int) -> int:
         import torch

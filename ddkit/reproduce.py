@@ -66,7 +66,7 @@ def reproduce(
         if ranks.first:
             for store in merged:
                 report(f"{merge(store, out)} sets and evaluations were copied from {store}")
-        ranks.told(None)
+        ranks.wait()
         if run:
             _make(out / SETS)
             own = share(share(tasks, *part), ranks.rank, ranks.size)

@@ -264,6 +264,14 @@ def automatic_teacher(
     """
     info = data_info(dataset, shape)
     name = table.model
+    if not ranks.first:
+        path = cache_folder() / "teachers" / ranks.told(None)
+        if not _is_whole(path):
+            raise RunFilesError(
+                f"The first process of the run has trained a teacher, which is not in the cache of this one ({path.parent}). Give all "
+                "machines one cache with the environment variable DDKIT_CACHE, or give --teacher FILE."
+            )
+        return load_teacher(TeacherTable(use=str(path), model=name), info, device)
     table, train = resolved_training(table, train, info)
     key = {
         "dataset": fingerprint(dataset),
@@ -275,13 +283,6 @@ def automatic_teacher(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "teachers" / f"{table.model.replace('/', '-').replace(':', '-')}-{digest}.safetensors"
-    if not ranks.first:
-        ranks.told(None)
-    if not ranks.first and not _is_whole(path):
-        raise RunFilesError(
-            f"The first process of the run has trained a teacher, which is not in the cache of this one ({path.parent}). Give all machines "
-            "one cache with the environment variable DDKIT_CACHE, or give --teacher FILE."
-        )
     if not _is_whole(path):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
@@ -289,6 +290,5 @@ def automatic_teacher(
         )  # fmt: skip
         _make_folder(path.parent)
         save_teacher(path, train_teacher(dataset, shape, table, train, seed=0, device=device, report=report))
-    if ranks.first:
-        ranks.told(None)  # the others wait for this
+    ranks.told(path.name)  # the others wait for this
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)

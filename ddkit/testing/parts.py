@@ -59,9 +59,6 @@ class Thread(Ranks):
     def agreed(self, flag: int) -> int:
         return max(self.heard(flag))
 
-    def all(self, flag: bool) -> bool:
-        return all(self.heard(flag))
-
     def told(self, value: Any) -> Any:
         return self.heard(value)[0]
 
