@@ -32,7 +32,7 @@ from ddkit.pluginfile import check_unchanged
 from ddkit.plugins import watchers_of
 from ddkit.ranks import Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import recipe_for
+from ddkit.recipes import flattened, recipe_for
 from ddkit.reporting import close_run, known_spectrum
 from ddkit.rundir import EVALUATION, RECIPE, Follower, Run, RunDirectory, is_logged, save_set
 from ddkit.teacher import Teacher
@@ -135,16 +135,21 @@ class _Place(NamedTuple):
             self.ranks.told(str(found.path.absolute()) if self.ranks.size > 1 else None)
         else:
             found = Follower(Path(self.ranks.told(None)))
-        self.ranks.wait()  # all have seen it, before one may remove it
+        try:
+            self.ranks.wait()  # all have seen it, before one may remove it
+        except BaseException:
+            found.discard()
+            found.release()
+            raise
         return found
 
 
 def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:
     pick_device(place.device)
+    place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
     watchers = place.watchers()
     stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
     with place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
-        place.ranks.same("The recipe", recipe_dict(recipe))
         if recipe.blend is not None:
             return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         with deterministic(recipe.engine.deterministic):
@@ -260,7 +265,7 @@ def _made(recipe: Recipe, place: _Place, watchers: Observers, *, begun: bool = F
     job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
     bank = job.bank()
     resolved = job.resolved()
-    place.ranks.same("The recipe", recipe_dict(resolved))
+    place.ranks.same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
     return _Made(job, bank, job.engine(bank), resolved)
 
 

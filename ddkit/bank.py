@@ -110,7 +110,9 @@ class Bank:
             name, _, kept = name.rpartition(".")
             if kept == "step":
                 return False
-        return key == "labels" or name == "images" or (name in self.declared and self.declared[name].per == "sample")
+        elif kind != "bank":
+            return key == "labels"
+        return name == "images" or (name in self.declared and self.declared[name].per == "sample")
 
     def own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns this bank's rows of the state of a bank of the whole set; raises ValueError where that has another number of rows."""

@@ -188,7 +188,7 @@ class Engine:
         values, gradients, logged = self.evaluate(index)
         for term in self.terms:
             if not bool(values[term.label].isfinite()):
-                raise RunFailed(
+                raise NotFinite(
                     f"The {term} became {float(values[term.label])} at step {index}. The last good state is kept in "
                     f"checkpoints/. Try a smaller learning rate{' (also network.inner_lr)' if self.source.inner else ''} or weight, "
                     f"or float32 (--set engine.precision=float32).{term.advice}"
@@ -197,10 +197,14 @@ class Engine:
             self.bank.update(gradients)
             if self.ranks.all(bool(self.bank.finite())):
                 return values, logged
-        raise RunFailed(
+        raise NotFinite(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
             f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller --set optimizer.images.lr."
         )
+
+
+class NotFinite(RunFailed):
+    """A step gave values that are not finite: every process of a run raises it, at the same step."""
 
 
 class _Guard:
@@ -238,8 +242,9 @@ class _Guard:
         for index in range(self.index, end):
             try:
                 found = self.engine.careful_step(index)
-            except DdkitError:
-                self.save(index)
+            except DdkitError as error:
+                if self.engine.ranks.size == 1 or isinstance(error, NotFinite):
+                    self.save(index)
                 raise
         return found
 

@@ -25,7 +25,7 @@ from ddkit.manifest import MANIFEST, check_listed
 from ddkit.passed import passing
 from ddkit.ranks import ALONE, Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import recipe_for, with_options
+from ddkit.recipes import flattened, recipe_for, with_options
 from ddkit.reporting import renew_report
 from ddkit.rundir import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
@@ -74,7 +74,7 @@ def evaluate(
             data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
         )  # fmt: skip
         recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
-        ranks.same("The recipe of the evaluation", recipe_dict(recipe))
+        ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
         rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
     if not ranks.first:
         return rows

@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import FlagError, InputError, RunFailed
+from ddkit.errors import FlagError, InputError, RunFailed, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,14 @@ class Ranks:
         return rows.detach()
 
     def same(self, what: str, value: Any) -> None:
-        """Raises InputError where `value` (JSON data) differs between processes."""
+        """Raises InputError where `value` (JSON data) differs between processes; of tables it names the first key that does."""
+        values = self.heard(value)
+        for rank, other in enumerate(values):
+            if other != values[0]:
+                raise InputError(
+                    f"{what} of process {rank} is not that of process 0: {_difference(other, values[0])}. All processes of a run work "
+                    "with the same files and the same ddkit: give the same command and paths on every machine."
+                )
 
 
 ALONE = Ranks()
@@ -191,14 +198,13 @@ class Group(Ranks):
         found[start : start + len(rows)] = rows.detach()
         return self._summed(found, purpose)
 
-    def same(self, what: str, value: Any) -> None:
-        values = self.heard(value)
-        for rank, other in enumerate(values):
-            if other != values[0]:
-                raise InputError(
-                    f"{what} of process {rank} is not that of process 0 ({str(other)[:40]} there, {str(values[0])[:40]} here). All "
-                    "processes of a run work with the same files and the same ddkit: give the same command and paths on every machine."
-                )
+
+def _difference(other: Any, first: Any) -> str:
+    """Returns what differs, in a few words."""
+    if isinstance(other, dict) and isinstance(first, dict):
+        key = next(key for key in sorted({*other, *first}) if other.get(key) != first.get(key))
+        return f"{key} is {shown(other.get(key))} there, and {shown(first.get(key))} here"
+    return f"{shown(other)} there, {shown(first)} here"
 
 
 @contextmanager
@@ -208,8 +214,9 @@ def others_may_end() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo's and NCCL's errors are of this kind
         raise OthersEnded(
-            "Another process of this run has ended, so this one ends too. What torchrun says below tells which one. "
-            "`ddkit distill --out DIR --resume`, with as many processes as you like, continues from the newest complete checkpoint."
+            f"Another process of this run has ended, so this one ends too ({' '.join(str(error).split())[:80]}). What torchrun says below "
+            "tells which one. A run that has a checkpoint is continued by `ddkit distill --out DIR --resume`, with as many processes as "
+            "you like."
         ) from error
 
 
@@ -257,13 +264,27 @@ def _begin(distributed: Any) -> None:
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     try:
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        with _ended_at_once():
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunFailed(
             f"The processes that torchrun started could not find one another at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"({' '.join(str(error).split())[:300]}). Where the name of this machine is not known to its network, name the interface: "
             "GLOO_SOCKET_IFNAME=lo on one machine."
         ) from error
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Inside, SIGTERM ends the process: while it waits for the others outside Python, a handler would not be called."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def own_device(name: str) -> str:
@@ -286,6 +307,9 @@ class LastWords:
     """Sees to it that one process tells why a run of several ended, and the others are silent: through torchrun's own store."""
 
     def __init__(self) -> None:
+        """From now on torchrun's request to end is not heard: it would cut off what is told."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._store: Any = None
         with suppress(Exception):  # whatever is wrong with the store, the error itself must be told
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -295,9 +319,7 @@ class LastWords:
             self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)) if agent else None
 
     def mine(self, error: BaseException | None) -> bool:
-        """Returns whether this process is the one to tell `error`; from then on torchrun's request to end is not heard."""
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        """Returns whether this process is the one to tell `error`."""
         if self._store is None:
             return not follows()
         if isinstance(error, OthersEnded):

@@ -11,6 +11,7 @@ from typing import Any
 import ddkit_datasets.decoding as decoding
 import msgspec
 import torch
+from ddkit_evaluators.trainer import Trainer
 
 import ddkit
 
@@ -20,8 +21,8 @@ Case = dict[str, Any]
 def work(folder: Path, cases: dict[str, Case], *, distributed: bool) -> None:
     """Distils every case into FOLDER/<number of processes>/<case>; one that is refused leaves its message there.
 
-    A case with the key "evaluate" is evaluated too, which its files do not tell: the rows are kept beside them. Which image files
-    this process has opened is kept likewise.
+    A case with the key "evaluate" is evaluated too, which its files do not tell: the rows are kept beside them, and how many networks
+    this process has trained. Which image files it has opened is kept likewise.
     """
     size, rank = (os.environ.get(name, "1") if distributed else "1" for name in ("WORLD_SIZE", "RANK"))
     for name, case in cases.items():
@@ -37,7 +38,8 @@ def work(folder: Path, cases: dict[str, Case], *, distributed: bool) -> None:
                 out.with_name(f"{name}.error-{rank}").write_text(f"{error.exit_code} {error}")
                 continue
         if "evaluate" in case:
-            rows = ddkit.evaluate(ddkit.load(out), distributed=distributed, **case["evaluate"])
+            with _counted(out.with_name(f"{name}.trained-{rank}")):
+                rows = ddkit.evaluate(ddkit.load(out), distributed=distributed, **case["evaluate"])
             out.with_name(f"{name}.rows-{rank}").write_bytes(msgspec.json.encode(rows))
 
 
@@ -57,6 +59,24 @@ class _opened:
     def __exit__(self, *error: object) -> None:
         decoding._decode = self.plain
         self.file.write_text(json.dumps(sorted(self.names)))
+
+
+class _counted:
+    """Inside, the networks that evaluations train are counted; afterwards FILE has their number."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.count, self.plain = file, 0, Trainer.accuracy
+
+    def __enter__(self) -> None:
+        def accuracy(trainer: Trainer, kind: str, repeat: int) -> float:
+            self.count += 1
+            return self.plain(trainer, kind, repeat)
+
+        Trainer.accuracy = accuracy
+
+    def __exit__(self, *error: object) -> None:
+        Trainer.accuracy = self.plain
+        self.file.write_text(str(self.count))
 
 
 if __name__ == "__main__":

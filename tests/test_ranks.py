@@ -23,9 +23,11 @@ from torch import Tensor
 import ddkit
 from ddkit import plugins, ranks
 from ddkit.checkpoints import Checkpoints
-from ddkit.errors import InputError
+from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
-from ddkit.testing.parts import in_parts
+from ddkit.testing import parts
+from ddkit.testing.parts import in_parts, part_of
+from ddkit.testing.world import Setting
 from tests.conftest import Result, write_image_folder
 from tests.ranked import work
 
@@ -204,6 +206,9 @@ def test_a_process_opens_the_images_of_its_own_classes_alone(results: Path, size
 def test_networks_are_trained_in_shares_and_every_process_knows_all_rows(results: Path, size: int) -> None:
     wanted = json.loads((results / "1" / "start real.rows-1").read_text())
     assert [row["evaluator"] for row in wanted] == ["accuracy", "spectrum"]
+    trained = [int((results / str(size) / f"start real.trained-{rank}").read_text()) for rank in range(size)]
+    assert sum(trained) == 6, "three on the set, three on random real images"
+    assert max(trained) - min(trained) <= 1
     for rank in range(size):
         assert json.loads((results / str(size) / f"start real.rows-{rank}").read_text()) == wanted
 
@@ -222,6 +227,7 @@ def test_what_is_exchanged_is_what_the_losses_need(results: Path) -> None:
     exchanged = json.loads((results / "2" / "every loss" / "manifest.json").read_text())["processes"]["exchanged_bytes"]
     assert {"dkkt-stationarity", "feature-regression", "values", "control"} == set(exchanged)
     only = json.loads((results / "2" / "dm" / "manifest.json").read_text())["processes"]["exchanged_bytes"]
+    assert {"values", "control"} == set(only)
     assert only["values"] == STEPS * 8, "distribution matching needs its value alone"
 
 
@@ -395,6 +401,40 @@ def test_classes_are_dealt_out_in_ranges_that_differ_by_one_at_most() -> None:
             parts = in_parts(size, lambda part: part.classes(classes))  # noqa: B023 (called at once)
             assert [label for part in parts for label in part] == list(range(classes))
             assert {len(part) for part in parts} <= {classes // size, -(-classes // size)}
+
+
+def test_what_differs_between_processes_is_named() -> None:
+    in_parts(3, lambda part: part.same("The recipe", {"seed": 0}))
+    with pytest.raises(InputError, match=r"The recipe of process 1 is not that of process 0: seed is 1 there, and 0 here\."):
+        in_parts(2, lambda part: part.same("The recipe", {"ipc": 1, "seed": part.rank}))
+    with pytest.raises(InputError, match=r"process 2 is not that of process 0: 'c' there, 'a' here\."):
+        in_parts(3, lambda part: part.same("The teacher", "aac"[part.rank]))
+
+
+def test_initial_values_of_the_whole_set_have_to_agree() -> None:
+    def initial(self: Any, step: ddkit.Step) -> dict[str, Tensor]:
+        return {"gain": step.images.mean()}
+
+    members = {"requires": ddkit.Requires(separable="sum", parameters={"gain": ddkit.Parameter(per="set")}), "initial": initial}
+    loss = type("Gain", (ddkit.Loss,), members | {"__call__": lambda self, step: (step.parameters["gain"] * step.images).sum()})
+    world = parts.World(loss(), Setting())
+    in_parts(1, lambda part: part_of(world, part).engine().start())
+    with pytest.raises(InputError, match="The initial value of 'gain'"):
+        in_parts(2, lambda part: part_of(world, part).engine().start())
+
+
+def test_a_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [ranks.own_device(name) for name in ("auto", "cuda", "cpu")] == ["cuda:1", "cuda:1", "cpu"]
+    with pytest.raises(FlagError, match="--device cuda:0: under torchrun"):
+        ranks.own_device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(FlagError, match="--nproc-per-node=1"):
+        ranks.own_device("cuda")
 
 
 def test_more_processes_than_classes_are_refused() -> None:

@@ -20,6 +20,10 @@ from ddkit.errors import DdkitError, printable
 from ddkit.permission import named_by_user
 from ddkit.ranks import LastWords, follows, launched
 
+ENDED_BY_TORCHRUN = (
+    " torchrun asked this process to end, as it does where another one has ended: what it says below tells which. A run that has a "
+    "checkpoint is continued by `ddkit distill --out DIR --resume`."
+)
 SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
 
 
@@ -77,7 +81,8 @@ def main() -> NoReturn:
     except MemoryError:
         _fail("There is not enough memory. Use fewer or smaller images, or a smaller network.", 1, show)
     except (KeyboardInterrupt, click.Abort) as error:
-        _fail("Interrupted.", 143 if isinstance(error.__cause__ or error, _Terminated) else 130, show)
+        ended = isinstance(error.__cause__ or error, _Terminated)
+        _fail(f"Interrupted.{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -90,6 +95,8 @@ def main() -> NoReturn:
 
 def _is_shared(arguments: list[str]) -> bool:
     """Whether several processes share the command's work."""
+    if {"-h", "--help"} & set(arguments):
+        return False
     return next((argument for argument in arguments if not argument.startswith("-")), "") in SHARED
 
 

@@ -9,6 +9,7 @@ import click
 
 from ddkit.cli.common import Cells, Shard, blaming_flags, echo_json, quiet, set_verbosity, shared, show
 from ddkit.errors import FlagError, RunFailed
+from ddkit.ranks import follows
 
 
 @click.command()
@@ -57,7 +58,7 @@ def reproduce(study: str, **flags: Any) -> None:
     with blaming_flags(flags):
         report = work.reproduce(
             found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
-            report=lambda line: None if flags["quiet"] else click.echo(line, err=True), part=flags["shard"] or (0, 1),
+            report=lambda line: None if flags["quiet"] or follows() else click.echo(line, err=True), part=flags["shard"] or (0, 1),
             merged=flags["merged"], distributed=True,
         )  # fmt: skip
     if flags["as_json"]:

@@ -81,7 +81,7 @@ def in_parts(size: int, work: Callable[[Ranks], T]) -> list[T]:
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(guarded, rank) for rank in range(size)]
     errors = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+    for error in sorted(errors, key=lambda error: isinstance(error.__cause__ or error, threading.BrokenBarrierError)):
         raise error
     return [future.result() for future in futures]
 
