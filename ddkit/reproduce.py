@@ -61,33 +61,30 @@ def reproduce(
     chosen = chosen_cells(study, list(cells) if cells else None, list(systems) if systems else None)
     tasks = planned(study, chosen, out, settings)
     _check(study, tasks, settings)
-    failures: dict[Path, str] = {}
     with group(wanted=distributed) as ranks:
         if ranks.first:
             for store in merged:
                 report(f"{merge(store, out)} sets and evaluations were copied from {store}")
         ranks.wait()
-        if run:
-            _make(out / SETS)
-            own = share(share(tasks, *part), ranks.rank, ranks.size)
-            settings = msgspec.structs.replace(settings, device=own_device(settings.device) if ranks.size > 1 else settings.device)
-            failures = _together(ranks, _work(own, settings, report))
-    if not ranks.first:
-        run = False
+        failures = _work_together(ranks, share(tasks, *part), out, settings, report) if run else {}
+    writes = run and ranks.first
     found = figures_of(study, tasks, failures)
-    pictures = write_pictures(study, tasks, out) if run else []
+    pictures = write_pictures(study, tasks, out) if writes else []
     result = Report(
         study=study.name, summary=study.summary, source=study.source, split="held-out" if study.held_out else "test",
         figures=found, pictures=pictures,
     )  # fmt: skip
-    if run:
+    if writes:
         write_json(out / "report.json", report_json(result))
         write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
     return result
 
 
-def _together(ranks: Ranks, failures: dict[Path, str]) -> dict[Path, str]:
-    """Returns the failures of all processes, when all are done."""
+def _work_together(ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None]) -> dict[Path, str]:
+    """Makes this process's share of the sets; returns the failures of all processes, when all are done."""
+    _make(out / SETS)
+    settings = msgspec.structs.replace(settings, device=own_device(settings.device))
+    failures = _work(share(tasks, ranks.rank, ranks.size), settings, report)
     parts = ranks.heard({str(path): reason for path, reason in failures.items()})
     return {Path(path): reason for part in parts for path, reason in part.items()}
 
