@@ -203,7 +203,7 @@ FINE = (GREY, 0)
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (Stream(), ddkit.FlagError, "dataset: a Stream cannot be used. It is a name"),
+        (Stream(), ddkit.FlagError, "dataset: an object of the type Stream cannot be used. It is a name"),
         (3, ddkit.FlagError, "dataset: a int cannot be used"),
         ((Pictures(), Pictures(), Pictures()), ddkit.FlagError, "got one of 3"),
         ((None, Pictures()), ddkit.FlagError, "the training dataset is None"),
