@@ -54,8 +54,9 @@ def _pair(dataset: Any) -> tuple[Any, Any]:
     for each in pair:
         if each is not None and not (hasattr(each, "__len__") and hasattr(each, "__getitem__")):
             raise FlagError(
-                f"dataset: an object of the type {type(each).__name__} cannot be used. It is a name, such as 'imagefolder:PATH', or a dataset with a length "
-                "and an [index] that gives (image, label), such as torch's map-style datasets, or (training, test) of these."
+                f"dataset: an object of the type {type(each).__name__} cannot be used. It is a name, such as 'imagefolder:PATH', or a "
+                "dataset with a length and an [index] that gives (image, label), such as torch's map-style datasets, or (training, test) "
+                "of these."
             )
     if pair[0] is None:
         raise FlagError("dataset: the training dataset is None. Pass it, or (training, test).")

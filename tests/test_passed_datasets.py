@@ -204,7 +204,7 @@ FINE = (GREY, 0)
     ("dataset", "error", "message"),
     [
         (Stream(), ddkit.FlagError, "dataset: an object of the type Stream cannot be used. It is a name"),
-        (3, ddkit.FlagError, "dataset: a int cannot be used"),
+        (3, ddkit.FlagError, "dataset: an object of the type int cannot be used"),
         ((Pictures(), Pictures(), Pictures()), ddkit.FlagError, "got one of 3"),
         ((None, Pictures()), ddkit.FlagError, "the training dataset is None"),
         (Listed(), ddkit.InputError, "Listed, is empty"),
