@@ -39,7 +39,9 @@ def serve(link):
         for pid in list(running):
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
-                os.write(running.pop(pid), b"%d\\n" % os.waitstatus_to_exitcode(status))
+                file = running.pop(pid)
+                os.write(file, b"%d\\n" % os.waitstatus_to_exitcode(status))
+                os.close(file)  # the end is there for who asks later
         if not ready:
             continue
         data, files = received(link)
@@ -128,7 +130,7 @@ class Forked:
         socket.send_fds(link, [message], [*given, tells])
         for file in (*given, tells):
             os.close(file)
-        self._told, self._lock = os.fdopen(told), threading.Lock()
+        self._told, self._lock = os.fdopen(told, "rb", buffering=0), threading.Lock()  # what a buffer held, select would not see
         self.pid = int(self._told.readline())
 
     def poll(self) -> int | None:

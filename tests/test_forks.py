@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -71,3 +72,11 @@ def test_a_fork_answers_until_it_is_ended(forks: Any) -> None:
     two[0].stdin.close()
     for process in two:
         process.stdout.close()
+
+
+def test_the_end_of_a_fork_is_heard_however_soon_it_comes_and_by_all_who_wait(forks: Any) -> None:
+    for _ in range(50):
+        child = forks.Popen([sys.executable, "-c", CODES["at once"]])
+        with ThreadPoolExecutor(3) as pool:
+            assert list(pool.map(lambda _: child.wait(20), range(3))) == [9, 9, 9]  # noqa: B023 (called at once)
+        assert child.poll() == 9
