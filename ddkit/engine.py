@@ -60,11 +60,11 @@ class Engine:
                 raise RunFailed(
                     f"The {term} gives initial values of '{name}', which it does not declare in ddkit.Requires(parameters=...)."
                 )
-            if requires.parameters[name].per == "set":
-                self.ranks.same(f"The initial value of '{name}' that the {term} gives", value.tolist())
             self.bank.fill(name, value)
             if not self.ranks.all(bool(self.bank.finite())):
                 raise RunFailed(f"The {term} gives initial values of '{name}' that are not finite.")
+            if requires.parameters[name].per == "set":
+                self.ranks.same(f"The initial value of '{name}' that the {term} gives", self.bank.parameters[name].tolist())
 
     def state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of all that an exact continuation at step `index` needs: the bank, and a network that was trained."""
