@@ -43,15 +43,25 @@ log = logging.getLogger("ddkit")
 __all__ = ["Run", "blend", "distill", "evaluate", "plan", "resume", "run_recipe", "train"]
 
 
-def plan(recipe: Recipe, *, device: str = "auto") -> dict[str, Any]:
-    """Returns what a run of `recipe` would do, as data; opens the accessible images, trains and writes nothing."""
+def plan(recipe: Recipe, *, device: str = "auto", distributed: bool = False) -> dict[str, Any]:
+    """Returns what a run of `recipe` would do, as data; opens the accessible images, trains and writes nothing.
+
+    `distributed`: as in distill; what several processes cannot share is refused as the run would be.
+    """
+    with group(wanted=distributed) as ranks:
+        ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
+        return _plan(recipe, own_device(device), ranks)
+
+
+def _plan(recipe: Recipe, device: str, ranks: Ranks) -> dict[str, Any]:
     if recipe.blend is not None:
-        return plan_of_blend(recipe, device, plan)
-    job = Job(recipe, device=device)
+        return plan_of_blend(recipe, device, lambda part: _plan(part, device, ranks), ranks)
+    job = Job(recipe, device=device, ranks=ranks)
     return {
         "schema": 1,
         "recipe": recipe_dict(job.resolved()),
         "device": str(job.device),
+        "processes": ranks.size,
         "classes": list(job.info.class_names),
         "image_shape": list(job.info.shape),
         "accessible_images": len(job.real.indices),

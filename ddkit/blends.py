@@ -54,13 +54,14 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
 
 
-def plan_of_blend(recipe: Recipe, device: str, plan: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+def plan_of_blend(recipe: Recipe, device: str, plan: Callable[[Recipe], dict[str, Any]], ranks: Ranks = ALONE) -> dict[str, Any]:
     """Returns what a blend would do, with the `plan` of each part that it makes first."""
-    plans = [plan(part, device=device) for part in _check_blend(recipe, device).values()]
+    plans = [plan(part) for part in _check_blend(recipe, device, ranks).values()]
     finished = _finished_parts(recipe)
     facts = plans[0] if plans else {
-        "schema": 1, "device": str(pick_device(device)), "classes": finished[0].class_names, "accessible_images": 0,
-        "image_shape": list(image_shape(finished[0])), "synthetic_images": len(finished[0].labels), "teacher": None, "plugins": [],
+        "schema": 1, "device": str(pick_device(device)), "processes": ranks.size, "classes": finished[0].class_names,
+        "image_shape": list(image_shape(finished[0])), "accessible_images": 0, "synthetic_images": len(finished[0].labels),
+        "teacher": None, "plugins": [],
     }  # fmt: skip
     return facts | {"recipe": recipe_dict(recipe), "parts": plans}
 

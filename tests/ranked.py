@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py do: `torchrun ... -m tests.ranked FOLDER` works off FOLDER/cases.json."""
+"""What the processes of tests/test_ranks.py do: `torchrun ... -m tests.ranked FOLDER [LEFT OUT]` works off FOLDER/cases.json."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class _counted:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")  # as a program that uses it anyway: ddkit takes the group that is there
-    place, left_out = Path(sys.argv[1]), sys.argv[2].split(",") if len(sys.argv) > 2 else []
+    place, left_out = Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else []
     cases = json.loads((place / "cases.json").read_text())
     work(place, {name: case for name, case in cases.items() if name not in left_out}, distributed=True)
     torch.distributed.destroy_process_group()

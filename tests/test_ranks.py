@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 import ddkit
-from ddkit import plugins, ranks
+from ddkit import api, plugins, ranks
 from ddkit.checkpoints import Checkpoints
 from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
+from ddkit.recipes import recipe_for
 from ddkit.testing import parts
 from ddkit.testing.parts import in_parts, part_of
 from ddkit.testing.world import Setting
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 CLASSES, STEPS = 5, 50  # neither 2 nor 3 divides the classes
 SIZES = (2, 3)
 IMAGES, LOSSES = 1e-4, 1e-4  # how far images (pixel units) and losses (relative) may be from those of one process
-TINY = {"network.width": 8, "network.depth": 2, "engine.checkpoint_every": 25}
+TINY = {"network.width": 8, "network.depth": 1, "engine.checkpoint_every": 25}
 LOSSES_OF_DDKIT = ("dm", "dkkt-primal", "dkkt-stationarity", "gm", "feature-regression", "total-variation", "image-norm")
 EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "every loss": (",".join(LOSSES_OF_DDKIT), {"losses.feature-regression.mixup": 0.3, "losses.dkkt-primal.masked": True}),
@@ -49,11 +50,12 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
         {"losses.dkkt-stationarity.distance": "l2", "losses.dkkt-stationarity.constraint": "softplus"},
     ),
     "stationarity, layer-cosine, noise": ("dkkt", {"losses.dkkt-stationarity.distance": "layer-cosine", "views.default.noise": 0.2}),
-    "chunks": ("dm,dkkt-primal", {"engine.chunk": 1}),
+    "chunks": ("dm,dkkt-primal", {"engine.chunk": 2}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
 EACH_RECIPE = ("default", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dsv-blend", "dc")
-IN_THREE = tuple(EACH_LOSS)  # what else three processes do is slow: test_every_recipe_in_three_processes
+IN_THREE = ("every loss", "stationarity, layer-cosine, noise", "some of the real images")
+SLOW_IN_THREE = tuple(name for name in (*EACH_LOSS, *EACH_RECIPE) if name not in IN_THREE)
 EACH_START = ("real", "noise", "kmeans", "herding", "k-center", "mix", "multiplier")
 REFUSED = {
     "a loss of the whole set": "sees the whole synthetic set at once",
@@ -88,7 +90,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     data = folder / "data.npz"
     np.savez(data, x_train=images, y_train=labels, x_test=images[::4], y_test=labels[::4])
     teacher = folder / "teacher.safetensors"
-    ddkit.train(teacher, dataset=f"npz:{data}", sets={"teacher.width": 8, "teacher.depth": 2, "teacher.norm": "batch", "train.epochs": 1})
+    ddkit.train(teacher, dataset=f"npz:{data}", sets={"teacher.width": 8, "teacher.depth": 1, "teacher.norm": "batch", "train.epochs": 1})
     return World(data, teacher, folder)
 
 
@@ -97,7 +99,7 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
     steps = common | {"steps": STEPS}
     found = {name: steps | {"losses": losses, "sets": TINY | sets} for name, (losses, sets) in EACH_LOSS.items()}
     found |= {name: steps | {"recipe": name, "sets": TINY} for name in EACH_RECIPE}
-    found["dc"]["sets"] = TINY | {"network.inner_epochs": 2}  # 50 take a minute
+    found["dc"]["sets"] = TINY | {"network.inner_epochs": 1}  # 50 take a minute
     found |= {f"start {name}": common | {"steps": 0, "losses": "dm", "init": name, "sets": TINY} for name in EACH_START}
     judge = {"dataset": f"npz:{world.data}", "pipc": 6, "evaluators": "accuracy,spectrum", "repeats": 3}
     judge["sets"] = {"evaluators.accuracy.epochs": 2, "evaluators.accuracy.model_options.width": 8}
@@ -121,7 +123,7 @@ def results(world: World) -> Path:
     """Returns the folder in which every case was worked off by 1, 2 and 3 processes, the latter two at the same time."""
     cases = cases_of(world)
     (world.folder / "cases.json").write_text(json.dumps(cases))
-    left_out = ",".join(name for name in EACH_RECIPE if name not in IN_THREE)
+    left_out = json.dumps(SLOW_IN_THREE)
     groups = [started(2, "tests.ranked", world.folder, cwd=ROOT), started(3, "tests.ranked", world.folder, left_out, cwd=ROOT)]
     try:
         work(world.folder, {name: case for name, case in cases.items() if "plugin" not in case}, distributed=False)
@@ -167,11 +169,11 @@ def test_the_result_of_three_processes_is_that_of_one(results: Path, name: str) 
 @pytest.mark.slow
 def test_every_recipe_in_three_processes(world: World, results: Path) -> None:
     cases = cases_of(world)
-    (world.folder / "cases.json").write_text(json.dumps({name: cases[name] for name in EACH_RECIPE if name not in IN_THREE}))
+    (world.folder / "cases.json").write_text(json.dumps({name: cases[name] for name in SLOW_IN_THREE}))
     group = started(3, "tests.ranked", world.folder, cwd=ROOT)
     _, said = group.communicate(timeout=600)
     assert group.returncode == 0, said
-    for name in EACH_RECIPE:
+    for name in SLOW_IN_THREE:
         check_same(results / "1" / name, results / "3" / name)
 
 
@@ -221,6 +223,17 @@ def test_what_cannot_be_shared_is_refused_in_every_process(results: Path, size: 
             assert code == "4"
             assert told in message
         assert not (results / str(size) / name).exists(), "nothing half-written is left"
+
+
+def test_a_plan_refuses_what_the_run_would(world: World) -> None:
+    loss = recipe_for("dm", data__use=f"npz:{world.data}", ipc=2, pipc=6)
+    plans = in_parts(2, lambda part: api._plan(loss, "cpu", part))
+    assert plans[0] == plans[1]
+    assert (plans[0]["processes"], plans[0]["accessible_images"], len(plans[0]["classes"])) == (2, 30, 5), "of the whole, not of a part"
+    with pytest.raises(InputError, match=r"6 processes were started for 5 classes"):
+        in_parts(6, lambda part: api._plan(loss, "cpu", part))
+    with pytest.raises(InputError, match=r"Use --set network\.norm=instance, or one process"):
+        in_parts(2, lambda part: api._plan(recipe_for("dm", sets=[("network.norm", "batch")]), "cpu", part))
 
 
 def test_what_is_exchanged_is_what_the_losses_need(results: Path) -> None:
@@ -312,6 +325,15 @@ def test_a_request_to_end_is_heard_by_all_at_one_step(world: World, tmp_path: Pa
     assert told.count("ddkit: Interrupted after step") == 1, said
     step = int(told.split("Interrupted after step ")[1].split(" ")[0])
     assert {file.name for file in (out / "checkpoints").iterdir()} >= {f"step-{step:08d}.part-{part}-of-2.safetensors" for part in (1, 2)}
+
+
+@pytest.mark.slow
+def test_a_plan_is_that_of_all_processes_and_printed_once(tmp_path: Path, world: World) -> None:
+    group = started(2, "ddkit", "distill", *flags_of(world, steps=1), "--plan", cwd=tmp_path)
+    printed, said = group.communicate(timeout=60)
+    assert group.returncode == 0, said
+    assert printed.count("Would distil 10 images") == printed.count("in 2 processes") == 1
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def distill(**flags: Any) -> None:
 
     if flags["plan"]:
         with blaming_flags(flags):
-            _show_plan(api.plan(recipe, device=flags["device"]), flags["as_json"])
+            _show_plan(api.plan(recipe, device=flags["device"], distributed=True), flags["as_json"])
         return
     with blaming_flags(flags):
         run = api.run_recipe(
@@ -140,11 +140,12 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         return
     import tomli_w
 
+    in_processes = f" in {plan['processes']} processes" if plan["processes"] > 1 else ""
     height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
-        f"{plan['device']}; teacher: {plan['teacher'] or 'none needed'}.\n"
+        f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}.\n"
     )
     show(tomli_w.dumps(plan["recipe"]), end="")
 
