@@ -281,7 +281,7 @@ def _made(recipe: Recipe, place: _Place, watchers: Observers, *, begun: bool = F
 
 def _begin(made: _Made, directory: RunDirectory) -> None:
     """Writes what a run that is cut off continues from."""
-    with products(made.job.device, made.job.products):
+    with products(made.job.device, made.job.decided.products):
         made.engine.start()
     if made.job.evaluators and made.job.ranks.first:
         _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
@@ -304,7 +304,7 @@ def _finish(made: _Made, directory: RunDirectory, watchers: Observers, *, start:
     job, bank, engine, recipe = made
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter()
-    with products(job.device, job.products):
+    with products(job.device, job.decided.products):
         _iterate(job, bank, engine, recipe, directory, watchers, start)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
@@ -399,7 +399,7 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "plugins": job.plugins_used,
         **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
-        **known_spectrum(job.sample_of_real_images()),
+        **known_spectrum(job.real.sample()),
         "real_files": job.real.sources,
         **({"processes": {"count": job.ranks.size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.size > 1 else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -12,11 +13,16 @@ from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
 from ddkit.errors import DdkitError, InputError, is_text, shown
+from ddkit.files import bytes_of
 from ddkit.images import Kinds
 from ddkit.loading import load_images, surveyed
+from ddkit.mapped import give_back, rows_of
 from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import DataTable, Recipe
+from ddkit.spectra import spread
+
+HASHED_ROWS = 100  # images that are hashed at once
 
 
 def open_dataset(table: DataTable) -> Dataset:
@@ -143,7 +149,7 @@ class RealData:
         ranks: Ranks = ALONE,
     ) -> None:
         """Opens only the accessible images; `shape` is needed where pipc is 0. `held_out` None: the test split is tested on."""
-        self.dataset, self.pipc, self.seed, self.held_out = dataset, pipc, seed, held_out
+        self.dataset, self.pipc, self.seed, self.held_out, self.ranks = dataset, pipc, seed, held_out, ranks
         self.split = "test" if held_out is None else "held-out"
         labels = dataset.labels("train")
         self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
@@ -163,6 +169,32 @@ class RealData:
         if len(self.images) == len(self.indices):
             return self.images
         return load_images(self.dataset, "train", self.indices, self.info.shape)
+
+    def sample(self) -> Tensor:
+        """Returns the accessible images that stand for all of them in a report; none in every process but the first."""
+        rows = spread(torch.arange(len(self.labels)))
+        own = rows[(rows >= self.own.start) & (rows < self.own.stop)] - self.own.start
+        found = self.ranks.gathered(rows_of(self.images, own))
+        return self.images[:0] if found is None else found
+
+    def digest(self) -> str:
+        """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
+        counts = class_counts(self.labels, self.info.classes)
+        images_by_class = self.images.split([counts[label] for label in self.ranks.classes(self.info.classes)])
+        own = [self._digest_of(images) for images in images_by_class]
+        digest = hashlib.sha256(repr(self.info.shape).encode())
+        digest.update(bytes_of(self.labels))
+        for part in self.ranks.heard(own):
+            digest.update("".join(part).encode())
+        return digest.hexdigest()
+
+    def _digest_of(self, images: Tensor) -> str:
+        """Returns the sha256 of some of the images; what lies on the disk does not stay in memory."""
+        digest = hashlib.sha256()
+        for part in images.split(HASHED_ROWS):
+            digest.update(bytes_of(part))
+            give_back(self.images)
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, recipe: Recipe, dataset: Dataset, shape: tuple[int, int, int] | None, ranks: Ranks = ALONE) -> RealData:

@@ -8,35 +8,20 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddkit.bank import Bank, all_finite
-from ddkit.blame import advice, called, check_random_states, random_states
-from ddkit.components import Loss
+from ddkit.blame import check_random_states, random_states
 from ddkit.errors import DdkitError, Interrupted, RunFailed
-from ddkit.step import SharedStep, Step, StepSource
+from ddkit.step import SharedStep, Step
+from ddkit.stepsource import StepSource
+from ddkit.terms import Term
 
 Record = dict[str, Any]
 Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values and diagnostics, by loss
-
-
-class Term(NamedTuple):
-    """One weighted loss of a recipe."""
-
-    label: str
-    loss: Loss
-    weight: float
-
-    def __str__(self) -> str:
-        return called("loss", self.loss, self.label)
-
-    @property
-    def advice(self) -> str:
-        """What to add to a message about it."""
-        return advice("loss", self.loss)
 
 
 class Engine:

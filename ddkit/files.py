@@ -170,13 +170,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 def tensors_digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:
     """Returns the sha256 of `record` as JSON, then of name, dtype, shape and bytes of every tensor in order of name."""
-    import torch
-
     digest = hashlib.sha256(json_digest(dict(record)).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"\0{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """Returns the bytes of a tensor on the CPU, as hashlib takes them."""
+    import torch
+
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -17,31 +15,27 @@ from torch import Tensor, nn
 from ddkit import pluginfile, plugins
 from ddkit.bank import Bank
 from ddkit.blame import blamed, called
-from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Loss, Model, Start
-from ddkit.compute import Arithmetic, decide_arithmetic, machine_bytes, pick_device
+from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Model, Start
+from ddkit.compute import machine_bytes, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
+from ddkit.decisions import Decisions
 from ddkit.decode import check_factor, encoded
-from ddkit.engine import Engine, Term
-from ddkit.errors import DdkitError, FlagError, InputError, PluginError, RunFailed
+from ddkit.engine import Engine
+from ddkit.errors import DdkitError, InputError, RunFailed
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
-from ddkit.mapped import give_back, rows_of
-from ddkit.networks import build_network, couples_samples, features_of, forward_flops, saved_bytes
-from ddkit.options import Parameter, Requires, written_options
+from ddkit.networks import build_network, features_of
+from ddkit.options import written_options
 from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import Recipe
-from ddkit.spectra import spread
-from ddkit.step import StepSource, ViewSpec
+from ddkit.stepsource import StepSource, ViewSpec
 from ddkit.teacher import Teacher
 from ddkit.teachers import Report, automatic_teacher, load_teacher, read_teacher, resolved_training
+from ddkit.terms import check_access, check_separable, declared_by, terms_of
 from ddkit.training import Schedule
 
 AUTOMATIC_TEACHER = "the automatic teacher"
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
-CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
-ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
-HASHED_ROWS = 100  # images that are hashed at once
-IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
 class Job:
@@ -54,13 +48,13 @@ class Job:
     def __init__(self, recipe: Recipe, *, device: str = "auto", begun: bool = False, ranks: Ranks = ALONE) -> None:
         self.recipe, self.begun, self.ranks = recipe, begun, ranks
         self.device = pick_device(device)
-        self.terms = _terms(recipe)
+        self.terms = terms_of(recipe)
         self.requires = [term.loss.requires for term in self.terms]
-        _check_access(recipe, self.terms)
+        check_access(self.terms, recipe.pipc)
         self.dataset = self._without_data() or open_dataset(recipe.data)
         check_classes(self.dataset)
         ranks.check(len(self.dataset.class_names))
-        _check_separable(self.terms, ranks)
+        check_separable(self.terms, ranks)
         self._check_room()
         self.teacher: Teacher | None = None
         self.real = RealData.of(recipe, self.dataset, self._shape(), ranks)
@@ -150,7 +144,10 @@ class Job:
             self.real.check_test_set()
         if recipe.engine.deterministic:
             self._check_deterministic()
-        self._decide()
+        self.decided = Decisions(
+            recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
+            network=lambda: build_network(self.model, info, 0, "probe"), teacher=self._teacher_probe,
+        )  # fmt: skip
 
     def _check_deterministic(self) -> None:
         """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
@@ -178,91 +175,6 @@ class Job:
         options = table.options | ({} if table.compose is None else {"compose": table.compose})
         return ViewSpec(plugins.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
 
-    def _decide(self) -> None:
-        """Resolves what the engine decides by itself, from model, shapes, steps and device alone."""
-        engine = self.recipe.engine
-        self.chunk = self._automatic_chunk() if engine.chunk == "auto" else engine.chunk
-        self.block, self.step_work = 0, 0.0
-        if self.ranks.size > 1 and self.needs_network and self._coupled:
-            raise InputError(
-                f"The network's features of an image depend on its batch (batch norm), so the classes cannot be dealt out to "
-                f"{self.ranks.size} processes. Use --set network.norm=instance, or one process.",
-                "network.norm",
-            )
-        if self.chunk and self.needs_network and self._coupled:
-            raise InputError(
-                "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
-                "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
-                "engine.chunk",
-            )
-        if not self.needs_embedder:
-            self.arithmetic = Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
-            return
-        if engine.compile is True and not self._compilable:
-            why = "its features of an image depend on the batch (batch norm)" if self._coupled else "its model has no method embed"
-            raise InputError(
-                f"engine.compile = true: the network is not compiled, as {why}. Leave it at auto, or use another network, for "
-                "example --set network.model=convnet --set network.norm=instance.",
-                "engine.compile",
-            )
-        self.step_work = forward_flops(self._probe, self.info, features=True) * (
-            self._real_rows() + 2 * self.info.classes * self.recipe.rows_per_class
-        )
-        self.arithmetic = decide_arithmetic(
-            engine.compile if self._compilable else False,
-            engine.precision,
-            self.device,
-            work=self.step_work * self.recipe.steps,
-            step_work=self.step_work,
-        )
-        if not self._coupled:
-            self.block = self._automatic_block() if engine.block == "auto" else engine.block
-
-    @property
-    def products(self) -> str:
-        """The precision of float32 products on a GPU: exact where a loss needs second derivatives, else as decided."""
-        return "float32" if any(requires.second_order for requires in self.requires) else self.arithmetic.precision
-
-    @cached_property
-    def _probe(self) -> nn.Module:
-        return build_network(self.model, self.info, 0, "probe")
-
-    @cached_property
-    def _coupled(self) -> bool:
-        return couples_samples(self._probe, self.info)
-
-    @property
-    def _compilable(self) -> bool:
-        """Whether the embedder may be compiled: it treats images apart, and its features are no by-product of a hook."""
-        return not self._coupled and hasattr(self._probe, "embed")
-
-    def _real_rows(self) -> int:
-        """Returns the real images of a step, where a loss looks at any."""
-        counts = class_counts(self.real.labels, self.info.classes)
-        return sum(min(count, self.recipe.data.batch) for count in counts) if any(r.real for r in self.requires) else 0
-
-    def _automatic_block(self) -> int:
-        """Returns how many images are embedded at once: few enough for the cache of a CPU, and for engine.memory."""
-        limit = min(CACHED_MIB if self.device.type == "cpu" else math.inf, self.recipe.engine.memory / 4)
-        return max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, self.info))))
-
-    def _automatic_chunk(self) -> int:
-        """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
-        separable = [requires for requires in self.requires if requires.separable in ("sum", "mean")]
-        if not separable or (self.needs_network and self._coupled):
-            return 0
-        per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
-        per_class = per_image * self.recipe.rows_per_class
-        if any(requires.real for requires in separable):
-            per_class += per_image * min(max(class_counts(self.real.labels, self.info.classes), default=0), self.recipe.data.batch)
-        if any(requires.embedder or requires.network_gradients for requires in separable):
-            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
-        views = {view for requires in separable for view in (requires.views or ("default",)) if requires.teacher}
-        if views:
-            per_class += len(views) * int(ALIVE * saved_bytes(self._teacher_probe(), self.info)) * self.recipe.rows_per_class
-        chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
-        return 0 if chunk >= -(-self.info.classes // self.ranks.size) else chunk  # the same in every process
-
     def _teacher_probe(self) -> nn.Module:
         """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
         table = self.recipe.teacher
@@ -273,40 +185,11 @@ class Job:
     @cached_property
     def inputs(self) -> dict[str, str]:
         """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
-        found = {"the accessible data": self._data_digest()}
+        found = {"the accessible data": self.real.digest()}
         if self.teacher is not None and self._distils_with_teacher:
             name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"the teacher {Path(self.recipe.teacher.use).name}"
             found[name] = self.teacher.sha256 or ""
         return found
-
-    def _data_digest(self) -> str:
-        """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
-        own = [self._digest_of(images) for images in self._images_by_class()]
-        digest = hashlib.sha256(repr(self.info.shape).encode())
-        digest.update(_bytes_of(self.real.labels))
-        for part in self.ranks.heard(own):
-            digest.update("".join(part).encode())
-        return digest.hexdigest()
-
-    def _digest_of(self, images: Tensor) -> str:
-        """Returns the sha256 of some of the real images; what lies on the disk does not stay in memory."""
-        digest = hashlib.sha256()
-        for part in images.split(HASHED_ROWS):
-            digest.update(_bytes_of(part))
-            give_back(self.real.images)
-        return digest.hexdigest()
-
-    def _images_by_class(self) -> tuple[Tensor, ...]:
-        counts = class_counts(self.real.labels, self.info.classes)
-        return self.real.images.split([counts[label] for label in self.own_classes])
-
-    @property
-    def needs_embedder(self) -> bool:
-        return any(requires.embedder for requires in self.requires)
-
-    @property
-    def needs_network(self) -> bool:
-        return any(requires.embedder or requires.network_gradients for requires in self.requires)
 
     @property
     def needs_teacher(self) -> bool:
@@ -351,7 +234,7 @@ class Job:
         images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
         stored, labels = encoded(images, factor), rows[:: factor**2]
         return Bank(
-            stored.to(self.device), labels.to(self.device), _declared(self.terms), self.recipe.optimizer, factor=factor,
+            stored.to(self.device), labels.to(self.device), declared_by(self.terms), self.recipe.optimizer, factor=factor,
             start=own.start * self.recipe.ipc, size=self.info.classes * self.recipe.ipc,
         )  # fmt: skip
 
@@ -393,13 +276,6 @@ class Job:
             )
         return images
 
-    def sample_of_real_images(self) -> Tensor:
-        """Returns the accessible images that stand for all of them in a report; none in every process but the first."""
-        rows = spread(torch.arange(len(self.real.labels)))
-        own = rows[(rows >= self.real.own.start) & (rows < self.real.own.stop)] - self.real.own.start
-        found = self.ranks.gathered(rows_of(self.real.images, own))
-        return self.real.images[:0] if found is None else found
-
     def engine(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
         source = StepSource(
@@ -411,21 +287,21 @@ class Job:
             batch=self.recipe.data.batch,
             augmenter=self.augmenter,
             views=self.views,
-            model=self.model if self.needs_network else None,
+            model=self.model if self.decided.needs_network else None,
             renew_every=self.recipe.network.renew_every,
             teacher=self.teacher,
             device=self.device,
-            arithmetic=self.arithmetic,
-            block=self.block,
+            arithmetic=self.decided.arithmetic,
+            block=self.decided.block,
             inner=self._inner(),
             ranks=self.ranks,
         )
-        return Engine(bank, source, self.terms, chunk=self.chunk)
+        return Engine(bank, source, self.terms, chunk=self.decided.chunk)
 
     def _inner(self) -> Schedule | None:
         """Returns how the network is trained between steps, None where it is not."""
         table = self.recipe.network
-        if not table.inner_epochs or not self.needs_network:
+        if not table.inner_epochs or not self.decided.needs_network:
             return None
         return Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
 
@@ -460,10 +336,10 @@ class Job:
             },
             engine=replace(
                 recipe.engine,
-                chunk=self.chunk,
-                block=self.block,
-                compile=self.arithmetic.compile,
-                precision=self.arithmetic.precision,
+                chunk=self.decided.chunk,
+                block=self.decided.block,
+                compile=self.decided.arithmetic.compile,
+                precision=self.decided.arithmetic.precision,
             ),
             losses=losses,
             evaluators={
@@ -479,7 +355,7 @@ class Job:
             ("initializer", recipe.initializer.use),
             ("augmenter", recipe.augmenter.use),
         ]
-        named += [("model", recipe.network.model)] if self.needs_network else []
+        named += [("model", recipe.network.model)] if self.decided.needs_network else []
         named += [("model", recipe.teacher.model)] if self.needs_teacher else []
         named += [("augmenter", recipe.train.augmenter)] if self.needs_teacher and recipe.teacher.use == "auto" else []
         named += [("augmenter", view.augmenter) for view in recipe.views.values()]
@@ -493,11 +369,6 @@ class Job:
         ]
 
 
-def _bytes_of(tensor: Tensor) -> Any:
-    """Returns the bytes of a tensor on the CPU, for a digest."""
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
 def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     """Returns the evaluators of `recipe` for the data, by label; raises InputError where one needs real images and none are accessible."""
     made: dict[str, Evaluator] = {
@@ -508,51 +379,3 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     if recipe.pipc == 0 and needing:
         raise InputError(f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} compares with some.", "pipc")
     return made
-
-
-def _terms(recipe: Recipe) -> list[Term]:
-    if not recipe.losses:
-        raise InputError("The recipe has no loss. Choose some: --losses dm,dkkt (Recipes of a teacher alone are for `ddkit train`.)")
-    terms = []
-    for label, table in recipe.losses.items():
-        name = recipe.loss_name(label)
-        loss: Loss = plugins.create("loss", name, table.options, where=f"losses.{label}")
-        with blamed("loss", loss, building=True):
-            requires = loss.requires
-        if not isinstance(requires, Requires):
-            plugin = plugins.find("loss", name)
-            raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
-        terms.append(Term(label, loss, table.weight))
-    return terms
-
-
-def _check_access(recipe: Recipe, terms: list[Term]) -> None:
-    if recipe.pipc == 0:
-        needing = [term.label for term in terms if term.loss.requires.real]
-        if needing:
-            raise InputError(
-                f"With pipc 0 there are no real images, but {', '.join(needing)} needs some. Give --pipc 1 or more.",
-                "pipc",
-            )
-
-
-def _check_separable(terms: list[Term], ranks: Ranks) -> None:
-    """Raises InputError where the run has several processes and a loss that has to see the whole set."""
-    whole = [term for term in terms if term.loss.requires.separable is None]
-    if whole and ranks.size > 1:
-        raise InputError(
-            f"The {whole[0]} sees the whole synthetic set at once (its ddkit.Requires says nothing of `separable`), so its classes cannot "
-            f"be dealt out to {ranks.size} processes. Run it in one process, or leave it out.{whole[0].advice}",
-            f"losses.{whole[0].label}",
-        )
-
-
-def _declared(terms: list[Term]) -> Mapping[str, Parameter]:
-    declared: dict[str, Parameter] = {}
-    for term in terms:
-        for name, spec in term.loss.requires.parameters.items():
-            if name in ("images", "labels", "soft_labels"):
-                raise FlagError(f"The loss '{term.label}' declares a parameter '{name}', a name that the set itself uses.")
-            if declared.setdefault(name, spec) != spec:
-                raise InputError(f"Two losses declare the parameter '{name}' differently; '{term.label}' is one of them.")
-    return declared

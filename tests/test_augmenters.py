@@ -19,7 +19,8 @@ from ddkit.bank import Bank
 from ddkit.images import Normalisation
 from ddkit.recipe import OptimizerTable
 from ddkit.recipes import recipe_for
-from ddkit.step import SharedStep, StepSource
+from ddkit.step import SharedStep
+from ddkit.stepsource import StepSource
 
 Array = npt.NDArray[np.float64]
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")

@@ -23,7 +23,7 @@ import ddkit
 from ddkit import plugins
 from ddkit.bank import Bank
 from ddkit.embedder import Embedder
-from ddkit.engine import Engine, Term
+from ddkit.engine import Engine
 from ddkit.errors import DdkitError
 from ddkit.files import read_tensors
 from ddkit.hookspecs import Observers
@@ -31,6 +31,7 @@ from ddkit.jobs import Job
 from ddkit.recipe import OptimizerTable, parse_recipe
 from ddkit.step import SharedStep, Step
 from ddkit.teachers import save_teacher
+from ddkit.terms import Term
 
 CLASSES = 5
 Values = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]

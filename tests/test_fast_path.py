@@ -20,11 +20,12 @@ from ddkit import plugins
 from ddkit.bank import Bank
 from ddkit.compute import PAYS_BACK, Arithmetic, decide_arithmetic, native_bfloat16, products, tune_process
 from ddkit.embedder import Embedder
-from ddkit.engine import Engine, Term, _Guard
+from ddkit.engine import Engine, _Guard
 from ddkit.images import Normalisation
 from ddkit.networks import build_network, forward_flops, redraw, training_flops
 from ddkit.recipe import OptimizerTable
-from ddkit.step import StepSource, ViewSpec
+from ddkit.stepsource import StepSource, ViewSpec
+from ddkit.terms import Term
 from ddkit.training import Schedule, fit
 from tests.conftest import SMALL_FLAGS, Result
 
@@ -377,7 +378,7 @@ def peak():  # not ru_maxrss, which a process inherits from the one that started
 
 before = peak()
 engine.evaluate(0)
-print(job.chunk, (peak() - before) / 1024)
+print(job.decided.chunk, (peak() - before) / 1024)
 """
 
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit.bank import Bank
-from ddkit.engine import Engine, Term
-from ddkit.step import StepSource
+from ddkit.engine import Engine
+from ddkit.stepsource import StepSource
+from ddkit.terms import Term
 
 INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=2, size=(8, 8))
 CONVOLUTIONS = {"features.0", "features.4"}

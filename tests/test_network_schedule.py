@@ -14,13 +14,15 @@ from torch import Tensor, nn
 import ddkit
 from ddkit import api
 from ddkit.bank import Bank
-from ddkit.engine import Engine, Term
+from ddkit.engine import Engine
 from ddkit.files import read_tensors, write_tensors
 from ddkit.jobs import Job
 from ddkit.networks import build_network, embed, network_tensors
 from ddkit.recipe import Recipe, parse_recipe
 from ddkit.recipes import recipe_for
-from ddkit.step import NORM_IMAGES, Step
+from ddkit.step import Step
+from ddkit.stepsource import NORM_IMAGES
+from ddkit.terms import Term
 
 from .conftest import SMALL_FLAGS, Result
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def test_a_deterministic_run_of_all_losses_works_on_the_cpu(cli: Cli) -> None:
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
     """Prepares a run as if its device were a GPU; nothing is computed there before the check."""
     monkeypatch.setattr("ddkit.jobs.pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr(Job, "_decide", lambda self: None)
+    monkeypatch.setattr("ddkit.jobs.Decisions", lambda *arguments, **more: SimpleNamespace(needs_network=True))
     sets = [("engine.deterministic", True), *given.pop("sets", [])]
     Job(recipe_for(losses="dm,dkkt", pipc=2, evaluators="none", sets=sets, **given))
 

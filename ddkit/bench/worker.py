@@ -131,7 +131,7 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 
     def advance(count: int) -> None:
         nonlocal index
-        with compute.products(job.device, job.products):
+        with compute.products(job.device, job.decided.products):
             engine.run(
                 index, index + count, observe=lambda number, record: None, save=lambda number: None, is_read=lambda number: number % 10 == 0
             )
@@ -142,10 +142,11 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     advance(1)
     first = _synchronised() - began
     advance(2)
-    embedder = engine.source.embedder(index) if job.needs_embedder else None
+    embedder = engine.source.embedder(index) if job.decided.needs_embedder else None
+    decided = job.decided
     facts = {
-        "first_step_seconds": first, "flops": flops, "work": job.step_work, "precision": job.arithmetic.precision,
-        "compiled": embedder is not None and embedder.compiled, "chunk": job.chunk, "block": job.block, "start_mib": start_mib,
+        "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,
+        "compiled": embedder is not None and embedder.compiled, "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,
     }  # fmt: skip
 
     def measure() -> dict[str, Any]:

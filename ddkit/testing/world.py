@@ -15,13 +15,15 @@ from ddkit.bank import Bank
 from ddkit.components import DataInfo, Loss, Model
 from ddkit.compute import Arithmetic
 from ddkit.embedder import Embedder
-from ddkit.engine import Engine, Term
+from ddkit.engine import Engine
 from ddkit.images import Normalisation
 from ddkit.networks import build_network
 from ddkit.options import Requires
 from ddkit.randomness import generator
-from ddkit.step import SharedStep, Step, StepSource, ViewSpec
+from ddkit.step import SharedStep, Step
+from ddkit.stepsource import StepSource, ViewSpec
 from ddkit.teacher import Teacher
+from ddkit.terms import Term
 
 CPU = torch.device("cpu")
 PLAIN = Arithmetic(compile=False, precision="float32")
