@@ -25,6 +25,8 @@ from ddkit import plugins, ranks
 from ddkit.checkpoints import Checkpoints
 from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
+from ddkit.jobs import Job
+from ddkit.recipes import recipe_for
 from ddkit.testing import parts
 from ddkit.testing.parts import in_parts, part_of
 from ddkit.testing.world import Setting
@@ -440,3 +442,22 @@ def test_a_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 def test_more_processes_than_classes_are_refused() -> None:
     with pytest.raises(InputError, match=r"3 processes were started for 2 classes.*--nproc-per-node=2"):
         in_parts(3, lambda part: part.check(2))
+
+
+def test_the_chunks_of_a_run_do_not_depend_on_its_processes() -> None:
+    """A run that was begun by many, each with few classes, may go on in one, which has them all to fit into engine.memory."""
+    recipe = recipe_for(None, losses="dm", ipc=10, pipc=10, evaluators="none", sets=[("engine.memory", 8)])
+    alone = Job(recipe, device="cpu")
+    assert 5 <= alone.chunk < 10, "half of the classes would fit"
+    half = Job(recipe, device="cpu", ranks=Half())
+    assert half.own_classes == range(5)
+    assert half.resolved() == alone.resolved()
+
+
+class Half(ranks.Ranks):
+    """The first of two processes, as far as a job needs the other."""
+
+    size = 2
+
+    def heard(self, value: Any) -> list[Any]:
+        return [value, value]
