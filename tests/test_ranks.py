@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 import ddkit
@@ -461,3 +462,19 @@ class Half(ranks.Ranks):
 
     def heard(self, value: Any) -> list[Any]:
         return [value, value]
+
+
+def test_a_group_of_the_program_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program that distils many times would else run out of connections."""
+    for name, value in zip(ranks.LAUNCHED, ("0", "2", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for _ in range(3):
+            with ranks.group() as made:
+                made.wait()
+            assert distributed.is_initialized()
+            assert distributed.distributed_c10d._world.pg_map.keys() == {distributed.group.WORLD}
+    finally:
+        distributed.destroy_process_group()
