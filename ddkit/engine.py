@@ -318,7 +318,10 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _interruption() -> Iterator[list[int]]:
-    """Inside, the first SIGINT or SIGTERM is noted in the list and the next acts at once."""
+    """Inside, SIGINT and SIGTERM are noted in the list, and a second SIGINT acts at once.
+
+    A second SIGTERM is the same request once more, as a cluster sends it to all processes and torchrun, or a study, passes it on.
+    """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noted
@@ -327,8 +330,8 @@ def _interruption() -> Iterator[list[int]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)
-        for each, handler in previous.items():
-            signal.signal(each, handler)
+        if number == signal.SIGINT:
+            signal.signal(number, previous[signal.SIGINT])
 
     for number in previous:
         signal.signal(number, note)

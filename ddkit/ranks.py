@@ -128,6 +128,10 @@ class Group(Ranks):
             self._cpu: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
         self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
 
+    def leave(self) -> None:
+        """Closes the connections that were made for this group alone."""
+        self._distributed.destroy_process_group(self._cpu)
+
     def _of(self, tensor: Tensor) -> Any:
         return self._cpu if tensor.device.type == "cpu" else None
 
@@ -250,11 +254,15 @@ def group(*, wanted: bool = True) -> Iterator[Ranks]:
     own = not distributed.is_initialized()
     if own:
         _begin(distributed)
+    made = Group()
     try:
-        yield Group()
+        yield made
     finally:
-        if own and sys.exc_info()[0] is None:  # after an error the others may be gone, and leaving in order would wait for them
-            distributed.destroy_process_group()
+        if sys.exc_info()[0] is None:  # after an error the others may be gone, and leaving in order would wait for them
+            if own:
+                distributed.destroy_process_group()
+            else:
+                made.leave()
 
 
 def _begin(distributed: Any) -> None:

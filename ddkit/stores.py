@@ -65,8 +65,9 @@ def merge(other: Path, out: Path) -> int:
 
 def _copy_set(run: Path, place: Path) -> None:
     """Copies a finished run under another name first."""
-    for name in read_manifest(run)["files"]:
-        check_listed(run, name)
+    for manifest in (run / MANIFEST, *sorted(run.glob(f"*/*/{MANIFEST}"))):  # also those of the parts of a blend
+        for name in read_manifest(manifest.parent)["files"]:
+            check_listed(manifest.parent, name)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
         copied = Path(folder) / place.name
         shutil.copytree(run, copied, ignore=shutil.ignore_patterns(".*"))

@@ -588,6 +588,22 @@ def test_a_signal_writes_a_checkpoint_and_the_run_continues_from_it_to_the_same_
     assert (resumed.path / "synthetic.safetensors").read_bytes() == (straight.path / "synthetic.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_termination_that_comes_twice_or_after_ctrl_c_is_one_request(recipe: Maker, tmp_path: Path, first: int) -> None:
+    """As when a cluster, or a terminal, sends it to all processes, and the one that started this one passes it on."""
+
+    acted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: acted.append(number))
+    try:
+        with pytest.raises(ddkit.Interrupted, match="after step 2 of 4") as caught:
+            ddkit.distill(recipe(["dm"]), out=tmp_path / "run", device="cpu", observers=[Kicks(first, 1), Kicks(signal.SIGTERM, 1)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert acted == []
+    assert caught.value.exit_code == 128 + first
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002.safetensors").is_file()
+
+
 # Extra parameters
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as distributed
 from torch import Tensor
 
 import ddkit
@@ -25,6 +26,7 @@ from ddkit import api, plugins, ranks
 from ddkit.checkpoints import Checkpoints
 from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
+from ddkit.jobs import Job
 from ddkit.recipes import recipe_for
 from ddkit.testing import parts
 from ddkit.testing.parts import in_parts, part_of
@@ -462,3 +464,38 @@ def test_a_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 def test_more_processes_than_classes_are_refused() -> None:
     with pytest.raises(InputError, match=r"3 processes were started for 2 classes.*--nproc-per-node=2"):
         in_parts(3, lambda part: part.check(2))
+
+
+def test_the_chunks_of_a_run_do_not_depend_on_its_processes() -> None:
+    """A run that was begun by many, each with few classes, may go on in one, which has them all to fit into engine.memory."""
+    recipe = recipe_for(None, losses="dm", ipc=10, pipc=10, evaluators="none", sets=[("engine.memory", 8)])
+    alone = Job(recipe, device="cpu")
+    assert 5 <= alone.decided.chunk < 10, "half of the classes would fit"
+    half = Job(recipe, device="cpu", ranks=Half())
+    assert half.own_classes == range(5)
+    assert half.resolved() == alone.resolved()
+
+
+class Half(ranks.Ranks):
+    """The first of two processes, as far as a job needs the other."""
+
+    size = 2
+
+    def heard(self, value: Any) -> list[Any]:
+        return [value, value]
+
+
+def test_a_group_of_the_program_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program that distils many times would else run out of connections."""
+    for name, value in zip(ranks.LAUNCHED, ("0", "2", "localhost", "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for _ in range(3):
+            with ranks.group() as made:
+                made.wait()
+            assert distributed.is_initialized()
+            assert distributed.distributed_c10d._world.pg_map.keys() == {distributed.group.WORLD}
+    finally:
+        distributed.destroy_process_group()

@@ -350,12 +350,17 @@ def test_shares_made_apart_are_the_whole_study_once_they_are_put_together(cli: C
     assert "0 sets and evaluations were copied from share-1" in again.err
 
 
-def test_a_damaged_store_is_not_merged_and_nothing_half_copied_stays(cli: CLI, commands: list[list[str]]) -> None:
+@pytest.mark.parametrize("place", [".", "parts/first"])
+def test_a_damaged_store_is_not_merged_and_nothing_half_copied_stays(cli: CLI, commands: list[list[str]], place: str) -> None:
     study = f"./{_study()}"
     one = [*SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
     assert cli("reproduce", study, *one, "--out", "first").code == 0
     (run,) = (path for path in Path("first/sets").glob("dm-*") if path.is_dir())
-    file = run / "synthetic.safetensors"
+    if place != ".":  # as a recipe that is a blend has its parts
+        shutil.copytree(run, "part")
+        (run / "parts").mkdir()
+        shutil.move("part", run / place)
+    file = run / place / "synthetic.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
