@@ -22,7 +22,7 @@ from ddkit.data import check_classes, open_dataset
 from ddkit.engine import Engine, deterministic
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.evaluating import evaluate, recorded, run_evaluators
-from ddkit.files import write_atomic, write_json
+from ddkit.files import folders_of, write_atomic, write_json
 from ddkit.film import add_frame, begin_film, is_frame
 from ddkit.hookspecs import Observers
 from ddkit.jobs import AUTOMATIC_TEACHER, Job
@@ -39,6 +39,7 @@ from ddkit.teacher import Teacher
 from ddkit.teachers import save_teacher, train_teacher
 
 log = logging.getLogger("ddkit")
+PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
 __all__ = ["Run", "blend", "distill", "evaluate", "plan", "resume", "run_recipe", "train"]
 
@@ -420,13 +421,16 @@ def train(
 ) -> Teacher:
     """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it.
 
-    `dataset` is as for distill. `allow_code` lets Python code run that a recipe file names.
+    Folders of `out` that are missing are made, and do not stay where the training fails. `dataset` is as for distill. `allow_code` lets
+    Python code run that a recipe file names.
     """
     permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
     path = Path(out)
     if path.exists():
         raise RunFilesError(f"--out {path} exists already; name a new file.")
-    with passing(dataset) as data, permission.allowing(allow_code):
+    if path.suffix in PICKLED:
+        raise FlagError(f"--out {path}: a teacher file is safetensors. Name it {path.with_suffix('.safetensors')}.")
+    with passing(dataset) as data, permission.allowing(allow_code), folders_of(path):
         built = recipe_for(
             recipe, model=model, evaluators="none", sets=list((sets or {}).items()), data__dir=data_dir, seed=seed, **data
         )  # fmt: skip
@@ -436,7 +440,7 @@ def train(
         write_atomic(path, b"")  # shows that it can be written before an hour of training
         path.unlink()
         teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
-    save_teacher(path, teacher)
+        save_teacher(path, teacher)
     return teacher
 
 

@@ -83,7 +83,8 @@ def load(path: str | Path) -> Artifact:
     if not file.is_file():
         unfinished = (Path(path) / "recipe.toml").is_file()
         hint = f" (`ddkit distill --out {path} --resume` continues it.)" if unfinished else ""
-        raise RunFilesError(f"{file} does not exist, so {path} is no finished run.{hint}")
+        what = f"The folder {path} has no {FILE}" if Path(path).is_dir() else f"There is no file or folder {path}"
+        raise RunFilesError(f"{what}, so it is no finished run. Name a run directory or a synthetic set's file.{hint}")
     if Path(path).is_dir():
         check_listed(Path(path), FILE)
     try:

@@ -66,9 +66,14 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
 
 
 def _difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
-    only_first = [name for name in ours if name not in theirs][:5]
-    only_second = [name for name in theirs if name not in ours][:5]
-    return f"only the first has {only_first}, only the second has {only_second}"
+    return f"only the first has {_some(ours, theirs)}, only the second has {_some(theirs, ours)}"
+
+
+def _some(names: Sequence[str], others: Sequence[str], most: int = 5) -> str:
+    """Returns the names that are not among the others, the first few of them."""
+    own = [name for name in names if name not in others]
+    more = f" and {len(own) - most} more" if len(own) > most else ""
+    return f"{', '.join(own[:most])}{more}" if own else "none of its own"
 
 
 def _larger(first: object, second: object) -> object:

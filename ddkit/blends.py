@@ -34,23 +34,28 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     Raises DdkitError.
     """
     parts = load(first), load(second)
-    result = blended(*parts, alpha)
-    known = [RunDirectory.existing(Path(part)).read_recipe() for part in (first, second) if (Path(part) / RECIPE).is_file()]
-    copied = ("data", "teacher", "train", "seed", "pipc")
-    table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
-    paths = [Path(part).absolute() for part in (first, second)]
-    blend_ = {"first": str(paths[0]), "second": str(paths[1]), "alpha": alpha}
-    recipe = parse_recipe({**table, "name": "blend", "ipc": _images_a_class(result), "blend": blend_})
     with RunDirectory.claim(Path(out)) as directory:
         try:
-            if known:
-                directory.write_recipe(recipe_dict(recipe))
-            save_set(result, directory)
-            _keep(parts, directory)
-            close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
+            return _write_blend((Path(first), Path(second)), parts, alpha, directory)
         except BaseException:
             directory.discard()
             raise
+
+
+def _write_blend(places: tuple[Path, Path], parts: tuple[Artifact, Artifact], alpha: float, directory: RunDirectory) -> Run:
+    """Writes the blend of both `parts`, read from `places`, as a finished run."""
+    result = blended(*parts, alpha)
+    known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
+    copied = ("data", "teacher", "train", "seed", "pipc")
+    table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
+    paths = [place.absolute() for place in places]
+    blend_ = {"first": str(paths[0]), "second": str(paths[1]), "alpha": alpha}
+    recipe = parse_recipe({**table, "name": "blend", "ipc": _images_a_class(result), "blend": blend_})
+    if known:
+        directory.write_recipe(recipe_dict(recipe))
+    save_set(result, directory)
+    _keep(parts, directory)
+    close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **_blend_facts(recipe, paths)})
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
 
 

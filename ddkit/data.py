@@ -155,7 +155,8 @@ class RealData:
         self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
         if not self.indices and shape is None:
             raise InputError(
-                "With --pipc 0 nothing tells the image shape: give a teacher made by ddkit, which records it (--teacher FILE)."
+                "With --pipc 0 and no test images nothing tells the image shape: give a teacher made by ddkit, which records it "
+                "(--teacher FILE)."
             )
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.own = class_rows(self.labels, ranks.classes(len(dataset.class_names)))

@@ -7,7 +7,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,25 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+@contextmanager
+def folders_of(path: Path) -> Iterator[None]:
+    """Makes the folders that `path` lacks; where the work inside fails, those that it left empty are removed again."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        obstacle = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None)
+        why = f"{obstacle} is no folder" if obstacle else error.strerror or error
+        raise RunFilesError(f"{path} cannot be written: {why}.") from None
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+        raise
 
 
 def _umask() -> int:

@@ -116,13 +116,15 @@ class Job:
         if self.recipe.pipc != 0:
             return None
         if self.recipe.teacher.use == "auto":
-            return self._first_shape()
+            return self._first_shape("train")  # it is trained on all of them anyway
         shape = self._teacher_record.get("input_shape")
-        return (int(shape[0]), int(shape[1]), int(shape[2])) if shape else None
+        if shape:
+            return int(shape[0]), int(shape[1]), int(shape[2])
+        return self._first_shape("test") if len(self.dataset.labels("test")) else None  # of training images none is accessible
 
-    def _first_shape(self) -> tuple[int, int, int]:
-        """Returns the shape of the first training image: an automatic teacher is trained on all of them anyway."""
-        channels, height, width = self.dataset.images("train", [0])[0].shape
+    def _first_shape(self, split: str) -> tuple[int, int, int]:
+        """Returns the shape of the first image of a split."""
+        channels, height, width = self.dataset.images(split, [0])[0].shape
         return channels, height, width
 
     def _build_components(self) -> None:

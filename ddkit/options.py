@@ -84,16 +84,16 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("Requires: teacher_gradients and views need teacher=True as well")
 
 
-def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Collection[str] = ()) -> T:
+def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Collection[str] = (), *, whole: str = "the recipe") -> T:
     """Returns `table` as a `kind`, or raises InputError naming `where`, the key, and what would be right.
 
-    `also` are keys that the same table of the recipe may hold, to suggest from.
+    `also` are keys that the same table of the recipe may hold, to suggest from. `whole` is what a table is called that is in no other.
     """
     fields = {field.encode_name for field in msgspec.structs.fields(kind)}
     for key in table:
         if key not in fields:
             at = f"{where}.{key}" if where else key
-            raise InputError(f"{where or 'the recipe'} has no key '{key}'. {suggestion(key, {*fields, *also})}", at)
+            raise InputError(f"{where or whole} has no key '{key}'. {suggestion(key, {*fields, *also})}", at)
     for path, value in _leaves(table, where):
         _check_leaf(path, value)
     try:

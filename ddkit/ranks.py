@@ -320,11 +320,13 @@ class LastWords:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._store: Any = None
         with suppress(Exception):  # whatever is wrong with the store, the error itself must be told
+            import torch.distributed
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)) if agent else None
+            # Without torchrun's agent the store is that of the first process, from when the processes have found one another.
+            there = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or torch.distributed.is_initialized()
+            self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)) if there else None
 
     def mine(self, error: BaseException | None) -> bool:
         """Returns whether this process is the one to tell `error`."""

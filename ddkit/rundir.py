@@ -332,7 +332,9 @@ def _recipe_key(table: Mapping[str, Any]) -> str:
 
 
 def _occupied(path: Path) -> RunFilesError:
-    return RunFilesError(f"--out {path} already holds something. Name another folder, or continue a run that is there with --resume.")
+    unfinished = (path / RECIPE).is_file() and not (path / MANIFEST).is_file()
+    going_on = f", or continue the run that is there: ddkit distill --out {path} --resume" if unfinished else ""
+    return RunFilesError(f"--out {path} already holds something. Name another folder{going_on}.")
 
 
 def is_logged(index: int, steps: int, log_every: int) -> bool:

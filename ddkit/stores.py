@@ -7,8 +7,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from ddkit.artifact import FILE
 from ddkit.errors import FlagError, RunFilesError
-from ddkit.files import read_json, sync, unsealed, write_atomic
+from ddkit.files import json_digest, read_json, sync, unsealed, write_atomic
 from ddkit.manifest import MANIFEST, check_listed, read_manifest
 from ddkit.tasks import Task
 
@@ -36,8 +37,8 @@ def share(tasks: Sequence[Task], number: int, of: int) -> list[Task]:
 def merge(other: Path, out: Path) -> int:
     """Copies into the store `out` what the store `other` has finished and `out` has not; returns how many sets and evaluations.
 
-    What both have stays as it is in `out`. Raises RunFilesError where `other` is no store or a file in it is damaged, and then leaves
-    no half-copied set behind.
+    What both have stays as it is in `out`, and an evaluation of another set of the same name is left. Raises RunFilesError where `other`
+    is no store or a file in it is damaged, and then leaves no half-copied set behind.
     """
     source, target = other / SETS, out / SETS
     if not source.is_dir():
@@ -54,13 +55,20 @@ def merge(other: Path, out: Path) -> int:
                 found += 1
         for file in sorted(source.glob("*.json")):
             place = target / file.name
-            if not place.is_file():
+            if not place.is_file() and _is_of_the_same_set(file, source, target):
                 unsealed(read_json(file), file)
                 write_atomic(place, file.read_bytes())
                 found += 1
     except OSError as error:
         raise RunFilesError(f"{error.filename or target} cannot be copied: {error.strerror or error}.") from None
     return found
+
+
+def _is_of_the_same_set(evaluation: Path, source: Path, target: Path) -> bool:
+    """Whether the set that was evaluated is the one that `target` has; one that both have made may differ in the last digits."""
+    name = evaluation.stem.rpartition("-")[0]
+    both = [store / name for store in (source, target) if (store / name / MANIFEST).is_file()]
+    return len({json_digest(read_manifest(run)["files"].get(FILE)) for run in both}) < 2
 
 
 def _copy_set(run: Path, place: Path) -> None:

@@ -79,13 +79,20 @@ class Cell(NamedTuple):
 def read_study(name: str) -> Study:
     """Returns an installed study or that of a file; raises InputError naming what is wrong with it."""
     raw = read_named("study", name)
-    study = parse_study(raw)
+    try:
+        study = parse_study(raw)
+    except InputError as error:
+        raise InputError(f"The study {name}: {error}", error.path) from None
     return study if study.name else msgspec.structs.replace(study, name=Path(name).stem)
 
 
 def parse_study(raw: Mapping[str, Any]) -> Study:
     """Returns a study from TOML data, checked as far as that needs no recipe."""
-    study = parse_struct(Study, dict(raw), "")
+    for name, system in _mapping(raw.get("systems")).items():
+        parse_struct(SystemTable, _mapping(system), f"systems.{name}")
+    for number, cell in enumerate(raw["cells"] if isinstance(raw.get("cells"), list) else []):
+        parse_struct(CellTable, _mapping(cell), f"cells[{number}]")
+    study = parse_struct(Study, dict(raw), "", whole="the study")
     for what, table in (("systems", study.systems), ("cells", study.cells)):
         if not table:
             raise InputError(f"The study has no {what}.", what)
@@ -107,6 +114,11 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         for unknown in (each for each in names if each not in study.systems):
             raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)
     return study
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """Returns a table as it is, and for anything else {}: that it is none is told where the whole study is read."""
+    return value if isinstance(value, Mapping) else {}
 
 
 def cells_of(study: Study) -> list[Cell]:

@@ -19,7 +19,7 @@ from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
 from ddkit.compute import compiled, decide_arithmetic, products
 from ddkit.data import data_info
-from ddkit.errors import InputError, RunFilesError
+from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
 from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
@@ -134,9 +134,13 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
             f"(`ddkit info model {plugins.split_name(model)[0]}`)."
         )
         raise InputError(f"The teacher {path} does not fit the model '{model}'; {'; '.join(problems)}.{hint}")
-    if not all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point()):
+    if not _all_finite(tensors):
         raise InputError(f"The teacher {path} holds values that are not finite.")
     module.load_state_dict(tensors)
+
+
+def _all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    return all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
 
 
 def save_teacher(path: Path, teacher: Teacher) -> None:
@@ -155,7 +159,10 @@ def train_teacher(
     device: torch.device,
     report: Report | None = None,
 ) -> Teacher:
-    """Returns a teacher trained on all of the training split; its test accuracy, if there is a test split, is recorded."""
+    """Returns a teacher trained on all of the training split; its test accuracy, if there is a test split, is recorded.
+
+    Raises RunFailed where the training diverges.
+    """
     labels = dataset.labels("train")
     images = load_images(dataset, "train", range(len(labels)), shape)
     mean, std = channel_statistics(images)
@@ -163,6 +170,11 @@ def train_teacher(
     model = plugins.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
     _fit_teacher(module, Normalisation(mean, std).lazily(images).to(device), labels.to(device), train, info, seed, report)
+    if not _all_finite(module.state_dict()):
+        raise RunFailed(
+            f"The training of the teacher diverged: its weights are not finite after {train.epochs} epochs. Nothing is kept of it. "
+            f"Use a smaller rate (--set train.lr={train.lr / 10:g}), or another schedule or optimizer."
+        )
     record = {
         "model": plugins.split_name(table.model)[0],
         "options": {

@@ -52,10 +52,8 @@ def check_access(terms: Sequence[Term], pipc: int | str) -> None:
     if pipc == 0:
         needing = [term.label for term in terms if term.loss.requires.real]
         if needing:
-            raise InputError(
-                f"With pipc 0 there are no real images, but {', '.join(needing)} needs some. Give --pipc 1 or more.",
-                "pipc",
-            )
+            need = "needs" if len(needing) == 1 else "need"
+            raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Give --pipc 1 or more.", "pipc")
 
 
 def check_separable(terms: Sequence[Term], ranks: Ranks) -> None:

@@ -84,6 +84,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "nocells": SYSTEM,
         "stranger-study": f"pictures = ['b']\n{SYSTEM}[[cells]]\nipc = 1\npipc = 2\n",
         "badrecipe-study": "[systems.a]\nrecipe = 'practicl'\n[[cells]]\nipc = 1\npipc = 2\n",
+        "badcell": f"{SYSTEM}[[cells]]\nipc = 0\npipc = 2\n",
+        "badsystem": f"{SYSTEM}picp = 1\n[[cells]]\nipc = 1\npipc = 2\n",
         "twocells": f"{SYSTEM}[[cells]]\nipc = 1\npipc = 2\n[[cells]]\nipc = 1\npipc = 2\n",
         "reserved": f"set = {{seed = 3}}\n{SYSTEM}[[cells]]\nipc = 1\npipc = 2\n",
     }

@@ -45,7 +45,7 @@ def test_images_are_matched_by_class_name_and_place() -> None:
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        (_set("ac"), "only the first has ['b'], only the second has ['c']"),
+        (_set("ac"), "only the first has b, only the second has c"),
         (_set("ab", (0, 1, 1, 1)), "has 2 images of the class 'a', the second 1"),
         (_set("ab", (0, 0, 0, 1, 1, 1)), "only sets of the same ipc"),
         (_set("ab", size=5), "(1, 4, 4) (C, H, W), the second of (1, 5, 5)"),

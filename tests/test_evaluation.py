@@ -14,6 +14,7 @@ from ddkit_evaluators import PROTOCOLS, Accuracy
 from ddkit_evaluators.trainer import SoftLabels, Trainer
 
 import ddkit
+from ddkit.cli.common import evaluation_table
 from ddkit.data import RealData, open_dataset
 from ddkit.options import describe_options
 from ddkit.recipe import DataTable
@@ -154,6 +155,13 @@ def trainer(made: ddkit.Artifact, given: ddkit.EvaluationData) -> Trainer:
 
 
 BASELINES = ["pipc-real", "class-mean"]
+
+
+def test_what_is_not_the_protocols_is_told_beside_its_name() -> None:
+    (shorter,), (own,) = evaluated(epochs=7, random_real=False), evaluated(epochs=300, random_real=False, repeats=1)
+    assert shorter.details["variant"] == "7 epochs"
+    assert "variant" not in own.details, "300 are those of the protocol"
+    assert "short, 7 epochs" in evaluation_table([shorter])
 
 
 def test_baselines_are_rows_of_their_own_and_change_no_other() -> None:

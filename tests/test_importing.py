@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import ddkit
@@ -239,6 +240,15 @@ def test_a_checkpoint_of_ones_own_network_becomes_a_teacher(cli: Cli, monkeypatc
     assert "--allow-code" in asked.err  # the file names the code, not the user
     assert cli(*run, "--steps", 1, "--out", "yes", "--model", "python:own_import.small").code == 0
     sys.modules.pop("own_import", None)
+
+
+def test_of_a_bare_teacher_without_images_the_test_set_tells_the_shape(cli: Cli, tmp_path: Path) -> None:
+    save_file(_network(width=8).state_dict(), str(tmp_path / "bare.safetensors"))
+    options = ("--set", "teacher.width=8", "--set", "teacher.norm=instance", "--set", "teacher.mean=[0.3]", "--set", "teacher.std=[0.4]")
+    run = ("distill", "--losses", "dkkt", "--init", "noise", "--teacher", tmp_path / "bare.safetensors", *options, "--steps", 1)
+    made = cli(*run, "--pipc", 0, "--evaluate", "none", "--out", "run")
+    assert made.code == 0, made.err
+    assert ddkit.load("run").images.shape[1:] == (1, 8, 8)
 
 
 def test_an_imported_teacher_distils(cli: Cli, tmp_path: Path) -> None:

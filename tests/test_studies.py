@@ -20,6 +20,7 @@ import pytest
 from ddkit import plugins, reproduce, tasks
 from ddkit.cli import cli as command_line
 from ddkit.errors import InputError, RunFailed
+from ddkit.manifest import write_manifest
 from ddkit.recipe import parse_recipe
 from ddkit.stores import share
 from ddkit.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
@@ -348,6 +349,23 @@ def test_shares_made_apart_are_the_whole_study_once_they_are_put_together(cli: C
     assert json.loads(together.out)["figures"] == json.loads(whole.out)["figures"]
     again = cli("reproduce", study, *SMALL[:-1], "--merge", "share-1", "--show")
     assert "0 sets and evaluations were copied from share-1" in again.err
+
+
+def test_an_evaluation_of_another_set_of_the_same_name_is_not_merged(cli: CLI, commands: list[list[str]]) -> None:
+    study = f"./{_study()}"
+    one = [*SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    for store in ("first", "second"):
+        assert cli("reproduce", study, *one, "--out", store).code == 0
+    shutil.copytree("second", "same")
+    (manifest,) = Path("second/sets").glob("dm-*/manifest.json")
+    facts = {key: value for key, value in json.loads(manifest.read_text()).items() if key not in ("schema", "digest", "sealed")}
+    facts["files"]["synthetic.safetensors"]["sha256"] = "0" * 64  # as if it were another one
+    write_manifest(manifest.parent, facts)
+    for store, copied in (("second", 0), ("same", 1)):
+        for kept in Path(store).glob("sets/*.json"):
+            kept.unlink()
+        assert cli("reproduce", study, *one, "--merge", "first", "--out", store, "--show").code == 0
+        assert len(list(Path(store).glob("sets/*.json"))) == copied
 
 
 @pytest.mark.parametrize("place", [".", "parts/first"])

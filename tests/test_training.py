@@ -31,6 +31,7 @@ from ddkit.training import Schedule, accuracy, fit
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
 INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=1, size=(4, 4))
+Cli = Callable[..., Result]
 CPU = torch.device("cpu")
 
 
@@ -455,6 +456,17 @@ def test_teacher_without_test_images_has_no_accuracy(tmp_path: Path) -> None:
     assert make_teacher(tmp_path / "t.safetensors", folder).info["test_accuracy"] is None
 
 
+@pytest.mark.parametrize("command", [("train", "--out", "new/t.safetensors"), ("distill", "--losses", "dkkt", "--out", "new/run")])
+def test_a_teacher_whose_training_diverges_is_told_and_not_kept(own_cache: Path, cli: Cli, command: tuple[str, ...]) -> None:
+    small = ("--set", "train.lr=1e12", "--set", "train.epochs=1", "--set", "teacher.width=4", "--set", "teacher.norm=none")
+    result = cli(*command, *small)
+    assert (result.code, result.out) == (1, "")
+    assert "diverged" in result.err
+    assert "--set train.lr=" in result.err
+    assert not Path("new").exists()
+    assert list(own_cache.glob("teachers/*")) == []
+
+
 def automatic(folder: Path, caplog: pytest.LogCaptureFixture, **changed: Any) -> tuple[ddkit.Teacher, bool]:
     """Returns an automatic teacher, and whether it was said to be trained now."""
     dataset = open_dataset(DataTable(use="imagefolder", options={"path": str(folder)}))
@@ -518,7 +530,7 @@ def bare_state(path: Path, **options: Any) -> Path:
 
 
 def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(
-    cli: Callable[..., Result], tmp_path: Path, image_folder: Path
+    cli: Cli, tmp_path: Path, image_folder: Path
 ) -> None:
     path = bare_state(tmp_path / "bare.safetensors", norm="batch")
     flags = ["--losses", "dkkt", "--dataset", f"imagefolder:{image_folder}", "--teacher", path, "--model", "convnet", "--pipc", 2]

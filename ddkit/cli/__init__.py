@@ -21,8 +21,8 @@ from ddkit.permission import named_by_user
 from ddkit.ranks import LastWords, follows, launched
 
 ENDED_BY_TORCHRUN = (
-    " torchrun asked this process to end, as it does where another one has ended: what it says below tells which. A run that has a "
-    "checkpoint is continued by `ddkit distill --out DIR --resume`."
+    " torchrun asked this process to end: it was told to end all of them, or another one has ended, and it says below which. A run that "
+    "has a checkpoint is continued by `ddkit distill --out DIR --resume`."
 )
 SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
 

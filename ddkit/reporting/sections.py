@@ -281,8 +281,9 @@ def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
 
 def _named(row: Mapping[str, Any]) -> str:
     parts = [row.get("model", ""), row.get("protocol", "")]
-    parts += [str(variant)] if (variant := row.get("details", {}).get("variant")) else []
-    parts += [f"{epochs} epochs"] if (epochs := row.get("details", {}).get("epochs")) else []
+    details = row.get("details", {})
+    epochs, variant = (f"{details['epochs']} epochs" if details.get("epochs") else ""), str(details.get("variant") or "")
+    parts += ["" if epochs and epochs in variant else epochs, variant]  # where the epochs are not the protocol's, the variant tells them
     parts += [str(row["images"])] if row.get("images", "synthetic") != "synthetic" else []
     parts += [str(row["split"])] if row.get("split", "test") != "test" else []
     return ", ".join(str(part) for part in parts if part)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import ddkit
+from ddkit_dkkt.views import Views
 
 
 def primal_loss(logits: Tensor, labels: Tensor, *, masked: bool) -> Tensor:
@@ -36,9 +37,7 @@ class Primal(ddkit.Loss):
 
     class Options(ddkit.Options):
         masked: Annotated[bool, ddkit.Option("whether images already classified as their label count 0")] = False
-        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors", min_length=1)] = msgspec.field(
-            default_factory=lambda: {"default": 1.0}
-        )
+        views: Views = msgspec.field(default_factory=lambda: {"default": 1.0})
 
     order_invariant = True
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 import ddkit
 from ddkit_dkkt.invariance import module_groups, scale_invariant_groups
+from ddkit_dkkt.views import Views
 
 log = logging.getLogger("ddkit")
 
@@ -78,9 +79,7 @@ class Stationarity(ddkit.Loss):
             "all"
         )
         scale_invariant: Annotated[Literal["skip", "keep"], ddkit.Option("what to do with scale-invariant groups")] = "skip"
-        views: Annotated[dict[str, float], ddkit.Option("views it is evaluated on, with factors", min_length=1)] = msgspec.field(
-            default_factory=lambda: {"default": 1.0}
-        )
+        views: Views = msgspec.field(default_factory=lambda: {"default": 1.0})
         init: Annotated[float, ddkit.Option("first multiplier", gt=0)] | Literal["least-squares"] = 1.0
         lr: Annotated[float, ddkit.Option("learning rate of the multipliers (Adam)", ge=0)] = 0.01
         constraint: Annotated[

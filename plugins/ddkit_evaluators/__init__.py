@@ -174,12 +174,23 @@ class Accuracy(ddkit.Evaluator):
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
-        changed = {"ema": self.options.ema or None, "augment": None if self.options.augment == "auto" else self.options.augment}
-        changed = {key: value for key, value in changed.items() if value is not None}
-        facts |= changed | ({"variant": ", ".join(f"{key} {value}" for key, value in changed.items())} if changed else {})
+        facts |= self._changed
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
         return [self._row(name, kind, made, real if kind == "synthetic" else [], facts) for kind, made in by_kind.items()]
+
+    @property
+    def _changed(self) -> dict[str, Any]:
+        """What is not the protocol's, and under "variant" the same in words: such figures are not those of the protocol."""
+        options, own = self.options, PROTOCOLS[self.options.protocol].schedule
+        changed = {
+            "epochs": None if options.epochs in (None, own.epochs) else options.epochs,
+            "ema": options.ema or None,
+            "augment": None if options.augment == "auto" else options.augment,
+        }
+        changed = {key: value for key, value in changed.items() if value is not None}
+        words = [f"{value} epochs" if key == "epochs" else f"{key} {value}" for key, value in changed.items()]
+        return changed | ({"variant": ", ".join(words)} if words else {})
 
     def _row(self, name: str, images: str, made: list[float], real: list[float], facts: dict[str, Any]) -> ddkit.Evaluation:
         return ddkit.Evaluation(

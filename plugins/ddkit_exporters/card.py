@@ -269,9 +269,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| trained on | model | protocol | tested on | n | accuracy | random real |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         told = [str(row.get(key, usual)) for key, usual in (("images", "synthetic"), ("model", ""), ("protocol", ""), ("split", "test"))]
-        epochs = row.get("details", {}).get("epochs")
-        told[2] += f", {epochs} epochs" if epochs else ""
-        told[2] += f", {row['details']['variant']}" if row.get("details", {}).get("variant") else ""
+        details = row.get("details", {})
+        epochs, variant = (f"{details['epochs']} epochs" if details.get("epochs") else ""), str(details.get("variant") or "")
+        told[2] = ", ".join(part for part in (told[2], "" if epochs and epochs in variant else epochs, variant) if part)
         figures = [_percent(row.get(f"{key}_mean"), row.get(f"{key}_std")) for key in ("accuracy", "random_real")]
         lines.append(f"| {' | '.join([*map(markdown, told), str(row.get('repeats', '')), *figures])} |")
     return "\n".join(lines)
