@@ -308,7 +308,10 @@ class Job:
         return Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
 
     def resolved(self) -> Recipe:
-        """Returns the recipe with every option, and what the engine decided, written out."""
+        """Returns the recipe with every option, and what the engine decided, written out.
+
+        Its notes are left out: they tell of the values that the recipe had before they were changed.
+        """
         recipe = self.recipe
         replace = msgspec.structs.replace
         teacher, training = recipe.teacher, recipe.train
@@ -322,6 +325,7 @@ class Job:
         }
         return replace(
             recipe,
+            notes={},
             teacher=teacher,
             train=training,
             data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=written_options(self._data_options())),

@@ -15,7 +15,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ddkit import plugins
+from ddkit import api, plugins
 from ddkit.errors import DdkitError, FlagError, InputError, PluginError
 from ddkit.recipe import NAMED_TABLES, TABLES, Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import assign, build_recipe, described, parse_set, read_recipe, recipe_for, select_losses
@@ -420,6 +420,19 @@ def test_info_shows_the_rules_of_a_setting(cli: Callable[..., Result]) -> None:
     ]
     assert rows["initializer.std"]["value"] is None
     assert "0.1 if pipc <= 10" in cli("info", "practical").out
+
+
+@pytest.mark.parametrize("name", [p.name for p in plugins.plugins() if p.kind == "recipe" and p.distribution == "ddkit"])
+def test_every_setting_of_a_recipe_says_where_it_comes_from_and_why(name: str) -> None:
+    rows = described(read_recipe(name))
+    assert rows
+    assert [row["path"] for row in rows if row["origin"] not in ("paper", "ours") or not row["why"]] == []
+
+
+def test_a_runs_own_recipe_has_no_notes_on_values_that_may_be_others() -> None:
+    recipe = api.plan(recipe_for("practical", data__use="digits"))["recipe"]
+    assert recipe["losses"]["dm"]["weight"] == 0.001
+    assert "notes" not in recipe
 
 
 def test_a_note_holds_for_all_below_its_path() -> None:

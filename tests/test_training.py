@@ -529,9 +529,7 @@ def bare_state(path: Path, **options: Any) -> Path:
     return path
 
 
-def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(
-    cli: Cli, tmp_path: Path, image_folder: Path
-) -> None:
+def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(cli: Cli, tmp_path: Path, image_folder: Path) -> None:
     path = bare_state(tmp_path / "bare.safetensors", norm="batch")
     flags = ["--losses", "dkkt", "--dataset", f"imagefolder:{image_folder}", "--teacher", path, "--model", "convnet", "--pipc", 2]
     statistics_ = ["--set", "teacher.mean=[0.5,0.4,0.3]", "--set", "teacher.std=[0.2,0.25,0.3]"]
