@@ -19,6 +19,7 @@ from ddkit.recipe import Recipe
 
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
+ALIVE_TWICE = 4.0  # likewise where gradients of the parameters are differentiated again
 IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
@@ -117,7 +118,7 @@ class Decisions:
 
     def _automatic_chunk(self) -> int:
         """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
-        separable = [each for each in self.requires if each.separable in ("sum", "mean")]
+        separable = [each for each in self.requires if each.separable is not None]
         if not separable or (self.needs_network and self._coupled):
             return 0
         per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
@@ -128,6 +129,7 @@ class Decisions:
             per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
         views = {view for each in separable for view in (each.views or ("default",)) if each.teacher}
         if views:
-            per_class += len(views) * int(ALIVE * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
+            alive = ALIVE_TWICE if any(each.teacher_gradients for each in separable) else ALIVE
+            per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
         chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
         return 0 if chunk >= self.info.classes else chunk  # whatever the number of processes: another number may go on with the run

@@ -19,8 +19,10 @@ from ddkit.errors import DdkitError, Interrupted, RunFailed
 from ddkit.step import SharedStep, Step
 from ddkit.stepsource import StepSource
 from ddkit.terms import Term
+from ddkit.totals import Totals
 
 Record = dict[str, Any]
+MOST_PASSES = 6  # ddkit's own losses need one or two
 Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values and diagnostics, by loss
 
 
@@ -30,7 +32,9 @@ class Engine:
     def __init__(self, bank: Bank, source: StepSource, terms: Sequence[Term], *, chunk: int = 0) -> None:
         self.bank, self.source, self.terms = bank, source, sorted(terms, key=lambda term: term.label)
         self.ranks = source.ranks
-        self.parts = _parts(self.terms, chunk, source.own_classes)
+        most = -(-source.info.classes // self.ranks.size)  # classes of a process: all of them do chunks, or none does
+        self.parts = _parts(self.terms, chunk if chunk < most else 0, source.own_classes)
+        self._passes = 0  # over all chunks, until what their losses total is known; 0: not found out yet
 
     def start(self) -> None:
         """Fills the extra parameters whose initial values a loss computes from the first step."""
@@ -98,12 +102,17 @@ class Engine:
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}
+        totals = self._totals(index)
         for classes, terms in self.parts:
             shared = self._shared(index, classes, terms)
             total: Tensor | None = None
             for term in terms:
+                if classes is not None and term.label in totals:
+                    totals[term.label].begin()
+                    shared.totals[term.label] = totals[term.label].replay
                 value = self._value(term, shared)
-                values[term.label] = values[term.label] + value.detach() if term.label in values else value.detach()
+                summed = term.label in values and term.label not in totals  # each part has the whole value of a loss with totals
+                values[term.label] = values[term.label] + value.detach() if summed else value.detach()
                 total = term.weight * value if total is None else total + term.weight * value
             logged.update(shared.logged)
             assert total is not None
@@ -112,6 +121,32 @@ class Engine:
         for name, tensor in self.bank.tensors().items():
             gradients.setdefault(name, torch.zeros_like(tensor))
         return self._summed(values), gradients | self._of_the_whole_set(gradients), logged
+
+    def _totals(self, index: int) -> dict[str, Totals]:
+        """Returns the totals over all chunks, by label of the losses that ask for some; {} where nothing is done in chunks.
+
+        How many passes that takes is found out in the first step, which takes one more that must change nothing.
+        """
+        chunks = [(classes, terms) for classes, terms in self.parts if classes is not None]
+        terms = [term for term in chunks[0][1] if term.loss.requires.separable == "total"] if chunks else []
+        totals = {term.label: Totals(term.label) for term in terms}
+        for passed in range(1, MOST_PASSES + 1) if totals else ():
+            for classes, _ in chunks:
+                shared = self._shared(index, classes, terms)
+                for term in terms:
+                    totals[term.label].begin()
+                    shared.totals[term.label] = totals[term.label].record
+                    self._value(term, shared)
+            settled = all([each.settle(self.ranks) for each in totals.values()])
+            if passed == self._passes or (settled and not self._passes):
+                self._passes = self._passes or max(1, passed - 1)
+                return totals
+        if totals:
+            raise RunFailed(
+                f"What the losses {', '.join(totals)} give step.total did not settle in {MOST_PASSES} passes over the chunks of the set. "
+                "It may depend on a few earlier totals, and on no random draw but those of step.generator. Use --set engine.chunk=0."
+            )
+        return {}
 
     def _whole_set(self) -> tuple[Tensor, Tensor]:
         """Returns the images and labels of the set, of all processes, as losses see them."""
@@ -251,8 +286,8 @@ class _Guard:
 
 
 def _parts(terms: Sequence[Term], chunk: int, classes: range) -> list[tuple[range | None, list[Term]]]:
-    separable = [term for term in terms if term.loss.requires.separable in ("sum", "mean")]
-    if not chunk or chunk >= len(classes) or not separable:
+    separable = [term for term in terms if term.loss.requires.separable is not None]
+    if not chunk or not separable:
         return [(None, list(terms))]
     whole = [term for term in terms if term not in separable]
     chunks: list[tuple[range | None, list[Term]]] = [

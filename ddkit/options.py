@@ -61,8 +61,8 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
 
     separable says how the value of the whole set comes from parts of it, each some of the classes: "sum" (the sum of the
     parts' values), "mean" (the same, weighted by rows), "total" (every part computes the value of the whole set, from sums over
-    samples that it passes through step.total or rows that it passes through step.gather; never chunked) or None (the loss always
-    sees the whole set: it is never chunked, and refused in a run of several processes).
+    samples that it passes through step.total or rows that it passes through step.gather; in chunks it is evaluated at least twice)
+    or None (the loss always sees the whole set: it is never chunked, and refused in a run of several processes).
     """
 
     real: bool = False

@@ -17,9 +17,10 @@ from ddkit.embedder import Embedder
 from ddkit.errors import RunFailed
 from ddkit.options import Requires
 from ddkit.randomness import generator
-from ddkit.ranks import Ranks, class_rows
+from ddkit.ranks import class_rows
 from ddkit.stepsource import Parameters, StepSource, rows_by_class
 from ddkit.teacher import Teacher
+from ddkit.totals import Sums
 from ddkit.watch import Watch
 
 
@@ -70,6 +71,7 @@ class SharedStep:
         self._host_labels = [(self.labels, bank.host_labels[self.rows])]  # labels on the device, and the same on the CPU
         self.network_gradients = self.teacher_gradients = False
         self.logged: dict[str, dict[str, Tensor]] = {}
+        self.totals: dict[str, Sums] = {}  # by label of a loss: what adds up its totals over the chunks of the set
         self._views: dict[str, View] = {}
         self.watch = Watch()
         self.watch.note("the images", self.images)  # a view of the bank's shares its counter
@@ -233,15 +235,15 @@ class Step:
 
     def totals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Returns total(t) of each of the tensors, which are of one dtype, in one exchange."""
-        ranks = self._parted("total")
-        return list(_Total.apply(ranks, self._label, *tensors)) if ranks.size > 1 else list(tensors)
+        sums = self._parted("total")
+        return list(tensors) if sums is None else list(_Total.apply(sums, *tensors))
 
     def gather(self, t: Tensor, *, real: bool = False) -> Tensor:
         """Returns the rows t (n, ...) of this part's images (`real`: real images) among those of all parts, in order of class.
 
         In a plain run t itself. Gradients flow into this part's rows alone, as in `total`.
         """
-        if self._parted("gather").size == 1:
+        if self._parted("gather") is None:
             return t
         size, part = self._place(real)
         return self.total(torch.cat([t.new_zeros((part.start, *t.shape[1:])), t, t.new_zeros((size - part.stop, *t.shape[1:]))]))
@@ -260,15 +262,21 @@ class Step:
         first = self._shared.bank.start
         return self.size, slice(first + self._shared.rows.start, first + self._shared.rows.stop)
 
-    def _parted(self, member: str) -> Ranks:
-        """Returns the processes among which the set is parted; raises RunFailed where the loss would see but a part of a part."""
+    def _parted(self, member: str) -> Sums | None:
+        """Returns what adds up the parts of the set, None where this is the whole of it.
+
+        Raises RunFailed where the loss would add up but a part of them.
+        """
         shared = self._shared
         if self._requires.separable != "total" and len(shared.labels) < shared.size:
             raise RunFailed(
                 f"The loss '{self._label}' uses step.{member}, and it is evaluated on parts of the set: "
                 'declare separable="total" in its ddkit.Requires(...).'
             )
-        return shared.source.ranks
+        if self._label in shared.totals:
+            return shared.totals[self._label]
+        ranks = shared.source.ranks
+        return (lambda tensors: ranks.sums(tensors, self._label)) if ranks.size > 1 else None
 
     def log(self, name: str, value: Tensor) -> None:
         """Records a diagnostic scalar or short vector beside the loss's value in metrics.jsonl."""
@@ -329,15 +337,15 @@ class Step:
 
 
 class _Total(torch.autograd.Function):
-    """The sum over all processes; the gradient is that of this process's summand, and is not summed again."""
+    """The sum over all parts of the set; the gradient is that of this part's summand, and is not summed again."""
 
     @staticmethod
-    def forward(ctx: Any, ranks: Ranks, label: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(ranks.sums(tensors, label))
+    def forward(ctx: Any, sums: Sums, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(sums(tensors))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, None, *gradients)
+        return (None, *gradients)
 
 
 class _DeclaredReal(RealStep):

@@ -440,7 +440,8 @@ def test_another_losss_pass_in_training_mode_leaves_batch_norm_as_gradient_match
 
 # Chunks of classes
 
-SEPARABLE = ("dm", "dkkt-primal", "gm", "total-variation", "image-norm")
+SEPARABLE = ("dm", "dkkt-primal", "dkkt-stationarity", "feature-regression", "gm", "total-variation", "image-norm")
+PASSES = {"dkkt-stationarity": 1, "feature-regression": 2}  # mixed images are built from those of other chunks, their features from these
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
@@ -448,7 +449,7 @@ SEPARABLE = ("dm", "dkkt-primal", "gm", "total-variation", "image-norm")
 def test_a_separable_loss_in_chunks_has_the_value_and_gradient_of_the_whole(recipe: Maker, name: str, chunk: int) -> None:
     views = {"default": {"augmenter": "dsa", "compose": 3, "noise": 0.2}}
     data = {"batch": 7}  # fewer than some classes have: the draw of real images must not depend on chunks either
-    base = recipe([name], views=views)
+    base = recipe({name: {"mixup": 0.5} if name == "feature-regression" else {}}, views=views)
     base["data"] |= data
     whole = made(base)[2].evaluate(3)
     base["engine"] |= {"chunk": chunk}
@@ -459,6 +460,42 @@ def test_a_separable_loss_in_chunks_has_the_value_and_gradient_of_the_whole(reci
     scale = float(whole[1]["images"].abs().max())
     assert scale > 0
     torch.testing.assert_close(parts[1]["images"], whole[1]["images"], rtol=1e-4, atol=1e-5 * scale)
+    assert engine._passes == PASSES.get(name, 0)
+    again = engine.evaluate(3)
+    assert torch.equal(again[1]["images"], parts[1]["images"]), "later steps take no pass to find out"
+
+
+def totalling(given: Callable[[ddkit.Step], Tensor]) -> ddkit.Loss:
+    """Returns a loss of the images whose totals are those of `given`, which may be no good ones."""
+    loss = touching(lambda step: None, ddkit.Requires(separable="total"))
+    loss.result = lambda step: step.total(given(step)).square().sum() + step.total(step.images.square().sum())
+    return loss
+
+
+def test_a_total_may_build_on_a_few_earlier_ones(recipe: Maker) -> None:
+    def third(step: ddkit.Step) -> Tensor:
+        mean = step.total(step.images.detach().sum()) / step.size
+        spread = step.total((step.images.detach() - mean).square().sum()) / step.size
+        return (step.images.detach() / spread).abs().sum() + 0 * step.images.sum()
+
+    engine = made(recipe(["square"]))[2]
+    whole, parts = (with_terms(engine, ("mine", totalling(third), 1.0), chunk=chunk) for chunk in (0, 1))
+    torch.testing.assert_close(parts.evaluate(0)[0]["mine"], whole.evaluate(0)[0]["mine"])
+    assert parts._passes == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda step: step.images.sum() * torch.rand(()), "did not settle in 6 passes"),
+        (lambda step: step.images[: len(step.labels)], "shapes differ between parts of the set"),
+    ],
+    ids=["random", "rows"],
+)
+def test_what_cannot_be_totalled_in_chunks_is_told(recipe: Maker, given: Callable[[ddkit.Step], Tensor], said: str) -> None:
+    engine = with_terms(made(recipe(["square"]))[2], ("mine", totalling(given), 1.0), chunk=2)
+    with pytest.raises(ddkit.RunFailed, match=said):
+        engine.evaluate(0)
 
 
 def test_a_separable_mean_that_is_not_one_is_caught_by_that_comparison(recipe: Maker) -> None:

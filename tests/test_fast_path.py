@@ -369,8 +369,10 @@ from ddkit.recipes import recipe_for
 
 torch.set_num_threads(1)
 sets = {"engine.memory": int(sys.argv[2]), "network.width": 64, "network.depth": 3, "initializer.use": "noise"}
-recipe = recipe_for("dm", evaluators="none", data__use=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
+sets |= {"teacher.use": sys.argv[4], "teacher.width": 64, "teacher.norm": "batch"}
+recipe = recipe_for(sys.argv[3], evaluators="none", data__use=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
 job = Job(recipe, device="cpu")
+job.load_teacher()
 engine = job.engine(job.bank())
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
@@ -384,19 +386,26 @@ print(job.decided.chunk, (peak() - before) / 1024)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells the peak")
-def test_the_memory_of_a_step_stays_within_its_budget(tmp_path: Path) -> None:
-    """Measured in a process of its own: 600 synthetic images of 32 x 32, whose activations take several times the budget."""
+@pytest.mark.parametrize(("losses", "small", "code"), [("dm", 128, 48), ("dkkt", 512, 160)])
+def test_the_memory_of_a_step_stays_within_its_budget(tmp_path: Path, losses: str, small: int, code: int) -> None:
+    """Measured in a process of its own: 600 synthetic images of 32 x 32, whose activations take several times the budget.
+
+    `code` are the MiB of what runs for the first time, more where gradients are differentiated again.
+    """
     file = tmp_path / "random.npz"
     pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
     np.savez(file, x_train=pixels, y_train=np.repeat(np.arange(10), 20), x_test=pixels[:1], y_test=np.zeros(1, int))
     grown = {}
-    for budget in (128, 4096):
-        done = subprocess.run([sys.executable, "-c", PEAK, str(file), str(budget)], capture_output=True, text=True, check=True)
+    teacher = tmp_path / "teacher.safetensors"
+    ddkit.train(teacher, dataset=f"npz:{file}", sets={"teacher.width": 64, "teacher.norm": "batch", "train.epochs": 1})
+    for budget in (small, 4096):
+        command = [sys.executable, "-c", PEAK, str(file), str(budget), losses, str(teacher)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         chunk, mib = done.stdout.split()
-        assert (int(chunk) > 0) == (budget == 128)
+        assert (int(chunk) > 0) == (budget == small)
         grown[budget] = float(mib)
-    assert grown[128] < 128 + 48, grown  # some 40 MiB are code that runs for the first time
-    assert grown[4096] > 128 + 48, "the negative control: without chunks it would break the bound"
+    assert grown[small] < small + code, grown
+    assert grown[4096] > small + code, "the negative control: without chunks it would break the bound"
 
 
 # Asking the device

@@ -191,8 +191,8 @@ class LossConformance(ShapeConformance):
             return
         whole, gradients, _ = world.engine().evaluate(0)
         parted = {f"in {size} parts": _in_processes(world, size) for size in (2, 3)}
-        if separable != "total":
-            parted |= {f"in chunks of {chunk}": world.engine(chunk=chunk).evaluate(0)[:2] for chunk in (1, 2)}
+        parted |= {f"in chunks of {chunk}": world.engine(chunk=chunk).evaluate(0)[:2] for chunk in (1, 2)}
+        parted["in chunks of 2 parts"] = _in_processes(world, 2, chunk=1)
         for how, (values, others) in parted.items():
             one, two = float(whole["checked"]), float(values["checked"])
             if abs(one - two) > 1e-9 * max(1.0, abs(one)):
@@ -243,9 +243,9 @@ class LossConformance(ShapeConformance):
             )
 
 
-def _in_processes(world: World, size: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _in_processes(world: World, size: int, chunk: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns value and gradients of the whole set from the processes among which its classes are dealt out."""
-    found = in_parts(size, lambda ranks: part_of(world, ranks).engine().evaluate(0))
+    found = in_parts(size, lambda ranks: part_of(world, ranks).engine(chunk=chunk).evaluate(0))
     names = found[0][1]
     joined = {
         name: torch.cat([part[1][name] for part in found]) if world.bank.is_rowwise(f"bank.{name}") else found[0][1][name] for name in names
