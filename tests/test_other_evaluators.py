@@ -202,9 +202,9 @@ def test_a_variant_of_a_protocol_is_a_row_of_its_own_and_says_so(tmp_path: Path,
     ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=run, device="cpu")
     told = cli("evaluate", run, "--set", "evaluators.accuracy.ema=0.5", "--set", "evaluators.accuracy.augment=none")
     assert told.code == 0, told.err
-    assert "short, ema 0.5, augment none" in told.out
+    assert "short, 2 epochs, ema 0.5, augment none" in told.out
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
-    assert [row["details"].get("variant") for row in rows] == [None, "ema 0.5, augment none"]
-    assert "convnet, short, ema 0.5, augment none, 2 epochs" in (run / "report.html").read_text()
+    assert [row["details"].get("variant") for row in rows] == ["2 epochs", "2 epochs, ema 0.5, augment none"]
+    assert "convnet, short, 2 epochs, ema 0.5, augment none" in (run / "report.html").read_text()
     card = (ddkit.export(run, "card", tmp_path / "card") / "README.md").read_text()
     assert "| short, 2 epochs, ema 0.5, augment none | test |" in card
