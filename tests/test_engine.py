@@ -484,6 +484,12 @@ def test_a_total_may_build_on_a_few_earlier_ones(recipe: Maker) -> None:
     assert parts._passes == 3
 
 
+def test_totals_that_are_not_finite_are_told_as_such(recipe: Maker) -> None:
+    engine = with_terms(made(recipe(["square"]))[2], ("mine", totalling(lambda step: step.images.sum() * float("nan")), 1.0), chunk=2)
+    with pytest.raises(ddkit.RunFailed, match="became nan at step 0"):
+        advance(engine, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
