@@ -23,6 +23,7 @@ from ddkit.totals import Totals
 
 Record = dict[str, Any]
 MOST_PASSES = 6  # ddkit's own losses need one or two
+Evaluated = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]  # values, gradients, diagnostics
 Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values and diagnostics, by loss
 
 
@@ -34,7 +35,7 @@ class Engine:
         self.ranks = source.ranks
         most = -(-source.info.classes // self.ranks.size)  # classes of a process: all of them do chunks, or none does
         self.parts = _parts(self.terms, chunk if chunk < most else 0, source.own_classes)
-        self._passes = 0  # over all chunks, until what their losses total is known; 0: not found out yet
+        self._passes = 1  # over all chunks, until what their losses total is known; more where a step shows that it takes more
 
     def start(self) -> None:
         """Fills the extra parameters whose initial values a loss computes from the first step."""
@@ -96,18 +97,51 @@ class Engine:
                     save(index + 1)
                     raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + signalled)
 
-    def evaluate(self, index: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    def evaluate(self, index: int) -> Evaluated:
         """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
         self.source.advance(index, self._whole_set)
+        chunks = [(classes, terms) for classes, terms in self.parts if classes is not None]
+        totalling = [term for term in chunks[0][1] if term.loss.requires.separable == "total"] if chunks else []
+        if not totalling:
+            return self._evaluated(index, {})
+        while True:
+            totals = self._totals(index, [classes for classes, _ in chunks], totalling)
+            found = self._evaluated(index, totals)
+            exactly = self.bank.images.device.type == "cpu" and self._passes < MOST_PASSES  # a GPU may add up in another order
+            if self.ranks.all(all([each.held(exactly=exactly) for each in totals.values()])):
+                return found
+            if self._passes == MOST_PASSES:
+                raise RunFailed(
+                    f"What the losses {', '.join(totals)} give step.total did not settle in {MOST_PASSES} passes over the chunks of the "
+                    "set. It may depend on a few earlier totals, and on no random draw but those of step.generator. "
+                    "Use --set engine.chunk=0."
+                )
+            self._passes += 1
+
+    def _totals(self, index: int, chunks: Sequence[range], terms: Sequence[Term]) -> dict[str, Totals]:
+        """Returns what `terms` total over all chunks, by label, after as many passes over the chunks as are thought to be needed."""
+        totals = {term.label: Totals(term.label) for term in terms}
+        for _ in range(self._passes):
+            for classes in chunks:
+                shared = self._shared(index, classes, terms)
+                for term in terms:
+                    totals[term.label].begin()
+                    shared.totals[term.label] = totals[term.label].record
+                    self._value(term, shared)
+            for each in totals.values():
+                each.settle(self.ranks)
+        return totals
+
+    def _evaluated(self, index: int, totals: Mapping[str, Totals]) -> Evaluated:
+        """Returns what `evaluate` does; `totals` are known, by label, of losses that are done in chunks and need some."""
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}
-        totals = self._totals(index)
         for classes, terms in self.parts:
             shared = self._shared(index, classes, terms)
             total: Tensor | None = None
             for term in terms:
-                if classes is not None and term.label in totals:
+                if term.label in totals:
                     totals[term.label].begin()
                     shared.totals[term.label] = totals[term.label].replay
                 value = self._value(term, shared)
@@ -121,32 +155,6 @@ class Engine:
         for name, tensor in self.bank.tensors().items():
             gradients.setdefault(name, torch.zeros_like(tensor))
         return self._summed(values), gradients | self._of_the_whole_set(gradients), logged
-
-    def _totals(self, index: int) -> dict[str, Totals]:
-        """Returns the totals over all chunks, by label of the losses that ask for some; {} where nothing is done in chunks.
-
-        How many passes that takes is found out in the first step, which takes one more that must change nothing.
-        """
-        chunks = [(classes, terms) for classes, terms in self.parts if classes is not None]
-        terms = [term for term in chunks[0][1] if term.loss.requires.separable == "total"] if chunks else []
-        totals = {term.label: Totals(term.label) for term in terms}
-        for passed in range(1, MOST_PASSES + 1) if totals else ():
-            for classes, _ in chunks:
-                shared = self._shared(index, classes, terms)
-                for term in terms:
-                    totals[term.label].begin()
-                    shared.totals[term.label] = totals[term.label].record
-                    self._value(term, shared)
-            settled = all([each.settle(self.ranks) for each in totals.values()])
-            if passed == self._passes or (settled and not self._passes):
-                self._passes = self._passes or max(1, passed - 1)
-                return totals
-        if totals:
-            raise RunFailed(
-                f"What the losses {', '.join(totals)} give step.total did not settle in {MOST_PASSES} passes over the chunks of the set. "
-                "It may depend on a few earlier totals, and on no random draw but those of step.generator. Use --set engine.chunk=0."
-            )
-        return {}
 
     def _whole_set(self) -> tuple[Tensor, Tensor]:
         """Returns the images and labels of the set, of all processes, as losses see them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -40,7 +41,7 @@ class RealStep:
     """
 
     def __init__(self, step: SharedStep) -> None:
-        self._step = step
+        self._step = weakref.proxy(step)  # which has this: in a circle both, and their graphs, would wait for the garbage collector
         source = step.source
         drawn = source.real_rows(step.index)
         self.size, self.part = len(drawn), class_rows(source.real_labels[drawn], step.classes or source.own_classes)

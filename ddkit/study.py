@@ -88,10 +88,13 @@ def read_study(name: str) -> Study:
 
 def parse_study(raw: Mapping[str, Any]) -> Study:
     """Returns a study from TOML data, checked as far as that needs no recipe."""
-    for name, system in _mapping(raw.get("systems")).items():
-        parse_struct(SystemTable, _mapping(system), f"systems.{name}")
-    for number, cell in enumerate(raw["cells"] if isinstance(raw.get("cells"), list) else []):
-        parse_struct(CellTable, _mapping(cell), f"cells[{number}]")
+    systems, cells = raw.get("systems"), raw.get("cells")
+    parts: list[tuple[type[Table], str, Any]]
+    parts = [(SystemTable, f"systems.{name}", table) for name, table in systems.items()] if isinstance(systems, Mapping) else []
+    parts += [(CellTable, f"cells[{number}]", table) for number, table in enumerate(cells)] if isinstance(cells, list) else []
+    for kind, where, table in parts:
+        if isinstance(table, Mapping):  # what is no table is told where the whole study is read
+            parse_struct(kind, table, where)
     study = parse_struct(Study, dict(raw), "", whole="the study")
     for what, table in (("systems", study.systems), ("cells", study.cells)):
         if not table:
@@ -114,11 +117,6 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         for unknown in (each for each in names if each not in study.systems):
             raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)
     return study
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    """Returns a table as it is, and for anything else {}: that it is none is told where the whole study is read."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def cells_of(study: Study) -> list[Cell]:
