@@ -167,7 +167,7 @@ def test_the_recipe_that_is_mutated_is_valid() -> None:
     assert _told(lambda: api.plan(recipe_for(BASE), device="cpu")) is None
 
 
-@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(raw=recipes())
 def test_a_mutated_recipe_gives_a_plan_or_one_error(raw: dict[str, Any]) -> None:
     _told(lambda: api.plan(recipe_for(raw), device="cpu"))
@@ -200,7 +200,7 @@ SET_VALUES = st.one_of(
 )  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(path=SET_PATHS, value=SET_VALUES)
 def test_any_set_gives_a_recipe_or_one_error(path: str, value: str) -> None:
     _told(lambda: recipe_for(None, sets=[parse_set(f"{path}={value}")]))
@@ -212,7 +212,7 @@ NAMES = st.sampled_from([
 ])  # fmt: skip
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(losses=st.lists(st.one_of(SIGNS, NAMES), max_size=4).map(",".join))
 def test_any_losses_give_a_recipe_or_one_error(losses: str) -> None:
     _told(lambda: recipe_for(None, losses=losses))
