@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -336,6 +337,29 @@ def test_a_plan_is_that_of_all_processes_and_printed_once(tmp_path: Path, world:
     assert group.returncode == 0, said
     assert printed.count("Would distil 10 images") == printed.count("in 2 processes") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_without_torchrun_too_the_process_that_knows_the_cause_tells_it(tmp_path: Path) -> None:
+    (tmp_path / "bad.py").write_text(
+        "import os, ddkit\nclass Bad(ddkit.Loss):\n    requires = ddkit.Requires(separable='mean')\n"
+        "    def __call__(self, step):\n        if step.index == 2 and os.environ['RANK'] == '1':\n"
+        "            raise ValueError('only here')\n        return step.images.square().mean()\n"
+    )
+    flags = ["--plugin", "bad.py", "--losses", "bad", "--ipc", "1", "--pipc", "2", "--steps", "5", "--evaluate", "none", "--out", "run"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "ddkit", "distill", *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    first, second = (process.communicate(timeout=60)[1] for process in processes)
+    assert first.count("ddkit: ") == 0, first
+    assert "raised ValueError: only here" in second
 
 
 @pytest.mark.slow
