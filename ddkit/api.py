@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit import permission, plugins
+from ddkit import permission, plugins, said
 from ddkit.artifact import Artifact, load
 from ddkit.bank import Bank
 from ddkit.blends import blend, plan_of_blend, run_blend
@@ -160,7 +160,8 @@ def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:
     place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
     watchers = place.watchers()
     stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
-    with place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
+    claim = (lambda: RunDirectory.numbered(stem)) if out is None else (lambda: RunDirectory.claim(out))
+    with said.recording(), place.directory(claim) as directory:
         if recipe.blend is not None:
             return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         with deterministic(recipe.engine.deterministic):
@@ -196,7 +197,7 @@ def resume(
 
 
 def _resume(path: Path, steps: int | None, place: _Place) -> Run:
-    with place.directory(lambda: RunDirectory.existing(path).take()) as directory:
+    with said.recording(), place.directory(lambda: RunDirectory.existing(path).take()) as directory:
         table = directory.read_recipe()
         recipe = parse_recipe(table)
         if recipe.blend is not None and steps is not None:

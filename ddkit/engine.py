@@ -35,6 +35,8 @@ class Engine:
         self.ranks = source.ranks
         most = -(-source.info.classes // self.ranks.size)  # classes of a process: all of them do chunks, or none does
         self.parts = _parts(self.terms, chunk if chunk < most else 0, source.own_classes)
+        self._chunks = [classes for classes, _ in self.parts if classes is not None]
+        self._totalling = [term for term in self.terms if self._chunks and term.loss.requires.separable == "total"]
         self._passes = 1  # over all chunks, until what their losses total is known; more where a step shows that it takes more
 
     def start(self) -> None:
@@ -100,12 +102,10 @@ class Engine:
     def evaluate(self, index: int) -> Evaluated:
         """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
         self.source.advance(index, self._whole_set)
-        chunks = [(classes, terms) for classes, terms in self.parts if classes is not None]
-        totalling = [term for term in chunks[0][1] if term.loss.requires.separable == "total"] if chunks else []
-        if not totalling:
+        if not self._totalling:
             return self._evaluated(index, {})
         while True:
-            totals = self._totals(index, [classes for classes, _ in chunks], totalling)
+            totals = self._totals(index)
             found = self._evaluated(index, totals)
             exactly = self.bank.images.device.type == "cpu" and self._passes < MOST_PASSES  # a GPU may add up in another order
             if self.ranks.all(all([each.held(exactly=exactly) for each in totals.values()])):
@@ -118,13 +118,13 @@ class Engine:
                 )
             self._passes += 1
 
-    def _totals(self, index: int, chunks: Sequence[range], terms: Sequence[Term]) -> dict[str, Totals]:
-        """Returns what `terms` total over all chunks, by label, after as many passes over the chunks as are thought to be needed."""
-        totals = {term.label: Totals(term.label) for term in terms}
+    def _totals(self, index: int) -> dict[str, Totals]:
+        """Returns what losses total over all chunks, by label, after as many passes over the chunks as are thought to be needed."""
+        totals = {term.label: Totals(term.label) for term in self._totalling}
         for _ in range(self._passes):
-            for classes in chunks:
-                shared = self._shared(index, classes, terms)
-                for term in terms:
+            for classes in self._chunks:
+                shared = self._shared(index, classes, self._totalling)
+                for term in self._totalling:
                     totals[term.label].begin()
                     shared.totals[term.label] = totals[term.label].record
                     self._value(term, shared)

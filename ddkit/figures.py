@@ -14,16 +14,18 @@ from ddkit.artifact import load
 from ddkit.errors import printable
 from ddkit.files import write_atomic
 from ddkit.images import sheet_png
-from ddkit.rundir import MANIFEST
+from ddkit.manifest import MANIFEST, read_manifest
+from ddkit.plugins import split_name
 from ddkit.spectra import high_frequency_share, radial_spectrum
-from ddkit.study import Cell, Study, published
+from ddkit.study import Cell, PublishedOn, Study, published
 from ddkit.tasks import Task, kept_row
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One figure: accuracies are fractions, `std` the sample standard deviation over all networks of all sets.
 
-    `std_of_sets` is that of the sets' means; `wanted` the sets asked for; `failed` why one could not be had.
+    `std_of_sets` is that of the sets' means; `wanted` the sets asked for; `failed` why one could not be had. `comparable` is False where
+    the data is not that of the published figures; `warnings` are what the runs of its sets warned of.
     """
 
     ipc: int
@@ -45,10 +47,23 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     high_frequency: float | None = None
     spectrum: list[float] = []
     failed: str = ""
+    dataset: str = ""
+    teacher: str = ""
+    comparable: bool = True
+    warnings: list[str] = []
 
     @property
     def difference(self) -> float | None:
-        return None if self.mean is None or self.published is None else self.mean - self.published
+        return None if self.mean is None or self.published is None or not self.comparable else self.mean - self.published
+
+    @property
+    def name(self) -> str:
+        """The system, as a row of the table names it."""
+        return self.title + (" (soft)" if self.labels == "soft" else "")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} at ipc {self.ipc}, pipc {self.pipc}" + ("" if self.alpha is None else f", alpha {self.alpha:g}")
 
     @property
     def state(self) -> Literal["done", "partly", "failed", "not run"]:
@@ -64,6 +79,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     summary: str
     source: str
     split: str
+    published_on: PublishedOn | None
     figures: list[Figure]
     pictures: list[str]
 
@@ -91,7 +107,26 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         mean=statistics.fmean(networks) if networks else None, std=_std(networks), std_of_sets=_std(means),
         sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
+        dataset=first.recipe.data.use, teacher=_teacher(first), comparable=not done or _comparable(study, done[0][0]),
+        warnings=list(dict.fromkeys(message for task, _ in done for message in read_manifest(task.path).get("warnings", []))),
     )  # fmt: skip
+
+
+def _teacher(task: Task) -> str:
+    """Returns the teacher that the set's recipe asks for, "" where it is a baseline or has none of a file's."""
+    return "" if task.evaluation.images != "synthetic" or task.recipe.teacher.use == "auto" else task.recipe.teacher.use
+
+
+def _comparable(study: Study, task: Task) -> bool:
+    """Whether the set's data may be that of the published figures: the dataset of that name, or a user's own of the same shape."""
+    known = study.published_on
+    if known is None:
+        return True
+    name, argument = split_name(task.recipe.data.use)
+    if name == known.dataset or not argument:
+        return name == known.dataset
+    made = load(task.path)
+    return len(made.class_names) == known.classes and tuple(made.images.shape[1:]) == known.shape
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -145,16 +180,33 @@ def report_table(report: Report, style: str = "simple") -> str:
     header += ["high freq."] if spectra else []
     rows = [_line(figure, blends, spectra) for figure in report.figures]
     rows = [[_markdown(cell) for cell in row] for row in rows] if style == "pipe" else rows
-    left = [f"{f.title} at ipc {f.ipc}, pipc {f.pipc}" for f in report.figures if f.state in ("not run", "partly")]
+    left = [f.label for f in report.figures if f.state in ("not run", "partly")]
     soft = any(figure.labels == "soft" for figure in report.figures)
     notes = [f"{report.study}: accuracy in % on {'held-out training images' if report.split == 'held-out' else 'the test set'}, "
              "mean ± sample standard deviation over all networks; std of sets: of the means of the sets; n = sets x networks."]  # fmt: skip
     notes += ["Systems marked (soft) train on the teacher's probabilities: never compare them with the others."] if soft else []
-    notes += [f"Failed: {f.title} at ipc {f.ipc}, pipc {f.pipc}: {f.failed}" for f in report.figures if f.failed]
+    notes += _data_notes(report)
+    notes += [f"Failed: {f.label}: {f.failed}" for f in report.figures if f.failed]
+    notes += [f"Warned: {message}" for message in dict.fromkeys(message for f in report.figures for message in f.warnings)]
     notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
     aligned = ["right", "right", *["left"] * (len(header) - 2)]
     table = tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned)
     return "\n\n".join([table, "\n".join(map(_markdown, notes) if style == "pipe" else notes)])
+
+
+def _data_notes(report: Report) -> list[str]:
+    """Returns what the figures are of: the data, the data of the published ones, the teacher."""
+    data, teachers = (list(dict.fromkeys(values)) for values in ([f.dataset for f in report.figures], [f.teacher for f in report.figures]))
+    known = report.published_on
+    notes = [f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}.")]
+    if known is not None and not all(figure.comparable for figure in report.figures):
+        size = " x ".join(map(str, known.shape))
+        notes.append(
+            f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is told. "
+            f"Use --dataset {known.dataset}, or imagefolder:PATH with a copy of it."
+        )
+    notes += [f"Teacher: {', '.join(filter(None, teachers))}."] if any(teachers) else []
+    return notes
 
 
 def _markdown(text: str) -> str:
@@ -168,7 +220,7 @@ def _line(figure: Figure, blends: bool, spectra: bool) -> list[str]:
     difference = "-" if figure.difference is None else f"{100 * figure.difference:+.1f}"
     count = f"{figure.sets} x {figure.networks}" if figure.state == "done" else figure.state
     count = f"{figure.sets} of {figure.wanted} x {figure.networks}" if figure.state == "partly" else count
-    line = [str(figure.ipc), str(figure.pipc), figure.title + (" (soft)" if figure.labels == "soft" else "")]
+    line = [str(figure.ipc), str(figure.pipc), figure.name]
     line += ["-" if figure.alpha is None else f"{figure.alpha:g}"] if blends else []
     line += [_percent(figure.published, figure.published_std, 2), _percent(figure.mean, figure.std, 1), difference]
     line += ["-" if figure.std_of_sets is None else f"{100 * figure.std_of_sets:.1f}"]

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,18 +66,38 @@ def reproduce(
             for store in merged:
                 report(f"{merge(store, out)} sets and evaluations were copied from {store}")
         ranks.wait()
-        failures = _work_together(ranks, share(tasks, *part), out, settings, report) if run else {}
-    writes = run and ranks.first
-    found = figures_of(study, tasks, failures)
-    pictures = write_pictures(study, tasks, out) if writes else []
-    result = Report(
+        try:
+            failures = _work_together(ranks, share(tasks, *part), out, settings, report) if run else {}
+        except (Interrupted, KeyboardInterrupt) as stop:
+            if ranks.first:
+                _written(study, tasks, {}, out)
+            stop.args = (f"Interrupted. {_progress(tasks)} sets are finished and kept in {out}; the same command goes on.",)
+            raise
+    if run and ranks.first:
+        return _written(study, tasks, failures, out)
+    return _known(study, tasks, failures)
+
+
+def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> Report:
+    """Returns what is known of the study's figures; without pictures, which are files."""
+    return Report(
         study=study.name, summary=study.summary, source=study.source, split="held-out" if study.held_out else "test",
-        figures=found, pictures=pictures,
+        published_on=study.published_on, figures=figures_of(study, tasks, failures), pictures=[],
     )  # fmt: skip
-    if writes:
-        write_json(out / "report.json", report_json(result))
-        write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
+
+
+def _written(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], out: Path) -> Report:
+    """Writes pictures, report.json and report.md into `out`, and returns what they tell."""
+    result = msgspec.structs.replace(_known(study, tasks, failures), pictures=write_pictures(study, tasks, out))
+    write_json(out / "report.json", report_json(result))
+    write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
     return result
+
+
+def _progress(tasks: Sequence[Task]) -> str:
+    """Returns "2 of 15": the sets that are evaluated, of those of the tasks; cells may share one."""
+    done = {kept_file(task) for task in tasks if kept_row(task) is not None}
+    return f"{len(done)} of {len({kept_file(task) for task in tasks})}"
 
 
 def _work_together(ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None]) -> dict[Path, str]:

@@ -41,6 +41,15 @@ class CellTable(Table):
     systems: Annotated[list[str], Option("those of this cell, where they are not all")] = []
 
 
+class PublishedOn(Table):
+    """What the published figures are of: measured figures are set against them on the same data alone."""
+
+    name: Annotated[str, Option("as it is told, CIFAR-10")]
+    dataset: Annotated[str, Option("the dataset of that name")]
+    classes: Positive
+    shape: Annotated[tuple[Positive, Positive, Positive], Option("channels, height and width of an image")]
+
+
 class BlendsTable(Table):
     """Blends of two systems' sets, over alpha."""
 
@@ -64,6 +73,7 @@ class Study(Table):
     set: Annotated[dict[str, Any], Option("recipe paths and values for all systems, under those of each")] = {}
     systems: dict[str, SystemTable] = {}
     cells: list[CellTable] = []
+    published_on: PublishedOn | None = None
     blends: BlendsTable | None = None
     pictures: Annotated[list[str], Option("systems whose images are shown together, one row each")] = []
 
@@ -109,14 +119,27 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     rows = [(cell.ipc, cell.pipc) for cell in study.cells]
     for row in {row for row in rows if rows.count(row) > 1}:
         raise InputError(f"The study has the cell {row[0]}:{row[1]} twice. Write it once, with all that is published of it.", "cells")
+    for number, cell in enumerate(study.cells):
+        for column, values in cell.published.items():
+            _check_published(values, f"cells[{number}].published.{column}")
     named = [(f"cells[{number}].published", list(cell.published)) for number, cell in enumerate(study.cells)]
     named += [(f"cells[{number}].systems", cell.systems) for number, cell in enumerate(study.cells)]
     named += [("pictures", study.pictures)]
     named += [] if study.blends is None else [("blends", [study.blends.first, study.blends.second])]
     for where, names in named:
+        for double in (each for each in names if names.count(each) > 1):
+            raise InputError(f"{where} names the system '{double}' twice. Name it once.", where)
         for unknown in (each for each in names if each not in study.systems):
             raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)
     return study
+
+
+def _check_published(values: list[float], where: str) -> None:
+    """Raises InputError where `values` are no accuracy in percent, with or without its standard deviation."""
+    if len(values) > 2 or not 0 <= values[0] <= 100 or not all(0 <= value <= 100 for value in values[1:]):
+        raise InputError(
+            f"{where} = {values}: an accuracy in percent, from 0 to 100, and if it is published its standard deviation: [25.3, 0.5].", where
+        )
 
 
 def cells_of(study: Study) -> list[Cell]:

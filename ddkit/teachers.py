@@ -29,6 +29,7 @@ from ddkit.options import written_options
 from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import TeacherTable, TrainTable
+from ddkit.said import NEWS
 from ddkit.teacher import Teacher
 from ddkit.training import Schedule, accuracy, fit
 
@@ -298,7 +299,7 @@ def automatic_teacher(
     if not _is_whole(path):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
-            name, train.epochs, len(dataset.labels("train")),
+            name, train.epochs, len(dataset.labels("train")), extra=NEWS,
         )  # fmt: skip
         _make_folder(path.parent)
         save_teacher(path, train_teacher(dataset, shape, table, train, seed=0, device=device, report=report))

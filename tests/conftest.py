@@ -95,7 +95,8 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
     yield run
-    logging.getLogger("ddkit").setLevel(logging.NOTSET)  # as it was before --quiet
+    logging.getLogger("ddkit").setLevel(logging.NOTSET)  # as it was before --verbose
+    logging.getLogger("ddkit").propagate = True  # and before --quiet
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import ddkit
 from ddkit import pluginfile, plugins, testing
 from ddkit.cli import cli as command_line
 from ddkit.recipe import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
-from ddkit.study import Study, SystemTable, parse_study
+from ddkit.study import PublishedOn, Study, SystemTable, parse_study
 from ddkit.testing.suite import check as suite_check
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
@@ -197,9 +197,10 @@ def _study_keys(title: str) -> set[str]:
 
 
 def test_keys_of_a_study_are_documented() -> None:
-    tables = {"systems", "cells", "blends"}
+    tables = {"systems", "cells", "blends", "published_on"}
     assert _study_keys("Top keys") == {f.encode_name for f in msgspec.structs.fields(Study)} - tables
     assert _study_keys("`[systems.NAME]`") == {f.encode_name for f in msgspec.structs.fields(SystemTable)}
+    assert _study_keys("`[published_on]`") == {f.encode_name for f in msgspec.structs.fields(PublishedOn)}
 
 
 def test_studies_on_the_page_are_those_that_are_installed_and_its_example_is_one() -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ddkit import plugins, reproduce, tasks
@@ -108,6 +109,89 @@ def test_figures_stand_beside_the_published_ones(cli: CLI, commands: list[list[s
     assert figure["mean"] == pytest.approx(sum(sum(row) for row in rows) / 4)
     assert json.loads(Path("runs/study/report.json").read_text())["figures"] == found["figures"]
     assert Path("runs/study/report.md").read_text().startswith("|")
+
+
+ON = """
+[published_on]
+name = "Ones"
+dataset = "digits"
+classes = 10
+shape = [1, 8, 8]
+
+[[cells]]"""
+
+
+def _digits(classes: int) -> str:
+    """Returns digits of `classes` classes as a user's own file."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    kept = digits.target < classes
+    np.savez("own.npz", x_train=digits.images[kept].astype(np.uint8), y_train=digits.target[kept])
+    return "npz:own.npz"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named", "comparable"),
+    [("digits", "digits", True), ("digits", "cifar10", False), (10, "cifar10", True), (9, "cifar10", False)],
+)
+def test_no_difference_is_told_from_figures_of_other_data(
+    cli: CLI, commands: list[list[str]], dataset: str | int, named: str, comparable: bool
+) -> None:
+    study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', f'"{named}"'), 1))
+    use = dataset if isinstance(dataset, str) else _digits(dataset)
+    flags = ["reproduce", f"./{study}", *SMALL, "--dataset", use, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    figure = json.loads(cli(*flags, "--json").out)["figures"][0]
+    assert (figure["comparable"], figure["difference"] is not None, figure["dataset"]) == (comparable, comparable, use)
+    table = " ".join(cli(*flags, "--show").out.split())
+    assert f"Data: {use}. Published figures: Ones." in table
+    assert ("They are not of the same data (Ones has 10 classes of 1 x 8 x 8 values), so no difference is told" in table) != comparable
+
+
+def test_warnings_of_runs_are_told_once_under_the_table_and_kept_by_their_manifests(
+    cli: CLI, commands: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = _study(STUDY.replace('recipe = "dm"', 'recipe = "dsv-noise"'))
+    flags = ["reproduce", f"./{study}", *SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 2]
+    told = "the teacher's layers features.0"
+    result = cli(*flags, "--set", "teacher.norm=instance")
+    assert (result.out.count(told), result.err, caplog.messages) == (1, "", [])
+    kept = [json.loads(file.read_text())["warnings"] for file in Path("runs/study/sets").glob("*/manifest.json")]
+    assert [len(each) for each in kept] == [1, 1]  # not that a teacher was trained, which is no matter of the result
+    assert all(told in message for each in kept for message in each)
+    assert "Warned" not in cli(*flags).out  # a teacher with batch norm has no such layers
+
+
+def test_what_is_not_run_is_named_as_in_the_table(cli: CLI, commands: list[list[str]]) -> None:
+    blends = "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 1.0]\n"
+    soft = "\n[systems.taught]\ntitle = 'DM'\nrecipe = 'dm'\nlabels = 'soft'\n"
+    result = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show")
+    left = result.out.partition("Not yet run, or not all sets: ")[2].strip().rstrip(".").split("; ")
+    assert len(left) == len(set(left)) == 6
+    assert {"DM at ipc 1, pipc 3", "DM (soft) at ipc 1, pipc 3", "dm+shared at ipc 1, pipc 3, alpha 0.5"} <= set(left)
+
+
+def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
+    cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:3", "--seeds", 1)
+    made = reproduce._Crew.make
+
+    def make(self: Any, task: tasks.Task) -> None:
+        if task.cell.system == "means":
+            raise KeyboardInterrupt
+        made(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(reproduce._Crew, "make", make)
+        result = cli(*common)
+    assert (result.code, result.out) == (130, "")
+    assert "Interrupted. 2 of 3 sets are finished and kept in runs/study; the same command goes on." in " ".join(result.err.split())
+    states = {f["system"]: f["state"] for f in json.loads(Path("runs/study/report.json").read_text())["figures"]}
+    assert states == {"dm": "done", "shared": "done", "means": "not run"}
+    commands.clear()
+    assert cli(*common).code == 0
+    assert [command[0] for command in commands] == ["distill", "evaluate"]
 
 
 def test_cells_and_systems_choose_and_the_table_tells_what_is_not_run(cli: CLI, commands: list[list[str]]) -> None:
@@ -247,6 +331,12 @@ BAD = [
     ('set = { "data.test" = "held-out" }\n' + STUDY, 4, "use held_out of a study"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'x'\nalphas = [0.5]\n", 4, "blends names the system 'x'"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'dm'\nalphas = [1.5]\n", 4, "alphas"),
+    (STUDY.replace("[50.0, 1.0]", "[150.0, 1.0]"), 4, "cells[0].published.dm = [150.0, 1.0]: an accuracy in percent"),
+    (STUDY.replace("[50.0, 1.0]", "[50.0, -1.0]"), 4, "cells[0].published.dm = [50.0, -1.0]: an accuracy in percent"),
+    (STUDY.replace("[50.0, 1.0]", "[50.0, 1.0, 3.0]"), 4, "cells[0].published.dm = [50.0, 1.0, 3.0]: an accuracy in percent"),
+    (STUDY + 'systems = ["dm", "dm"]\n', 4, "cells[1].systems names the system 'dm' twice"),
+    ('pictures = ["dm", "dm"]\n' + STUDY, 4, "pictures names the system 'dm' twice"),
+    (STUDY.replace("[[cells]]", "[published_on]\nname = 'X'\n[[cells]]", 1), 4, "published_on"),
     ("seeds = \n", 4, "cannot be read as TOML"),
 ]
 
@@ -269,6 +359,10 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-table1", "--cells", "2:10"], 4, "has no cell 2:10. It has 1:10, 1:50, 1:all"),
         (["practical-table1", "--cells", "2"], 2, "is not a list of cells"),
         (["practical-table1", "--systems", "dn"], 4, "has no system 'dn'"),
+        (["practical-table1", "--systems", ""], 2, "--systems '': a name is missing"),
+        (["practical-table1", "--systems", "dm,,dsv-real"], 2, "a name is missing"),
+        (["practical-table1", "--systems", "dm,dsv-real,dm"], 2, "names 'dm' twice"),
+        (["practical-table1", "--cells", "1:10,3:10,1:10"], 2, "has the cell 1:10 twice"),
         (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
         (["./shrt.toml"], 4, "shrt"),
         (["practical-table1", "--set", "ipc=5", "--dataset", "digits"], 4, "use --cells"),

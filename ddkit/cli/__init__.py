@@ -81,8 +81,9 @@ def main() -> NoReturn:
     except MemoryError:
         _fail("There is not enough memory. Use fewer or smaller images, or a smaller network.", 1, show)
     except (KeyboardInterrupt, click.Abort) as error:
-        ended = isinstance(error.__cause__ or error, _Terminated)
-        _fail(f"Interrupted.{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
+        cause = error.__cause__ or error
+        ended = isinstance(cause, _Terminated)
+        _fail(f"{str(cause) or 'Interrupted.'}{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -13,6 +13,7 @@ import click
 from ddkit.cli.names import Names
 from ddkit.errors import FlagError, InputError, printable
 from ddkit.ranks import follows
+from ddkit.said import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +51,8 @@ class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
             self.fail(f"{value!r} is not a list of cells such as 1:10,10:50{',1:all' if self.whole else ''}.", param, ctx)
         if any(number < 1 for ipc, pipc in cells for number in ((ipc,) if self.whole else (ipc, int(pipc)))):
             self.fail(f"ipc{'' if self.whole else ' and pipc'} {'is' if self.whole else 'are'} at least 1.", param, ctx)
+        for double in (cell for cell in cells if cells.count(cell) > 1):
+            self.fail(f"{value!r} has the cell {double[0]}:{double[1]} twice. Name it once.", param, ctx)
         return cells
 
 
@@ -126,7 +129,8 @@ def set_verbosity(quiet: bool, verbose: bool = False) -> None:
     """Sets how much of ddkit's log reaches stderr; raises FlagError where both are asked for."""
     if quiet and verbose:
         raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
-    logging.getLogger("ddkit").setLevel(logging.ERROR if quiet or follows() else logging.INFO if verbose else logging.WARNING)
+    logging.getLogger("ddkit").setLevel(logging.INFO if verbose else logging.WARNING)
+    shown(not quiet and not follows())
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def reproduce(study: str, **flags: Any) -> None:
         data_dir=flags["data_dir"], teacher=flags["teacher"], sets=tuple(parse_set(text) for text in flags["sets"]),
         device=flags["device"], jobs=flags["jobs"],
     )  # fmt: skip
-    names = [name.strip() for name in flags["systems"].split(",")] if flags["systems"] else None
+    names = None if flags["systems"] is None else _names(flags["systems"])
     with blaming_flags(flags):
         report = work.reproduce(
             found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
@@ -69,6 +69,16 @@ def reproduce(study: str, **flags: Any) -> None:
             show(f"picture  {picture}")
     if any(figure.failed for figure in report.figures):
         raise RunFailed("Some sets failed; the table says which, and a second call tries them again.")
+
+
+def _names(text: str) -> list[str]:
+    """Returns the names of a list with commas; raises FlagError for one that is empty or there twice."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise FlagError(f"--systems '{text}': a name is missing. Give names of systems, separated by commas, or leave it out for all.")
+    for double in (name for name in names if names.count(name) > 1):
+        raise FlagError(f"--systems '{text}' names '{double}' twice. Name it once.")
+    return names
 
 
 @click.command()

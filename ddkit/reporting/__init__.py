@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddkit import film
+from ddkit import film, said
 from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import read_json, write_atomic
@@ -44,7 +44,10 @@ def report(target: str | Path, *, out: str | Path | None = None) -> Path:
 
 
 def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
-    """Ends a run: writes its report, then the manifest with `facts`. A report that cannot be drawn costs no run: a warning tells."""
+    """Ends a run: writes its report, then the manifest with `facts` and what the run warned of.
+
+    A report that cannot be drawn costs no run: a warning tells.
+    """
     file = directory.path / REPORT
     try:
         film.read_film(directory.path)
@@ -58,7 +61,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
     except Exception as error:
         file.unlink(missing_ok=True)
         log.warning("%s could not be made (%s: %s); the run is whole without it.", file, type(error).__name__, error)
-    directory.write_manifest(facts)
+    directory.write_manifest({**facts, "warnings": said.warnings()})
 
 
 def renew_report(directory: RunDirectory) -> None:
