@@ -36,6 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     sets: tuple[tuple[str, Any], ...] = ()
     device: str = "auto"
     jobs: int = 1
+    alphas: tuple[float, ...] | None = None  # of the study's blends, those that are wanted
 
 
 class Evaluating(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +72,10 @@ class Task(NamedTuple):
 
 def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
     """Returns the sets of `cells`, all cells of one seed before the next seed; a set that cells share comes with each of them."""
+    known = [] if study.blends is None else study.blends.alphas
+    for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
+        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends"
+        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
     tasks = []
     for seed in range(settings.seeds or study.seeds):
         for cell in cells:
@@ -157,7 +162,7 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
         if first is None or second is None:
             continue
         evaluating = _evaluating(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
-        for alpha in study.blends.alphas:
+        for alpha in study.blends.alphas if settings.alphas is None else settings.alphas:
             key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
             system = f"{study.blends.first}+{study.blends.second}"

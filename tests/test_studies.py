@@ -168,6 +168,8 @@ def test_what_is_not_run_is_named_as_in_the_table(cli: CLI, commands: list[list[
     result = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show")
     left = result.out.partition("Not yet run, or not all sets: ")[2].strip().rstrip(".").split("; ")
     assert len(left) == len(set(left)) == 6
+    fewer = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show", "--alphas", "1.0")
+    assert fewer.out.partition("Not yet run")[2].count("alpha 1") == fewer.out.partition("Not yet run")[2].count("alpha") == 1
     assert {"DM at ipc 1, pipc 3", "DM (soft) at ipc 1, pipc 3", "dm+shared at ipc 1, pipc 3, alpha 0.5"} <= set(left)
 
 
@@ -363,6 +365,9 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-table1", "--systems", "dm,,dsv-real"], 2, "a name is missing"),
         (["practical-table1", "--systems", "dm,dsv-real,dm"], 2, "names 'dm' twice"),
         (["practical-table1", "--cells", "1:10,3:10,1:10"], 2, "has the cell 1:10 twice"),
+        (["practical-fig3", "--alphas", "0.5,0.55"], 4, "has no blend at alpha 0.55: it has blends at 0, 0.1"),
+        (["practical-table1", "--alphas", "0.5"], 4, "has no blend at alpha 0.5: it has no blends"),
+        (["practical-fig3", "--alphas", "half"], 2, "is not a list of numbers"),
         (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
         (["./shrt.toml"], 4, "shrt"),
         (["practical-table1", "--set", "ipc=5", "--dataset", "digits"], 4, "use --cells"),

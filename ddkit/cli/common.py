@@ -56,6 +56,18 @@ class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         return cells
 
 
+class Alphas(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Shares of a blend, as a tuple of numbers in order."""
+
+    name = "alpha,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
+        try:
+            return tuple(sorted({float(part) for part in str(value).split(",")}))
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 0,0.5,1.", param, ctx)
+
+
 class Shard(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
     """A share I/N of the work, I from 1 to N; as (I - 1, N)."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, Shard, blaming_flags, echo_json, quiet, set_verbosity, shared, show
+from ddkit.cli.common import Alphas, Cells, Shard, blaming_flags, echo_json, quiet, set_verbosity, shared, show
 from ddkit.errors import FlagError, RunFailed
 from ddkit.ranks import follows
 
@@ -17,6 +17,7 @@ from ddkit.ranks import follows
 @shared
 @click.option("--cells", type=Cells(whole=True), help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
 @click.option("--systems", metavar="NAMES", help="Columns of the study, separated by commas. Default: all.")
+@click.option("--alphas", type=Alphas(), help="Blends of the study at these alone: 0,0.5. Default: all.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
 @click.option("--protocol", metavar="NAME", help="Evaluation protocol for all systems (default: the study's).")
@@ -52,7 +53,7 @@ def reproduce(study: str, **flags: Any) -> None:
     settings = Settings(
         seeds=flags["seeds"], networks=flags["repeats"], protocol=flags["protocol"], steps=flags["steps"], dataset=flags["dataset"],
         data_dir=flags["data_dir"], teacher=flags["teacher"], sets=tuple(parse_set(text) for text in flags["sets"]),
-        device=flags["device"], jobs=flags["jobs"],
+        device=flags["device"], jobs=flags["jobs"], alphas=flags["alphas"],
     )  # fmt: skip
     names = None if flags["systems"] is None else _names(flags["systems"])
     with blaming_flags(flags):
