@@ -55,7 +55,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
         log.warning("The film of the run is lost for its report: %s.", error)
         (directory.path / film.FILE).unlink(missing_ok=True)
     try:
-        write_atomic(file, report_html(directory.path, {**facts, "versions": versions()}))
+        write_atomic(file, report_html(directory.path, {**facts, "versions": versions(), "warnings": said.warnings()}))
     except DdkitError:
         raise
     except Exception as error:

@@ -366,6 +366,7 @@ def making(files: Files) -> str:
     rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if isinstance(teacher, Mapping) else []
     rows += _blend(facts)
     rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
+    rows += [["warned of", message] for message in facts.get("warnings", [])]
     rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
     parts = [table([], rows)]
     used = [[p.get("kind", ""), p.get("name", ""), p.get("distribution", ""), p.get("version", "")] for p in facts.get("plugins", [])]
