@@ -12,27 +12,30 @@ NEWS = {"news": True}  # `extra` of what is worth a line at the time, and is no 
 _said: ContextVar[list[str] | None] = ContextVar("said", default=None)
 
 
-class _Keeper(logging.Handler):
+class _Keeper(logging.Filter):
+    """Keeps warnings and lets all pass: no handler, as with one of its own Python would no longer show what nobody else handles."""
+
     def __init__(self, kept: list[str]) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__()
         self.kept = kept
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        if message not in self.kept and not getattr(record, "news", False):
+        if record.levelno >= logging.WARNING and message not in self.kept and not getattr(record, "news", False):
             self.kept.append(message)
+        return True
 
 
 @contextmanager
 def recording() -> Iterator[None]:
     """Inside, `warnings` has what ddkit's log warned of since this began; of two, one inside the other, the inner one's own."""
     kept: list[str] = []
-    handler, token = _Keeper(kept), _said.set(kept)
-    log.addHandler(handler)
+    keeper, token = _Keeper(kept), _said.set(kept)
+    log.addFilter(keeper)
     try:
         yield
     finally:
-        log.removeHandler(handler)
+        log.removeFilter(keeper)
         _said.reset(token)
 
 

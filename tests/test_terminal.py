@@ -99,6 +99,29 @@ def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable
     assert caplog.messages == ["training: 1 of 1"]
 
 
+LIBRARY = """
+import logging
+from ddkit import said
+
+log = logging.getLogger("ddkit")
+with said.recording():
+    log.warning("outer")
+    with said.recording():
+        log.warning("inner %d", 1)
+        log.warning("inner %d", 1)
+        log.warning("news", extra=said.NEWS)
+        print(said.warnings())
+    print(said.warnings())
+print(said.warnings())
+"""
+
+
+def test_what_a_run_warns_of_is_kept_and_still_shown_to_a_program_that_handles_no_log() -> None:
+    result = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["['inner 1']", "['outer', 'inner 1']", "[]"]
+    assert result.stderr.splitlines() == ["outer", "inner 1", "inner 1", "news"]
+
+
 def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:
     usual = cli("distill", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--out", "run")
     assert (usual.code, usual.err, caplog.messages) == (0, "", [])  # stderr is no terminal
