@@ -258,8 +258,10 @@ def _failure(code: int, said: str, arguments: Sequence[str]) -> DdkitError:
     message = " ".join(said.split()).rpartition("ddkit: ")[2] or f"`ddkit {arguments[0]}` ended with exit code {code}"
     if code in (1, -9):  # the run itself failed, or was killed (for its memory); the others may do
         return RunFailed(message)
-    if code in (130, 143) or code < 0:
+    if code in (130, 143, -2, -15):
         return Interrupted(message, code if code > 0 else 128 - code)
+    if code < 0:  # it crashed
+        return RunFailed(message)
     error = DdkitError(message)  # bad input, which the next set would meet too
     error.exit_code = code
     return error

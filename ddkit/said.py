@@ -20,9 +20,13 @@ class _Keeper(logging.Filter):
         self.kept = kept
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        if record.levelno >= logging.WARNING and message not in self.kept and not getattr(record, "news", False):
-            self.kept.append(message)
+        if record.levelno >= logging.WARNING and not getattr(record, "news", False):
+            try:
+                message = record.getMessage()
+            except (TypeError, ValueError):  # a stranger's message that does not fit its arguments ends no run
+                message = str(record.msg)
+            if message not in self.kept:
+                self.kept.append(message)
         return True
 
 
