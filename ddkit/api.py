@@ -160,8 +160,7 @@ def _run(recipe: Recipe, place: _Place, out: Path | None, name: str) -> Run:
     place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
     watchers = place.watchers()
     stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
-    claim = (lambda: RunDirectory.numbered(stem)) if out is None else (lambda: RunDirectory.claim(out))
-    with said.recording(), place.directory(claim) as directory:
+    with said.recording(), place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
         if recipe.blend is not None:
             return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         with deterministic(recipe.engine.deterministic):
@@ -218,6 +217,7 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: _Place, wat
     newest = directory.newest_checkpoint()
     place.ranks.same("The newest checkpoint", None if newest is None else newest.step)
     if newest is not None:
+        said.add(newest.warnings)
         check_unchanged(newest.plugin_files, directory.path)
         if newest.step > recipe.steps:
             raise RunFilesError(f"{directory.path} is at step {newest.step} already, past --steps {recipe.steps}.")

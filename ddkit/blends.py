@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import torch
 
+from ddkit import said
 from ddkit.artifact import FILE, Artifact, load
 from ddkit.averaging import blended, partners
 from ddkit.compute import pick_device
@@ -34,7 +35,7 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     Raises DdkitError.
     """
     parts = load(first), load(second)
-    with RunDirectory.claim(Path(out)) as directory:
+    with said.recording(), RunDirectory.claim(Path(out)) as directory:
         try:
             return _write_blend((Path(first), Path(second)), parts, alpha, directory)
         except BaseException:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 import torch
 
+from ddkit import said
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, sync, tensors_digest, write_tensors
 from ddkit.ranks import ALONE, Ranks
@@ -30,12 +31,13 @@ NAME = re.compile(r"step-(\d{8,})(?:\.part-(\d+)-of-(\d+))?\.safetensors")
 
 
 class Checkpoint(NamedTuple):
-    """The state before step `step`, the plugin files of the run, path to sha256, and the sha256 of what it works with, by name."""
+    """The state before step `step`, the run's plugin files, path to sha256, the sha256 of its inputs, by name, and its warnings."""
 
     step: int
     state: dict[str, Tensor]
     plugin_files: dict[str, str]
     inputs: dict[str, str]
+    warnings: list[str]
 
 
 class Checkpoints:
@@ -56,13 +58,14 @@ class Checkpoints:
     ) -> None:
         """Writes the state before step `step`, and then removes all but the last two checkpoints.
 
-        `plugin_files` (path to sha256) and `inputs` (name to sha256) go into the metadata: an unfinished run has no manifest to tell
-        them. Of several processes each writes its rows of the tensors named `rowwise`, and the first the others too.
+        `plugin_files` (path to sha256), `inputs` (name to sha256) and what the run warned of go into the metadata: an unfinished run has
+        no manifest to tell them. Of several processes each writes its rows of the tensors named `rowwise`, and the first the others too.
         """
         if ranks.first:
             self._make()
         record: dict[str, Any] = {"step": step, "recipe": self.recipe, "inputs": dict(inputs)}
         record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
+        record |= {"warnings": said.warnings()} if said.warnings() else {}
         if ranks.size == 1:
             write_tensors(self.folder / f"step-{step:08d}.safetensors", state, record)
         else:
@@ -131,7 +134,7 @@ class Checkpoints:
                     reasons.append(str(error))
                     continue
                 for reason in reasons:
-                    log.warning("A checkpoint is passed over: %s.", reason)
+                    log.warning("A checkpoint is passed over: %s.", reason, extra=said.NEWS)
                 return found
         if reasons:
             raise RunFilesError(f"{self.folder} has no readable checkpoint: {reasons[0]}. {restart}")
@@ -146,10 +149,11 @@ class Checkpoints:
         if parts > 1:
             tensors = _joined([part for part, _ in found], [part for _, part in found], files)
         try:
-            named = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
+            plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
+            warnings = msgspec.convert(record.get("warnings", []), list[str])
         except msgspec.ValidationError as error:
-            raise ValueError(f"{files[0]} names plugin files or inputs that are none: {error}") from None
-        return Checkpoint(step, tensors, *named)
+            raise ValueError(f"{files[0]} names plugin files, inputs or warnings that are none: {error}") from None
+        return Checkpoint(step, tensors, plugin_files, inputs, warnings)
 
     def _read_file(self, file: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, record = read_tensors(file)

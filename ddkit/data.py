@@ -12,7 +12,7 @@ from torch import Tensor
 from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
-from ddkit.errors import DdkitError, InputError, is_text, shown
+from ddkit.errors import DdkitError, InputError, doubles, is_text, shown
 from ddkit.files import bytes_of
 from ddkit.images import Kinds
 from ddkit.loading import load_images, surveyed
@@ -47,8 +47,7 @@ def open_dataset(table: DataTable) -> Dataset:
 
 def check_names(names: Sequence[str], use: str) -> None:
     """Raises InputError where two classes of the dataset `use` have one name, or a name cannot be written to a file."""
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if list(names).count(name) > 1)
+    for twice in doubles(names):
         raise InputError(f"The dataset '{use}' has two classes called '{twice}'. Rename one of them.")
     for name in names:
         if not is_text(name):

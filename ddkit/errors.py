@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
+from typing import Any
 
 LONGEST = 1800  # characters of a message: a value in it may have any length
 
@@ -60,6 +62,11 @@ class Interrupted(DdkitError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def doubles(values: Iterable[Any]) -> list[Any]:
+    """Returns the values that are there more than once, each once, in order."""
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ddkit.artifact import load
-from ddkit.errors import printable
+from ddkit.errors import DdkitError, printable
 from ddkit.files import write_atomic
 from ddkit.images import sheet_png
 from ddkit.manifest import MANIFEST, read_manifest
@@ -100,6 +100,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     networks = [accuracy for _, row in done for accuracy in row["details"]["accuracies"]]
     means = [row["accuracy_mean"] for _, row in done]
     spectra = _spectra([task.path for task, _ in done]) if study.blends is not None and done else (None, [])
+    comparable, warnings = _told_by([task for task, _ in done], study, first)
     return Figure(
         ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
         title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
@@ -107,26 +108,36 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         mean=statistics.fmean(networks) if networks else None, std=_std(networks), std_of_sets=_std(means),
         sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
-        dataset=first.recipe.data.use, teacher=_teacher(first), comparable=not done or _comparable(study, done[0][0]),
-        warnings=list(dict.fromkeys(message for task, _ in done for message in read_manifest(task.path).get("warnings", []))),
+        dataset=":".join(filter(None, _data(first))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
+        comparable=comparable, warnings=warnings,
     )  # fmt: skip
 
 
-def _teacher(task: Task) -> str:
-    """Returns the teacher that the set's recipe asks for, "" where it is a baseline or has none of a file's."""
-    return "" if task.evaluation.images != "synthetic" or task.recipe.teacher.use == "auto" else task.recipe.teacher.use
+def _data(task: Task) -> tuple[str, str]:
+    """Returns the name of the set's dataset and where it is, "" for one that has a place of its own."""
+    table = task.recipe.data
+    name, argument = split_name(table.use)
+    return name, argument or str(table.options.get("path") or "")
 
 
-def _comparable(study: Study, task: Task) -> bool:
-    """Whether the set's data may be that of the published figures: the dataset of that name, or a user's own of the same shape."""
-    known = study.published_on
-    if known is None:
-        return True
-    name, argument = split_name(task.recipe.data.use)
-    if name == known.dataset or not argument:
-        return name == known.dataset
-    made = load(task.path)
-    return len(made.class_names) == known.classes and tuple(made.images.shape[1:]) == known.shape
+def _told_by(done: Sequence[Task], study: Study, first: Task) -> tuple[bool, list[str]]:
+    """Returns whether the data may be that of the published figures, and what the runs of the sets warned of.
+
+    It may be where it is the dataset of that name, or a user's own of the same shape, as far as a set tells. A set that cannot be read any
+    more costs no figure: it is among the warnings.
+    """
+    known, (name, place) = study.published_on, _data(first)
+    comparable = known is None or name == known.dataset or bool(place)
+    warnings: list[str] = []
+    for task in done:
+        try:
+            warnings += read_manifest(task.path).get("warnings", [])
+            if known is not None and name != known.dataset and comparable:
+                made = load(task.path)
+                comparable = (len(made.class_names), tuple(made.images.shape[1:])) == (known.classes, known.shape)
+        except DdkitError as error:
+            warnings.append(str(error))
+    return comparable, list(dict.fromkeys(" ".join(message.split()) for message in warnings))
 
 
 def _std(values: Sequence[float]) -> float | None:

@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,16 @@ def reproduce(
             for store in merged:
                 report(f"{merge(store, out)} sets and evaluations were copied from {store}")
         ranks.wait()
+        failures: dict[Path, str] = {}
+        own = share(tasks, *part)
         try:
-            failures = _work_together(ranks, share(tasks, *part), out, settings, report) if run else {}
+            if run:
+                _work_together(ranks, own, out, settings, report, failures)
         except (Interrupted, KeyboardInterrupt) as stop:
-            if ranks.first:
-                _written(study, tasks, {}, out)
-            stop.args = (f"Interrupted. {_progress(tasks)} sets are finished and kept in {out}; the same command goes on.",)
+            with suppress(DdkitError, OSError):  # what hinders a report is told by a call that is not interrupted
+                stop.args = (f"Interrupted. {_progress(own)} sets are finished and kept in {out}; the same command goes on.",)
+                if ranks.first:
+                    _written(study, tasks, failures, out)
             raise
     if run and ranks.first:
         return _written(study, tasks, failures, out)
@@ -100,13 +104,15 @@ def _progress(tasks: Sequence[Task]) -> str:
     return f"{len(done)} of {len({kept_file(task) for task in tasks})}"
 
 
-def _work_together(ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None]) -> dict[Path, str]:
-    """Makes this process's share of the sets; returns the failures of all processes, when all are done."""
+def _work_together(
+    ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None], failures: dict[Path, str]
+) -> None:
+    """Makes this process's share of the sets; `failures` has those of all processes, when all are done."""
     _make(out / SETS)
     settings = msgspec.structs.replace(settings, device=own_device(settings.device))
-    failures = _work(share(tasks, ranks.rank, ranks.size), settings, report)
-    parts = ranks.heard({str(path): reason for path, reason in failures.items()})
-    return {Path(path): reason for part in parts for path, reason in part.items()}
+    _work(share(tasks, ranks.rank, ranks.size), settings, report, failures)
+    for part in ranks.heard({str(path): reason for path, reason in failures.items()}):
+        failures.update({Path(path): reason for path, reason in part.items()})
 
 
 def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
@@ -129,9 +135,8 @@ def _make(folder: Path) -> None:
         raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
 
 
-def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], None]) -> dict[Path, str]:
-    """Makes and evaluates every set that is not there; returns why those failed that did, by path."""
-    failures: dict[Path, str] = {}
+def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], None], failures: dict[Path, str]) -> None:
+    """Makes and evaluates every set that is not there; puts into `failures` why those failed that did, by path."""
     crew = _Crew(settings)
     for blends in (False, True):
         waiting = {kept_file(task): task for task in tasks if bool(task.parts) == blends and kept_row(task) is None}
@@ -150,7 +155,6 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
                     report(f"{number} of {len(todo)}: {task.label}: failed: {error}")
 
         crew.run(work, list(enumerate(todo, start=1)))
-    return failures
 
 
 class _Crew:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from ddkit.errors import InputError
+from ddkit.errors import InputError, doubles
 from ddkit.options import Option, parse_struct
 from ddkit.plugins import NAME
 from ddkit.recipe import Positive, Table
@@ -116,9 +116,10 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
             raise InputError(f"systems.{name}: a system's name has lower-case letters, digits and hyphens.", "systems")
         if system.baseline and (system.losses is not None or system.recipe != "default"):
             raise InputError(f"systems.{name}: a baseline is real images, so it has no recipe and no losses.", f"systems.{name}")
-    rows = [(cell.ipc, cell.pipc) for cell in study.cells]
-    for row in {row for row in rows if rows.count(row) > 1}:
+    for row in doubles((cell.ipc, cell.pipc) for cell in study.cells):
         raise InputError(f"The study has the cell {row[0]}:{row[1]} twice. Write it once, with all that is published of it.", "cells")
+    for alpha in doubles([] if study.blends is None else study.blends.alphas):
+        raise InputError(f"blends.alphas has {alpha:g} twice. Name it once.", "blends.alphas")
     for number, cell in enumerate(study.cells):
         for column, values in cell.published.items():
             _check_published(values, f"cells[{number}].published.{column}")
@@ -127,7 +128,7 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     named += [("pictures", study.pictures)]
     named += [] if study.blends is None else [("blends", [study.blends.first, study.blends.second])]
     for where, names in named:
-        for double in (each for each in names if names.count(each) > 1):
+        for double in doubles(names):
             raise InputError(f"{where} names the system '{double}' twice. Name it once.", where)
         for unknown in (each for each in names if each not in study.systems):
             raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)

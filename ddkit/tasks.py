@@ -72,16 +72,26 @@ class Task(NamedTuple):
 
 def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
     """Returns the sets of `cells`, all cells of one seed before the next seed; a set that cells share comes with each of them."""
-    known = [] if study.blends is None else study.blends.alphas
-    for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
-        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends"
-        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
+    _check_alphas(study, settings.alphas or ())
     tasks = []
     for seed in range(settings.seeds or study.seeds):
         for cell in cells:
             tasks.append(_task(study, cell, seed, out, settings))
         tasks += _blends(study, [task for task in tasks if task.seed == seed], out, settings)
+    if settings.alphas is not None and all(task.alpha is None for task in tasks):
+        assert study.blends is not None
+        raise InputError(
+            f"--alphas: blends need the systems {study.blends.first} and {study.blends.second}, which are not both chosen.", "alphas"
+        )
     return tasks
+
+
+def _check_alphas(study: Study, alphas: Sequence[float]) -> None:
+    """Raises InputError for one of `alphas` that the study has no blend at."""
+    known = [] if study.blends is None else study.blends.alphas
+    for alpha in (alpha for alpha in alphas if alpha not in known):
+        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends"
+        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
 
 
 def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) -> Task:
@@ -162,7 +172,7 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
         if first is None or second is None:
             continue
         evaluating = _evaluating(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
-        for alpha in study.blends.alphas if settings.alphas is None else settings.alphas:
+        for alpha in (alpha for alpha in study.blends.alphas if settings.alphas is None or alpha in settings.alphas):
             key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
             system = f"{study.blends.first}+{study.blends.second}"

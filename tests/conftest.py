@@ -79,6 +79,7 @@ def forked_imports(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Result]]:
     """Yields a function that runs `ddkit ARGS...` in this process, in an empty folder."""
+    from ddkit import said
     from ddkit.cli import main
 
     folder = tmp_path / "cwd"
@@ -96,7 +97,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     yield run
     logging.getLogger("ddkit").setLevel(logging.NOTSET)  # as it was before --verbose
-    logging.getLogger("ddkit").propagate = True  # and before --quiet
+    said.show_from(logging.NOTSET)  # and before --quiet
 
 
 @pytest.fixture

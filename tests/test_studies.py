@@ -20,13 +20,13 @@ import pytest
 
 from ddkit import plugins, reproduce, tasks
 from ddkit.cli import cli as command_line
-from ddkit.errors import InputError, RunFailed
+from ddkit.errors import InputError, Interrupted, RunFailed
 from ddkit.manifest import write_manifest
 from ddkit.recipe import parse_recipe
 from ddkit.stores import share
 from ddkit.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
 from tests.conftest import SMALL as SETTINGS
-from tests.conftest import Result
+from tests.conftest import SMALL_FLAGS, Result
 
 CLI = Callable[..., Result]
 INSTALLED = sorted(p.name for p in plugins.plugins() if p.kind == "study")
@@ -133,14 +133,16 @@ def _digits(classes: int) -> str:
 
 @pytest.mark.parametrize(
     ("dataset", "named", "comparable"),
-    [("digits", "digits", True), ("digits", "cifar10", False), (10, "cifar10", True), (9, "cifar10", False)],
+    [("digits", "digits", True), ("digits", "cifar10", False), (10, "cifar10", True), (9, "cifar10", False), (-10, "cifar10", True)],
 )
 def test_no_difference_is_told_from_figures_of_other_data(
     cli: CLI, commands: list[list[str]], dataset: str | int, named: str, comparable: bool
 ) -> None:
     study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', f'"{named}"'), 1))
-    use = dataset if isinstance(dataset, str) else _digits(dataset)
-    flags = ["reproduce", f"./{study}", *SMALL, "--dataset", use, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    use = dataset if isinstance(dataset, str) else _digits(abs(dataset))
+    named_apart = isinstance(dataset, int) and dataset < 0
+    place = ["--dataset", "npz", "--set", "data.path=own.npz"] if named_apart else ["--dataset", use]
+    flags = ["reproduce", f"./{study}", *SMALL, *place, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
     figure = json.loads(cli(*flags, "--json").out)["figures"][0]
     assert (figure["comparable"], figure["difference"] is not None, figure["dataset"]) == (comparable, comparable, use)
     table = " ".join(cli(*flags, "--show").out.split())
@@ -164,6 +166,66 @@ def test_warnings_of_runs_are_told_once_under_the_table_and_kept_by_their_manife
     assert "Warned" not in cli(*flags).out  # a teacher with batch norm has no such layers
 
 
+def test_a_set_that_cannot_be_read_any_more_costs_no_figure(cli: CLI, commands: list[list[str]]) -> None:
+    study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', '"cifar10"'), 1))
+    flags = ["reproduce", f"./{study}", *SMALL, "--dataset", _digits(10), "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    whole = json.loads(cli(*flags, "--json").out)["figures"][0]
+    file = next(Path("runs/study/sets").glob("dm-*/synthetic.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\x00\x00\x80\x3f" if content[-4:] != b"\x00\x00\x80\x3f" else b"\x00" * 4
+    file.write_bytes(content)
+    result = cli(*flags, "--show", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)["figures"][0]
+    assert len(found["warnings"]) == 1
+    assert "synthetic.safetensors" in found["warnings"][0]
+    assert found | {"warnings": []} == whole
+
+
+WARNS_AT_START = """
+import logging
+import ddkit
+
+class Warns(ddkit.Loss):
+    requires = ddkit.Requires(separable="mean")
+
+    def initial(self, step):
+        logging.getLogger("ddkit").warning("only at %s", "the start")
+        logging.getLogger("ddkit").warning("does not %d fit", "it")
+        return {}
+
+    def __call__(self, step):
+        return step.images.square().mean()
+"""
+
+
+def test_a_run_that_goes_on_still_tells_what_it_warned_of_before(cli: CLI) -> None:
+    Path("warns.py").write_text(WARNS_AT_START)
+    common = ["--plugin", "warns.py", "--out", "run", "--quiet"]
+    assert cli("distill", *SMALL_FLAGS, "--losses", "warns", "--evaluate", "none", *common).code == 0
+    told = ["only at the start", "does not %d fit"]
+    manifest = Path("run/manifest.json")
+    assert json.loads(manifest.read_text())["warnings"] == told
+    manifest.unlink()  # as if it had been ended while it was evaluated
+    assert cli("distill", "--resume", *common).code == 0
+    assert json.loads(manifest.read_text())["warnings"] == told
+    assert cli("distill", "--resume", "--steps", 3, *common).code == 0
+    assert json.loads(manifest.read_text())["warnings"] == told
+
+
+def test_a_blend_keeps_what_it_warned_of(cli: CLI, commands: list[list[str]]) -> None:
+    for name in ("digits", "other"):
+        use = ["--dataset", "digits"] if name == "digits" else ["--dataset", "digits", "--pipc", 5]
+        assert cli("distill", *SMALL_FLAGS, "--losses", "dm", *use, "--evaluate", "none", "--out", name, "--quiet").code == 0
+    assert cli("blend", "digits", "other", "--out", "both").code == 0
+    assert ["normalisation" in each for each in json.loads(Path("both/manifest.json").read_text())["warnings"]] == [True]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(-11, RunFailed), (-9, RunFailed), (-2, Interrupted), (143, Interrupted)])
+def test_a_child_that_crashes_is_no_interruption(code: int, kind: type[Exception]) -> None:
+    assert isinstance(reproduce._failure(code, "", ["distill"]), kind)
+
+
 def test_what_is_not_run_is_named_as_in_the_table(cli: CLI, commands: list[list[str]]) -> None:
     blends = "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 1.0]\n"
     soft = "\n[systems.taught]\ntitle = 'DM'\nrecipe = 'dm'\nlabels = 'soft'\n"
@@ -184,18 +246,20 @@ def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
     def make(self: Any, task: tasks.Task) -> None:
         if task.cell.system == "means":
             raise KeyboardInterrupt
+        if task.cell.system == "shared":
+            raise RunFailed("no room")
         made(self, task)
 
     with monkeypatch.context() as patch:
         patch.setattr(reproduce._Crew, "make", make)
         result = cli(*common)
     assert (result.code, result.out) == (130, "")
-    assert "Interrupted. 2 of 3 sets are finished and kept in runs/study; the same command goes on." in " ".join(result.err.split())
+    assert "Interrupted. 1 of 3 sets are finished and kept in runs/study; the same command goes on." in " ".join(result.err.split())
     states = {f["system"]: f["state"] for f in json.loads(Path("runs/study/report.json").read_text())["figures"]}
-    assert states == {"dm": "done", "shared": "done", "means": "not run"}
+    assert states == {"dm": "done", "shared": "failed", "means": "not run"}
     commands.clear()
     assert cli(*common).code == 0
-    assert [command[0] for command in commands] == ["distill", "evaluate"]
+    assert [command[0] for command in commands] == ["distill", "evaluate"] * 2
 
 
 def test_cells_and_systems_choose_and_the_table_tells_what_is_not_run(cli: CLI, commands: list[list[str]]) -> None:
@@ -341,6 +405,7 @@ BAD = [
     (STUDY + 'systems = ["dm", "dm"]\n', 4, "cells[1].systems names the system 'dm' twice"),
     ('pictures = ["dm", "dm"]\n' + STUDY, 4, "pictures names the system 'dm' twice"),
     (STUDY.replace("[[cells]]", "[published_on]\nname = 'X'\n[[cells]]", 1), 4, "published_on"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 0, 0.5]\n", 4, "blends.alphas has 0.5 twice"),
     ("seeds = \n", 4, "cannot be read as TOML"),
 ]
 
@@ -369,6 +434,8 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-table1", "--cells", "1:10,3:10,1:10"], 2, "has the cell 1:10 twice"),
         (["practical-fig3", "--alphas", "0.5,0.55"], 4, "has no blend at alpha 0.55: it has blends at 0, 0.1"),
         (["practical-table1", "--alphas", "0.5"], 4, "has no blend at alpha 0.5: it has no blends"),
+        (["practical-fig3", "--alphas", "0.5,0.5"], 2, "has 0.5 twice"),
+        (["practical-fig3", "--alphas", "0.5", "--systems", "dm-star"], 4, "blends need the systems dsv-noise and dm-star"),
         (["practical-fig3", "--alphas", "half"], 2, "is not a list of numbers"),
         (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
         (["./shrt.toml"], 4, "shrt"),

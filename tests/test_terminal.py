@@ -101,6 +101,7 @@ def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable
 
 LIBRARY = """
 import logging
+import threading
 from ddkit import said
 
 log = logging.getLogger("ddkit")
@@ -113,13 +114,25 @@ with said.recording():
         print(said.warnings())
     print(said.warnings())
 print(said.warnings())
+kept = []
+
+def apart():
+    with said.recording():
+        log.warning("apart")
+        kept.extend(said.warnings())
+
+with said.recording():
+    other = threading.Thread(target=apart)
+    other.start()
+    other.join()
+    print(said.warnings(), kept)
 """
 
 
 def test_what_a_run_warns_of_is_kept_and_still_shown_to_a_program_that_handles_no_log() -> None:
     result = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, check=True)
-    assert result.stdout.splitlines() == ["['inner 1']", "['outer', 'inner 1']", "[]"]
-    assert result.stderr.splitlines() == ["outer", "inner 1", "inner 1", "news"]
+    assert result.stdout.splitlines() == ["['inner 1']", "['outer', 'inner 1']", "[]", "[] ['apart']"]
+    assert result.stderr.splitlines() == ["outer", "inner 1", "inner 1", "news", "apart"]
 
 
 def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:

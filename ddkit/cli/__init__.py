@@ -83,11 +83,8 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error
         ended = isinstance(cause, _Terminated)
-        _fail(
-            f"{(isinstance(cause, KeyboardInterrupt) and str(cause)) or 'Interrupted.'}{ENDED_BY_TORCHRUN if ended and launched() else ''}",
-            143 if ended else 130,
-            show,
-        )
+        told = str(cause) if isinstance(cause, KeyboardInterrupt) and cause.args else "Interrupted."
+        _fail(f"{told}{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import click
 
 from ddkit.cli.names import Names
-from ddkit.errors import FlagError, InputError, printable
+from ddkit.errors import FlagError, InputError, doubles, printable
 from ddkit.ranks import follows
-from ddkit.said import shown
+from ddkit.said import show_from
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,21 +51,24 @@ class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
             self.fail(f"{value!r} is not a list of cells such as 1:10,10:50{',1:all' if self.whole else ''}.", param, ctx)
         if any(number < 1 for ipc, pipc in cells for number in ((ipc,) if self.whole else (ipc, int(pipc)))):
             self.fail(f"ipc{'' if self.whole else ' and pipc'} {'is' if self.whole else 'are'} at least 1.", param, ctx)
-        for double in (cell for cell in cells if cells.count(cell) > 1):
-            self.fail(f"{value!r} has the cell {double[0]}:{double[1]} twice. Name it once.", param, ctx)
+        for ipc, pipc in doubles(cells):
+            self.fail(f"{value!r} has the cell {ipc}:{pipc} twice. Name it once.", param, ctx)
         return cells
 
 
 class Alphas(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Shares of a blend, as a tuple of numbers in order."""
+    """Shares of blends, as a tuple of numbers."""
 
     name = "alpha,..."
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
         try:
-            return tuple(sorted({float(part) for part in str(value).split(",")}))
+            alphas = tuple(float(part) for part in str(value).split(","))
         except ValueError:
             self.fail(f"{value!r} is not a list of numbers such as 0,0.5,1.", param, ctx)
+        for alpha in doubles(alphas):
+            self.fail(f"{value!r} has {alpha:g} twice. Name it once.", param, ctx)
+        return alphas
 
 
 class Shard(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -142,7 +145,7 @@ def set_verbosity(quiet: bool, verbose: bool = False) -> None:
     if quiet and verbose:
         raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
     logging.getLogger("ddkit").setLevel(logging.INFO if verbose else logging.WARNING)
-    shown(not quiet and not follows())
+    show_from(logging.ERROR if quiet or follows() else logging.NOTSET)
 
 
 @contextmanager

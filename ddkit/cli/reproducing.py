@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from ddkit.cli.common import Alphas, Cells, Shard, blaming_flags, echo_json, quiet, set_verbosity, shared, show
-from ddkit.errors import FlagError, RunFailed
+from ddkit.errors import FlagError, RunFailed, doubles
 from ddkit.ranks import follows
 
 
@@ -77,7 +77,7 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise FlagError(f"--systems '{text}': a name is missing. Give names of systems, separated by commas, or leave it out for all.")
-    for double in (name for name in names if names.count(name) > 1):
+    for double in doubles(names):
         raise FlagError(f"--systems '{text}' names '{double}' twice. Name it once.")
     return names
 
