@@ -15,8 +15,9 @@ from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import read_json, write_atomic
 from ddkit.manifest import check_listed
+from ddkit.reporting import making, sections
 from ddkit.reporting.page import page
-from ddkit.reporting.sections import SECTIONS, Files, head, spectrum_bins
+from ddkit.reporting.sections import Files, head, spectrum_bins
 from ddkit.rundir import EVALUATION, LOCK_SECONDS, METRICS, RECIPE, REPORT, RunDirectory, versions
 from ddkit.spectra import radial_spectrum, spread
 
@@ -91,7 +92,7 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
     """
     files = _files(folder, facts)
     title, summary, tiles = head(files)
-    return page(title, summary, [tiles, *(part(files) for part in SECTIONS)]).encode()
+    return page(title, summary, [tiles, *(part(files) for part in (*sections.SECTIONS, *making.SECTIONS))]).encode()
 
 
 def _files(folder: Path, facts: Mapping[str, Any]) -> Files:

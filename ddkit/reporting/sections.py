@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from ddkit.reporting.charts import (
     text,
     wants_log,
 )
-from ddkit.reporting.page import chart, film_table, note, section, table, time
+from ddkit.reporting.page import chart, film_table, note, section, table
 from ddkit.reporting.pictures import picture, pictures, sides
 from ddkit.spectra import radial_spectrum
 
@@ -126,12 +124,17 @@ def start_and_end(files: Files) -> str:
     return section("Start and end", note("Above: before the first step. Below: the finished set."), tiles)
 
 
+def short_name(path: Path) -> str:
+    """Returns the name of a run, or of a file that is alone."""
+    return path.parent.name if path.name == FILE else path.name
+
+
 def parts_of_blend(files: Files) -> str:
     """Returns the images of both sets of a blend around their average, class by class, "" where they were not kept."""
     film, blend = files.film, files.facts.get("blend")
     if film is None or len(film.rows) == 0 or len(film.steps) != 2 or not isinstance(blend, Mapping):
         return ""
-    first, second = (_short(Path(part["path"])) for part in blend["parts"])
+    first, second = (short_name(Path(part["path"])) for part in blend["parts"])
     words = f"Above: the first set, {first}. In the middle: the blend. Below: the second, {second}, whose share is alpha {blend['alpha']}."
     told = "of the first set above, of the blend in the middle, of the second set below"
     tiles = _above_each_other(files, film, [film.images[0], _end(files, film), film.images[1]], told)
@@ -351,55 +354,4 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
     return table(["evaluator", "network and protocol", "n", "accuracy", "random real", "difference"], lines)
 
 
-# What made it
-
-
-def making(files: Files) -> str:
-    """Returns times, device, versions and plugins."""
-    facts = files.facts
-    seconds, steps = facts.get("seconds", 0.0), facts.get("steps", 0)
-    rows: list[list[str]] = []
-    if steps:
-        rows.append(["distillation", time(f"{seconds:,.1f} s{_a_step(files)}")])
-    rows += [[key, str(facts[key])] for key in ("device", "threads", "seed") if facts.get(key) is not None]
-    teacher = facts.get("teacher")
-    rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if isinstance(teacher, Mapping) else []
-    rows += _blend(facts)
-    rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
-    rows += [["warned of", message] for message in facts.get("warnings", [])]
-    rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
-    parts = [table([], rows)]
-    used = [[p.get("kind", ""), p.get("name", ""), p.get("distribution", ""), p.get("version", "")] for p in facts.get("plugins", [])]
-    parts += ["<h3>Plugins</h3>", table(["kind", "name", "from", "version"], used)] if used else []
-    return section("Time and environment", *parts)
-
-
-def _a_step(files: Files) -> str:
-    """Returns the median time of a step, from the times of the logged ones, "" where there are too few."""
-    times = [(line["step"], line["seconds"]) for line in files.metrics if "seconds" in line]
-    pace = [(late - early) / (last - first) for (first, early), (last, late) in pairwise(times) if late > early]
-    return f", {1000 * statistics.median(pace):.1f} ms a step" if pace else ""
-
-
-def _blend(facts: Mapping[str, Any]) -> list[list[str]]:
-    blend = facts.get("blend")
-    if not isinstance(blend, Mapping):
-        return []
-    parts = [f"{_short(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in blend.get("parts", [])]
-    return [["blend", f"alpha {blend.get('alpha')} of {' and '.join(parts)}"]]
-
-
-def _short(path: Path) -> str:
-    """Returns the name of a run, or of a file that is alone."""
-    return path.parent.name if path.name == FILE else path.name
-
-
-def recipe(files: Files) -> str:
-    """Returns the resolved recipe as it is written."""
-    if not files.recipe_text:
-        return ""
-    words = "Resolved: every setting, also those that were decided by themselves. ddkit distill --recipe FILE repeats the run."
-    return section("Recipe", note(words), f"<details><summary>recipe.toml</summary><pre>{text(files.recipe_text)}</pre></details>")
-
-
-SECTIONS = (images, parts_of_blend, start_and_end, strip, losses, parameters, spectra, evaluation, making, recipe)
+SECTIONS = (images, parts_of_blend, start_and_end, strip, losses, parameters, spectra, evaluation)

@@ -1,0 +1,202 @@
+"""A run from its recipe to its finished files: its objects, its loop, what it writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ddkit.artifact import Artifact, load
+from ddkit.bank import Bank
+from ddkit.components import Evaluation
+from ddkit.compute import products
+from ddkit.engine import Engine
+from ddkit.evaluating import run_evaluators
+from ddkit.files import write_json
+from ddkit.film import add_frame, begin_film, is_frame
+from ddkit.hookspecs import Observers
+from ddkit.jobs import Job
+from ddkit.plugins import watchers_of
+from ddkit.ranks import Ranks
+from ddkit.recipe import Recipe, recipe_dict
+from ddkit.recipes import flattened
+from ddkit.reporting import close_run, known_spectrum
+from ddkit.rundir import EVALUATION, Follower, Run, RunDirectory, is_logged, save_set
+
+
+class Place(NamedTuple):
+    """Where a run is made: on which device, by which processes, seen by whom."""
+
+    device: str
+    ranks: Ranks
+    observers: Sequence[Any]
+
+    def watchers(self) -> Observers:
+        """Returns the observers, which only the first process has."""
+        return watchers_of(self.observers) if self.ranks.first else Observers([])
+
+    def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
+        """Returns what `claim` does in the first process, and in the others the same folder to follow."""
+        if self.ranks.first:
+            found = claim()
+            self.ranks.told(str(found.path.absolute()) if self.ranks.size > 1 else None)
+        else:
+            found = Follower(Path(self.ranks.told(None)))
+        try:
+            self.ranks.wait()  # all have seen it, before one may remove it
+        except BaseException:
+            found.discard()
+            found.release()
+            raise
+        return found
+
+
+class Made(NamedTuple):
+    """What a run works with: `recipe` is the resolved one."""
+
+    job: Job
+    bank: Bank
+    engine: Engine
+    recipe: Recipe
+
+
+def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False) -> Made:
+    """Returns the objects of a run; `begun`: its set is to be read from a checkpoint."""
+    job = Job(recipe, device=place.device, begun=begun, ranks=place.ranks)
+    job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+    bank = job.bank()
+    resolved = job.resolved()
+    place.ranks.same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
+    return Made(job, bank, job.engine(bank), resolved)
+
+
+def begin(made: Made, directory: RunDirectory) -> None:
+    """Writes what a run that is cut off continues from."""
+    with products(made.job.device, made.job.decided.products):
+        made.engine.start()
+    if made.job.evaluators and made.job.ranks.first:
+        _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
+    directory.write_recipe(recipe_dict(made.recipe))
+    directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
+    images = _pixels(made.job, made.bank)
+    if images is not None:
+        begin_film(directory.path, images, made.job.stored_labels)
+    _keep(0, made.job, made.bank, made.engine, directory)
+
+
+def _keep(index: int, job: Job, bank: Bank, engine: Engine, directory: RunDirectory) -> None:
+    """Writes the checkpoint of step `index`."""
+    state = engine.state(index)
+    rowwise = {key for key in state if bank.is_rowwise(key)}
+    directory.write_checkpoint(index, state, job.plugin_files, job.inputs, rowwise=rowwise, ranks=job.ranks)
+
+
+def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
+    """Takes the steps from `start` on, evaluates, and writes all files of the run; returns it."""
+    job, bank, engine, recipe = made
+    watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
+    began = time.perf_counter()
+    with products(job.device, job.decided.products):
+        _iterate(job, bank, engine, recipe, directory, watchers, start)
+    seconds = time.perf_counter() - began
+    _write_set(job, bank, recipe, directory)
+    job.ranks.wait()  # its file is there
+    evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
+    facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
+    if job.ranks.first:
+        close_run(directory, facts)
+    job.ranks.wait()  # the run is finished for all of them, or for none
+    run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
+    watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
+    return run
+
+
+def _iterate(job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
+    began, every = time.perf_counter(), recipe.engine
+
+    def show(index: int) -> None:
+        images = _pixels(job, bank) if job.ranks.told(watchers.has("checkpoint_written")) else None
+        if images is not None:
+            watchers.call(
+                "checkpoint_written", index=index, images=images, labels=job.stored_labels, class_names=list(job.info.class_names)
+            )
+
+    def keep(index: int) -> None:
+        _keep(index, job, bank, engine, directory)
+        show(index)
+
+    def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
+        line = None
+        if is_logged(index, recipe.steps, every.log_every):
+            line = record() | {"seconds": round(time.perf_counter() - began, 3)}
+            directory.append_metrics(line)
+        watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
+        images = _pixels(job, bank) if is_frame(index + 1) else None
+        if images is not None:
+            add_frame(directory.path, index + 1, images, job.stored_labels)
+        if (index + 1) % every.checkpoint_every == 0:
+            keep(index + 1)
+
+    def is_read(index: int) -> bool:
+        return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0 or is_frame(index + 1)
+
+    show(start)
+    engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read)
+    if recipe.steps > start and recipe.steps % every.checkpoint_every:
+        keep(recipe.steps)
+
+
+def _pixels(job: Job, bank: Bank) -> Tensor | None:
+    """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the first."""
+    return job.ranks.gathered(job.normalisation.to_pixels(bank.images.detach()))
+
+
+def _write_set(job: Job, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
+    images = _pixels(job, bank)
+    extra = {
+        name: job.ranks.gathered(tensor) if bank.is_rowwise(f"bank.{name}") else tensor.detach().cpu()
+        for name, tensor in bank.parameters.items()
+    }
+    if images is None:
+        return
+    metadata_ = {
+        "class_names": list(job.info.class_names),
+        "mean": list(job.normalisation.mean),
+        "std": list(job.normalisation.std),
+        "ipc": recipe.ipc,
+        "pipc": recipe.pipc,
+        "seed": recipe.seed,
+        "recipe": recipe.name,
+        **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
+    }
+    whole = {name: tensor for name, tensor in extra.items() if tensor is not None}
+    save_set(Artifact(images, job.stored_labels, metadata_, whole), directory)
+
+
+def _evaluate_run(job: Job, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
+    if not job.evaluators:
+        return []
+    rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers, job.ranks)
+    if job.ranks.first:
+        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
+    return rows
+
+
+def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
+    teacher = job.teacher
+    return {
+        "seed": recipe.seed,
+        "device": str(job.device),
+        "threads": torch.get_num_threads(),
+        "plugins": job.plugins_used,
+        **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
+        "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
+        **known_spectrum(job.real.sample()),
+        "real_files": job.real.sources,
+        **({"processes": {"count": job.ranks.size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.size > 1 else {}),
+    }
