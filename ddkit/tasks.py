@@ -80,9 +80,8 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
         tasks += _blends(study, [task for task in tasks if task.seed == seed], out, settings)
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
         assert study.blends is not None
-        raise InputError(
-            f"--alphas: blends need the systems {study.blends.first} and {study.blends.second}, which are not both chosen.", "alphas"
-        )
+        both = f"{study.blends.first} and {study.blends.second}"
+        raise InputError(f"--alphas: blends need the systems {both}, which are not both chosen. Add them to --systems.", "alphas")
     return tasks
 
 
@@ -90,7 +89,7 @@ def _check_alphas(study: Study, alphas: Sequence[float]) -> None:
     """Raises InputError for one of `alphas` that the study has no blend at."""
     known = [] if study.blends is None else study.blends.alphas
     for alpha in (alpha for alpha in alphas if alpha not in known):
-        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends"
+        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
         raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
 
 
