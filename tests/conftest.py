@@ -53,6 +53,7 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache / "compile"))  # as the command does; so Python's functions share what is compiled
         if "TORCHINDUCTOR_VEC_ISA_OK" not in os.environ:  # torch need not try the compiler on every kind of vector, which takes 15 s
             patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
+        patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # users' Python keeps bytecode, and compiles ddkit once
         patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a core that others have take ten times as long
         yield
 
