@@ -109,7 +109,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
         dataset=":".join(filter(None, _data(first))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
-        comparable=comparable, warnings=warnings,
+        comparable=comparable and not study.held_out, warnings=warnings,
     )  # fmt: skip
 
 
@@ -210,7 +210,10 @@ def _data_notes(report: Report) -> list[str]:
     data, teachers = (list(dict.fromkeys(values)) for values in ([f.dataset for f in report.figures], [f.teacher for f in report.figures]))
     known = report.published_on
     notes = [f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}.")]
-    if known is not None and not all(figure.comparable for figure in report.figures):
+    if report.split == "held-out":
+        beside = any(figure.published is not None for figure in report.figures)
+        notes += ["Published figures are of a test split, these are not, so no difference is told."] if beside else []
+    elif known is not None and not all(figure.comparable for figure in report.figures):
         size = " x ".join(map(str, known.shape))
         notes.append(
             f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is told. "

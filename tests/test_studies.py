@@ -374,6 +374,9 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
     assert "held-out training images" in result.out
     rows = json.loads(next(Path("runs/study/sets").glob("dm-*/evaluation.json")).read_text())["evaluations"]
     assert [row["split"] for row in rows] == ["held-out"]
+    assert "Published figures are of a test split, these are not, so no difference is told" in " ".join(result.out.split())
+    figure = json.loads(Path("runs/study/report.json").read_text())["figures"][0]
+    assert (figure["published"], figure["comparable"], figure["difference"]) == (0.5, False, None)
 
 
 def test_commands_run_in_processes_of_their_own_and_keep_exit_codes(tmp_path: Path) -> None:
