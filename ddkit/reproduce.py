@@ -24,7 +24,7 @@ import tomli_w
 
 from ddkit import plugins
 from ddkit.data import check_held_out, open_dataset
-from ddkit.errors import DdkitError, Interrupted, RunFailed, RunFilesError
+from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.files import sealed, write_atomic, write_json
 from ddkit.ranks import Ranks, group, own_device, plain_environment
@@ -34,6 +34,7 @@ from ddkit.rundir import MANIFEST, RECIPE
 from ddkit.stores import SETS, merge, share
 from ddkit.study import Study, chosen_cells
 from ddkit.tasks import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
+from ddkit.terms import terms_of
 
 
 def reproduce(
@@ -120,12 +121,32 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
     for protocol in sorted({task.evaluation.protocol for task in tasks}):
         tables = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators
         plugins.options_of("evaluator", "accuracy", tables["accuracy"].options, "evaluators.accuracy")
+    for task in tasks:
+        _check_images(task)
     if study.held_out:
         recipes = [task.recipe for task in tasks]
         for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
             dataset = open_dataset(data)
             for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
                 check_held_out(dataset, pipc, study.held_out)
+
+
+def _check_images(task: Task) -> None:
+    """Raises InputError where the cell has too few real images for the losses or the first images of the system."""
+    recipe, table = task.recipe, task.recipe.initializer
+    if task.parts or recipe.pipc == "all":
+        return
+    needed = plugins.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
+    needing = [] if recipe.pipc else [term.label for term in terms_of(recipe) if term.loss.requires.real]
+    if needing or needed > recipe.pipc:
+        who, count = (f"the loss {needing[0]}", 1) if needing else (f"the initializer {table.use}", needed)
+        where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
+        raise InputError(
+            f"{where}: {who} needs {count} real image{'s' if count > 1 else ''} a "
+            f"class, and the system has {recipe.pipc}. Leave it out of this cell (`systems` of the cell, --systems or --cells), or change "
+            "its `pipc` or its initializer in the study.",
+            f"systems.{task.cell.system}",
+        )
 
 
 def _make(folder: Path) -> None:
@@ -153,6 +174,10 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
                 except RunFailed as error:
                     failures[task.path] = str(error)
                     report(f"{number} of {len(todo)}: {task.label}: failed: {error}")
+                except DdkitError as error:
+                    if not isinstance(error, Interrupted):
+                        error.args = (f"{task.label}: {error}",)
+                    raise
 
         crew.run(work, list(enumerate(todo, start=1)))
 

@@ -137,12 +137,22 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
     pipc = {"cell": cell.pipc, "ipc": cell.ipc}.get(str(system.pipc), system.pipc)
     held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
     return recipe_for(
-        REAL_IMAGES if system.baseline else system.recipe,
+        _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
         losses=system.losses, evaluators="none",
         sets=[*held_out, *study.set.items(), *system.set.items(), *settings.sets],
         ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else settings.steps,
         data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
     )  # fmt: skip
+
+
+def _real_images(study: Study, cell: Cell, seed: int, settings: Settings) -> dict[str, Any]:
+    """Returns the recipe of a baseline; soft labels it has from the teacher of the study's systems, those with soft labels first."""
+    systems = study.systems
+    others = sorted((name for name in systems if not systems[name].baseline), key=lambda name: systems[name].labels != "soft")
+    if systems[cell.system].labels != "soft" or not others:
+        return REAL_IMAGES
+    table = recipe_dict(_recipe_of_system(study, cell._replace(system=others[0]), seed, settings))
+    return REAL_IMAGES | {key: table[key] for key in ("teacher", "train")}
 
 
 def _digest(recipe: Recipe) -> str:

@@ -379,6 +379,37 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
     assert (figure["published"], figure["comparable"], figure["difference"]) == (0.5, False, None)
 
 
+def test_what_hinders_a_set_later_is_told_with_its_cell(cli: CLI, commands: list[list[str]]) -> None:
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--dataset", "npz:nothing.npz", "--cells", "1:3", "--systems", "dm", "--seeds", 1)
+    assert (result.code, commands[0][0]) == (4, "distill")
+    assert "ddkit: dm ipc 1 pipc 3 seed 0: " in " ".join(result.err.split())
+    assert "nothing.npz" in result.err
+
+
+def test_soft_labels_of_real_images_come_from_the_teacher_of_the_systems_beside_them() -> None:
+    soft = (
+        STUDY
+        + """
+[systems.soft]
+recipe = "practical"
+labels = "soft"
+set = { "teacher.width" = 9 }
+
+[systems.real]
+baseline = "random-real"
+labels = "soft"
+"""
+    )
+    study = parse_study(tomllib.loads(soft))
+    made = {
+        task.cell.system: task.recipe
+        for task in tasks.planned(study, chosen_cells(study, None, None), Path("out"), tasks.Settings(seeds=1))
+    }
+    assert (made["real"].teacher, made["real"].train) == (made["soft"].teacher, made["soft"].train)
+    assert made["real"].teacher.options == {"norm": "batch", "width": 9}
+    assert made["means"].teacher != made["soft"].teacher, "hard labels have no teacher"
+
+
 def test_commands_run_in_processes_of_their_own_and_keep_exit_codes(tmp_path: Path) -> None:
     crew = reproduce._Crew(tasks.Settings())
     with pytest.raises(Exception, match="no finished run") as error:
@@ -410,6 +441,12 @@ BAD = [
     (STUDY.replace("[[cells]]", "[published_on]\nname = 'X'\n[[cells]]", 1), 4, "published_on"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 0, 0.5]\n", 4, "blends.alphas has 0.5 twice"),
     ("seeds = \n", 4, "cannot be read as TOML"),
+    (STUDY.replace("ipc = 1\npipc = 4", "ipc = 5\npipc = 4"), 4, "systems.dm, cell 5:4: the initializer real needs 5 real images a class"),
+    (
+        STUDY.replace("pipc = 4", "pipc = 0").replace('"dm"\n', '"dm"\nset = { "initializer.use" = "noise" }\n'),
+        4,
+        "the loss dm needs 1 real image a",
+    ),
 ]
 
 
