@@ -242,7 +242,7 @@ def check_held_out(dataset: Dataset, pipc: int | str, held_out: int) -> None:
     if pipc == "all" or int(pipc) >= least:
         fix = f"Use --pipc with a number below {least}"
     else:
-        fix = f"Use --set data.held_out={least - int(pipc)} or less, or a smaller --pipc"
+        fix = f"Use --set data.held_out={least - int(pipc)} or less{', or a smaller --pipc' if pipc else ''}"
     raise InputError(
         f"data.test = held-out needs {held_out} training images of each class (data.held_out) beside the accessible ones "
         f"(pipc {pipc}), but the class '{name}' has {least} in all. {fix}, or --set data.test=test.",

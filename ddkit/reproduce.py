@@ -128,7 +128,11 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
         for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
             dataset = open_dataset(data)
             for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
-                check_held_out(dataset, pipc, study.held_out)
+                try:
+                    check_held_out(dataset, pipc, study.held_out)
+                except InputError as error:
+                    theirs = "In a study they are its key `held_out` and the `pipc` of its cells; another dataset is --dataset NAME."
+                    raise InputError(f"{error} {theirs}", error.path) from None
 
 
 def _check_images(task: Task) -> None:

@@ -430,6 +430,7 @@ BAD = [
     (STUDY.replace('baseline = "class-mean"', 'baseline = "class-mean"\nlosses = "dm"'), 4, "has no recipe and no losses"),
     (STUDY.replace('recipe = "dm"', 'recipe = "teacher"'), 4, "systems.dm: The recipe 'teacher' has no loss"),
     ("held_out = 200\n" + STUDY, 4, "held-out needs 200"),
+    ("held_out = 200\n" + STUDY, 4, "In a study they are its key `held_out` and the `pipc` of its cells"),
     ('set = { "data.test" = "held-out" }\n' + STUDY, 4, "use held_out of a study"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'x'\nalphas = [0.5]\n", 4, "blends names the system 'x'"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'dm'\nalphas = [1.5]\n", 4, "alphas"),
