@@ -84,14 +84,15 @@ def _umask() -> int:
 
 def remove_leftovers(folder: Path) -> None:
     """Removes the temporary files of writes that were killed; only for those who know that nobody is writing in `folder`."""
-    for file in folder.glob(f".*{TEMPORARY}"):
-        if is_leftover(file):
+    for file in folder.glob(".*"):
+        if is_leftover(file) and not file.is_dir():
             file.unlink(missing_ok=True)
 
 
 def is_leftover(file: Path) -> bool:
-    """Whether a file has the name of one of ddkit's that was being written: `.NAME.XXXXXXXX.part`."""
-    return re.fullmatch(rf"\..+\.(toml|json|jsonl|safetensors|png|html)\.\w{{8}}{re.escape(TEMPORARY)}", file.name) is not None
+    """Whether a file has the name of one that was being written: `.NAME.XXXXXXXX.part`, or `.tmpXXXXXX` of the library safetensors."""
+    own = rf"\..+\.(toml|json|jsonl|safetensors|png|html)\.\w{{8}}{re.escape(TEMPORARY)}"
+    return re.fullmatch(rf"{own}|\.tmp[0-9A-Za-z]{{6}}", file.name) is not None
 
 
 def sync(path: Path) -> None:

@@ -68,7 +68,7 @@ def continued(path: Path) -> None:
 
 
 def leftovers(path: Path) -> set[str]:
-    return {file.name for file in path.rglob("*.part")}
+    return {file.name for file in path.rglob(".*") if file.suffix == ".part" or file.name.startswith(".tmp")}
 
 
 def result(path: Path) -> dict[str, Any]:
@@ -261,21 +261,24 @@ def test_what_a_killed_write_left_is_removed_and_a_folder_that_only_holds_that_c
     path = tmp_path / "run"
     path.mkdir()
     (path / ".recipe.toml.abcd1234.part").write_text("half")
+    (path / ".tmpIHBjf1").write_bytes(b"")  # as the library safetensors names its own
     (path / ".lock").write_bytes(b"")
     begin(path)
     assert leftovers(path) == set()
     assert not (path / ".lock").exists()
     (path / CHECKPOINTS / ".step-00000003.safetensors.abcd1234.part").write_text("half")
+    (path / CHECKPOINTS / ".tmpu0paUB").write_text("half")
     (path / "manifest.json").unlink()
     resume(path, device="cpu")
     assert leftovers(path) == set()
 
 
 def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / ".mine").write_text("mine")
+    for name in (".mine", ".tmp-mine"):
+        (tmp_path / name).write_text("mine")
     with pytest.raises(ddkit.RunFilesError, match="already holds something"):
         begin(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [".mine"]
+    assert {file.name for file in tmp_path.iterdir()} == {".mine", ".tmp-mine"}
 
 
 # A disk that is full, a folder that cannot be written
