@@ -109,7 +109,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
         dataset=":".join(filter(None, _data(first))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
-        comparable=comparable and not study.held_out, warnings=warnings,
+        comparable=comparable, warnings=warnings,
     )  # fmt: skip
 
 
@@ -123,11 +123,11 @@ def _data(task: Task) -> tuple[str, str]:
 def _told_by(done: Sequence[Task], study: Study, first: Task) -> tuple[bool, list[str]]:
     """Returns whether the data may be that of the published figures, and what the runs of the sets warned of.
 
-    It may be where it is the dataset of that name, or a user's own of the same shape, as far as a set tells. A set that cannot be read any
-    more costs no figure: it is among the warnings.
+    It may be where it is the dataset of that name, or a user's own of the same shape, as far as a set tells; held-out images are none of
+    theirs. A set that cannot be read any more costs no figure: it is among the warnings.
     """
     known, (name, place) = study.published_on, _data(first)
-    comparable = known is None or name == known.dataset or bool(place)
+    comparable = not study.held_out and (known is None or name == known.dataset or bool(place))
     warnings: list[str] = []
     for task in done:
         try:

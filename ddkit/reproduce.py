@@ -28,13 +28,13 @@ from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFile
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.files import sealed, write_atomic, write_json
 from ddkit.ranks import Ranks, group, own_device, plain_environment
-from ddkit.recipe import recipe_dict
+from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.rundir import MANIFEST, RECIPE
 from ddkit.stores import SETS, merge, share
 from ddkit.study import Study, chosen_cells
 from ddkit.tasks import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
-from ddkit.terms import terms_of
+from ddkit.terms import needing_real, terms_of
 
 
 def reproduce(
@@ -121,18 +121,22 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
     for protocol in sorted({task.evaluation.protocol for task in tasks}):
         tables = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators
         plugins.options_of("evaluator", "accuracy", tables["accuracy"].options, "evaluators.accuracy")
-    for task in tasks:
+    for task in (task for task in tasks if task.seed == 0):  # other seeds have the same recipes
         _check_images(task)
     if study.held_out:
-        recipes = [task.recipe for task in tasks]
-        for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
-            dataset = open_dataset(data)
+        _check_held_out([task.recipe for task in tasks], study.held_out)
+
+
+def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
+    """Raises InputError, with the keys of a study, where a class has too few images for accessible and held-out ones."""
+    for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
+        dataset = open_dataset(data)
+        try:
             for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
-                try:
-                    check_held_out(dataset, pipc, study.held_out)
-                except InputError as error:
-                    theirs = "In a study they are its key `held_out` and the `pipc` of its cells; another dataset is --dataset NAME."
-                    raise InputError(f"{error} {theirs}", error.path) from None
+                check_held_out(dataset, pipc, held_out)
+        except InputError as error:
+            theirs = "In a study they are its key `held_out` and the `pipc` of its cells; another dataset is --dataset NAME."
+            raise InputError(f"{error} {theirs}", error.path) from None
 
 
 def _check_images(task: Task) -> None:
@@ -141,14 +145,13 @@ def _check_images(task: Task) -> None:
     if task.parts or recipe.pipc == "all":
         return
     needed = plugins.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
-    needing = [] if recipe.pipc else [term.label for term in terms_of(recipe) if term.loss.requires.real]
+    needing = [] if recipe.pipc else needing_real(terms_of(recipe))
     if needing or needed > recipe.pipc:
         who, count = (f"the loss {needing[0]}", 1) if needing else (f"the initializer {table.use}", needed)
         where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
         raise InputError(
-            f"{where}: {who} needs {count} real image{'s' if count > 1 else ''} a "
-            f"class, and the system has {recipe.pipc}. Leave it out of this cell (`systems` of the cell, --systems or --cells), or change "
-            "its `pipc` or its initializer in the study.",
+            f"{where}: {who} needs {count} real image{'s' if count > 1 else ''} a class, and the system has {recipe.pipc}. "
+            "Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its `pipc` or initializer in the study.",
             f"systems.{task.cell.system}",
         )
 
@@ -178,9 +181,10 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
                 except RunFailed as error:
                     failures[task.path] = str(error)
                     report(f"{number} of {len(todo)}: {task.label}: failed: {error}")
+                except Interrupted:
+                    raise
                 except DdkitError as error:
-                    if not isinstance(error, Interrupted):
-                        error.args = (f"{task.label}: {error}",)
+                    error.args = (f"{task.label}: {error}",)
                     raise
 
         crew.run(work, list(enumerate(todo, start=1)))

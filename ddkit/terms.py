@@ -49,11 +49,15 @@ def terms_of(recipe: Recipe) -> list[Term]:
 
 def check_access(terms: Sequence[Term], pipc: int | str) -> None:
     """Raises InputError where no real images are accessible and a loss needs some."""
-    if pipc == 0:
-        needing = [term.label for term in terms if term.loss.requires.real]
-        if needing:
-            need = "needs" if len(needing) == 1 else "need"
-            raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Give --pipc 1 or more.", "pipc")
+    needing = needing_real(terms)
+    if pipc == 0 and needing:
+        need = "needs" if len(needing) == 1 else "need"
+        raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Give --pipc 1 or more.", "pipc")
+
+
+def needing_real(terms: Sequence[Term]) -> list[str]:
+    """Returns the labels of the losses that need real images."""
+    return [term.label for term in terms if term.loss.requires.real]
 
 
 def check_separable(terms: Sequence[Term], ranks: Ranks) -> None:

@@ -474,6 +474,7 @@ def _seconds(*arguments: str) -> float:
 
 
 LIBRARIES = "import click, importlib.metadata, importlib.resources, msgspec, pluggy, tabulate"
+TIMES = 3  # within half a second where the libraries take a sixth of one, as on the slowest machine that was measured
 
 
 def _against_libraries(*arguments: str) -> float:
@@ -484,11 +485,11 @@ def _against_libraries(*arguments: str) -> float:
 
 @pytest.mark.parametrize("arguments", [("list",), ("--help",)])
 def test_it_answers_in_little_more_time_than_its_libraries_take(arguments: tuple[str, ...]) -> None:
-    assert _against_libraries("-m", "ddkit", *arguments) < 4  # within half a second where the libraries take an eighth of one
+    assert _against_libraries("-m", "ddkit", *arguments) < TIMES
 
 
 def test_the_time_check_can_fail() -> None:
-    assert _against_libraries("-c", "import torch") > 4
+    assert _against_libraries("-c", "import torch") > TIMES
 
 
 # What list and info say
