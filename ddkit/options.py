@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 import msgspec
@@ -84,16 +85,22 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError("Requires: teacher_gradients and views need teacher=True as well")
 
 
+@cache
+def fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
+    """Returns the fields of a kind of table or options by the name that they have there; msgspec alone asks all annotations each time."""
+    return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
 def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Collection[str] = (), *, whole: str = "the recipe") -> T:
     """Returns `table` as a `kind`, or raises InputError naming `where`, the key, and what would be right.
 
     `also` are keys that the same table of the recipe may hold, to suggest from. `whole` is what a table is called that is in no other.
     """
-    fields = {field.encode_name for field in msgspec.structs.fields(kind)}
+    known = fields(kind)
     for key in table:
-        if key not in fields:
+        if key not in known:
             at = f"{where}.{key}" if where else key
-            raise InputError(f"{where or whole} has no key '{key}'. {suggestion(key, {*fields, *also})}", at)
+            raise InputError(f"{where or whole} has no key '{key}'. {suggestion(key, {*known, *also})}", at)
     for path, value in _leaves(table, where):
         _check_leaf(path, value)
     try:
@@ -183,8 +190,7 @@ def describe_options(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:
     """Returns name, type, default, bounds and description of every option, in order of declaration."""
     definitions = msgspec.json.schema(kind).get("$defs", {})
     properties = definitions[kind.__name__]["properties"] if kind.__name__ in definitions else {}
-    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
-    return [_describe(name, schema, fields[name]) for name, schema in properties.items()]
+    return [_describe(name, schema, fields(kind)[name]) for name, schema in properties.items()]
 
 
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": ">= {}", "exclusiveMaximum": "< {}", "maximum": "<= {}"}

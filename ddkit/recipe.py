@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from ddkit.errors import InputError, shown
-from ddkit.options import Option, parse_struct
+from ddkit.options import Option, fields, parse_struct
 
 Positive = Annotated[int, Option(ge=1)]
 Seed = Annotated[int, Option("seed of every random draw", ge=0, le=2**53)]
@@ -203,7 +203,7 @@ DEEPEST = 32  # levels of tables and arrays in a recipe
 
 def own_keys(kind: type[Table]) -> set[str]:
     """Returns the keys of a table that are ddkit's own, not a plugin's options."""
-    return {field.encode_name for field in msgspec.structs.fields(kind)} - {"options"}
+    return fields(kind).keys() - {"options"}
 
 
 def keys_beside(where: str) -> set[str]:

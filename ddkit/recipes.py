@@ -13,7 +13,7 @@ import msgspec
 
 from ddkit import plugins
 from ddkit.errors import FlagError, InputError, PluginError, shown, suggestion
-from ddkit.options import parse_struct
+from ddkit.options import fields, parse_struct
 from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
 
 Raw = dict[str, Any]
@@ -217,7 +217,7 @@ def assign(raw: Raw, path: str, value: Any) -> None:
 
 
 def _check_path(raw: Raw, keys: list[str], path: str) -> None:
-    known = {field.encode_name for field in msgspec.structs.fields(Recipe)}
+    known = fields(Recipe)
     if keys[0] not in known:
         raise InputError(f"The recipe has no key '{keys[0]}' ({path}). {suggestion(keys[0], known)}", path)
     chosen = raw.get("losses", {})
@@ -330,7 +330,7 @@ def with_options(tables: Mapping[str, EvaluatorTable], **values: Any) -> dict[st
     given = {key: value for key, value in values.items() if value is not None}
     if not given:
         return dict(tables)
-    known = {n: {f.encode_name for f in msgspec.structs.fields(plugins.load("evaluator", t.use or n).Options)} for n, t in tables.items()}
+    known = {name: fields(plugins.load("evaluator", table.use or name).Options) for name, table in tables.items()}
     for key in given:
         if key != "model" and not any(key in names for names in known.values()):
             raise FlagError(f"--{key}: none of the chosen evaluators ({', '.join(tables) or 'none'}) has that option.")
