@@ -256,7 +256,7 @@ class Evaluator(Component):
     shares: ClassVar[bool] = False
 
     def check(self, info: DataInfo) -> None:
-        """Raises DdkitError where the options cannot work with this data. Called before the run."""
+        """Raises DdkitError where the options cannot work with this data. Called before the run, and by `ddkit evaluate` first."""
 
     def __call__(self, artifact: Artifact, data: EvaluationData, teacher: Teacher | None) -> Sequence[Evaluation]:
         """Returns one row or more; accuracies are fractions in 0..1. `teacher` is None unless it is required, or one was given.

@@ -140,8 +140,6 @@ class Job:
                     known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
                     raise InputError(f"The loss '{term.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
         self.evaluators = evaluators_of(recipe, info)
-        for evaluator in self.evaluators.values():
-            evaluator.check(info)
         if self.evaluators:
             self.real.check_test_set()
         if recipe.engine.deterministic:
@@ -376,7 +374,7 @@ class Job:
 
 
 def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
-    """Returns the evaluators of `recipe` for the data, by label; raises InputError where one needs real images and none are accessible."""
+    """Returns the evaluators of `recipe` for the data, by label, checked; raises InputError where one needs real images and has none."""
     made: dict[str, Evaluator] = {
         label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
         for label, table in recipe.evaluators.items()
@@ -384,4 +382,6 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     needing = [label for label, evaluator in made.items() if evaluator.requires.real]
     if recipe.pipc == 0 and needing:
         raise InputError(f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} compares with some.", "pipc")
+    for evaluator in made.values():
+        evaluator.check(info)
     return made

@@ -260,7 +260,8 @@ class _Crew:
         flags += ["--repeats", str(asked.networks)] if asked.networks else []
         flags += ["--teacher", str(self.settings.teacher)] if asked.teacher else []
         flags += ["--set", f"{name}.random_real=false", "--set", f"{name}.labels={asked.labels}"]
-        flags += ["--set", f"{name}.baselines={json.dumps([asked.images])}"] if asked.images != "synthetic" else []
+        if asked.images != "synthetic":
+            flags += ["--set", f"{name}.synthetic=false", "--set", f"{name}.baselines={json.dumps([asked.images])}"]
         return ["evaluate", str(task.path), *flags]
 
     def command(self, arguments: Sequence[str]) -> str:

@@ -244,6 +244,34 @@ def test_a_run_keeps_baselines_beside_its_own_row(cli: CLI) -> None:
     assert [row["images"] for row in rows] == ["synthetic", *BASELINES]
 
 
+def test_baselines_alone_have_the_rows_that_they_have_beside_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = evaluated(baselines=BASELINES)
+    trained: list[Any] = []
+    fit = ddkit.fit
+    monkeypatch.setattr(ddkit, "fit", lambda *given, **options: (trained.append(1), fit(*given, **options)), raising=False)
+    assert evaluated(baselines=BASELINES, synthetic=False) == both[1:]
+    assert len(trained) == 4  # two networks on each
+
+
+def test_without_the_set_and_without_baselines_nothing_is_left(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    kept = Path("run/evaluation.json").read_bytes()
+    result = cli("evaluate", "run", "--set", "evaluators.accuracy.synthetic=false")
+    assert (result.code, "nothing is left to evaluate" in result.err) == (4, True), result.err
+    assert Path("run/evaluation.json").read_bytes() == kept
+    without = cli(
+        "evaluate",
+        "run",
+        "--pipc",
+        0,
+        "--set",
+        "evaluators.accuracy.synthetic=false",
+        "--set",
+        "evaluators.accuracy.baselines=['pipc-real']",
+    )
+    assert (without.code, "compares with some" in without.err) == (4, True), without.err
+
+
 def test_an_unknown_baseline_is_refused(cli: CLI) -> None:
     result = cli("distill", "--losses", "dm", "--plan", "--set", "evaluators.accuracy.baselines=['mean']")
     assert result.code == 4

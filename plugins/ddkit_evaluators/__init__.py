@@ -67,6 +67,7 @@ class Accuracy(ddkit.Evaluator):
         ] = msgspec.field(default_factory=dict)
         repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
         epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
+        synthetic: Annotated[bool, ddkit.Option("false: the baselines alone, not the set and the random real images beside it")] = True
         random_real: Annotated[bool, ddkit.Option("whether random real images are evaluated beside the set")] = True
         baselines: Annotated[
             tuple[Literal["pipc-real", "class-mean"], ...], ddkit.Option("rows of their own: all accessible images, class means")
@@ -81,9 +82,12 @@ class Accuracy(ddkit.Evaluator):
 
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(teacher=self.options.labels != "hard")
+        return ddkit.Requires(teacher=self.options.labels != "hard", real=not self.options.synthetic)
 
     def check(self, info: ddkit.DataInfo) -> None:
+        if not self.options.synthetic and not self.options.baselines:
+            path = f"evaluators.{self.name}.synthetic"
+            raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
         for model in self._models(info).values():
             ddkit.build_network(model, info, 0, "evaluate", "probe")  # images too small for it are told before the run
         ddkit.create("augmenter", self.augmenter, data=info)
@@ -151,20 +155,20 @@ class Accuracy(ddkit.Evaluator):
 
     def _kinds(self, data: ddkit.EvaluationData) -> list[str]:
         """Returns what networks are trained on: the set itself, then what stands beside it."""
-        wanted = [*(["random real"] if self.options.random_real else []), *dict.fromkeys(self.options.baselines)]
+        own = ["synthetic", *(["random real"] if self.options.random_real else [])] if self.options.synthetic else []
         if len(data.real_images):
-            return ["synthetic", *wanted]
+            return [*own, *dict.fromkeys(self.options.baselines)]
         if self.options.baselines:
             log.warning("Without accessible real images there is nothing to compute the baselines from; they are left out.")
-        return ["synthetic"]
+        return own[:1]
 
     def _evaluations(
         self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, soft: SoftLabels | None
     ) -> list[ddkit.Evaluation]:
-        """Returns the row of the set, and one of each baseline; how they are computed is decided on the set alone."""
+        """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
         protocol, kinds = PROTOCOLS[self.options.protocol], self._kinds(data)
         repeats = self.options.repeats or protocol.repeats
-        networks = repeats * sum(kind in ("synthetic", "random real") for kind in kinds)
+        networks = repeats * (1 + (self.options.random_real and len(data.real_images) > 0))
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.on_disk(data.real_images) or ddkit.on_disk(data.test_images)  # too large to be copied for other processes
         workers = plan.workers if soft is None and not on_disk else 1
