@@ -379,9 +379,12 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
         label: plugins.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
         for label, table in recipe.evaluators.items()
     }
+    for evaluator in made.values():
+        with blamed("evaluator", evaluator, building=True, may_draw=True):
+            evaluator.check(info)
     needing = [label for label, evaluator in made.items() if evaluator.requires.real]
     if recipe.pipc == 0 and needing:
-        raise InputError(f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} compares with some.", "pipc")
-    for evaluator in made.values():
-        evaluator.check(info)
+        raise InputError(
+            f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} needs some. Give --pipc 1 or more.", "pipc"
+        )
     return made

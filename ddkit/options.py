@@ -87,7 +87,7 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
 
 @cache
 def fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
-    """Returns the fields of a kind of table or options by the name that they have there; msgspec alone asks all annotations each time."""
+    """Returns the fields of a kind of table or options, by their names there; kept, as msgspec evaluates all annotations at each call."""
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
@@ -161,8 +161,8 @@ def _takes_numbers(kind: type[msgspec.Struct], name: str) -> bool:
 
 def _alternatives(kind: type[msgspec.Struct], name: str) -> list[msgspec.inspect.Type]:
     """Returns the types that field `name` of `kind` may have, those of a union one by one."""
-    fields = {field.encode_name: field.type for field in msgspec.inspect.type_info(kind).fields}  # type: ignore[attr-defined]
-    return _unfolded(fields[name]) if name in fields else []
+    types = {field.encode_name: field.type for field in msgspec.inspect.type_info(kind).fields}  # type: ignore[attr-defined]
+    return _unfolded(types[name]) if name in types else []
 
 
 def _unfolded(kind: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:

@@ -21,6 +21,7 @@ from ddkit.study import Cell, Study
 REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are
     "name": "real-images", "steps": 0, "initializer": {"use": "real"}, "losses": {"dm": {}},
 }  # fmt: skip
+OF_REAL_IMAGES = ("data", "teacher", "train", "network", "engine")  # tables whose settings hold for a baseline too
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,10 +137,12 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
     system = study.systems[cell.system]
     pipc = {"cell": cell.pipc, "ipc": cell.ipc}.get(str(system.pipc), system.pipc)
     held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
+    sets = [*held_out, *study.set.items(), *system.set.items(), *settings.sets]
+    if system.baseline:
+        sets = [(path, value) for path, value in sets if path.split(".")[0] in OF_REAL_IMAGES]
     return recipe_for(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
-        losses=system.losses, evaluators="none",
-        sets=[*held_out, *study.set.items(), *system.set.items(), *settings.sets],
+        losses=None if system.baseline else system.losses, evaluators="none", sets=sets,
         ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else settings.steps,
         data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
     )  # fmt: skip

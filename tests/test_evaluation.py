@@ -269,7 +269,31 @@ def test_without_the_set_and_without_baselines_nothing_is_left(cli: CLI) -> None
         "--set",
         "evaluators.accuracy.baselines=['pipc-real']",
     )
-    assert (without.code, "compares with some" in without.err) == (4, True), without.err
+    assert (without.code, "needs some" in without.err) == (4, True), without.err
+
+
+BROKEN = """
+import ddkit
+
+class BrokenCheck(ddkit.Evaluator):
+    '''An evaluator whose check fails.'''
+
+    def check(self, info):
+        return 1 / 0
+
+    def __call__(self, artifact, data, teacher):
+        return []
+"""
+
+
+def test_an_evaluator_that_cannot_be_checked_is_blamed_by_name(cli: CLI) -> None:
+    Path("broken.py").write_text(BROKEN)
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    for command in (["distill", "--losses", "dm", "--plan"], ["evaluate", "run"]):
+        result = cli(*command, "--plugin", "broken.py", "--evaluate", "broken-check")
+        assert (result.code, result.out) == (3, ""), result.err
+        assert "broken-check" in result.err
+        assert "ZeroDivisionError" in result.err
 
 
 def test_an_unknown_baseline_is_refused(cli: CLI) -> None:

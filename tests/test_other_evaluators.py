@@ -110,7 +110,7 @@ def test_what_compares_with_real_images_is_refused_before_a_run_without_any(cli:
     for name in ("memorisation", "ranking"):
         refused = cli("distill", "--losses", "dkkt", "--init", "noise", "--pipc", 0, "--evaluate", name)
         assert refused.code == 4
-        assert f"the evaluator {name} compares with some" in " ".join(refused.err.split())
+        assert f"the evaluator {name} needs some" in " ".join(refused.err.split())
 
 
 def test_without_two_real_images_there_is_nothing_to_compare_with() -> None:

@@ -250,6 +250,22 @@ def test_hard_and_soft_rows_stand_apart(run: Path) -> None:
     assert soft.count('<th scope="row">accuracy</th>') == 1
 
 
+def test_the_figure_at_the_top_is_that_of_the_set_and_of_no_baseline(run: Path) -> None:
+    usual = read(run).text
+    ddkit.evaluate(run, sets={"evaluators.accuracy.synthetic": False, "evaluators.accuracy.baselines": ["pipc-real"]}, device="cpu")
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert [row["images"] for row in rows] == ["synthetic", "pipc-real"]
+    top = usual.partition("hard labels, n = 2")[0].rpartition("accuracy")[2]
+
+    def reported(rows: list[Any]) -> str:
+        RunDirectory(run).rewrite("evaluation.json", json.dumps({"schema": 1, "evaluations": rows}).encode())
+        reporting.report(run)
+        return read(run).text
+
+    assert f"accuracy{top}hard labels, n = 2" in reported(rows[::-1])
+    assert "hard labels, n = 2" not in reported(rows[1:])
+
+
 def test_what_evaluators_say_in_words_is_told_and_close_images_are_warned_of(cli: Cli, run: Path) -> None:
     assert "What else was found" not in read(run).text
     assert cli("evaluate", run, "--evaluate", "spectrum,memorisation").code == 0

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from ddkit import plugins, reproduce, tasks
 from ddkit.cli import cli as command_line
@@ -93,6 +94,25 @@ def test_every_set_is_made_once_and_a_second_call_makes_none(cli: CLI, commands:
     second = cli("reproduce", f"./{_study()}", *SMALL, "--json")
     assert commands == []
     assert json.loads(second.out)["figures"] == json.loads(first.out)["figures"]
+
+
+def test_a_baseline_is_evaluated_alone(cli: CLI, commands: list[list[str]]) -> None:
+    assert cli("reproduce", f"./{_study()}", *SMALL, "--systems", "means", "--cells", "1:3", "--seeds", 1).code == 0
+    (folder,) = Path("runs/study/sets").glob("real-images-*/")
+    assert [row["images"] for row in json.loads((folder / "evaluation.json").read_text())["evaluations"]] == ["class-mean"]
+
+
+def test_settings_of_distilled_sets_change_no_baseline(cli: CLI, commands: list[list[str]]) -> None:
+    def real_images(text: str, *flags: object) -> Any:
+        result = cli("reproduce", f"./{_study(text)}", *SMALL, "--systems", "dm,means", "--cells", "1:3", "--seeds", 1, *flags)
+        assert result.code == 0, result.err
+        (folder,) = Path("runs/study/sets").glob("real-images-*/")
+        return load_file(folder / "synthetic.safetensors")["images"]
+
+    usual = real_images(STUDY)
+    settings = STUDY + '\n[set]\n"optimizer.images.lr" = 0.5\n"losses.dm.weight" = 2.0\n'
+    assert np.array_equal(real_images(settings, "--set", "initializer.use=noise"), usual)
+    assert len(list(Path("runs/study/sets").glob("dm-*/"))) == 2  # the settings did reach the distilled set
 
 
 def test_figures_stand_beside_the_published_ones(cli: CLI, commands: list[list[str]]) -> None:
