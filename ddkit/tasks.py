@@ -13,6 +13,7 @@ import msgspec
 
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import read_json, sha256, unsealed
+from ddkit.options import fields
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import recipe_for
 from ddkit.rundir import MANIFEST
@@ -139,7 +140,8 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
     held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
     sets = [*held_out, *study.set.items(), *system.set.items(), *settings.sets]
     if system.baseline:
-        sets = [(path, value) for path, value in sets if path.split(".")[0] in OF_REAL_IMAGES]
+        others = fields(Recipe).keys() - OF_REAL_IMAGES  # what is no key of a recipe stays, and is refused
+        sets = [(path, value) for path, value in sets if path.split(".")[0] not in others]
     return recipe_for(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
         losses=None if system.baseline else system.losses, evaluators="none", sets=sets,
