@@ -140,7 +140,7 @@ def _check_blend(recipe: Recipe, device: str, ranks: Ranks = ALONE) -> dict[str,
     if recipe.evaluators:
         real = RealData.of(recipe, open_dataset(recipe.data), jobs[0].info.shape if jobs else image_shape(finished[0]))
         real.check_test_set()
-        evaluators_of(recipe, real.info)
+        evaluators_of(recipe, real.info)  # for its checks
     return made
 
 

@@ -144,7 +144,7 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
         sets = [(path, value) for path, value in sets if path.split(".")[0] not in others]
     return recipe_for(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
-        losses=None if system.baseline else system.losses, evaluators="none", sets=sets,
+        losses=system.losses, evaluators="none", sets=sets,
         ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else settings.steps,
         data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
     )  # fmt: skip

@@ -245,12 +245,16 @@ def test_a_run_keeps_baselines_beside_its_own_row(cli: CLI) -> None:
 
 
 def test_baselines_alone_have_the_rows_that_they_have_beside_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    plan = Accuracy.plan
+    monkeypatch.setattr(Accuracy, "plan", lambda self, *given, **how: (planned.append(how["networks"]), plan(self, *given, **how))[1])
     both = evaluated(baselines=BASELINES)
     trained: list[Any] = []
     fit = ddkit.fit
     monkeypatch.setattr(ddkit, "fit", lambda *given, **options: (trained.append(1), fit(*given, **options)), raising=False)
     assert evaluated(baselines=BASELINES, synthetic=False) == both[1:]
     assert len(trained) == 4  # two networks on each
+    assert planned == [4, 4]  # how they are computed does not depend on what else is
 
 
 def test_without_the_set_and_without_baselines_nothing_is_left(cli: CLI) -> None:

@@ -58,7 +58,7 @@ def head(files: Files) -> tuple[str, str, str]:
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
     tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
     own = [row for labels in ("hard", "soft") for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
-    row = own[0] if own else None  # baselines are rows of their own, and no figure of this set
+    row = next(iter(own), None)  # a baseline's is no figure of this set
     if row is not None:
         beside = f"random real {_percent(row, 'random_real')}; " if row.get("random_real_mean") is not None else ""
         tiles += [
