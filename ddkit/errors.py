@@ -70,8 +70,8 @@ def doubles(values: Iterable[Any]) -> list[Any]:
 
 
 def suggestion(name: str, choices: Iterable[str]) -> str:
-    """Returns "Did you mean 'x'?" where one of `choices` is near `name`, else the choices themselves."""
-    known = sorted(choices)
+    """Returns "Did you mean 'x'?" where one of `choices` is near `name`, else the choices themselves; "" is none to suggest."""
+    known = sorted(filter(None, choices))
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"Did you mean '{near[0]}'?"

@@ -298,7 +298,7 @@ def create(
     plugin = find(kind, short)
     try:
         made = load_plugin(plugin)(options, name=short, **arguments)
-        made.origin = plugin.origin
+        made.origin, made.where = plugin.origin, where or short
     except DdkitError:
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ import msgspec
 import tomli_w
 
 from ddkit import plugins
+from ddkit.compute import pick_device
 from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
@@ -34,6 +35,7 @@ from ddkit.rundir import MANIFEST, RECIPE
 from ddkit.stores import SETS, merge, share
 from ddkit.study import Study, chosen_cells
 from ddkit.tasks import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
+from ddkit.teachers import read_teacher
 from ddkit.terms import needing_real, terms_of
 
 
@@ -62,6 +64,8 @@ def reproduce(
     chosen = chosen_cells(study, list(cells) if cells else None, list(systems) if systems else None)
     tasks = planned(study, chosen, out, settings)
     _check(study, tasks, settings)
+    if run:
+        pick_device(own_device(settings.device))
     with group(wanted=distributed) as ranks:
         if ranks.first:
             for store in merged:
@@ -74,7 +78,7 @@ def reproduce(
                 _work_together(ranks, own, out, settings, report, failures)
         except (Interrupted, KeyboardInterrupt) as stop:
             with suppress(DdkitError, OSError):  # what hinders a report is told by a call that is not interrupted
-                stop.args = (f"Interrupted. {_progress(own)} sets are finished and kept in {out}; the same command goes on.",)
+                stop.args = (f"Interrupted. {_progress(own)} evaluations are finished and kept in {out}; the same command goes on.",)
                 if ranks.first:
                     _written(study, tasks, failures, out)
             raise
@@ -100,7 +104,7 @@ def _written(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], 
 
 
 def _progress(tasks: Sequence[Task]) -> str:
-    """Returns "2 of 15": the sets that are evaluated, of those of the tasks; cells may share one."""
+    """Returns "2 of 15": the evaluations that are there, of those of the tasks; cells may share one."""
     done = {kept_file(task) for task in tasks if kept_row(task) is not None}
     return f"{len(done)} of {len({kept_file(task) for task in tasks})}"
 
@@ -117,41 +121,61 @@ def _work_together(
 
 
 def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
-    """Raises a DdkitError where sets could be made but not evaluated: before the first is made."""
-    for protocol in sorted({task.evaluation.protocol for task in tasks}):
-        tables = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators
-        plugins.options_of("evaluator", "accuracy", tables["accuracy"].options, "evaluators.accuracy")
+    """Raises a DdkitError where a set could not be made or evaluated, as far as that is seen before the first is made."""
+    _check_protocols(study, tasks, settings)
     for task in (task for task in tasks if task.seed == 0):  # other seeds have the same recipes
-        _check_images(task)
+        _check_images(study, task)
+    for teacher, task in {task.recipe.teacher.use: task for task in tasks if task.recipe.teacher.use != "auto"}.items():
+        with _told_of("" if teacher == settings.teacher else task.cell.system):
+            read_teacher(Path(teacher))
     if study.held_out:
         _check_held_out([task.recipe for task in tasks], study.held_out)
+
+
+@contextmanager
+def _told_of(system: str) -> Iterator[None]:
+    """Inside, a DdkitError names the `system`, if it is one."""
+    try:
+        yield
+    except DdkitError as error:
+        error.args = (f"systems.{system}: {error}" if system else str(error),)
+        raise
+
+
+def _check_protocols(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
+    """Raises InputError for a protocol that there is not, saying which key of the study names it."""
+    for protocol, task in {task.evaluation.protocol: task for task in tasks}.items():
+        tables = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators
+        own = not settings.protocol and task.cell.system in study.systems and study.systems[task.cell.system].protocol
+        with _told_of(task.cell.system if own else ""):
+            plugins.options_of("evaluator", "accuracy", tables["accuracy"].options, "evaluators.accuracy")
 
 
 def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
     """Raises InputError, with the keys of a study, where a class has too few images for accessible and held-out ones."""
     for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
         dataset = open_dataset(data)
-        try:
-            for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
-                check_held_out(dataset, pipc, held_out)
-        except InputError as error:
-            theirs = "In a study they are its key `held_out` and the `pipc` of its cells; another dataset is --dataset NAME."
-            raise InputError(f"{error} {theirs}", error.path) from None
+        for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
+            fix = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
+            check_held_out(dataset, pipc, held_out, fix=fix)
 
 
-def _check_images(task: Task) -> None:
+def _check_images(study: Study, task: Task) -> None:
     """Raises InputError where the cell has too few real images for the losses or the first images of the system."""
     recipe, table = task.recipe, task.recipe.initializer
     if task.parts or recipe.pipc == "all":
         return
-    needed = plugins.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
-    needing = [] if recipe.pipc else needing_real(terms_of(recipe))
-    if needing or needed > recipe.pipc:
-        who, count = (f"the loss {needing[0]}", 1) if needing else (f"the initializer {table.use}", needed)
+    baseline = study.systems[task.cell.system].baseline
+    count = plugins.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
+    who, changes = (f"baseline {baseline}", "`pipc`") if baseline else (f"initializer {table.use}", "`pipc` or initializer")
+    needing = [] if recipe.pipc or baseline else needing_real(terms_of(recipe))
+    if needing:
+        who, count = f"loss {needing[0]}", 1
+    if needing or count > recipe.pipc:
         where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
         raise InputError(
-            f"{where}: {who} needs {count} real image{'s' if count > 1 else ''} a class, and the system has {recipe.pipc}. "
-            "Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its `pipc` or initializer in the study.",
+            f"{where}: the {who} needs {count} real image{'s' if count > 1 else ''} a class, and the system has {recipe.pipc}. "
+            f"Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its {changes} in the study.",
             f"systems.{task.cell.system}",
         )
 
@@ -188,6 +212,9 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
                     raise
 
         crew.run(work, list(enumerate(todo, start=1)))
+
+
+STOPPED = "Stopped, as another set was."
 
 
 class _Crew:
@@ -235,6 +262,8 @@ class _Crew:
 
     def make(self, task: Task) -> None:
         """Makes the set of `task` where it is not there, evaluates it, and keeps its row."""
+        if self.stopped:  # before anything of the set is written
+            raise Interrupted(STOPPED, 130)
         if not (task.path / MANIFEST).is_file():
             self.command(self._making(task))
         rows = json.loads(self.command(self._judging(task)))["evaluations"]
@@ -272,7 +301,7 @@ class _Crew:
             environment["OMP_NUM_THREADS"] = str(threads)
         with self._guard:
             if self.stopped:
-                raise Interrupted("Stopped, as another set was.", 130)
+                raise Interrupted(STOPPED, 130)
             child = subprocess.Popen(
                 [sys.executable, "-P", "-m", "ddkit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 env=environment,

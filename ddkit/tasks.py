@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ddkit.errors import InputError, RunFilesError
+from ddkit.errors import DdkitError, InputError, RunFilesError
 from ddkit.files import read_json, sha256, unsealed
 from ddkit.options import fields
 from ddkit.recipe import Recipe, recipe_dict
@@ -109,29 +109,37 @@ def _evaluating(study: Study, protocol: str, labels: str, images: str, settings:
     return Evaluating(protocol=protocol, labels=labels, images=images, networks=settings.networks or study.networks, teacher=teacher)
 
 
-RESERVED = {
-    "ipc": "--cells",
-    "pipc": "--cells",
-    "seed": "--seeds",
-    "data.test": "held_out of a study",
-    "data.held_out": "held_out of a study",
+RESERVED = {  # what a study itself decides: by which of its keys, and by which flags of a call
+    "ipc": ("[[cells]]", "--cells"),
+    "pipc": ("[[cells]], or `pipc` of a system", "--cells"),
+    "seed": ("`seeds`", "--seeds"),
+    "data.test": ("`held_out`", "held_out of a study"),
+    "data.held_out": ("`held_out`", "held_out of a study"),
 }
+RESERVED_EVALUATORS = ("`protocol` and `networks`, or `protocol` and `labels` of a system", "--protocol and --repeats")
 
 
 def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
     """Returns the recipe of one set, checked as far as that needs no data; raises InputError naming the system."""
-    system = study.systems[cell.system]
-    for path in [*study.set, *system.set, *(path for path, _ in settings.sets)]:
-        if path in RESERVED or path.split(".")[0] == "evaluators":
-            instead = RESERVED.get(path, "--protocol and --repeats")
-            raise InputError(f"{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
+    _check_reserved(study, cell, settings)
     try:
         recipe = _recipe_of_system(study, cell, seed, settings)
         if not recipe.losses and recipe.blend is None:
             raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
-    except InputError as error:
-        raise InputError(f"systems.{cell.system}: {error}", error.path) from None
+    except DdkitError as error:
+        error.args = (f"systems.{cell.system}: {error}",)
+        raise
     return recipe
+
+
+def _check_reserved(study: Study, cell: Cell, settings: Settings) -> None:
+    """Raises InputError, saying where, for a path that is set and that a study itself decides."""
+    for where, paths in (("", dict(settings.sets)), ("set", study.set), (f"systems.{cell.system}.set", study.systems[cell.system].set)):
+        for path in paths:
+            if path in RESERVED or path.split(".")[0] == "evaluators":
+                keys, flags = RESERVED.get(path, RESERVED_EVALUATORS)
+                there, instead = (f"{where}: ", f"{keys} in the study") if where else ("", flags)
+                raise InputError(f"{there}{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
 
 
 def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
@@ -142,10 +150,11 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
     if system.baseline:
         others = fields(Recipe).keys() - OF_REAL_IMAGES  # what is no key of a recipe stays, and is refused
         sets = [(path, value) for path, value in sets if path.split(".")[0] not in others]
+    steps = None if "steps" in system.set else settings.steps  # a system may be there to try a number of them
     return recipe_for(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
         losses=system.losses, evaluators="none", sets=sets,
-        ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else settings.steps,
+        ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else steps,
         data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
     )  # fmt: skip
 

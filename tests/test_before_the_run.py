@@ -50,6 +50,13 @@ def test_setting_that_cannot_work_is_told_before_the_run(cli: Cli, setting: str,
     assert _nothing_left()
 
 
+def test_an_evaluator_is_called_by_its_label_in_the_recipe(cli: Cli) -> None:
+    second = ("--set", "evaluators.second.use=accuracy", "--set", "evaluators.second.synthetic=false")
+    result = cli("distill", "--losses", "dm", *SMALL_FLAGS, *second)
+    assert result.code == 4
+    assert "evaluators.second.synthetic is false" in " ".join(result.err.split())
+
+
 def test_one_class_is_refused(cli: Cli, tmp_path: Path) -> None:
     folder = write_image_folder(tmp_path / "one")
     for split in ("train", "test"):

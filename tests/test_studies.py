@@ -274,7 +274,7 @@ def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
         patch.setattr(reproduce._Crew, "make", make)
         result = cli(*common)
     assert (result.code, result.out) == (130, "")
-    assert "Interrupted. 1 of 3 sets are finished and kept in runs/study; the same command goes on." in " ".join(result.err.split())
+    assert "Interrupted. 1 of 3 evaluations are finished and kept in runs/study; the same command goes on." in " ".join(result.err.split())
     states = {f["system"]: f["state"] for f in json.loads(Path("runs/study/report.json").read_text())["figures"]}
     assert states == {"dm": "done", "shared": "failed", "means": "not run"}
     commands.clear()
@@ -300,6 +300,16 @@ def test_another_number_of_steps_or_another_protocol_is_another_figure(cli: CLI,
     assert [c[0] for c in commands] == ["distill", "evaluate"] * 2
     cli(*common, "--protocol", "dc-official")
     assert [c[0] for c in commands[4:]] == ["evaluate"]
+
+
+def test_a_system_that_tries_a_number_of_steps_keeps_it() -> None:
+    study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', '"dm"\nset = { "steps" = 7 }\n')))
+
+    def steps(**settings: Any) -> list[int]:
+        return [tasks.recipe_of(study, Cell(1, 3, name), 0, tasks.Settings(**settings)).steps for name in ("dm", "shared", "means")]
+
+    assert steps(steps=2) == [7, 2, 0]
+    assert steps(sets=(("steps", 3),)) == [3, 3, 0]
 
 
 def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,6 +367,16 @@ def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60
     assert crew.children == set()
     assert not (tmp_path / "2").exists()
+
+
+def test_after_an_error_nothing_of_another_set_is_written(tmp_path: Path) -> None:
+    (task,) = tasks.planned(parse_study(tomllib.loads(STUDY)), [Cell(1, 3, "dm")], tmp_path, tasks.Settings(seeds=1))
+    task.path.parent.mkdir()
+    crew = reproduce._Crew(tasks.Settings())
+    crew.stop()
+    with pytest.raises(Interrupted):
+        crew.make(task)
+    assert list(task.path.parent.iterdir()) == []
 
 
 def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,8 +470,34 @@ BAD = [
     (STUDY.replace('baseline = "class-mean"', 'baseline = "class-mean"\nlosses = "dm"'), 4, "has no recipe and no losses"),
     (STUDY.replace('recipe = "dm"', 'recipe = "teacher"'), 4, "systems.dm: The recipe 'teacher' has no loss"),
     ("held_out = 200\n" + STUDY, 4, "held-out needs 200"),
-    ("held_out = 200\n" + STUDY, 4, "In a study they are its key `held_out` and the `pipc` of its cells"),
-    ('set = { "data.test" = "held-out" }\n' + STUDY, 4, "use held_out of a study"),
+    ("held_out = 200\n" + STUDY, 4, "Make the study's `held_out` or the `pipc` of its cells smaller"),
+    (
+        'set = { "data.test" = "held-out" }\n' + STUDY,
+        4,
+        "set: data.test cannot be set in a study, whose cells and evaluation decide it: use `held_out` in",
+    ),
+    (STUDY.replace('"dm"\n', '"dm"\nset = { "pipc" = 5 }\n'), 4, "systems.dm.set: pipc cannot be set in a study"),
+    (STUDY.replace('"dm"\n', '"dm"\nlosses = "dmm"\n'), 3, "systems.dm: There is no loss 'dmm'"),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nset = { "initializer.use" = "nose" }\n'),
+        3,
+        "systems.shared: There is no initializer 'nose'",
+    ),
+    (
+        STUDY.replace('"dm"\n', '"dm"\nset = { "teacher.use" = "none.safetensors" }\n'),
+        4,
+        "systems.dm: The teacher file none.safetensors does not exist",
+    ),
+    (
+        STUDY.replace('"class-mean"', '"synthetic"'),
+        4,
+        "systems.means.baseline = 'synthetic' is not possible: invalid enum value 'synthetic'. Choose from: class-mean",
+    ),
+    (
+        STUDY.replace("pipc = 4", "pipc = 0\nsystems = ['means']"),
+        4,
+        "systems.means, cell 1:0: the baseline class-mean needs 1 real image a class",
+    ),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'x'\nalphas = [0.5]\n", 4, "blends names the system 'x'"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'dm'\nalphas = [1.5]\n", 4, "alphas"),
     (STUDY.replace("[50.0, 1.0]", "[150.0, 1.0]"), 4, "cells[0].published.dm = [150.0, 1.0]: an accuracy in percent"),
@@ -499,17 +545,21 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-fig3", "--alphas", "0.5", "--systems", "dm-star"], 4, "blends need the systems dsv-noise and dm-star"),
         (["practical-fig3", "--alphas", "half"], 2, "is not a list of numbers"),
         (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
-        (["./shrt.toml"], 4, "shrt"),
+        (["./shrt.toml"], 4, "ddkit: accuracy: evaluators.accuracy.protocol = 'shrt'"),
+        (["./one-shrt.toml"], 4, "systems.shared: accuracy: evaluators.accuracy.protocol = 'shrt'"),
         (["practical-table1", "--set", "ipc=5", "--dataset", "digits"], 4, "use --cells"),
         (["practical-table1", "--set", "evaluators.accuracy.epochs=5", "--dataset", "digits"], 4, "use --protocol and --repeats"),
         (["dsv-table2", "--cells", "1:10", "--systems", "dsv"], 4, "has a figure in the chosen cells"),
         (["practical-table1", "--seeds", "0"], 2, "--seeds"),
         (["practical-table1", "--seed", "3"], 2, "--seeds"),
         (["practical-table1", "--markdown", "--json"], 2, "choose one"),
+        (["practical-table1", "--device", "cuda:99", "--dataset", "digits"], 2, "--device cuda:99: there is no such device here"),
+        (["practical-table1", "--teacher", "none.safetensors", "--dataset", "digits"], 4, "ddkit: The teacher file none.safetensors does"),
     ],
 )
 def test_bad_flags_are_told(cli: CLI, commands: list[list[str]], flags: list[str], code: int, said: str) -> None:
     Path("shrt.toml").write_text('protocol = "shrt"\n' + STUDY)
+    Path("one-shrt.toml").write_text(STUDY.replace('"dm-star"\n', '"dm-star"\nprotocol = "shrt"\n'))
     result = cli("reproduce", *flags)
     assert (result.code, commands) == (code, [])
     assert said in " ".join(result.err.split())

@@ -21,7 +21,9 @@ from ddkit.ranks import follows
 @click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
 @click.option("--protocol", metavar="NAME", help="Evaluation protocol for all systems (default: the study's).")
-@click.option("--steps", type=click.IntRange(min=0), help="Updates of each set (default: the recipes').")
+@click.option(
+    "--steps", type=click.IntRange(min=0), help="Updates of each set (default: the recipes'); a system that sets its own keeps them."
+)
 @click.option("--teacher", metavar="FILE|auto", help="Trained model, for all systems.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sets made at the same time, sharing the cores.")
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Where sets are kept (default: runs/STUDY).")
