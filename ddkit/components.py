@@ -44,7 +44,7 @@ class Component:
     `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
     option names Python code, which a file may not have run unless the user allows it. `deviations` maps a check of the conformance
     suite that the component does not pass, on purpose, to the reason. `origin` is the distribution and version of a stranger's
-    component, "" for ddkit's own; `where` the path of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
+    component, "" for ddkit's own; `recipe_path` the place of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
     """
 
     api: ClassVar[int] = 1
@@ -58,7 +58,7 @@ class Component:
     def __init__(self, options: Any = None, *, name: str | None = None) -> None:
         self.options: Any = self.Options() if options is None else options
         self.name = name or type(self).__name__
-        self.where = self.name
+        self.recipe_path = self.name
 
     @classmethod
     def resolve(cls, options: Any, data: DataInfo) -> Any:

@@ -143,8 +143,8 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
     choices = literal_choices(kind, keys)
     word = value if isinstance(value, str) else shown(value)
     hint = f" {suggestion(word, choices)}" if choices else ""
-    if isinstance(value, str) and value in choices and text.startswith("expected `array`"):
-        hint = f" Write a list: {json.dumps([value])}."
+    if isinstance(value, str) and choices and text.startswith("expected `array`"):
+        hint = f" Write a list: {json.dumps([value])}." if value in choices else f"{hint} Write a list."
     if _takes_numbers(kind, keys):
         hint = hint.replace("Choose from:", "It is a number, or one of:")
     return InputError(f"{path} = {shown(value)} is not possible: {text.replace('`', '')}.{hint}", path)

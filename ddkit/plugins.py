@@ -298,7 +298,7 @@ def create(
     plugin = find(kind, short)
     try:
         made = load_plugin(plugin)(options, name=short, **arguments)
-        made.origin, made.where = plugin.origin, where or short
+        made.origin, made.recipe_path = plugin.origin, where or short
     except DdkitError:
         raise
     except Exception as error:

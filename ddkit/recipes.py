@@ -342,11 +342,27 @@ def with_options(tables: Mapping[str, EvaluatorTable], **values: Any) -> dict[st
 
 def check_names(recipe: Recipe) -> None:
     """Raises PluginError for a component of the recipe that is not installed. Imports none of them."""
-    named = [("dataset", recipe.data.use), ("model", recipe.network.model), ("model", recipe.teacher.model)]
-    named += [("initializer", recipe.initializer.use), ("augmenter", recipe.augmenter.use)]
-    named += [("augmenter", recipe.train.augmenter)]
-    named += [("augmenter", view.augmenter) for view in recipe.views.values()]
-    named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
-    named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
-    for kind, name in named:
+    for kind, name, _, _ in _components(recipe):
         plugins.find(kind, plugins.split_name(name)[0])
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises InputError for an option that a component of the recipe does not have or allow, as far as that needs no data."""
+    for kind, name, options, where in _components(recipe):
+        plugins.options_of(kind, name, options, where)
+
+
+def _components(recipe: Recipe) -> list[tuple[str, str, Mapping[str, Any], str]]:
+    """Returns kind, name, options and place in the recipe of every component that it names."""
+    named: list[tuple[str, str, Mapping[str, Any], str]] = [
+        ("dataset", recipe.data.use, recipe.data.options, "data"),
+        ("model", recipe.network.model, recipe.network.options, "network"),
+        ("model", recipe.teacher.model, recipe.teacher.options, "teacher"),
+        ("initializer", recipe.initializer.use, recipe.initializer.options, "initializer"),
+        ("augmenter", recipe.augmenter.use, recipe.augmenter.options, "augmenter"),
+        ("augmenter", recipe.train.augmenter, recipe.train.options, "train"),
+    ]
+    named += [("augmenter", view.augmenter, view.options, f"views.{name}") for name, view in recipe.views.items()]
+    named += [("loss", recipe.loss_name(label), table.options, f"losses.{label}") for label, table in recipe.losses.items()]
+    named += [("evaluator", table.use or label, table.options, f"evaluators.{label}") for label, table in recipe.evaluators.items()]
+    return named

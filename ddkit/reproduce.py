@@ -30,7 +30,7 @@ from ddkit.figures import Report, figures_of, report_json, report_table, write_p
 from ddkit.files import sealed, write_atomic, write_json
 from ddkit.ranks import Ranks, group, own_device, plain_environment
 from ddkit.recipe import Recipe, recipe_dict
-from ddkit.recipes import recipe_for
+from ddkit.recipes import check_options, flattened, recipe_for
 from ddkit.rundir import MANIFEST, RECIPE
 from ddkit.stores import SETS, merge, share
 from ddkit.study import Study, chosen_cells
@@ -123,32 +123,44 @@ def _work_together(
 def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
     """Raises a DdkitError where a set could not be made or evaluated, as far as that is seen before the first is made."""
     _check_protocols(study, tasks, settings)
-    for task in (task for task in tasks if task.seed == 0):  # other seeds have the same recipes
+    for task in (task for task in tasks if task.seed == 0 and not task.parts):  # other seeds have the same recipes
+        with _told_of(f"systems.{task.cell.system}"):
+            check_options(task.recipe)
         _check_images(study, task)
-    for teacher, task in {task.recipe.teacher.use: task for task in tasks if task.recipe.teacher.use != "auto"}.items():
-        with _told_of("" if teacher == settings.teacher else task.cell.system):
-            read_teacher(Path(teacher))
+    for teacher, system in {task.recipe.teacher.use: task.cell.system for task in reversed(tasks) if not task.parts}.items():
+        if teacher != "auto":
+            with _told_of(_origin(study, system, settings)):
+                read_teacher(Path(teacher))
     if study.held_out:
         _check_held_out([task.recipe for task in tasks], study.held_out)
 
 
+def _origin(study: Study, system: str, settings: Settings) -> str:
+    """Returns the key of the study that decides the teacher of a system, "" for a flag."""
+    if settings.teacher or "teacher.use" in dict(flattened(dict(settings.sets))):
+        return ""
+    own = "teacher.use" in dict(flattened(study.systems[system].set))
+    return "set" if not own and "teacher.use" in dict(flattened(study.set)) else f"systems.{system}"
+
+
 @contextmanager
-def _told_of(system: str) -> Iterator[None]:
-    """Inside, a DdkitError names the `system`, if it is one."""
+def _told_of(key: str) -> Iterator[None]:
+    """Inside, a DdkitError says which `key` of the study it is about, "" for none."""
     try:
         yield
     except DdkitError as error:
-        error.args = (f"systems.{system}: {error}" if system else str(error),)
+        error.args = (f"{key}: {error}" if key else str(error),)
         raise
 
 
 def _check_protocols(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
     """Raises InputError for a protocol that there is not, saying which key of the study names it."""
-    for protocol, task in {task.evaluation.protocol: task for task in tasks}.items():
-        tables = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators
-        own = not settings.protocol and task.cell.system in study.systems and study.systems[task.cell.system].protocol
-        with _told_of(task.cell.system if own else ""):
-            plugins.options_of("evaluator", "accuracy", tables["accuracy"].options, "evaluators.accuracy")
+    for protocol, system in {task.evaluation.protocol: task.cell.system for task in reversed(tasks)}.items():
+        table = study.systems.get(system)  # None: a blend's, which has the study's protocol
+        key = f"systems.{system}.protocol" if table and table.protocol else "protocol"
+        options = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators["accuracy"].options
+        with _told_of("" if settings.protocol else key):
+            plugins.options_of("evaluator", "accuracy", options, "evaluators.accuracy")
 
 
 def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
@@ -163,7 +175,7 @@ def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
 def _check_images(study: Study, task: Task) -> None:
     """Raises InputError where the cell has too few real images for the losses or the first images of the system."""
     recipe, table = task.recipe, task.recipe.initializer
-    if task.parts or recipe.pipc == "all":
+    if recipe.pipc == "all":
         return
     baseline = study.systems[task.cell.system].baseline
     count = plugins.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
@@ -171,7 +183,7 @@ def _check_images(study: Study, task: Task) -> None:
     needing = [] if recipe.pipc or baseline else needing_real(terms_of(recipe))
     if needing:
         who, count = f"loss {needing[0]}", 1
-    if needing or count > recipe.pipc:
+    if count > recipe.pipc:
         where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
         raise InputError(
             f"{where}: the {who} needs {count} real image{'s' if count > 1 else ''} a class, and the system has {recipe.pipc}. "

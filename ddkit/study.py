@@ -132,6 +132,11 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
             raise InputError(f"{where} names the system '{double}' twice. Name it once.", where)
         for unknown in (each for each in names if each not in study.systems):
             raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)
+    named = [("pictures", study.pictures)]
+    named += [] if study.blends is None else [("blends", [study.blends.first, study.blends.second])]
+    for where, names in named:
+        for name in (name for name in names if study.systems[name].baseline in ("pipc-real", "class-mean")):
+            raise InputError(f"{where} names the system '{name}', a baseline {study.systems[name].baseline} that keeps no images.", where)
     return study
 
 

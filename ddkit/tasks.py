@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ddkit.errors import DdkitError, InputError, RunFilesError
+from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, shown
 from ddkit.files import read_json, sha256, unsealed
 from ddkit.options import fields
 from ddkit.recipe import Recipe, recipe_dict
-from ddkit.recipes import recipe_for
+from ddkit.recipes import flattened, recipe_for
 from ddkit.rundir import MANIFEST
 from ddkit.study import Cell, Study
 
@@ -126,6 +126,9 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
         recipe = _recipe_of_system(study, cell, seed, settings)
         if not recipe.losses and recipe.blend is None:
             raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
+    except FlagError as error:  # of `losses`, which is written as the flag is
+        said = str(error).partition(": ")[2]
+        raise InputError(f"systems.{cell.system}.losses = {shown(study.systems[cell.system].losses)}: {said}", "losses") from None
     except DdkitError as error:
         error.args = (f"systems.{cell.system}: {error}",)
         raise
@@ -134,8 +137,9 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
 
 def _check_reserved(study: Study, cell: Cell, settings: Settings) -> None:
     """Raises InputError, saying where, for a path that is set and that a study itself decides."""
-    for where, paths in (("", dict(settings.sets)), ("set", study.set), (f"systems.{cell.system}.set", study.systems[cell.system].set)):
-        for path in paths:
+    own = study.systems[cell.system].set
+    for where, table in (("", dict(settings.sets)), ("set", study.set), (f"systems.{cell.system}.set", own)):
+        for path, _ in flattened(table):
             if path in RESERVED or path.split(".")[0] == "evaluators":
                 keys, flags = RESERVED.get(path, RESERVED_EVALUATORS)
                 there, instead = (f"{where}: ", f"{keys} in the study") if where else ("", flags)
@@ -146,11 +150,12 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
     system = study.systems[cell.system]
     pipc = {"cell": cell.pipc, "ipc": cell.ipc}.get(str(system.pipc), system.pipc)
     held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
-    sets = [*held_out, *study.set.items(), *system.set.items(), *settings.sets]
+    own = flattened(system.set)
+    sets = [*held_out, *flattened(study.set), *own, *settings.sets]
     if system.baseline:
         others = fields(Recipe).keys() - OF_REAL_IMAGES  # what is no key of a recipe stays, and is refused
         sets = [(path, value) for path, value in sets if path.split(".")[0] not in others]
-    steps = None if "steps" in system.set else settings.steps  # a system may be there to try a number of them
+    steps = None if "steps" in dict(own) else settings.steps  # a system may be there to try a number of them
     return recipe_for(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
         losses=system.losses, evaluators="none", sets=sets,

@@ -57,6 +57,15 @@ def test_an_evaluator_is_called_by_its_label_in_the_recipe(cli: Cli) -> None:
     assert "evaluators.second.synthetic is false" in " ".join(result.err.split())
 
 
+@pytest.mark.parametrize(
+    ("value", "said"), [("pipc-real", 'Write a list: ["pipc-real"].'), ("class-meen", "Did you mean 'class-mean'? Write a list.")]
+)
+def test_a_word_where_a_list_belongs_is_told_as_that(cli: Cli, value: str, said: str) -> None:
+    result = cli("distill", "--losses", "dm", *SMALL_FLAGS, "--set", f"evaluators.accuracy.baselines={value}")
+    assert result.code == 4
+    assert said in " ".join(result.err.split())
+
+
 def test_one_class_is_refused(cli: Cli, tmp_path: Path) -> None:
     folder = write_image_folder(tmp_path / "one")
     for split in ("train", "test"):

@@ -302,6 +302,17 @@ def test_another_number_of_steps_or_another_protocol_is_another_figure(cli: CLI,
     assert [c[0] for c in commands[4:]] == ["evaluate"]
 
 
+def test_settings_written_as_tables_change_no_other_setting() -> None:
+    def recipe(settings: str) -> Any:
+        study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', f'"dsv-noise"\nset = {{ {settings} }}\n')))
+        return tasks.recipe_of(study, Cell(1, 3, "dm"), 0, tasks.Settings())
+
+    assert recipe("views.default.noise = 0.05, losses.total-variation.weight = 2.0") == recipe(
+        '"views.default.noise" = 0.05, "losses.total-variation.weight" = 2.0'
+    )
+    assert recipe("views.default.noise = 0.05") != recipe("views.default.noise = 0.06")
+
+
 def test_a_system_that_tries_a_number_of_steps_keeps_it() -> None:
     study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', '"dm"\nset = { "steps" = 7 }\n')))
 
@@ -504,6 +515,28 @@ BAD = [
     (STUDY.replace("[50.0, 1.0]", "[50.0, -1.0]"), 4, "cells[0].published.dm = [50.0, -1.0]: an accuracy in percent"),
     (STUDY.replace("[50.0, 1.0]", "[50.0, 1.0, 3.0]"), 4, "cells[0].published.dm = [50.0, 1.0, 3.0]: an accuracy in percent"),
     (STUDY + 'systems = ["dm", "dm"]\n', 4, "cells[1].systems names the system 'dm' twice"),
+    ('set = { data.test = "held-out" }\n' + STUDY, 4, "set: data.test cannot be set in a study"),
+    ("set = { data = { held_out = 5 } }\n" + STUDY, 4, "set: data.held_out cannot be set in a study"),
+    ('set = { teacher.use = "none.safetensors" }\n' + STUDY, 4, "ddkit: set: The teacher file none.safetensors does not exist"),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nset = { losses.dm.sqared = true }\n'),
+        4,
+        "systems.shared: dm: losses.dm has no key 'sqared'",
+    ),
+    (STUDY.replace('"dm-star"\n', '"dm-star"\nset = { network.norm = "batchh" }\n'), 4, "systems.shared: convnet: network.norm = 'batchh'"),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nset = { initializer.stdd = 1 }\n'),
+        4,
+        "systems.shared: noise: initializer has no key 'stdd'",
+    ),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nlosses = "dm:big"\n'),
+        4,
+        "systems.shared.losses = 'dm:big': the weight 'big' is not a number",
+    ),
+    (STUDY.replace('"dm-star"\n', '"dm-star"\nlosses = ""\n'), 4, "systems.shared.losses = '': a loss name is empty"),
+    ('pictures = ["means"]\n' + STUDY, 4, "pictures names the system 'means', a baseline class-mean that keeps no images"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'means'\nalphas = [0.5]\n", 4, "blends names the system 'means', a baseline"),
     ('pictures = ["dm", "dm"]\n' + STUDY, 4, "pictures names the system 'dm' twice"),
     (STUDY.replace("[[cells]]", "[published_on]\nname = 'X'\n[[cells]]", 1), 4, "published_on"),
     (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 0, 0.5]\n", 4, "blends.alphas has 0.5 twice"),
@@ -545,8 +578,8 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-fig3", "--alphas", "0.5", "--systems", "dm-star"], 4, "blends need the systems dsv-noise and dm-star"),
         (["practical-fig3", "--alphas", "half"], 2, "is not a list of numbers"),
         (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
-        (["./shrt.toml"], 4, "ddkit: accuracy: evaluators.accuracy.protocol = 'shrt'"),
-        (["./one-shrt.toml"], 4, "systems.shared: accuracy: evaluators.accuracy.protocol = 'shrt'"),
+        (["./shrt.toml"], 4, "ddkit: protocol: accuracy: evaluators.accuracy.protocol = 'shrt'"),
+        (["./one-shrt.toml"], 4, "systems.shared.protocol: accuracy: evaluators.accuracy.protocol = 'shrt'"),
         (["practical-table1", "--set", "ipc=5", "--dataset", "digits"], 4, "use --cells"),
         (["practical-table1", "--set", "evaluators.accuracy.epochs=5", "--dataset", "digits"], 4, "use --protocol and --repeats"),
         (["dsv-table2", "--cells", "1:10", "--systems", "dsv"], 4, "has a figure in the chosen cells"),
@@ -554,6 +587,13 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
         (["practical-table1", "--seed", "3"], 2, "--seeds"),
         (["practical-table1", "--markdown", "--json"], 2, "choose one"),
         (["practical-table1", "--device", "cuda:99", "--dataset", "digits"], 2, "--device cuda:99: there is no such device here"),
+        (["practical-table1", "--set", 'data={test="held-out"}', "--dataset", "digits"], 4, "ddkit: data.test cannot be set in a study"),
+        (["practical-table1", "--set", "teacher.use=.", "--dataset", "digits"], 4, "ddkit: The teacher . is a folder, not a file."),
+        (
+            ["practical-table1", "--set", "losses.dkkt-primal.maskd=true", "--systems", "practical", "--dataset", "digits"],
+            4,
+            "systems.practical: dkkt-primal: ",
+        ),
         (["practical-table1", "--teacher", "none.safetensors", "--dataset", "digits"], 4, "ddkit: The teacher file none.safetensors does"),
     ],
 )

@@ -86,14 +86,14 @@ class Accuracy(ddkit.Evaluator):
 
     def check(self, info: ddkit.DataInfo) -> None:
         if not self.options.synthetic and not self.options.baselines:
-            path = f"{self.where}.synthetic"
+            path = f"{self.recipe_path}.synthetic"
             raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
         for model in self._models(info).values():
             ddkit.build_network(model, info, 0, "evaluate", "probe")  # images too small for it are told before the run
         ddkit.create("augmenter", self.augmenter, data=info)
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
-        where, names = f"{self.where}.model_options", [name.strip() for name in self.options.model.split(",")]
+        where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.options.model.split(",")]
         found = split_options(names, self.options.model_options, where)
         return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
 
@@ -107,8 +107,8 @@ class Accuracy(ddkit.Evaluator):
             return [None]
         if teacher is None:
             raise ddkit.InputError(
-                f"{self.where}.labels = {self.options.labels} needs a teacher: give --teacher FILE.",
-                f"{self.where}.labels",
+                f"{self.recipe_path}.labels = {self.options.labels} needs a teacher: give --teacher FILE.",
+                f"{self.recipe_path}.labels",
             )
         soft = SoftLabels(teacher, artifact, self.options.temperature)
         return [soft] if self.options.labels == "soft" else [None, soft]
@@ -144,9 +144,9 @@ class Accuracy(ddkit.Evaluator):
         if self.options.workers != "auto":
             if self.options.workers > 1 and device.type != "cpu":
                 raise ddkit.InputError(
-                    f"{self.where}.workers = {self.options.workers}: several processes train on the CPU only, not on "
+                    f"{self.recipe_path}.workers = {self.options.workers}: several processes train on the CPU only, not on "
                     f"{device}. Leave it at auto, or use --device cpu.",
-                    f"{self.where}.workers",
+                    f"{self.recipe_path}.workers",
                 )
             return min(self.options.workers, networks)
         if device.type != "cpu" or not arithmetic.compile or batch > SMALL_BATCH or networks < FEW_NETWORKS:

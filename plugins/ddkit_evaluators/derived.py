@@ -54,17 +54,17 @@ class Ranking(ddkit.Evaluator):
 
     def check(self, info: ddkit.DataInfo) -> None:
         if "," in self.options.model:
-            raise ddkit.InputError(f"{self.where}.model = {self.options.model!r}: its scores are those of one network.")
+            raise ddkit.InputError(f"{self.recipe_path}.model = {self.options.model!r}: its scores are those of one network.")
         self._accuracy(info, "auto").check(info)
 
     def _accuracy(self, info: ddkit.DataInfo, augment: str) -> ddkit.Evaluator:
         own = {key: value for key, value in msgspec.structs.asdict(self.options).items() if key != "full" and value is not None}
-        made: ddkit.Evaluator = ddkit.create("evaluator", "accuracy", own | {"augment": augment}, data=info, where=self.where)
+        made: ddkit.Evaluator = ddkit.create("evaluator", "accuracy", own | {"augment": augment}, data=info, where=self.recipe_path)
         return made
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         if not len(data.real_images):
-            raise ddkit.InputError(f"{self.where} compares with random real images, and none are accessible.")
+            raise ddkit.InputError(f"{self.recipe_path} compares with random real images, and none are accessible.")
         full = self._full(data, teacher)
         with_, without = (self._accuracy(data.info, augment)(artifact, data, None)[0] for augment in ("auto", "none"))
         found = scores(full, _pair(with_), _pair(without))
@@ -76,9 +76,9 @@ class Ranking(ddkit.Evaluator):
         if self.options.full is not None:
             return float(self.options.full)
         if teacher is None:
-            raise ddkit.InputError(f"{self.where} needs a teacher, or --set {self.where}.full=ACCURACY.")
+            raise ddkit.InputError(f"{self.recipe_path} needs a teacher, or --set {self.recipe_path}.full=ACCURACY.")
         if data.split != "test":
-            log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.where)
+            log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.recipe_path)
         images = ddkit.Normalisation(teacher.mean, teacher.std).lazily(data.test_images).to(data.device)
         return ddkit.accuracy(teacher.module, images, data.test_labels.to(data.device))
 

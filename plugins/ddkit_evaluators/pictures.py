@@ -62,7 +62,7 @@ class Memorisation(ddkit.Evaluator):
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         if len(data.real_images) < 2:
-            raise ddkit.InputError(f"{self.where} compares with accessible real images, and there are {len(data.real_images)}.")
+            raise ddkit.InputError(f"{self.recipe_path} compares with accessible real images, and there are {len(data.real_images)}.")
         real, mirror = data.real_images, data.info.mirror
         found = nearest(artifact.images, real, mirror=mirror)
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
