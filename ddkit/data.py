@@ -233,18 +233,18 @@ class RealData:
         return load_images(self.dataset, "train", indices, self.info.shape), labels[torch.tensor(indices, dtype=torch.int64)]
 
 
-def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, fix: str = "") -> None:
-    """Raises InputError where a class has fewer than pipc + held_out training images; it says how to `fix` that, "": by flags of a run."""
+def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: str = "") -> None:
+    """Raises InputError where a class has fewer than pipc + held_out training images. `remedy` ends the message; "": flags of a run."""
     counts = dict(zip(dataset.class_names, class_counts(dataset.labels("train"), len(dataset.class_names)), strict=True))
     name, least = min(counts.items(), key=lambda item: item[1])
     if pipc != "all" and int(pipc) + held_out <= least:
         return
     if pipc == "all" or int(pipc) >= least:
-        own = f"Use --pipc with a number below {least}"
+        flags = f"Use --pipc with a number below {least}"
     else:
-        own = f"Use --set data.held_out={least - int(pipc)} or less{', or a smaller --pipc' if pipc else ''}"
+        flags = f"Use --set data.held_out={least - int(pipc)} or less{', or a smaller --pipc' if pipc else ''}"
     raise InputError(
         f"data.test = held-out needs {held_out} training images of each class (data.held_out) beside the accessible ones "
-        f"(pipc {pipc}), but the class '{name}' has {least} in all. {fix or f'{own}, or --set data.test=test.'}",
+        f"(pipc {pipc}), but the class '{name}' has {least} in all. {remedy or f'{flags}, or --set data.test=test.'}",
         "data.held_out",
     )

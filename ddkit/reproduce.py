@@ -168,8 +168,8 @@ def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
     for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
         dataset = open_dataset(data)
         for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
-            fix = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
-            check_held_out(dataset, pipc, held_out, fix=fix)
+            remedy = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
+            check_held_out(dataset, pipc, held_out, remedy=remedy)
 
 
 def _check_images(study: Study, task: Task) -> None:

@@ -125,16 +125,14 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
             _check_published(values, f"cells[{number}].published.{column}")
     named = [(f"cells[{number}].published", list(cell.published)) for number, cell in enumerate(study.cells)]
     named += [(f"cells[{number}].systems", cell.systems) for number, cell in enumerate(study.cells)]
-    named += [("pictures", study.pictures)]
-    named += [] if study.blends is None else [("blends", [study.blends.first, study.blends.second])]
-    for where, names in named:
+    shown = [("pictures", study.pictures)]
+    shown += [] if study.blends is None else [("blends", [study.blends.first, study.blends.second])]
+    for where, names in named + shown:
         for double in doubles(names):
             raise InputError(f"{where} names the system '{double}' twice. Name it once.", where)
         for unknown in (each for each in names if each not in study.systems):
             raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)
-    named = [("pictures", study.pictures)]
-    named += [] if study.blends is None else [("blends", [study.blends.first, study.blends.second])]
-    for where, names in named:
+    for where, names in shown:
         for name in (name for name in names if study.systems[name].baseline in ("pipc-real", "class-mean")):
             raise InputError(f"{where} names the system '{name}', a baseline {study.systems[name].baseline} that keeps no images.", where)
     return study
