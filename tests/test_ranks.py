@@ -102,6 +102,7 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
     steps = common | {"steps": STEPS}
     found = {name: steps | {"losses": losses, "sets": TINY | sets} for name, (losses, sets) in EACH_LOSS.items()}
     found |= {name: steps | {"recipe": name, "sets": TINY} for name in EACH_RECIPE}
+    found["practical-plus"]["steps"] = 10  # a steep one: after 50 one thread and two differ by 5e-3, after 10 by 5e-7
     found["dc"]["sets"] = TINY | {"network.inner_epochs": 1}  # 50 take a minute
     found |= {f"start {name}": common | {"steps": 0, "losses": "dm", "init": name, "sets": TINY} for name in EACH_START}
     judge = {"dataset": f"npz:{world.data}", "pipc": 6, "evaluators": "accuracy,spectrum", "repeats": 3}
