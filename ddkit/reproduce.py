@@ -137,10 +137,11 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
 
 def _origin(study: Study, system: str, settings: Settings) -> str:
     """Returns the key of the study that decides the teacher of a system, "" for a flag."""
-    if settings.teacher or "teacher.use" in dict(flattened(dict(settings.sets))):
+    paths = {"teacher", "teacher.use"}
+    if settings.teacher or paths & dict(flattened(dict(settings.sets))).keys():
         return ""
-    own = "teacher.use" in dict(flattened(study.systems[system].set))
-    return "set" if not own and "teacher.use" in dict(flattened(study.set)) else f"systems.{system}"
+    own = paths & dict(flattened(study.systems[system].set)).keys()
+    return "set" if not own and paths & dict(flattened(study.set)).keys() else f"systems.{system}"
 
 
 @contextmanager
