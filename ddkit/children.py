@@ -1,11 +1,18 @@
-"""Processes of ddkit's own that answer every line of JSON with a line of JSON: nothing is pickled between them."""
+"""Processes of ddkit's own. They end with the process that started them, and what they answer is JSON: nothing is pickled between them.
+
+A child's stdin is a pipe whose other end its parent alone holds. The system closes it however the parent ends, also by SIGKILL,
+and the child then sends itself SIGTERM: a run writes a checkpoint, anything else just ends.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,18 +25,22 @@ class ChildEnded(RunFailed):
     """A child process ended without an answer; the message tells its exit code and its last words."""
 
 
+def command(module: str, *arguments: str) -> list[str]:
+    """Returns the command line of `python -m MODULE ARGUMENTS...` as a child, which is started with stdin=PIPE."""
+    return [sys.executable, "-P", "-m", "ddkit.children", module, *arguments]
+
+
 class Child:
     """`python -m MODULE ARGUMENT`, which prints a JSON object when it is ready, and one for each line on its stdin.
 
-    `errors` is a file for its stderr; `environment` replaces this process's own. It ends when stop() is called, or when
-    this process ends and it looks for the next line.
+    `errors` is a file for its stderr; `environment` replaces this process's own. It ends when stop() is called, or with this process.
     """
 
     def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
         self._errors = errors
         with errors.open("w") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", module, argument], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                command(module, argument), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
                 env=dict(os.environ if environment is None else environment),
             )  # fmt: skip
 
@@ -71,3 +82,24 @@ class Child:
             assert stream is not None
             with suppress(OSError):  # a process that is gone leaves an unsent line
                 stream.close()
+
+
+def _end_with_parent() -> None:
+    """Passes on what the parent writes to stdin; at its end SIGTERM ends this process."""
+    source = os.dup(0)
+    read, write = os.pipe()
+    os.dup2(read, 0)
+    os.close(read)
+
+    def pass_on() -> None:
+        while data := os.read(source, 65536):
+            os.write(write, data)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=pass_on, daemon=True).start()
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    del sys.argv[0]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -22,7 +21,7 @@ from typing import Any
 import msgspec
 import tomli_w
 
-from ddkit import plugins
+from ddkit import children, plugins
 from ddkit.compute import pick_device
 from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
@@ -316,13 +315,16 @@ class _Crew:
             if self.stopped:
                 raise Interrupted(STOPPED, 130)
             child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "ddkit", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                children.command("ddkit", *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 env=environment,
             )  # fmt: skip
             self.children.add(child)
+            held, child.stdin = child.stdin, None  # which communicate() would close: the child ends then
         printed, said = child.communicate()
         with self._guard:
             self.children.discard(child)
+        assert held is not None
+        held.close()
         if child.returncode:
             raise _failure(child.returncode, said, arguments)
         return printed

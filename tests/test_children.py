@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import ddkit
+from ddkit.locks import FolderLock
 
 ECHO = """
 import json, sys
@@ -22,7 +29,7 @@ for line in sys.stdin:
 @pytest.fixture
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ddkit.Child:
     (tmp_path / "echoing.py").write_text(ECHO)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
     return ddkit.Child("echoing", "hello", errors=tmp_path / "errors.txt")
 
 
@@ -47,3 +54,45 @@ def test_a_stopped_child_answers_nothing(child: ddkit.Child) -> None:
     with pytest.raises(ddkit.ChildEnded):
         child.ask("anything")
     child.stop()
+
+
+def killed(parent: Any, ready: Path) -> None:
+    """Kills `parent` once the file `ready` is there, so that it can end none of its children."""
+    until = time.monotonic() + 60
+    while not ready.exists():
+        assert parent.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    parent.kill()
+    assert parent.wait() == -signal.SIGKILL
+
+
+def test_a_child_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "busy.py").write_text(
+        "import pathlib, sys, time\nfrom ddkit.locks import FolderLock\nlock = FolderLock(pathlib.Path(sys.argv[1]))\n"
+        "pathlib.Path(sys.argv[1], 'ready').touch()\ntime.sleep(60)\n"
+    )
+    parent = "import pathlib, sys, ddkit\nddkit.Child('busy', sys.argv[1], errors=pathlib.Path(sys.argv[1], 'errors')).answer()"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    killed(subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], env=environment), tmp_path / "ready")
+    FolderLock(tmp_path, wait=10).release()
+
+
+def test_a_set_of_a_study_that_is_killed_ends_after_a_checkpoint(tmp_path: Path, forks: Any) -> None:
+    words = [
+        "distill",
+        "--losses",
+        "dm",
+        "--steps",
+        "1000000",
+        "--evaluate",
+        "none",
+        "--out",
+        str(tmp_path / "run"),
+        "--set",
+        "engine.compile=false",
+    ]
+    study = f"from ddkit.reproduce import _Crew, Settings\n_Crew(Settings()).command({words!r})"
+    killed(forks.Popen([sys.executable, "-c", study], cwd=tmp_path), tmp_path / "run" / "metrics.jsonl")
+    FolderLock(tmp_path / "run", wait=20).release()
+    assert max(file.name for file in (tmp_path / "run" / "checkpoints").iterdir()) > "step-00000000.safetensors"

@@ -182,3 +182,10 @@ def test_a_run_shows_its_picture_in_a_notebook(tmp_path: Path) -> None:
     assert run._repr_png_() == (tmp_path / "run" / "preview.png").read_bytes()
     (tmp_path / "run" / "preview.png").unlink()
     assert run._repr_png_() is None
+
+
+def test_a_run_does_its_work_where_all_standard_streams_are_closed(tmp_path: Path) -> None:
+    flags = "--losses dm --steps 1 --evaluate none --out run --set network.width=4 --device cpu"
+    done = subprocess.run(["/bin/sh", "-c", f"exec {sys.executable} -m ddkit distill {flags} <&- >&- 2>&-"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "manifest.json").is_file()

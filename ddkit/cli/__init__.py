@@ -58,6 +58,7 @@ for command in (
 
 def main() -> NoReturn:
     """Runs the command line; a DdkitError becomes one paragraph on stderr and its exit code."""
+    _open_streams()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogFormat())
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
@@ -93,6 +94,17 @@ def main() -> NoReturn:
     finally:
         if not launched():  # torchrun's request to end must not cut off the last words
             signal.signal(signal.SIGTERM, before)
+
+
+def _open_streams() -> None:
+    """Opens /dev/null in place of standard streams that the caller has closed, so that no other file takes their numbers."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for as long as the process lasts
 
 
 def _is_shared(arguments: list[str]) -> bool:
