@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ddkit.decode import grid
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.exporting import export
-    from ddkit.files import cache_folder
+    from ddkit.files import cache_folder, open_regular
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
     from ddkit.importing import import_file
@@ -69,7 +69,7 @@ _HOMES = {
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
     "ddkit.exporting": ("export",),
-    "ddkit.files": ("cache_folder",),
+    "ddkit.files": ("cache_folder", "open_regular"),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),
@@ -151,6 +151,7 @@ __all__ = [
     "is_compiled",
     "load",
     "on_disk",
+    "open_regular",
     "passed_dataset",
     "pick_precision",
     "products",

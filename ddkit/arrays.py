@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddkit.errors import InputError
+from ddkit.files import open_regular
 
 # A deflated archive of real images is some 1 to 30 times as large when unpacked; a bomb a thousand times and more.
 SMALL_BYTES, MOST_RATIO = 2**30, 100
@@ -19,14 +20,14 @@ def read_arrays(path: Path) -> dict[str, Any]:
     Nothing is unpickled. Before anything is unpacked the declared sizes are checked: an archive of more than 1 GiB and more than
     100 times its size on disk is refused, as is an array whose header does not match its size.
     """
-    if not path.is_file():
-        raise InputError(f"The data file {path} does not exist.")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             check_declared(archive, path)
             return {info.filename.removesuffix(".npy"): _array(archive, info) for info in archive.infolist() if not info.is_dir()}
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"The data file {path} does not exist.") from None
     except Exception as error:  # a stranger's archive can raise anything
         raise InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error or type(error).__name__}.") from None
 

@@ -80,7 +80,7 @@ def load(path: str | Path) -> Artifact:
     """Returns the synthetic set of a run directory or of a file; raises RunFilesError naming the file if it is unusable."""
     file = Path(path)
     file = file / FILE if file.is_dir() else file
-    if not file.is_file():
+    if not file.exists():
         unfinished = (Path(path) / "recipe.toml").is_file()
         hint = f" (`ddkit distill --out {path} --resume` continues it.)" if unfinished else ""
         what = f"The folder {path} has no {FILE}" if Path(path).is_dir() else f"There is no file or folder {path}"

@@ -6,9 +6,11 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,41 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TEMPORARY = ".part"  # how the names of files end that are being written
+MOST_BYTES = 2**30  # of a file that is read whole: the manifest of a run on a million files has a tenth of it
+MOST_TOML = 2**22  # reading as much takes seconds
+KINDS = {
+    stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder",
+    stat.S_IFLNK: "a symbolic link",
+}  # fmt: skip
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place."""
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    mode = os.fstat(stream.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        stream.close()
+        raise OSError(f"{path} is {kind_of(mode)}, not a regular file")
+    return stream
+
+
+def kind_of(mode: int) -> str:
+    """Returns what a file of mode `mode` is, in words."""
+    return KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
+def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
+    """Returns the content of a regular file; raises OSError if it cannot be read, is another thing, or has more than `most` bytes."""
+    with open_regular(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"{path} has more than {most / 2**20:,.0f} MiB, the most that is read of such a file")
+    return content
+
+
+def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
+    """Returns the content of a regular file of UTF-8 text; raises OSError as read_bytes does, or ValueError."""
+    return read_bytes(path, most=most).decode()
 
 
 def cache_folder() -> Path:
@@ -119,7 +156,7 @@ def json_bytes(value: Any) -> bytes:
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file; raises RunFilesError naming it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        return json.loads(read_bytes(path), parse_constant=_no_constant)
     except (OSError, ValueError, RecursionError) as error:
         raise RunFilesError(f"{path} cannot be read: {error}.") from None
 
@@ -161,7 +198,7 @@ def json_digest(value: Any) -> str:
 
 def sha256(path: Path) -> str:
     """Returns the hexadecimal sha256 of a file."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -226,6 +263,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     try:
+        open_regular(path).close()
         with safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("ddkit", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118

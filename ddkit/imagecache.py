@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ddkit import __version__
 from ddkit.errors import RunFilesError
-from ddkit.files import SCHEMA, cache_folder, read_tensors, replace_whole, write_json, write_tensors
+from ddkit.files import SCHEMA, cache_folder, open_regular, read_bytes, read_tensors, replace_whole, write_json, write_tensors
 from ddkit.mapped import mapped
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ def _write_streamed(
 
 def _as_file(path: Path, images: Tensor) -> Tensor:
     """Returns the only tensor of a safetensors file, `images`, as one that lies on the disk."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return mapped(file, images.dtype, images.shape, offset=8 + int.from_bytes(file.read(8), "little"))
 
 
@@ -150,7 +150,7 @@ def fingerprint(dataset: Dataset) -> str:
     if file is None:
         return dataset.fingerprint()
     with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = json.loads(read_bytes(file))
         if isinstance(kept, dict) and kept.get("key") == file.stem and isinstance(kept.get("fingerprint"), str):
             return str(kept["fingerprint"])
     found = dataset.fingerprint()

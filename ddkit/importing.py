@@ -17,7 +17,7 @@ from ddkit.arrays import check_declared, read_arrays
 from ddkit.artifact import Artifact
 from ddkit.components import DataInfo
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError
-from ddkit.files import read_tensors, sha256
+from ddkit.files import open_regular, read_tensors, sha256
 from ddkit.images import Normalisation, to_unit
 from ddkit.networks import build_network
 from ddkit.options import written_options
@@ -91,15 +91,18 @@ def _content(found: Any) -> str:
 
 def _read(path: Path) -> Any:
     """Returns the tensors of a file in their dicts and lists; raises InputError naming a file that is none of tensors alone."""
-    if not path.is_file():
-        raise InputError(f"The file {path} does not exist.")
+    try:
+        with open_regular(path) as stream:
+            start = stream.read(9)
+    except FileNotFoundError:
+        raise InputError(f"The file {path} does not exist.") from None
+    except OSError as error:
+        raise InputError(f"The file {path} cannot be read: {error}.") from None
     if zipfile.is_zipfile(path):
         names = _declared(path)
         if not any(name.endswith("data.pkl") for name in names):
             return {name: torch.from_numpy(array) for name, array in _numeric(path).items()}
         return _read_torch(path)
-    with path.open("rb") as stream:
-        start = stream.read(9)
     if start[8:] == b"{":
         try:
             return read_tensors(path)[0]

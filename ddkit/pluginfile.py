@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from ddkit.errors import FlagError, PluginError, RunFilesError
+from ddkit.files import read_bytes
 
 VARIABLE = "DDKIT_PLUGIN_FILES"  # a JSON object, path to sha256: how processes that a run starts know the files, and as what they were
 
@@ -93,9 +94,9 @@ class PluginFile:
 
     def __init__(self, file: Path, expected: str = "") -> None:
         try:
-            content = file.read_bytes()
+            content = read_bytes(file)
         except OSError as error:
-            raise PluginError(f"The plugin file {file} could not be read: {error.strerror}.") from None
+            raise PluginError(f"The plugin file {file} could not be read: {error.strerror or error}.") from None
         self.file, self.sha256 = file, hashlib.sha256(content).hexdigest()
         if expected and self.sha256 != expected:
             raise FileChanged(

@@ -13,6 +13,7 @@ import msgspec
 
 from ddkit import plugins
 from ddkit.errors import FlagError, InputError, PluginError, shown, suggestion
+from ddkit.files import MOST_TOML, read_text
 from ddkit.options import fields, parse_struct
 from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
 
@@ -49,7 +50,7 @@ def read_named(kind: str, name: str) -> Raw:
 def parse_toml(path: Path, kind: str = "recipe") -> Raw:
     """Returns the TOML data of a file; raises InputError naming the file and line."""
     try:
-        found = tomllib.loads(path.read_text(encoding="utf-8"))
+        found = tomllib.loads(read_text(path, most=MOST_TOML))
     except FileNotFoundError:
         raise InputError(f"The {kind} file {path} does not exist.") from None
     except (ValueError, OSError, RecursionError) as error:

@@ -9,6 +9,8 @@ from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 
+from ddkit.files import MOST_TOML, read_text
+
 
 def _top_spec(name: str) -> ModuleSpec | None:
     try:
@@ -65,7 +67,7 @@ def summary(value: str) -> tuple[str, str]:
 @lru_cache(maxsize=64)
 def _parsed(file: Path, changed: int) -> ast.Module:
     """Returns the syntax tree of a file as it is at its modification time `changed`: a module may define many components."""
-    return ast.parse(file.read_text(encoding="utf-8"))
+    return ast.parse(read_text(file))
 
 
 def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
@@ -99,7 +101,7 @@ def _target(node: ast.ImportFrom, module: str, file: Path, name: str) -> tuple[s
 def toml_summary(file: Path) -> tuple[str, str]:
     """Returns (status, summary) of a recipe or study file."""
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(read_text(file, most=MOST_TOML))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         return f"{type(error).__name__}: {error}", ""
     return "ok", str(table.get("summary", ""))

@@ -64,7 +64,7 @@ class _Record(msgspec.Struct):
 
 def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns (state dict, record) of a teacher file, {} for a bare state dict; raises InputError naming a file that is unusable."""
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         what = f"The teacher {path} is a folder, not a file." if path.is_dir() else f"The teacher file {path} does not exist."
         raise InputError(f"{what} `--teacher auto` trains one.", "teacher.use")
     try:

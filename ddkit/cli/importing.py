@@ -9,6 +9,7 @@ import click
 
 from ddkit.cli.common import echo_json, plugin_files, quiet, set_verbosity, show
 from ddkit.cli.names import Names
+from ddkit.files import MOST_TOML, read_text
 
 
 class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -38,9 +39,9 @@ class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
             if not 2 <= int(text[:9]) <= 100_000:
                 self.fail(f"{text[:20]} is no number of classes from 2 to 100,000.", param, ctx)
             return int(text)
-        if Path(text).is_file():
+        if Path(text).exists():
             try:
-                return [line.strip() for line in Path(text).read_text(encoding="utf-8").splitlines() if line.strip()]
+                return [line.strip() for line in read_text(text, most=MOST_TOML).splitlines() if line.strip()]
             except (OSError, ValueError) as error:
                 self.fail(f"the file {text} cannot be read: {error}.", param, ctx)
         return [name.strip() for name in text.split(",")]
