@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from ddkit.decode import decoded
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
-from ddkit.images import Normalisation
+from ddkit.images import Normalisation, most_classes
 from ddkit.manifest import check_listed
 
 FILE = "synthetic.safetensors"
@@ -102,7 +102,7 @@ class _Decode(msgspec.Struct):
     factor: Annotated[int, msgspec.Meta(ge=1, le=8)]
 
 
-class _Record(msgspec.Struct):
+class Record(msgspec.Struct):
     """What ddkit reads of a set's metadata."""
 
     class_names: list[str]
@@ -127,7 +127,7 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
     if missing:
         return f"its metadata lacks {', '.join(missing)}"
     try:
-        record = msgspec.convert(metadata, _Record)
+        record = msgspec.convert(metadata, Record)
     except msgspec.ValidationError as error:
         return f"its metadata cannot be used ({error})"
     if record.decode and any(side % record.decode.factor for side in images.shape[2:]):
@@ -136,6 +136,10 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
         return "its mean and std do not fit its channels"
     if not all(math.isfinite(value) for value in (*record.mean, *record.std)) or min(record.std) <= 0:
         return "its mean and std are not finite, or a std is not positive"
+    if len(record.class_names) > most_classes(len(images)):
+        return (
+            f"it names {len(record.class_names):,} classes for {len(images):,} images, and at most {most_classes(len(images)):,} are taken"
+        )
     if len(set(record.class_names)) < len(record.class_names):
         return "a class name stands there twice"
     if not (int(labels.min()) >= 0 and int(labels.max()) < len(record.class_names)):

@@ -64,6 +64,14 @@ class Interrupted(DdkitError):
         self.exit_code = exit_code
 
 
+def refuse_unused(flags: Iterable[str], why: str) -> None:
+    """Raises FlagError where there are `flags`: names of flags that were given and do nothing, as `why` says."""
+    names = list(flags)
+    if names:
+        one = len(names) == 1
+        raise FlagError(f"{', '.join(names)} {'has' if one else 'have'} no effect: {why} Leave {'it' if one else 'them'} out.")
+
+
 def doubles(values: Iterable[Any]) -> list[Any]:
     """Returns the values that are there more than once, each once, in order."""
     return [value for value, count in Counter(values).items() if count > 1]

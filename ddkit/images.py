@@ -175,6 +175,11 @@ class NormalisedRows:
         return getattr(self[:], name)
 
 
+def most_classes(images: int) -> int:
+    """Returns how many class names a set of so many images may have: some of its classes may have no image, but not most of very many."""
+    return max(1000, 10 * images)
+
+
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
     """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
 

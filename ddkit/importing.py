@@ -7,24 +7,27 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
 from ddkit import permission, plugins
 from ddkit.arrays import check_declared, read_arrays
-from ddkit.artifact import Artifact
+from ddkit.artifact import Artifact, Record
 from ddkit.components import DataInfo
-from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError
+from ddkit.decode import check_factor
+from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import open_regular, read_tensors, sha256
-from ddkit.images import Normalisation, to_unit
+from ddkit.images import Normalisation, most_classes, to_unit
 from ddkit.networks import build_network
-from ddkit.options import written_options
-from ddkit.recipes import recipe_for
+from ddkit.options import parse_struct, written_options
+from ddkit.recipe import DecodeTable
+from ddkit.recipes import flattened, recipe_for
 from ddkit.rundir import RunDirectory, save_set
 from ddkit.teacher import Teacher
-from ddkit.teachers import load_state, save_teacher
+from ddkit.teachers import check_outputs, load_state, save_teacher
 
 log = logging.getLogger("ddkit")
 
@@ -46,7 +49,7 @@ def import_file(
     kind: Literal["auto", "set", "teacher"] = "auto",
     classes: Sequence[str] | int | None = None,
     pixels: Literal["normalised", "unit"] | None = None,
-    index: int = 0,
+    index: int | None = None,
     size: Sequence[int] | None = None,
     model: str | None = None,
     sets: Mapping[str, Any] | None = None,
@@ -55,23 +58,51 @@ def import_file(
 
     `path` is a file of torch.save, .npz or .safetensors; it is read as tensors alone, so that none of its code runs. A set
     is images (n, C, H, W) and labels (n,), and becomes the folder `out`; `pixels` says whether floats are normalised with `mean`
-    and `std` or in 0..1, and `index` which of several sets is taken. A teacher is a state dict of `model` (with the options
-    that `sets` gives: {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file `out`. `classes` are the
-    class names, or their number. What the file itself records is taken where it is not given: `mean` and `std`, and of an .npz of
-    ddkit's exporter the class names and that pixels are in 0..1. Raises DdkitError.
+    and `std` or in 0..1, and `index` which of several sets is taken. If each image is a grid of 2 x 2, `sets` says so:
+    {"decode.factor": 2}. A teacher is a state dict of `model` (with the options that `sets` gives: {"teacher.norm": "batch"}) for images
+    of `size` (height, width), and becomes the file `out`. `classes` are the class names, or their number. What the file itself records
+    is taken if it is not given: `mean` and `std`, and of ddkit's own files the class names, the grid and that pixels are in 0..1. What is
+    given and has no effect on the file is refused. Raises DdkitError.
     """
     source, target = Path(path), Path(out)
     found = _read(source)
     recorded = _recorded(source, found)
     mean, std = (mean or recorded.get("mean"), std or recorded.get("std")) if mean is None or std is None else (mean, std)
-    pair = _set_in(found, index) if kind in ("auto", "set") else None
+    settings = dict(flattened(dict(sets or {})))
+    pair = _set_in(found, index or 0) if kind in ("auto", "set") else None
     if pair is not None:
-        norm = _statistics(source, mean, std)
-        return _import_set(source, target, pair, norm, classes or recorded.get("classes"), pixels or recorded.get("pixels"))
+        others = [f"--set {path}" for path in settings if path != "decode.factor"]
+        _check_used({"--size": size, "--model": model}, others, source, "a synthetic set, of which --set takes decode.factor alone")
+        decode = {"factor": settings["decode.factor"]} if settings else recorded.get("decode", {})
+        factor = parse_struct(DecodeTable, decode, "decode").factor
+        given = _Given(classes or recorded.get("classes"), pixels or recorded.get("pixels"), factor)
+        return _import_set(source, target, pair, _statistics(source, mean, std), given)
     state = _state_in(found) if kind in ("auto", "teacher") else None
     if state is None:
         raise InputError(f"{source} holds {_content(found)}: that is {_wanted(kind)}.")
-    return _import_teacher(source, target, state, _statistics(source, mean, std), classes, size, model, dict(sets or {}))
+    others = [
+        f"--set {path}" for path in settings if not path.startswith("teacher.") or path in ("teacher.use", "teacher.mean", "teacher.std")
+    ]
+    _check_used(
+        {"--pixels": pixels, "--index": index},
+        others,
+        source,
+        "a teacher, of which --set takes options of the model, for example teacher.norm=batch",
+    )
+    return _import_teacher(source, target, state, _statistics(source, mean, std), classes, size, model, settings)
+
+
+class _Given(NamedTuple):
+    """What is known of a set beside its images and labels: class names or their number, kind of pixels, images a side of a grid."""
+
+    classes: Classes
+    pixels: str | None
+    factor: int
+
+
+def _check_used(flags: Mapping[str, Any], others: Sequence[str], path: Path, kind: str) -> None:
+    """Raises FlagError for `flags` with a value, and `others`, which have no effect on a file of this `kind`."""
+    refuse_unused([*(flag for flag, value in flags.items() if value is not None), *others], f"{path} is {kind}.")
 
 
 def _wanted(kind: str) -> str:
@@ -105,7 +136,10 @@ def _read(path: Path) -> Any:
         return _read_torch(path)
     if start[8:] == b"{":
         try:
-            return read_tensors(path)[0]
+            tensors, record = read_tensors(path)
+            return _OwnSet(tensors, msgspec.convert(record, Record)) if "images" in tensors and "class_names" in record else tensors
+        except msgspec.ValidationError:
+            return tensors
         except ValueError as error:
             raise InputError(f"{error}.") from None
     if not start.startswith(b"\x80"):  # how a pickle begins, which torch.save wrote before it wrote archives
@@ -113,8 +147,20 @@ def _read(path: Path) -> Any:
     return _read_torch(path)
 
 
+class _OwnSet(dict[str, Tensor]):
+    """The tensors of a set that ddkit wrote, and what its metadata `record`."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], record: Record) -> None:
+        super().__init__(tensors)
+        self.record = record
+
+
 def _recorded(path: Path, found: Any) -> dict[str, Any]:
-    """Returns what a file of a set records of "mean" and "std", and an .npz of ddkit's exporter of "classes" and "pixels"."""
+    """Returns what a file of a set records of "mean" and "std", and one of ddkit's own of "classes", "pixels" and "decode"."""
+    if isinstance(found, _OwnSet):
+        own = found.record
+        decode = {} if own.decode is None else {"decode": {"factor": own.decode.factor}}
+        return {"pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, **decode}
     if not isinstance(found, Mapping) or not any(name in found for name in IMAGES):
         return {}
     values = {name: found[name] for name in ("mean", "std") if isinstance(found.get(name), Tensor) and found[name].ndim == 1}
@@ -247,14 +293,19 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 # Sets
 
 
-def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes: Classes, pixels: str | None) -> Artifact:
-    images, labels = _images(path, pair[0], norm, pixels), _labels(path, pair)
-    names = _names(classes, int(labels.max()) + 1, path)
+def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, given: _Given) -> Artifact:
+    images, labels = _images(path, pair[0], norm, given.pixels), _labels(path, pair)
+    names = _names(given.classes, int(labels.max()) + 1, path)
+    if len(names) > most_classes(len(images)):
+        raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
+    check_factor(given.factor, images.shape[2:])
     order = labels.argsort(stable=True)
     if not torch.equal(order, torch.arange(len(labels))):
         log.warning("The images were not in order of class; they are now, in each class in the order of the file.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     record: dict[str, Any] = {"class_names": names, "mean": list(norm.mean), "std": list(norm.std), "recipe": "imported"}
+    if given.factor > 1:
+        record["decode"] = {"factor": given.factor}
     if len(set(counts)) == 1:
         record["ipc"] = counts[0]
     else:
@@ -277,6 +328,7 @@ def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None)
         raise InputError(f"{path}: images have the shape {tuple(images.shape)}; with this --mean it must be (n, {len(norm.mean)}, H, W).")
     plain = _plain(images, "images", path)
     if plain.dtype == torch.uint8:
+        refuse_unused(["--pixels"] if pixels else [], f"the images of {path} are bytes.")
         return to_unit(plain)
     if not plain.is_floating_point():
         raise InputError(f"{path}: images are {plain.dtype}; they must be uint8 or floats.")
@@ -297,7 +349,7 @@ def _labels(path: Path, pair: Pair) -> Tensor:
     if not fits or not bool((labels == labels.long()).all()):
         raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers, one for each image.")
     whole = labels.long()
-    if int(whole.min()) < 0 or int(whole.max()) >= max(1000, 10 * len(whole)):
+    if int(whole.min()) < 0 or int(whole.max()) >= most_classes(len(whole)):
         raise InputError(f"{path}: labels go from {int(whole.min())} to {int(whole.max())}; they count from 0.")
     return whole
 
@@ -324,8 +376,10 @@ def _import_teacher(
         )
     if len(size) != 2 or min(size) < 1:
         raise FlagError(f"--size is height and width in pixels, both at least 1; got {list(size)}.")
-    info = DataInfo(class_names=tuple(_names(classes, 2, path)), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
-    table = _teacher_table(model, sets)
+    names = _names(classes, 2, path)
+    check_outputs(path, names, state)
+    info = DataInfo(class_names=tuple(names), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
+    table = recipe_for({"name": "import"}, model=model, sets=list(sets.items())).teacher
     permission.named_by_user(model, sets)
     factory = plugins.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher")
@@ -342,10 +396,3 @@ def _import_teacher(
     teacher = Teacher(module, mean=norm.mean, std=norm.std, info=record, path=str(out))
     save_teacher(out, teacher)
     return teacher
-
-
-def _teacher_table(model: str | None, sets: Mapping[str, Any]) -> Any:
-    for key in sets:
-        if not key.startswith("teacher."):
-            raise FlagError(f"--set {key}: only options of the model can be set here, for example --set teacher.norm=batch")
-    return recipe_for({"name": "import"}, model=model, sets=list(sets.items())).teacher

@@ -69,13 +69,21 @@ def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{what} `--teacher auto` trains one.", "teacher.use")
     try:
         tensors, record = read_tensors(path)
-        msgspec.convert(record, _Record)
+        known = msgspec.convert(record, _Record)
     except msgspec.ValidationError as error:
         raise InputError(f"The teacher {path} has a record that is none: {error}.", "teacher.use") from None
     except ValueError as error:
         hint = "ddkit reads safetensors state dicts only; `ddkit import` makes one of a file written by torch.save."
         raise InputError(f"The teacher: {error}. {hint}", "teacher.use") from None
+    check_outputs(path, known.class_names or (), tensors)
     return tensors, record
+
+
+def check_outputs(path: Path, class_names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError where there are more class names than a network of these tensors can have outputs."""
+    most = max([1000, *(side for tensor in tensors.values() for side in tensor.shape)])
+    if len(class_names) > most:
+        raise InputError(f"The teacher {path} has {len(class_names):,} class names, and no tensor for more than {most:,}.", "teacher.use")
 
 
 def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:

@@ -19,10 +19,12 @@ import ddkit
 from ddkit import plugins
 from ddkit.artifact import Artifact
 from ddkit.components import DataInfo
+from ddkit.decode import decoded
+from ddkit.files import write_tensors
 from ddkit.manifest import check_listed, read_manifest
 from ddkit.networks import build_network
 from ddkit.recipe import TeacherTable
-from ddkit.teachers import load_teacher
+from ddkit.teachers import load_teacher, read_teacher
 from tests.conftest import SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
@@ -136,6 +138,29 @@ def test_one_of_several_sets_is_taken_by_its_number(tmp_path: Path, caplog: pyte
     assert torch.equal(ddkit.load(tmp_path / "second").images, IMAGES / 2)
     with pytest.raises(ddkit.InputError, match="--index is a number from 0 to 1; got 2"):
         ddkit.import_file(file, tmp_path / "third", pixels="unit", index=2, **NORM)
+
+
+def test_a_grid_of_images_is_decoded_as_declared_and_keeps_that_when_it_is_imported_again(tmp_path: Path) -> None:
+    file = _saved([IMAGES, LABELS], tmp_path / "x.pt")
+    found = ddkit.import_file(file, tmp_path / "out", pixels="unit", sets={"decode.factor": 2}, classes=["cat", "dog"], **NORM)
+    assert isinstance(found, Artifact)
+    again = ddkit.import_file(tmp_path / "out" / "synthetic.safetensors", tmp_path / "again")
+    for each in (found, ddkit.load(tmp_path / "out"), again):
+        assert torch.equal(each.images, decoded(IMAGES, 2))
+        assert torch.equal(each.stored_images, IMAGES)
+        assert (each.metadata["decode"], each.metadata["ipc"], each.class_names) == ({"factor": 2}, 2, ["cat", "dog"])
+
+
+def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_file_is_read(tmp_path: Path) -> None:
+    record = {"class_names": [str(number) for number in range(1001)], "mean": [0.5], "std": [0.5]}
+    Artifact(IMAGES, LABELS, record).save(tmp_path / "set.safetensors")
+    with pytest.raises(ddkit.RunFilesError, match=r"1,001 classes for 4 images, and at most 1,000"):
+        ddkit.load(tmp_path / "set.safetensors")
+    Artifact(IMAGES, LABELS, record | {"class_names": record["class_names"][:1000]}).save(tmp_path / "most.safetensors")
+    assert len(ddkit.load(tmp_path / "most.safetensors").class_names) == 1000
+    write_tensors(tmp_path / "teacher.safetensors", {"weight": torch.zeros(3, 4)}, record)
+    with pytest.raises(ddkit.InputError, match=r"1,001 class names, and no tensor for more than 1,000"):
+        read_teacher(tmp_path / "teacher.safetensors")
 
 
 def test_values_that_are_no_pixels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -287,6 +312,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _saved([torch.zeros(1).expand(10**6, 1, 1000, 1000), torch.zeros(1).expand(10**6)], root / "bomb.pt")
     _saved([IMAGES.to(torch.complex64), LABELS], root / "complex.pt")
     _saved([IMAGES, LABELS * 0], root / "one.pt")
+    _saved([(IMAGES * 255).to(torch.uint8), LABELS], root / "bytes.pt")
     (root / "text.pt").write_text("hello")
     whole = (root / "set.pt").read_bytes()
     (root / "torn.pt").write_bytes(whole[: len(whole) // 2])
@@ -332,7 +358,20 @@ REFUSED = [
      "FILES/state.pt is a state dict, which does not record classes and image size: give --classes 10, or their names, and "
      "--size 32 (or height,width)."),
     (f"state.pt {TEACHER} --set train.epochs=3", 2,
-     "--set train.epochs: only options of the model can be set here, for example --set teacher.norm=batch"),
+     "--set train.epochs has no effect: FILES/state.pt is a teacher, of which --set takes options of the model, for example "
+     "teacher.norm=batch. Leave it out."),
+    (f"state.pt {TEACHER} --pixels unit --index 0 --set teacher.use=x", 2,
+     "--pixels, --index, --set teacher.use have no effect: FILES/state.pt is a teacher, of which --set takes options of the model, for "
+     "example teacher.norm=batch. Leave them out."),
+    (f"set.pt {SET} --size 64 --model nosuch --set nonsense=1", 2,
+     "--size, --model, --set nonsense have no effect: FILES/set.pt is a synthetic set, of which --set takes decode.factor alone. Leave "
+     "them out."),
+    (f"bytes.pt {SET}", 2, "--pixels has no effect: the images of FILES/bytes.pt are bytes. Leave it out."),
+    (f"set.pt {SET} --set decode.factor=3", 4,
+     "decode.factor = 3 cuts an image into 3 x 3 equal parts, and the data's have 4 x 4 pixels. Choose a divisor of both (1: no grid), "
+     "or set data.size."),
+    (f"set.pt {SET} --set decode.factor=9", 4, "decode.factor = 9 is not possible: expected int <= 8."),
+    (f"set.pt {SET} --classes 1001", 2, "--classes: 1,001 for 4 images; at most 1,000 are taken."),
     (f"state.pt {TEACHER} --model convnett", 3,
      "There is no model 'convnett'. Did you mean 'convnet'? (`ddkit list model` shows what is installed; --plugin FILE adds a "
      "file of yours.)"),

@@ -57,10 +57,16 @@ class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 @click.option("--std", type=Values(), help="Standard deviation of each channel.")
 @click.option("--classes", type=Classes(), help="Class names by label, a file of them, or their number.")
 @click.option("--pixels", type=click.Choice(["normalised", "unit"]), help="What floats of a set are: normalised, or 0 black and 1 white.")
-@click.option("--index", type=click.IntRange(min=0), default=0, show_default=True, help="Which set, where the file holds several.")
+@click.option("--index", type=click.IntRange(min=0), help="Which set, if the file holds several (default: 0, the first).")
 @click.option("--size", type=Values(sides=True), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
-@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Option of the teacher's model, e.g. teacher.norm=batch.")
+@click.option(
+    "--set",
+    "sets",
+    multiple=True,
+    metavar="PATH=VALUE",
+    help="Option of a teacher's model, e.g. teacher.norm=batch; decode.factor=2 if a set's images are grids of 2 x 2.",
+)
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @quiet
