@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -83,9 +84,19 @@ class Bank:
         """Takes one step of each optimizer along `gradients`, then projects onto the constraints."""
         for name, tensor in self.tensors().items():
             tensor.grad = gradients[name]
-            self.optimizers[name].step()
+            try:
+                self.optimizers[name].step()
+            except RuntimeError as error:
+                if "overflow" not in str(error):
+                    raise
+                tensor.detach().fill_(math.nan)  # torch refuses a step that is larger than float32 holds: it is no finite one
             tensor.grad = None
         self.project()
+
+    def smaller_rate(self, name: str) -> str:
+        """Returns the --set that makes the learning rate of a parameter ten times smaller, and at most its default."""
+        usual = self._setting(name, {}).lr
+        return f"--set optimizer.{name}.lr={min(self.optimizers[name].param_groups[0]['lr'] / 10, usual):g}"
 
     def project(self) -> None:
         """Puts every parameter back inside its declared constraint."""

@@ -12,7 +12,7 @@ import torch
 
 from ddkit import plugins
 from ddkit.components import Component
-from ddkit.errors import DdkitError, PluginError, RunFailed
+from ddkit.errors import DdkitError, PluginError, RunFailed, out_of_memory
 
 SETTINGS = "torch's settings"
 
@@ -31,6 +31,8 @@ def blamed(kind: str, component: Component, *, building: bool = False, may_draw:
     except DdkitError:
         raise
     except (Exception, SystemExit) as error:  # a stranger's component can raise anything
+        if out_of_memory(error):
+            raise
         kind_of_error = PluginError if building else RunFailed
         raise kind_of_error(f"The {called(kind, component)} raised {type(error).__name__}: {error}.{advice(kind, component)}") from error
     if watched:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 
 from ddkit.errors import InputError
-from ddkit.options import Options, Requires
+from ddkit.options import Option, Options, Requires, check_fields
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
     from ddkit.teacher import Teacher
 
 API_VERSION = 1
+Fraction = Annotated[float, Option(ge=0, le=1)]
+Spread = Annotated[float, Option(ge=0)]
 
 
 class DataInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of the data before an image is used: `size` is (height, width) in pixels."""
 
     class_names: tuple[str, ...]
-    channels: int
-    size: tuple[int, int]
+    channels: Annotated[int, Option(ge=1)]
+    size: tuple[Annotated[int, Option(ge=1)], Annotated[int, Option(ge=1)]]
     mirror: bool = True  # whether a mirrored image is still one of its class
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def classes(self) -> int:
@@ -212,15 +217,18 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     evaluator: str
     model: str
     protocol: str
-    labels: str
-    repeats: int
-    accuracy_mean: float | None
-    accuracy_std: float | None
-    random_real_mean: float | None = None
-    random_real_std: float | None = None
+    labels: Literal["hard", "soft"]
+    repeats: Annotated[int, Option(ge=0)]
+    accuracy_mean: Fraction | None
+    accuracy_std: Spread | None
+    random_real_mean: Fraction | None = None
+    random_real_std: Spread | None = None
     details: dict[str, Any] = {}
     images: str = "synthetic"
     split: str = "test"
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):

@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from ddkit.errors import FlagError, RunFilesError
+from ddkit.errors import FlagError, RunFilesError, out_of_memory
 from ddkit.files import cache_folder
+from ddkit.options import check_fields
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +33,11 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
     """What was decided: whether a network is compiled, its precision, and on a GPU whether CUDA graphs are recorded."""
 
     compile: bool
-    precision: str  # "float32", "tf32" or "bfloat16"
+    precision: Literal["float32", "tf32", "bfloat16"]
     graphs: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,7 +56,8 @@ def decide_arithmetic(compile_: bool | str, precision: str, device: torch.device
     compiles = work > PAYS_BACK.get(device.type, float("inf")) if compile_ == "auto" else bool(compile_)
     if precision == "auto":
         precision = "bfloat16" if compiles and native_bfloat16(device) else "float32"
-    return Arithmetic(compile=compiles, precision=precision, graphs=compiles and device.type == "cuda" and step_work < LAUNCH_BOUND)
+    graphs = compiles and device.type == "cuda" and step_work < LAUNCH_BOUND
+    return Arithmetic(compile=compiles, precision=precision, graphs=graphs)  # type: ignore[arg-type]  # another word is refused there
 
 
 def pick_device(name: str) -> torch.device:
@@ -108,15 +113,13 @@ class Compiled:
         self.plain, self.fast, self.failed = plain, fast, False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        import torch
-
         if self.failed:
             return self.plain(*arguments)
         try:
             return self.fast(*arguments)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
         except Exception as error:  # torch.compile needs a C++ compiler and raises many kinds
+            if out_of_memory(error):
+                raise
             result = self.plain(*arguments)  # an error of the module itself shows as such
             log.warning("torch.compile did not work here (%s); going on without.", type(error).__name__)
             self.failed = True

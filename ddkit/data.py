@@ -12,7 +12,7 @@ from torch import Tensor
 from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
-from ddkit.errors import DdkitError, InputError, doubles, is_text, shown
+from ddkit.errors import DdkitError, InputError, doubles, is_text, out_of_memory, shown
 from ddkit.files import bytes_of
 from ddkit.images import Kinds
 from ddkit.loading import load_images, surveyed
@@ -34,6 +34,8 @@ def open_dataset(table: DataTable) -> Dataset:
     except DdkitError:
         raise
     except (Exception, SystemExit) as error:  # a stranger's dataset can raise anything
+        if out_of_memory(error):
+            raise
         helps = advice("dataset", dataset)
         raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{helps}") from error
     check_names(names, table.use)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ddkit.bank import Bank, all_finite
 from ddkit.blame import check_random_states, random_states
-from ddkit.errors import DdkitError, Interrupted, RunFailed
+from ddkit.errors import DdkitError, Interrupted, RunFailed, out_of_memory
 from ddkit.step import SharedStep, Step
 from ddkit.stepsource import StepSource
 from ddkit.terms import Term
@@ -217,17 +217,20 @@ class Engine:
         for term in self.terms:
             if not bool(values[term.label].isfinite()):
                 raise NotFinite(
-                    f"The {term} became {float(values[term.label])} at step {index}. The last good state is kept in "
-                    f"checkpoints/. Try a smaller learning rate{' (also network.inner_lr)' if self.source.inner else ''} or weight, "
-                    f"or float32 (--set engine.precision=float32).{term.advice}"
+                    f"The {term} became {float(values[term.label])} at step {index}. The last good state is kept in checkpoints/. Try a "
+                    f"smaller learning rate ({self.bank.smaller_rate('images')}"
+                    f"{', or a smaller network.inner_lr' if self.source.inner else ''}), a smaller weight, or float32 "
+                    f"(--set engine.precision=float32).{term.advice}"
                 )
         if self.ranks.all(bool(all_finite(gradients.values()))):  # a projection could hide one that is not
             self.bank.update(gradients)
             if self.ranks.all(bool(self.bank.finite())):
                 return values, logged
+        name = next((name for name, tensor in self.bank.tensors().items() if not bool(tensor.isfinite().all())), "images")
         raise NotFinite(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
-            f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller --set optimizer.images.lr."
+            f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller learning rate: "
+            f"{self.bank.smaller_rate(name)}."
         )
 
 
@@ -310,6 +313,8 @@ def _calling(term: Term, call: Callable[[], Any]) -> Any:
     except DdkitError:
         raise
     except (Exception, SystemExit) as error:  # a stranger's loss can raise anything
+        if out_of_memory(error):
+            raise
         raise RunFailed(f"The {term} raised {type(error).__name__}: {error}.{term.advice}") from error
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+ALLOCATORS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")  # how CUDA's and torch's put it
 LONGEST = 1800  # characters of a message: a value in it may have any length
 
 
@@ -70,6 +72,13 @@ def refuse_unused(flags: Iterable[str], why: str) -> None:
     if names:
         one = len(names) == 1
         raise FlagError(f"{', '.join(names)} {'has' if one else 'have'} no effect: {why} Leave {'it' if one else 'them'} out.")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an allocator raised `error`: Python's, numpy's, the system's, or torch's on any device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in ALLOCATORS))
 
 
 def doubles(values: Iterable[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -113,7 +114,10 @@ class Normalisation:
     """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        self.mean, self.std = tuple(map(float, mean)), tuple(map(float, std))
+        self.mean = tuple(map(float, mean))
+        self.std = tuple(map(float, std))
+        if len(self.mean) != len(self.std) or not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std, default=0) <= 0:
+            raise ValueError(f"Normalisation(mean={mean}, std={std}): a finite mean and a finite std above 0 for each channel are needed.")
         self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:

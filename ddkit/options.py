@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -21,6 +21,9 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     An unknown option or a value outside its bounds is an error that names plugin, option and nearest name.
     """
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 def Option(
@@ -45,17 +48,14 @@ class Parameter(msgspec.Struct, frozen=True):
     `lr` is that of its Adam optimizer, unless the recipe has a table `[optimizer.NAME]`.
     """
 
-    shape: tuple[int, ...] = ()
-    per: str = "sample"
+    shape: tuple[Annotated[int, Option(ge=1)], ...] = ()
+    per: Literal["sample", "set"] = "sample"
     init: float = 1.0
-    constraint: str | None = None
-    lr: float = 0.1
+    constraint: Literal["nonnegative"] | None = None
+    lr: Annotated[float, Option(ge=0)] = 0.1
 
     def __post_init__(self) -> None:
-        if self.per not in ("sample", "set"):
-            raise ValueError(f"Parameter(per={self.per!r}): per is 'sample' or 'set'")
-        if self.constraint not in (None, "nonnegative"):
-            raise ValueError(f"Parameter(constraint={self.constraint!r}): constraint is None or 'nonnegative'")
+        check_fields(self)
 
 
 class Requires(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,11 +75,10 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
     second_order: bool = False
     views: tuple[str, ...] = ()
     parameters: Mapping[str, Parameter] = {}
-    separable: str | None = None
+    separable: Literal["sum", "mean", "total"] | None = None
 
     def __post_init__(self) -> None:
-        if self.separable not in (None, "sum", "mean", "total"):
-            raise ValueError(f"Requires(separable={self.separable!r}): separable is None, 'sum', 'mean' or 'total'")
+        check_fields(self)
         if self.separable == "total" and any(spec.per == "set" for spec in self.parameters.values()):
             raise ValueError("Requires: a loss with separable='total' cannot have a Parameter(per='set'); its gradient would count twice")
         if (self.teacher_gradients or self.views) and not self.teacher:
@@ -90,6 +89,20 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
 def fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
     """Returns the fields of a kind of table or options, by their names there; kept, as msgspec evaluates all annotations at each call."""
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
+
+
+def check_fields(made: msgspec.Struct) -> None:
+    """Raises ValueError where a field that Python code gave is not what its annotation says: msgspec itself checks only what it decodes."""
+    kind = type(made)
+    for name, field in fields(kind).items():
+        value = getattr(made, name)
+        try:
+            msgspec.convert(value, field.type)
+            _check_leaf(name, value)
+        except (msgspec.ValidationError, InputError) as error:
+            choices = literal_choices(kind, name)
+            hint = f" {suggestion(str(value), choices)}" if choices else ""
+            raise ValueError(f"{kind.__name__}({name}={shown(value)}): {str(error).rstrip('.')}.{hint}") from None
 
 
 def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Collection[str] = (), *, whole: str = "the recipe") -> T:

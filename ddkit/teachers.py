@@ -183,7 +183,7 @@ def train_teacher(
     if not _all_finite(module.state_dict()):
         raise RunFailed(
             f"The training of the teacher diverged: its weights are not finite after {train.epochs} epochs. Nothing is kept of it. "
-            f"Use a smaller rate (--set train.lr={train.lr / 10:g}), or another schedule or optimizer."
+            f"Use a smaller rate (--set train.lr={min(train.lr / 10, TrainTable().lr):g}), or another schedule or optimizer."
         )
     record = {
         "model": plugins.split_name(table.model)[0],

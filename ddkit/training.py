@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddkit.components import Augmenter
 from ddkit.compute import to_device
 from ddkit.images import NormalisedRows
-from ddkit.options import Option
+from ddkit.options import Option, check_fields
 
 Parameters = dict[str, Tensor]
 Targets = Callable[[Tensor, Tensor], Tensor]
@@ -28,14 +28,17 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     epochs: Annotated[int, Option(ge=1)]
-    batch: int = 256
+    batch: Annotated[int, Option(ge=1)] = 256
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
+    lr: Annotated[float, Option(gt=0)] = 0.01
+    momentum: Annotated[float, Option(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Option(ge=0)] = 5e-4
     schedule: Literal["one-cycle", "constant", "step"] = "step"
-    rho: float = 0.0
-    ema: float = 0.0
+    rho: Annotated[float, Option(ge=0)] = 0.0
+    ema: Annotated[float, Option(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def passes(self) -> int:

@@ -525,7 +525,7 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("augmenter", "rowwise-as-declared"): (_augmenter(lambda x, shift: x + shift.mean(), rowwise=True), "rowwise"),
     ("augmenter", "gradients-pass"): (_augmenter(lambda x, shift: x.detach() + shift + 0 * x.sum()), "gradient"),
     ("augmenter", "inputs-are-unchanged"): (_augmenter(lambda x, shift: x.add_(shift)), "images"),
-    ("evaluator", "returns-rows-of-fractions"): (_evaluator(lambda self, artifact, data, teacher: [_row(accuracy_mean=81.3)]), "fractions"),
+    ("evaluator", "returns-rows-of-fractions"): (_evaluator(lambda self, artifact, data, teacher: [_row(accuracy_mean=81.3)]), "accuracy_mean=81.3"),
     ("evaluator", "one-channel"): (_evaluator_fails_where(lambda artifact: artifact.images.shape[1] == 1), "cannot do that"),
     ("evaluator", "three-channels"): (_evaluator_fails_where(lambda artifact: artifact.images.shape[1] == 3), "cannot do that"),
     ("evaluator", "images-that-are-not-square"): (_evaluator_fails_where(lambda artifact: artifact.images.shape[3] == 12), "cannot"),

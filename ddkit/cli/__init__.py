@@ -16,7 +16,7 @@ import click
 from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, importing, making, reporting, reproducing
 from ddkit.cli.common import LogFormat
 from ddkit.compute import tune_process
-from ddkit.errors import DdkitError, printable
+from ddkit.errors import DdkitError, out_of_memory, printable
 from ddkit.permission import named_by_user
 from ddkit.ranks import LastWords, follows, launched
 
@@ -79,8 +79,6 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         _fail(_usage(error), error.exit_code, show)
-    except MemoryError:
-        _fail("There is not enough memory. Use fewer or smaller images, or a smaller network.", 1, show)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error
         ended = isinstance(cause, _Terminated)
@@ -89,8 +87,11 @@ def main() -> NoReturn:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except OSError as error:  # a path that is too long, or in a folder that may not be read
-        _fail(f"{error.filename or 'A file'}: {error.strerror or error}. Name a path that can be read and written.", 5, show)
+    except Exception as error:
+        message, code = _explained(error, arguments)
+        if not message:
+            raise
+        _fail(message, code, show)
     finally:
         if not launched():  # torchrun's request to end must not cut off the last words
             signal.signal(signal.SIGTERM, before)
@@ -105,6 +106,33 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it takes the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115  # for as long as the process lasts
+
+
+MEMORY_ADVICE = {
+    "distill": "a smaller --ipc, --set data.batch=64 (real images a step) or --set engine.memory=512 (MiB of some classes) needs less",
+    "evaluate": "--set evaluators.accuracy.workers=1 (one network at a time) or --set data.memory=512 (MiB of decoded images) needs less",
+    "train": "--set train.batch=64 (images a step) or --set data.memory=512 (MiB of decoded images) needs less",
+}
+
+
+def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
+    """Returns message and exit code of an error that comes from the machine or its files, ("", 1) for one that is ddkit's own fault."""
+    first = " ".join(str(error).split())[:200].rstrip(".")
+    if out_of_memory(error):
+        command = next((argument for argument in arguments if argument in MEMORY_ADVICE), "")
+        told = f"There is not enough memory{f' ({first})' if first else ''}. Smaller images and a smaller network need less"
+        return f"{told}{f'; for {command}, {MEMORY_ADVICE[command]}' if command else ''}.", 1
+    if isinstance(error, ImportError | OSError) and _torch_fails(error):
+        return f"torch cannot be imported ({first}). Install it again, as https://pytorch.org tells for this machine.", 1
+    if isinstance(error, OSError):  # a path that is too long, or in a folder that may not be read
+        return f"{error.filename or 'A file'}: {error.strerror or error}. Name a path that can be read and written.", 5
+    return "", 1
+
+
+def _torch_fails(error: BaseException) -> bool:
+    """Whether `error` ended the import of torch: it is not there, or it raised it."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return "torch" not in sys.modules and ("torch" in modules or getattr(error, "name", None) == "torch")
 
 
 def _is_shared(arguments: list[str]) -> bool:
