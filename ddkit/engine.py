@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +23,18 @@ from ddkit.totals import Totals
 
 Record = dict[str, Any]
 MOST_PASSES = 6  # ddkit's own losses need one or two
-Evaluated = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]  # values, gradients, diagnostics
-Outcome = tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]  # raw values and diagnostics, by loss
+
+
+class Evaluated(NamedTuple):
+    """One step before its update: raw values by loss, the gradient of the weighted sum by parameter, diagnostics by loss.
+
+    `norms`: by loss the norm of its weighted gradient on the images of the whole set, where it was asked for.
+    """
+
+    values: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    logged: dict[str, dict[str, Tensor]]
+    norms: dict[str, Tensor]
 
 
 class Engine:
@@ -75,38 +85,40 @@ class Engine:
         observe: Callable[[int, Callable[[], Record]], None],
         save: Callable[[int], None],
         is_read: Callable[[int], bool] = lambda index: True,
+        is_logged: Callable[[int], bool] = lambda index: False,
     ) -> None:
         """Runs steps start..steps-1.
 
         `observe(index, record)` sees every step (`record()` reads its values back); `save(index)` keeps the state before
         step `index`. `is_read(index)`: whether the step is logged or checkpointed. Only there, and before a return, the
         device is asked whether all values were finite; where they were not, the steps since are taken again one by one.
+        `is_logged(index)`: whether the record of the step has the norms of the terms' gradients.
         A non-finite value, a loss that raises, or a signal saves the last good state, then raises.
         """
         guard = _Guard(self, start, save)
         with _interruption() as stop:
             for index in range(start, steps):
                 with guard.around(index):
-                    values, gradients, logged = self.evaluate(index)
-                    self.bank.update(gradients)
-                    guard.note(values, gradients)
+                    found = self.evaluate(index, measured=is_logged(index))
+                    self.bank.update(found.gradients)
+                    guard.note(found)
                 if is_read(index) or index == steps - 1:
-                    values, logged = guard.check(index + 1) or (values, logged)
-                observe(index, lambda: _record(index, self.terms, values, logged))  # noqa: B023 (read at once)
+                    found = guard.check(index + 1, measured=is_logged(index)) or found
+                observe(index, lambda: _record(index, self.terms, found))  # noqa: B023 (read at once)
                 signalled = self.ranks.agreed(stop[0] if stop else 0)
                 if signalled:
                     guard.check(index + 1)
                     save(index + 1)
                     raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + signalled)
 
-    def evaluate(self, index: int) -> Evaluated:
-        """Returns raw values and diagnostics by loss, and the gradient of the weighted sum by parameter."""
+    def evaluate(self, index: int, *, measured: bool = False) -> Evaluated:
+        """Returns values, gradients and diagnostics of step `index`, and if `measured` the norms of the terms' gradients."""
         self.source.advance(index, self._whole_set)
         if not self._totalling:
-            return self._evaluated(index, {})
+            return self._evaluated(index, {}, measured)
         while True:
             totals = self._totals(index)
-            found = self._evaluated(index, totals)
+            found = self._evaluated(index, totals, measured)
             exactly = self.bank.images.device.type == "cpu" and self._passes < MOST_PASSES  # a GPU may add up in another order
             if self.ranks.all(all([each.held(exactly=exactly) for each in totals.values()])):
                 return found
@@ -132,11 +144,13 @@ class Engine:
                 each.settle(self.ranks)
         return totals
 
-    def _evaluated(self, index: int, totals: Mapping[str, Totals]) -> Evaluated:
+    def _evaluated(self, index: int, totals: Mapping[str, Totals], measured: bool) -> Evaluated:
         """Returns what `evaluate` does; `totals` are known, by label, of losses that are done in chunks and need some."""
         values: dict[str, Tensor] = {}
         gradients: dict[str, Tensor] = {}
         logged: dict[str, dict[str, Tensor]] = {}
+        squares: dict[str, Tensor] = {}
+        tensors, zero = self.bank.tensors(), self.bank.images.new_zeros(())
         for classes, terms in self.parts:
             shared = self._shared(index, classes, terms)
             total: Tensor | None = None
@@ -150,11 +164,37 @@ class Engine:
                 total = term.weight * value if total is None else total + term.weight * value
             logged.update(shared.logged)
             assert total is not None
-            for name, part in self._gradients(total).items():
-                gradients[name] = gradients[name] + part if name in gradients else part
-        for name, tensor in self.bank.tensors().items():
+            parts = self._gradients(total, list(tensors.values()))
+            for name, part in zip(tensors, parts, strict=True):
+                if part is not None:
+                    gradients[name] = gradients[name] + part if name in gradients else part
+            if measured:
+                apart = self._apart(shared, terms, totals) if len(terms) > 1 else {terms[0].label: parts[0]}
+                for label, own in apart.items():  # parts have images of their own, so the squares add up
+                    squares[label] = squares.get(label, zero) + (zero if own is None else own.square().sum())
+        for name, tensor in tensors.items():
             gradients.setdefault(name, torch.zeros_like(tensor))
-        return self._summed(values), gradients | self._of_the_whole_set(gradients), logged
+        norms = self._norms(squares) if measured else {}
+        return Evaluated(self._summed(values), gradients | self._of_the_whole_set(gradients), logged, norms)
+
+    def _apart(self, shared: SharedStep, terms: Sequence[Term], totals: Mapping[str, Totals]) -> dict[str, Tensor | None]:
+        """Returns by label the gradient of each weighted term alone on the images.
+
+        Each is evaluated once more: compiled code gives its buffers away in the first pass through a graph, so a graph has one.
+        """
+        found = {}
+        for term in terms:
+            anew = shared.anew()
+            if term.label in totals:
+                totals[term.label].begin()
+                anew.totals[term.label] = totals[term.label].known
+            found[term.label] = self._gradients(term.weight * self._value(term, anew), [self.bank.images])[0]
+        return found
+
+    def _norms(self, squares: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the roots of `squares`, summed over the processes, each of which has images of its own."""
+        sums = self.ranks.sums(list(squares.values()), "values")
+        return {label: value.sqrt() for label, value in zip(squares, sums, strict=True)}
 
     def _whole_set(self) -> tuple[Tensor, Tensor]:
         """Returns the images and labels of the set, of all processes, as losses see them."""
@@ -190,10 +230,9 @@ class Engine:
         share = len(shared.labels) / shared.size if term.loss.requires.separable == "mean" else 1.0
         return value * share if share != 1.0 else value
 
-    def _gradients(self, total: Tensor) -> dict[str, Tensor]:
-        tensors = self.bank.tensors()
+    def _gradients(self, value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         try:
-            parts = torch.autograd.grad(total, list(tensors.values()), allow_unused=True)
+            return torch.autograd.grad(value, tensors, allow_unused=True)
         except RuntimeError as error:
             if "is not implemented" not in str(error):
                 raise
@@ -201,31 +240,30 @@ class Engine:
                 f"The losses ({', '.join(term.label for term in self.terms)}) have no gradient here: {error}. A layer of the teacher or "
                 "network has no second derivative in torch, and one of the losses takes it. Choose another model, or another loss."
             ) from error
-        return {name: part for name, part in zip(tensors, parts, strict=True) if part is not None}
 
-    def careful_step(self, index: int) -> Outcome:
-        """Takes step `index` and returns values and diagnostics, or leaves bank and network as they were and raises RunFailed."""
+    def careful_step(self, index: int, *, measured: bool = False) -> Evaluated:
+        """Takes step `index` and returns what `evaluate` does, or leaves bank and network as they were and raises RunFailed."""
         before = self.state(index)
         try:
-            return self._checked_step(index)
+            return self._checked_step(index, measured)
         except DdkitError:
             self.load_state(index, before)
             raise
 
-    def _checked_step(self, index: int) -> Outcome:
-        values, gradients, logged = self.evaluate(index)
+    def _checked_step(self, index: int, measured: bool) -> Evaluated:
+        found = self.evaluate(index, measured=measured)
         for term in self.terms:
-            if not bool(values[term.label].isfinite()):
+            if not bool(found.values[term.label].isfinite()):
                 raise NotFinite(
-                    f"The {term} became {float(values[term.label])} at step {index}. The last good state is kept in checkpoints/. Try a "
-                    f"smaller learning rate ({self.bank.smaller_rate('images')}"
+                    f"The {term} became {float(found.values[term.label])} at step {index}. The last good state is kept in checkpoints/. "
+                    f"Try a smaller learning rate ({self.bank.smaller_rate('images')}"
                     f"{', or a smaller network.inner_lr' if self.source.inner else ''}), a smaller weight, or float32 "
                     f"(--set engine.precision=float32).{term.advice}"
                 )
-        if self.ranks.all(bool(all_finite(gradients.values()))):  # a projection could hide one that is not
-            self.bank.update(gradients)
+        if self.ranks.all(bool(all_finite(found.gradients.values()))):  # a projection could hide one that is not
+            self.bank.update(found.gradients)
             if self.ranks.all(bool(self.bank.finite())):
-                return values, logged
+                return found
         name = next((name for name, tensor in self.bank.tensors().items() if not bool(tensor.isfinite().all())), "images")
         raise NotFinite(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
@@ -254,25 +292,26 @@ class _Guard:
         self.index, self.state = index, self.engine.state(index)
         self.fine = torch.ones((), dtype=torch.bool, device=self.engine.bank.images.device)
 
-    def note(self, values: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> None:
+    def note(self, found: Evaluated) -> None:
         """Adds what a step computed, and the bank after its update."""
-        self.fine = self.fine & all_finite([*values.values(), *gradients.values()]) & self.engine.bank.finite()
+        computed = [*found.values.values(), *found.gradients.values()]
+        self.fine = self.fine & all_finite(computed) & self.engine.bank.finite()
 
-    def check(self, index: int) -> Outcome | None:
+    def check(self, index: int, *, measured: bool = False) -> Evaluated | None:
         """Makes the state before step `index` the last good one, or goes back, saves the last good state and raises.
 
-        Returns the last step's values and diagnostics where going back mended it, else None.
+        Returns the last step, `measured` or not, where going back mended it, else None.
         """
-        mended = None if self.engine.ranks.all(bool(self.fine)) else self._replay(index)
+        mended = None if self.engine.ranks.all(bool(self.fine)) else self._replay(index, measured)
         self._good(index)
         return mended
 
-    def _replay(self, end: int) -> Outcome | None:
+    def _replay(self, end: int, measured: bool = False) -> Evaluated | None:
         self.engine.load_state(self.index, self.state)
         found = None
         for index in range(self.index, end):
             try:
-                found = self.engine.careful_step(index)
+                found = self.engine.careful_step(index, measured=measured and index == end - 1)
             except DdkitError as error:
                 if self.engine.ranks.size == 1 or isinstance(error, NotFinite):
                     self.save(index)
@@ -339,15 +378,15 @@ def _nothing_else_changes(term: Term, shared: SharedStep) -> Iterator[None]:
     check_random_states(before, str(term), term.advice)
 
 
-def _record(index: int, terms: Sequence[Term], values: Mapping[str, Tensor], logged: Mapping[str, Mapping[str, Tensor]]) -> Record:
-    raw = {term.label: float(values[term.label]) for term in terms}
-    record: Record = {
-        "step": index,
-        "total": sum(term.weight * raw[term.label] for term in terms),
-        "losses": {term.label: {"raw": raw[term.label], "weighted": term.weight * raw[term.label]} for term in terms},
-    }
-    if logged:
-        record["logged"] = {label: {name: value.tolist() for name, value in items.items()} for label, items in sorted(logged.items())}
+def _record(index: int, terms: Sequence[Term], found: Evaluated) -> Record:
+    raw = {term.label: float(found.values[term.label]) for term in terms}
+    losses = {term.label: {"raw": raw[term.label], "weighted": term.weight * raw[term.label]} for term in terms}
+    for label, norm in found.norms.items():
+        losses[label]["gradient"] = float(norm)
+    record: Record = {"step": index, "total": sum(each["weighted"] for each in losses.values()), "losses": losses}
+    if found.logged:
+        logged = sorted(found.logged.items())
+        record["logged"] = {label: {name: value.tolist() for name, value in items.items()} for label, items in logged}
     return record
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -146,7 +147,8 @@ def _iterate(job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: Ru
         return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0 or is_frame(index + 1)
 
     show(start)
-    engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read)
+    logs = functools.partial(is_logged, steps=recipe.steps, log_every=every.log_every)
+    engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read, is_logged=logs)
     if recipe.steps > start and recipe.steps % every.checkpoint_every:
         keep(recipe.steps)
 

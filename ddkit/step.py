@@ -82,6 +82,13 @@ class SharedStep:
         if source.teacher is not None:
             self.watch.note("the teacher", source.teacher.module)
 
+    def anew(self) -> SharedStep:
+        """Returns this step with nothing built but what has no graph: the network, and the real images with their features."""
+        found = SharedStep(self.source, self.bank, self.index, self.classes)
+        found.network_gradients, found.teacher_gradients = self.network_gradients, self.teacher_gradients
+        vars(found).update({name: value for name, value in vars(self).items() if name in ("embedder", "real")})
+        return found
+
     def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         drawn = self.source.augmentation(self.index, "augmentation", self.source.augmenter)
         return self._apply(self.source.augmenter, drawn, x, self.labels if labels is None else labels)

@@ -36,6 +36,11 @@ class TestDistributionMatching(LossConformance):
     component = "dm"
 
 
+class TestDistributionMatchingMean(LossConformance):
+    component = "dm"
+    options = {"normalise": "mean"}
+
+
 class TestPrimal(LossConformance):
     component = "dkkt-primal"
 

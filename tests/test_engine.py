@@ -34,6 +34,8 @@ from ddkit.recipe import OptimizerTable, parse_recipe
 from ddkit.step import SharedStep, Step
 from ddkit.teachers import save_teacher
 from ddkit.terms import Term
+from ddkit.testing.parts import in_parts, part_of
+from ddkit.testing.world import Setting, World
 
 CLASSES = 5
 Values = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]
@@ -47,6 +49,10 @@ class Square(ddkit.Loss):
 
     def __call__(self, step: Step) -> Tensor:
         return step.images.square().sum() / 2
+
+
+class SeparableSquare(Square):
+    requires = ddkit.Requires(separable="sum")
 
 
 class Linear(ddkit.Loss):
@@ -269,7 +275,7 @@ def test_the_gradient_is_that_of_the_weighted_sum_and_the_update_follows_it(reci
     table = recipe({"square": {"weight": 2.0}, "linear": {"weight": 0.5, "slope": 3.0}})
     _, bank, engine = made(table)
     start = bank.images.detach().clone()
-    values, gradients, _ = engine.evaluate(0)
+    values, gradients = engine.evaluate(0)[:2]
     assert float(values["square"]) == pytest.approx(float(start.square().sum() / 2), rel=1e-6)
     assert float(values["linear"]) == pytest.approx(3 * float(start.sum()), rel=1e-5)
     torch.testing.assert_close(gradients["images"], 2 * start + 1.5)
@@ -438,6 +444,62 @@ def test_another_losss_pass_in_training_mode_leaves_batch_norm_as_gradient_match
         value, joint, other = (engine.evaluate(index)[0] for engine in (alone, both, embedder))
         assert torch.equal(value["gm"], joint["gm"])
         assert torch.equal(other["dm"], joint["dm"])
+
+
+# The terms' shares of the gradient
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_the_mean_of_dm_is_its_sum_over_classes_and_features_of_the_whole_set(recipe: Maker, chunk: int) -> None:
+    base = recipe({"dm": {}})
+    total = made(base)[2].evaluate(0)
+    base = recipe({"dm": {"normalise": "mean"}}) | {"engine": {"chunk": chunk}}
+    job, _, engine = made(base)
+    features = engine.source.embedder(0)(engine.bank.images.detach()).shape[1]
+    mean = engine.evaluate(0)
+    torch.testing.assert_close(mean.values["dm"] * job.info.classes * features, total.values["dm"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.gradients["images"] * job.info.classes * features, total.gradients["images"], rtol=1e-3, atol=1e-4)
+
+
+def test_the_norms_of_the_terms_gradients_are_those_of_each_weighted_term_alone(recipe: Maker) -> None:
+    _, bank, engine = made(recipe({"square": {"weight": 2.0}, "linear": {"weight": 0.5, "slope": 3.0}}))
+    engine = with_terms(engine, ("square", Square(), 2.0), ("linear", Linear(Linear.Options(slope=3.0)), 0.5), ("off", Square(), 0.0))
+    norms = engine.evaluate(0, measured=True).norms
+    images = bank.images.detach().double()
+    assert float(norms["square"]) == pytest.approx(2 * float(images.norm()), rel=1e-6)
+    assert float(norms["linear"]) == pytest.approx(1.5 * images.numel() ** 0.5, rel=1e-6)
+    assert float(norms["off"]) == 0
+    assert engine.evaluate(0).norms == {}, "where nobody asks, nothing is computed"
+
+
+@pytest.mark.parametrize("names", [("dm", "dkkt-primal", "dkkt-stationarity"), ("feature-regression", "gm", "square")])
+def test_norms_of_gradients_in_chunks_are_those_of_the_whole_set_and_change_no_gradient(recipe: Maker, names: Sequence[str]) -> None:
+    base = recipe({name: {"mixup": 0.5} if name == "feature-regression" else {} for name in names})
+    whole = made(base)[2].evaluate(3, measured=True)
+    for name in names:
+        only = made(recipe({name: base["losses"][name]}))[2].evaluate(3)
+        assert float(whole.norms[name]) == pytest.approx(float(only.gradients["images"].norm()), rel=1e-5)
+    base["engine"] |= {"chunk": 2}
+    parts = made(base)[2].evaluate(3, measured=True)
+    assert {name: float(norm) for name, norm in parts.norms.items()} == pytest.approx(
+        {name: float(norm) for name, norm in whole.norms.items()}, rel=1e-4
+    )
+    assert torch.equal(made(base)[2].evaluate(3).gradients["images"], parts.gradients["images"])
+
+
+def test_two_parts_of_the_set_find_the_norms_of_the_whole() -> None:
+    world = World(plugins.create("loss", "dkkt-stationarity"), Setting())
+    terms = [Term("dkkt-stationarity", world.loss, 0.1), Term("square", SeparableSquare(), 2.0)]
+    whole = Engine(world.bank, world.source, terms).evaluate(0, measured=True).norms
+
+    def of(ranks: Any) -> dict[str, Tensor]:
+        part = part_of(world, ranks)
+        return Engine(part.bank, part.source, terms).evaluate(0, measured=True).norms
+
+    for norms in in_parts(2, of):
+        assert {name: float(norm) for name, norm in norms.items()} == pytest.approx(
+            {name: float(norm) for name, norm in whole.items()}, rel=1e-5
+        )
 
 
 # Chunks of classes

@@ -76,16 +76,16 @@ def test_the_loop_never_waits_for_the_device(name: str, kind: str) -> None:
         engine.evaluate(index)
     with refusing_to_wait():
         for index in range(4, 7):
-            values, gradients, _ = engine.evaluate(index)
-            engine.bank.update(gradients)
-            guard.note(values, gradients)
+            found = engine.evaluate(index, measured=True)
+            engine.bank.update(found.gradients)
+            guard.note(found)
     guard.check(7)
 
 
 def test_recorded_graphs_give_the_loop_of_the_compiled_code() -> None:
     compiled, graphs = (engine_on(CUDA, "dm", arithmetic=COMPILED[kind]) for kind in ("compiled", "graphs"))
     for index in range(6):
-        (values, gradients, _), (other, others, _) = compiled.evaluate(index), graphs.evaluate(index)
+        (values, gradients), (other, others) = (engine.evaluate(index)[:2] for engine in (compiled, graphs))
         torch.testing.assert_close(other["dm"], values["dm"], rtol=1e-2, atol=1e-4)
         cosine = torch.nn.functional.cosine_similarity(gradients["images"].flatten(), others["images"].flatten(), dim=0)
         assert float(cosine) > 0.99

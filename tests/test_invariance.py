@@ -144,7 +144,7 @@ def stationarity_engine(module: nn.Module, loss: Stationarity) -> Engine:
 
 def included(engine: Engine) -> set[str]:
     """Returns the parameters over which the first step measured a distance."""
-    _, _, logged = engine.evaluate(0)
+    logged = engine.evaluate(0).logged
     return {name.split()[-1] for name in logged["dkkt-stationarity"] if name.startswith("distance")}
 
 
@@ -208,7 +208,7 @@ def test_a_pattern_that_selects_nothing_is_refused_with_the_names_there_are() ->
 
 def test_kept_invariant_groups_hold_a_cosine_distance_of_one_and_that_is_why_they_are_left_out() -> None:
     engine = stationarity_engine(convnet("instance"), loss_of(scale_invariant="keep", distance="layer-cosine"))
-    _, _, logged = engine.evaluate(0)
+    logged = engine.evaluate(0).logged
     distances = {name.split()[-1]: float(value) for name, value in logged["dkkt-stationarity"].items() if name.startswith("distance")}
     assert distances["features.0.weight"] == pytest.approx(1, abs=2e-4)
     assert distances["features.4.weight"] == pytest.approx(1, abs=2e-4)

@@ -131,7 +131,7 @@ class LossConformance(ShapeConformance):
     def test_linear_in_the_weight(self) -> None:
         """The gradient grows with the weight."""
         world = self.world(DOUBLE)
-        (_, once, _), (_, more, _) = (world.engine(weight=weight).evaluate(0) for weight in (1.0, 2.5))
+        once, more = (world.engine(weight=weight).evaluate(0).gradients for weight in (1.0, 2.5))
         for name, gradient in once.items():
             if not torch.allclose(2.5 * gradient, more[name], rtol=1e-9, atol=1e-12):
                 raise Broken(f"The gradient of the loss '{self.label}' for {name} does not grow with its weight.")
@@ -189,7 +189,7 @@ class LossConformance(ShapeConformance):
         separable = world.loss.requires.separable
         if separable is None:
             return
-        whole, gradients, _ = world.engine().evaluate(0)
+        whole, gradients = world.engine().evaluate(0)[:2]
         parted = {f"in {size} parts": _in_processes(world, size) for size in (2, 3)}
         parted |= {f"in chunks of {chunk}": world.engine(chunk=chunk).evaluate(0)[:2] for chunk in (1, 2)}
         parted["in chunks of 2 parts"] = _in_processes(world, 2, chunk=1)

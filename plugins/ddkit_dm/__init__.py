@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from torch import Tensor
 
 import ddkit
@@ -35,13 +37,23 @@ class DistributionMatching(ddkit.Loss):
     """Squared distance of class-mean features, real to synthetic, in a fresh random network each step.
 
     The images of a class are to look, on average, like its real ones to networks that know nothing. No network is trained.
+    The sum grows with the number of classes and of features, so with the size of the images; its mean does not, and a weight
+    that suits the mean suits other data too. The sum of 10 classes of 2,048 features, CIFAR-10 with `convnet`, is 20,480 means.
 
     Source: Zhao and Bilen, Dataset Condensation with Distribution Matching, arXiv 2110.04181, Eq. 4.
     """
+
+    class Options(ddkit.Options):
+        normalise: Annotated[
+            Literal["sum", "mean"], ddkit.Option("the published sum over classes and features, or their mean, whose scale no size changes")
+        ] = "sum"
 
     order_invariant = True
     requires = ddkit.Requires(real=True, embedder=True, separable="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real = step.real
-        return dm_loss(real.embeddings, real.labels, step.embeddings, step.labels, step.info.classes)
+        value = dm_loss(real.embeddings, real.labels, step.embeddings, step.labels, step.info.classes)
+        if self.options.normalise == "sum":
+            return value
+        return value / (step.info.classes * step.embeddings.shape[1])  # of the whole set, so that parts of it add up
