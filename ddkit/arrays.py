@@ -10,15 +10,17 @@ from typing import IO, Any
 from ddkit.errors import InputError
 from ddkit.files import open_regular
 
-# A deflated archive of real images is some 1 to 30 times as large when unpacked; a bomb a thousand times and more.
-SMALL_BYTES, MOST_RATIO = 2**30, 100
+# A deflated archive of real images is some 1 to 30 times as large when unpacked; a bomb a thousand times and more. So a small result is
+# always allowed, a large one if the file is not much smaller, and what lies between in between.
+SMALL_BYTES, LARGE_BYTES = 2**30, 2**32
+SMALL_RATIO, LARGE_RATIO = 100, 10
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
     """Returns the arrays of an .npz file by name; raises InputError naming a file that cannot be used.
 
-    Nothing is unpickled. Before anything is unpacked the declared sizes are checked: an archive of more than 1 GiB and more than
-    100 times its size on disk is refused, as is an array whose header does not match its size.
+    Nothing is unpickled. Before anything is unpacked the declared sizes are checked, as check_declared does, and that the header of every
+    array matches its size.
     """
     try:
         with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
@@ -33,12 +35,16 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
 
 def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raises InputError where `archive`, the file `path`, declares to hold far more than its size can honestly stand for."""
+    """Raises InputError where `archive`, the file `path`, declares to hold far more than its size can honestly stand for.
+
+    Allowed are 1,024 MiB, or 100 times the file's size up to 4,096 MiB, or 10 times its size.
+    """
     declared, size = sum(info.file_size for info in archive.infolist()), path.stat().st_size
-    if declared > max(SMALL_BYTES, MOST_RATIO * size):
+    allowed = max(SMALL_BYTES, min(SMALL_RATIO * size, LARGE_BYTES), LARGE_RATIO * size)
+    if declared > allowed:
         raise InputError(
-            f"{path} has {size / 2**20:,.1f} MiB and declares {declared / 2**30:,.1f} GiB when unpacked: more than 1 GiB and {MOST_RATIO} "
-            "times its size is refused. If it is yours, save it uncompressed, with np.savez."
+            f"{path} has {size / 2**20:,.1f} MiB and declares {declared / 2**20:,.0f} MiB when unpacked; of a file of its size "
+            f"{allowed / 2**20:,.0f} MiB are unpacked at most. If it is yours, save it uncompressed, with np.savez."
         )
 
 

@@ -331,10 +331,18 @@ class Dataset(Component):
         """
         return None
 
-    def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
-        """Returns (absolute path, size in bytes, modification time in ns) of each image's file, or None.
+    def grey(self) -> bool:
+        """Whether every training image is grey; asked if all accessible ones are, so that these alone do not decide a run's channels.
 
-        With stamps, the decoded images are kept in ddkit's cache for as long as these and `decoding_key()` stay the same.
+        By default True: then they do.
+        """
+        return True
+
+    def files(self, split: str, indices: Sequence[int]) -> Sequence[str] | None:
+        """Returns the absolute path of each image's file, or None.
+
+        With it the decoded images are kept in ddkit's cache for as long as `decoding_key()` and the files' sizes, times and inodes stay the
+        same.
         """
         return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -16,12 +17,13 @@ from ddkit.errors import DdkitError, InputError, doubles, is_text, out_of_memory
 from ddkit.files import bytes_of
 from ddkit.images import Kinds
 from ddkit.loading import load_images, surveyed
-from ddkit.mapped import give_back, rows_of
+from ddkit.mapped import blocks, give_back, rows_of
 from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import DataTable, Recipe
 from ddkit.spectra import spread
 
+log = logging.getLogger("ddkit")
 HASHED_ROWS = 100  # images that are hashed at once
 
 
@@ -112,6 +114,11 @@ def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: tuple[int, in
     return together.shape
 
 
+def colour(dataset: Dataset, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns the shape of a run's images, `shape` being that of the accessible ones: with 3 channels if others are in colour."""
+    return (3, *shape[1:]) if shape[0] == 1 and not dataset.grey() else shape
+
+
 class NoImages(Dataset):
     """The classes that a teacher knows, and not one image: for runs that need no real data."""
 
@@ -161,10 +168,27 @@ class RealData:
             )
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.own = class_rows(self.labels, ranks.classes(len(dataset.class_names)))
-        if ranks.size > 1 and self.indices:
-            shape = _agreed_shape(dataset, self.indices[self.own], shape, ranks)
-        self.images = load_images(dataset, "train", self.indices[self.own], shape)
+        agreed = _agreed_shape(dataset, self.indices[self.own], shape, ranks) if ranks.size > 1 and self.indices else shape
+        self.images = load_images(dataset, "train", self.indices[self.own], agreed)
+        found = self.images.shape[1:]
+        if shape is None and (coloured := colour(dataset, (found[0], found[1], found[2]))) != found:
+            self.images = load_images(dataset, "train", self.indices[self.own], coloured)
+        self._warn_of_darkness()
         self.info = data_info(dataset, self.images.shape[1:])
+
+    def _warn_of_darkness(self) -> None:
+        """Warns if the accessible images use an eighth of their range or less, as those of files with fewer bits than they declare do."""
+        most = 255 if self.images.dtype == torch.uint8 else 1.0
+        bright = not len(self.images) or any(float(part.max()) > most / 8 for part in blocks(self.images, HASHED_ROWS))
+        if any(self.ranks.heard(bright)):
+            return
+        highest = max(float(part.max()) for part in blocks(self.images, HASHED_ROWS))
+        bits = getattr(self.dataset.options, "bits", None)
+        fix = "Check how they were made, and scale them."
+        if bits:
+            needed = int(max(highest - 0.5, 0) * (2**bits - 1) / 255).bit_length()
+            fix = f"If they are 16-bit grey files with {needed} bits, --set data.bits={max(8, needed)} scales them."
+        log.warning("The accessible images are almost black: their largest value is %g of %g. %s", highest, most, fix)
 
     def all_images(self) -> Tensor:
         """Returns the accessible images of all classes, which one of several processes opens now."""

@@ -1,7 +1,8 @@
 """Decoded images kept between runs: one memory-mapped file for each set of image files that was asked for.
 
-An entry's name is a digest over path, size and modification time of every file, in order, and over what else decides
-the pixels. So a changed file is another entry, and the old one goes when the folder is full.
+An entry's name is a digest over the stamp of every file, in order, and over what else decides the pixels. So a changed file is another
+entry, and the old one goes when the folder is full. A stamp has the inode and the time of change, which nobody can set: of data that are
+unpacked over older ones, size and time of modification may be the same.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +32,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 
-FORMAT = 1  # raised when the same files, shape and key give other pixels or another layout
+FORMAT = 2  # raised when the same files, shape and key give other pixels or another layout
 LIMIT_BYTES = 4 * 2**30  # of the folder
 CHECKED_BYTES = 64 * 2**20  # up to here a checksum costs some 20 ms; beyond, it would read what mapping leaves on the disk
 # Below both, decoding is too short to be worth a file: 31 images of 32 x 32 take 3 ms, 1 MiB of photographs 30 ms.
 FEW_IMAGES, FEW_BYTES = 32, 2**20
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a common file system (FAT); in one tick of it a file can change unseen
 
-Stamps = Sequence[tuple[str, int, int]]
 Shape = tuple[int, int, int]
+
+
+class Stamp(NamedTuple):
+    """What a file had when it was looked at: path, size in bytes, and what changes when it changes."""
+
+    path: str
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> Stamp:
+        found = os.stat(path)
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+Stamps = Sequence[Stamp]
 
 
 class Entry:
@@ -134,9 +152,18 @@ def _as_file(path: Path, images: Tensor) -> Tensor:
         return mapped(file, images.dtype, images.shape, offset=8 + int.from_bytes(file.read(8), "little"))
 
 
+def stamps_of(dataset: Dataset, split: str, indices: Sequence[int]) -> Stamps | None:
+    """Returns the stamp of each image's file, None where the dataset has no files or one cannot be looked at."""
+    files = dataset.files(split, indices)
+    try:
+        return None if files is None else [Stamp.of(file) for file in files]
+    except OSError:  # decoding it will say what is wrong
+        return None
+
+
 def entry_of(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None) -> Entry | None:
     """Returns where the decoded images `indices` of a split are kept, None where keeping them is not possible or no use."""
-    stamps = dataset.stamps(split, indices)
+    stamps = stamps_of(dataset, split, indices)
     if stamps is None or not _worth_keeping(stamps):
         return None
     with contextlib.suppress(RunFilesError):  # a user without a home folder
@@ -163,7 +190,7 @@ def fingerprint(dataset: Dataset) -> str:
 
 
 def _fingerprint_file(dataset: Dataset) -> Path | None:
-    splits = [dataset.stamps(split, range(len(dataset.labels(split)))) for split in ("train", "test")]
+    splits = [stamps_of(dataset, split, range(len(dataset.labels(split)))) for split in ("train", "test")]
     if any(stamps is None for stamps in splits):
         return None
     digest = hashlib.sha256(json.dumps(list(dataset.class_names)).encode())
@@ -178,20 +205,20 @@ def _fingerprint_file(dataset: Dataset) -> Path | None:
 
 
 def _worth_keeping(stamps: Stamps) -> bool:
-    if len(stamps) < FEW_IMAGES and sum(size for _, size, _ in stamps) < FEW_BYTES:
+    if len(stamps) < FEW_IMAGES and sum(stamp.size for stamp in stamps) < FEW_BYTES:
         return False
     return _settled(stamps)
 
 
 def _settled(stamps: Stamps) -> bool:
-    return max(modified for _, _, modified in stamps) < time.time_ns() - SETTLED_NS
+    return max(stamp.modified_ns for stamp in stamps) < time.time_ns() - SETTLED_NS
 
 
 def _key(dataset: Dataset, stamps: Stamps, shape: Shape | None) -> str:
     kind = type(dataset)
     how = [FORMAT, __version__, str(torch.__version__), kind.__module__, kind.__qualname__, dataset.decoding_key(), shape]
     digest = hashlib.sha256(json.dumps(how).encode() + b"\0")
-    digest.update(os.fsencode("".join(f"{path}\0{size}\0{modified}\0" for path, size, modified in stamps)))
+    digest.update(os.fsencode("".join(f"{part}\0" for stamp in stamps for part in stamp)))
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from ddkit.bank import Bank
 from ddkit.blame import blamed, called
 from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Model, Start
 from ddkit.compute import machine_bytes, pick_device
-from ddkit.data import NoImages, RealData, check_classes, class_counts, open_dataset
+from ddkit.data import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.decisions import Decisions
 from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine
@@ -125,7 +125,7 @@ class Job:
     def _first_shape(self, split: str) -> tuple[int, int, int]:
         """Returns the shape of the first image of a split."""
         channels, height, width = self.dataset.images(split, [0])[0].shape
-        return channels, height, width
+        return colour(self.dataset, (channels, height, width))
 
     def _build_components(self) -> None:
         recipe, info = self.recipe, self.info

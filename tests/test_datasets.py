@@ -132,6 +132,19 @@ def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path)
     assert [int(image[0, 0, 0]) for image in other.images("test", range(15))] != rows["test"]
 
 
+def test_class_names_of_an_npz_may_be_bytes(tmp_path: Path) -> None:
+    x = np.zeros((6, 4, 4), np.uint8)
+    assert list(
+        opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, class_names=np.array([b"chat", "é".encode(), b"c"]))).class_names
+    ) == [
+        "chat",
+        "é",
+        "c",
+    ]
+    with pytest.raises(ddkit.InputError, match="no UTF-8 text"):
+        opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, class_names=np.array([b"a", b"\xff", b"c"])))
+
+
 X = np.zeros((6, 4, 4), np.uint8)
 NAN = np.full((6, 4, 4), np.nan)
 
@@ -426,6 +439,211 @@ def test_folder_that_cannot_be_listed_is_an_input_error(image_folder: Path, monk
         opened(f"imagefolder:{image_folder}")
 
 
+# what is where in a folder
+
+
+def make(root: Path, *files: str) -> Path:
+    """Writes small images, or other files by their ending, under `root`."""
+    for number, name in enumerate(files):
+        if name.endswith(".png"):
+            write_image(root / name, rgb(40 + number))
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(b"x" * 40)
+    return root
+
+
+def split_of(data: Dataset, split: str) -> list[str]:
+    return [str(source) for source in data.sources(split, range(len(data.labels(split))))]
+
+
+CLASSES = ("train/a/1.png", "train/b/1.png")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "testing", "TEST"])
+def test_the_test_split_may_have_any_common_name_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    data = opened(f"imagefolder:{make(tmp_path, *CLASSES, f'{name}/a/2.png')}")
+    assert split_of(data, "test") == [f"{name}/a/2.png"]
+    assert caplog.messages == [f"{tmp_path}: the test split is '{name}'."]
+    assert caplog.records[0].news  # type: ignore[attr-defined]  # no warning of the result
+    caplog.clear()
+    (tmp_path / name).rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "test")
+    assert split_of(opened(f"imagefolder:{tmp_path}"), "test") == ["test/a/2.png"]
+    assert caplog.messages == []
+
+
+def test_of_several_test_splits_test_is_taken_and_the_others_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = opened(f"imagefolder:{make(tmp_path, *CLASSES, 'val/a/2.png', 'test/a/3.png', 'extra/x.png', 'notes/readme.txt')}")
+    assert split_of(data, "test") == ["test/a/3.png"]
+    assert caplog.messages == [f"{tmp_path}: the test split is 'test'; 'val' is not used; not used beside it: 'extra'."]
+
+
+def test_training_may_be_called_in_other_words_and_classes_stand_beside_a_test_split(tmp_path: Path) -> None:
+    assert split_of(opened(f"imagefolder:{make(tmp_path / 'x', 'Training/a/1.png', 'Training/b/1.png')}"), "train") == [
+        "Training/a/1.png",
+        "Training/b/1.png",
+    ]
+    data = opened(f"imagefolder:{make(tmp_path / 'y', 'a/1.png', 'b/1.png', 'val/b/2.png')}")
+    assert (split_of(data, "train"), split_of(data, "test")) == (["a/1.png", "b/1.png"], ["val/b/2.png"])
+
+
+def test_images_without_labels_are_no_class_and_no_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    beside = opened(f"imagefolder:{make(tmp_path / 'x', 'a/1.png', 'b/1.png', 'test/9.png')}")
+    assert list(beside.class_names) == ["a", "b"]
+    assert caplog.messages == [f"{tmp_path / 'x'}: 'test' has no class folders and is not used."]
+    tiny = opened(f"imagefolder:{make(tmp_path / 'y', *CLASSES, 'test/images/1.png', 'val/images/2.png')}")
+    assert (split_of(tiny, "train"), split_of(tiny, "test")) == (list(CLASSES), [])
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert list(opened(f"imagefolder:{make(tmp_path, 'bus/1.png', 'car/1.png', 'train/1.png')}").class_names) == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "advised"),
+    [
+        (
+            ("bus/1.png", "car/1.png", "train/x/1.png", "train/y/1.png"),
+            "beside it 'bus', 'car' with images: is 'train' the training split, or a class",
+            "train",
+        ),
+        (("bus/1.png", "train/1.png", "test/1.png"), "are these classes, or splits", None),
+        (("train/a/1.png", "train/b/1.png", "training/a/1.png"), "two training splits", "train"),
+        (("val/a/1.png", "val/b/1.png"), "no training split", "val"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(tmp_path: Path, files: Sequence[str], message: str, advised: str | None) -> None:
+    make(tmp_path, *files)
+    with pytest.raises(ddkit.InputError, match=message) as caught:
+        opened(f"imagefolder:{tmp_path}")
+    if advised:
+        assert f"--dataset imagefolder:{tmp_path / advised}" in str(caught.value)
+        assert len(opened(f"imagefolder:{tmp_path / advised}").class_names) == 2  # the advice works as printed
+
+
+def test_folders_inside_of_a_class_belong_to_it_in_the_order_of_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    make(tmp_path, "a/9.png", "a/deep/er/2.png", "a/deep/1.png", "a/deep-not/3.png", "a/Up/4.png", "b/inner/1.png")
+    (tmp_path / "b/round").symlink_to(tmp_path / "b")
+    data = opened(f"imagefolder:{tmp_path}", holdout=0.01)
+    found = sorted(split_of(data, "train") + split_of(data, "test"))
+    assert found == sorted(
+        Path(path).relative_to(tmp_path).as_posix() for path, _ in ImageFolder(str(tmp_path)).samples if "round" not in path
+    )
+    make(tmp_path, "a/.hidden/1.png", "a/@eaDir/1.png")
+    theirs = [path for path, label in ImageFolder(str(tmp_path)).samples if label == 0 and "/." not in path and "@" not in path]
+    from ddkit_datasets.layout import walk
+
+    assert walk(tmp_path / "a").names == [Path(path).relative_to(tmp_path / "a").as_posix() for path in theirs]
+
+
+def test_what_systems_leave_behind_is_no_class(tmp_path: Path) -> None:
+    leftovers = ("__MACOSX/a/._1.png", "@eaDir/1.png", ".ipynb_checkpoints/1.png", "$RECYCLE.BIN/1.png", "System Volume Information/x")
+    make(tmp_path, "a/1.png", "b/1.png", "Thumbs.db", "a/Thumbs.db", "a/desktop.ini", *leftovers, *(f"a/{name}" for name in leftovers))
+    data = opened(f"imagefolder:{tmp_path}")
+    assert list(data.class_names) == ["a", "b"]
+    assert split_of(data, "train") == ["a/1.png", "b/1.png"]
+
+
+def test_images_of_other_formats_are_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_image(tmp_path / "train/a/1.jpg", rgb(50)).rename(tmp_path / "train/a/1.JFIF")
+    make(tmp_path, *CLASSES, "train/a/x.HEIC", "train/a/deep/y.heic", "train/b/z.avif", "test/a/z.jp2", "train/a/notes.txt")
+    data = opened(f"imagefolder:{tmp_path}")
+    assert split_of(data, "train") == ["train/a/1.JFIF", *CLASSES]
+    assert data.images("train", [0])[0].shape == (3, 6, 6)
+    (message,) = caplog.messages
+    assert "4 image files are left out, as ddkit reads no such format: 2 .heic, 1 .avif, 1 .jp2." in message
+    make(tmp_path, "train/c/only.heic")
+    with pytest.raises(ddkit.InputError, match=r"train/c holds no image \(1 \.heic, which ddkit does not read"):
+        opened(f"imagefolder:{tmp_path}")
+
+
+def test_runs_inside_of_the_folder_are_no_class(cli: Callable[..., Result], tmp_path: Path) -> None:
+    make(Path.cwd(), *(f"{name}/{number}.png" for name in "ab" for number in range(4)))
+    for number in (1, 2):  # the second finds the first's pictures
+        done = cli("distill", "--dataset", "imagefolder:.", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--evaluate", "none")
+        assert done.code == 0, done.err
+        assert ddkit.load(Path(f"runs/dm-imagefolder-{number}")).class_names == ["a", "b"]
+    assert (
+        cli("distill", "--dataset", "imagefolder:.", "--losses", "dm", "--pipc", 2, "--steps", 0, "--evaluate", "none", "--out", "own").code
+        == 0
+    )
+    assert list(opened(f"imagefolder:{Path.cwd()}").class_names) == ["a", "b"]
+    make(Path.cwd(), "runs/1.png")  # negative control: a folder of this name that holds images is a class
+    assert list(opened(f"imagefolder:{Path.cwd()}").class_names) == ["a", "b", "runs"]
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_photographs_are_turned_as_exif_says(tmp_path: Path, tag: int, ending: str) -> None:
+    from PIL import ImageOps
+
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :12] = 255
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = tag
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / f"a/1.{ending}", exif=exif, quality=95)
+    data = opened(f"imagefolder:{tmp_path}")
+    (found,) = data.images("train", [0])
+    assert data.shapes("train", [0]) == [tuple(found.shape)]
+    with Image.open(tmp_path / f"a/1.{ending}") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(found.numpy(), expected)
+    assert tuple(found.shape) == ((3, 24, 16) if tag > 4 else (3, 16, 24))
+
+
+def test_twelve_bits_in_sixteen_are_told_and_scaled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, values in (("a", (0, 4095)), ("b", (1000, 2000))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.array([values] * 2, np.uint16)).save(tmp_path / f"{name}/1.png")
+    use = f"imagefolder:{tmp_path}"
+    assert RealData(opened(use), "all", 0).images.max() == 16
+    assert "almost black: their largest value is 16 of 255" in caplog.text
+    assert "--set data.bits=12" in caplog.text
+    caplog.clear()
+    assert RealData(opened(use, bits=12), "all", 0).images[:, 0, 0].tolist() == [[0, 255], [62, 125]]
+    assert caplog.messages == []
+    with pytest.raises(ddkit.InputError, match=r"a/1\.png cannot be used: its value 4095 needs 12 bits.*data\.bits=12"):
+        RealData(opened(use, bits=11), "all", 0)
+    Image.fromarray(np.array([(0, 65535)] * 2, np.uint16)).save(tmp_path / "b/1.png")
+    RealData(opened(use), "all", 0)
+    assert caplog.messages == []
+
+
+def test_channels_do_not_depend_on_which_images_are_accessible(tmp_path: Path) -> None:
+    for name in "ab":
+        for number in range(4):
+            write_image(tmp_path / f"{name}/{number}.png", grey(10 * number))
+    use = f"imagefolder:{tmp_path}"
+    assert {RealData(opened(use), 1, seed).info.channels for seed in range(6)} == {1}
+    write_image(tmp_path / "b/2.png", rgb(90))
+    assert {RealData(opened(use), 1, seed).info.channels for seed in range(6)} == {3}
+    assert {RealData(opened(use, channels=1), 1, seed).info.channels for seed in range(6)} == {1}
+    assert opened(use, channels=1).shapes("train", [0]) == [(1, 6, 6)]
+    (tmp_path / "b/2.png").write_bytes(b"garbage")  # whose header cannot be read tells nothing
+    assert opened(use).grey()
+    assert RealData(opened(use, channels=3), 1, 0, None).info.channels == 3
+
+
+def test_colour_folders_are_not_looked_through_for_grey(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddkit_datasets.folder.any_coloured", _poison)
+    assert RealData(opened(f"imagefolder:{image_folder}"), 1, 0).info.channels == 3
+
+
+def test_an_image_that_may_not_be_read_is_told_as_that(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("ddkit.open_regular", denied)
+    with pytest.raises(ddkit.InputError, match=r"000\.png cannot be opened: Permission denied.*chmod") as caught:
+        opened(f"imagefolder:{image_folder}").images("train", [0])
+    assert "decoded" not in str(caught.value)
+
+
 # practical access
 
 
@@ -500,7 +718,7 @@ def test_distilling_opens_no_training_file_but_the_accessible_ones(
     original = Image.open
 
     def recording(file: Any, *arguments: Any, **options: Any) -> Any:
-        opened_files.add(Path(file))
+        opened_files.add(Path(file.name))
         return original(file, *arguments, **options)
 
     monkeypatch.setattr(Image, "open", recording)

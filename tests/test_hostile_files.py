@@ -11,7 +11,9 @@ import shutil
 import struct
 import zipfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ import torch
 from PIL import Image, ImageFile
 
 import ddkit
+from ddkit.arrays import check_declared
 from ddkit.cli.common import LogFormat
 from ddkit.errors import printable
 from ddkit.figures import _markdown
@@ -177,13 +180,22 @@ def _claiming(path: Path, size: int) -> Path:
     return path
 
 
+@pytest.mark.parametrize(("size", "declared", "fits"), [(63, 4096, True), (63, 7000, False), (500, 4999, True), (500, 5001, False)])
+def test_a_large_archive_may_be_ten_times_its_file(tmp_path: Path, size: int, declared: int, fits: bool) -> None:
+    with (tmp_path / "x.npz").open("wb") as stream:
+        stream.truncate(size * 2**20)
+    archive: Any = SimpleNamespace(infolist=lambda: [SimpleNamespace(file_size=declared * 2**20)])
+    with nullcontext() if fits else pytest.raises(ddkit.InputError, match=f"declares {declared:,} MiB"):
+        check_declared(archive, tmp_path / "x.npz")
+
+
 def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = _claiming(_npz(tmp_path / "x.npz", "x_train.npy", _npy((4,), data=b"abcd")), 2**31)
     monkeypatch.setattr(zipfile.ZipFile, "open", _never)
     with pytest.raises(ddkit.InputError) as caught:
         ddkit.read_arrays(path)
     assert str(caught.value) == (
-        f"{path} has 0.0 MiB and declares 2.0 GiB when unpacked: more than 1 GiB and 100 times its size is refused. If it is yours, "
+        f"{path} has 0.0 MiB and declares 2,048 MiB when unpacked; of a file of its size 1,024 MiB are unpacked at most. If it is yours, "
         "save it uncompressed, with np.savez."
     )
 
@@ -193,7 +205,7 @@ def test_the_same_is_refused_as_a_file_of_torch(tmp_path: Path, cli: Cli, monkey
     monkeypatch.setattr("torch.load", _never)
     result = cli("import", path, *IMPORT.split())
     assert result.code == 4
-    assert "declares 2.0 GiB when unpacked" in " ".join(result.err.split())
+    assert "declares 2,048 MiB when unpacked" in " ".join(result.err.split())
 
 
 @pytest.mark.parametrize(
@@ -263,7 +275,7 @@ def test_an_image_within_the_limit_but_torn_is_told_apart(cli: Cli, image_folder
 
 def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> None:
     """2,100 mutated files in seven formats: no other exception, no warning."""
-    from ddkit_datasets.decoding import decode_images
+    from ddkit_datasets.decoding import Decoding, decode_images
 
     random = np.random.default_rng(0)
     image = Image.fromarray(random.integers(0, 255, (9, 11, 3), dtype=np.uint8))
@@ -279,7 +291,7 @@ def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> Non
             file = tmp_path / "x.img"
             file.write_bytes(bytes(content))
             try:
-                outcomes.add((form, len(decode_images([str(file)], None))))
+                outcomes.add((form, len(decode_images([str(file)], Decoding()))))
             except ddkit.InputError as error:
                 outcomes.add((form, "refused" if "x.img" in str(error) else str(error)))
     assert {outcome for _, outcome in outcomes} == {1, "refused"}

@@ -130,10 +130,10 @@ def test_what_is_opened_and_looked_at_does_not_grow_with_the_folder(
 def test_labels_are_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lists = _recorded(monkeypatch, os, "scandir")
     dataset = opened(folder)
-    assert len(lists) == 1 + 3 + 1 + 3  # train and its classes, test and its classes
+    assert len(lists) == 1 + 2 + 2 + 6  # the folder, both splits for their classes and what these are, and each class
     assert dataset.labels("train") is dataset.labels("train")
     RealData(dataset, 2, 0).check_test_set()
-    assert len(lists) == 8
+    assert len(lists) == 11
 
 
 def test_neither_torchvision_nor_scikit_learn_is_imported_for_data_on_this_machine(folder: Path, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_files_labels_and_fingerprint_are_those_of_a_walk_with_pathlib(folder: P
     if whole:
         kept, held = holdout(torch.tensor([NAMES.index(file.parent.name) for file in found["train"]]), 0.2, 0)
         found = {"train": [found["train"][i] for i in kept.tolist()], "test": [found["train"][i] for i in held.tolist()]}
-    digest = hashlib.sha256(b"None")
+    digest = hashlib.sha256(b"(2, None, None, 16)")
     for split, files in found.items():
         labels = [NAMES.index(file.parent.name) for file in files]
         assert dataset.sources(split, range(len(files))) == [file.relative_to(base).as_posix() for file in files]
@@ -247,7 +247,7 @@ def test_decoded_images_are_those_of_the_obvious_version(
     random = np.random.default_rng(0)
     shapes = [(7, 4) if number in odd else (6, 5, 3) for number in range(40)]
     files = [write_old(tmp_path / f"{number}.png", random.integers(0, 256, shape)) for number, shape in enumerate(shapes)]
-    found = decoding.decode_images([str(file) for file in files], None)
+    found = decoding.decode_images([str(file) for file in files], decoding.Decoding())
     assert isinstance(found, Tensor) != bool(odd)
     assert len(found) == 40
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, obvious_images(files), strict=True))
@@ -309,11 +309,21 @@ def test_a_changed_file_gives_fresh_pixels(folder: Path, cache: Path, change: st
     assert torch.equal(fresh[torch.arange(36) != 16], stale[torch.arange(36) != 16])
 
 
-def test_a_file_changed_under_the_same_time_and_size_is_not_seen(folder: Path) -> None:
-    """The limit of the cache, and the control of the test above: without a change of time it would fail."""
+@pytest.mark.parametrize("how", ["in place", "unpacked over it"])
+def test_a_file_changed_under_the_same_time_and_size_is_seen(folder: Path, opens: list[str], how: str) -> None:
     stale = everything(folder).clone()
-    write_old(folder / "train/dog/004.bmp", np.full((6, 5, 3), 99))
-    assert torch.equal(everything(folder), stale)
+    opens.clear()
+    file = folder / "train/dog/004.bmp"
+    if how == "in place":
+        write_old(file, np.full((6, 5, 3), 99))
+    else:
+        write_old(folder / "new.bmp", np.full((6, 5, 3), 99)).replace(file)
+    fresh = everything(folder)
+    assert (fresh[16] == 99).all()
+    assert not torch.equal(fresh, stale)
+    assert len(opens) == 36
+    everything(folder)
+    assert len(opens) == 36, "and what is unchanged is not opened again"
 
 
 def test_a_file_changed_a_moment_ago_is_not_cached(folder: Path, cache: Path) -> None:
@@ -537,26 +547,29 @@ class Stranger(ddkit.Dataset):
     class Options(ddkit.Options):
         shade: int = 1
 
-    stamped = True
+    has_files = True
     asked = 0
 
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
         self.asked += len(indices)
         return [torch.full((1, 4, 4), index / 64 * self.options.shade) for index in indices]
 
-    def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
-        return [(f"/{split}/{index}", 9, LONG_AGO_NS) for index in indices] if self.stamped else None
+    def files(self, split: str, indices: Sequence[int]) -> Sequence[str] | None:
+        return [f"{self.directory}/{index}" for index in indices] if self.has_files else None
 
 
-def test_any_data_set_with_stamps_is_cached_and_without_them_none(cache: Path) -> None:
-    stranger = Stranger()
+def test_any_data_set_with_files_is_cached_and_without_them_none(cache: Path, tmp_path: Path) -> None:
+    for index in range(40):
+        (tmp_path / str(index)).touch()
+        os.utime(tmp_path / str(index), ns=(LONG_AGO_NS, LONG_AGO_NS))
+    stranger = Stranger(directory=str(tmp_path))
     for _ in range(2):
         images = load_images(stranger, "train", range(40), None)
         assert images[:, 0, 0, 0].tolist() == [index / 64 for index in range(40)]
     assert stranger.asked == 40
-    assert load_images(Stranger(Stranger.Options(shade=2)), "train", range(32), None).max() == 31 / 32
+    assert load_images(Stranger(Stranger.Options(shade=2), directory=str(tmp_path)), "train", range(32), None).max() == 31 / 32
     assert len(entries(cache)) == 2
-    stranger.stamped = False
+    stranger.has_files = False
     load_images(stranger, "train", range(40), None)
     assert stranger.asked == 80
 

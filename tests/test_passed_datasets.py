@@ -64,6 +64,12 @@ def pixels(image: Any) -> Tensor:
     return opened((Listed((image, 0), (image, 1)), Listed((image, 0)))).images("train", [1])[0]
 
 
+def test_a_photograph_is_turned_as_its_exif_says() -> None:
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(4, 6))
+    picture.getexif()[0x0112] = 6
+    assert pixels(picture).tolist() == [np.rot90(np.arange(24).reshape(4, 6), -1).tolist()]
+
+
 # What it tells
 
 

@@ -544,6 +544,7 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("dataset", "images-come-in-the-order-asked-for"): (_dataset(images=lambda self, split, indices: _Dataset.images(self, split, sorted(indices))), "order"),
     ("dataset", "the-same-every-time"): (_dataset(fingerprint=lambda self: str(random.random())), "opened again"),
     ("dataset", "sources-name-every-image"): (_dataset(sources=lambda self, split, indices: ["one file"] * len(indices)), "sources"),
+    ("dataset", "files-are-there"): (_dataset(files=lambda self, split, indices: ["/no/such.png"] * len(indices)), "absolute path of a file"),
     ("dataset", "global-random-state-is-untouched"): (_dataset(images=lambda self, split, indices: [torch.rand(1, 4, 4) for _ in indices]), "global state of torch"),
     ("exporter", "writes-into-the-folder-and-changes-nothing"): (_exporter(lambda self, artifact, folder: None), "no file"),
     ("exporter", "same-set-same-files"): (_exporter(lambda self, artifact, folder: _write(folder, str(random.random()).encode())), "other bytes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -84,6 +85,13 @@ class DatasetConformance(Conformance):
         found = dataset.sources("train", [1, 0])
         if len(found) != 2 or len(set(found)) != 2:
             raise Broken(f"The dataset '{self.label}' gives the sources {found} for two images.")
+
+    @check
+    def test_files_are_there(self) -> None:
+        """`files` gives the absolute path of a file for each image, in order, or None."""
+        found = self.make().files("train", [1, 0])
+        if found is not None and (len(found) != 2 or not all(Path(file).is_absolute() and Path(file).is_file() for file in found)):
+            raise Broken(f"The dataset '{self.label}' gives the files {found} for two images; each has to be the absolute path of a file.")
 
     @check
     def test_global_random_state_is_untouched(self) -> None:

@@ -78,8 +78,8 @@ class Npz(InMemory):
 
     Images are (n, H, W), (n, H, W, C) or (n, C, H, W) with C 1 or 3; uint8, or floats in 0..1. Labels are integers
     from 0. Without x_test, `holdout` of each class becomes the test split. With an array `unclipped`, as the exporter npz
-    writes it, floats may lie outside 0..1. Nothing is unpickled, and a file that declares more than 1 GiB and more than 100 times its
-    own size is refused before it is unpacked.
+    writes it, floats may lie outside 0..1. Nothing is unpickled. A packed file may declare 1,024 MiB, or 100 times its own size up to
+    4,096 MiB, or 10 times its own size; more is refused before it is unpacked.
     """
 
     argument = "path"
@@ -167,7 +167,11 @@ def _class_names(arrays: dict[str, Any], labels: Tensor, path: Path) -> list[str
         raise ddkit.InputError(f"{path}: the largest label is {classes - 1}, but there are only {len(labels)} images; labels count from 0.")
     if "class_names" not in arrays:
         return [str(label) for label in range(classes)]
-    names = [str(name) for name in np.atleast_1d(arrays["class_names"])]
+    found = np.atleast_1d(arrays["class_names"])
+    try:
+        names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
+    except UnicodeDecodeError:
+        raise ddkit.InputError(f"{path}: class_names holds bytes that are no UTF-8 text; save them as text.") from None
     if len(names) < classes:
         raise ddkit.InputError(f"{path}: class_names has {len(names)} names for {classes} classes.")
     return names

@@ -7,12 +7,12 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import ddkit
@@ -21,32 +21,70 @@ SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 SMALL_PIXELS = 100 * 100  # below, Pillow holds the interpreter for most of the time: a second thread slowed 32 x 32 by 10 %
 SAMPLE = 16  # images that must agree before room for all is taken: the first alone might be a poster among icons
 
+# EXIF's orientations that are not upright, and what turns such an image upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+ORIENTATION, LYING = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and its values that swap width and height
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def decode_images(files: Sequence[str], size: tuple[int, ...] | None, resized: list[str] | None = None) -> list[Tensor] | Tensor:
-    """Returns the images (C, H, W) uint8 in order, as one tensor (n, C, H, W) where all have one shape.
+class TooManyBits(ValueError):
+    """A value of a file is larger than the bits allow that the user has named."""
 
-    A grey file has one channel, any other three (RGB). Each image is resized to `size` (height, width) unless that is None; the files of
-    those that had another are added to `resized`. Raises InputError naming a file that cannot be decoded.
+
+class Decoding(NamedTuple):
+    """How files become images.
+
+    `size`: (height, width) to resize to, None for that of the file. `channels`: 1 or 3, None for 1 if the file is grey and 3 (RGB) if not.
+    `bits`: how many bits of a 16-bit grey file hold its values.
+    """
+
+    size: tuple[int, ...] | None = None
+    channels: int | None = None
+    bits: int = 16
+
+
+def decode_images(files: Sequence[str], how: Decoding, resized: list[str] | None = None) -> list[Tensor] | Tensor:
+    """Returns the images (C, H, W) uint8 in order, upright, as one tensor (n, C, H, W) where all have one shape.
+
+    The files of images that were resized are added to `resized`. Raises InputError naming a file that cannot be decoded.
     """
     if not files:
         return []
     with _strict_pillow():
-        return _decoded(files, size, [] if resized is None else resized)
+        return _decoded(files, how, [] if resized is None else resized)
 
 
-def image_shapes(files: Sequence[str], size: tuple[int, ...] | None) -> list[tuple[int, int, int]]:
+def image_shapes(files: Sequence[str], how: Decoding) -> list[tuple[int, int, int]]:
     """Returns the shapes (C, H, W) of what decode_images returns, from the files' headers alone."""
 
     def shape(file: str) -> tuple[int, int, int]:
         with _opened(file) as image:
-            width, height = image.size
-            return (1 if _is_grey(image) else 3, *(size or (height, width)))  # type: ignore[return-value]
+            width, height = image.size[::-1] if orientation(image) in LYING else image.size
+            channels = how.channels or (1 if _is_grey(image) else 3)
+            return (channels, *(how.size or (height, width)))  # type: ignore[return-value]
 
     with _strict_pillow():
         return _each(shape, files, 1)
+
+
+def any_coloured(files: Iterable[str]) -> bool:
+    """Whether one of the files is in colour, from the headers alone; those that cannot be read are passed over."""
+    with _strict_pillow():
+        for file in files:
+            with suppress(ddkit.InputError), _opened(file) as image:
+                if not _is_grey(image):
+                    return True
+    return False
 
 
 @contextmanager
@@ -58,9 +96,9 @@ def _strict_pillow() -> Iterator[None]:
         yield
 
 
-def _decoded(files: Sequence[str], size: tuple[int, ...] | None, resized: list[str]) -> list[Tensor] | Tensor:
+def _decoded(files: Sequence[str], how: Decoding, resized: list[str]) -> list[Tensor] | Tensor:
     def decode(file: str) -> Any:
-        return _decode(file, size, resized)
+        return _decode(file, how, resized)
 
     first = decode(files[0])
     workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
@@ -107,13 +145,15 @@ def _tensor(image: Any) -> Tensor:
     return torch.from_numpy(np.array(image, order="C"))
 
 
-def _decode(file: str, size: tuple[int, ...] | None, resized: list[str]) -> Any:
+def _decode(file: str, how: Decoding, resized: list[str]) -> Any:
     """Returns the image as an array (C, H, W) uint8, which may be read-only."""
     with _opened(file) as image:
-        found = eight_bit(image)
-        if size is not None and found.size != (size[1], size[0]):
+        found = upright(image, how.bits)
+        if how.channels is not None:
+            found = found.convert("L" if how.channels == 1 else "RGB")
+        if how.size is not None and found.size != (how.size[1], how.size[0]):
             resized.append(file)
-            found = found.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+            found = found.resize((how.size[1], how.size[0]), Image.Resampling.BILINEAR)
         return channels_first(found)
 
 
@@ -121,14 +161,25 @@ def _decode(file: str, size: tuple[int, ...] | None, resized: list[str]) -> Any:
 def _opened(file: str) -> Iterator[Image.Image]:
     """Inside, the image of a file; what cannot be done with it is an InputError that names the file."""
     try:
-        with Image.open(file) as image:
+        with ddkit.open_regular(file) as stream, Image.open(stream) as image:
             yield image
+    except TooManyBits as error:
+        raise ddkit.InputError(f"The image {file} cannot be used: {error}.", "data.bits") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error))[:1]) or "0"
         raise ddkit.InputError(
             f"The image {file} declares {int(pixels):,} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused before they are decoded. "
             "Scale it down or remove it."
         ) from None
+    except PermissionError as error:
+        raise ddkit.InputError(
+            f"The image {file} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
+        ) from None
+    except UnidentifiedImageError:
+        raise ddkit.InputError(f"The image {file} cannot be decoded (no image format that is known). Repair or remove it.") from None
+    except OSError as error:  # of the system, with a number; a decoder's own has none
+        what = f"cannot be read ({error.strerror})" if error.errno else f"cannot be decoded ({error})"
+        raise ddkit.InputError(f"The image {file} {what}. Repair or remove it.") from None
     except Exception as error:  # a stranger's file can make a decoder raise anything
         raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
 
@@ -143,10 +194,31 @@ def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA", *SIXTEEN_BIT) or (image.mode == "I" and image.format == "PNG")
 
 
-def eight_bit(image: Image.Image) -> Image.Image:
+def orientation(image: Image.Image) -> int:
+    """Returns EXIF's orientation of an image that was opened and not loaded, 1 for upright: 2 to 8 are turned or mirrored."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1  # Pillow turns TIFF itself; of a PNG it would decode the pixels to look for EXIF behind them
+    with suppress(Exception):  # damaged EXIF is as good as none
+        return int(image.getexif().get(ORIENTATION, 1))
+    return 1
+
+
+def upright(image: Image.Image, bits: int = 16) -> Image.Image:
+    """Returns the image in mode L or RGB, turned as its EXIF orientation says; of 16-bit grey the values of `bits` bits are scaled to 8."""
+    turned = orientation(image)
+    found = _eight_bit(image, bits)
+    return found.transpose(UPRIGHT[turned]) if turned in UPRIGHT else found
+
+
+def _eight_bit(image: Image.Image, bits: int) -> Image.Image:
     """Returns the image in mode L or RGB; 16-bit grey is scaled, which Pillow's own conversion would clip."""
     if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+        values = np.asarray(image)
+        most = 2**bits - 1
+        if values.max(initial=0) > most:
+            needed = int(values.max()).bit_length()
+            raise TooManyBits(f"its value {values.max()} needs {needed} bits, more than data.bits = {bits}; use --set data.bits={needed}")
+        return Image.fromarray((values.astype(np.float32) * (255 / most)).round().astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
     if image.mode == "P" and "transparency" in image.info:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import unicodedata
-from collections.abc import Callable, Sequence
+import logging
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import PIL
@@ -17,13 +17,16 @@ from torch import Tensor
 
 import ddkit
 from ddkit_datasets.arrays import holdout
-from ddkit_datasets.decoding import decode_images, image_shapes
+from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
+from ddkit_datasets.layout import SUFFIXES, Walked, check_case, layout_of, subfolders, walk
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+log = logging.getLogger("ddkit")
+MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second
+UPRIGHT = 2  # the version of decoding, part of the fingerprint: files were not turned as EXIF says before
 
 
 class Files(NamedTuple):
-    """The image files of a split: `names` without their folders, `labels` (n,) int64 ascending, the folder of each label.
+    """The image files of a split: `names` relative to their class folders, `labels` (n,) int64 ascending, the folder of each label.
 
     Names alone, because 50,000 paths took longer to build than the folders to list.
     """
@@ -45,7 +48,9 @@ class Files(NamedTuple):
 class ImageFolder(ddkit.Dataset):
     """Class folders of image files: PATH/train/CLASS and PATH/test/CLASS, or PATH/CLASS with a seeded held-out split.
 
-    Classes are in alphabetical order. Listing reads names only; a file is opened when its image is asked for.
+    Classes are in alphabetical order; folders inside of a class folder belong to the class. `train` may be called training, and `test`
+    testing, val, valid or validation, in any case. Listing reads names only; a file is opened when its image is asked for. If all
+    accessible images are grey, headers of other training files are read, to learn whether there are any in colour.
     """
 
     argument = "path"
@@ -53,6 +58,10 @@ class ImageFolder(ddkit.Dataset):
     class Options(ddkit.Options):
         path: Annotated[str, ddkit.Option("the folder")] = ""
         size: Annotated[tuple[int, ...], ddkit.Option("height and width to resize to; left out: the most common size")] | None = None
+        channels: (
+            Annotated[Literal[1, 3], ddkit.Option("1 for grey or 3 for colour; left out: 1 if all training images are grey, else 3")] | None
+        ) = None
+        bits: Annotated[int, ddkit.Option("bits that hold the values of 16-bit grey files: 12 scales 0..4095 to 0..255", ge=8, le=16)] = 16
         holdout: Annotated[float, ddkit.Option("test share of each class, without a test folder", gt=0, lt=1)] = 0.2
         holdout_seed: Annotated[int, ddkit.Option("seed of that split", ge=0)] = 0
 
@@ -67,77 +76,71 @@ class ImageFolder(ddkit.Dataset):
         self.options = msgspec.structs.replace(self.options, path=str(self.root))
         if not self.root.is_dir():
             raise ddkit.InputError(f"The image folder {self.root} does not exist or is no folder.")
-        self._whole = not (self.root / "train").is_dir()
-        self.train_root = self.root if self._whole else self.root / "train"
-        self._names = _subfolders(self.train_root)
-        if not self._names:
-            raise ddkit.InputError(f"{self.train_root} holds no class folders; the layout is {self.train_root}/CLASS/IMAGE.")
-        self._check_case()
-        empty = [name for name, count in zip(self._names, self._counts(), strict=True) if count == 0]
-        if empty:
-            raise ddkit.InputError(f"The class folder {self.train_root / empty[0]} holds no image ({', '.join(SUFFIXES)}).")
+        self._how = Decoding(size, self.options.channels, self.options.bits)
+        self.train_root, names, self.test_root, said = layout_of(self.root)
+        check_case(self.train_root, names)
+        self._names, self._listing, unread = _classes(self.train_root, names)
+        self._test_listing = None if self.test_root is None else self._test_files(self.test_root, unread)
+        if said:
+            log.warning("%s: %s.", self.root, said, extra={"news": True})
+        if unread:
+            told = ", ".join(f"{count} {ending}" for ending, count in unread.most_common())
+            log.warning(
+                "%s: %d image files are left out, as ddkit reads no such format: %s. Convert them to .png or .jpg.",
+                self.root, unread.total(), told,
+            )  # fmt: skip
 
-    def _check_case(self) -> None:
-        """Raises InputError for class folders that are one folder on other systems, and most likely one class."""
-        seen: dict[str, str] = {}
-        for name in self._names:
-            other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
-            if other != name:
-                raise ddkit.InputError(
-                    f"{self.train_root} has the class folders '{other}' and '{name}', which differ in case or accents' spelling alone. "
-                    "Put their images into one, or rename one."
-                )
-
-    def _counts(self) -> list[int]:
-        return torch.bincount(self._listing.labels, minlength=len(self._names)).tolist()
+    def _test_files(self, folder: Path, unread: Counter[str]) -> Files:
+        """Returns the files of the test split, and adds to `unread` those that are left out."""
+        found = subfolders(folder)
+        strangers = sorted(set(found).difference(self._names))
+        if strangers:
+            raise ddkit.InputError(f"{folder} has a class '{strangers[0]}' that {self.train_root} lacks.")
+        walked = [walk(folder / name) if name in found else Walked([], Counter(), run=False) for name in self._names]
+        for each in walked:
+            unread.update(each.unread)
+        return _files(folder, self._names, walked)
 
     @property
     def class_names(self) -> Sequence[str]:
         return self._names
 
     @cached_property
-    def _listing(self) -> Files:
-        return _list_files(self.train_root, self._names)
-
-    @cached_property
-    def _files(self) -> dict[str, Files]:
-        if not self._whole:
-            return {"train": self._listing, "test": self._test_files(self.root / "test")}
+    def _split_files(self) -> dict[str, Files]:
+        if self._test_listing is not None:
+            return {"train": self._listing, "test": self._test_listing}
+        if self.train_root != self.root:
+            return {"train": self._listing, "test": self._listing.rows(torch.arange(0))}
         kept, held = holdout(self._listing.labels, self.options.holdout, self.options.holdout_seed)
         return {"train": self._listing.rows(kept), "test": self._listing.rows(held)}
 
-    def _test_files(self, folder: Path) -> Files:
-        if not folder.is_dir():
-            return Files([], torch.zeros(0, dtype=torch.int64), [])
-        strangers = sorted(set(_subfolders(folder)).difference(self._names))
-        if strangers:
-            raise ddkit.InputError(f"{folder} has a class '{strangers[0]}' that {self.train_root} lacks.")
-        return _list_files(folder, self._names)
-
     def labels(self, split: str) -> Tensor:
-        return self._files[split].labels
+        return self._split_files[split].labels
 
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
         resized: list[str] = []
-        found = decode_images(self._files[split].paths(indices), self.options.size, resized)
+        found = decode_images(self._split_files[split].paths(indices), self._how, resized)
         self.resized += len(resized)
         return found
 
     def shapes(self, split: str, indices: Sequence[int]) -> list[tuple[int, int, int]]:
-        return image_shapes(self._files[split].paths(indices), self.options.size)
+        return image_shapes(self._split_files[split].paths(indices), self._how)
 
-    def stamps(self, split: str, indices: Sequence[int]) -> list[tuple[str, int, int]] | None:
-        try:
-            found = [(path, os.stat(path)) for path in self._files[split].paths(indices)]
-        except OSError:  # decoding it will say what is wrong
-            return None
-        return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in found]
+    def grey(self) -> bool:
+        if self.options.channels is not None:
+            return bool(self.options.channels == 1)
+        count = len(self._listing.names)
+        rows = [row * count // MOST_HEADERS for row in range(MOST_HEADERS)] if count > MOST_HEADERS else range(count)
+        return not any_coloured(self._listing.paths(rows))
+
+    def files(self, split: str, indices: Sequence[int]) -> list[str]:
+        return self._split_files[split].paths(indices)
 
     def decoding_key(self) -> str:
-        return f"size {self.options.size}, Pillow {PIL.__version__}"
+        return f"{UPRIGHT}, {tuple(self._how)}, Pillow {PIL.__version__}"
 
     def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
-        return list(self._relative(self._files[split].paths(indices)))
+        return list(self._relative(self._split_files[split].paths(indices)))
 
     def _relative(self, paths: Sequence[str]) -> list[str]:
         """Returns PATHS as seen from the root, with forward slashes."""
@@ -145,21 +148,39 @@ class ImageFolder(ddkit.Dataset):
         return [path[start:] for path in paths]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr(self.options.size).encode())
+        digest = hashlib.sha256(repr((UPRIGHT, *self._how)).encode())
         for split in ("train", "test"):
             labels = self.labels(split).tolist()
-            paths = self._files[split].paths(range(len(labels)))
+            paths = self._split_files[split].paths(range(len(labels)))
             for path, name, label in zip(paths, self._relative(paths), labels, strict=True):
                 digest.update(f"{split} {label} {name}\n".encode())
-                with open(path, "rb") as stream:
-                    digest.update(hashlib.sha256(stream.read()).digest())
+                with ddkit.open_regular(path) as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
 
-def _list_files(root: Path, names: Sequence[str]) -> Files:
-    """Returns the image files in the folders `names` of `root`, folder by folder, each in order of name."""
+def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counter[str]]:
+    """Returns the class names, the image files in their folders, and how many were left out, by ending.
+
+    A folder that holds a run of ddkit's and no image of its own is no class.
+    """
+    walked = {name: walk(root / name) for name in names}
+    classes = [name for name, each in walked.items() if each.names or not each.run]
+    unread = sum((each.unread for each in walked.values()), Counter[str]())
+    empty = [name for name in classes if not walked[name].names]
+    if empty:
+        left_out = ", ".join(f"{count} {ending}" for ending, count in walked[empty[0]].unread.most_common())
+        why = f"{left_out}, which ddkit does not read, and none of " if left_out else ""
+        raise ddkit.InputError(f"The class folder {root / empty[0]} holds no image ({why}{', '.join(SUFFIXES)}).")
+    if not classes:
+        raise ddkit.InputError(f"{root} holds no class folders; the layout is {root}/CLASS/IMAGE.")
+    return classes, _files(root, classes, [walked[name] for name in classes]), unread
+
+
+def _files(root: Path, names: Sequence[str], walked: Sequence[Walked]) -> Files:
+    """Returns the image files in the folders `names` of `root`, folder by folder."""
     folders = [root / name for name in names]
-    inside = [_visible(folder, _is_image) if folder.is_dir() else [] for folder in folders]
+    inside = [each.names for each in walked]
     _check_text(folders, inside)
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(files) for files in inside], dtype=torch.int64))
     return Files([folder.as_posix() for folder in folders], labels, [file for files in inside for file in files])
@@ -172,23 +193,3 @@ def _check_text(folders: Sequence[Path], inside: Sequence[Sequence[str]]) -> Non
             f"{folder.name}{''.join(names)}".encode()
         except UnicodeEncodeError:
             raise ddkit.InputError(f"In {folder} a name is no UTF-8 text; rename it so that the manifest can list it.") from None
-
-
-def _is_image(entry: os.DirEntry[str]) -> bool:
-    return entry.name.lower().endswith(SUFFIXES) and entry.is_file()
-
-
-def _subfolders(folder: Path) -> list[str]:
-    return _visible(folder, lambda entry: entry.is_dir())
-
-
-def _visible(folder: Path, wanted: Callable[[os.DirEntry[str]], bool]) -> list[str]:
-    """Returns the sorted names of the wanted entries, without hidden ones (macOS leaves ._NAME.png beside NAME.png).
-
-    Whether an entry is a file is known from the listing: only symbolic links are looked at one by one.
-    """
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and wanted(entry))
-    except OSError as error:
-        raise ddkit.InputError(f"The folder {folder} cannot be listed: {error.strerror or error}.") from None

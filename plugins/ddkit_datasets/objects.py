@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ddkit
 from ddkit_datasets.arrays import holdout
-from ddkit_datasets.decoding import channels_first, eight_bit
+from ddkit_datasets.decoding import channels_first, upright
 
 log = logging.getLogger("ddkit")
 
@@ -234,9 +234,9 @@ def _distinct(names: Sequence[str], classes: int) -> list[str]:
 
 
 def _pixels(image: Any) -> Tensor:
-    """Returns (1 or 3, H, W), uint8 or float32 in 0..1; alpha is dropped. Raises ValueError saying what is wrong."""
+    """Returns (1 or 3, H, W), uint8 or float32 in 0..1; without alpha; a PIL image is turned upright. Raises ValueError saying why not."""
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(channels_first(eight_bit(image)), order="C"))
+        return torch.from_numpy(np.array(channels_first(upright(image)), order="C"))
     if isinstance(image, np.ndarray):
         found = torch.from_numpy(np.ascontiguousarray(image if image.dtype != np.uint16 else image.astype(np.int32)))
         found = found.permute(2, 0, 1) if found.ndim == 3 else found
