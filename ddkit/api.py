@@ -25,13 +25,15 @@ from ddkit.passed import passing
 from ddkit.pluginfile import check_unchanged
 from ddkit.ranks import Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import flattened, recipe_for
+from ddkit.recipes import check_used, flattened, recipe_for
 from ddkit.rundir import RECIPE, Run, RunDirectory
 from ddkit.running import Place
 from ddkit.teacher import Teacher
 from ddkit.teachers import save_teacher, train_teacher
 
 log = logging.getLogger("ddkit")
+TRAINING = ("data", "teacher", "train", "seed")  # what of a recipe matters to `train`, and what of it does not
+NOT_TRAINING = ("data.batch", "data.test", "data.held_out", "teacher.use", "teacher.mean", "teacher.std")
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
 __all__ = ["Run", "blend", "distill", "evaluate", "plan", "resume", "run_recipe", "train"]
@@ -256,6 +258,7 @@ def train(
         built = recipe_for(
             recipe, model=model, evaluators="none", sets=list((sets or {}).items()), data__dir=data_dir, seed=seed, **data
         )  # fmt: skip
+        check_used((sets or {}).items(), TRAINING, NOT_TRAINING, "`ddkit train` trains a teacher on all training images.")
         where = pick_device(device)
         found = open_dataset(built.data)
         check_classes(found)

@@ -15,7 +15,7 @@ from ddkit.decode import decoded
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
 from ddkit.images import Normalisation, most_classes
-from ddkit.manifest import check_listed
+from ddkit.manifest import check_finished, check_listed
 
 FILE = "synthetic.safetensors"
 
@@ -79,14 +79,13 @@ class Artifact:
 def load(path: str | Path) -> Artifact:
     """Returns the synthetic set of a run directory or of a file; raises RunFilesError naming the file if it is unusable."""
     file = Path(path)
-    file = file / FILE if file.is_dir() else file
-    if not file.exists():
-        unfinished = (Path(path) / "recipe.toml").is_file()
-        hint = f" (`ddkit distill --out {path} --resume` continues it.)" if unfinished else ""
+    if file.is_dir():
+        check_finished(file)
+        check_listed(file, FILE)
+        file = file / FILE
+    if not file.is_file():
         what = f"The folder {path} has no {FILE}" if Path(path).is_dir() else f"There is no file or folder {path}"
-        raise RunFilesError(f"{what}, so it is no finished run. Name a run directory or a synthetic set's file.{hint}")
-    if Path(path).is_dir():
-        check_listed(Path(path), FILE)
+        raise RunFilesError(f"{what}, so it is no finished run. Name a run directory or a synthetic set's file.")
     try:
         tensors, metadata = read_tensors(file)
     except ValueError as error:

@@ -25,13 +25,15 @@ from ddkit.manifest import MANIFEST, check_listed
 from ddkit.passed import passing
 from ddkit.ranks import ALONE, Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import flattened, recipe_for, with_options
+from ddkit.recipes import check_used, flattened, recipe_for, with_options
 from ddkit.reporting import renew_report
 from ddkit.rundir import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
 from ddkit.teachers import automatic_teacher, load_teacher
 
 log = logging.getLogger("ddkit")
+EVALUATING = ("data", "teacher", "train", "evaluators", "seed", "pipc")  # what of a recipe matters to an evaluation
+NOT_EVALUATING = ("data.batch",)
 
 
 def evaluate(
@@ -73,6 +75,7 @@ def evaluate(
             artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
             data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
         )  # fmt: skip
+        check_used((sets or {}).items(), EVALUATING, NOT_EVALUATING, "the set is evaluated as it is.")
         recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
         ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
         rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)

@@ -37,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of `folder`; raises RunFilesError where it is missing, damaged or of another schema."""
     path = folder / MANIFEST
     if not path.is_file():
-        raise RunFilesError(f"{folder} has no {MANIFEST}, so it is no finished run. `ddkit distill --out {folder} --resume` finishes one.")
+        raise _unfinished(folder)
     found = unsealed(read_json(path), path)
     if found.get("schema") != SCHEMA:
         raise RunFilesError(f"{path} is not a manifest of schema {SCHEMA}.")
@@ -46,6 +46,16 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except msgspec.ValidationError as error:
         raise RunFilesError(f"{path} is no manifest: {error}.") from None
     return found
+
+
+def check_finished(folder: Path) -> None:
+    """Raises RunFilesError where `folder` holds a run that is not finished, whatever files of it are there."""
+    if (folder / "recipe.toml").is_file() and not (folder / MANIFEST).is_file():
+        raise _unfinished(folder)
+
+
+def _unfinished(folder: Path) -> RunFilesError:
+    return RunFilesError(f"{folder} has no {MANIFEST}, so it is no finished run. `ddkit distill --out {folder} --resume` finishes one.")
 
 
 def file_entry(path: Path) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ddkit import plugins
-from ddkit.errors import FlagError, InputError, PluginError, shown, suggestion
+from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
 from ddkit.files import MOST_TOML, read_text
 from ddkit.options import fields, parse_struct
 from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
@@ -310,7 +310,9 @@ def recipe_for(
 
     `values` are recipe paths with dots as double underscores (`data__use`); None means not given.
     """
+    sets = list(sets)
     flags = {key.replace("__", "."): value for key, value in values.items() if value is not None}
+    directories = [*(["--data-dir"] if "data.dir" in flags else []), *(["--set data.dir"] if "data.dir" in dict(sets) else [])]
     if model is not None:
         flags |= {"teacher.model": model, "network.model": model}
     built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
@@ -320,20 +322,29 @@ def recipe_for(
         names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
         built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
     check_names(built)
-    return msgspec.structs.replace(built, evaluators=with_options(built.evaluators, protocol=protocol, model=model))
+    dataset = plugins.split_name(built.data.use)[0]
+    if directories and not plugins.load("dataset", dataset).takes_directory:
+        refuse_unused(directories, f"the dataset '{dataset}' downloads nothing.")
+    return msgspec.structs.replace(built, evaluators=with_options(built.evaluators, ("model",), protocol=protocol, model=model))
 
 
-def with_options(tables: Mapping[str, EvaluatorTable], **values: Any) -> dict[str, EvaluatorTable]:
-    """Returns evaluator tables with each of `values` (None: not given) set where the evaluator has that option.
+def check_used(sets: Iterable[tuple[str, Any]], used: Collection[str], unused: Collection[str], why: str) -> None:
+    """Raises FlagError for a path that is set and is not of the tables or values `used`, or is one of their values `unused`."""
+    paths = [path for path, _ in flattened(dict(sets))]
+    refuse_unused([f"--set {path}" for path in paths if path.split(".")[0] not in used or path in unused], why)
 
-    Raises FlagError for a --protocol or --repeats that none of the evaluators has.
+
+def with_options(tables: Mapping[str, EvaluatorTable], optional: Collection[str] = (), **values: Any) -> dict[str, EvaluatorTable]:
+    """Returns evaluator tables with each of `values` (None: not given) set if the evaluator has that option.
+
+    Raises FlagError for one that is not `optional` and that none of the evaluators has.
     """
     given = {key: value for key, value in values.items() if value is not None}
     if not given:
         return dict(tables)
     known = {name: fields(plugins.load("evaluator", table.use or name).Options) for name, table in tables.items()}
     for key in given:
-        if key != "model" and not any(key in names for names in known.values()):
+        if key not in optional and not any(key in names for names in known.values()):
             raise FlagError(f"--{key}: none of the chosen evaluators ({', '.join(tables) or 'none'}) has that option.")
     return {
         name: msgspec.structs.replace(table, options=table.options | {k: v for k, v in given.items() if k in known[name]})

@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit.artifact import Artifact, load
+from ddkit.artifact import FILE, Artifact, load
 from ddkit.bank import Bank
 from ddkit.components import Evaluation
 from ddkit.compute import products
@@ -107,7 +107,7 @@ def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: i
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     job.ranks.wait()  # its file is there
-    evaluations = _evaluate_run(job, load(directory.path), directory, watchers)
+    evaluations = _evaluate_run(job, load(directory.path / FILE), directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.first:
         close_run(directory, facts)

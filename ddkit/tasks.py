@@ -126,7 +126,9 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
         recipe = _recipe_of_system(study, cell, seed, settings)
         if not recipe.losses and recipe.blend is None:
             raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
-    except FlagError as error:  # of `losses`, which is written as the flag is
+    except FlagError as error:
+        if not str(error).startswith("--losses"):
+            raise
         said = str(error).partition(": ")[2]
         raise InputError(f"systems.{cell.system}.losses = {shown(study.systems[cell.system].losses)}: {said}", "losses") from None
     except DdkitError as error:

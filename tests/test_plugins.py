@@ -629,10 +629,16 @@ def test_info_names_requirements_and_bounds(cli: Callable[..., Result]) -> None:
     assert "> 0" in cli("info", "noise").out
 
 
-def test_info_of_an_ambiguous_or_unknown_name_says_what_to_type(cli: Callable[..., Result]) -> None:
-    ambiguous = cli("info", "dm")
-    assert (ambiguous.code, ambiguous.out) == (3, "")
-    assert "ddkit info loss dm" in ambiguous.err
+@pytest.mark.parametrize(("name", "kind"), [("dm", "loss"), ("dkkt", "loss-group")])
+def test_a_name_of_a_loss_and_of_a_recipe_means_the_loss_and_the_recipe_is_named(cli: Callable[..., Result], name: str, kind: str) -> None:
+    assert cli("info", name).out == cli("info", kind, name).out
+    assert f"ddkit info recipe {name} (the recipe of that name)" in flat(cli("info", name).out)
+    assert json.loads(cli("info", name, "--json").out)["namesakes"] == ["recipe"]
+    assert f"ddkit info {kind} {name} (the {kind} of that name)" in flat(cli("info", "recipe", name).out)
+    assert json.loads(cli("info", "convnet", "--json").out)["namesakes"] == []
+
+
+def test_info_of_an_unknown_name_says_what_to_type(cli: Callable[..., Result]) -> None:
     assert "Did you mean 'convnet'?" in cli("info", "convnett").err
     assert "Did you mean 'digits'?" in cli("info", "dataset", "digitz").err
     assert cli("info", "a", "b", "c").code == 2

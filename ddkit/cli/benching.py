@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, echo_json, quiet
+from ddkit.cli.common import Cells, echo_json, quiet, refuse_given
 from ddkit.errors import FlagError
 
 
@@ -29,6 +29,12 @@ class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 
 
 NUMBERS = Numbers()
+USED_BY = {  # the parts that a flag matters to; all others matter to all
+    "losses": ("steps",), "ipc": ("steps", "evaluation"), "pipc": ("steps", "loading"), "cells": ("steps", "evaluation", "loading"),
+    "classes": ("steps", "evaluation", "loading"), "size": ("steps", "evaluation", "loading"), "channels": ("steps", "evaluation"),
+    "devices": ("steps", "evaluation"), "steps": ("steps",), "run_steps": ("steps",), "networks": ("evaluation",), "files": ("loading",),
+    "plain": ("steps", "evaluation"), "sets": ("steps",),
+}  # fmt: skip
 
 
 @click.command()
@@ -77,6 +83,11 @@ def bench(parts: tuple[str, ...], **flags: Any) -> None:
     unknown = [part for part in parts if part not in benching.PARTS]
     if unknown:
         raise FlagError(f"There is nothing to measure called '{unknown[0]}'. Choose from: {', '.join(benching.PARTS)}.")
+    parts = parts or benching.Settings().parts
+    unused = [name for name, users in USED_BY.items() if not set(users) & set(parts)]
+    refuse_given(unused, f"only {' and '.join(dict.fromkeys(parts))} {'are' if len(set(parts)) > 1 else 'is'} measured.")
+    if flags["cells"]:
+        refuse_given(("ipc", "pipc"), "--cells has the pairs.")
     settings = _settings(parts, flags)
     result = benching.bench(settings, (lambda text: None) if flags["quiet"] else lambda text: click.echo(text, err=True))
     if flags["as_json"]:
@@ -100,7 +111,7 @@ def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:
         raise FlagError(f"--files {min(flags['files'])}: a folder of {flags['classes'][0]} classes needs an image for each of them.")
     cells = flags["cells"] or tuple((ipc, pipc) for ipc in flags["ipc"] for pipc in flags["pipc"])
     return Settings(
-        parts=parts or Settings().parts, losses=flags["losses"], cells=cells, classes=flags["classes"], sizes=flags["size"],
+        parts=parts, losses=flags["losses"], cells=cells, classes=flags["classes"], sizes=flags["size"],
         channels=int(flags["channels"]), devices=flags["devices"], files=flags["files"], runs=flags["runs"], steps=flags["steps"],
         run_steps=flags["run_steps"], networks=flags["networks"], plain=flags["plain"], sets=sets,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ddkit import plugins
-from ddkit.cli.common import echo_json, plugin_files, show
+from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
 from ddkit.errors import PluginError, suggestion
 
@@ -26,6 +26,8 @@ from ddkit.errors import PluginError, suggestion
 def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     """List the installed components, all or of one KIND (losses, recipes, ...). Imports none of them."""
     wanted = plugins.parse_kind(kind) if kind else None
+    if wanted in plugins.DATA_KINDS:
+        refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
     found = [p for p in plugins.plugins() if wanted in (None, p.kind)]
     rows = [_row(p) for p in found]
     if check:
@@ -106,25 +108,33 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
         show(_page(facts))
 
 
-def found_plugin(words: tuple[str, ...], command: str = "info", *, among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:
-    """Returns the plugin that the words [KIND] NAME of `ddkit COMMAND` mean; without a KIND it is one of the kinds `among`."""
+def found_plugin(words: tuple[str, ...], among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:
+    """Returns the plugin that the words [KIND] NAME mean; without a KIND it is of the first kind, of those `among`, that has the name.
+
+    Kinds are in the order of plugins.GROUPS: a loss or another component comes before a recipe.
+    """
     name = words[-1]
     if len(words) == 2:
         return plugins.find(plugins.parse_kind(words[0]), name)
     short = name.rpartition("/")[2]
-    kinds = list(dict.fromkeys(p.kind for p in plugins.plugins() if p.name == short))
+    found = {p.kind for p in plugins.plugins() if p.name == short}
+    kinds = [kind for kind in plugins.GROUPS if kind in found]
     kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
         known = {p.name for p in plugins.plugins()}
         raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")
-    if len(kinds) > 1:
-        told = " and ".join(f"{'an' if kind[0] in 'aeio' else 'a'} {kind}" for kind in kinds)
-        raise PluginError(f"'{name}' is {told}: say which, for example ddkit {command} {kinds[0]} {name}")
     return plugins.find(kinds[0], name)
 
 
+def namesakes(plugin: plugins.Plugin, among: Collection[str] = plugins.GROUPS) -> list[str]:
+    """Returns the other kinds, of those `among`, that have a component or recipe of the plugin's name."""
+    kinds = {p.kind for p in plugins.plugins() if p.name == plugin.name} - {plugin.kind}
+    return [kind for kind in plugins.GROUPS if kind in kinds and kind in among]
+
+
 def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
-    base = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+    base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+    base |= {"namesakes": namesakes(plugin)}
     if plugin.kind in plugins.DATA_KINDS:
         return base | _file_facts(plugin)
     import inspect

@@ -9,10 +9,10 @@ from typing import Any
 import click
 
 from ddkit import plugins
-from ddkit.cli.catalogue import found_plugin
-from ddkit.cli.common import echo_json, plugin_files, show
+from ddkit.cli.catalogue import found_plugin, namesakes
+from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
-from ddkit.errors import FlagError
+from ddkit.errors import DdkitError, FlagError
 
 
 @click.command()
@@ -31,7 +31,9 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     name, _, argument = words[-1].partition(":")
     from ddkit import testing
 
-    plugin = found_plugin((*words[:-1], name), "check", among=testing.SUITES)
+    plugin = found_plugin((*words[:-1], name), testing.SUITES)
+    if plugin.kind != "dataset" or not plugins.load_plugin(plugin).takes_directory:
+        refuse_given(["data_dir"], f"the {plugin.kind} '{plugin.name}' downloads nothing.")
     from ddkit.recipes import assign, parse_set
 
     table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
@@ -40,12 +42,19 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
         assign(table, f"evaluators.{name}.{path}", value)
     options = table["evaluators"][name]
     qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
-    outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
+    others = [f"The {kind} of that name is checked by: ddkit check {kind} {plugin.name}" for kind in namesakes(plugin, testing.SUITES)]
+    try:
+        outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
+    except DdkitError as error:
+        error.args = (" ".join([str(error), *([] if len(words) > 1 else others)]),)
+        raise
     if as_json:
         rows = [{"check": each.check, "status": each.status, "problem": each.problem, "reason": each.reason} for each in outcomes]
         echo_json({"schema": 1, "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "checks": rows})
     else:
         _show(plugin, outcomes)
+        for line in others:
+            show(line)
     sys.exit(1 if any(outcome.status == "broken" for outcome in outcomes) else 0)
 
 

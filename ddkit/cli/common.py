@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from ddkit.cli.names import Names
-from ddkit.errors import FlagError, InputError, doubles, printable
+from ddkit.errors import FlagError, InputError, doubles, printable, refuse_unused
 from ddkit.ranks import follows
 from ddkit.said import show_from
 
@@ -160,6 +161,14 @@ def blaming_flags(flags: Mapping[str, Any]) -> Iterator[None]:
         if (error.path or "").endswith(".protocol") and flags.get("protocol") is not None:
             raise FlagError(f"--protocol: {error}") from None
         raise
+
+
+def refuse_given(names: Iterable[str], why: str) -> None:
+    """Raises FlagError for those flags, of the parameters `names`, that are on the command line: they do nothing, as `why` says."""
+    context = click.get_current_context()
+    wanted = set(names)
+    given = [p for p in context.command.params if p.name in wanted and context.get_parameter_source(p.name) == ParameterSource.COMMANDLINE]
+    refuse_unused([param.opts[0] for param in given], why)
 
 
 def echo_json(value: Any) -> None:

@@ -154,7 +154,8 @@ def _example(facts: Mapping[str, Any]) -> str:
 
 def _see_also(facts: Mapping[str, Any], settings: bool) -> list[str]:
     kind, name = facts["kind"], facts["name"]
-    found = [f"ddkit info {member}" for member in facts.get("members", ())] + [f"ddkit list {kind}"]
+    found = [f"ddkit info {other} {name} (the {other} of that name)" for other in facts["namesakes"]]
+    found += [*(f"ddkit info {member}" for member in facts.get("members", ())), f"ddkit list {kind}"]
     if "text" in facts:
         return [*found, f"ddkit info {kind} {name} --json (key text: the file)"] if settings else found
     return [*found, f"ddkit check {kind} {name}"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Alphas, Cells, Shard, blaming_flags, echo_json, quiet, set_verbosity, shared, show
+from ddkit.cli.common import Alphas, Cells, Shard, blaming_flags, echo_json, quiet, refuse_given, set_verbosity, shared, show
 from ddkit.errors import FlagError, RunFailed, doubles
 from ddkit.ranks import follows
 
@@ -45,6 +45,8 @@ def reproduce(study: str, **flags: Any) -> None:
         raise FlagError("--markdown and --json are two forms of one output; choose one.")
     if flags["seed"] is not None:
         raise FlagError("--seed: a study makes sets of seeds 0, 1, ...; say how many with --seeds.")
+    if flags["show"]:
+        refuse_given(("jobs", "shard", "device"), "--show runs nothing.")
     from ddkit import reproduce as work
     from ddkit.figures import report_json, report_table
     from ddkit.recipes import parse_set

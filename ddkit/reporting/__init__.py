@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ddkit import film, said
-from ddkit.artifact import load
+from ddkit.artifact import FILE, load
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import read_json, write_atomic
 from ddkit.manifest import check_listed
@@ -98,8 +98,9 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
     directory = RunDirectory(folder)
     has_recipe = (folder / RECIPE).is_file()
+    check_listed(folder, FILE)
     return Files(
-        artifact=load(folder),
+        artifact=load(folder / FILE),
         facts=facts,
         recipe=directory.read_recipe() if has_recipe else {},
         recipe_text=(folder / RECIPE).read_text(encoding="utf-8") if has_recipe else "",

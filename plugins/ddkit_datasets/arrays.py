@@ -42,6 +42,8 @@ class InMemory(ddkit.Dataset):
 class Digits(InMemory):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, offline; every fifth of each class is the test split."""
 
+    takes_directory = False
+
     mirror = False
 
     def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
@@ -82,6 +84,7 @@ class Npz(InMemory):
     4,096 MiB, or 10 times its own size; more is refused before it is unpacked.
     """
 
+    takes_directory = False
     argument = "path"
 
     class Options(ddkit.Options):

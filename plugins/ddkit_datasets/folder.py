@@ -53,6 +53,7 @@ class ImageFolder(ddkit.Dataset):
     accessible images are grey, headers of other training files are read, to learn whether there are any in colour.
     """
 
+    takes_directory = False
     argument = "path"
 
     class Options(ddkit.Options):

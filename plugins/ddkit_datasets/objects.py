@@ -34,6 +34,8 @@ class Python(ddkit.Dataset):
     index, and is the same in every run. A file cannot hold an object: to continue or evaluate such a run, pass the dataset again.
     """
 
+    takes_directory = False
+
     class Options(ddkit.Options):
         holdout: Annotated[float, ddkit.Option("test share of each class, without a test dataset", gt=0, lt=1)] = 0.2
         holdout_seed: Annotated[int, ddkit.Option("seed of that split", ge=0)] = 0
