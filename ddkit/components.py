@@ -294,9 +294,10 @@ class Model(Component):
 class Dataset(Component):
     """Labelled real images in two splits, "train" and "test"; labels are had without opening an image.
 
-    `directory` is where a dataset that downloads keeps its files; one that says `takes_directory = False` is given none. `mirror` says whether a mirrored image keeps its class.
-    `resized` counts the images that the dataset itself has resized so far, for ddkit to tell. `memory_mib`, which ddkit fills in, is what
-    decoded images may take. Methods raise InputError where a file is missing or cannot be read, or there is no network.
+    `directory` is where a dataset that downloads keeps its files; one that says `takes_directory = False` is given none. `mirror` says
+    whether a mirrored image keeps its class. `resized` counts the images that the dataset itself has resized so far, for ddkit to tell.
+    `memory_mib`, which ddkit fills in, is what decoded images may take. Methods raise InputError where a file is missing or cannot be
+    read, or there is no network.
     """
 
     takes_directory: ClassVar[bool] = True
