@@ -17,7 +17,7 @@ from ddkit.data import check_classes, open_dataset
 from ddkit.engine import deterministic
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.evaluating import evaluate, recorded
-from ddkit.files import folders_of, write_atomic
+from ddkit.files import check_writable, folders_of
 from ddkit.hookspecs import Observers
 from ddkit.jobs import AUTOMATIC_TEACHER, Job
 from ddkit.manifest import MANIFEST, check_listed
@@ -262,8 +262,7 @@ def train(
         where = pick_device(device)
         found = open_dataset(built.data)
         check_classes(found)
-        write_atomic(path, b"")  # shows that it can be written before an hour of training
-        path.unlink()
+        check_writable(path)  # before an hour of training
         teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
         save_teacher(path, teacher)
     return teacher

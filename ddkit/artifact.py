@@ -16,8 +16,7 @@ from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
 from ddkit.images import Normalisation, most_classes
 from ddkit.manifest import check_finished, check_listed
-
-FILE = "synthetic.safetensors"
+from ddkit.names import SET, check_own
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,11 +79,12 @@ def load(path: str | Path) -> Artifact:
     """Returns the synthetic set of a run directory or of a file; raises RunFilesError naming the file if it is unusable."""
     file = Path(path)
     if file.is_dir():
+        check_own(file)
         check_finished(file)
-        check_listed(file, FILE)
-        file = file / FILE
-    if not file.is_file():
-        what = f"The folder {path} has no {FILE}" if Path(path).is_dir() else f"There is no file or folder {path}"
+        check_listed(file, SET)
+        file = file / SET
+    if not file.exists():
+        what = f"The folder {path} has no {SET}" if Path(path).is_dir() else f"There is no file or folder {path}"
         raise RunFilesError(f"{what}, so it is no finished run. Name a run directory or a synthetic set's file.")
     try:
         tensors, metadata = read_tensors(file)

@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from ddkit import said
-from ddkit.artifact import FILE, Artifact, load
+from ddkit.artifact import Artifact, load
 from ddkit.averaging import blended, partners
 from ddkit.compute import pick_device
 from ddkit.data import RealData, open_dataset
@@ -20,6 +20,7 @@ from ddkit.files import sha256, write_json
 from ddkit.film import write_parts
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job, evaluators_of
+from ddkit.names import SET
 from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
 from ddkit.recipes import recipe_for
@@ -187,7 +188,7 @@ def _images_a_class(artifact: Artifact) -> int:
 def _blend_facts(recipe: Recipe, paths: Sequence[Path]) -> dict[str, Any]:
     """Returns what the manifest tells of a blend: its parts with their sha256, and what their own manifests tell of both."""
     assert recipe.blend is not None
-    files = [path / FILE if path.is_dir() else path for path in paths]
+    files = [path / SET if path.is_dir() else path for path in paths]
     manifests = [RunDirectory(path).read_manifest() for path in paths if (path / MANIFEST).is_file()]
     plugins_ = [plugin for manifest in manifests for plugin in manifest.get("plugins", [])]
     files_of_plugins = {file: digest for manifest in manifests for file, digest in manifest.get("plugin_files", {}).items()}

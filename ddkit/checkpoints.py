@@ -7,7 +7,6 @@ whole, and are of one state: each records the sha256 of all. It is read like any
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -19,15 +18,14 @@ import torch
 from ddkit import said
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, sync, tensors_digest, write_tensors
+from ddkit.names import CHECKPOINT, CHECKPOINTS
 from ddkit.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("ddkit")
-FOLDER = "checkpoints"
 KEPT = 2
-NAME = re.compile(r"step-(\d{8,})(?:\.part-(\d+)-of-(\d+))?\.safetensors")
 
 
 class Checkpoint(NamedTuple):
@@ -44,7 +42,7 @@ class Checkpoints:
     """The checkpoints in the run directory `run`, of a run whose recipe has the key `recipe`."""
 
     def __init__(self, run: Path, recipe: str) -> None:
-        self.folder, self.recipe = run / FOLDER, recipe
+        self.folder, self.recipe = run / CHECKPOINTS, recipe
 
     def write(
         self,
@@ -92,7 +90,7 @@ class Checkpoints:
         """Returns the files of each step, newest first, by the number of their parts, in order of part."""
         found: dict[int, dict[int, dict[int, Path]]] = {}
         for file in self.folder.glob("step-*.safetensors"):
-            name = NAME.fullmatch(file.name)
+            name = CHECKPOINT.fullmatch(file.name)
             if name is not None:
                 step, part, parts = int(name[1]), int(name[2] or 1), int(name[3] or 1)
                 found.setdefault(step, {}).setdefault(parts, {})[part] = file

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from ddkit import permission
-from ddkit.artifact import FILE, Artifact, load
+from ddkit.artifact import Artifact, load
 from ddkit.averaging import seeds_of
 from ddkit.blame import blamed
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
@@ -22,6 +22,7 @@ from ddkit.files import json_bytes, read_json
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
 from ddkit.manifest import MANIFEST, check_listed
+from ddkit.names import SET
 from ddkit.passed import passing
 from ddkit.ranks import ALONE, Ranks, group, own_device
 from ddkit.recipe import Recipe, parse_recipe, recipe_dict
@@ -66,7 +67,7 @@ def evaluate(
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
-    judged_file = None if directory is None else directory.read_manifest()["files"].get(FILE)
+    judged_file = None if directory is None else directory.read_manifest()["files"].get(SET)
     if directory is not None:
         recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
@@ -215,7 +216,7 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_f
         log.warning("These figures were not added to the run's files. %s", error)
         return
     with directory:
-        if not (directory.path / MANIFEST).is_file() or directory.read_manifest()["files"].get(FILE) != judged_file:
+        if not (directory.path / MANIFEST).is_file() or directory.read_manifest()["files"].get(SET) != judged_file:
             log.warning("These figures were not added to the run's files: its set has changed since they were begun.")
             return
         fresh = msgspec.to_builtins(rows)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from ddkit import plugins
-from ddkit.artifact import FILE, Artifact, Provenance, load
+from ddkit.artifact import Artifact, Provenance, load
 from ddkit.blame import advice, blamed, called
 from ddkit.components import Exporter
 from ddkit.errors import RunFailed, RunFilesError
 from ddkit.evaluating import recorded
 from ddkit.files import sha256, sync
 from ddkit.manifest import MANIFEST
+from ddkit.names import SET
 from ddkit.rundir import RECIPE, RunDirectory
 
 STAGE = ".export"  # where an exporter writes, in the folder that it is for
@@ -46,7 +47,7 @@ def provenance(path: Path) -> Provenance:
     directory = RunDirectory(path)
     finished = (path / MANIFEST).is_file()
     return Provenance(
-        sha256=sha256(path / FILE),
+        sha256=sha256(path / SET),
         recipe=directory.read_recipe() if (path / RECIPE).is_file() else {},
         manifest=directory.read_manifest() if finished else {},
         evaluations=recorded(directory) if finished else [],

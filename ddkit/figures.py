@@ -15,6 +15,7 @@ from ddkit.errors import DdkitError, printable
 from ddkit.files import write_atomic
 from ddkit.images import sheet_png
 from ddkit.manifest import MANIFEST, read_manifest
+from ddkit.names import path_part
 from ddkit.plugins import split_name
 from ddkit.spectra import high_frequency_share, radial_spectrum
 from ddkit.study import Cell, PublishedOn, Study, published
@@ -168,7 +169,7 @@ def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
         if rows and len(rows) == wanted:  # a call for some of them leaves the picture of all as it is
             sets = [load(task.path).stored_images for task in rows.values()]
             labels = torch.cat([torch.full((len(images),), row) for row, images in enumerate(sets)])
-            file = out / f"{study.name}-ipc{ipc}-pipc{pipc}.png"
+            file = out / f"{path_part(study.name)}-ipc{ipc}-pipc{pipc}.png"
             write_atomic(file, sheet_png(torch.cat(sets), labels, list(rows), columns=len(labels)))
             made.append(str(file))
     return made

@@ -6,8 +6,8 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SCHEMA = 1
+NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 TEMPORARY = ".part"  # how the names of files end that are being written
 MOST_BYTES = 2**30  # of a file that is read whole: the manifest of a run on a million files has a tenth of it
 MOST_TOML = 2**22  # reading as much takes seconds
@@ -78,11 +79,10 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
     """Puts what `write(NAME)` writes in the place of `path`, or leaves all as it was and raises RunFilesError."""
     temporary: str | None = None
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=TEMPORARY, dir=path.parent)
-        os.close(descriptor)
+        temporary, mode = _beside(path)
         write(temporary)
         with os.fdopen(os.open(temporary, os.O_RDWR), "rb+") as stream:
-            os.fchmod(stream.fileno(), 0o666 & ~_umask())
+            os.fchmod(stream.fileno(), mode)
             os.fsync(stream.fileno())
         os.replace(temporary, path)
         temporary = None
@@ -92,6 +92,14 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Raises RunFilesError if a file cannot be written at `path`; whatever is there stays."""
+    try:
+        Path(_beside(path)[0]).unlink()
+    except OSError as error:
+        raise RunFilesError(f"{path} cannot be written: {error.strerror or error}.") from None
 
 
 @contextmanager
@@ -113,10 +121,22 @@ def folders_of(path: Path) -> Iterator[None]:
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> tuple[str, int]:
+    """Makes an empty file beside `path`; returns its name, and the permissions that a new file has there."""
+    name = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    return str(name), mode
+
+
+def append_text(path: Path, text: str) -> None:
+    """Adds text to the end of a file, which is no link; raises RunFilesError if it cannot be written."""
+    try:
+        with open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | NOFOLLOW, 0o666)) as stream:
+            stream.write(text)
+    except OSError as error:
+        raise RunFilesError(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
 def remove_leftovers(folder: Path) -> None:

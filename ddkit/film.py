@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ddkit.files import read_tensors, write_tensors
+from ddkit.names import FILM
 
 log = logging.getLogger("ddkit")
-FILE = "film.safetensors"
 MOST_IMAGES, MOST_BYTES = 100, 2**20  # of a frame
 
 
@@ -47,7 +47,7 @@ def eight_bits(images: Tensor) -> Tensor:
 
 def read_film(folder: Path) -> Film | None:
     """Returns the film of the run in `folder`, None where it has none; raises ValueError where it cannot be read."""
-    file = folder / FILE
+    file = folder / FILM
     if not file.is_file():
         return None
     tensors, _ = read_tensors(file)
@@ -94,4 +94,4 @@ def _readable(folder: Path) -> Film | None:
 
 
 def _write(folder: Path, film: Film) -> None:
-    write_tensors(folder / FILE, film._asdict(), {"content": "film"})
+    write_tensors(folder / FILM, film._asdict(), {"content": "film"})

@@ -11,9 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddkit.errors import RunFilesError
+from ddkit.files import NOFOLLOW
+from ddkit.names import LOCK
 
 log = logging.getLogger("ddkit")
-NAME = ".lock"
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 
@@ -25,7 +26,7 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path, *, wait: float = 0.0) -> None:
-        self.path, self._descriptor = folder / NAME, -1
+        self.path, self._descriptor = folder / LOCK, -1
         until = time.monotonic() + wait
         while not self._take():
             if time.monotonic() >= until:
@@ -33,7 +34,7 @@ class FolderLock:
             time.sleep(0.05)
 
     def _take(self) -> bool:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
         if not _locked(descriptor) or not self._is_still(descriptor):
             os.close(descriptor)
             return False
@@ -44,7 +45,7 @@ class FolderLock:
     def _is_still(self, descriptor: int) -> bool:
         """Whether the locked file is the one in the folder, and not one that its holder has removed since it was opened."""
         try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path))
+            return os.path.samestat(os.fstat(descriptor), os.lstat(self.path))
         except FileNotFoundError:
             return False
 

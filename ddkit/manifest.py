@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from ddkit.errors import RunFilesError
 from ddkit.files import SCHEMA, read_json, sealed, sha256, unsealed, write_json
+from ddkit.names import MANIFEST as MANIFEST
+from ddkit.names import RECIPE, check_own
 
-MANIFEST = "manifest.json"
+Name = Annotated[str, msgspec.Meta(pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # of a file in the folder itself
 
 
 class _Entry(msgspec.Struct):
@@ -21,7 +23,7 @@ class _Entry(msgspec.Struct):
 class _Manifest(msgspec.Struct):
     """What ddkit itself reads of a manifest."""
 
-    files: dict[str, _Entry]
+    files: dict[Name, _Entry]
     steps: int = 0
     seconds: float = 0.0
     plugins: list[dict[str, str]] = []
@@ -35,6 +37,7 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Returns the manifest of `folder`; raises RunFilesError where it is missing, damaged or of another schema."""
+    check_own(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise _unfinished(folder)
@@ -50,7 +53,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def check_finished(folder: Path) -> None:
     """Raises RunFilesError where `folder` holds a run that is not finished, whatever files of it are there."""
-    if (folder / "recipe.toml").is_file() and not (folder / MANIFEST).is_file():
+    if (folder / RECIPE).is_file() and not (folder / MANIFEST).is_file():
         raise _unfinished(folder)
 
 

@@ -7,8 +7,6 @@ import itertools
 import json
 import logging
 import platform
-import re
-import shutil
 import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -20,17 +18,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import tomli_w
 
-from ddkit import artifact, film
-from ddkit.checkpoints import FOLDER as CHECKPOINTS
 from ddkit.checkpoints import Checkpoint, Checkpoints
 from ddkit.components import Evaluation
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import is_leftover, json_digest, remove_leftovers, sync, write_atomic
+from ddkit.files import append_text, is_leftover, json_digest, remove_leftovers, sync, write_atomic
 from ddkit.images import sheet_png
-from ddkit.locks import NAME as LOCK
 from ddkit.locks import FolderLock
-from ddkit.manifest import MANIFEST as MANIFEST
 from ddkit.manifest import check_listed, file_entry, read_manifest, write_manifest
+from ddkit.names import CHECKPOINTS, LISTED, LOCK, SET, check_own, path_part, remove_own
+from ddkit.names import EVALUATION as EVALUATION
+from ddkit.names import MANIFEST as MANIFEST
+from ddkit.names import METRICS as METRICS
+from ddkit.names import PREVIEW as PREVIEW
+from ddkit.names import RECIPE as RECIPE
+from ddkit.names import REPORT as REPORT
 from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import check_depth
 
@@ -41,13 +42,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 
-RECIPE, METRICS, EVALUATION, PREVIEW, REPORT = (
-    "recipe.toml",
-    "metrics.jsonl",
-    "evaluation.json",
-    "preview.png",
-    "report.html",
-)
 RECIPE_SEAL = "# sha256 of the lines below: "
 LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
 
@@ -94,6 +88,7 @@ class RunDirectory:
 
         Raises RunFilesError where another process holds it for longer than `wait` seconds.
         """
+        check_own(self.path)
         try:
             self._lock = FolderLock(self.path, wait=wait)
             for folder in (self.path, self.path / CHECKPOINTS):
@@ -126,13 +121,12 @@ class RunDirectory:
     @classmethod
     def numbered(cls, stem: str) -> RunDirectory:
         """Returns runs/<stem>-<n>, locked, for the first n that is free, also where another process looks for one just now."""
-        name = re.sub(r"[^A-Za-z0-9._+-]+", "-", stem).strip("-.") or "run"
         folder = Path("runs")
         created = () if folder.exists() else (folder,)
         try:
             folder.mkdir(exist_ok=True)
             for number in itertools.count(1):
-                path = folder / f"{name}-{number}"
+                path = folder / f"{path_part(stem)}-{number}"
                 with suppress(FileExistsError):
                     path.mkdir()
                     break
@@ -143,6 +137,7 @@ class RunDirectory:
     @classmethod
     def existing(cls, path: Path) -> RunDirectory:
         """Returns the run at `path`; raises RunFilesError if there is none."""
+        check_own(path)
         if not (path / RECIPE).is_file():
             raise RunFilesError(
                 f"{path} is no run directory: it has no {RECIPE}. (A run that was ended before its first step, as while its teacher was "
@@ -151,18 +146,13 @@ class RunDirectory:
         return cls(path)
 
     def discard(self) -> None:
-        """Removes what is in a claimed folder, and the folders made for it that are then empty.
+        """Removes what was written into a claimed folder, and the folders made for it that are then empty.
 
         So nothing half-written stays behind a run that never began, and what others put beside it stays.
         """
         if self._created is None:
             return
-        for entry in self.path.iterdir():
-            if entry.is_dir():
-                shutil.rmtree(entry, ignore_errors=True)
-            elif entry.name != LOCK:
-                with suppress(OSError):
-                    entry.unlink()
+        remove_own(self.path)
         self.release()
         with suppress(OSError):
             for folder in self._created:
@@ -251,11 +241,7 @@ class RunDirectory:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl and flushes it."""
-        try:
-            with (self.path / METRICS).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(record) + "\n")
-        except OSError as error:
-            raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
+        append_text(self.path / METRICS, json.dumps(record) + "\n")
 
     def reopen(self) -> None:
         """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.
@@ -272,8 +258,7 @@ class RunDirectory:
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
-        names = [artifact.FILE, RECIPE, METRICS, EVALUATION, PREVIEW, film.FILE, REPORT]
-        files = {name: file_entry(self.path / name) for name in names if (self.path / name).is_file()}
+        files = {name: file_entry(self.path / name) for name in LISTED if (self.path / name).is_file()}
         write_manifest(self.path, {**facts, "versions": versions(), "files": files})
 
     def rewrite(self, name: str, content: bytes) -> None:
@@ -294,6 +279,7 @@ class Follower(RunDirectory):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        check_own(path)
         if not (path / LOCK).exists():
             raise RunFilesError(
                 f"{path}, which the first process of the run has made, is not there for this one. Name a folder with --out that all "
@@ -356,5 +342,5 @@ def versions() -> dict[str, str]:
 
 def save_set(result: Artifact, directory: RunDirectory) -> None:
     """Writes the set and its picture."""
-    result.save(directory.path / artifact.FILE)
+    result.save(directory.path / SET)
     write_atomic(directory.path / PREVIEW, sheet_png(result.stored_images, result.stored_labels, result.class_names))

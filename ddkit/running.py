@@ -12,7 +12,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit.artifact import FILE, Artifact, load
+from ddkit.artifact import Artifact, load
 from ddkit.bank import Bank
 from ddkit.components import Evaluation
 from ddkit.compute import products
@@ -22,6 +22,7 @@ from ddkit.files import write_json
 from ddkit.film import add_frame, begin_film, is_frame
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
+from ddkit.names import SET
 from ddkit.plugins import watchers_of
 from ddkit.ranks import Ranks
 from ddkit.recipe import Recipe, recipe_dict
@@ -107,7 +108,7 @@ def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: i
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     job.ranks.wait()  # its file is there
-    evaluations = _evaluate_run(job, load(directory.path / FILE), directory, watchers)
+    evaluations = _evaluate_run(job, load(directory.path / SET), directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.first:
         close_run(directory, facts)

@@ -7,10 +7,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ddkit.artifact import FILE
 from ddkit.errors import FlagError, RunFilesError
-from ddkit.files import json_digest, read_json, sync, unsealed, write_atomic
+from ddkit.files import json_digest, read_bytes, read_json, sync, unsealed, write_atomic
 from ddkit.manifest import MANIFEST, check_listed, read_manifest
+from ddkit.names import PARTS, PARTS_OF_BLEND, SET
 from ddkit.tasks import Task
 
 SETS = "sets"  # the folder of a store that has a run directory for each set, and a file for each evaluation of it
@@ -45,6 +45,9 @@ def merge(other: Path, out: Path) -> int:
         raise RunFilesError(f"--merge {other}: there is no folder {SETS} in it. Name the --out of an earlier `ddkit reproduce`.")
     if source.resolve() == target.resolve():
         raise FlagError(f"--merge {other} is the store itself. Name another one, or leave it out.")
+    for entry in (source, *source.iterdir()):
+        if entry.is_symlink():
+            raise RunFilesError(f"--merge {other}: {entry} is a symbolic link, and nothing is copied through one. Put a copy in its place.")
     found = 0
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -53,11 +56,9 @@ def merge(other: Path, out: Path) -> int:
             if (entry / MANIFEST).is_file() and not (place / MANIFEST).is_file():
                 _copy_set(entry, place)
                 found += 1
-        for file in sorted(source.glob("*.json")):
-            place = target / file.name
-            if not place.is_file() and _is_of_the_same_set(file, source, target):
-                unsealed(read_json(file), file)
-                write_atomic(place, file.read_bytes())
+            elif entry.suffix == ".json" and entry.is_file() and not place.is_file() and _is_of_the_same_set(entry, source, target):
+                unsealed(read_json(entry), entry)
+                write_atomic(place, read_bytes(entry))
                 found += 1
     except OSError as error:
         raise RunFilesError(f"{error.filename or target} cannot be copied: {error.strerror or error}.") from None
@@ -68,18 +69,27 @@ def _is_of_the_same_set(evaluation: Path, source: Path, target: Path) -> bool:
     """Whether the set that was evaluated is the one that `target` has; one that both have made may differ in the last digits."""
     name = evaluation.stem.rpartition("-")[0]
     both = [store / name for store in (source, target) if (store / name / MANIFEST).is_file()]
-    return len({json_digest(read_manifest(run)["files"].get(FILE)) for run in both}) < 2
+    return len({json_digest(read_manifest(run)["files"].get(SET)) for run in both}) < 2
 
 
 def _copy_set(run: Path, place: Path) -> None:
     """Copies a finished run under another name first."""
-    for manifest in (run / MANIFEST, *sorted(run.glob(f"*/*/{MANIFEST}"))):  # also those of the parts of a blend
-        for name in read_manifest(manifest.parent)["files"]:
-            check_listed(manifest.parent, name)
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
         copied = Path(folder) / place.name
-        shutil.copytree(run, copied, ignore=shutil.ignore_patterns(".*"))
+        _copy_listed(run, copied)
         if place.is_dir():  # begun here, and finished there
             shutil.rmtree(place)
         copied.rename(place)
     sync(place.parent)
+
+
+def _copy_listed(run: Path, place: Path) -> None:
+    """Copies what the manifest of `run` lists, and the manifest; of a blend that of its parts too."""
+    names = [*read_manifest(run)["files"], MANIFEST]  # which refuses links and names with folders in them
+    place.mkdir(parents=True)
+    for name in names:
+        check_listed(run, name)
+        shutil.copyfile(run / name, place / name, follow_symlinks=False)
+    for part in PARTS_OF_BLEND:
+        if (run / PARTS / part / MANIFEST).is_file():
+            _copy_listed(run / PARTS / part, place / PARTS / part)

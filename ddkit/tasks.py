@@ -13,6 +13,7 @@ import msgspec
 
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, shown
 from ddkit.files import read_json, sha256, unsealed
+from ddkit.names import path_part
 from ddkit.options import fields
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import flattened, recipe_for
@@ -99,7 +100,7 @@ def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) ->
     system = study.systems[cell.system]
     protocol = settings.protocol or system.protocol or study.protocol
     recipe = recipe_of(study, cell, seed, settings)
-    name = f"{recipe.name}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
+    name = f"{path_part(recipe.name)}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
     images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
     return Task(cell, seed, recipe, out / "sets" / name, _evaluating(study, protocol, system.labels, images, settings))
 

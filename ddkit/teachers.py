@@ -24,6 +24,7 @@ from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
 from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.loading import load_images
+from ddkit.names import path_part
 from ddkit.networks import build_network, training_flops
 from ddkit.options import written_options
 from ddkit.randomness import generator
@@ -304,7 +305,7 @@ def automatic_teacher(
         "train": msgspec.structs.asdict(train),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-    path = cache_folder() / "teachers" / f"{table.model.replace('/', '-').replace(':', '-')}-{digest}.safetensors"
+    path = cache_folder() / "teachers" / f"{path_part(table.model)}-{digest}.safetensors"
     if not _is_whole(path):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",

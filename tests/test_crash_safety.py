@@ -286,6 +286,7 @@ def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, sys
+sys.dont_write_bytecode = True  # cut off, it would break every later process
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 from ddkit.cli import main
 main()

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ddkit import film, said
-from ddkit.artifact import FILE, load
+from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import read_json, write_atomic
 from ddkit.manifest import check_listed
+from ddkit.names import FILM, SET
 from ddkit.reporting import making, sections
 from ddkit.reporting.page import page
 from ddkit.reporting.sections import Files, head, spectrum_bins
@@ -54,7 +55,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
         film.read_film(directory.path)
     except ValueError as error:
         log.warning("The film of the run is lost for its report: %s.", error)
-        (directory.path / film.FILE).unlink(missing_ok=True)
+        (directory.path / FILM).unlink(missing_ok=True)
     try:
         write_atomic(file, report_html(directory.path, {**facts, "versions": versions(), "warnings": said.warnings()}))
     except DdkitError:
@@ -98,9 +99,9 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
     directory = RunDirectory(folder)
     has_recipe = (folder / RECIPE).is_file()
-    check_listed(folder, FILE)
+    check_listed(folder, SET)
     return Files(
-        artifact=load(folder / FILE),
+        artifact=load(folder / SET),
         facts=facts,
         recipe=directory.read_recipe() if has_recipe else {},
         recipe_text=(folder / RECIPE).read_text(encoding="utf-8") if has_recipe else "",
@@ -130,7 +131,7 @@ def _evaluations(folder: Path) -> list[dict[str, Any]]:
 
 
 def _film(folder: Path) -> film.Film | None:
-    check_listed(folder, film.FILE)
+    check_listed(folder, FILM)
     try:
         found = film.read_film(folder)
     except ValueError as error:

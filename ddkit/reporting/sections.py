@@ -11,8 +11,9 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit.artifact import FILE, Artifact
+from ddkit.artifact import Artifact
 from ddkit.film import Film, eight_bits
+from ddkit.names import SET
 from ddkit.reporting.charts import (
     Dots,
     Line,
@@ -127,7 +128,7 @@ def start_and_end(files: Files) -> str:
 
 def short_name(path: Path) -> str:
     """Returns the name of a run, or of a file that is alone."""
-    return path.parent.name if path.name == FILE else path.name
+    return path.parent.name if path.name == SET else path.name
 
 
 def parts_of_blend(files: Files) -> str:
