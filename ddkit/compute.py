@@ -157,6 +157,18 @@ def products(device: torch.device, precision: str) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+@contextmanager
+def differentiable_attention(wanted: bool) -> Iterator[None]:
+    """Inside, attention is computed by plain matrix products if `wanted`: torch's fused kernels have no second derivative."""
+    if not wanted:
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
 def machine_bytes() -> int:
     """Returns the memory of this machine in bytes; where the system does not tell, more than any has."""
     try:

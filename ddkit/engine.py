@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddkit.bank import Bank, all_finite
 from ddkit.blame import check_random_states, random_states
+from ddkit.compute import differentiable_attention
 from ddkit.errors import DdkitError, Interrupted, RunFailed, out_of_memory
 from ddkit.step import SharedStep, Step
 from ddkit.stepsource import StepSource
@@ -45,15 +46,17 @@ class Engine:
         self.ranks = source.ranks
         most = -(-source.info.classes // self.ranks.size)  # classes of a process: all of them do chunks, or none does
         self.parts = _parts(self.terms, chunk if chunk < most else 0, source.own_classes)
+        self._second_order = any(term.loss.requires.second_order for term in self.terms)
         self._chunks = [classes for classes, _ in self.parts if classes is not None]
         self._totalling = [term for term in self.terms if self._chunks and term.loss.requires.separable == "total"]
         self._passes = 1  # over all chunks, until what their losses total is known; more where a step shows that it takes more
 
     def start(self) -> None:
         """Fills the extra parameters whose initial values a loss computes from the first step."""
-        shared = self._shared(0, None, self.terms)
-        for term in self.terms:
-            _calling(term, lambda t=term: self._fill(t, shared))  # type: ignore[misc]
+        with differentiable_attention(self._second_order):
+            shared = self._shared(0, None, self.terms)
+            for term in self.terms:
+                _calling(term, lambda t=term: self._fill(t, shared))  # type: ignore[misc]
 
     def _fill(self, term: Term, shared: SharedStep) -> None:
         requires = term.loss.requires
@@ -113,9 +116,12 @@ class Engine:
 
     def evaluate(self, index: int, *, measured: bool = False) -> Evaluated:
         """Returns values, gradients and diagnostics of step `index`, and if `measured` the norms of the terms' gradients."""
-        self.source.advance(index, self._whole_set)
-        if not self._totalling:
-            return self._evaluated(index, {}, measured)
+        with differentiable_attention(self._second_order):
+            self.source.advance(index, self._whole_set)
+            return self._evaluated_in_passes(index, measured) if self._totalling else self._evaluated(index, {}, measured)
+
+    def _evaluated_in_passes(self, index: int, measured: bool) -> Evaluated:
+        """Returns what `evaluate` does, where losses total over the chunks: once their totals are those of the whole set."""
         while True:
             totals = self._totals(index)
             found = self._evaluated(index, totals, measured)

@@ -23,7 +23,7 @@ from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine
 from ddkit.errors import DdkitError, InputError, RunFailed
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
-from ddkit.networks import build_network, features_of
+from ddkit.networks import build_network, features_of, no_second_derivative
 from ddkit.options import written_options
 from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks, class_rows
@@ -146,8 +146,9 @@ class Job:
             self._check_deterministic()
         self.decided = Decisions(
             recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
-            network=lambda: build_network(self.model, info, 0, "probe"), teacher=self._teacher_probe,
+            network=self._network_probe, teacher=self._teacher_probe,
         )  # fmt: skip
+        self._check_second_order()
 
     def _check_deterministic(self) -> None:
         """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
@@ -174,6 +175,26 @@ class Job:
             raise InputError(f"{where}: the augmenter '{table.augmenter}' has no option 'compose'. Leave it out, or use dsa.", where)
         options = table.options | ({} if table.compose is None else {"compose": table.compose})
         return ViewSpec(plugins.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
+
+    def _check_second_order(self) -> None:
+        """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
+        for term in self.terms:
+            asked = term.loss.requires
+            probes = (
+                ("teacher", asked.teacher, asked.teacher_gradients, self._teacher_probe),
+                ("network", asked.embedder or asked.network_gradients, asked.network_gradients, self._network_probe),
+            )
+            for name, _, of_parameters, probe in (each for each in probes if asked.second_order and each[1]):
+                reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=of_parameters)
+                if reason:
+                    raise InputError(
+                        f"The {term} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "
+                        f"leave the loss out.{term.advice}",
+                        f"losses.{term.label}",
+                    )
+
+    def _network_probe(self) -> nn.Module:
+        return build_network(self.model, self.info, 0, "probe")
 
     def _teacher_probe(self) -> nn.Module:
         """Returns a network of the teacher's kind: what its file records, else what the recipe says."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ddkit.blame import blamed
 from ddkit.components import DataInfo, Model
-from ddkit.compute import to_device
+from ddkit.compute import differentiable_attention, to_device
 from ddkit.errors import RunFailed
 from ddkit.randomness import drawn_from
 
@@ -109,6 +110,52 @@ def couples_samples(module: nn.Module, info: DataInfo) -> bool:
         together, alone = embed(module, x)[:2], embed(module, x[:2])
     module.load_state_dict(state)
     return not torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
+
+
+NO_SECOND = ("is not implemented", "differentiate twice")  # how torch puts it
+
+
+def no_second_derivative(module: nn.Module, info: DataInfo, *, of_parameters: bool) -> str:
+    """Returns why the gradient of a cross-entropy, of the parameters or else of the images, has no gradient itself; "" if it has one.
+
+    A layer of torch's own raises. One whose backward pass computes outside of the graph makes it wrong in silence: a gradient that
+    depended on others goes in, and one that depends on nothing comes out. `module` is a probe, which is changed.
+    """
+    module.eval().requires_grad_(of_parameters)
+    device = next(module.parameters(), torch.zeros(0)).device
+    x = torch.randn((1, *info.shape), generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    cut: list[str] = []
+    try:
+        with differentiable_attention(True):
+            loss = nn.functional.cross_entropy(module(x), torch.zeros(1, dtype=torch.int64, device=device))
+            for node in _graph_of(loss):
+                node.register_hook(lambda made, given, node=node: cut.append(node.name()) if _is_cut(made, given) else None)
+            wanted = list(module.parameters()) if of_parameters else [x]
+            first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+            torch.stack([each.square().sum() for each in first]).sum().backward()
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_SECOND):
+            raise
+        return str(error).strip().splitlines()[0]
+    return f"the backward pass of {cut[0]} computes outside of torch's graph" if cut else ""
+
+
+def _is_cut(made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
+    """Whether a node of the graph made, of gradients that can be differentiated, some that cannot, and are not 0."""
+    depends = any(each is not None and each.requires_grad for each in given)
+    return depends and any(each is not None and not each.requires_grad and bool(each.any()) for each in made)
+
+
+def _graph_of(value: Tensor) -> set[Any]:
+    """Returns the nodes of the graph that `value` comes from."""
+    found: set[Any] = set()
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return found
 
 
 def saved_bytes(module: nn.Module, info: DataInfo) -> int:

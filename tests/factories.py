@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 
-def small(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+def small(channels: int, size: tuple[int, int], classes: int) -> nn.Sequential:
     """A convolution, a pooling and a linear layer."""
     height, width = size
     pooled = (height // 2) * (width // 2)
@@ -31,3 +34,64 @@ def convolution_last(channels: int, size: tuple[int, int], classes: int) -> nn.M
 
 
 not_callable = 3
+
+
+def attentive(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    """A vision transformer of one block of torch's own attention, whose fused kernels have no second derivative."""
+    from torchvision.models import VisionTransformer
+
+    module = VisionTransformer(size[0], patch_size=size[0] // 2, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=classes)
+    module.conv_proj = nn.Conv2d(channels, 8, size[0] // 2, size[0] // 2)
+    return module
+
+
+class _Once(torch.autograd.Function):
+    """A ReLU whose backward pass says that it cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+class _Silent(_Once):
+    """The same, computed where torch does not see it."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.detach() * (ctx.saved_tensors[0] > 0)
+
+
+class _Twice(_Once):
+    """The same in torch's graph, as a straight-through estimator is too."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (ctx.saved_tensors[0] > 0)
+
+
+class Custom(nn.Module):
+    def __init__(self, function: type[_Once]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.function.apply(x)
+        return result
+
+
+def once(channels: int, size: tuple[int, int], classes: int, function: type[_Once] = _Once) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), Custom(function), *small(channels, size, classes)[2:])
+
+
+def silent(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return once(channels, size, classes, _Silent)
+
+
+def twice(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    return once(channels, size, classes, _Twice)
