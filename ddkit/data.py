@@ -225,7 +225,7 @@ class RealData:
     @classmethod
     def of(cls, recipe: Recipe, dataset: Dataset, shape: tuple[int, int, int] | None, ranks: Ranks = ALONE) -> RealData:
         """Returns the real data that `recipe` asks for."""
-        held_out = recipe.data.held_out if recipe.data.test == "held-out" else None
+        held_out = (recipe.data.held_out or held_out_count(dataset, recipe.pipc)) if recipe.data.test == "held-out" else None
         return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out, ranks=ranks)
 
     @property
@@ -242,10 +242,7 @@ class RealData:
         if self.held_out is not None:
             check_held_out(self.dataset, self.pipc, self.held_out)
         elif len(self.dataset.labels("test")) == 0:
-            raise InputError(
-                "The dataset has no test images, so nothing can be evaluated. Use --evaluate none, or hold out training images: "
-                "--set data.test=held-out."
-            )
+            raise _no_test_images(self.dataset, self.pipc)
 
     @cached_property
     def test_set(self) -> tuple[Tensor, Tensor]:
@@ -259,14 +256,25 @@ class RealData:
         return load_images(self.dataset, "train", indices, self.info.shape), labels[torch.tensor(indices, dtype=torch.int64)]
 
 
+def held_out_count(dataset: Dataset, pipc: int | str) -> int:
+    """Returns how many images of each class are held out unless told: a fifth of the smallest class, at most 200 and what pipc leaves."""
+    least = min(class_counts(dataset.labels("train"), len(dataset.class_names)))
+    left = least - int(pipc) if pipc != "all" else 0
+    fifth = min(200, least // 5)
+    return max(1, min(fifth, left) if left > 0 else fifth)
+
+
 def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: str = "") -> None:
     """Raises InputError where a class has fewer than pipc + held_out training images. `remedy` ends the message; "": flags of a run."""
     counts = dict(zip(dataset.class_names, class_counts(dataset.labels("train"), len(dataset.class_names)), strict=True))
     name, least = min(counts.items(), key=lambda item: item[1])
     if pipc != "all" and int(pipc) + held_out <= least:
         return
-    if pipc == "all" or int(pipc) >= least:
-        flags = f"Use --pipc with a number below {least}"
+    fits = held_out if held_out < least else held_out_count(dataset, "all")
+    if least == 1:
+        flags = "Use more images of it, or --evaluate none"
+    elif pipc == "all" or int(pipc) >= least:
+        flags = f"Use --pipc {least - fits} or less{'' if fits == held_out else f' with --set data.held_out={fits}'}"
     else:
         flags = f"Use --set data.held_out={least - int(pipc)} or less{', or a smaller --pipc' if pipc else ''}"
     raise InputError(
@@ -274,3 +282,12 @@ def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: 
         f"(pipc {pipc}), but the class '{name}' has {least} in all. {remedy or f'{flags}, or --set data.test=test.'}",
         "data.held_out",
     )
+
+
+def _no_test_images(dataset: Dataset, pipc: int | str) -> InputError:
+    """Returns the error of data without test images, with flags that work as printed."""
+    least, held_out = min(class_counts(dataset.labels("train"), len(dataset.class_names))), held_out_count(dataset, pipc)
+    fits = pipc != "all" and int(pipc) + held_out <= least
+    flags = f"--set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
+    helps = f", or hold out training images: {flags}" if least > 1 else ""
+    return InputError(f"The dataset has no test images, so nothing can be evaluated. Use --evaluate none{helps}.")

@@ -14,7 +14,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import RunFilesError, shown
+from ddkit.errors import InputError, RunFilesError, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,20 @@ def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
 def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
     """Returns the content of a regular file of UTF-8 text; raises OSError as read_bytes does, or ValueError."""
     return read_bytes(path, most=most).decode()
+
+
+def with_home(text: str) -> str:
+    """Returns a path, or NAME:PATH, with the user's home folder in the place of a leading `~/`; any other text as it is.
+
+    A shell does that for a word of its own, and not within `imagefolder:~/photos` or a recipe.
+    """
+    found = re.match(r"(?:[\w/-]+:)?(?=~(?:/|$))", text)
+    if found is None:
+        return text
+    home = os.path.expanduser("~")
+    if home == "~":
+        raise InputError(f"{text}: you have no home folder that ~ could stand for. Write the path in full.")
+    return f"{found[0]}{home}{text[found.end() + 1 :]}"
 
 
 def cache_folder() -> Path:

@@ -347,7 +347,12 @@ class Job:
             notes={},
             teacher=teacher,
             train=training,
-            data=replace(recipe.data, use=plugins.split_name(recipe.data.use)[0], options=written_options(self._data_options())),
+            data=replace(
+                recipe.data,
+                use=plugins.split_name(recipe.data.use)[0],
+                held_out=self.real.held_out or recipe.data.held_out,
+                options=written_options(self._data_options()),
+            ),
             network=replace(recipe.network, model=plugins.split_name(recipe.network.model)[0], options=written_options(self.model.options)),
             initializer=replace(
                 recipe.initializer,

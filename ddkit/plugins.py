@@ -188,6 +188,8 @@ def find(kind: str, name: str) -> Plugin:
     matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", _canonical(p.distribution))]
     if not matches:
         names = {p.name for p in of_kind}
+        if kind == "dataset" and (use := _use_of_path(name)):
+            raise PluginError(f"There is no dataset '{name}', which is a path. Say what is there: --dataset {use}")
         raise PluginError(
             f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed; "
             "--plugin FILE adds a file of yours.)"
@@ -196,6 +198,13 @@ def find(kind: str, name: str) -> Plugin:
         owners = " and ".join(f"{p.distribution}/{p.name}" for p in matches)
         raise PluginError(f"The {kind} '{name}' is claimed by two distributions: say {owners}.")
     return matches[0]
+
+
+def _use_of_path(name: str) -> str:
+    """Returns how images at the path `name` are given as a dataset, "" for what is no path."""
+    if name.lower().endswith(".npz"):
+        return f"npz:{name}"
+    return f"imagefolder:{name}" if name.startswith((".", "/", "~")) or os.path.isdir(name) else ""
 
 
 def status(plugin: Plugin) -> tuple[str, str]:

@@ -32,7 +32,16 @@ class DataTable(PluginTable):
         Literal["test", "held-out"],
         Option("what evaluations test on: the test split, or training images that are not accessible, to choose settings by"),
     ] = "test"
-    held_out: Annotated[int, Option("images of each class that are held out", ge=1)] = 200
+    held_out: (
+        Annotated[
+            int,
+            Option(
+                "images of each class that are held out; left out: a fifth of the smallest class beside the accessible ones, at most 200",
+                ge=1,
+            ),
+        ]
+        | None
+    ) = None
     memory: Annotated[int, Option("MiB that decoded images may take; more of them are read from the disk as they are needed", ge=1)] = 2048
 
 

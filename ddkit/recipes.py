@@ -13,7 +13,7 @@ import msgspec
 
 from ddkit import plugins
 from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
-from ddkit.files import MOST_TOML, read_text
+from ddkit.files import MOST_TOML, read_text, with_home
 from ddkit.options import fields, parse_struct
 from ddkit.recipe import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
 
@@ -39,7 +39,7 @@ def read_recipe(name: str) -> Raw:
 def read_named(kind: str, name: str) -> Raw:
     """Returns the TOML data of an installed recipe or study, or of a file; raises InputError with the nearest name."""
     if "/" in name or name.endswith(".toml"):
-        return parse_toml(Path(name), kind)
+        return parse_toml(Path(with_home(name)), kind)
     known = {p.name: p for p in reversed(plugins.plugins()) if p.kind == kind}
     if name not in known:
         hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
@@ -84,7 +84,16 @@ def build_recipe(
     check_depth(raw, "The recipe with what was set")
     if isinstance(raw.get("blend"), Mapping):
         raw["blend"] = _with_shared_settings(raw, override)
-    return parse_recipe(raw)
+    return parse_recipe({key: value if key in TOLD_APART else _with_home(value) for key, value in raw.items()})
+
+
+def _with_home(value: Any) -> Any:
+    """Returns a value of a recipe with the user's home folder for the `~` of its paths."""
+    if isinstance(value, str):
+        return with_home(value)
+    if isinstance(value, Mapping):
+        return {key: _with_home(item) for key, item in value.items()}
+    return [_with_home(item) for item in value] if isinstance(value, list) else value
 
 
 OF_THE_BLEND = ("name", "summary", "source", "notes", "blend", "evaluators", "ipc", "pipc", "steps", "seed")

@@ -644,6 +644,38 @@ def test_an_image_that_may_not_be_read_is_told_as_that(image_folder: Path, monke
     assert "decoded" not in str(caught.value)
 
 
+# where data are
+
+
+@pytest.mark.parametrize(
+    ("name", "use"), [("../photos", "imagefolder:../photos"), ("photos", "imagefolder:photos"), ("./x.npz", "npz:./x.npz")]
+)
+def test_a_path_in_the_place_of_a_dataset_is_told_how_it_is_given(cli: Callable[..., Result], name: str, use: str) -> None:
+    Path("photos").mkdir()
+    result = cli("distill", "--losses", "dm", "--dataset", name)
+    assert (result.code, result.out) == (3, "")
+    assert f"--dataset {use}" in " ".join(result.err.split())
+    assert "which is a path" not in cli("distill", "--losses", "dm", "--dataset", "digitz").err  # negative control
+
+
+def test_a_leading_tilde_is_the_home_folder(
+    cli: Callable[..., Result], image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text('losses.dm = {}\ndata.path = "~/images"\ndata.use = "imagefolder"\n')
+    flags = ("distill", "--plan", "--json", "--pipc", 2, "--recipe", "~/r.toml", "--teacher", "~/teacher.safetensors")
+    for more in ((), ("--dataset", "imagefolder:~/images"), ("--dataset", "imagefolder", "--set", "data.path=~/images")):
+        result = cli(*flags, *more)
+        assert result.code == 0, result.err
+        recipe = json.loads(result.out)["recipe"]
+        assert (recipe["data"]["path"], recipe["teacher"]["use"]) == (str(image_folder), str(teacher))
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((8, 8, 8), np.uint8), y_train=np.arange(8) % 2)
+    assert cli("distill", "--losses", "dm", "--plan", "--pipc", 2, "--dataset", "npz:~/x.npz").code == 0
+    assert f"The image folder {Path.cwd()}/~images" in " ".join(
+        cli("distill", "--losses", "dm", "--dataset", "imagefolder:~images").err.split()
+    )
+
+
 # practical access
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from ddkit.data import RealData, open_dataset
 from ddkit.options import describe_options
 from ddkit.recipe import DataTable
 from ddkit.training import Schedule, fit
-from tests.conftest import SMALL_FLAGS, Result
+from tests.conftest import SMALL_FLAGS, Result, write_image_folder
 
 ROOT = Path(__file__).parents[1]
 CLI = Callable[..., Result]
@@ -65,14 +67,47 @@ def test_labels_are_those_of_the_held_out_images() -> None:
 
 @pytest.mark.parametrize(
     ("pipc", "held_out", "said"),
-    [("all", 1, "--pipc with a number below 140"), (139, 200, "held_out=1 or less"), (100, 41, "held_out=40 or less"), (500, 1, "--pipc")],
+    [
+        ("all", 1, "--pipc 139"),
+        (139, 200, "held_out=1"),
+        (100, 41, "held_out=40"),
+        (500, 200, "--pipc 112 or less with --set data.held_out=28"),
+    ],
 )
 def test_too_few_images_to_hold_out_are_told_before_the_run(pipc: int | str, held_out: int, said: str, cli: CLI) -> None:
     flags = ("--set", "data.test=held-out", "--set", f"data.held_out={held_out}", "--pipc", pipc)
     result = cli("distill", "--losses", "dm", "--plan", *flags)
     assert (result.code, result.out) == (4, "")
     assert "has 140 in all" in " ".join(result.err.split())
-    assert said in " ".join(result.err.split())
+    told = " ".join(result.err.split())
+    assert said in told
+    advised = re.findall(r"--pipc \d+|--set data\.held_out=\d+", told.partition("Use ")[2])
+    assert cli("distill", "--losses", "dm", "--plan", *flags, *" ".join(advised).split()).code == 0  # it works as printed
+
+
+@pytest.mark.parametrize(("each", "pipc"), [(8, 50), (8, "all"), (8, 2), (2, 5)])
+def test_without_test_images_the_advised_command_works_whatever_the_data(cli: CLI, tmp_path: Path, each: int, pipc: int | str) -> None:
+    folder = write_image_folder(tmp_path / "images", train=each)
+    shutil.rmtree(folder / "test")
+    flags = ("distill", "--losses", "dm", "--plan", "--dataset", f"imagefolder:{folder}", "--pipc", pipc)
+    failed = cli(*flags)
+    assert failed.code == 4
+    advised = " ".join(failed.err.split()).partition("hold out training images: ")[2].rstrip(".").split()
+    assert advised[:2] == ["--set", "data.test=held-out"]
+    done = cli(*flags, "--json", *advised)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["recipe"]["data"]["held_out"] == 1
+
+
+def test_a_fifth_of_the_smallest_class_is_held_out_and_recorded(cli: CLI) -> None:
+    def planned(*flags: object) -> int:
+        return int(
+            json.loads(cli("distill", "--losses", "dm", "--plan", "--json", "--set", "data.test=held-out", *flags).out)["recipe"]["data"][
+                "held_out"
+            ]
+        )
+
+    assert (planned(), planned("--pipc", 120), planned("--set", "data.held_out=7")) == (28, 20, 7)
 
 
 def test_as_many_as_are_left_can_be_held_out(cli: CLI) -> None:
