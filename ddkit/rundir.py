@@ -34,6 +34,7 @@ from ddkit.names import RECIPE as RECIPE
 from ddkit.names import REPORT as REPORT
 from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import check_depth
+from ddkit.shares import typical_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +54,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     steps: int
     seconds: float
     evaluations: list[Evaluation]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The losses' median shares of the gradient on the images, {} for a run of one loss or of an older version."""
+        return typical_shares(read_metrics(self.path))
 
     def _repr_png_(self) -> bytes | None:
         """Returns the picture of the set, which a notebook shows for a run."""
@@ -321,6 +327,15 @@ def _occupied(path: Path) -> RunFilesError:
     unfinished = (path / RECIPE).is_file() and not (path / MANIFEST).is_file()
     going_on = f", or continue the run that is there: ddkit distill --out {path} --resume" if unfinished else ""
     return RunFilesError(f"--out {path} already holds something. Name another folder{going_on}.")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the metrics of a run, [] for a run without; raises RunFilesError where they cannot be read."""
+    file = folder / METRICS
+    try:
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFilesError(f"{file} cannot be read: {error}.") from None
 
 
 def is_logged(index: int, steps: int, log_every: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,10 @@ from ddkit.ranks import Ranks
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import flattened
 from ddkit.reporting import close_run, known_spectrum
-from ddkit.rundir import EVALUATION, Follower, Run, RunDirectory, is_logged, save_set
+from ddkit.rundir import EVALUATION, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
+from ddkit.shares import silent
+
+log = logging.getLogger("ddkit")
 
 
 class Place(NamedTuple):
@@ -108,6 +112,9 @@ def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: i
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     job.ranks.wait()  # its file is there
+    if job.ranks.first:
+        for sentence in silent(read_metrics(directory.path), {label: loss.weight for label, loss in recipe.losses.items()}):
+            log.warning("%s", sentence)
     evaluations = _evaluate_run(job, load(directory.path / SET), directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.first:

@@ -161,6 +161,7 @@ def _show_run(run: Any, as_json: bool) -> None:
                 "run": str(run.path),
                 "steps": run.steps,
                 "seconds": round(run.seconds, 3),
+                "shares": run.shares,
                 "evaluations": rows,
             }
         )
@@ -168,7 +169,11 @@ def _show_run(run: Any, as_json: bool) -> None:
     if run.evaluations:
         show(evaluation_table(run.evaluations))
         show("")
-    show(f"{run.steps} steps in {run.seconds:.1f} s\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
+    from ddkit.shares import words
+
+    own = run.shares
+    gradient = f"\ngradient {words(own)} (share of each loss, median of the logged steps)" if own else ""
+    show(f"{run.steps} steps in {run.seconds:.1f} s{gradient}\nrun      {run.path}\npicture  {run.path / 'preview.png'}")
     if (run.path / "report.html").is_file():
         show(f"report   {run.path / 'report.html'}")
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from ddkit.hookspecs import hookimpl
 from ddkit.ranks import follows
+from ddkit.shares import shares, words
 
 log = logging.getLogger("ddkit")
 
@@ -29,10 +30,12 @@ class Narrator:
 
     @hookimpl
     def step_finished(self, index: int, steps: int, record: Mapping[str, Any] | None) -> None:
-        """Tells the losses where they were logged."""
+        """Tells the losses, and their shares of the gradient on the images, where they were logged."""
         if record is not None:
             terms = ", ".join(f"{label} {term['raw']:.4g}" for label, term in record["losses"].items())
-            log.info("step %d of %d: total %.4g (%s)", index + 1, steps, record["total"], terms)
+            own = shares(record)
+            gradient = f"; gradient: {words(own)}" if own else ""
+            log.info("step %d of %d: total %.4g (%s)%s", index + 1, steps, record["total"], terms, gradient)
 
     @hookimpl
     def stage_progress(self, stage: str, done: int, total: int) -> None:

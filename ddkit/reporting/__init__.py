@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from ddkit.names import FILM, SET
 from ddkit.reporting import making, sections
 from ddkit.reporting.page import page
 from ddkit.reporting.sections import Files, head, spectrum_bins
-from ddkit.rundir import EVALUATION, LOCK_SECONDS, METRICS, RECIPE, REPORT, RunDirectory, versions
+from ddkit.rundir import EVALUATION, LOCK_SECONDS, METRICS, RECIPE, REPORT, RunDirectory, read_metrics, versions
 from ddkit.spectra import radial_spectrum, spread
 
 log = logging.getLogger("ddkit")
@@ -113,11 +112,7 @@ def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
 
 def _metrics(folder: Path) -> list[dict[str, Any]]:
     check_listed(folder, METRICS)
-    file = folder / METRICS
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFilesError(f"{file} cannot be read: {error}.") from None
+    return read_metrics(folder)
 
 
 def _evaluations(folder: Path) -> list[dict[str, Any]]:

@@ -27,6 +27,7 @@ from ddkit.reporting.charts import (
 )
 from ddkit.reporting.page import chart, film_table, note, section, table
 from ddkit.reporting.pictures import picture, pictures, sides
+from ddkit.shares import shares, typical_shares
 from ddkit.spectra import radial_spectrum
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
@@ -204,8 +205,23 @@ def losses(files: Files) -> str:
         [label, *(number(points[label][place][1]) for points in (terms["raw"], terms["weighted"]) for place in (0, -1))] for label in labels
     ]
     first, last = lines[0]["step"], lines[-1]["step"]
-    figures = table(["loss", f"raw, step {first}", f"raw, step {last}", f"weighted, step {first}", f"weighted, step {last}"], rows)
+    columns = ["loss", f"raw, step {first}", f"raw, step {last}", f"weighted, step {first}", f"weighted, step {last}"]
+    typical = typical_shares(lines)
+    if typical:
+        charts.insert(1, _shares(lines, labels))
+        rows = [[*row, f"{100 * typical.get(row[0], 0.0):.1f} %"] for row in rows]
+        columns.append("share of the gradient, median")
+    figures = table(columns, rows)
     return section("Losses", f'<div class="charts">{"".join(charts)}</div>', figures)
+
+
+def _shares(lines: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
+    """Returns the chart of the losses' shares of the gradient on the images: of the norms of their weighted gradients."""
+    found = [(line["step"], own) for line in lines if (own := shares(line))]
+    curves = [Line(label, [(step, 100 * own[label]) for step, own in found if label in own]) for label in labels]
+    what = "Shares of the gradient on the images"
+    drawing = line_chart(curves, x="step", y="% of the sum of norms", log=False, what=f"{what}: {', '.join(labels)} over the steps")
+    return chart(what, drawing, legend(labels))
 
 
 def _curves(title: str, lines: Sequence[Line], y: str, *, known: bool = True) -> str:
