@@ -65,6 +65,7 @@ _HOMES = {
         "Arithmetic", "compiled", "decide_arithmetic", "is_compiled", "pick_precision", "products", "to_device", "tune_process",
     ),
     "ddkit.decode": ("grid",),
+    "ddkit.escaping": ("markdown",),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
@@ -150,6 +151,7 @@ __all__ = [
     "import_file",
     "is_compiled",
     "load",
+    "markdown",
     "on_disk",
     "open_regular",
     "passed_dataset",

@@ -11,7 +11,8 @@ import msgspec
 import torch
 
 from ddkit.artifact import load
-from ddkit.errors import DdkitError, printable
+from ddkit.errors import DdkitError
+from ddkit.escaping import markdown
 from ddkit.files import write_atomic
 from ddkit.images import sheet_png
 from ddkit.manifest import MANIFEST, read_manifest
@@ -102,6 +103,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     means = [row["accuracy_mean"] for _, row in done]
     spectra = _spectra([task.path for task, _ in done]) if study.blends is not None and done else (None, [])
     comparable, warnings = _told_by([task for task, _ in done], study, first)
+    warnings += dict.fromkeys(f"{first.label}: {row['details']['summary']}" for _, row in done if row["details"].get("summary"))
     return Figure(
         ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
         title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
@@ -191,7 +193,7 @@ def report_table(report: Report, style: str = "simple") -> str:
     header[3:3] = ["alpha"] if blends else []
     header += ["high freq."] if spectra else []
     rows = [_line(figure, blends, spectra) for figure in report.figures]
-    rows = [[_markdown(cell) for cell in row] for row in rows] if style == "pipe" else rows
+    rows = [[markdown(cell) for cell in row] for row in rows] if style == "pipe" else rows
     left = [f.label for f in report.figures if f.state in ("not run", "partly")]
     soft = any(figure.labels == "soft" for figure in report.figures)
     notes = [f"{report.study}: accuracy in % on {'held-out training images' if report.split == 'held-out' else 'the test set'}, "
@@ -203,7 +205,7 @@ def report_table(report: Report, style: str = "simple") -> str:
     notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
     aligned = ["right", "right", *["left"] * (len(header) - 2)]
     table = tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned)
-    return "\n\n".join([table, "\n".join(map(_markdown, notes) if style == "pipe" else notes)])
+    return "\n\n".join([table, "\n".join(map(markdown, notes) if style == "pipe" else notes)])
 
 
 def _data_notes(report: Report) -> list[str]:
@@ -222,13 +224,6 @@ def _data_notes(report: Report) -> list[str]:
         )
     notes += [f"Teacher: {', '.join(filter(None, teachers))}."] if any(teachers) else []
     return notes
-
-
-def _markdown(text: str) -> str:
-    """Returns text that stays itself in a cell of a Markdown table: no other cell, no line, no HTML."""
-    for sign, escaped in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "\\`")):
-        text = text.replace(sign, escaped)
-    return " ".join(printable(text).split())
 
 
 def _line(figure: Figure, blends: bool, spectra: bool) -> list[str]:

@@ -93,8 +93,9 @@ def test_random_real_images_beside_it_are_as_many_as_are_stored(cli: Cli, monkey
 
     monkeypatch.setattr(trainer.Trainer, "training_set", spy)
     flags = [*SMALL_FLAGS, *FOUR, "--set", "evaluators.accuracy.workers=1"]
-    assert cli("distill", "--losses", "dm", "--ipc", 2, "--pipc", 10, *flags, "--out", "run").code == 0
+    told = cli("distill", "--losses", "dm", "--ipc", 2, "--pipc", 10, *flags, "--out", "run")
     assert seen == {"synthetic": 80, "random real": 20}
+    assert "% (2 a class, beside 8 decoded ones)" in told.out
 
 
 def test_the_first_image_of_a_run_without_steps_is_a_grid_of_accessible_ones(tmp_path: Path) -> None:

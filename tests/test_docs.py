@@ -128,7 +128,9 @@ def _faster(words: list[str]) -> list[str]:
     if words[0] not in ("distill", "train", "evaluate"):
         return words
     without = ("width",) if any(word.startswith("python:") for word in words) else ("teacher.width",) if "--teacher" in words else ()
-    return [*words, *(part for path, value in SMALL.items() if not path.endswith(without) for part in ("--set", f"{path}={value}"))]
+    tables = {"train": ("train", "teacher"), "evaluate": ("train", "teacher", "evaluators")}.get(words[0])  # others do nothing there
+    small = {path: value for path, value in SMALL.items() if not path.endswith(without) and (tables is None or path.startswith(tables))}
+    return [*words, *(part for path, value in small.items() for part in ("--set", f"{path}={value}"))]
 
 
 @pytest.mark.parametrize("page", [page for page in HOW_TO if page.stem != "index"], ids=_name)

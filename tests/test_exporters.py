@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import hashlib
 import importlib.util
@@ -11,20 +12,23 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from ddkit_exporters.card import eight_bit
-from ddkit_exporters.names import folder_names, markdown
+from ddkit_exporters.card import Layout, card, eight_bit
+from ddkit_exporters.names import folder_names
 from PIL import Image
 
 import ddkit
 from ddkit import exporting, plugins
 from ddkit.artifact import Artifact
+from ddkit.manifest import read_manifest
 from tests.conftest import SMALL, Result
 
 Cli = Callable[..., Result]
@@ -273,7 +277,7 @@ def card_of(run: Path, out: Path) -> str:
 
 def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, run: Path, cli: Cli) -> None:
     before = card_of(run, tmp_path / "before").partition("## Closeness to real images")[2].partition("\n## ")[0]
-    assert "The set began with real images (initializer `real`). How close its images are to real ones was not measured" in before
+    assert "The set began with real images (initializer real). How close its images are to real ones was not measured" in before
     assert "Do not claim that the set hides the images that it was made from." in before
     copy = shutil.copytree(run, tmp_path / "copy")
     assert cli("evaluate", copy, "--evaluate", "memorisation,spectrum").code == 0
@@ -296,14 +300,14 @@ def test_the_card_claims_nothing_where_images_began_as_noise_and_stayed_far(tmp_
     assert "Warning" not in found
     assert "0 of 10 images are nearer" in found
     assert "no proof that the set protects them" in found
-    assert "The set began with noise (initializer `noise`)." in found
+    assert "The set began with noise (initializer noise)." in found
 
 
 def test_the_card_of_a_coreset_says_that_its_images_are_real_ones(tmp_path: Path, run: Path) -> None:
     path = tmp_path / "coreset"
     ddkit.distill(losses="dm", init="herding", pipc=5, evaluators="memorisation", sets=SMALL | {"steps": 0}, out=path, device="cpu")
     text = card_of(path, tmp_path / "out")
-    assert "They are real images (initializer `herding`), as a run of no steps took them: nothing was optimised." in text
+    assert "They are real images (initializer herding), as a run of no steps took them: nothing was optimised." in text
     assert "10 of 10 images are nearer" in text
     assert "The images were optimised" in card_of(run, tmp_path / "other")
 
@@ -349,7 +353,68 @@ def test_class_names_break_neither_the_tables_nor_the_page(tmp_path: Path) -> No
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
     assert "<script>" not in text
     assert "\x1b" not in text
-    assert markdown("<b>|`*\n") == r"&lt;b&gt;\|\`\*\\n"
+
+
+HOSTILE = "\n\n---\n# h <img src=x> <!-- [a](http://b.example) ![c](d) | e | `f` ``` https://g.example www.h.example i@j.example"
+
+
+def _replaced(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yields (path, copy) for every leaf and every key in nested dicts and lists, the copy with hostile text in that place."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        if isinstance(value, dict):
+            yield (*path, f"{key} itself"), {(HOSTILE if other == key else other): each for other, each in value.items()}
+        for where, changed in [((*path, key), HOSTILE), *_replaced(item, (*path, key))]:
+            copied = copy.copy(value)
+            copied[key] = changed
+            yield where, copied
+
+
+def _marks(text: str) -> Counter[str]:
+    """Returns how many headings, rows, cells, links and pieces of HTML or code a Markdown page has, and what GitHub would make links of."""
+    tokens = pytest.importorskip("markdown_it").MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+    found = Counter(token.type for top in tokens for token in (top, *(top.children or [])) if "ddkit" not in token.content)
+    prose = "\n".join(token.content for token in tokens if token.type == "inline")
+    found["autolink"] = len(re.findall(r"://|www\.|@", prose))
+    return Counter({kind: number for kind, number in found.items() if kind not in ("text", "softbreak", "text_special")})
+
+
+def test_no_word_of_a_run_is_more_than_text_on_its_card(run: Path) -> None:
+    made, layout = ddkit.load(run), Layout(("code",), folders=[f"folder-{number}" for number in range(10)])
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    rows += [rows[0] | {"evaluator": "memorisation", "details": {"summary": "1 of 10", "close": 1, "quantile": 0.05, "nearest": [1]}}]
+    told = {
+        "metadata": {key: made.metadata[key] for key in ("recipe", "seed", "pipc", "ipc")}, "evaluations": rows, "recipe":
+        tomllib.loads((run / "recipe.toml").read_text()), "manifest": read_manifest(run) | {"teacher": {"sha256": "12"}},
+    }  # fmt: skip
+
+    def page(told: dict[str, Any]) -> str:
+        artifact = Artifact(made.images, made.labels, made.metadata | told["metadata"])
+        parts = {key: told[key] for key in ("evaluations", "recipe", "manifest")}
+        artifact.provenance = ddkit.Provenance(sha256="34", **parts)
+        front, text = card(artifact, layout).removeprefix("---\n").split("\n---\n", 1)
+        assert len(front.splitlines()) == 15
+        return text.partition("\n## Recipe")[0]
+
+    usual, seen = _marks(page(told)), 0
+    shown = {"losses", "data", "name", "initializer"}
+    for path, changed in _replaced(told):
+        if path[0] == "recipe" and (len(path) < 2 or str(path[1]).split()[0] not in shown):
+            continue  # the rest stands in a block of code
+        try:
+            text = page(changed)
+        except (AttributeError, TypeError, KeyError):
+            continue  # no dict or list where there must be one, which is refused when the files are read
+        extra = {
+            kind: n
+            for kind, n in (_marks(text) - usual).items()
+            if kind.startswith(("html", "link", "image", "code", "fence", "auto", "hr"))
+        }
+        assert not extra, (path, extra)
+        assert _marks(text)["heading_open"] <= usual["heading_open"] + 1, path
+        seen += "&lt;img src=x&gt;" in text
+    assert seen > 25
+    assert _marks(page(told) + HOSTILE) - usual, "what is not escaped would be seen"
 
 
 def test_no_folder_of_this_machine_is_told(tmp_path: Path, image_folder: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -25,9 +27,11 @@ import ddkit
 from ddkit.arrays import check_declared
 from ddkit.cli.common import LogFormat
 from ddkit.errors import printable
-from ddkit.figures import _markdown
+from ddkit.escaping import markdown
+from ddkit.figures import Figure, Report, report_table
 from ddkit.files import read_tensors, write_tensors
 from ddkit.images import sheet_png
+from ddkit.study import PublishedOn
 from tests.conftest import SMALL, SMALL_FLAGS, Result, png_of, write_image_folder
 
 Cli = Callable[..., Result]
@@ -391,8 +395,49 @@ def test_a_log_line_is_printable() -> None:
     assert LogFormat().format(record) == "class \\u001b[2J"
 
 
-def test_markdown_cells_hold_no_table_html_or_line() -> None:
-    assert _markdown("a|b <img src=x> `c`\n# d & \x1b") == "a\\|b &lt;img src=x&gt; \\`c\\` # d &amp; \\u001b"
+@pytest.mark.parametrize(
+    ("text", "escaped"),
+    [
+        ("a|b <img src=x> `c`\n# d & \x1b", r"a\|b &lt;img src=x&gt; \`c\` # d &amp; \\u001b"),
+        ("# x", r"\# x"),
+        ("1. x", r"1\. x"),
+        ("0.1.0", "0.1.0"),
+        ("![a](http://b) www.c d@e", r"!\[a\](http&#58;//b) www&#46;c d&#64;e"),
+    ],
+)
+def test_markdown_shows_text_as_it_is(text: str, escaped: str) -> None:
+    assert markdown(text) == escaped
+
+
+HOSTILE = "\n# h <img src=x> [a](b) `c` | d | http://e"
+
+
+def test_no_word_of_a_study_is_more_than_text_in_its_report() -> None:
+    figure = Figure(
+        ipc=1, pipc=2, system="s", title="t", protocol="p", labels="hard", steps=3, wanted=2, published=0.5, mean=0.25, sets=1, networks=2,
+        failed="f", dataset="d", teacher="r", comparable=False, warnings=["w"],
+    )  # fmt: skip
+    on = PublishedOn(name="n", dataset="digits", classes=10, shape=(1, 8, 8))
+    report = Report(study="y", summary="", source="", split="test", published_on=on, figures=[figure], pictures=[])
+    usual, seen = report_table(report, "pipe"), 0
+    for field in ("title", "protocol", "failed", "dataset", "teacher"):
+        hostile = msgspec.structs.replace(report, figures=[msgspec.structs.replace(figure, **{field: HOSTILE})])
+        seen += _as_text(report_table(hostile, "pipe"), usual)
+    for field in ("name", "dataset"):
+        seen += _as_text(
+            report_table(msgspec.structs.replace(report, published_on=msgspec.structs.replace(on, **{field: HOSTILE})), "pipe"), usual
+        )
+    hostile = msgspec.structs.replace(report, study=HOSTILE, figures=[msgspec.structs.replace(figure, warnings=[HOSTILE])])
+    seen += _as_text(report_table(hostile, "pipe"), usual)
+    assert seen == 8
+
+
+def _as_text(page: str, usual: str) -> bool:
+    """Returns whether the hostile text is on the page, after checking that it is nothing but text."""
+    assert len(page.splitlines()) == len(usual.splitlines())
+    assert not re.search(r"<img|(?<!\\)[\[`]|://", page)
+    assert len(re.findall(r"(?<!\\)\|", page)) == usual.count("|")
+    return "&lt;img src=x&gt;" in page
 
 
 @pytest.mark.parametrize("flag", ["--markdown", "--quiet"])
@@ -402,4 +447,4 @@ def test_the_title_of_a_study_is_escaped(cli: Cli, tmp_path: Path, flag: str) ->
     result = cli("reproduce", study, "--show", flag)
     assert result.code == 0, result.err
     assert "\x1b" not in result.out
-    assert ("x\\|y &lt;b&gt;\\u001b[31m" if flag == "--markdown" else "x|y <b>\\u001b[31m") in result.out
+    assert (r"x\|y &lt;b&gt;\\u001b\[31m" if flag == "--markdown" else "x|y <b>\\u001b[31m") in result.out

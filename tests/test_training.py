@@ -21,12 +21,14 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit import teachers
+from ddkit.cli.common import evaluation_table
 from ddkit.compute import compiled, pick_device, pick_precision
 from ddkit.data import open_dataset
 from ddkit.errors import FlagError
 from ddkit.files import read_tensors, sha256
 from ddkit.images import Normalisation
 from ddkit.recipe import DataTable, TeacherTable, TrainTable
+from ddkit.reporting.sections import Files, evaluation
 from ddkit.training import Schedule, accuracy, fit
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
@@ -279,6 +281,23 @@ def test_random_real_is_ipc_accessible_images_a_class_drawn_anew(monkeypatch: py
         assert len(set(rows)) == 6
         drawn.append(tuple(rows))
     assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize(("counts", "words"), [((2, 2, 2), ""), ((1, 1, 1), "1 of 2 a class"), ((2, 1, 2), "5 of 6 in all")], ids=str)
+def test_fewer_random_real_images_than_the_set_has_are_counted_and_said(
+    counts: tuple[int, ...], words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder, whole = Recorder(monkeypatch), evaluation_data()
+    rows = torch.cat([(whole.real_labels == label).nonzero().flatten()[:count] for label, count in enumerate(counts)])
+    data = msgspec.structs.replace(whole, real_images=whole.real_images[rows], real_labels=whole.real_labels[rows])
+    made, means = evaluated(data, repeats=1, baselines=["class-mean"])
+    assert [torch.bincount(call["labels"]).tolist() for call in recorder.calls[1:]] == [list(counts)] * 2
+    assert made.details["random_real_images"] == list(counts)
+    assert made.details.get("random_real", "") == means.details.get("summary", "") == words
+    assert (f"random real is {words}" in caplog.text) == bool(words)
+    assert (f"% ({words})" in evaluation_table([made])) == bool(words)
+    report = evaluation(Files(artifact=artifact(), facts={}, evaluations=msgspec.to_builtins([made])))
+    assert (f"% ({words})" in report.replace("\u00a0", " ")) == bool(words)
 
 
 def test_synthetic_and_random_real_networks_start_alike_and_repeats_differ(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,6 +205,12 @@ def _result(row: Any) -> str:
     return said if row.accuracy_mean is None and said else percent(row.accuracy_mean, row.accuracy_std) + (f" ({said})" if said else "")
 
 
+def _random_real(row: Any) -> str:
+    """Returns the accuracy of the random real images, and how many they are if that is not as many as the set has."""
+    said = str(row.details.get("random_real", ""))
+    return percent(row.random_real_mean, row.random_real_std) + (f" ({said})" if said else "")
+
+
 def evaluation_table(rows: Sequence[Any]) -> str:
     """Returns the evaluations as a text table."""
     from tabulate import tabulate
@@ -215,6 +221,6 @@ def evaluation_table(rows: Sequence[Any]) -> str:
         values = [getattr(row, key) for row in rows]
         columns |= {key: values} if any(value != usual for value in values) else {}
     columns["accuracy"] = [_result(row) for row in rows]
-    columns["random real"] = [percent(row.random_real_mean, row.random_real_std) for row in rows]
+    columns["random real"] = [_random_real(row) for row in rows]
     columns["networks"] = [row.repeats for row in rows]
     return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)

@@ -62,7 +62,7 @@ def head(files: Files) -> tuple[str, str, str]:
     own = [row for labels in ("hard", "soft") for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
     row = next(iter(own), None)  # a baseline's is no figure of this set
     if row is not None:
-        beside = f"random real {_percent(row, 'random_real')}; " if row.get("random_real_mean") is not None else ""
+        beside = f"random real {_random_real(row)}; " if row.get("random_real_mean") is not None else ""
         tiles += [
             ("accuracy", _percent(row, "accuracy"), f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}")
         ]
@@ -318,6 +318,12 @@ def _percent(row: Mapping[str, Any], key: str) -> str:
     return f"{told} %".replace(" ", "\u00a0")
 
 
+def _random_real(row: Mapping[str, Any]) -> str:
+    """Returns the accuracy of the random real images, and how many they are if that is not as many as the set has."""
+    said = row.get("details", {}).get("random_real")
+    return _percent(row, "random_real") + (f" ({said})" if said else "")
+
+
 def evaluation(files: Files) -> str:
     """Returns accuracies with random real beside, hard and soft labels apart."""
     parts = []
@@ -327,8 +333,9 @@ def evaluation(files: Files) -> str:
             parts += [f"<h3>{text(title)}</h3>", f'<div class="charts">{_dots(rows, title)}</div>', _figures(rows)]
     words = (
         "Networks trained from scratch on the set, after the last epoch: mean ± sample standard deviation over n networks, which the error "
-        "bars show. Random real: as many random real images of each class, drawn anew for each network from the accessible ones, under the "
-        "same protocol. Figures under different protocols, or with hard and with soft labels, cannot be compared."
+        "bars show. Random real: as many random real images of each class, or as many as stands beside, drawn anew for each network from "
+        "the accessible ones, under the same protocol. Figures under different protocols, or with hard and with soft labels, cannot be "
+        "compared."
     )
     parts = [note(words), *parts] if parts else []
     return section("Evaluation", *parts, *_findings(files)) or section("Evaluation", note("None is recorded."))
@@ -366,7 +373,7 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> str:
             _named(row),
             str(row.get("repeats", "")),
             _percent(row, "accuracy"),
-            _percent(row, "random_real"),
+            _random_real(row),
         ]
         lines.append([*told, more])
     return table(["evaluator", "network and protocol", "n", "accuracy", "random real", "difference"], lines)

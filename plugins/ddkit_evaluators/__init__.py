@@ -11,7 +11,7 @@ import torch
 
 import ddkit
 from ddkit_evaluators.modeloptions import split_options
-from ddkit_evaluators.trainer import SoftLabels, Trainer, trained_in_turn
+from ddkit_evaluators.trainer import SoftLabels, Trainer, real_counts, trained_in_turn
 from ddkit_evaluators.workers import trained_apart
 
 log = logging.getLogger("ddkit")
@@ -99,6 +99,9 @@ class Accuracy(ddkit.Evaluator):
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         models, guides = self._models(data.info), self._guides(artifact, teacher)
+        counts, words = real_counts(artifact, data.real_labels)
+        if self.options.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
+            log.warning("There are fewer accessible real images than the set has: random real is %s (--pipc allows more).", words)
         return [row for name, model in models.items() for soft in guides for row in self._evaluations(name, model, artifact, data, soft)]
 
     def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.Teacher | None) -> list[SoftLabels | None]:
@@ -181,7 +184,11 @@ class Accuracy(ddkit.Evaluator):
         facts |= self._changed
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
-        return [self._row(name, kind, made, real if kind == "synthetic" else [], facts) for kind, made in by_kind.items()]
+        counts, words = real_counts(artifact, data.real_labels)
+        beside = {"random_real_images": counts} | ({"random_real": words} if words else {}) if real else {}
+        fewer = {"summary": words} if sum(counts) < len(artifact.stored_labels) else {}
+        own = {"synthetic": facts | beside, "class-mean": facts | fewer}
+        return [self._row(name, kind, made, real if kind == "synthetic" else [], own.get(kind, facts)) for kind, made in by_kind.items()]
 
     @property
     def _changed(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Ranking(ddkit.Evaluator):
     With accuracies as fractions of 1, hard labels, and the evaluation of `accuracy` under `protocol`:
 
     - hlr, the hard-label recovery: accuracy of a network trained on all real data, less that of one trained on the set; less is better;
-    - ior, the improvement over random: accuracy of the set, less that of as many random real images;
+    - ior, the improvement over random: accuracy of the set, less that of as many random real images (fewer are counted and said);
     - lrs = (e^a - e^-1) / (e - e^-1) with a = 0.5 ior - 0.5 hlr;
     - ars likewise with 0.5 times the improvement over random with augmentation plus 0.5 times that without.
 
@@ -68,7 +68,9 @@ class Ranking(ddkit.Evaluator):
         full = self._full(data, teacher)
         with_, without = (self._accuracy(data.info, augment)(artifact, data, None)[0] for augment in ("auto", "none"))
         found = scores(full, _pair(with_), _pair(without))
-        details = {"summary": ", ".join(f"{name.upper()} {value:.3f}" for name, value in found.items()), **found, "full": full}
+        summary = ", ".join(f"{name.upper()} {value:.3f}" for name, value in found.items())
+        summary += f"; random real: {with_.details['random_real']}" if with_.details.get("random_real") else ""
+        details = {"summary": summary, **found, "full": full}
         details |= {"unaugmented": {"accuracy_mean": without.accuracy_mean, "random_real_mean": without.random_real_mean}}
         return [msgspec.structs.replace(with_, evaluator=self.name, details=with_.details | details)]
 

@@ -20,6 +20,22 @@ def units(of: ddkit.Artifact | ddkit.Teacher) -> ddkit.Normalisation:
     return ddkit.Normalisation(of.mean, of.std)
 
 
+def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int], str]:
+    """Returns how many random real images of each class stand beside a set, and in words how that differs from the set, "" if it does not.
+
+    They are as many as the set stores, or fewer if fewer are accessible. Networks see more of a set whose images are grids.
+    """
+    classes = len(artifact.class_names)
+    stored = artifact.stored_labels.bincount(minlength=classes)
+    found = stored.minimum(real_labels.bincount(minlength=classes)[:classes])
+    uniform, enough = len(stored.unique()) == len(found.unique()) == 1, torch.equal(found, stored)
+    have, of = (int(counts[0] if uniform else counts.sum()) for counts in (found, stored))
+    decoded = len(artifact.labels) // len(artifact.stored_labels)
+    words = f"{have}{'' if enough else f' of {of}'} {'a class' if uniform else 'in all'}"
+    words += f", beside {of * decoded} decoded ones" if decoded > 1 else ""
+    return found.tolist(), "" if enough and decoded == 1 else words
+
+
 class SoftLabels:
     """What a teacher says of images in the units of a set: softmax(logits / temperature), without gradients."""
 
@@ -124,7 +140,7 @@ class Trainer:
             yield own[torch.randperm(len(own), generator=draw)], int(count)
 
     def _random_real(self, repeat: int) -> Labelled:
-        """Returns as many accessible real images of each class as the set has."""
+        """Returns as many accessible real images of each class as the set stores, or all where there are fewer; see real_counts."""
         chosen = torch.cat([rows[:count] for rows, count in self._shuffled("random real", repeat)])
         return self._normalised(self.data.real_images[chosen]), self.data.real_labels[chosen]
 

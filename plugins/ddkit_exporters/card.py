@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import ddkit
-from ddkit_exporters.names import markdown, plain
+from ddkit import markdown
 
 README = "README.md"
 LEVELS = 255
@@ -103,7 +103,7 @@ def _source(artifact: ddkit.Artifact) -> str:
     table = artifact.provenance.recipe.get("data", {})
     name = table.get("use", "") if isinstance(table, Mapping) else str(table)
     path = table.get("path", "") if isinstance(table, Mapping) else ""
-    return plain(f"{name} ({Path(path).name})" if path else name)
+    return f"{name} ({Path(str(path)).name})" if path else str(name)
 
 
 def _title(artifact: ddkit.Artifact) -> str:
@@ -144,8 +144,8 @@ def _start(artifact: ddkit.Artifact) -> str:
     if not name or "blend" in artifact.provenance.manifest:
         return ""
     kinds = {"noise": "noise", "file": "images of an earlier set or folder"}
-    kind = kinds.get(name, "real images" if name in REAL_STARTS else "images")
-    return f"{kind} (initializer `{plain(name)}`)"
+    kind = kinds.get(str(name), "real images" if name in REAL_STARTS else "images")
+    return f"{kind} (initializer {markdown(name)})"
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -174,7 +174,10 @@ def _classes(artifact: ddkit.Artifact, layout: Layout) -> str:
     rows = [[str(label), markdown(name), str(counts[label])] for label, name in enumerate(artifact.class_names)]
     if layout.folders:
         head, line = [*head, "folder"], line + "---|"
-        rows = [[*row, f"`train/{folder}`" if count else "none"] for row, folder, count in zip(rows, layout.folders, counts, strict=True)]
+        rows = [
+            [*row, markdown(f"train/{folder}") if count else "none"]
+            for row, folder, count in zip(rows, layout.folders, counts, strict=True)
+        ]
     table = [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
     if len(rows) > FOLDED:
         table = [f"<details><summary>{len(rows):,} classes</summary>", "", *table, "", "</details>"]
@@ -201,24 +204,24 @@ def _eight_bits(layout: Layout) -> str:
 def _made(artifact: ddkit.Artifact) -> str:
     found, metadata = artifact.provenance, artifact.metadata
     accessible = metadata.get("pipc", found.recipe.get("pipc"))
-    teacher = found.manifest.get("teacher")
-    losses = found.recipe.get("losses", {})
+    teacher, losses = found.manifest.get("teacher"), found.recipe.get("losses", {})
+    weights = {label: table.get("weight", 1.0) for label, table in losses.items()}
     facts = {
         "source data": markdown(_source(artifact)),
         "accessible while distilling": "" if accessible is None else _access(accessible),
-        "recipe": markdown(str(metadata.get("recipe") or found.recipe.get("name", ""))),
-        "losses and weights": ", ".join(f"`{plain(label)}` {table.get('weight', 1.0):g}" for label, table in losses.items()),
-        "steps": str(found.manifest.get("steps", found.recipe.get("steps", ""))),
-        "seed": str(metadata.get("seed", "")),
-        "trained model (teacher)": f"yes, sha256 `{teacher['sha256']}`" if teacher else "",
-        "device": markdown(str(found.manifest.get("device", ""))),
+        "recipe": markdown(metadata.get("recipe") or found.recipe.get("name", "")),
+        "losses and weights": ", ".join(f"{markdown(label)} {_figure(weight, '{:g}')}" for label, weight in weights.items()),
+        "steps": markdown(found.manifest.get("steps", found.recipe.get("steps", ""))),
+        "seed": markdown(metadata.get("seed", "")),
+        "trained model (teacher)": f"yes, sha256 {markdown(teacher.get('sha256'))}" if isinstance(teacher, Mapping) else "",
+        "device": markdown(found.manifest.get("device", "")),
     }
     rows = [f"| {key} | {value} |" for key, value in facts.items() if value]
     return "\n".join(["## How it was made", "", "| | |", "|---|---|", *rows]) if rows else ""
 
 
 def _access(pipc: int | str) -> str:
-    return "all training images" if pipc == "all" else f"{pipc} real image{'s' if pipc != 1 else ''} of each class"
+    return "all training images" if pipc == "all" else f"{markdown(pipc)} real image{'s' if pipc != 1 else ''} of each class"
 
 
 def _accuracy(artifact: ddkit.Artifact) -> str:
@@ -227,8 +230,8 @@ def _accuracy(artifact: ddkit.Artifact) -> str:
         return "## Accuracy\n\nNone is recorded. (`ddkit evaluate RUN` measures it.)"
     parts = [
         "## Accuracy\n\nOf networks trained from scratch on the set, after the last epoch, in %: mean ± sample standard deviation over n "
-        "networks. Random real is the same with as many random real images of each class, drawn from the accessible ones. Figures under "
-        "different protocols, or with hard and with soft labels, cannot be compared."
+        "networks. Random real is the same with as many random real images of each class, or as many as stands beside it, drawn from the "
+        "accessible ones. Figures under different protocols, or with hard and with soft labels, cannot be compared."
     ]
     for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels (the teacher's probabilities)")):
         own = [row for row in rows if row.get("labels", "hard") == labels and row.get("accuracy_mean") is not None]
@@ -241,7 +244,7 @@ def _accuracy(artifact: ddkit.Artifact) -> str:
 def _findings(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns what evaluators say in words, those too that have no accuracy, "" where none does."""
     told = [(row, str(row.get("details", {}).get("summary", ""))) for row in rows]
-    lines = [f"| {markdown(str(row.get('evaluator', '')))} | {markdown(words)} |" for row, words in told if words]
+    lines = [f"| {markdown(row.get('evaluator', ''))} | {markdown(words)} |" for row, words in told if words]
     return "\n".join(["### What else was found", "", "| evaluator | finding |", "|---|---|", *lines]) if lines else ""
 
 
@@ -255,8 +258,12 @@ def _closeness(artifact: ddkit.Artifact) -> str:
         words += " Do not claim that the set hides the images that it was made from." if "noise" not in start else ""
         return f"## Closeness to real images\n\n{' '.join(part for part in (began, words) if part)}"
     details = row.get("details", {})
-    close, count, share = int(details.get("close", 0)), len(details.get("nearest", ())), 100 * (1 - float(details.get("quantile", 0.05)))
-    measured = f"{close} of {count} images are nearer to a real image that the run could see than {share:g} % of those are to each other."
+    close, quantile = details.get("close", 0), details.get("quantile", 0.05)
+    share = 100 * (1 - quantile) if isinstance(quantile, float) else "most"
+    measured = (
+        f"{markdown(close)} of {len(details.get('nearest', ()))} images are nearer to a real image that the run could see than "
+        f"{_figure(share, '{:g}')} % of those are to each other."
+    )
     warning = (
         f"**Warning: this set shows real images.** {measured} It does not hide the images that it was made from: "
         "publish it only where those may be published."
@@ -273,14 +280,20 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         epochs, variant = (f"{details['epochs']} epochs" if details.get("epochs") else ""), str(details.get("variant") or "")
         told[2] = ", ".join(part for part in (told[2], "" if epochs and epochs in variant else epochs, variant) if part)
         figures = [_percent(row.get(f"{key}_mean"), row.get(f"{key}_std")) for key in ("accuracy", "random_real")]
-        lines.append(f"| {' | '.join([*map(markdown, told), str(row.get('repeats', '')), *figures])} |")
+        figures[1] += f" ({markdown(details['random_real'])})" if details.get("random_real") else ""
+        lines.append(f"| {' | '.join([*map(markdown, [*told, row.get('repeats', '')]), *figures])} |")
     return "\n".join(lines)
 
 
-def _percent(mean: float | None, std: float | None) -> str:
+def _percent(mean: Any, std: Any) -> str:
     if mean is None:
         return "not measured"
-    return f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+    return " ± ".join(_figure(100 * value if isinstance(value, float) else value, "{:.1f}") for value in (mean, std) if value is not None)
+
+
+def _figure(value: Any, form: str) -> str:
+    """Returns a number as `form` writes it; what else stands in its place in a file of a run, as text."""
+    return form.format(value) if isinstance(value, int | float) else markdown(value)
 
 
 def _licence(artifact: ddkit.Artifact) -> str:
@@ -295,10 +308,12 @@ def _files(artifact: ddkit.Artifact, layout: Layout) -> str:
     digests = {"synthetic.safetensors (the set that this was made from)": artifact.provenance.sha256}
     digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in layout.files}
     versions = artifact.provenance.manifest.get("versions", {})
-    lines = [f"| {name} | `{digest}` |" for name, digest in digests.items() if digest]
+    lines = [f"| {markdown(name)} | `{digest}` |" for name, digest in digests.items() if digest]
     parts = [["| file | sha256 |", "|---|---|", *lines]] if lines else []
     parts += (
-        [["Made with " + ", ".join(f"{plain(name)} {plain(str(version))}" for name, version in versions.items()) + "."]] if versions else []
+        [["Made with " + ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in versions.items()) + "."]]
+        if versions
+        else []
     )
     return "\n\n".join(["## Files and versions", *("\n".join(part) for part in parts)]) if parts else ""
 

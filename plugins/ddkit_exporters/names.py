@@ -1,9 +1,8 @@
-"""Class names as names of folders, and as text of a Markdown page."""
+"""Class names as names of folders."""
 
 from __future__ import annotations
 
 import hashlib
-import html
 import re
 from collections.abc import Sequence
 
@@ -45,13 +44,3 @@ def _escaped(name: str) -> str:
 
 def _percent(char: str) -> str:
     return "".join(f"%{byte:02X}" for byte in char.encode(errors="surrogatepass"))
-
-
-def plain(text: str) -> str:
-    r"""Returns `text` on one line, what is not printable as escapes ("a\nb" as "a\\nb")."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode("ascii") for char in text)
-
-
-def markdown(text: str) -> str:
-    """Returns `text` so that Markdown, also in a table, shows it as it is."""
-    return re.sub(r"([\\`*_{}\[\]()#+!|~-])", r"\\\1", html.escape(plain(text), quote=False))
