@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, resume, train
     from ddkit.arrays import read_arrays
     from ddkit.artifact import Artifact, Provenance, load
-    from ddkit.children import Child, ChildEnded
+    from ddkit.children import Child, ChildEnded, reply
     from ddkit.components import (
         API_VERSION,
         Augmenter,
@@ -56,7 +56,7 @@ _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "resume", "train"),
     "ddkit.arrays": ("read_arrays",),
     "ddkit.artifact": ("Artifact", "Provenance", "load"),
-    "ddkit.children": ("Child", "ChildEnded"),
+    "ddkit.children": ("Child", "ChildEnded", "reply"),
     "ddkit.components": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
         "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
@@ -160,6 +160,7 @@ __all__ = [
     "radial_spectrum",
     "read_arrays",
     "redraw",
+    "reply",
     "report",
     "resume",
     "sheet_png",

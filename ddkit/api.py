@@ -98,15 +98,20 @@ def distill(
     (elsewhere this process is alone). Raises DdkitError.
     """
     losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
-    permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
+    named = {"model": model, "dataset": dataset, "init": init, "augment": augment, "evaluators": evaluators}
     place = None if out is None else Path(out)
-    with passing(dataset) as data, permission.allowing(allow_code):
+    with passing(dataset) as data, permission.granting(named, sets, _table(recipe), everything=allow_code):
         built = recipe_for(
             recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
             ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
             augmenter__use=augment, data__dir=data_dir, **data,
         )  # fmt: skip
         return run_recipe(built, losses=losses, device=device, out=place, observers=observers, distributed=distributed)
+
+
+def _table(recipe: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Returns a recipe that was given as data, which is the caller's own; None for one in a file."""
+    return None if isinstance(recipe, str) else recipe
 
 
 def run_recipe(
@@ -159,7 +164,7 @@ def resume(
     """
     if isinstance(dataset, str):
         raise FlagError("dataset: a run is continued on its own data. Pass the object that it was begun with, or leave it out.")
-    with permission.allowing(allow_code), passing(dataset), group(wanted=distributed) as ranks:
+    with permission.granting(everything=allow_code), passing(dataset), group(wanted=distributed) as ranks:
         return _resume(Path(path), steps, Place(own_device(device), ranks, observers))
 
 
@@ -248,13 +253,13 @@ def train(
     Folders of `out` that are missing are made, and do not stay where the training fails. `dataset` is as for distill. `allow_code` lets
     Python code run that a recipe file names.
     """
-    permission.named_by_user({} if isinstance(recipe, str) else recipe, model, sets)
+    named = {"model": model, "dataset": dataset}
     path = Path(out)
     if path.exists():
         raise RunFilesError(f"--out {path} exists already; name a new file.")
     if path.suffix in PICKLED:
         raise FlagError(f"--out {path}: a teacher file is safetensors. Name it {path.with_suffix('.safetensors')}.")
-    with passing(dataset) as data, permission.allowing(allow_code), folders_of(path):
+    with passing(dataset) as data, permission.granting(named, sets, _table(recipe), everything=allow_code), folders_of(path):
         built = recipe_for(
             recipe, model=model, evaluators="none", sets=list((sets or {}).items()), data__dir=data_dir, seed=seed, **data
         )  # fmt: skip

@@ -1,5 +1,7 @@
 """Processes of ddkit's own. They end with the process that started them, and what they answer is JSON: nothing is pickled between them.
 
+What they have to know of it is handed over on their command line: the code that the user named, and the plugin files.
+
 A child's stdin is a pipe whose other end its parent alone holds. The system closes it however the parent ends, also by SIGKILL,
 and the child then sends itself SIGTERM: a run writes a checkpoint, anything else just ends.
 """
@@ -18,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ddkit import output, permission, pluginfile
 from ddkit.errors import RunFailed
 
 
@@ -27,13 +30,33 @@ class ChildEnded(RunFailed):
 
 def command(module: str, *arguments: str) -> list[str]:
     """Returns the command line of `python -m MODULE ARGUMENTS...` as a child, which is started with stdin=PIPE."""
-    return [sys.executable, "-P", "-m", "ddkit.children", module, *arguments]
+    return [sys.executable, "-P", "-m", "ddkit.children", handed_over(), module, *arguments]
+
+
+def handed_over() -> str:
+    """Returns what take_over() in a process that this one starts makes known there: grants, and plugin files with their sha256."""
+    values, everything = permission.granted()
+    return json.dumps({"values": sorted(values), "everything": everything, "plugin_files": pluginfile.known()})
+
+
+def take_over(text: str) -> None:
+    """Makes known in this process what the one that started it handed over; from now on its stdout is for reply() alone."""
+    output.answers()
+    found = json.loads(text)
+    pluginfile.remember(found["plugin_files"])
+    permission.grant_process(permission.Granted(frozenset((path, value) for path, value in found["values"]), found["everything"]))
+
+
+def reply(value: Mapping[str, Any]) -> None:
+    """Answers the process that started this one as a Child."""
+    print(json.dumps(value), file=output.answers(), flush=True)
 
 
 class Child:
-    """`python -m MODULE ARGUMENT`, which prints a JSON object when it is ready, and one for each line on its stdin.
+    """`python -m MODULE ARGUMENT`, which calls ddkit.reply with a JSON object when it is ready, and for each line on its stdin.
 
-    `errors` is a file for its stderr; `environment` replaces this process's own. It ends when stop() is called, or with this process.
+    What it prints goes to its stderr, into the file `errors`; `environment` replaces this process's own. It ends when stop() is called, or
+    with this process.
     """
 
     def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -52,11 +75,10 @@ class Child:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """Returns the next JSON object that it prints; raises ChildEnded where it ends first."""
-        while line := self._line():
-            if line.startswith("{"):
-                found: dict[str, Any] = json.loads(line)
-                return found
+        """Returns its next reply; raises ChildEnded if it ends first."""
+        if line := self._line():
+            found: dict[str, Any] = json.loads(line)
+            return found
         raise ChildEnded(f"ended with exit code {self._process.wait()}: {self._last_words()}")
 
     def _line(self) -> str:
@@ -101,5 +123,6 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     _end_with_parent()
-    del sys.argv[0]
+    take_over(sys.argv[1])
+    del sys.argv[:2]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

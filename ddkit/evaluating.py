@@ -62,7 +62,7 @@ def evaluate(
     teacher file names. `distributed`: the processes that torchrun started, all of which call this, share the networks to train. Raises
     DdkitError.
     """
-    permission.named_by_user(model, sets)
+    named = {"model": model, "dataset": dataset, "evaluators": evaluators}
     if evaluators == "none":
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
@@ -71,7 +71,7 @@ def evaluate(
     if directory is not None:
         recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
-    with passing(dataset) as data, permission.allowing(allow_code), group(wanted=distributed) as ranks:
+    with passing(dataset) as data, permission.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
         recipe = _evaluation_recipe(
             artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
             data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,

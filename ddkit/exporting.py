@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ddkit import plugins
+from ddkit import permission, plugins
 from ddkit.artifact import Artifact, Provenance, load
 from ddkit.blame import advice, blamed, called
 from ddkit.components import Exporter
@@ -28,7 +28,8 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
 
     `out` is absent or empty; it holds all files of the exporter, or it is as it was before. Raises DdkitError.
     """
-    exporter: Exporter = plugins.create("exporter", to, options, where="exporter")
+    with permission.granting({"to": to}, {"exporter": options}):
+        exporter: Exporter = plugins.create("exporter", to, options, where="exporter")
     artifact = load(target)
     artifact.provenance = provenance(Path(target))
     with RunDirectory.claim(Path(out)) as directory:

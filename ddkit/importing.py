@@ -380,8 +380,8 @@ def _import_teacher(
     check_outputs(path, names, state)
     info = DataInfo(class_names=tuple(names), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
     table = recipe_for({"name": "import"}, model=model, sets=list(sets.items())).teacher
-    permission.named_by_user(model, sets)
-    factory = plugins.create("model", table.model, table.options, data=info, where="teacher")
+    with permission.granting({"model": model}, sets):
+        factory = plugins.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher")
     own = module.state_dict()
     tensors = {name: _plain(value, name, path) for name, value in state.items()}

@@ -1,71 +1,72 @@
-"""Code that a recipe names, such as `python:module.factory`: it runs where the user named it, never because a file did.
+"""Code that a value names, such as `python:module.factory`: it runs if the user gave that value, never because a file holds it.
 
-What is named on the command line, or handed over in Python, is the user's. A recipe file, a run directory and a teacher file are data,
-whoever wrote them: code that they alone name is refused, unless everything is allowed (`--allow-code`).
+What a flag, `--set` or an argument in Python carries is a grant: a recipe path and the text that stands there. A recipe or study file, a
+run, a teacher and a set are data, whoever wrote them. Grants hold inside one call, in its own thread, and are handed to processes that
+it starts; nothing of them is kept.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 from ddkit.errors import InputError
 
-VARIABLE = "DDKIT_ALLOWED_CODE"  # a JSON list: how processes that a run starts know what the user named
-EVERYTHING = "*"
-NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
+DEEPEST = 32  # levels of tables and lists in what is given, as in a recipe
 
 
-def named_by_user(*values: Any) -> None:
-    """Lets code run that stands in `values` (texts, tables, lists of them), in this process and in those that it starts."""
-    found = {name for text in _texts(values) for part in re.split(r"[,:=]", text) if NAME.fullmatch(name := part.strip(" '\""))}
-    if found - _allowed():
-        _allow(_allowed() | found)
+class Granted(NamedTuple):
+    """What the user gave: `values` are (recipe path, text), lists with commas also word by word; `everything`: whether any code may run."""
+
+    values: frozenset[tuple[str, str]] = frozenset()
+    everything: bool = False
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _texts([*value.keys(), *value.values()])
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _texts(each)
+NOTHING = Granted()
+_granted: ContextVar[Granted] = ContextVar("granted", default=NOTHING)
+
+
+def granted() -> Granted:
+    """Returns what may run here."""
+    return _granted.get()
 
 
 @contextmanager
-def allowing(wanted: bool) -> Iterator[None]:
-    """Inside, code that files name may run too, if that is wanted."""
-    new = wanted and EVERYTHING not in _allowed()
-    if new:
-        _allow(_allowed() | {EVERYTHING})
+def granting(*given: Mapping[str, Any] | None, everything: bool = False) -> Iterator[None]:
+    """Inside, code runs that `given` names: tables from recipe paths to values, as the user gave them; or any code, if `everything` may."""
+    before = granted()
+    values = {pair for table in given if table is not None for pair in _texts(table, "", DEEPEST)}
+    token = _granted.set(Granted(before.values | values, before.everything or everything))
     try:
         yield
     finally:
-        if new:
-            _allow(_allowed() - {EVERYTHING})
+        _granted.reset(token)
 
 
-def check(kind: str, name: str, code: str) -> None:
-    """Raises InputError where `code`, which the component `name` would run, was named by a file alone."""
-    if code and not {code, EVERYTHING} & _allowed():
-        raise InputError(
-            f"The {kind} '{name}:{code}' runs Python code of that name, and a file asks for it (a recipe, a run or a teacher), not you. "
-            f"If you trust it, say so with --allow-code (allow_code=True in Python), or name it yourself with --{kind} {name}:{code}."
-        )
+def grant_process(what: Granted) -> None:
+    """Lets run what another process, which started this one, handed over: for as long as this one lasts."""
+    _granted.set(what)
 
 
-def _allow(names: set[str]) -> None:
-    os.environ[VARIABLE] = json.dumps(sorted(names))
+def _texts(value: Any, path: str, depth: int) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield from ((path, part.strip()) for part in (value, *value.split(",")))
+    elif isinstance(value, Mapping) and depth:
+        for key, item in value.items():
+            yield from _texts(item, f"{path}.{key}" if path else str(key), depth - 1)
+    elif isinstance(value, list | tuple) and depth:
+        for item in value:
+            yield from _texts(item, path, depth - 1)
 
 
-def _allowed() -> set[str]:
-    try:
-        found = json.loads(os.environ.get(VARIABLE) or "[]")
-    except ValueError:
-        return set()
-    return {str(each) for each in found} if isinstance(found, list) else set()
+def check(kind: str, name: str, code: str, options: Collection[str]) -> None:
+    """Raises InputError if the user gave neither `name:code` nor `code` at one of `options`, the recipe paths that can hold it."""
+    values, everything = granted()
+    if everything or not code or any(text == f"{name}:{code}" or (text == code and path in options) for path, text in values):
+        return
+    raise InputError(
+        f"The {kind} '{name}:{code}' runs Python code of that name, and a file asks for it (a recipe, a run or a teacher), not you. "
+        f"If you trust it, say so with --allow-code (allow_code=True in Python), or name it yourself with --{kind} {name}:{code}."
+    )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.util
 import inspect
-import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -19,7 +16,7 @@ from typing import Any
 from ddkit.errors import FlagError, PluginError, RunFilesError
 from ddkit.files import read_bytes
 
-VARIABLE = "DDKIT_PLUGIN_FILES"  # a JSON object, path to sha256: how processes that a run starts know the files, and as what they were
+_KNOWN: dict[str, str] = {}  # path to sha256, of the files that were given in this process, or handed to it by the one that started it
 
 
 class FileChanged(PluginError):
@@ -35,18 +32,15 @@ def checked(path: str | Path) -> Path:
 
 
 def remember(files: Mapping[str, str]) -> None:
-    """Makes these the plugin files of this process and of those that it starts, path to sha256."""
-    os.environ[VARIABLE] = json.dumps(dict(files))
+    """Makes these the plugin files of this process, path to sha256."""
+    given = dict(files)
+    _KNOWN.clear()
+    _KNOWN.update(given)
 
 
 def known() -> dict[str, str]:
     """Returns the plugin files of this process, path to sha256, in the order in which they were given."""
-    try:
-        return {file: str(digest) for file, digest in json.loads(os.environ.get(VARIABLE) or "{}").items()}
-    except (ValueError, TypeError, AttributeError):
-        raise FlagError(
-            f"The environment variable {VARIABLE} is no JSON object of paths and sha256. Unset it, and name files with --plugin."
-        ) from None
+    return dict(_KNOWN)
 
 
 def check_unchanged(began: Mapping[str, str], run: Path) -> None:
@@ -116,8 +110,7 @@ class PluginFile:
         assert spec is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # stdout is the command's
-                loader.exec_module(module)
+            loader.exec_module(module)
         except (Exception, SystemExit) as error:  # a stranger's file can raise anything
             del sys.modules[name]
             cause = f"{type(error).__name__}: {error}{_line(error, self.file)}"

@@ -112,7 +112,7 @@ def plugins() -> tuple[Plugin, ...]:
             listed += _of_file(pluginfile.opened(path, digest))
         except pluginfile.FileChanged:
             raise
-        except PluginError as error:  # named by the environment, and gone or broken here
+        except PluginError as error:  # handed to this process, and gone or broken by now
             log.warning("%s", error)
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
@@ -284,7 +284,8 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
         merged[found.argument] = argument
     options = parse_options(found.Options, merged, where, short, keys_beside(where))
     if found.runs_code and found.argument is not None:
-        permission.check(kind, short, str(getattr(options, found.argument)))
+        paths = (f"{where}.{found.argument}", f"{where}.{short}.{found.argument}")  # the second: in a table of that model, of several
+        permission.check(kind, short, str(getattr(options, found.argument)), paths)
     return options if data is None else found.resolve(options, data)
 
 

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ class _Crew:
                 raise
 
         with ThreadPoolExecutor(self.settings.jobs) as pool:
-            waiting = [pool.submit(guarded, item) for item in items]
+            waiting = [pool.submit(copy_context().run, guarded, item) for item in items]  # what the user named may run in those too
             try:
                 wait(waiting)
             except BaseException:

@@ -58,6 +58,22 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _no_plugin_files() -> Iterator[None]:
+    """Every test begins and ends without plugin files."""
+    yield
+    forget_plugin_files()
+
+
+def forget_plugin_files() -> None:
+    """Makes this process as one that was given no plugin file."""
+    from ddkit import pluginfile, plugins
+
+    if pluginfile.known():
+        pluginfile.remember({})
+        plugins.plugins.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Any]:
     """Yields what stands in for the module subprocess: its processes are forks of one that has imported torch and the like."""
@@ -88,7 +104,6 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.chdir(folder)
 
     def run(*arguments: object) -> Result:
-        monkeypatch.delenv("DDKIT_ALLOWED_CODE", raising=False)  # as in a new process
         monkeypatch.setattr(sys, "argv", ["ddkit", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:

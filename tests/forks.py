@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
@@ -145,6 +146,15 @@ class Forked:
             if self.returncode is None:
                 self.returncode = int(self._told.readline())
             return self.returncode
+
+    def communicate(self) -> tuple[str, str]:
+        """Returns what it prints to stdout and stderr, which are pipes, until it ends."""
+        assert self.stdout is not None
+        assert self.stderr is not None
+        with ThreadPoolExecutor(2) as pool, self.stdout, self.stderr:
+            out, err = pool.map(lambda stream: stream.read(), (self.stdout, self.stderr))
+        self.wait()
+        return out, err
 
     def __del__(self) -> None:
         self._told.close()

@@ -17,12 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ddkit
-from ddkit import permission
-from ddkit.api import resume
 from ddkit.errors import RunFailed
 from ddkit.networks import build_network, embed
-from ddkit.recipe import TeacherTable
-from ddkit.teachers import load_teacher
+from ddkit.permission import granting
 from ddkit.testing.samples import info_of, noise
 from tests.conftest import SMALL, Result
 
@@ -31,15 +28,10 @@ QUICK = {key: value for key, value in SMALL.items() if "width" not in key}
 QUICK_FLAGS = [part for path, value in QUICK.items() for part in ("--set", f"{path}={value}")]
 
 
-@pytest.fixture(autouse=True)
-def nothing_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forgets what other tests named, and what these name."""
-    monkeypatch.setenv(permission.VARIABLE, "[]")
-
-
 def network(name: str, shape: tuple[int, int, int] = (3, 32, 32), **options: Any) -> nn.Module:
     info = info_of(shape, 10)
-    return build_network(ddkit.create("model", name, options, data=info), info, 0, "test")
+    with granting({"model": name}):
+        return build_network(ddkit.create("model", name, options, data=info), info, 0, "test")
 
 
 # torchvision
@@ -231,13 +223,11 @@ def test_a_function_in_the_current_folder_is_a_model(cli: CLI) -> None:
     ],
 )
 def test_a_path_that_leads_nowhere_is_an_error(path: str, error: type[Exception], message: str) -> None:
-    permission.named_by_user(f"python:{path}")
     with pytest.raises(error, match=message):
         network(f"python:{path}", (1, 8, 8))
 
 
 def test_dropout_of_a_users_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    permission.named_by_user("python:tests.factories.with_dropout", "python:tests.factories.small")
     network("python:tests.factories.small", (1, 8, 8))
     assert caplog.text == ""
     network("python:tests.factories.with_dropout", (1, 8, 8))
@@ -245,7 +235,6 @@ def test_dropout_of_a_users_model_is_told(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_a_model_that_ends_in_a_convolution_without_embed_cannot_embed_and_says_so() -> None:
-    permission.named_by_user("tests.factories.convolution_last")
     with pytest.raises(RunFailed, match="neither an embed method nor a linear layer"):
         embed(network("python:tests.factories.convolution_last", (1, 8, 8)), noise((2, 1, 8, 8), "x"))
 
@@ -256,99 +245,12 @@ def test_a_module_that_was_edited_is_told_and_gets_another_automatic_teacher(
     monkeypatch.syspath_prepend(str(tmp_path))
     file = tmp_path / "edited_models.py"
     file.write_text(Path(__file__).with_name("factories.py").read_text())
-    permission.named_by_user("edited_models.small")
-    first = ddkit.create("model", "python:edited_models.small", {}, data=info_of())
-    file.write_text(file.read_text() + "\n# edited\n")
-    again = ddkit.create("model", "python", {"factory": first.options.factory, "sha256": first.options.sha256}, data=info_of())
+    with granting({"model": "python:edited_models.small"}):
+        first = ddkit.create("model", "python:edited_models.small", {}, data=info_of())
+        file.write_text(file.read_text() + "\n# edited\n")
+        again = ddkit.create("model", "python", {"factory": first.options.factory, "sha256": first.options.sha256}, data=info_of())
     assert "is not what it was when this was recorded" in caplog.text
     assert again.options.sha256 != first.options.sha256
-
-
-# what a file names does not run
-
-
-def refused(code: int, message: str) -> None:
-    assert code == 4
-    assert "--allow-code" in message
-
-
-def test_a_recipe_file_cannot_have_code_run_that_the_user_did_not_name(cli: CLI) -> None:
-    recipe = Path("evil.toml")
-    for table in (
-        '[network]\nmodel = "python:tests.factories.tiny"',
-        '[teacher]\nmodel = "python"\nfactory = "tests.factories.tiny"',
-        '[network]\nmodel = "ddkit/python:tests.factories.tiny"',
-        '[evaluators.accuracy]\nmodel = "mlp,python:tests.factories.tiny"',
-    ):
-        recipe.write_text(f"pipc = 3\n{table}\n[losses.dm]\n[losses.dkkt-primal]\n")
-        found = cli("distill", "--recipe", "./evil.toml", "--out", "run", *QUICK_FLAGS)
-        refused(found.code, found.err)
-        assert not Path("run").exists()
-    done = cli("distill", "--recipe", "./evil.toml", "--out", "run", *QUICK_FLAGS, "--allow-code")
-    assert done.code == 0, done.err
-    after = cli("distill", "--recipe", "./evil.toml", "--out", "again", *QUICK_FLAGS)
-    refused(after.code, after.err)  # leave is given for one command
-
-
-def test_train_refuses_it_too(cli: CLI) -> None:
-    Path("evil.toml").write_text('[teacher]\nmodel = "python:tests.factories.tiny"\n[train]\nepochs = 1\n')
-    found = cli("train", "--recipe", "./evil.toml", "--out", "t.safetensors")
-    refused(found.code, found.err)
-    assert cli("train", "--recipe", "./evil.toml", "--out", "t.safetensors", "--allow-code").code == 0
-    assert cli("train", "--model", "python:tests.factories.small", "--set", "train.epochs=1", "--out", "u.safetensors").code == 0
-
-
-def test_a_teacher_file_cannot_have_code_run_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher = tmp_path / "t.safetensors"
-    ddkit.train(teacher, model="python:tests.factories.small", sets={"train.epochs": 1})
-    info = ddkit.DataInfo(class_names=tuple(map(str, range(10))), channels=1, size=(8, 8))
-    load_teacher(TeacherTable(use=str(teacher)), info, torch.device("cpu"))  # named here, in this process
-    monkeypatch.setenv(permission.VARIABLE, "[]")
-    with pytest.raises(ddkit.InputError, match="--allow-code"):
-        load_teacher(TeacherTable(use=str(teacher)), info, torch.device("cpu"))
-    run = ddkit.distill(
-        losses="dkkt-primal", pipc=3, teacher=str(teacher), sets=QUICK, evaluators="none", out=tmp_path / "r", allow_code=True
-    )
-    assert run.steps == 2
-    with pytest.raises(ddkit.InputError, match="--allow-code"):
-        load_teacher(TeacherTable(use=str(teacher)), info, torch.device("cpu"))
-
-
-def test_a_run_is_a_file_as_well_whoever_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "run"
-    ddkit.distill(losses="dm", model="python:tests.factories.small", pipc=3, sets=QUICK, out=path)
-    monkeypatch.setenv(permission.VARIABLE, "[]")
-    for call in (
-        lambda allow: ddkit.distill(recipe=str(path / "recipe.toml"), evaluators="none", out=tmp_path / f"again-{allow}", allow_code=allow),
-        lambda allow: ddkit.evaluate(path, allow_code=allow),
-        lambda allow: resume(path, steps=4, allow_code=allow),
-    ):
-        with pytest.raises(ddkit.InputError, match="--allow-code"):
-            call(False)
-        call(True)
-    named = ddkit.evaluate(path, model="python:tests.factories.small")  # named by the caller
-    assert named[0].model == "python:tests.factories.small"
-
-
-def test_resume_takes_allow_code_on_the_command_line(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = ("--losses", "dm", "--pipc", 3, "--evaluate", "none", "--out", "run", *QUICK_FLAGS)
-    assert cli("distill", "--model", "python:tests.factories.small", *flags).code == 0
-    monkeypatch.setenv(permission.VARIABLE, "[]")
-    found = cli("distill", "--resume", "--out", "run", "--steps", 4)
-    refused(found.code, found.err)
-    assert cli("distill", "--resume", "--out", "run", "--steps", 4, "--allow-code").code == 0
-
-
-def test_a_table_from_python_is_the_callers(tmp_path: Path) -> None:
-    table = {"pipc": 3, "network": {"model": "python", "factory": "tests.factories.tiny"}, "losses": {"dm": {}}}
-    assert ddkit.distill(recipe=table, sets=QUICK | {"steps": 1}, evaluators="none", out=tmp_path / "run").steps == 1
-
-
-@pytest.mark.usefixtures("forked_children")
-def test_processes_that_train_networks_may_run_what_was_named(tmp_path: Path) -> None:
-    sets = QUICK | {"evaluators.accuracy.workers": 2}
-    run = ddkit.distill(losses="dm", model="python:tests.factories.small", pipc=3, sets=sets, out=tmp_path / "run")
-    assert run.evaluations[0].details["workers"] == 2
 
 
 def test_teacher_network_and_evaluation_are_chosen_apart(tmp_path: Path) -> None:

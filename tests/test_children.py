@@ -16,13 +16,15 @@ import ddkit
 from ddkit.locks import FolderLock
 
 ECHO = """
-import json, sys
-print("not for us")
-print(json.dumps({"argument": sys.argv[1]}), flush=True)
+import json, os, sys
+import ddkit
+print('{"argument": "not for us"}', flush=True)
+ddkit.reply({"argument": sys.argv[1]})
 for line in sys.stdin:
+    os.write(1, b'{"heard": "not for us either"}\\n')
     if json.loads(line) == "die":
         sys.exit("of its own accord")
-    print(json.dumps({"heard": json.loads(line)}), flush=True)
+    ddkit.reply({"heard": json.loads(line)})
 """
 
 
@@ -69,7 +71,7 @@ def killed(parent: Any, ready: Path) -> None:
 
 def test_a_child_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "busy.py").write_text(
-        "import pathlib, sys, time\nfrom ddkit.locks import FolderLock\nlock = FolderLock(pathlib.Path(sys.argv[1]))\n"
+        "import pathlib, sys, time, ddkit\nfrom ddkit.locks import FolderLock\nlock = FolderLock(pathlib.Path(sys.argv[1]))\n"
         "pathlib.Path(sys.argv[1], 'ready').touch()\ntime.sleep(60)\n"
     )
     parent = "import pathlib, sys, ddkit\nddkit.Child('busy', sys.argv[1], errors=pathlib.Path(sys.argv[1], 'errors')).answer()"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import re
 import shlex
 import sys
@@ -20,7 +19,7 @@ import pytest
 import torch
 
 import ddkit
-from ddkit import pluginfile, plugins, testing
+from ddkit import plugins, testing
 from ddkit.cli import cli as command_line
 from ddkit.recipe import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.study import PublishedOn, Study, SystemTable, parse_study
@@ -444,19 +443,14 @@ WITH_FILES = [(page, command) for page, command in COMMANDS if page.parent == KI
 
 
 @pytest.fixture
-def written_files(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def written_files(cli: CLI) -> None:
     """Writes the files of all pages of kinds to the folder in which `cli` runs commands."""
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
-    plugins.plugins.cache_clear()
     for page in KINDS.glob("*.md"):
         for block in blocks(page):
             if block.file:
                 file = Path(block.file)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(block.text, encoding="utf-8")
-    yield
-    os.environ[pluginfile.VARIABLE] = ""
-    plugins.plugins.cache_clear()
 
 
 @pytest.mark.parametrize(("page", "command"), WITH_FILES, ids=lambda value: value.stem if isinstance(value, Path) else "")

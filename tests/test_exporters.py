@@ -535,9 +535,6 @@ class Told(ddkit.Exporter):
 def test_an_exporter_of_a_plugin_file_is_blamed_by_name_and_may_take_an_argument(
     cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ddkit import pluginfile
-
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
     Path("mine.py").write_text(EXPORTERS_OF_OTHERS)
     for name, message in (("raises", "raised ValueError: no more"), ("silent", "wrote no file")):
         result = cli("export", run, "--plugin", "mine.py", "--to", name, "--out", "out")

@@ -243,7 +243,6 @@ def test_a_file_that_is_no_recipe_is_refused_and_runs_nothing(name: str, tmp_pat
     file = tmp_path / f"{name}.toml"
     text, said = FILES[name]
     file.write_text(text)
-    monkeypatch.delenv("DDKIT_ALLOWED_CODE", raising=False)
     told = _told(lambda: api.plan(recipe_for(str(file)), device="cpu"))
     assert told is not None
     assert said in told

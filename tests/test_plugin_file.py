@@ -5,18 +5,16 @@ from __future__ import annotations
 import doctest
 import hashlib
 import json
-import os
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ddkit import pluginfile, plugins
+from ddkit import children, pluginfile, plugins
 from ddkit.errors import PluginError
-from tests.conftest import SMALL_FLAGS
+from tests.conftest import SMALL_FLAGS, forget_plugin_files
 
 LOSS = '''"""Mine."""
 
@@ -50,15 +48,6 @@ class TinyNet(ddkit.Model):
     def __call__(self, channels, size, classes):
         return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes))
 '''
-
-
-@pytest.fixture(autouse=True)
-def no_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test begins and ends without plugin files."""
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
-    plugins.plugins.cache_clear()
-    yield
-    plugins.plugins.cache_clear()
 
 
 def written(folder: Path, name: str, text: str) -> Path:
@@ -104,14 +93,11 @@ def test_list_and_info_show_what_a_file_holds(cli: Callable[..., Any], tmp_path:
     assert "exponent" in cli("info", "--plugin", file, "class-spread").out
 
 
-def test_a_run_resumes_with_the_file_and_names_the_missing_loss_without_it(
-    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_resumes_with_the_file_and_names_the_missing_loss_without_it(cli: Callable[..., Any], tmp_path: Path) -> None:
     file = written(tmp_path, "mine.py", LOSS)
     made = cli("distill", "--plugin", file, "--losses", "class-spread", "--evaluate", "none", "--steps", 2, "--out", "run")
     assert made.code == 0, made.err
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
-    plugins.plugins.cache_clear()
+    forget_plugin_files()
     without = cli("distill", "--resume", "--out", "run", "--steps", 4)
     assert without.code == 3
     assert "class-spread" in without.err
@@ -159,25 +145,11 @@ def test_a_path_may_hold_any_character(cli: Callable[..., Any], tmp_path: Path) 
     assert len(pluginfile.known()) == 1
 
 
-def test_a_file_that_is_gone_is_a_warning_for_those_who_do_not_need_it(
-    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv(pluginfile.VARIABLE, json.dumps({str(tmp_path / "gone.py"): "0" * 64}))
+def test_a_file_that_is_gone_is_a_warning_for_a_process_that_does_not_need_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pluginfile.remember({str(tmp_path / "gone.py"): "0" * 64})  # as in a process that another one started
     plugins.plugins.cache_clear()
-    assert cli("list").code == 0
+    assert plugins.find("loss", "dm").first_party
     assert "gone.py could not be read" in caplog.text
-    for value in ("/no/json.py", '["a.py"]'):
-        monkeypatch.setenv(pluginfile.VARIABLE, value)
-        plugins.plugins.cache_clear()
-        result = cli("list")
-        assert (result.code, result.out) == (2, "")
-        assert "is no JSON object" in " ".join(result.err.split())
-
-
-def test_what_a_file_prints_is_no_data_of_the_command(cli: Callable[..., Any], tmp_path: Path) -> None:
-    file = written(tmp_path, "loud.py", "print('hello')\n" + LOSS)
-    result = cli("list", "--plugin", file, "--json")
-    assert json.loads(result.out)["schema"] == 1
 
 
 BAD = {
@@ -242,15 +214,21 @@ def test_a_file_that_is_refused_leaves_the_others_as_they_were(tmp_path: Path) -
     assert plugins.find("loss", "class-spread").distribution == "mine.py"
 
 
+CHILD = "import sys\nfrom ddkit import children, cli\nchildren.take_over(sys.argv.pop(1))\ncli.main()"  # a process that another one started
+
+
 @pytest.mark.parametrize("words", [["info", "loss", "class-spread"], ["list", "losses", "--check"]], ids=" ".join)
-def test_a_child_process_that_finds_another_file_fails_and_runs_none_of_it(tmp_path: Path, words: list[str]) -> None:
-    command = [sys.executable, "-m", "ddkit", *words]
+def test_a_child_process_that_finds_another_file_fails_and_runs_none_of_it(tmp_path: Path, forks: Any, words: list[str]) -> None:
     file = written(tmp_path, "mine.py", LOSS)
     plugins.add_plugin_file(file)
-    same = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def child() -> Any:
+        return forks.run([sys.executable, "-c", CHILD, children.handed_over(), *words], capture_output=True, text=True)
+
+    same = child()
     assert (same.returncode, "class-spread" in same.stdout) == (0, True), same.stderr
     written(tmp_path, "mine.py", "raise SystemExit('it ran')\n" + LOSS)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = child()
     assert (done.returncode, done.stdout) == (3, "")
     said = " ".join(done.stderr.split())
     assert f"The plugin file {file} has changed" in said
@@ -315,14 +293,8 @@ def begun(cli: Callable[..., Any], tmp_path: Path) -> Path:
     made = cli("distill", "--plugin", file, "--losses", "class-spread", "--evaluate", "none", "--steps", 2, "--out", "run")
     assert made.code == 0, made.err
     Path("run/manifest.json").unlink()  # as where it was killed
-    _forget()
+    forget_plugin_files()
     return file
-
-
-def _forget() -> None:
-    """Makes this process as one that knows no file."""
-    os.environ[pluginfile.VARIABLE] = ""
-    plugins.plugins.cache_clear()
 
 
 def test_resume_refuses_a_file_that_changed_and_names_both(cli: Callable[..., Any], tmp_path: Path, begun: Path) -> None:
@@ -335,7 +307,7 @@ def test_resume_refuses_a_file_that_changed_and_names_both(cli: Callable[..., An
     assert all(hashlib.sha256(text.encode()).hexdigest()[:12] in said for text in (LOSS, OTHER))
     assert sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*")) == before
     written(tmp_path, "mine.py", LOSS)
-    _forget()
+    forget_plugin_files()
     again = cli("distill", "--resume", "--plugin", begun, "--out", "run", "--steps", 4)
     assert again.code == 0, again.err
 
@@ -347,7 +319,7 @@ def test_resume_takes_the_file_from_another_place_but_not_another_file_there(cli
     result = cli("distill", "--resume", "--plugin", other, "--out", "run", "--steps", 4)
     assert result.code == 5
     assert f"{begun}, which is not {other}" in " ".join(result.err.split())
-    _forget()
+    forget_plugin_files()
     written(tmp_path / "new", "mine.py", LOSS)
     extra = written(tmp_path, "net.py", MODEL)
     again = cli("distill", "--resume", "--plugin", extra, "--plugin", other, "--out", "run", "--steps", 4)
@@ -363,7 +335,7 @@ def test_a_blend_that_goes_on_refuses_another_file_than_its_finished_part_was_ma
     assert made.code == 0, made.err
     assert list(json.loads(Path("run/manifest.json").read_text())["plugin_files"]) == [str(file)]
     for text, code in ((OTHER, 5), (LOSS, 0)):
-        _forget()
+        forget_plugin_files()
         written(tmp_path, "mine.py", text)
         Path("run/manifest.json").unlink(missing_ok=True)
         result = cli("distill", "--resume", "--plugin", file, "--out", "run")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import ddkit
-from ddkit import pluginfile, plugins, testing
+from ddkit import plugins, testing
 from ddkit.testing import Broken, Conformance
 from tests.conftest import SMALL_FLAGS
 
@@ -230,9 +230,8 @@ HEAVY = "import time\nimport ddkit\n{}\n\n\nclass HeavyLoss(ddkit.Loss):\n    'H
 
 
 @pytest.fixture
-def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+def heavy(tmp_path: Path) -> Callable[[str], str]:
     """Returns a function that makes a loss whose module does something when another process imports it."""
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
 
     def make(line: str) -> str:
         file = tmp_path / f"heavy{len(line)}.py"
@@ -632,16 +631,12 @@ def test_the_command_lists_every_check_and_ends_with_zero(cli: Callable[..., Any
 
 
 @pytest.mark.usefixtures("forked_imports")
-def test_the_command_says_what_is_broken_and_ends_with_one(
-    cli: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
+def test_the_command_says_what_is_broken_and_ends_with_one(cli: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text(
         "import ddkit\n\n\nclass Detached(ddkit.Loss):\n    'Bad.'\n\n    def __call__(self, step):\n        return step.images.detach().sum()\n"
     )
     result = cli("check", "--plugin", file, "detached")
-    plugins.plugins.cache_clear()
     assert result.code == 1
     assert "broken    returns-a-finite-scalar" in result.out
     assert "detached" in result.out
@@ -664,17 +659,15 @@ class Declares(ddkit.Loss):
 
 
 @pytest.fixture
-def declaring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Path]]:
+def declaring(tmp_path: Path) -> Callable[[str], Path]:
     """Returns a function that writes the plugin file of a loss with these deviations."""
-    monkeypatch.setenv(pluginfile.VARIABLE, "")
 
     def write(deviations: str) -> Path:
         file = tmp_path / "declares.py"
         file.write_text(DEVIATES.format(deviations=deviations))
         return file
 
-    yield write
-    plugins.plugins.cache_clear()
+    return write
 
 
 @pytest.mark.usefixtures("forked_imports")

@@ -71,7 +71,7 @@ def processes(stranger: Path) -> Iterator[Any]:
 
 
 def _clean() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "DDKIT_PLUGIN_FILES", "PYTHONPATH")}
+    return {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "PYTHONPATH")}
 
 
 @pytest.fixture

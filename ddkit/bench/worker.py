@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddkit import compute
+from ddkit.children import reply
 from ddkit.errors import DdkitError
 
 Measure = Callable[[], dict[str, Any]]
@@ -32,15 +33,11 @@ def main() -> None:
     logging.getLogger("ddkit").setLevel(logging.ERROR)
     try:
         facts, measure = KINDS[spec["kind"]](spec)
-        _say(facts)
+        reply(facts)
         for _ in sys.stdin:
-            _say(measure() | {"peak_mib": _peak_mib(children=facts.get("workers", 1))})
+            reply(measure() | {"peak_mib": _peak_mib(children=facts.get("workers", 1))})
     except DdkitError as error:
-        _say({"error": str(error), "exit_code": error.exit_code})
-
-
-def _say(value: dict[str, Any]) -> None:
-    print(json.dumps(value), flush=True)
+        reply({"error": str(error), "exit_code": error.exit_code})
 
 
 def _peak_mib(children: int = 1) -> float:

@@ -13,11 +13,11 @@ from typing import NoReturn
 
 import click
 
+from ddkit import output
 from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, importing, making, reporting, reproducing
-from ddkit.cli.common import LogFormat
+from ddkit.cli.common import LogFormat, trusted
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError, out_of_memory, printable
-from ddkit.permission import named_by_user
 from ddkit.ranks import LastWords, follows, launched
 
 ENDED_BY_TORCHRUN = (
@@ -53,6 +53,8 @@ for command in (
     *checking.COMMANDS,
     *creating.COMMANDS,
 ):
+    assert command.callback is not None
+    command.callback = trusted(command.callback)
     cli.add_command(command)
 
 
@@ -66,7 +68,6 @@ def main() -> NoReturn:
     arguments = sys.argv[1:]
     if follows() and not _is_shared(arguments):
         sys.exit(0)  # the first of several processes does it
-    named_by_user(arguments)
     show = "--traceback" in arguments
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -85,7 +86,7 @@ def main() -> NoReturn:
         told = str(cause) if isinstance(cause, KeyboardInterrupt) and cause.args else "Interrupted."
         _fail(f"{told}{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        output.discard()
         sys.exit(0)
     except Exception as error:
         message, code = _explained(error, arguments)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, echo_json, quiet, refuse_given
+from ddkit.cli.common import Cells, echo_json, quiet, refuse_given, show
 from ddkit.errors import FlagError
 
 
@@ -93,7 +93,7 @@ def bench(parts: tuple[str, ...], **flags: Any) -> None:
     if flags["as_json"]:
         echo_json(result)
     else:
-        click.echo("\n\n".join(_tables(result)))
+        show("\n\n".join(_tables(result)))
 
 
 def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:

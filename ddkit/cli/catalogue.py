@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ddkit import plugins
+from ddkit import children, plugins
 from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
 from ddkit.errors import PluginError, suggestion
@@ -52,21 +52,22 @@ def _row(plugin: plugins.Plugin) -> dict[str, str]:
 
 _CHECKER = """
 import json, sys
-from ddkit import plugins
+from ddkit import children, plugins
+children.take_over(sys.argv[1])
 try:
     listed = plugins.plugins()
 except plugins.DdkitError as error:
-    print(json.dumps(str(error)), file=sys.__stdout__)
+    children.reply({"error": str(error)})
     sys.exit(error.exit_code)
 for plugin in listed:
-    if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
+    if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[2]):
         continue
     try:
         plugins.load_plugin(plugin)
         problem = "ok"
     except BaseException as error:
         problem = str(error)
-    print(json.dumps([plugin.kind, plugin.distribution, plugin.name, problem]), file=sys.__stdout__, flush=True)
+    children.reply({"plugin": [plugin.kind, plugin.distribution, plugin.name], "problem": problem})
 """
 
 
@@ -76,16 +77,12 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
     waiting = [p for p in found if p.kind not in plugins.DATA_KINDS]
     while waiting:
         keys = [[p.kind, p.distribution, p.name] for p in waiting]
-        done = subprocess.run([sys.executable, "-P", "-c", _CHECKER, json.dumps(keys)], capture_output=True, text=True, check=False)
-        for line in done.stdout.splitlines():
-            try:
-                told = json.loads(line)
-                *key, problem = told
-            except (ValueError, TypeError):
-                continue
-            if isinstance(told, str):
-                raise PluginError(told)
-            results[tuple(key)] = problem
+        command = [sys.executable, "-P", "-c", _CHECKER, children.handed_over(), json.dumps(keys)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        for told in map(json.loads, done.stdout.splitlines()):
+            if "error" in told:
+                raise PluginError(told["error"])
+            results[tuple(told["plugin"])] = told["problem"]
         waiting = [p for p in waiting if (p.kind, p.distribution, p.name) not in results]
         if waiting:
             culprit = waiting.pop(0)

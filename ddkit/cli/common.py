@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
+from ddkit import output, permission
 from ddkit.cli.names import Names
 from ddkit.errors import FlagError, InputError, doubles, printable, refuse_unused
 from ddkit.ranks import follows
@@ -95,31 +98,33 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-def _add_files(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> None:
-    """Makes plugin files known before anything else of the command is read."""
-    from pathlib import Path
+def trusted(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what a command does, with stdout for its answer alone, its plugin files added, and the code that its flags name allowed."""
 
-    from ddkit.plugins import add_plugin_file
+    @functools.wraps(command)
+    def run(*, plugin_files: Sequence[str] = (), allow_code: bool = False, **flags: Any) -> Any:
+        output.answers()
+        if plugin_files or flags.get("sets"):
+            from ddkit.plugins import add_plugin_file
+            from ddkit.recipes import parse_set
 
-    for value in values:
-        add_plugin_file(Path(value))
+            for file in plugin_files:
+                add_plugin_file(Path(file))
+        named = {name: flags.get(name) for name in NAMING}
+        sets = [dict([parse_set(text)]) for text in flags.get("sets", ())]
+        with permission.granting(named, *sets, everything=allow_code):
+            return command(**flags)
+
+    return run
 
 
+NAMING = ("model", "dataset", "init", "augment", "evaluate", "evaluators", "to")  # parameters whose NAME:ARGUMENT may be code
 plugin_files = click.option(
-    "--plugin", "plugin_files", multiple=True, metavar="FILE", is_eager=True, expose_value=False, callback=_add_files,
+    "--plugin", "plugin_files", multiple=True, metavar="FILE",
     help="Python file whose components are available by name in this command, as its class in lower case with hyphens.",
 )  # fmt: skip
-
-
-def _allow(ctx: click.Context, param: click.Parameter, value: bool) -> None:
-    """Allows code that files name for as long as the command takes."""
-    from ddkit.permission import allowing
-
-    ctx.with_resource(allowing(value))
-
-
 allow_code = click.option(
-    "--allow-code", is_flag=True, is_eager=True, expose_value=False, callback=_allow,
+    "--allow-code", is_flag=True,
     help="Run Python code that a recipe, run or teacher file names (python:module.factory). What you name yourself needs no leave.",
 )  # fmt: skip
 shared = options(
@@ -182,7 +187,7 @@ def show(text: str, end: str = "\n") -> None:
     Of several processes that torchrun started the first alone does.
     """
     if not follows():
-        click.echo(printable(text + end), nl=False)
+        click.echo(printable(text + end), file=output.answers(), nl=False)
 
 
 class LogFormat(logging.Formatter):

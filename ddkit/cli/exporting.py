@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import echo_json, plugin_files
+from ddkit.cli.common import echo_json, plugin_files, show
 
 SHOWN = 12  # files that the text names; --json has all
 
@@ -32,9 +32,9 @@ def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool
         echo_json({"schema": 1, "exporter": to.partition(":")[0], "out": str(out), "files": files})
         return
     for entry in files[:SHOWN]:
-        click.echo(f"{entry['bytes']:>12,}  {out / entry['name']}")
+        show(f"{entry['bytes']:>12,}  {out / entry['name']}")
     if len(files) > SHOWN:
-        click.echo(f"{sum(entry['bytes'] for entry in files[SHOWN:]):>12,}  in {len(files) - SHOWN} more files")
+        show(f"{sum(entry['bytes'] for entry in files[SHOWN:]):>12,}  in {len(files) - SHOWN} more files")
 
 
 def _files(folder: Path) -> list[dict[str, Any]]:

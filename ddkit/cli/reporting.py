@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from ddkit.cli.common import echo_json
+from ddkit.cli.common import echo_json, show
 
 
 @click.command()
@@ -25,7 +25,7 @@ def report(target: str, out: Path | None, as_json: bool) -> None:
     if as_json:
         echo_json({"schema": 1, "run": target, "report": str(file)})
     else:
-        click.echo(f"report   {file}")
+        show(f"report   {file}")
 
 
 @click.command()
@@ -40,7 +40,7 @@ def schema(as_json: bool) -> None:
     if as_json:
         echo_json(recipe_schema())
     else:
-        click.echo(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+        show(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
 COMMANDS = (report, schema)

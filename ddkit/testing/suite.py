@@ -14,23 +14,24 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit import plugins
+from ddkit import children, plugins
 from ddkit.blame import random_states
 from ddkit.components import API_VERSION, Component, DataInfo
 from ddkit.options import written_options
-from ddkit.permission import named_by_user
+from ddkit.permission import granting
 from ddkit.recipe import parse_recipe, recipe_dict
 
 S = TypeVar("S", bound="Conformance")
 IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch and ddkit
 _COST = """
-import json, sys, time
+import sys, time
 import torch, numpy, ddkit
-from ddkit import plugins
+from ddkit import children, plugins
 from ddkit.blame import random_states
+children.take_over(sys.argv[1])
 began = time.perf_counter()
-plugins.load_plugin(plugins.find(sys.argv[1], sys.argv[2]))
-print(json.dumps({"seconds": time.perf_counter() - began}), file=sys.__stdout__)
+plugins.load_plugin(plugins.find(sys.argv[2], sys.argv[3]))
+children.reply({"seconds": time.perf_counter() - began})
 """
 
 
@@ -114,8 +115,8 @@ class Conformance:
     def make(self, info: DataInfo | None = None, **arguments: Any) -> Any:
         """Returns the component, built as a recipe would build it."""
         if isinstance(self.component, str):
-            named_by_user(self.component, self.options)
-            return plugins.create(self.kind, self.component, self.options, data=info, **arguments)
+            with granting({self.kind: self.component}, {self.kind: self.options}):
+                return plugins.create(self.kind, self.component, self.options, data=info, **arguments)
         found = self.component
         options = msgspec.convert(dict(self.options), found.Options)
         return found(options if info is None else found.resolve(options, info), name=found.__name__.lower(), **arguments)
@@ -208,14 +209,14 @@ def _cost_of(kind: str, name: str) -> float:
     import os
 
     done = subprocess.run(
-        [sys.executable, "-P", "-c", _COST, kind, name], capture_output=True, text=True, check=False,
+        [sys.executable, "-P", "-c", _COST, children.handed_over(), kind, name], capture_output=True, text=True, check=False,
         env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith((" ", "Traceback"))]
         last = " ".join(lines[-2:]) or f"exit code {done.returncode}"
         raise Broken(f"'{name}' cannot be imported in a process without a GPU: {last}")
-    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+    return float(json.loads(done.stdout)["seconds"])
 
 
 def _import_cost(suite: Conformance) -> float:

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
+from contextvars import copy_context
 from pathlib import Path
 
 import msgspec
@@ -67,7 +68,8 @@ class _Crew:
     def start(self, workers: int) -> None:
         self._running = workers
         for number in range(workers):
-            threading.Thread(target=self._work, args=(number,), daemon=True).start()
+            # With the context of the call, as its children may run what it may.
+            threading.Thread(target=copy_context().run, args=(self._work, number), daemon=True).start()
 
     def results(self) -> Iterator[tuple[Task, float]]:
         """Yields (task, accuracy) as they come, until every thread is done."""
@@ -123,7 +125,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
     }  # fmt: skip
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / TENSORS)  # it refuses shared memory
     settings = {
-        "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options),
+        "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options), "where": trainer.model.recipe_path,
         "schedule": msgspec.to_builtins(trainer.schedule),
         "augmenter": trainer.augmenter_name, "arithmetic": msgspec.to_builtins(trainer.arithmetic), "info": msgspec.to_builtins(data.info),
         "seed": data.seed, "threads": threads, 
@@ -143,7 +145,7 @@ def _read(folder: Path) -> Trainer:
     )  # fmt: skip
     artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"])
     schedule, arithmetic = msgspec.convert(settings["schedule"], ddkit.Schedule), msgspec.convert(settings["arithmetic"], ddkit.Arithmetic)
-    model = ddkit.create("model", settings["name"], settings["model_options"], data=info)
+    model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])
     return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic)
 
 
@@ -153,10 +155,10 @@ def main() -> None:
     trainer = _read(Path(sys.argv[1]))
     if trainer.arithmetic.compile:
         trainer.warm_up()
-    print(json.dumps({"compiled": trainer.compiled or not trainer.arithmetic.compile}), flush=True)
+    ddkit.reply({"compiled": trainer.compiled or not trainer.arithmetic.compile})
     for line in sys.stdin:
         kind, repeat = json.loads(line)
-        print(json.dumps({"accuracy": trainer.accuracy(kind, repeat)}), flush=True)
+        ddkit.reply({"accuracy": trainer.accuracy(kind, repeat)})
 
 
 if __name__ == "__main__":
