@@ -16,7 +16,7 @@ from ddkit.compute import pick_device
 from ddkit.data import check_classes, open_dataset
 from ddkit.engine import deterministic
 from ddkit.errors import FlagError, RunFilesError
-from ddkit.evaluating import evaluate, recorded
+from ddkit.evaluating import evaluate
 from ddkit.files import check_writable, folders_of
 from ddkit.hookspecs import Observers
 from ddkit.jobs import AUTOMATIC_TEACHER, Job
@@ -229,7 +229,7 @@ def _finished(directory: RunDirectory, watchers: Observers) -> Run:
     facts = directory.read_manifest()
     for name in facts["files"]:
         check_listed(directory.path, name)
-    rows = msgspec.convert(recorded(directory), list[Evaluation])
+    rows = msgspec.convert(directory.read_evaluations(), list[Evaluation])
     log.warning("%s is finished: nothing was left to do.", directory.path)
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)

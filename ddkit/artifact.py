@@ -46,7 +46,7 @@ class Artifact:
         self.stored_images, self.stored_labels, self.metadata = images, labels, metadata
         self.parameters = dict(parameters or {})
         self.provenance = Provenance()
-        factor = metadata.get("decode", {}).get("factor", 1)
+        factor = (metadata.get("decode") or {}).get("factor", 1)
         self.images, self.labels = decoded(images, factor), labels if factor == 1 else labels.repeat_interleave(factor**2)
 
     @property

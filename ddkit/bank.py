@@ -126,13 +126,15 @@ class Bank:
         return name == "images" or (name in self.declared and self.declared[name].per == "sample")
 
     def own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Returns this bank's rows of the state of a bank of the whole set; raises ValueError where that has another number of rows."""
+        """Returns this bank's rows of the state of a bank of the whole set; raises ValueError where that is none."""
         stored = self.size // self.factor**2
         found = dict(state)
         for key, value in state.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"{key} has values that are not finite")
             if self.is_rowwise(key):
-                if len(value) not in (stored, self.size):
-                    raise ValueError(f"{key} has {len(value)} rows, and the set {stored}")
+                if value.ndim == 0 or len(value) not in (stored, self.size):
+                    raise ValueError(f"{key} has the shape {tuple(value.shape)}, and the set {stored} rows")
                 first = self.start * len(value) // self.size
                 found[key] = value[first : first + len(self.host_labels) * len(value) // self.size]
         return found
@@ -140,8 +142,8 @@ class Bank:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from what state() returned; raises KeyError or ValueError where it is that of another bank."""
         for name, tensor in self.tensors().items():
-            if state[f"bank.{name}"].shape != tensor.shape:
-                raise ValueError(f"{name} has shape {tuple(state[f'bank.{name}'].shape)}, not {tuple(tensor.shape)}")
+            check_like(name, state[f"bank.{name}"], tensor)
+            self._check_optimizer(f"optimizer.{name}.", state, tensor, self.optimizers[name])
         with torch.no_grad():
             for name, tensor in self.tensors().items():
                 tensor.copy_(state[f"bank.{name}"])
@@ -153,6 +155,19 @@ class Bank:
                 {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept.items()}
             )
 
+    @staticmethod
+    def _check_optimizer(prefix: str, state: Mapping[str, Tensor], tensor: Tensor, optimizer: Optimizer) -> None:
+        """Raises ValueError if what `state` keeps of an optimizer, under names that begin with `prefix`, is not that of its kind."""
+        kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
+        if kept and kept.keys() != wanted:  # before its first step it has none
+            raise ValueError(f"{prefix}* are {', '.join(sorted(kept))}, and its optimizer keeps {', '.join(sorted(wanted))}")
+        for key, value in kept.items():
+            if key != "step":
+                check_like(prefix + key, value, tensor)
+            elif value.numel() != 1 or not value.is_floating_point() or float(value) < 1:
+                raise ValueError(f"{prefix}step is no number of steps")
+
     def finite(self) -> Tensor:
         """Returns whether every value of every parameter, and of its optimizer's state, is finite: a boolean scalar on the device."""
         kept = [value for o in self.optimizers.values() for state in o.state.values() for value in state.values()]
@@ -163,6 +178,12 @@ class Bank:
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Returns whether every value of `tensors` is finite, as a boolean scalar on their device: nothing is read back."""
     return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+
+
+def check_like(name: str, value: Tensor, other: Tensor) -> None:
+    """Raises ValueError if `value` has another shape or type than `other`."""
+    if (value.shape, value.dtype) != (other.shape, other.dtype):
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {other.dtype} {tuple(other.shape)}")
 
 
 def _initial(spec: Parameter, images: Tensor, rows: int) -> Tensor:

@@ -18,10 +18,10 @@ from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
 from ddkit.errors import FlagError, InputError, RunFilesError
-from ddkit.files import json_bytes, read_json
+from ddkit.files import json_bytes
 from ddkit.hookspecs import Observers
 from ddkit.jobs import evaluators_of
-from ddkit.manifest import MANIFEST, check_listed
+from ddkit.manifest import MANIFEST
 from ddkit.names import SET
 from ddkit.passed import passing
 from ddkit.ranks import ALONE, Ranks, group, own_device
@@ -69,7 +69,7 @@ def evaluate(
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
     judged_file = None if directory is None else directory.read_manifest()["files"].get(SET)
     if directory is not None:
-        recorded(directory)  # rows that cannot be read are told before the networks are trained, not after
+        directory.read_evaluations()  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     with passing(dataset) as data, permission.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
         recipe = _evaluation_recipe(
@@ -221,23 +221,9 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_f
             return
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]
-        older = [row for row in recorded(directory) if _identity(row) not in keys]
+        older = [row for row in directory.read_evaluations() if _identity(row) not in keys]
         directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
         renew_report(directory)
-
-
-def recorded(directory: RunDirectory) -> list[dict[str, Any]]:
-    """Returns the rows that a run has already; raises RunFilesError where its evaluation.json is not what was written."""
-    file = directory.path / EVALUATION
-    directory.read_manifest()
-    check_listed(directory.path, EVALUATION)
-    if not file.is_file():
-        return []
-    found = read_json(file)
-    try:
-        return msgspec.convert(found["evaluations"], list[dict[str, Any]])
-    except (TypeError, KeyError, msgspec.ValidationError):
-        raise RunFilesError(f"{file} holds no evaluations. Remove it together with its entry in {MANIFEST}, or restore it.") from None
 
 
 def _same_data(one: Recipe, other: Recipe) -> bool:

@@ -13,7 +13,6 @@ from ddkit.artifact import Artifact, Provenance, load
 from ddkit.blame import advice, blamed, called
 from ddkit.components import Exporter
 from ddkit.errors import RunFailed, RunFilesError
-from ddkit.evaluating import recorded
 from ddkit.files import sha256, sync
 from ddkit.manifest import MANIFEST
 from ddkit.names import SET
@@ -51,7 +50,7 @@ def provenance(path: Path) -> Provenance:
         sha256=sha256(path / SET),
         recipe=directory.read_recipe() if (path / RECIPE).is_file() else {},
         manifest=directory.read_manifest() if finished else {},
-        evaluations=recorded(directory) if finished else [],
+        evaluations=directory.read_evaluations() if finished else [],
     )
 
 

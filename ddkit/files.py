@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -190,9 +191,32 @@ def json_bytes(value: Any) -> bytes:
 def read_json(path: Path) -> Any:
     """Returns the content of a JSON file; raises RunFilesError naming it."""
     try:
-        return json.loads(read_bytes(path), parse_constant=_no_constant)
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(read_bytes(path))
+    except (OSError, ValueError) as error:
         raise RunFilesError(f"{path} cannot be read: {error}.") from None
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Returns JSON data, in which numbers are finite and of 64 bits at most, and text can be written as UTF-8; raises ValueError."""
+    try:
+        found = json.loads(content, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+        json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return found
+
+
+def _finite(text: str) -> float:
+    found = float(text)
+    if not math.isfinite(found):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return found
+
+
+def _whole(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+        raise ValueError(f"{shown(text)} is a number of more than 64 bits")
+    return int(text)
 
 
 def _no_constant(name: str) -> None:
@@ -301,6 +325,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("ddkit", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        return tensors, json.loads(header, parse_constant=_no_constant)
+        return tensors, parse_json(header)
     except Exception as error:  # the parser has errors of its own, and torch raises for a dtype that it does not know
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from None

@@ -55,6 +55,11 @@ def read_film(folder: Path) -> Film | None:
         film = Film(tensors["steps"], tensors["rows"], tensors["images"])
     except KeyError as error:
         raise ValueError(f"{file} is no film of a run: it has no tensor {error}") from None
+    for name, values in (("steps", film.steps), ("rows", film.rows)):
+        if values.ndim != 1 or values.dtype != torch.int64 or bool((values < 0).any()):
+            raise ValueError(f"{file} is no film of a run: {name} are {values.dtype} {tuple(values.shape)}, or negative")
+    if len(film.steps) == 0 or bool((film.steps.diff() <= 0).any()):
+        raise ValueError(f"{file} is no film of a run: its steps do not ascend")
     if film.images.ndim != 5 or film.images.dtype != torch.uint8 or film.images.shape[:2] != (len(film.steps), len(film.rows)):
         raise ValueError(f"{file} is no film of a run: its images have the shape {tuple(film.images.shape)}")
     return film

@@ -20,14 +20,43 @@ class _Entry(msgspec.Struct):
     bytes: int
 
 
+class _Source(msgspec.Struct):
+    path: str
+    sha256: str
+
+
+class _Blend(msgspec.Struct):
+    alpha: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    parts: tuple[_Source, _Source]
+
+
 class _Manifest(msgspec.Struct):
-    """What ddkit itself reads of a manifest."""
+    """What anyone reads of a manifest; more may stand in it."""
 
     files: dict[Name, _Entry]
-    steps: int = 0
-    seconds: float = 0.0
+    steps: Annotated[int, msgspec.Meta(ge=0)]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    seed: int | None = None
+    device: str | None = None
+    threads: int | None = None
     plugins: list[dict[str, str]] = []
+    plugin_files: dict[str, str] = {}
     real_files: list[str | int] = []
+    real_spectrum: list[float] = []
+    teacher: _Source | None = None
+    imported: _Source | msgspec.UnsetType = msgspec.UNSET
+    blend: _Blend | msgspec.UnsetType = msgspec.UNSET
+    processes: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    warnings: list[str] = []
+
+
+def checked(value: Any, kind: Any, path: Path) -> None:
+    """Raises RunFilesError, with file and field, if `value`, read from `path`, is no `kind`."""
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise RunFilesError(f"{path} is not what ddkit writes there: {error}. Restore it from a copy, or make the run again.") from None
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -44,10 +73,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     found = unsealed(read_json(path), path)
     if found.get("schema") != SCHEMA:
         raise RunFilesError(f"{path} is not a manifest of schema {SCHEMA}.")
-    try:
-        msgspec.convert(found, _Manifest)
-    except msgspec.ValidationError as error:
-        raise RunFilesError(f"{path} is no manifest: {error}.") from None
+    checked(found, _Manifest, path)
     return found
 
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import tomli_w
@@ -21,10 +21,22 @@ import tomli_w
 from ddkit.checkpoints import Checkpoint, Checkpoints
 from ddkit.components import Evaluation
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import append_text, is_leftover, json_digest, remove_leftovers, sync, write_atomic
+from ddkit.files import (
+    MOST_TOML,
+    append_text,
+    is_leftover,
+    json_digest,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    remove_leftovers,
+    sync,
+    write_atomic,
+)
 from ddkit.images import sheet_png
 from ddkit.locks import FolderLock
-from ddkit.manifest import check_listed, file_entry, read_manifest, write_manifest
+from ddkit.manifest import check_listed, checked, file_entry, read_manifest, write_manifest
 from ddkit.names import CHECKPOINTS, LISTED, LOCK, SET, check_own, path_part, remove_own
 from ddkit.names import EVALUATION as EVALUATION
 from ddkit.names import MANIFEST as MANIFEST
@@ -33,7 +45,7 @@ from ddkit.names import PREVIEW as PREVIEW
 from ddkit.names import RECIPE as RECIPE
 from ddkit.names import REPORT as REPORT
 from ddkit.ranks import ALONE, Ranks
-from ddkit.recipe import check_depth
+from ddkit.recipe import check_depth, parse_recipe
 from ddkit.shares import typical_shares
 
 if TYPE_CHECKING:
@@ -175,9 +187,10 @@ class RunDirectory:
         file = self.path / RECIPE
         check_listed(self.path, RECIPE)
         try:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file, most=MOST_TOML)
             table = tomllib.loads(text)
             check_depth(table, "it")
+            parse_recipe(table)
         except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None
         first, _, rest = text.partition("\n")
@@ -229,21 +242,30 @@ class RunDirectory:
         Raises RunFilesError where another line cannot be read, or one is missing that was written before the checkpoint of `step`.
         """
         file = self.path / METRICS
-        lines = file.read_bytes().splitlines() if file.is_file() else []
+        lines = _lines(file)
         kept: dict[int, bytes] = {}
         for number, line in enumerate(lines, start=1):
             try:
-                index = json.loads(line)["step"]
+                index = _metrics_line(line, file, number)["step"]
                 if index < step and is_logged(index, steps, log_every):
                     kept[index] = line + b"\n"
-            except (ValueError, KeyError, TypeError):
+            except RunFilesError:
                 if number < len(lines):
-                    raise RunFilesError(f"{file} is damaged: line {number} cannot be read. Restore it, or make the run again.") from None
+                    raise
         lost = [index for index in range(0, step, log_every) if index not in kept]
         if lost:
             raise RunFilesError(f"{file} is damaged: it has no line of step {lost[0]}. Restore it, or make the run again.")
         if lines:
             write_atomic(file, b"".join(kept[index] for index in sorted(kept)))
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
+        check_listed(self.path, EVALUATION)
+        file = self.path / EVALUATION
+        found = read_json(file) if file.is_file() else {"evaluations": []}
+        checked(found, _Evaluations, file)
+        rows: list[dict[str, Any]] = found["evaluations"]
+        return rows
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Appends one line to metrics.jsonl and flushes it."""
@@ -314,6 +336,44 @@ class Follower(RunDirectory):
         pass
 
 
+class _Term(msgspec.Struct):
+    raw: float
+    weighted: float
+    gradient: Annotated[float, msgspec.Meta(ge=0)] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Metrics(msgspec.Struct):
+    """What is read of a line of metrics.jsonl; more may stand in it."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    total: float
+    losses: dict[str, _Term]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Evaluations(msgspec.Struct):
+    evaluations: list[Evaluation]
+
+
+def _lines(file: Path) -> list[bytes]:
+    """Returns the lines of a file, none if it is not there."""
+    try:
+        return read_bytes(file).splitlines() if file.exists() else []
+    except OSError as error:
+        raise RunFilesError(f"{file} cannot be read: {error}.") from None
+
+
+def _metrics_line(line: bytes, file: Path, number: int) -> dict[str, Any]:
+    try:
+        found = parse_json(line)
+        msgspec.convert(found, _Metrics)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise RunFilesError(
+            f"{file} is damaged: line {number} cannot be read ({error}). Restore it from a copy, or make the run again."
+        ) from None
+    return dict(found)
+
+
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -330,12 +390,14 @@ def _occupied(path: Path) -> RunFilesError:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of the metrics of a run, [] for a run without; raises RunFilesError where they cannot be read."""
+    """Returns the lines of the metrics of a run, by ascending step, [] for a run without; raises RunFilesError if one is damaged."""
+    check_listed(folder, METRICS)
     file = folder / METRICS
-    try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFilesError(f"{file} cannot be read: {error}.") from None
+    found = [_metrics_line(line, file, number) for number, line in enumerate(_lines(file), start=1)]
+    for number, (one, other) in enumerate(itertools.pairwise(found), start=2):
+        if other["step"] <= one["step"]:
+            raise RunFilesError(f"{file} is damaged: line {number} has step {other['step']}, and the line before it {one['step']}.")
+    return found
 
 
 def is_logged(index: int, steps: int, log_every: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ddkit.bank import check_like
 from ddkit.blame import blamed
 from ddkit.components import Augmenter, DataInfo, Model
 from ddkit.compute import Arithmetic, to_device
@@ -190,13 +191,12 @@ class StepSource:
         self._network_step = -1
         if self.inner is None or index % self.renew_every == 0:
             return
-        step = int(state["network_step"])
+        step = int(state["network_step"]) if state["network_step"].numel() == 1 else -1
         if step not in (index - 1, index):
             raise ValueError(f"its network is that of step {step}")
         tensors = network_tensors(self.embedder(index).module)
         for name, value in tensors.items():
-            if state[f"network.{name}"].shape != value.shape:
-                raise ValueError(f"network.{name} has shape {tuple(state[f'network.{name}'].shape)}, not {tuple(value.shape)}")
+            check_like(f"network.{name}", state[f"network.{name}"], value)
         for name, value in tensors.items():
             value.copy_(state[f"network.{name}"])
         self._network_step = step

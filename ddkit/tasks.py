@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
-from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, shown
+from ddkit.components import Fraction
+from ddkit.errors import DdkitError, FlagError, InputError, shown
 from ddkit.files import read_json, sha256, unsealed
+from ddkit.manifest import checked
 from ddkit.names import path_part
 from ddkit.options import fields
 from ddkit.recipe import Recipe, recipe_dict
@@ -216,13 +218,27 @@ def kept_file(task: Task) -> Path:
     return task.path.parent / f"{task.path.name}-{task.evaluation.key}.json"
 
 
+class _Accuracies(msgspec.Struct):
+    accuracies: Annotated[list[Fraction], msgspec.Meta(min_length=1)]
+
+
+class _Row(msgspec.Struct):
+    accuracy_mean: Fraction
+    details: _Accuracies
+
+
+class _Kept(msgspec.Struct):
+    """What a study reads of an evaluation that it kept."""
+
+    row: _Row
+
+
 def kept_row(task: Task) -> dict[str, Any] | None:
     """Returns the row of the task's evaluation, None where it is not there yet, or its set is gone."""
     file = kept_file(task)
     if not file.is_file() or not (task.path / MANIFEST).is_file():
         return None
     found = unsealed(read_json(file), file)
-    if not isinstance(found.get("row"), dict):
-        raise RunFilesError(f"{file} is no evaluation of a study; remove it, and the next call makes it again.")
+    checked(found, _Kept, file)
     row: dict[str, Any] = found["row"]
     return row

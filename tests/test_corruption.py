@@ -17,7 +17,6 @@ import ddkit
 from ddkit.api import resume
 from ddkit.artifact import Artifact
 from ddkit.components import DataInfo
-from ddkit.evaluating import recorded
 from ddkit.files import read_json, read_tensors, sealed, unsealed, write_json, write_tensors
 from ddkit.manifest import read_manifest
 from ddkit.recipe import TeacherTable
@@ -42,10 +41,12 @@ def _small_run(path: Path, seed: int = 0, *, finished: bool = True) -> Path:
     directory.write_recipe(RECIPE | {"seed": seed})
     for step in (2, 4):
         directory.write_checkpoint(step, {"images": torch.full((2, 1, 2, 2), float(step + seed))})
-    directory.append_metrics({"step": 0, "total": 0.25})
+    directory.append_metrics({"step": 0, "total": 0.25, "losses": {"dm": {"raw": 0.5, "weighted": 0.25}}, "seconds": 0.1})
     if finished:
         save_set(_artifact(seed), directory)
-        (path / "evaluation.json").write_text(json.dumps({"schema": 1, "evaluations": [{"model": "mlp", "accuracy_mean": 0.5 + seed}]}))
+        row = {"evaluator": "accuracy", "model": "mlp", "protocol": "short", "labels": "hard", "repeats": 1, "accuracy_std": None}
+        rows = [row | {"accuracy_mean": 0.5 + seed / 10}]
+        (path / "evaluation.json").write_text(json.dumps({"schema": 1, "evaluations": rows}))
         directory.write_manifest({"seed": seed, "steps": 4, "seconds": 1.5, "plugins": [], "real_files": [0, 1]})
     return path
 
@@ -86,7 +87,7 @@ def _read_recipe(run: Path) -> Any:
 
 
 def _read_rows(run: Path) -> Any:
-    return recorded(RunDirectory.existing(run))
+    return RunDirectory.existing(run).read_evaluations()
 
 
 def _read_manifest(run: Path) -> Any:

@@ -12,13 +12,13 @@ from torch import Tensor
 from ddkit import film, said
 from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
-from ddkit.files import read_json, write_atomic
+from ddkit.files import read_text, write_atomic
 from ddkit.manifest import check_listed
 from ddkit.names import FILM, SET
 from ddkit.reporting import making, sections
 from ddkit.reporting.page import page
 from ddkit.reporting.sections import Files, head, spectrum_bins
-from ddkit.rundir import EVALUATION, LOCK_SECONDS, METRICS, RECIPE, REPORT, RunDirectory, read_metrics, versions
+from ddkit.rundir import LOCK_SECONDS, RECIPE, REPORT, RunDirectory, read_metrics, versions
 from ddkit.spectra import radial_spectrum, spread
 
 log = logging.getLogger("ddkit")
@@ -99,36 +99,25 @@ def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
     directory = RunDirectory(folder)
     has_recipe = (folder / RECIPE).is_file()
     check_listed(folder, SET)
+    artifact = load(folder / SET)
     return Files(
-        artifact=load(folder / SET),
+        artifact=artifact,
         facts=facts,
         recipe=directory.read_recipe() if has_recipe else {},
-        recipe_text=(folder / RECIPE).read_text(encoding="utf-8") if has_recipe else "",
-        metrics=_metrics(folder),
-        evaluations=_evaluations(folder),
-        film=_film(folder),
+        recipe_text=read_text(folder / RECIPE) if has_recipe else "",
+        metrics=read_metrics(folder),
+        evaluations=directory.read_evaluations(),
+        film=_film(folder, artifact.stored_images),
     )
 
 
-def _metrics(folder: Path) -> list[dict[str, Any]]:
-    check_listed(folder, METRICS)
-    return read_metrics(folder)
-
-
-def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    check_listed(folder, EVALUATION)
-    file = folder / EVALUATION
-    found = read_json(file) if file.is_file() else {}
-    rows = found.get("evaluations", []) if isinstance(found, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise RunFilesError(f"{file} holds no evaluations.")
-    return rows
-
-
-def _film(folder: Path) -> film.Film | None:
+def _film(folder: Path, stored: Tensor) -> film.Film | None:
+    """Returns the film of a run whose set has the images `stored`, None if it has none."""
     check_listed(folder, FILM)
     try:
         found = film.read_film(folder)
     except ValueError as error:
         raise RunFilesError(f"{error}.") from None
+    if found is not None and (found.images.shape[2:] != stored.shape[1:] or (len(found.rows) and int(found.rows.max()) >= len(stored))):
+        raise RunFilesError(f"{folder / FILM} is a film of another set than {folder / SET}.")
     return found

@@ -64,6 +64,11 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
+def can_be_drawn(value: float) -> bool:
+    """Whether a value is finite, and so small that differences and multiples of such values are too."""
+    return abs(value) < 1e100
+
+
 def wants_log(values: Sequence[float]) -> bool:
     """Whether a logarithmic axis suits: all positive, over more than a factor of 20."""
     return bool(values) and min(values) > 0 and max(values) / min(values) > 20
@@ -89,9 +94,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 def line_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False, what: str) -> str:
     """Returns a chart of lines; `x` and `y` name the axes, `what` says what it shows.
 
-    With `log` values that are not positive are left out.
+    Values that cannot be drawn are left out: those that are not finite, or with `log` not positive.
     """
-    kept = [Line(line.name, [point for point in line.points if math.isfinite(point[1]) and (point[1] > 0 or not log)]) for line in lines]
+    kept = [Line(line.name, [point for point in line.points if can_be_drawn(point[1]) and (point[1] > 0 or not log)]) for line in lines]
     xs, ys = ([point[place] for line in kept for point in line.points] for place in (0, 1))
     if not xs:
         return '<p class="note">There is nothing to draw.</p>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ddkit.reporting.charts import (
     Dots,
     Line,
     bar_chart,
+    can_be_drawn,
     dot_chart,
     legend,
     line_chart,
@@ -226,7 +226,7 @@ def _shares(lines: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
 
 def _curves(title: str, lines: Sequence[Line], y: str, *, known: bool = True) -> str:
     values = [value for line in lines for _, value in line.points]
-    log = wants_log([value for value in values if math.isfinite(value)])
+    log = wants_log([value for value in values if can_be_drawn(value)])
     names = ", ".join(line.name for line in lines)
     drawing = line_chart(lines, x="step", y=f"{y}{' (log scale)' if log else ''}", log=log, what=f"{title}: {names} over the steps")
     return chart(title, drawing, legend([line.name for line in lines]) if known and len(lines) > 1 else "")
@@ -235,7 +235,7 @@ def _curves(title: str, lines: Sequence[Line], y: str, *, known: bool = True) ->
 def parameters(files: Files) -> str:
     """Returns the distribution of every extra parameter of the set: the multipliers of DKKT are one."""
     found = {name: value.flatten().double() for name, value in files.artifact.parameters.items() if value.is_floating_point()}
-    kept = {name: value for name, value in found.items() if value.numel() and bool(value.isfinite().all())}
+    kept = {name: value for name, value in found.items() if value.numel() and can_be_drawn(float(value.abs().max()))}
     rows = [[name, *_spread(value)] for name, value in kept.items()]
     charts = "".join(_histogram(name, value) for name, value in kept.items())
     figures = table(["parameter", "values", "smallest", "median", "largest", "exactly 0"], rows) if rows else ""
@@ -251,7 +251,7 @@ def _spread(value: Tensor) -> list[str]:
 def _histogram(name: str, values: Tensor) -> str:
     low, high = float(values.min()), float(values.max())
     if low == high:
-        low, high = low - 0.5, high + 0.5
+        low, high = low - max(0.5, abs(low) / 10), high + max(0.5, abs(high) / 10)
     edges = [low + (high - low) * index / BINS for index in range(BINS + 1)]
     places = ((values - low) / (high - low) * BINS).long().clamp(0, BINS - 1)
     counts = torch.bincount(places, minlength=BINS).tolist()
