@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +16,11 @@ from ddkit.components import Evaluation
 from ddkit.compute import pick_device
 from ddkit.data import check_classes, open_dataset
 from ddkit.engine import deterministic
-from ddkit.errors import FlagError, RunFilesError
+from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.evaluating import evaluate
 from ddkit.files import check_writable, folders_of
 from ddkit.hookspecs import Observers
-from ddkit.jobs import AUTOMATIC_TEACHER, Job
+from ddkit.jobs import AUTOMATIC_TEACHER, TEACHER_FILE, Job
 from ddkit.manifest import MANIFEST, check_listed
 from ddkit.passed import passing
 from ddkit.pluginfile import check_unchanged
@@ -150,6 +151,7 @@ def resume(
     path: str | Path,
     *,
     dataset: Any = None,
+    teacher: str | None = None,
     steps: int | None = None,
     device: str = "auto",
     observers: Sequence[Any] = (),
@@ -158,30 +160,54 @@ def resume(
 ) -> Run:
     """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it.
 
-    `dataset` is needed where the run's was an object: the same again, as for distill. A run that is finished is returned as it is.
+    `dataset` is needed where the run's was an object: the same again, as for distill. Where the data or the teacher's file have been
+    moved, `dataset` (of the same kind, "imagefolder:PATH") and `teacher` say where they are now; their content must be the same. A run
+    that is finished is returned as it is.
     `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. `distributed`: as in distill; the
     run may have been begun by any number of processes. Raises DdkitError.
     """
-    if isinstance(dataset, str):
-        raise FlagError("dataset: a run is continued on its own data. Pass the object that it was begun with, or leave it out.")
-    with permission.granting(everything=allow_code), passing(dataset), group(wanted=distributed) as ranks:
-        return _resume(Path(path), steps, Place(own_device(device), ranks, observers))
+    moved = {"--dataset": dataset if isinstance(dataset, str) else None, "--teacher": teacher}
+    with permission.granting({"dataset": moved["--dataset"]}, everything=allow_code), passing(dataset), group(wanted=distributed) as ranks:
+        return _resume(Path(path), steps, Place(own_device(device), ranks, observers), moved)
 
 
-def _resume(path: Path, steps: int | None, place: Place) -> Run:
+def _resume(path: Path, steps: int | None, place: Place, moved: Mapping[str, str | None] | None = None) -> Run:
+    given = {flag: value for flag, value in (moved or {}).items() if value is not None}
     with said.recording(), place.directory(lambda: RunDirectory.existing(path).take()) as directory:
         table = directory.read_recipe()
         recipe = parse_recipe(table)
         if recipe.blend is not None and steps is not None:
             raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
         watchers = place.watchers()
-        if place.ranks.told(steps in (None, recipe.steps) and (path / MANIFEST).is_file()):
+        finished = place.ranks.told(steps in (None, recipe.steps) and (path / MANIFEST).is_file())
+        refuse_unused(given if finished or recipe.blend is not None else (), f"{path} is {'finished' if finished else 'a blend'}.")
+        if finished:
             return _finished(directory, watchers)
         if recipe.blend is not None:
             return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
-        longer = table if steps is None else table | {"steps": steps}
+        longer = _moved(table, given, path) | ({} if steps is None else {"steps": steps})
         with deterministic(recipe.engine.deterministic):
             return _continue(longer, directory, place, watchers)
+
+
+def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Returns the resolved recipe `table` with the places of data and teacher that are `given`; raises FlagError for other ones."""
+    table = copy.deepcopy(table)
+    if "--dataset" in given:
+        name, argument = plugins.split_name(given["--dataset"])
+        own = table.get("data", {}).get("use", "digits")
+        key = plugins.load("dataset", own).argument
+        if name != own or not argument or key is None:
+            now = f"--dataset {own}:PATH says where the same data are now" if key else "leave it out"
+            raise FlagError(
+                f"--dataset {given['--dataset']}: {path} is continued on its own data, which are of the dataset '{own}': {now}."
+            )
+        table["data"][key] = argument
+    if "--teacher" in given:
+        if given["--teacher"] == "auto" or table.get("teacher", {}).get("use", "auto") == "auto":
+            raise FlagError(f"--teacher {given['--teacher']}: only the file of a teacher can have been moved. Leave it out.")
+        table["teacher"]["use"] = given["--teacher"]
+    return table
 
 
 def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watchers: Observers) -> Run:
@@ -194,7 +220,14 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watc
         check_unchanged(newest.plugin_files, directory.path)
         if newest.step > recipe.steps:
             raise RunFilesError(f"{directory.path} is at step {newest.step} already, past --steps {recipe.steps}.")
-    made = running.make(recipe, place, watchers, begun=newest is not None)
+    try:
+        made = running.make(recipe, place, watchers, begun=newest is not None)
+    except InputError as error:
+        places = {f"--dataset {recipe.data.use}:PATH": recipe.data.options.get("path"), "--teacher FILE": recipe.teacher.use}
+        gone = [flag for flag, at in places.items() if at not in (None, "auto") and not Path(str(at)).exists()]
+        if gone:
+            error.args = (f"{error} If it was moved: ddkit distill --resume --out {directory.path} {' '.join(gone)}",)
+        raise
     if newest is None:
         directory.reopen()
         running.begin(made, directory)
@@ -208,17 +241,20 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watc
         raise RunFilesError(f"The checkpoint of step {start} in {directory.path} does not fit its recipe: {error}.") from None
     directory.reopen()
     directory.keep_checkpoints_until(start)
-    directory.write_recipe(table)
+    places = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
+    directory.write_recipe(table | places)
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
     return running.finish(made, directory, watchers, start=start)
 
 
 def _check_inputs(began: Mapping[str, str], job: Job, path: Path) -> None:
     """Raises RunFilesError where the run at `path` began with another teacher or other images; warns for an automatic teacher."""
+    renamed = next((digest for name, digest in began.items() if name.startswith(TEACHER_FILE)), None)
     for name, digest in job.inputs.items():
-        if began.get(name, digest) == digest:
+        then = began.get(name, renamed if name.startswith(TEACHER_FILE) else None)
+        if then in (None, digest):
             continue
-        told = f"{name} is not what the run at {path} began with (sha256 {began[name][:12]} then, {digest[:12]} now)"
+        told = f"{name} is not what the run at {path} began with (sha256 {str(then)[:12]} then, {digest[:12]} now)"
         if name != AUTOMATIC_TEACHER:
             raise RunFilesError(f"{told}, so it cannot be continued exactly. Restore it, or start anew.")
         log.warning("%s: it was trained again. The run goes on with this one, and is not the one that it would have been.", told)

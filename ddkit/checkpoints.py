@@ -39,9 +39,9 @@ class Checkpoint(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints in the run directory `run`, of a run whose recipe has the key `recipe`."""
+    """The checkpoints in the run directory `run`, of a run whose recipe has the keys `recipe`: the first is written, each is read."""
 
-    def __init__(self, run: Path, recipe: str) -> None:
+    def __init__(self, run: Path, recipe: Sequence[str]) -> None:
         self.folder, self.recipe = run / CHECKPOINTS, recipe
 
     def write(
@@ -61,7 +61,7 @@ class Checkpoints:
         """
         if ranks.first:
             self._make()
-        record: dict[str, Any] = {"step": step, "recipe": self.recipe, "inputs": dict(inputs)}
+        record: dict[str, Any] = {"step": step, "recipe": self.recipe[0], "inputs": dict(inputs)}
         record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
         record |= {"warnings": said.warnings()} if said.warnings() else {}
         if ranks.size == 1:
@@ -157,7 +157,7 @@ class Checkpoints:
         tensors, record = read_tensors(file)
         if record.get("step") != step or isinstance(record["step"], bool):
             raise ValueError(f"{file} does not record the step of its name")
-        if self.recipe and (record.get("recipe") or self.recipe) != self.recipe:
+        if self.recipe[0] and record.get("recipe", self.recipe[0]) not in self.recipe:
             raise ValueError(f"{file} is a checkpoint of another run: its recipe is not that of {self.folder.parent / 'recipe.toml'}")
         return tensors, record
 

@@ -35,6 +35,7 @@ from ddkit.terms import check_access, check_separable, declared_by, terms_of
 from ddkit.training import Schedule
 
 AUTOMATIC_TEACHER = "the automatic teacher"
+TEACHER_FILE = "the teacher "  # and the name of its file
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 
 
@@ -208,7 +209,7 @@ class Job:
         """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
         found = {"the accessible data": self.real.digest()}
         if self.teacher is not None and self._distils_with_teacher:
-            name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"the teacher {Path(self.recipe.teacher.use).name}"
+            name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"{TEACHER_FILE}{Path(self.recipe.teacher.use).name}"
             found[name] = self.teacher.sha256 or ""
         return found
 

@@ -88,7 +88,7 @@ class RunDirectory:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
         self._lock: FolderLock | None = None
-        self._recipe = ""  # what checkpoints belong to, known once the recipe is written or read
+        self._recipe = ("", "")  # what checkpoints belong to, known once the recipe is written or read
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -179,7 +179,7 @@ class RunDirectory:
     def write_recipe(self, table: Mapping[str, Any]) -> None:
         """Writes recipe.toml, its first line the sha256 of the rest."""
         text = tomli_w.dumps(dict(table))
-        self._recipe = _recipe_key(tomllib.loads(text))
+        self._recipe = _recipe_keys(tomllib.loads(text))
         write_atomic(self.path / RECIPE, f"{RECIPE_SEAL}{_sha256(text)}\n{text}".encode())
 
     def read_recipe(self) -> dict[str, Any]:
@@ -199,7 +199,7 @@ class RunDirectory:
                 f"{file} is damaged, or was edited: it is not what its first line, the sha256 of the rest, says. A run goes on with its "
                 f"own recipe; a changed copy of the file makes another run: ddkit distill --recipe COPY."
             )
-        self._recipe = _recipe_key(table)
+        self._recipe = _recipe_keys(table)
         return table
 
     def write_checkpoint(
@@ -318,7 +318,7 @@ class Follower(RunDirectory):
         pass
 
     def write_recipe(self, table: Mapping[str, Any]) -> None:
-        self._recipe = _recipe_key(tomllib.loads(tomli_w.dumps(dict(table))))
+        self._recipe = _recipe_keys(tomllib.loads(tomli_w.dumps(dict(table))))
 
     def _sync_metrics(self) -> None:
         pass
@@ -378,9 +378,19 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _recipe_key(table: Mapping[str, Any]) -> str:
-    """Returns a key of a recipe, whatever its number of steps, which a run may prolong."""
-    return json_digest({key: value for key, value in table.items() if key != "steps"})
+def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the key of a recipe that its checkpoints record, and the one that those of 0.1 record.
+
+    It says nothing of the number of steps, which a run may prolong, and of the places of data and teacher, which may be moved: their
+    content has digests of its own.
+    """
+    kept = {key: value for key, value in table.items() if key != "steps"}
+    places = {"data": ("path", "dir"), "teacher": ("use",)}
+    unplaced = {
+        key: {name: each for name, each in value.items() if name not in places[key]} if key in places and isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
+    return json_digest(unplaced), json_digest(kept)
 
 
 def _occupied(path: Path) -> RunFilesError:

@@ -389,7 +389,7 @@ def write_parts(run: Path, step: int, size: int, *, shift: float = 0.0) -> None:
     def write(part: ranks.Ranks) -> None:
         rows = slice(part.classes(5).start, part.classes(5).stop)
         own = {key: value[rows] + shift if key in ROWS else value for key, value in STATE.items()}
-        Checkpoints(run, "key").write(step, own, plugin_files={}, inputs={"the data": "1"}, rowwise=ROWS, ranks=part)
+        Checkpoints(run, ["key"]).write(step, own, plugin_files={}, inputs={"the data": "1"}, rowwise=ROWS, ranks=part)
 
     in_parts(size, write)
 
@@ -397,7 +397,7 @@ def write_parts(run: Path, step: int, size: int, *, shift: float = 0.0) -> None:
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_parts_read_back_as_the_whole_state(tmp_path: Path, size: int) -> None:
     write_parts(tmp_path, 7, size)
-    found = Checkpoints(tmp_path, "key").newest("")
+    found = Checkpoints(tmp_path, ["key"]).newest("")
     assert found is not None
     assert found.step == 7
     assert found.inputs == {"the data": "1"}
@@ -429,9 +429,9 @@ def test_a_checkpoint_of_which_a_part_is_missing_or_wrong_is_never_chosen(
 ) -> None:
     write_parts(tmp_path, 6, 2)
     write_parts(tmp_path, 9, 3)
-    assert Checkpoints(tmp_path, "key").newest("").step == 9  # type: ignore[union-attr]
+    assert Checkpoints(tmp_path, ["key"]).newest("").step == 9  # type: ignore[union-attr]
     harm(tmp_path)
-    found = Checkpoints(tmp_path, "key").newest("")
+    found = Checkpoints(tmp_path, ["key"]).newest("")
     assert found is not None
     assert found.step == 6
     assert told in caplog.text

@@ -385,3 +385,57 @@ def test_evaluate_none_leaves_no_evaluation_and_evaluating_later_adds_it(cli: Cl
     assert cli("evaluate", "run", *flags).code == 0
     assert [row["protocol"] for row in read(Path("run/evaluation.json"))["evaluations"]] == ["dc-official"]
     assert "evaluation.json" in read(Path("run/manifest.json"))["files"]
+
+
+@pytest.fixture
+def placed(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Returns a run of images and a teacher that were moved, with a checkpoint at step 2 of 3, and its finished twin beside."""
+    monkeypatch.chdir(tmp_path)
+    sets = {"network.width": 4, "train.epochs": 1, "teacher.width": 4, "engine.checkpoint_every": 2}
+    data = f"imagefolder:{image_folder}"
+    ddkit.train("t.safetensors", dataset=data, sets={"train.epochs": 1, "teacher.width": 4}, device="cpu")
+    ddkit.distill(
+        losses="dkkt", dataset=data, teacher="t.safetensors", pipc=2, steps=3, evaluators="none", sets=sets, out="whole", device="cpu"
+    )
+    shutil.copytree("whole", "run")
+    for name in ("manifest.json", "checkpoints/step-00000003.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    image_folder.rename(tmp_path / "moved")
+    Path("t.safetensors").rename("renamed.safetensors")
+    return tmp_path / "run"
+
+
+def test_a_run_goes_on_with_data_and_teacher_that_were_moved(cli: Cli, placed: Path) -> None:
+    run, moved = placed, placed.parent / "moved"
+    lost = cli("distill", "--resume", "--out", run)
+    assert (lost.code, lost.out) == (4, "")
+    assert f"ddkit distill --resume --out {run} --dataset imagefolder:PATH" in " ".join(lost.err.split())
+    teacher = ["--teacher", moved.parent / "renamed.safetensors"]
+    for words, code, message in (
+        (["--dataset", "digits", *teacher], 2, "--dataset imagefolder:PATH says where the same data are now"),
+        (["--dataset", "imagefolder", *teacher], 2, "says where the same data are now"),
+        (["--dataset", f"imagefolder:{moved}", "--teacher", "auto"], 2, "only the file of a teacher can have been moved"),
+        (["--dataset", f"imagefolder:{moved}", "--losses", "dm"], 2, "cannot change it"),
+    ):
+        refused = cli("distill", "--resume", "--out", run, *words)
+        assert (refused.code, refused.out) == (code, "")
+        assert message in " ".join(refused.err.split())
+    found = cli("distill", "--resume", "--out", run, "--dataset", f"imagefolder:{moved}", *teacher)
+    assert found.code == 0, found.err
+    assert (run / "synthetic.safetensors").read_bytes() == (moved.parent / "whole" / "synthetic.safetensors").read_bytes()
+    assert cli("distill", "--resume", "--out", run, "--steps", 4).code == 0, "the new places are kept"
+    assert "is finished" in " ".join(cli("distill", "--resume", "--out", run, "--dataset", f"imagefolder:{moved}").err.split())
+
+
+@pytest.mark.parametrize("changed", ["data", "teacher"])
+def test_what_was_moved_must_be_what_it_was(cli: Cli, placed: Path, changed: str) -> None:
+    moved, teacher = placed.parent / "moved", placed.parent / "renamed.safetensors"
+    if changed == "data":
+        for file in (moved / "train").glob("*/*.png"):
+            file.write_bytes((moved / "test" / file.parent.name / "000.png").read_bytes())
+    else:
+        teacher.unlink()
+        ddkit.train(teacher, dataset=f"imagefolder:{moved}", sets={"train.epochs": 2, "teacher.width": 4}, device="cpu")
+    refused = cli("distill", "--resume", "--out", placed, "--dataset", f"imagefolder:{moved}", "--teacher", teacher)
+    assert (refused.code, refused.out) == (5, "")
+    assert "is not what the run at" in " ".join(refused.err.split())

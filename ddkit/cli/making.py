@@ -71,7 +71,11 @@ recipe_flags = options(
 @recipe_flags
 @shared
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory, absent or empty.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out; only --steps and --device may be given with it.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Continue the run in --out; --steps and --device may change, --dataset and --teacher tell where both were moved.",
+)
 @click.option("--plan", is_flag=True, help="Show what would be done; train and write nothing.")
 @quiet
 @verbose
@@ -116,9 +120,8 @@ def _recipe(flags: dict[str, Any]) -> Any:
 
 
 def _resumed(flags: dict[str, Any]) -> Any:
-    given = [
-        name for name in (*FLAG_PATHS, "recipe", "losses", "model", "evaluate", "protocol") if flags[name] is not None and name != "steps"
-    ]
+    own = {*FLAG_PATHS, "recipe", "losses", "model", "evaluate", "protocol"} - {"steps", "dataset", "teacher"}
+    given = [name for name in flags if name in own and flags[name] is not None]
     if given or flags["sets"]:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in given or ["set"])
         raise FlagError(f"--resume takes the run's own recipe; {names} cannot change it. Start a new run, or leave it out.")
@@ -130,8 +133,9 @@ def _resumed(flags: dict[str, Any]) -> Any:
     from ddkit.cli.progress import observers
 
     return api.resume(
-        flags["out"], steps=flags["steps"], device=flags["device"], observers=observers(flags["quiet"], flags["verbose"]), distributed=True
-    )
+        flags["out"], dataset=flags["dataset"], teacher=flags["teacher"], steps=flags["steps"], device=flags["device"],
+        observers=observers(flags["quiet"], flags["verbose"]), distributed=True,
+    )  # fmt: skip
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
