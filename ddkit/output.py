@@ -24,10 +24,8 @@ def answers() -> TextIO:
 
 
 def discard() -> None:
-    """Lets go of what nobody reads any more, so that the end of the process does not stumble over it."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    for stream in filter(None, (sys.stdout, _kept)):
-        os.dup2(null, stream.fileno())
+    """Lets go of answers that nobody reads any more, so that the end of the process does not stumble over them."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), answers().fileno())
 
 
 def _is_descriptor_1(stream: TextIO | None) -> bool:

@@ -13,7 +13,6 @@ from typing import NoReturn
 
 import click
 
-from ddkit import output
 from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, importing, making, reporting, reproducing
 from ddkit.cli.common import LogFormat, trusted
 from ddkit.compute import tune_process
@@ -85,9 +84,6 @@ def main() -> NoReturn:
         ended = isinstance(cause, _Terminated)
         told = str(cause) if isinstance(cause, KeyboardInterrupt) and cause.args else "Interrupted."
         _fail(f"{told}{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
-    except BrokenPipeError:
-        output.discard()
-        sys.exit(0)
     except Exception as error:
         message, code = _explained(error, arguments)
         if not message:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -186,8 +187,13 @@ def show(text: str, end: str = "\n") -> None:
 
     Of several processes that torchrun started the first alone does.
     """
-    if not follows():
+    if follows():
+        return
+    try:
         click.echo(printable(text + end), file=output.answers(), nl=False)
+    except BrokenPipeError:  # who reads has seen enough
+        output.discard()
+        sys.exit(0)
 
 
 class LogFormat(logging.Formatter):
