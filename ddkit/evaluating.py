@@ -17,6 +17,7 @@ from ddkit.blame import blamed
 from ddkit.components import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.compute import pick_device
 from ddkit.data import RealData, check_held_out, open_dataset
+from ddkit.doubts import below_random_real
 from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import json_bytes
 from ddkit.hookspecs import Observers
@@ -30,7 +31,7 @@ from ddkit.recipes import check_used, flattened, recipe_for, with_options
 from ddkit.reporting import renew_report
 from ddkit.rundir import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
 from ddkit.teacher import Teacher
-from ddkit.teachers import automatic_teacher, load_teacher
+from ddkit.teachers import automatic_teacher, load_teacher, tested
 
 log = logging.getLogger("ddkit")
 EVALUATING = ("data", "teacher", "train", "evaluators", "seed", "pipc")  # what of a recipe matters to an evaluation
@@ -111,7 +112,10 @@ def run_evaluators(
         with blamed("evaluator", evaluator, may_draw=True):
             seen = data if evaluator.shares else msgspec.structs.replace(data, spread=None)
             rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, seen, teacher)]
-    return rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
+    rows = rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
+    for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels))):
+        log.warning("%s", sentence)
+    return rows
 
 
 def _spread(ranks: Ranks) -> Callable[..., list[float]]:
@@ -139,6 +143,8 @@ def judged(
     real.check_test_set()
     required = any(evaluator.requires.teacher for evaluator in made.values())
     guide = _guide(recipe, real, where, watchers, ranks) if required or (with_teacher and recipe.teacher.use != "auto") else None
+    if guide is not None:
+        tested(guide, real, where)  # warns
     return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers, ranks)
 
 

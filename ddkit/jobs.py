@@ -30,7 +30,7 @@ from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import Recipe
 from ddkit.stepsource import StepSource, ViewSpec
 from ddkit.teacher import Teacher
-from ddkit.teachers import Report, automatic_teacher, load_teacher, read_teacher, resolved_training
+from ddkit.teachers import Report, Tested, automatic_teacher, load_teacher, read_teacher, resolved_training, tested
 from ddkit.terms import check_access, check_separable, declared_by, terms_of
 from ddkit.training import Schedule
 
@@ -58,6 +58,7 @@ class Job:
         check_separable(self.terms, ranks)
         self._check_room()
         self.teacher: Teacher | None = None
+        self.tested: Tested | None = None
         self.real = RealData.of(recipe, self.dataset, self._shape(), ranks)
         self.info: DataInfo = self.real.info
         check_factor(recipe.factor, self.info.size)
@@ -233,6 +234,7 @@ class Job:
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
         self.ranks.same("The teacher", self.teacher.sha256)
+        self.tested = tested(self.teacher, self.real, self.device)
 
     @cached_property
     def normalisation(self) -> Normalisation:

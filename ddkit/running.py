@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from ddkit.artifact import Artifact, load
 from ddkit.bank import Bank
 from ddkit.components import Evaluation
 from ddkit.compute import products
+from ddkit.doubts import constant_losses, outside
 from ddkit.engine import Engine
 from ddkit.evaluating import run_evaluators
 from ddkit.files import write_json
@@ -31,6 +32,7 @@ from ddkit.recipes import flattened
 from ddkit.reporting import close_run, known_spectrum
 from ddkit.rundir import EVALUATION, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
 from ddkit.shares import silent
+from ddkit.teacher import Teacher
 
 log = logging.getLogger("ddkit")
 
@@ -112,10 +114,11 @@ def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: i
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     job.ranks.wait()  # its file is there
+    made_set = load(directory.path / SET)
     if job.ranks.first:
-        for sentence in silent(read_metrics(directory.path), {label: loss.weight for label, loss in recipe.losses.items()}):
+        for sentence in _doubts(made, made_set, read_metrics(directory.path)):
             log.warning("%s", sentence)
-    evaluations = _evaluate_run(job, load(directory.path / SET), directory, watchers)
+    evaluations = _evaluate_run(job, made_set, directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.first:
         close_run(directory, facts)
@@ -123,6 +126,28 @@ def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: i
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
     watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
     return run
+
+
+def _doubts(made: Made, artifact: Artifact, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what cannot be right of the finished steps: losses that did nothing, images that are none."""
+    job, recipe = made.job, made.recipe
+    weights = {label: loss.weight for label, loss in recipe.losses.items()}
+    told, constant, logged = silent(lines, weights), constant_losses(lines, weights), f"at all {len(lines)} logged steps"
+    if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
+        told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {_mends_idle(job, recipe)}"]
+    else:
+        others = [label for label in constant if not any(label in sentence.split() for sentence in told)]
+        told += [f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing." for label in others]
+    return told + (outside(artifact.stored_images, made.bank.smaller_rate("images")) if recipe.steps else [])
+
+
+def _mends_idle(job: Job, recipe: Recipe) -> str:
+    """Returns what helps where no loss finds anything to do: mostly the set began as the very images that it is compared with."""
+    fewest = min(job.real.counts().values(), default=0)
+    if job.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:
+        more = f" (ipc {recipe.ipc}; {fewest} accessible)"
+        return f"It began as all accessible images{more}: raise --pipc, lower --ipc, or use another loss or --init noise."
+    return "Use another loss or --init noise."
 
 
 def _iterate(job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
@@ -197,6 +222,12 @@ def _evaluate_run(job: Job, artifact: Artifact, directory: RunDirectory, watcher
     return rows
 
 
+def _ceiling(job: Job, teacher: Teacher) -> dict[str, Any]:
+    """Returns how good the teacher is: its recorded test accuracy, and that on the accessible images; None where it is not known."""
+    tested = {} if job.tested is None else {"accessible_accuracy": job.tested.accuracy, "accessible_images": job.tested.images}
+    return {"test_accuracy": teacher.info.get("test_accuracy"), **tested}
+
+
 def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
     teacher = job.teacher
     return {
@@ -205,7 +236,7 @@ def _facts(job: Job, recipe: Recipe) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "plugins": job.plugins_used,
         **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
-        "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256},
+        "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256, **_ceiling(job, teacher)},
         **known_spectrum(job.real.sample()),
         "real_files": job.real.sources,
         **({"processes": {"count": job.ranks.size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.size > 1 else {}),

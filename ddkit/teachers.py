@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from ddkit import plugins
 from ddkit.components import DataInfo, Dataset
 from ddkit.compute import compiled, decide_arithmetic, products
-from ddkit.data import data_info
+from ddkit.data import RealData, data_info
+from ddkit.doubts import at_chance
 from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
 from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.loading import load_images
+from ddkit.mapped import rows_of
 from ddkit.names import path_part
 from ddkit.networks import build_network, training_flops
 from ddkit.options import written_options
@@ -31,11 +33,13 @@ from ddkit.randomness import generator
 from ddkit.ranks import ALONE, Ranks
 from ddkit.recipe import TeacherTable, TrainTable
 from ddkit.said import NEWS
+from ddkit.spectra import spread
 from ddkit.teacher import Teacher
-from ddkit.training import Schedule, accuracy, fit
+from ddkit.training import Schedule, accuracy, fit, predicted
 
 log = logging.getLogger("ddkit")
 Report = Callable[[int, int], None]
+JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: evenly over the classes
 
 
 def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> Teacher:
@@ -50,6 +54,46 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     module = build_network(factory, info, 0, "teacher shape")
     load_state(module, tensors, path, model, recorded=bool(record))
     return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path.absolute()))
+
+
+class Tested(msgspec.Struct, frozen=True):
+    """What fraction of how many accessible images a teacher classifies correctly."""
+
+    accuracy: float
+    images: int
+
+
+def tested(teacher: Teacher, real: RealData, device: torch.device) -> Tested | None:
+    """Returns how good a teacher is on the accessible images, 1,000 at most, None where there are none; warns of one that knows nothing.
+
+    Several processes test their own classes each, and all get the whole.
+    """
+    rows = spread(torch.arange(len(real.labels)), JUDGED_IMAGES)
+    if not len(rows):
+        return None
+    own = rows[(rows >= real.own.start) & (rows < real.own.stop)]
+    images = NormalisedRows(rows_of(real.images, own - real.own.start), Normalisation(teacher.mean, teacher.std), device)
+    labels, classes = real.labels[own], real.info.classes
+    found = predicted(teacher.module, images, batch=100).cpu() if len(own) else labels
+    counts = [labels[found == labels].bincount(minlength=classes), labels.bincount(minlength=classes)]
+    right, seen = real.ranks.sums([each.double() for each in counts], "the teacher's accuracy")
+    result = Tested(float(right.sum() / seen.sum()), int(seen.sum()))
+    if at_chance(right, seen):
+        log.warning(
+            "The teacher is right on %.1f %% of %d accessible images, no better than guessing among %d classes. %s",
+            100 * result.accuracy, result.images, classes, _remedy(teacher),
+        )  # fmt: skip
+    return result
+
+
+def _remedy(teacher: Teacher) -> str:
+    """Returns what may be wrong with a teacher that knows nothing, and how to mend it."""
+    epochs = teacher.info.get("training", {}).get("epochs")
+    trained = f"If it was trained too short, train it longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
+    return (
+        f"{trained}Check how its inputs were normalised (--set teacher.mean and teacher.std), the order of its classes, its architecture "
+        "(--model), and whether it was trained at all."
+    )
 
 
 class _Record(msgspec.Struct):

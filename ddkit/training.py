@@ -204,11 +204,22 @@ def accuracy(
 
     `forward` and `channels_last` are as in fit.
     """
+    found = predicted(module, images, batch=batch, precision=precision, forward=forward, channels_last=channels_last)
+    return int((found == labels).sum()) / len(labels)
+
+
+def predicted(
+    module: nn.Module,
+    images: Tensor | NormalisedRows,
+    *,
+    batch: int = 500,
+    precision: torch.dtype = torch.float32,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Returns the classes (n,) int64 that `module` finds for normalised images (n, C, H, W); the rest is as in accuracy."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.eval().to(memory_format=layout)
     forward = forward or module
-    right = torch.zeros((), dtype=torch.int64, device=images.device)
     with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-        for x, y in zip(images.split(batch), labels.split(batch), strict=True):
-            right += (forward(x.contiguous(memory_format=layout)).argmax(1) == y).sum()
-    return int(right) / len(labels)
+        return torch.cat([forward(x.contiguous(memory_format=layout)).argmax(1) for x in images.split(batch)])

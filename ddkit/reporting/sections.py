@@ -338,7 +338,17 @@ def evaluation(files: Files) -> str:
         "compared."
     )
     parts = [note(words), *parts] if parts else []
-    return section("Evaluation", *parts, *_findings(files)) or section("Evaluation", note("None is recorded."))
+    return section("Evaluation", _ceiling(files), *([*parts, *_findings(files)] or [note("None is recorded.")]))
+
+
+def _ceiling(files: Files) -> str:
+    """Returns how good the teacher is, beside which accuracies may be read; "" where that is not known."""
+    facts = files.facts.get("teacher")
+    facts = facts if isinstance(facts, Mapping) else {}
+    count = facts.get("accessible_images")
+    rows = [("the test images, as recorded when it was trained", "test_accuracy"), (f"{count} accessible images", "accessible_accuracy")]
+    known = [f"{100 * facts[key]:.1f} % of {what}" for what, key in rows if isinstance(facts.get(key), float | int)]
+    return note(f"A ceiling: the teacher is right on {' and '.join(known)}.") if known else ""
 
 
 def _findings(files: Files) -> list[str]:
