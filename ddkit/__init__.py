@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, resume, train
     from ddkit.arrays import read_arrays
     from ddkit.artifact import Artifact, Provenance, load
+    from ddkit.cache import cache_folder
     from ddkit.children import Child, ChildEnded, reply
     from ddkit.components import (
         API_VERSION,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ddkit.decode import grid
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.exporting import export
-    from ddkit.files import cache_folder, open_regular
+    from ddkit.files import open_regular
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
     from ddkit.importing import import_file
@@ -56,6 +57,7 @@ _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "resume", "train"),
     "ddkit.arrays": ("read_arrays",),
     "ddkit.artifact": ("Artifact", "Provenance", "load"),
+    "ddkit.cache": ("cache_folder",),
     "ddkit.children": ("Child", "ChildEnded", "reply"),
     "ddkit.components": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
@@ -70,7 +72,7 @@ _HOMES = {
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
     "ddkit.exporting": ("export",),
-    "ddkit.files": ("cache_folder", "open_regular"),
+    "ddkit.files": ("open_regular",),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),

@@ -7,13 +7,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from ddkit.cache import passing_folder, private_folder
 from ddkit.errors import FlagError, RunFilesError, out_of_memory
-from ddkit.files import cache_folder
 from ddkit.options import check_fields
 
 if TYPE_CHECKING:
@@ -100,7 +100,24 @@ def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs:
     import torch
 
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells that there is no CUDA, to whom did not ask
+    _choose_compile_cache()
     return Compiled(module, torch.compile(module, mode="reduce-overhead") if graphs else torch.compile(module))
+
+
+def _choose_compile_cache() -> None:
+    """Has torch keep what it compiles in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
+
+    torch unpickles what it finds there, and its own default is a folder that another user may have made. So where ddkit's is not private
+    the code is compiled for this process alone.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return
+    try:
+        folder = private_folder("compile")
+    except RunFilesError as error:
+        log.warning("Compiled code is not kept for the next time. %s", error, extra={"news": True})
+        folder = passing_folder()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 class Compiled:
@@ -181,14 +198,11 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def tune_process() -> None:
-    """Sets up a process that is ddkit's own, before torch is imported: allocator and compile cache.
+    """Sets up the allocator of a process that is ddkit's own, before torch is imported.
 
     glibc gives every large tensor back to the system when it is freed, and the next step pays for fresh pages. So freed
-    memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves the allocator alone. What torch
-    compiles is kept in ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder.
+    memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves the allocator alone.
     """
-    with suppress(RunFilesError):  # a user without a home: torch has a folder of its own
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compile"))
     if os.environ.get("DDKIT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")

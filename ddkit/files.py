@@ -74,17 +74,6 @@ def with_home(text: str) -> str:
     return f"{found[0]}{home}{text[found.end() + 1 :]}"
 
 
-def cache_folder() -> Path:
-    """Returns $DDKIT_CACHE, else ddkit's folder in the XDG cache; raises RunFilesError for a user without a home folder."""
-    own = os.environ.get("DDKIT_CACHE")
-    try:
-        return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddkit"
-    except RuntimeError:
-        raise RunFilesError(
-            "You have no home folder to keep a cache in. Name a folder with the environment variable DDKIT_CACHE."
-        ) from None
-
-
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` so that `path` is either as before or whole; raises RunFilesError where it cannot be written."""
     replace_whole(path, lambda temporary: Path(temporary).write_bytes(content))
@@ -269,11 +258,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    record = {"schema": SCHEMA, **metadata}
-    record |= {"sealed": True} if digest else {}
-    record |= {"digest": tensors_digest(contiguous, record)} if digest else {}
-    header = json.dumps(record, sort_keys=True, allow_nan=False)
+    contiguous, header = _as_written(tensors, metadata, digest=digest)
 
     def write(temporary: str) -> None:
         try:
@@ -282,6 +267,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
             raise OSError(str(error)) from error
 
     replace_whole(path, write)
+
+
+def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """Returns what write_tensors writes, with a digest."""
+    from safetensors.torch import save
+
+    contiguous, header = _as_written(tensors, metadata, digest=True)
+    return save(contiguous, {"ddkit": header})
+
+
+def _as_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, digest: bool) -> tuple[dict[str, Tensor], str]:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
+    record = {"schema": SCHEMA, **metadata}
+    record |= {"sealed": True} if digest else {}
+    record |= {"digest": tensors_digest(contiguous, record)} if digest else {}
+    return contiguous, json.dumps(record, sort_keys=True, allow_nan=False)
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> str:

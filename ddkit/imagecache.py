@@ -1,7 +1,8 @@
 """Decoded images kept between runs: one memory-mapped file for each set of image files that was asked for.
 
 An entry's name is a digest over the stamp of every file, in order, and over what else decides the pixels. So a changed file is another
-entry, and the old one goes when the folder is full. A stamp has the inode and the time of change, which nobody can set: of data that are
+entry, and the old one goes when the folder is full. The stamp of an entry is kept apart, in the private part of the cache, so that no other
+file is taken for it. A stamp has the inode and the time of change, which nobody can set: of data that are
 unpacked over older ones, size and time of modification may be the same.
 """
 
@@ -23,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ddkit import __version__
+from ddkit.cache import cache_folder, make_folder, mark_of, private_folder, vouch, vouched
 from ddkit.errors import RunFilesError
-from ddkit.files import SCHEMA, cache_folder, open_regular, read_bytes, read_tensors, replace_whole, write_json, write_tensors
+from ddkit.files import SCHEMA, open_regular, read_bytes, read_tensors, replace_whole, write_json, write_tensors
 from ddkit.mapped import mapped
 
 if TYPE_CHECKING:
@@ -74,6 +76,9 @@ class Entry:
         """
         if not os.path.isfile(self.path):
             return None
+        if vouched(self.path) != _mark(self.path):
+            log.info("The cached images of %s are not used: they are not what this user put there.", self.path)
+            return None
         try:
             tensors, metadata = read_tensors(self.path, verify=False)  # its own checksum stops where mapping saves reading
             images, resized = tensors["images"], int(metadata["resized"])
@@ -86,7 +91,7 @@ class Entry:
             log.info("The cached images of %s are not used: they are not what the name says.", self.path)
             return None
         with contextlib.suppress(OSError):
-            os.utime(self.path)  # the least recently used go first
+            os.utime(mark_of(self.path))  # the least recently used go first
         return images, resized
 
     def _fits(self, images: Tensor) -> bool:
@@ -99,8 +104,9 @@ class Entry:
             return
         record = {"key": self.path.stem, "resized": resized, "checksum": _checksum(images)}
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # the user's pictures: nobody else's to read
+            make_folder(self.path.parent)
             write_tensors(self.path, {"images": images}, record, digest=False)
+            vouch(self.path, _mark(self.path))
             _make_room(self.path)
         except (OSError, RunFilesError) as error:
             log.info("The decoded images could not be cached: %s", error)
@@ -115,8 +121,9 @@ class Entry:
         if prod(shape) * dtype.itemsize > LIMIT_BYTES:
             return None
         try:
-            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             replace_whole(self.path, lambda name: _write_streamed(name, self.path.stem, dtype, shape, made(), resized))
+            vouch(self.path, _mark(self.path))
             _make_room(self.path)
         except (OSError, RunFilesError) as error:
             log.info("The decoded images could not be cached: %s", error)
@@ -166,7 +173,7 @@ def entry_of(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape 
     stamps = stamps_of(dataset, split, indices)
     if stamps is None or not _worth_keeping(stamps):
         return None
-    with contextlib.suppress(RunFilesError):  # a user without a home folder
+    with contextlib.suppress(RunFilesError):  # no folder can be written
         return Entry(cache_folder() / "images" / f"{_key(dataset, stamps, shape)}.safetensors", len(stamps), shape)
     return None
 
@@ -182,7 +189,6 @@ def fingerprint(dataset: Dataset) -> str:
             return str(kept["fingerprint"])
     found = dataset.fingerprint()
     try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_json(file, {"key": file.stem, "fingerprint": found})
     except (OSError, RunFilesError) as error:
         log.info("The fingerprint of the data could not be cached: %s", error)
@@ -199,8 +205,8 @@ def _fingerprint_file(dataset: Dataset) -> Path | None:
         if stamps and not _settled(stamps):
             return None
         digest.update(_key(dataset, stamps, None).encode())
-    with contextlib.suppress(RunFilesError):  # a user without a home folder
-        return cache_folder() / "fingerprints" / f"{digest.hexdigest()}.json"
+    with contextlib.suppress(RunFilesError):  # no folder can be written
+        return private_folder("fingerprints") / f"{digest.hexdigest()}.json"
     return None
 
 
@@ -226,14 +232,28 @@ def _checksum(images: Tensor) -> int | None:
     return zlib.crc32(images.numpy()) if images.nbytes <= CHECKED_BYTES else None
 
 
+def _mark(path: Path) -> str:
+    """Returns the mark of an entry: its stamp, which no other file can have, and no file that was written since."""
+    return " ".join(map(str, Stamp.of(str(path))[1:]))
+
+
 def _make_room(newest: Path) -> None:
     """Removes the least recently used files until the folder is within its limit; `newest` stays."""
     with os.scandir(newest.parent) as entries:
-        found = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in entries if entry.is_file())
+        found = sorted((_last_use(Path(entry.path)), entry.stat().st_size, entry.path) for entry in entries if entry.is_file())
     excess = sum(size for _, size, _ in found) - LIMIT_BYTES
     for _, size, path in found:
         if excess <= 0:
             return
         if path != str(newest):
             Path(path).unlink(missing_ok=True)
+            mark_of(Path(path)).unlink(missing_ok=True)
             excess -= size
+
+
+def _last_use(path: Path) -> int:
+    """Returns when an entry was used, in nanoseconds; 0 for one that nobody vouches for."""
+    try:
+        return mark_of(path).stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ddkit.cache import cache_folder, make_folder
 from ddkit.components import Dataset
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import cache_folder
 from ddkit.imagecache import Entry, Shape, entry_of
 from ddkit.images import Kinds, conform, to_unit
 from ddkit.mapped import mapped
@@ -155,8 +155,7 @@ def _in_file(dtype: torch.dtype, shape: Sequence[int], made: Callable[[], Iterat
 def _writable_folder() -> Path | None:
     """Returns the folder of the cache, None where there can be none: a folder for temporary files may lie in memory itself."""
     try:
-        folder = cache_folder()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(cache_folder())
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except (OSError, RunFilesError):

@@ -8,6 +8,7 @@ import logging
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ddkit import plugins
+from ddkit.cache import cache_folder, make_folder, vouch, vouched
 from ddkit.components import DataInfo, Dataset
 from ddkit.compute import compiled, decide_arithmetic, products
 from ddkit.data import RealData, data_info
 from ddkit.doubts import at_chance
 from ddkit.errors import InputError, RunFailed, RunFilesError
-from ddkit.files import cache_folder, read_tensors, sha256, write_tensors
+from ddkit.files import SCHEMA, read_tensors, sha256, tensors_bytes, write_tensors
 from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.loading import load_images
@@ -293,7 +295,7 @@ def resolved_training(table: TeacherTable, train: TrainTable, info: DataInfo) ->
 def _make_folder(folder: Path) -> None:
     """Makes the cache's folder, before an hour of training whose result could not be kept."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -303,16 +305,42 @@ def _make_folder(folder: Path) -> None:
         ) from None
 
 
-def _is_whole(path: Path) -> bool:
-    """Returns whether a teacher is kept at `path`; warns of one that is damaged, which is as good as none."""
+def _is_whole(path: Path, known: str | None) -> bool:
+    """Returns whether a teacher is kept at `path`, and is the one with the sha256 `known`; warns of another, which is as good as none."""
     if not path.is_file():
         return False
     try:
         read_tensors(path)
-    except ValueError as error:
+        if sha256(path) == known:
+            return True
+        log.warning("The teacher in the cache is not used: %s is not the file that you trained there.", path)
+    except (ValueError, OSError) as error:
         log.warning("The teacher in the cache is not used: %s.", error)
+    return False
+
+
+def _kept(path: Path, made: Teacher) -> bool:
+    """Puts a teacher into the cache; returns whether that could be done, and says what is in the way."""
+    try:
+        save_teacher(path, made)
+        vouch(path, sha256(path))
+    except (OSError, RunFilesError) as error:
+        log.warning(
+            "The teacher could not be kept for the next time: %s The run goes on with it. `ddkit train --out FILE` makes one for --teacher "
+            "FILE, and the environment variable DDKIT_CACHE names another cache.", error, extra=NEWS,
+        )  # fmt: skip
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
         return False
     return True
+
+
+def _as_if_kept(made: Teacher) -> Teacher:
+    """Returns a teacher that was trained just now as it would be read from its file."""
+    module = made.module.to(memory_format=torch.contiguous_format)
+    digest = hashlib.sha256(tensors_bytes(module.state_dict(), made.info)).hexdigest()
+    info = json.loads(json.dumps({"schema": SCHEMA, **made.info}))
+    return Teacher(module, mean=made.mean, std=made.std, info=info, sha256=digest)
 
 
 def automatic_teacher(
@@ -332,8 +360,9 @@ def automatic_teacher(
     info = data_info(dataset, shape)
     name = table.model
     if not ranks.first:
-        path = cache_folder() / "teachers" / ranks.told(None)
-        if not _is_whole(path):
+        file, known = ranks.told(None)
+        path = cache_folder() / "teachers" / file
+        if not _is_whole(path, known):
             raise RunFilesError(
                 f"The first process of the run has trained a teacher, which is not in the cache of this one ({path.parent}). Give all "
                 "machines one cache with the environment variable DDKIT_CACHE, or give --teacher FILE."
@@ -350,12 +379,16 @@ def automatic_teacher(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "teachers" / f"{path_part(table.model)}-{digest}.safetensors"
-    if not _is_whole(path):
+    if not _is_whole(path, vouched(path)):
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
             name, train.epochs, len(dataset.labels("train")), extra=NEWS,
         )  # fmt: skip
         _make_folder(path.parent)
-        save_teacher(path, train_teacher(dataset, shape, table, train, seed=0, device=device, report=report))
-    ranks.told(path.name)  # the others wait for this
+        made = train_teacher(dataset, shape, table, train, seed=0, device=device, report=report)
+        if not _kept(path, made):
+            if ranks.size > 1:
+                raise RunFilesError(f"The other processes of the run read the teacher from the cache, {path.parent}. Give --teacher FILE.")
+            return _as_if_kept(made)
+    ranks.told([path.name, sha256(path)])  # the others wait for this
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 import ddkit
 from ddkit import plugins
 from ddkit.bank import Bank
-from ddkit.compute import PAYS_BACK, Arithmetic, decide_arithmetic, native_bfloat16, products, tune_process
+from ddkit.compute import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16, products, tune_process
 from ddkit.embedder import Embedder
 from ddkit.engine import Engine, _Guard
 from ddkit.images import Normalisation
@@ -587,20 +589,38 @@ def test_every_augmentation_that_promises_to_treat_rows_apart_does() -> None:
 # The process
 
 
-def test_a_process_of_its_own_keeps_memory_and_what_torch_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
-    for name in ("TORCHINDUCTOR_CACHE_DIR", "THP_MEM_ALLOC_ENABLE"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    import os
-
+def test_the_allocator_is_left_alone_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
     monkeypatch.setenv("DDKIT_KEEP_MEMORY", "0")
     tune_process()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compile")
     assert "THP_MEM_ALLOC_ENABLE" not in os.environ
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
-    tune_process()
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+def test_what_torch_compiles_is_kept_where_nobody_else_can_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+    private = tmp_path / "cache" / "private"
+
+    def chosen(own: str = "") -> Path:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own)
+        compiled(lambda x: x, wanted=True)
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    assert chosen() == private / "compile"
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in (private.parent, private, private / "compile"))
+    assert caplog.messages == []
+    assert chosen(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+    private.chmod(0o770)
+    refused = chosen()
+    assert tmp_path not in refused.parents
+    assert stat.S_IMODE(refused.stat().st_mode) == 0o700
+    assert f"chmod 700 {private}" in caplog.text
+    private.rename(tmp_path / "mine")
+    (tmp_path / "mine").chmod(0o700)
+    private.symlink_to(tmp_path / "mine")
+    assert chosen() != private / "compile", "a link to a private folder may be another's"
 
 
 def test_float32_products_are_left_alone_on_a_cpu() -> None:

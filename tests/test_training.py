@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import stat
 import statistics
+import tempfile
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -514,6 +517,89 @@ def test_automatic_teacher_is_trained_once_and_says_so(own_cache: Path, image_fo
     assert same(first.module.state_dict(), second.module.state_dict())
     assert file.stat().st_mtime_ns == before
     assert second.sha256 == first.sha256 != ""
+
+
+def test_an_exchanged_teacher_in_the_cache_is_not_used(own_cache: Path, image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, _ = automatic(image_folder, caplog)
+    (file,) = (own_cache / "teachers").iterdir()
+    whole = file.read_bytes()
+    other, _ = automatic(image_folder, caplog, lr=0.05)
+    (second,) = set((own_cache / "teachers").iterdir()) - {file}
+    assert not same(first.module.state_dict(), other.module.state_dict())
+    file.write_bytes(second.read_bytes())  # whole, and of the same model
+    again, trained = automatic(image_folder, caplog)
+    assert trained
+    assert f"{file} is not the file that you trained there" in caplog.text
+    assert same(first.module.state_dict(), again.module.state_dict())
+    assert file.read_bytes() == whole
+    assert not automatic(image_folder, caplog)[1]  # negative control
+    (own_cache / "private").chmod(0o777)  # then its marks may be anybody's
+    assert automatic(image_folder, caplog)[1]
+
+
+def test_a_teacher_that_cannot_be_kept_is_used_all_the_same(
+    own_cache: Path, image_folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, _ = automatic(image_folder, caplog)
+    monkeypatch.setenv("DDKIT_CACHE", str(own_cache.parent / "full"))
+
+    def full(path: Path, *_: object) -> None:
+        raise ddkit.RunFilesError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr(teachers, "write_tensors", full)
+    found, _ = automatic(image_folder, caplog)
+    assert "could not be kept for the next time" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert same(found.module.state_dict(), kept.module.state_dict())
+    assert (found.sha256, found.info) == (kept.sha256, kept.info)
+    assert list((own_cache.parent / "full/teachers").iterdir()) == []
+
+
+def no_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Takes home and cache away; returns the folder for temporary files."""
+    for name in ("DDKIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "no/home"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def test_without_a_home_everything_works_with_one_line(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = no_home(monkeypatch, tmp_path) / f"ddkit-{os.getuid()}"
+    small = ("--set", "train.epochs=1", "--set", "teacher.width=4", *SMALL_FLAGS)
+    done = cli("distill", "--losses", "dkkt", "--pipc", 1, "--out", "run", *small)
+    assert done.code == 0, done.err
+    assert caplog.text.count("You have no home folder") == 1
+    assert f"{folder} is used instead" in caplog.text
+    assert not (tmp_path / "no").exists()
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (folder, *folder.rglob("*")) if each.is_dir()} == {0o700}
+    os.environ.pop("DDKIT_CACHE")  # the next command is a process of its own
+    judged = cli("evaluate", "run", "--repeats", 1)
+    assert judged.code == 0, judged.err
+    os.environ.pop("DDKIT_CACHE", None)
+    caplog.clear()
+    assert cli("distill", "--losses", "dkkt", "--pipc", 1, "--out", "again", *small).code == 0
+    assert "training one" not in caplog.text, "the folder is the same one"
+
+
+def test_a_temporary_cache_whose_name_another_has_taken_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    taken = no_home(monkeypatch, tmp_path) / f"ddkit-{os.getuid()}"
+    taken.mkdir(mode=0o755)
+    found = ddkit.cache_folder()
+    assert found not in (taken, *taken.parents)
+    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+
+
+def test_a_home_that_can_be_written_is_used_and_a_cache_may_be_named_from_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    no_home(monkeypatch, tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ddkit.cache_folder() == tmp_path / ".cache/ddkit"
+    monkeypatch.setenv("DDKIT_CACHE", "~/mine")
+    assert ddkit.cache_folder() == tmp_path / "mine"
 
 
 def test_changed_option_recipe_model_or_pixel_trains_anew(own_cache: Path, image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -45,7 +45,7 @@ class Torchvision(InMemory):
 
         folder = Path(self.directory) if self.directory else ddkit.cache_folder() / "datasets"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o777 if self.directory else 0o700, parents=True, exist_ok=True)
             found: Any = getattr(torchvision.datasets, self.source)(str(folder), download=True, **self._split(train))
         except (OSError, RuntimeError) as error:
             raise ddkit.InputError(
