@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.passed import passed_dataset
     from ddkit.plugins import add_plugin_file, create
-    from ddkit.progress import ProgressBar
+    from ddkit.progress import ProgressBar, ProgressLines
     from ddkit.randomness import generator
     from ddkit.reporting import report
     from ddkit.spectra import high_frequency_share, radial_spectrum, spread
@@ -80,7 +80,7 @@ _HOMES = {
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.passed": ("passed_dataset",),
-    "ddkit.progress": ("ProgressBar",),
+    "ddkit.progress": ("ProgressBar", "ProgressLines"),
     "ddkit.plugins": ("add_plugin_file", "create"),
     "ddkit.randomness": ("generator",),
     "ddkit.reporting": ("report",),
@@ -120,6 +120,7 @@ __all__ = [
     "Parameter",
     "PluginError",
     "ProgressBar",
+    "ProgressLines",
     "Provenance",
     "RealStep",
     "Requires",

@@ -135,16 +135,18 @@ def _run(recipe: Recipe, place: Place, out: Path | None, name: str) -> Run:
     watchers = place.watchers()
     stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
     with said.recording(), place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
-        if recipe.blend is not None:
-            return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
-        with deterministic(recipe.engine.deterministic):
-            try:
-                made = running.make(recipe, place, watchers)
-                running.begin(made, directory)
-            except BaseException:
-                directory.discard()
-                raise
-            return running.finish(made, directory, watchers, start=0)
+        place = place._replace(whole=place.whole or directory.path)
+        with watchers.interruptible(place.going_on):
+            if recipe.blend is not None:
+                return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
+            with deterministic(recipe.engine.deterministic):
+                try:
+                    made = running.make(recipe, place, watchers)
+                    running.begin(made, directory)
+                except BaseException:
+                    directory.discard()
+                    raise
+                return running.finish(made, directory, watchers, start=0)
 
 
 def resume(
@@ -183,11 +185,13 @@ def _resume(path: Path, steps: int | None, place: Place, moved: Mapping[str, str
         refuse_unused(given if finished or recipe.blend is not None else (), f"{path} is {'finished' if finished else 'a blend'}.")
         if finished:
             return _finished(directory, watchers)
-        if recipe.blend is not None:
-            return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
         longer = _moved(table, given, path) | ({} if steps is None else {"steps": steps})
-        with deterministic(recipe.engine.deterministic):
-            return _continue(longer, directory, place, watchers)
+        place = place._replace(whole=place.whole or directory.path)
+        with watchers.interruptible(place.going_on):
+            if recipe.blend is not None:
+                return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
+            with deterministic(recipe.engine.deterministic):
+                return _continue(longer, directory, place, watchers)
 
 
 def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -244,7 +248,7 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watc
     places = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
     directory.write_recipe(table | places)
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
-    return running.finish(made, directory, watchers, start=start)
+    return running.finish(made, directory, watchers, start=start, spent=newest.seconds)
 
 
 def _check_inputs(began: Mapping[str, str], job: Job, path: Path) -> None:
@@ -281,7 +285,7 @@ def train(
     recipe: str | Mapping[str, Any] | None = None,
     sets: Mapping[str, Any] | None = None,
     device: str = "auto",
-    report: Callable[[int, int], None] | None = None,
+    observers: Sequence[Any] = (),
     allow_code: bool = False,
 ) -> Teacher:
     """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it.
@@ -295,7 +299,10 @@ def train(
         raise RunFilesError(f"--out {path} exists already; name a new file.")
     if path.suffix in PICKLED:
         raise FlagError(f"--out {path}: a teacher file is safetensors. Name it {path.with_suffix('.safetensors')}.")
-    with passing(dataset) as data, permission.granting(named, sets, _table(recipe), everything=allow_code), folders_of(path):
+    watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
+    kept = watchers.interruptible(lambda: "Nothing of it is kept: give the same command again.")
+    granted = permission.granting(named, sets, _table(recipe), everything=allow_code)
+    with passing(dataset) as data, granted, kept, folders_of(path):
         built = recipe_for(
             recipe, model=model, evaluators="none", sets=list((sets or {}).items()), data__dir=data_dir, seed=seed, **data
         )  # fmt: skip
@@ -304,7 +311,7 @@ def train(
         found = open_dataset(built.data)
         check_classes(found)
         check_writable(path)  # before an hour of training
-        teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, report=report)
+        teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, watchers=watchers)
         save_teacher(path, teacher)
     return teacher
 

@@ -88,7 +88,7 @@ def run_blend(
     """
     assert recipe.blend is not None
     try:
-        made = _check_blend(recipe, device, ranks)
+        made = _check_blend(recipe, device, ranks, watchers)
         directory.reopen()
         directory.write_recipe(recipe_dict(recipe))
     except BaseException:
@@ -126,11 +126,11 @@ def _keep(parts: tuple[Artifact, Artifact], directory: RunDirectory) -> None:
     write_parts(directory.path, first.stored_images, second.stored_images[partners(first, second)], first.stored_labels)
 
 
-def _check_blend(recipe: Recipe, device: str, ranks: Ranks = ALONE) -> dict[str, Recipe]:
+def _check_blend(recipe: Recipe, device: str, ranks: Ranks = ALONE, watchers: Observers | None = None) -> dict[str, Recipe]:
     """Returns the recipes of the parts to be made; raises a DdkitError for all that would fail after they are made."""
     assert recipe.blend is not None
     made = _recipes_of_parts(recipe)
-    jobs = [Job(part, device=device, ranks=ranks) for part in made.values()]
+    jobs = [Job(part, device=device, ranks=ranks, watchers=watchers) for part in made.values()]
     finished = _finished_parts(recipe)
     if len(finished) == 2:
         blended(finished[0], finished[1], recipe.blend.alpha)

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 import torch
@@ -29,13 +29,17 @@ KEPT = 2
 
 
 class Checkpoint(NamedTuple):
-    """The state before step `step`, the run's plugin files, path to sha256, the sha256 of its inputs, by name, and its warnings."""
+    """The state before step `step`, the run's plugin files, path to sha256, the sha256 of its inputs, by name, and its warnings.
+
+    `seconds` are those that the steps before took, 0 where a checkpoint of an earlier version does not tell.
+    """
 
     step: int
     state: dict[str, Tensor]
     plugin_files: dict[str, str]
     inputs: dict[str, str]
     warnings: list[str]
+    seconds: float
 
 
 class Checkpoints:
@@ -51,17 +55,19 @@ class Checkpoints:
         *,
         plugin_files: Mapping[str, str],
         inputs: Mapping[str, str],
+        seconds: float = 0.0,
         rowwise: Collection[str] = (),
         ranks: Ranks = ALONE,
     ) -> None:
         """Writes the state before step `step`, and then removes all but the last two checkpoints.
 
-        `plugin_files` (path to sha256), `inputs` (name to sha256) and what the run warned of go into the metadata: an unfinished run has
-        no manifest to tell them. Of several processes each writes its rows of the tensors named `rowwise`, and the first the others too.
+        `plugin_files` (path to sha256), `inputs` (name to sha256), `seconds` and what the run warned of go into the metadata: an
+        unfinished run has no manifest to tell them. Of several processes each writes its rows of the tensors named `rowwise`, and the
+        first the others too.
         """
         if ranks.first:
             self._make()
-        record: dict[str, Any] = {"step": step, "recipe": self.recipe[0], "inputs": dict(inputs)}
+        record: dict[str, Any] = {"step": step, "recipe": self.recipe[0], "inputs": dict(inputs), "seconds": round(seconds, 3)}
         record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
         record |= {"warnings": said.warnings()} if said.warnings() else {}
         if ranks.size == 1:
@@ -149,9 +155,10 @@ class Checkpoints:
         try:
             plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
             warnings = msgspec.convert(record.get("warnings", []), list[str])
+            seconds = msgspec.convert(record.get("seconds", 0.0), Annotated[float, msgspec.Meta(ge=0, le=1e12)])
         except msgspec.ValidationError as error:
-            raise ValueError(f"{files[0]} names plugin files, inputs or warnings that are none: {error}") from None
-        return Checkpoint(step, tensors, plugin_files, inputs, warnings)
+            raise ValueError(f"{files[0]} names plugin files, inputs, warnings or seconds that are none: {error}") from None
+        return Checkpoint(step, tensors, plugin_files, inputs, warnings, seconds)
 
     def _read_file(self, file: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, record = read_tensors(file)

@@ -236,8 +236,8 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
 
     test_images (t, C, H, W), test_labels (t,): the test set, or held-out training images in its place; real_images
     (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
-    `report(done, total)` shows progress; `split` names what the test images are, "test" or "held-out". `spread` is None in a run of
-    one process; see shared().
+    `report(done, total)` shows progress, `report_part(done, total, part)`, if there is one, also how much of the next is done, 0 to 1;
+    `split` names what the test images are, "test" or "held-out". `spread` is None in a run of one process; see shared().
     """
 
     info: DataInfo
@@ -250,6 +250,7 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     report: Callable[[int, int], None]
     split: str = "test"
     spread: Callable[..., list[float]] | None = None
+    report_part: Callable[[int, int, float], None] | None = None
 
     def shared(self, tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
         """Returns a number for each task, which `work(some tasks)` gives: of several processes each does a share, and all get all."""
@@ -266,6 +267,10 @@ class Evaluator(Component):
 
     def check(self, info: DataInfo) -> None:
         """Raises DdkitError where the options cannot work with this data. Called before the run, and by `ddkit evaluate` first."""
+
+    def work(self, data: EvaluationData) -> str:
+        """Returns what a call with `data` will do, in a few words for the line at its start: "6 networks of convnet, 300 epochs each"."""
+        return ""
 
     def __call__(self, artifact: Artifact, data: EvaluationData, teacher: Teacher | None) -> Sequence[Evaluation]:
         """Returns one row or more; accuracies are fractions in 0..1. `teacher` is None unless it is required, or one was given.

@@ -15,6 +15,7 @@ from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
 from ddkit.errors import DdkitError, InputError, doubles, is_text, out_of_memory, shown
 from ddkit.files import bytes_of
+from ddkit.hookspecs import Observers, Report
 from ddkit.images import Kinds
 from ddkit.loading import load_images, surveyed
 from ddkit.mapped import blocks, give_back, rows_of
@@ -155,10 +156,12 @@ class RealData:
         *,
         held_out: int | None = None,
         ranks: Ranks = ALONE,
+        watchers: Observers | None = None,
     ) -> None:
         """Opens only the accessible images; `shape` is needed where pipc is 0. `held_out` None: the test split is tested on."""
         self.dataset, self.pipc, self.seed, self.held_out, self.ranks = dataset, pipc, seed, held_out, ranks
         self.split = "test" if held_out is None else "held-out"
+        self._watchers = watchers or Observers()
         labels = dataset.labels("train")
         self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
         if not self.indices and shape is None:
@@ -169,12 +172,22 @@ class RealData:
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.own = class_rows(self.labels, ranks.classes(len(dataset.class_names)))
         agreed = _agreed_shape(dataset, self.indices[self.own], shape, ranks) if ranks.size > 1 and self.indices else shape
-        self.images = load_images(dataset, "train", self.indices[self.own], agreed)
+        report = self._reading(len(labels))
+        self.images = load_images(dataset, "train", self.indices[self.own], agreed, report)
         found = self.images.shape[1:]
         if shape is None and (coloured := colour(dataset, (found[0], found[1], found[2]))) != found:
-            self.images = load_images(dataset, "train", self.indices[self.own], coloured)
+            self.images = load_images(dataset, "train", self.indices[self.own], coloured, report)
         self._warn_of_darkness()
         self.info = data_info(dataset, self.images.shape[1:])
+
+    def _reading(self, images: int) -> Report | None:
+        """Tells that the accessible ones of all `images` of the training split are read, if there are any."""
+        own = len(self.labels[self.own])
+        if not own:
+            return None
+        shared = f", {own:,} in this process" if own < len(self.labels) else ""
+        of = f"{len(self.labels):,} of {images:,} training images, {len(self.dataset.class_names)} classes"
+        return self._watchers.begin("reading", f"Reading the data ({self.dataset.name}: {of}{shared})", total=own)
 
     def _warn_of_darkness(self) -> None:
         """Warns if the accessible images use an eighth of their range or less, as those of files with fewer bits than they declare do."""
@@ -223,10 +236,17 @@ class RealData:
         return digest.hexdigest()
 
     @classmethod
-    def of(cls, recipe: Recipe, dataset: Dataset, shape: tuple[int, int, int] | None, ranks: Ranks = ALONE) -> RealData:
+    def of(
+        cls,
+        recipe: Recipe,
+        dataset: Dataset,
+        shape: tuple[int, int, int] | None,
+        ranks: Ranks = ALONE,
+        watchers: Observers | None = None,
+    ) -> RealData:
         """Returns the real data that `recipe` asks for."""
         held_out = (recipe.data.held_out or held_out_count(dataset, recipe.pipc)) if recipe.data.test == "held-out" else None
-        return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out, ranks=ranks)
+        return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out, ranks=ranks, watchers=watchers)
 
     @property
     def sources(self) -> list[str | int]:
@@ -248,12 +268,13 @@ class RealData:
     def test_set(self) -> tuple[Tensor, Tensor]:
         """(images, labels) of what evaluations test on, read once; raises InputError as check_test_set does."""
         self.check_test_set()
-        if self.held_out is None:
-            labels = self.dataset.labels("test")
-            return load_images(self.dataset, "test", range(len(labels)), self.info.shape), labels
-        labels = self.dataset.labels("train")
-        indices = held_out_indices(labels, self.info.classes, self.held_out, self.seed)
-        return load_images(self.dataset, "train", indices, self.info.shape), labels[torch.tensor(indices, dtype=torch.int64)]
+        split = "test" if self.held_out is None else "train"
+        labels = self.dataset.labels(split)
+        indices: Sequence[int] = range(len(labels))
+        if self.held_out is not None:
+            indices = held_out_indices(labels, self.info.classes, self.held_out, self.seed)
+        report = self._watchers.begin("reading", f"Reading {len(indices):,} {self.split} images", total=len(indices))
+        return load_images(self.dataset, split, indices, self.info.shape, report), labels[torch.tensor(indices, dtype=torch.int64)]
 
 
 def held_out_count(dataset: Dataset, pipc: int | str) -> int:

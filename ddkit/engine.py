@@ -17,6 +17,7 @@ from ddkit.bank import Bank, all_finite
 from ddkit.blame import check_random_states, random_states
 from ddkit.compute import differentiable_attention
 from ddkit.errors import DdkitError, Interrupted, RunFailed, out_of_memory
+from ddkit.ranks import ending_signals
 from ddkit.step import SharedStep, Step
 from ddkit.stepsource import StepSource
 from ddkit.terms import Term
@@ -112,7 +113,7 @@ class Engine:
                 if signalled:
                     guard.check(index + 1)
                     save(index + 1)
-                    raise Interrupted(f"Interrupted after step {index + 1} of {steps}; --resume continues.", 128 + signalled)
+                    raise Interrupted(f"Interrupted after step {index + 1} of {steps}.", 128 + signalled)
 
     def evaluate(self, index: int, *, measured: bool = False) -> Evaluated:
         """Returns values, gradients and diagnostics of step `index`, and if `measured` the norms of the terms' gradients."""
@@ -411,15 +412,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def _interruption() -> Iterator[list[int]]:
-    """Inside, SIGINT and SIGTERM are noted in the list, and a second SIGINT acts at once.
+    """Inside, SIGINT, SIGTERM and SIGHUP are noted in the list, and a second SIGINT acts at once.
 
-    A second SIGTERM is the same request once more, as a cluster sends it to all processes and torchrun, or a study, passes it on.
+    A second one of the others is the same request once more, as a cluster sends it to all processes and torchrun, or a study, passes it
+    on.
     """
     noted: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noted
         return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, *ending_signals())}
 
     def note(number: int, frame: FrameType | None) -> None:
         noted.append(number)

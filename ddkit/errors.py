@@ -59,11 +59,12 @@ class RunFilesError(DdkitError):
 
 
 class Interrupted(DdkitError):
-    """A signal ended the run, after a checkpoint (exit code 130 or 143)."""
+    """A signal ended the run, after a checkpoint (exit code 128 and the number of the signal: 129, 130 or 143)."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.advised = False  # whether it says how to go on
 
 
 def refuse_unused(flags: Iterable[str], why: str) -> None:

@@ -80,7 +80,9 @@ def evaluate(
         check_used((sets or {}).items(), EVALUATING, NOT_EVALUATING, "the set is evaluated as it is.")
         recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
         ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
-        rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
+        kept = "" if directory is None else f" {directory.path} is as it was."
+        with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):
+            rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
     if not ranks.first:
         return rows
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
@@ -103,14 +105,16 @@ def run_evaluators(
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
         seed=seed, device=device, split=real.split, spread=_spread(ranks) if ranks.size > 1 else None,
-        report=lambda done, total: watchers.call("stage_progress", stage="evaluation", done=done, total=total),
+        report=lambda done, total: None,
     )  # fmt: skip
     rows: list[Evaluation] = []
-    for _, evaluator in sorted(evaluators.items()):
+    for label, evaluator in sorted(evaluators.items()):
         if not (ranks.first or evaluator.shares):
             continue
         with blamed("evaluator", evaluator, may_draw=True):
-            seen = data if evaluator.shares else msgspec.structs.replace(data, spread=None)
+            work = evaluator.work(data)
+            report = watchers.begin("evaluation", f"Evaluating: {label}{work and f' ({work})'}")
+            seen = msgspec.structs.replace(data, spread=data.spread if evaluator.shares else None, report=report, report_part=report)
             rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, seen, teacher)]
     rows = rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
     for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels))):
@@ -136,7 +140,7 @@ def judged(
 ) -> list[Evaluation]:
     """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
     where = pick_device(device)
-    real = RealData.of(recipe, open_dataset(recipe.data), image_shape(artifact))
+    real = RealData.of(recipe, open_dataset(recipe.data), image_shape(artifact), watchers=watchers)
     _check_fit(artifact, real.info)
     _check_held_out(artifact, real)
     made = evaluators_of(recipe, real.info)
@@ -175,10 +179,7 @@ def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Obser
     """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
     if recipe.teacher.use != "auto":
         return load_teacher(recipe.teacher, real.info, device)
-    return automatic_teacher(
-        real.dataset, real.info.shape, recipe.teacher, recipe.train, device,
-        lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total), ranks=ranks,
-    )  # fmt: skip
+    return automatic_teacher(real.dataset, real.info.shape, recipe.teacher, recipe.train, device, watchers, ranks=ranks)
 
 
 def image_shape(artifact: Artifact) -> tuple[int, int, int]:

@@ -11,10 +11,13 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+
+from ddkit.errors import Interrupted
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,10 +58,21 @@ def checkpoint_written(index: int, images: Tensor, labels: Tensor, class_names: 
 
 
 @hookspec
-def stage_progress(stage: str, done: int, total: int) -> None:
-    """Called: during "teacher" training and "evaluation". Receives: the stage and how far it is.
+def stage_started(stage: str, text: str, done: int, total: int) -> None:
+    """Called: when a stage begins. Receives: its name, what is done in a line for people, and how far it is in its own units.
 
-    May: write or draw. May not: assume that every value of `done` is seen. Since: 0.1.
+    The stages are "reading" (images), "teacher" (epochs), "start" (the first images), "distilling" (steps), "evaluation" (networks, once
+    for each evaluator) and "writing". `total` is 0 where it is not known; `done` is above 0 where a run goes on.
+    May: write or draw. May not: assume that every stage comes, or comes once. Since: 0.2.
+    """
+
+
+@hookspec
+def stage_progress(stage: str, done: int, total: int, part: float, values: Mapping[str, float]) -> None:
+    """Called: during a stage, but "distilling", which has step_finished. Receives: the stage, how far it is, and figures to show.
+
+    `part`, from 0 to 1, is how much of the next unit is done; `values` may be empty, and has the "training accuracy" of a teacher.
+    May: write or draw. May not: assume that every value of `done` is seen. Since: 0.1; `part` and `values`: 0.2.
     """
 
 
@@ -70,17 +84,19 @@ def run_finished(path: Path, evaluations: list[Evaluation]) -> None:
     """
 
 
-HOOKS = ("run_started", "step_finished", "checkpoint_written", "stage_progress", "run_finished")
+HOOKS = ("run_started", "step_finished", "checkpoint_written", "stage_started", "stage_progress", "run_finished")
+Report = Callable[..., None]  # of (done, total, part=0.0, **values): how far a stage is
 TRACE = "DDKIT_TRACE"  # where it is 1, every call of a hook is told on stderr with its time
 
 
 class Observers:
     """Calls the hooks of every observer; one that raises is reported once and left out from then on.
 
-    With `strict` it raises instead, for tests.
+    With `strict` it raises instead, for tests. All stages of a command begin with begin().
     """
 
-    def __init__(self, observers: Iterable[tuple[str, Any]], *, strict: bool = False) -> None:
+    def __init__(self, observers: Iterable[tuple[str, Any]] = (), *, strict: bool = False) -> None:
+        self._doing = ""
         self._strict, self._traced = strict, os.environ.get(TRACE) == "1"
         self._manager = pluggy.PluginManager("ddkit")
         self._manager.add_hookspecs(__import__(__name__, fromlist=["hookspecs"]))
@@ -105,6 +121,35 @@ class Observers:
     def has(self, hook: str) -> bool:
         """Whether an observer implements `hook`."""
         return any(hooks[hook].get_hookimpls() for _, hooks in self._hooks)
+
+    def begin(self, stage: str, text: str, *, done: int = 0, total: int = 0) -> Report:
+        """Tells that `stage` begins, and returns what tells how far it is; `text` begins with a word such as "Reading"."""
+        self._doing = text
+        self.call("stage_started", stage=stage, text=text, done=done, total=total)
+
+        def report(done: int, total: int, part: float = 0.0, **values: float) -> None:
+            self.call("stage_progress", stage=stage, done=done, total=total, part=part, values=values)
+
+        return report
+
+    @contextmanager
+    def interruptible(self, advice: Callable[[], str]) -> Iterator[None]:
+        """Inside, an interruption says what was being done, and `advice()`: what is kept, and the command that goes on.
+
+        Of two of these, one inside the other, the inner one has said it.
+        """
+        try:
+            yield
+        except Interrupted as stop:  # by the loop, after a checkpoint
+            if not stop.advised:
+                stop.args = (f"{stop} {advice()}",)
+                stop.advised = True
+            raise
+        except KeyboardInterrupt as stop:
+            if not stop.args:
+                doing = f" while {self._doing[0].lower()}{self._doing[1:]}" if self._doing else ""
+                stop.args = (f"Interrupted{doing}. {advice()}",)
+            raise
 
     def call(self, hook: str, **arguments: Any) -> None:
         """Calls `hook` of every observer that has it, each with copies of its own."""

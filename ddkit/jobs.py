@@ -22,6 +22,7 @@ from ddkit.decisions import Decisions
 from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine
 from ddkit.errors import DdkitError, InputError, RunFailed
+from ddkit.hookspecs import Observers
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.networks import build_network, features_of, no_second_derivative
 from ddkit.options import written_options
@@ -30,7 +31,7 @@ from ddkit.ranks import ALONE, Ranks, class_rows
 from ddkit.recipe import Recipe
 from ddkit.stepsource import StepSource, ViewSpec
 from ddkit.teacher import Teacher
-from ddkit.teachers import Report, Tested, automatic_teacher, load_teacher, read_teacher, resolved_training, tested
+from ddkit.teachers import Tested, automatic_teacher, load_teacher, read_teacher, resolved_training, tested
 from ddkit.terms import check_access, check_separable, declared_by, terms_of
 from ddkit.training import Schedule
 
@@ -43,11 +44,20 @@ class Job:
     """Everything a run needs, checked before anything is trained or written.
 
     `begun`: its set is to be read from a checkpoint, so that the initializer has nothing to do. `ranks`: the processes that share the
-    run; this job has the images and the rows of its own classes.
+    run; this job has the images and the rows of its own classes. `watchers` are told the stages.
     """
 
-    def __init__(self, recipe: Recipe, *, device: str = "auto", begun: bool = False, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        device: str = "auto",
+        begun: bool = False,
+        ranks: Ranks = ALONE,
+        watchers: Observers | None = None,
+    ) -> None:
         self.recipe, self.begun, self.ranks = recipe, begun, ranks
+        self.watchers = watchers or Observers()
         self.device = pick_device(device)
         self.terms = terms_of(recipe)
         self.requires = [term.loss.requires for term in self.terms]
@@ -59,7 +69,7 @@ class Job:
         self._check_room()
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
-        self.real = RealData.of(recipe, self.dataset, self._shape(), ranks)
+        self.real = RealData.of(recipe, self.dataset, self._shape(), ranks, self.watchers)
         self.info: DataInfo = self.real.info
         check_factor(recipe.factor, self.info.size)
         self._check_memory()
@@ -223,13 +233,13 @@ class Job:
         asked = [*self.requires, self.initializer.requires]
         return any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
 
-    def load_teacher(self, report: Report | None = None) -> None:
+    def load_teacher(self) -> None:
         """Loads the teacher, or trains an automatic one; a recipe that needs none gets none."""
         if not self.needs_teacher:
             return
         if self.recipe.teacher.use == "auto":
             self.teacher = automatic_teacher(
-                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, report, ranks=self.ranks
+                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, self.watchers, ranks=self.ranks
             )
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
@@ -254,6 +264,8 @@ class Job:
     def bank(self) -> Bank:
         """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
         factor, own = self.recipe.factor, self.own_classes
+        if not self.begun:
+            self.watchers.begin("start", f"Making the first images ({plugins.split_name(self.recipe.initializer.use)[0]})")
         rows = torch.arange(own.start, own.stop).repeat_interleave(self.recipe.rows_per_class)
         images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
         stored, labels = encoded(images, factor), rows[:: factor**2]

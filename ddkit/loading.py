@@ -14,6 +14,7 @@ from torch import Tensor
 from ddkit.cache import cache_folder, make_folder
 from ddkit.components import Dataset
 from ddkit.errors import InputError, RunFilesError
+from ddkit.hookspecs import Report
 from ddkit.imagecache import Entry, Shape, entry_of
 from ddkit.images import Kinds, conform, to_unit
 from ddkit.mapped import mapped
@@ -26,20 +27,21 @@ BLOCK_BYTES = 64 * 2**20  # of the others, at most; an eighth of data.memory whe
 Block = Sequence[Tensor] | Tensor
 
 
-def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None) -> Tensor:
+def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, report: Report | None = None) -> Tensor:
     """Returns images `indices` of a split as (n, C, H, W) of `shape` (None: the most common one among them): uint8 where all are.
 
     They come from ddkit's cache where no file has changed since they were decoded. Where they are larger than dataset.memory_mib they
     are not held in memory: the tensor lies in a file, in the cache or, where they are not cached, one that goes with the tensor.
-    Warns of images that were resized. Raises InputError where there is no room for that file.
+    `report(done, total)` is called while they are read. Warns of images that were resized. Raises InputError where there is no room for
+    that file.
     """
     entry = entry_of(dataset, split, indices, shape)
     limit = dataset.memory_mib * 2**20
     found = None if entry is None else entry.read(limit)
     if found is None:
-        found = _in_memory(dataset, split, indices, shape, limit)
+        found = _in_memory(dataset, split, indices, shape, limit, report)
         if found is None:
-            found = _streamed(dataset, split, indices, shape, entry)
+            found = _streamed(dataset, split, indices, shape, entry, report)
         elif entry is not None:
             entry.write(*found)
     images, resized = found
@@ -49,13 +51,15 @@ def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: Sha
     return images
 
 
-def _blocks(dataset: Dataset, split: str, indices: Sequence[int]) -> Iterator[Block]:
+def _blocks(dataset: Dataset, split: str, indices: Sequence[int], report: Report | None = None) -> Iterator[Block]:
     """Yields the images in order, as the dataset gives them, some at a time."""
     start, rows, most = 0, FIRST, min(BLOCK_BYTES, dataset.memory_mib * 2**20 // 8)
     while start < len(indices):
         block = dataset.images(split, indices[start : start + rows])
         yield block
         start += rows
+        if report is not None:
+            report(min(start, len(indices)), len(indices))
         rows = max(1, most * len(block) // max(1, _bytes(block)))
 
 
@@ -63,12 +67,14 @@ def _bytes(block: Block) -> int:
     return block.nbytes if isinstance(block, Tensor) else sum(image.nbytes for image in block)
 
 
-def _in_memory(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, limit: int) -> tuple[Tensor, int] | None:
+def _in_memory(
+    dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, limit: int, report: Report | None
+) -> tuple[Tensor, int] | None:
     """Returns (images, how many were resized), or None where they take more than `limit` bytes as they come."""
     kinds, before = Kinds(), dataset.resized
     room: Tensor | None = None  # for all, as long as they are alike
     filled, pending = 0, list[Tensor]()
-    for block in _blocks(dataset, split, indices):
+    for block in _blocks(dataset, split, indices, report):
         kinds.add(block)
         if len(kinds) == len(block) and _bytes(block) * len(indices) > limit * len(block):
             return None  # as far as the first block tells
@@ -94,7 +100,9 @@ def _alike(block: Tensor, room: Tensor) -> bool:
     return block.shape[1:] == room.shape[1:] and block.dtype == room.dtype
 
 
-def _streamed(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, entry: Entry | None) -> tuple[Tensor, int]:
+def _streamed(
+    dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, entry: Entry | None, report: Report | None
+) -> tuple[Tensor, int]:
     """Returns (images, how many were resized) in a file, or after all in memory, where they are small once they are resized."""
     kinds = surveyed(dataset, split, indices)
     shape = shape or kinds.shape
@@ -103,7 +111,7 @@ def _streamed(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape
 
     def fitted() -> Iterator[Tensor]:
         dataset.resized = before  # counted anew where this is begun again
-        for block in _blocks(dataset, split, indices):
+        for block in _blocks(dataset, split, indices, report):
             images = block if isinstance(block, Tensor) and block.shape[1:] == shape else conform(list(block), shape)
             yield images if dtype == torch.uint8 else to_unit(images).to(dtype)
 

@@ -282,17 +282,23 @@ def _begin(distributed: Any) -> None:
         ) from error
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Returns the signals that ask a process to end, beside Ctrl-C: SIGTERM, and SIGHUP where it is not ignored, as under nohup."""
+    return [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
+
+
 @contextmanager
 def _ended_at_once() -> Iterator[None]:
-    """Inside, SIGTERM ends the process: while it waits for the others outside Python, a handler would not be called."""
+    """Inside, SIGTERM and SIGHUP end the process: while it waits for the others outside Python, a handler would not be called."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ending_signals()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def own_device(name: str) -> str:
@@ -317,7 +323,8 @@ class LastWords:
     def __init__(self) -> None:
         """From now on torchrun's request to end is not heard: it would cut off what is told."""
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            for number in ending_signals():
+                signal.signal(number, signal.SIG_IGN)
         self._store: Any = None
         with suppress(Exception):  # whatever is wrong with the store, the error itself must be told
             import torch.distributed

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.files import sealed, write_atomic, write_json
+from ddkit.progress import duration
 from ddkit.ranks import Ranks, group, own_device, plain_environment
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import check_options, flattened, recipe_for
@@ -206,25 +208,46 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
     for blends in (False, True):
         waiting = {kept_file(task): task for task in tasks if bool(task.parts) == blends and kept_row(task) is None}
         todo = list(waiting.values())
+        told = _Told(len(todo), report)
 
-        def work(number_and_task: tuple[int, Task], todo: list[Task] = todo) -> None:
-            number, task = number_and_task
+        def work(task: Task, told: _Told = told) -> None:
             with crew.alone(task.path):  # two systems may share a set, and two evaluations of one file must not race
+                told.begun(task)
                 try:
                     crew.make(task)
                     row = kept_row(task)
-                    shown = "no figure" if row is None else f"{100 * row['accuracy_mean']:.1f} %"
-                    report(f"{number} of {len(todo)}: {task.label}: {shown}")
+                    told.ended(task, "no figure" if row is None else f"{100 * row['accuracy_mean']:.1f} %")
                 except RunFailed as error:
                     failures[task.path] = str(error)
-                    report(f"{number} of {len(todo)}: {task.label}: failed: {error}")
+                    told.ended(task, f"failed: {error}")
                 except Interrupted:
                     raise
                 except DdkitError as error:
                     error.args = (f"{task.label}: {error}",)
                     raise
 
-        crew.run(work, list(enumerate(todo, start=1)))
+        crew.run(work, todo)
+
+
+class _Told:
+    """Tells by `report` which of `count` sets are begun and ended, and how long the others will take if they take as long."""
+
+    def __init__(self, count: int, report: Callable[[str], None]) -> None:
+        self._count, self._report = count, report
+        self._done, self._began, self._lock = 0, time.monotonic(), threading.Lock()
+        if count:
+            report(f"Making and evaluating {count} set{'s' if count > 1 else ''}")
+
+    def begun(self, task: Task) -> None:
+        with self._lock:
+            self._report(f"{self._done} of {self._count} done: {task.label} is begun")
+
+    def ended(self, task: Task, how: str) -> None:
+        with self._lock:
+            self._done += 1
+            left = (time.monotonic() - self._began) / self._done * (self._count - self._done)
+            told = f", about {duration(left)} left" if self._done < self._count else ""
+            self._report(f"{self._done} of {self._count}: {task.label}: {how}{told}")
 
 
 STOPPED = "Stopped, as another set was."
@@ -341,7 +364,7 @@ def _failure(code: int, said: str, arguments: Sequence[str]) -> DdkitError:
     message = " ".join(said.split()).rpartition("ddkit: ")[2] or f"`ddkit {arguments[0]}` ended with exit code {code}"
     if code in (1, -9):  # the run itself failed, or was killed (for its memory); the others may do
         return RunFailed(message)
-    if code in (130, 143, -2, -15):
+    if code in (129, 130, 143, -1, -2, -15):
         return Interrupted(message, code if code > 0 else 128 - code)
     if code < 0:  # it crashed
         return RunFailed(message)

@@ -208,13 +208,16 @@ class RunDirectory:
         state: Mapping[str, Tensor],
         plugin_files: Mapping[str, str] | None = None,
         inputs: Mapping[str, str] | None = None,
+        seconds: float = 0.0,
         *,
         rowwise: Collection[str] = (),
         ranks: Ranks = ALONE,
     ) -> None:
         """Writes the state before step `step` and removes all but the last two checkpoints; see Checkpoints.write."""
         self._sync_metrics()
-        self._checkpoints.write(step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, rowwise=rowwise, ranks=ranks)
+        self._checkpoints.write(
+            step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, seconds=seconds, rowwise=rowwise, ranks=ranks
+        )
 
     def _sync_metrics(self) -> None:
         """Sees to it that what a checkpoint relies on is on the disk before it."""

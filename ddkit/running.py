@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,12 +26,13 @@ from ddkit.film import add_frame, begin_film, is_frame
 from ddkit.hookspecs import Observers
 from ddkit.jobs import Job
 from ddkit.names import SET
+from ddkit.passed import passed_dataset
 from ddkit.plugins import watchers_of
 from ddkit.ranks import Ranks
 from ddkit.recipe import Recipe, recipe_dict
 from ddkit.recipes import flattened
 from ddkit.reporting import close_run, known_spectrum
-from ddkit.rundir import EVALUATION, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
+from ddkit.rundir import EVALUATION, RECIPE, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
 from ddkit.shares import silent
 from ddkit.teacher import Teacher
 
@@ -38,15 +40,25 @@ log = logging.getLogger("ddkit")
 
 
 class Place(NamedTuple):
-    """Where a run is made: on which device, by which processes, seen by whom."""
+    """Where a run is made: on which device, by which processes, seen by whom. `whole` is the run that was asked for."""
 
     device: str
     ranks: Ranks
     observers: Sequence[Any]
+    whole: Path | None = None
 
     def watchers(self) -> Observers:
         """Returns the observers, which only the first process has."""
         return watchers_of(self.observers) if self.ranks.first else Observers([])
+
+    def going_on(self) -> str:
+        """Returns what an interrupted run says: what is kept, and the command that continues it."""
+        assert self.whole is not None
+        if not (self.whole / RECIPE).is_file():
+            return "The run had not begun, and nothing of it is kept: give the same command again."
+        if passed_dataset() is not None:
+            return f"What is done is kept. To go on: ddkit.resume({str(self.whole)!r}, dataset=...), with the same dataset."
+        return f"What is done is kept. To go on: ddkit distill --out {shlex.quote(str(self.whole))} --resume"
 
     def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
         """Returns what `claim` does in the first process, and in the others the same folder to follow."""
@@ -75,8 +87,8 @@ class Made(NamedTuple):
 
 def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False) -> Made:
     """Returns the objects of a run; `begun`: its set is to be read from a checkpoint."""
-    job = Job(recipe, device=place.device, begun=begun, ranks=place.ranks)
-    job.load_teacher(lambda done, total: watchers.call("stage_progress", stage="teacher", done=done, total=total))
+    job = Job(recipe, device=place.device, begun=begun, ranks=place.ranks, watchers=watchers)
+    job.load_teacher()
     bank = job.bank()
     resolved = job.resolved()
     place.ranks.same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
@@ -94,23 +106,23 @@ def begin(made: Made, directory: RunDirectory) -> None:
     images = _pixels(made.job, made.bank)
     if images is not None:
         begin_film(directory.path, images, made.job.stored_labels)
-    _keep(0, made.job, made.bank, made.engine, directory)
+    _keep(0, made.job, made.bank, made.engine, directory, 0.0)
 
 
-def _keep(index: int, job: Job, bank: Bank, engine: Engine, directory: RunDirectory) -> None:
-    """Writes the checkpoint of step `index`."""
+def _keep(index: int, job: Job, bank: Bank, engine: Engine, directory: RunDirectory, seconds: float) -> None:
+    """Writes the checkpoint of step `index`, which was reached after `seconds`."""
     state = engine.state(index)
     rowwise = {key for key in state if bank.is_rowwise(key)}
-    directory.write_checkpoint(index, state, job.plugin_files, job.inputs, rowwise=rowwise, ranks=job.ranks)
+    directory.write_checkpoint(index, state, job.plugin_files, job.inputs, seconds, rowwise=rowwise, ranks=job.ranks)
 
 
-def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int) -> Run:
-    """Takes the steps from `start` on, evaluates, and writes all files of the run; returns it."""
+def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int, spent: float = 0.0) -> Run:
+    """Takes the steps from `start` on, evaluates, and writes all files of the run; returns it. `spent`: seconds of the steps before."""
     job, bank, engine, recipe = made
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
-    began = time.perf_counter()
+    began = time.perf_counter() - spent
     with products(job.device, job.decided.products):
-        _iterate(job, bank, engine, recipe, directory, watchers, start)
+        _iterate(job, bank, engine, recipe, directory, watchers, start, began)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
     job.ranks.wait()  # its file is there
@@ -121,6 +133,7 @@ def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: i
     evaluations = _evaluate_run(job, made_set, directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.first:
+        watchers.begin("writing", f"Writing the report of {directory.path}")
         close_run(directory, facts)
     job.ranks.wait()  # the run is finished for all of them, or for none
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
@@ -150,8 +163,16 @@ def _mends_idle(job: Job, recipe: Recipe) -> str:
     return "Use another loss or --init noise."
 
 
-def _iterate(job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int) -> None:
-    began, every = time.perf_counter(), recipe.engine
+def _iterate(
+    job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int, began: float
+) -> None:
+    every = recipe.engine
+    if start < recipe.steps:
+        losses = ", ".join(sorted(recipe.losses))
+        on = f", from step {start} on" if start else ""
+        compiles = "; the first step compiles the network, which takes a while" if every.compile else ""
+        text = f"Distilling {job.info.classes * recipe.ipc:,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
+        watchers.begin("distilling", text, done=start, total=recipe.steps)
 
     def show(index: int) -> None:
         images = _pixels(job, bank) if job.ranks.told(watchers.has("checkpoint_written")) else None
@@ -161,7 +182,7 @@ def _iterate(job: Job, bank: Bank, engine: Engine, recipe: Recipe, directory: Ru
             )
 
     def keep(index: int) -> None:
-        _keep(index, job, bank, engine, directory)
+        _keep(index, job, bank, engine, directory, time.perf_counter() - began)
         show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:

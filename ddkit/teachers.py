@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ddkit.data import RealData, data_info
 from ddkit.doubts import at_chance
 from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import SCHEMA, read_tensors, sha256, tensors_bytes, write_tensors
+from ddkit.hookspecs import Observers, Report
 from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.loading import load_images
@@ -40,7 +41,6 @@ from ddkit.teacher import Teacher
 from ddkit.training import Schedule, accuracy, fit, predicted
 
 log = logging.getLogger("ddkit")
-Report = Callable[[int, int], None]
 JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: evenly over the classes
 
 
@@ -214,18 +214,22 @@ def train_teacher(
     *,
     seed: int,
     device: torch.device,
-    report: Report | None = None,
+    watchers: Observers | None = None,
 ) -> Teacher:
     """Returns a teacher trained on all of the training split; its test accuracy, if there is a test split, is recorded.
 
     Raises RunFailed where the training diverges.
     """
-    labels = dataset.labels("train")
-    images = load_images(dataset, "train", range(len(labels)), shape)
+    labels, watchers = dataset.labels("train"), watchers or Observers()
+    count = f"{len(labels):,} images"
+    reading = watchers.begin("reading", f"Reading all {count} of the training split, for the teacher", total=len(labels))
+    images = load_images(dataset, "train", range(len(labels)), shape, reading)
     mean, std = channel_statistics(images)
     info = data_info(dataset, images.shape[1:])
     model = plugins.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
+    name = plugins.split_name(table.model)[0]
+    report = watchers.begin("teacher", f"Training a teacher ({name}, {train.epochs} epochs on {count})", total=train.epochs)
     _fit_teacher(module, Normalisation(mean, std).lazily(images).to(device), labels.to(device), train, info, seed, report)
     if not _all_finite(module.state_dict()):
         raise RunFailed(
@@ -233,7 +237,7 @@ def train_teacher(
             f"Use a smaller rate (--set train.lr={min(train.lr / 10, TrainTable().lr):g}), or another schedule or optimizer."
         )
     record = {
-        "model": plugins.split_name(table.model)[0],
+        "model": name,
         "options": {
             key: value for key, value in written_options(model.options).items() if not key.startswith("weights")
         },  # these are newer
@@ -254,10 +258,23 @@ def _fit_teacher(
     train: TrainTable,
     info: DataInfo,
     seed: int,
-    report: Report | None,
+    report: Report,
 ) -> None:
     chosen = {key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule")}
     augmenter = plugins.create("augmenter", train.augmenter, train.options, data=info, where="train")
+    right, seen = torch.zeros((), dtype=torch.int64, device=images.device), 0
+
+    def count(logits: Tensor, labels: Tensor) -> None:
+        nonlocal seen
+        right.add_((logits.argmax(1) == labels).sum())
+        seen += len(labels)
+
+    def tell(epoch: int, epochs: int) -> None:
+        nonlocal seen
+        report(epoch, epochs, **{"training accuracy": int(right) / seen})
+        right.zero_()
+        seen = 0
+
     made = decide_arithmetic("auto", "auto", images.device, work=training_flops(module, info, images=len(images), epochs=train.epochs))
     with products(images.device, made.precision):
         fit(
@@ -270,7 +287,8 @@ def _fit_teacher(
             forward=compiled(module, wanted=made.compile),
             precision=made.dtype,
             channels_last=made.compile,
-            report=report,
+            report=tell,
+            on_batch=count,
         )
 
 
@@ -349,7 +367,7 @@ def automatic_teacher(
     table: TeacherTable,
     train: TrainTable,
     device: torch.device,
-    report: Report | None = None,
+    watchers: Observers | None = None,
     *,
     ranks: Ranks = ALONE,
 ) -> Teacher:
@@ -385,7 +403,7 @@ def automatic_teacher(
             name, train.epochs, len(dataset.labels("train")), extra=NEWS,
         )  # fmt: skip
         _make_folder(path.parent)
-        made = train_teacher(dataset, shape, table, train, seed=0, device=device, report=report)
+        made = train_teacher(dataset, shape, table, train, seed=0, device=device, watchers=watchers)
         if not _kept(path, made):
             if ranks.size > 1:
                 raise RunFilesError(f"The other processes of the run read the teacher from the cache, {path.parent}. Give --teacher FILE.")

@@ -58,6 +58,7 @@ def fit(
     precision: torch.dtype = torch.float32,
     channels_last: bool = False,
     report: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
     targets: Targets | None = None,
     temperature: float = 1.0,
 ) -> None:
@@ -68,7 +69,7 @@ def fit(
     Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
     batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
     `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
-    after each epoch.
+    after each epoch, `on_batch(logits, labels)` after each batch, with its logits (b, K) as they were before the update.
 
     With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
     returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
@@ -84,9 +85,11 @@ def fit(
     for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
         x, wanted = x.contiguous(memory_format=layout), y if targets is None else targets(x, y)
 
-        def gradient(x: Tensor = x, wanted: Tensor = wanted) -> None:
+        def gradient(x: Tensor = x, y: Tensor = y, wanted: Tensor = wanted) -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
                 logits = forward(x)
+            if on_batch is not None:
+                on_batch(logits.detach(), y)
             loss = _loss(logits, wanted, temperature)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

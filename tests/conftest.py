@@ -116,6 +116,14 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     said.show_from(logging.NOTSET)  # and before --quiet
 
 
+def timeless(checkpoint: Path) -> str:
+    """Returns a sha256 of all that a checkpoint holds but the seconds that it took."""
+    from ddkit.files import read_tensors, tensors_digest
+
+    tensors, record = read_tensors(checkpoint)
+    return tensors_digest(tensors, record | {"seconds": 0})
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Returns a folder train/{cat,dog,owl} with 6 and test/ with 3 RGB images of 12 x 12 a class."""

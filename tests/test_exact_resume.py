@@ -56,10 +56,11 @@ def run(data: str, out: Path, steps: int = STEPS, seed: int = 0, **given: Any) -
 
 
 def state(path: Path) -> dict[str, Any]:
-    """Returns all that a run leaves: set, newest checkpoint (bank, multipliers, optimizers, networks), metrics without times."""
+    """Returns all that a run leaves but times: set, newest checkpoint (bank, multipliers, optimizers, networks), metrics."""
     found: dict[str, Any] = {}
     for part in sorted(path.rglob("*.safetensors")):
         tensors, record = read_tensors(part)
+        record = {key: value for key, value in record.items() if key != "seconds"}
         found |= {f"{part.relative_to(path)} {name}": tensor for name, tensor in tensors.items()} | {str(part.relative_to(path)): record}
     for part in sorted(path.rglob("metrics.jsonl")):
         lines = [json.loads(line) for line in part.read_text().splitlines()]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import sys
+import termios
 import textwrap
 import traceback
 from types import FrameType
@@ -17,12 +19,13 @@ from ddkit.cli import benching, catalogue, checking, creating, evaluating, expor
 from ddkit.cli.common import LogFormat, trusted
 from ddkit.compute import tune_process
 from ddkit.errors import DdkitError, out_of_memory, printable
-from ddkit.ranks import LastWords, follows, launched
+from ddkit.ranks import LastWords, ending_signals, follows, launched
 
 ENDED_BY_TORCHRUN = (
     " torchrun asked this process to end: it was told to end all of them, or another one has ended, and it says below which. A run that "
     "has a checkpoint is continued by `ddkit distill --out DIR --resume`."
 )
+INTERRUPTED = "Interrupted. Nothing half-written is left: give the same command again."
 SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
 
 
@@ -68,7 +71,7 @@ def main() -> NoReturn:
     if follows() and not _is_shared(arguments):
         sys.exit(0)  # the first of several processes does it
     show = "--traceback" in arguments
-    before = signal.signal(signal.SIGTERM, _terminate)
+    before = {number: signal.signal(number, _end) for number in ending_signals()}
     try:
         cli.main([a for a in arguments if a != "--traceback"], prog_name="ddkit", standalone_mode=False)
         sys.exit(0)
@@ -81,9 +84,9 @@ def main() -> NoReturn:
         _fail(_usage(error), error.exit_code, show)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error
-        ended = isinstance(cause, _Terminated)
-        told = str(cause) if isinstance(cause, KeyboardInterrupt) and cause.args else "Interrupted."
-        _fail(f"{told}{ENDED_BY_TORCHRUN if ended and launched() else ''}", 143 if ended else 130, show)
+        number = cause.number if isinstance(cause, _Ended) else signal.SIGINT
+        told = str(cause) if isinstance(cause, KeyboardInterrupt) and cause.args else INTERRUPTED
+        _fail(f"{told}{ENDED_BY_TORCHRUN if isinstance(cause, _Ended) and launched() else ''}", 128 + number, show)
     except Exception as error:
         message, code = _explained(error, arguments)
         if not message:
@@ -91,7 +94,8 @@ def main() -> NoReturn:
         _fail(message, code, show)
     finally:
         if not launched():  # torchrun's request to end must not cut off the last words
-            signal.signal(signal.SIGTERM, before)
+            for each, previous in before.items():
+                signal.signal(each, previous)
 
 
 def _open_streams() -> None:
@@ -139,12 +143,27 @@ def _is_shared(arguments: list[str]) -> bool:
     return next((argument for argument in arguments if not argument.startswith("-")), "") in SHARED
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM outside the loop of a run, which handles it itself: ends like Ctrl-C, so that nothing is left behind."""
+class _Ended(KeyboardInterrupt):
+    """SIGTERM or SIGHUP outside the loop of a run, which handles them itself: ends like Ctrl-C, so that nothing is left behind."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    _leave_terminal()
+    raise _Ended(number)
+
+
+def _leave_terminal() -> None:
+    """Sends to nowhere what would be written to a terminal that is gone, of which SIGHUP tells: writing to it is an error."""
+    for file in (1, 2):
+        try:
+            termios.tcgetattr(file)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), file)
 
 
 def _usage(error: click.ClickException) -> str:
@@ -158,6 +177,7 @@ def _fail(message: str, code: int, show: bool) -> NoReturn:
     """Ends the process with `code`; where torchrun started several, one of them tells `message`."""
     if show:
         traceback.print_exc()
+    _leave_terminal()
     if launched() and not LastWords().mine(sys.exc_info()[1]):
         sys.exit(code)
     text = printable(" ".join(message.split()))

@@ -33,15 +33,14 @@ def evaluate(target: str, **flags: Any) -> None:
     """Evaluate the synthetic set of a run directory or file, as it reads back."""
     set_verbosity(flags["quiet"], flags["verbose"])
     from ddkit import api
-    from ddkit.cli.progress import observers
+    from ddkit.cli.progress import watching
 
-    with blaming_flags(flags):
+    with blaming_flags(flags), watching(flags["quiet"], flags["verbose"]) as observers:
         rows = api.evaluate(
             target, dataset=flags["dataset"], data_dir=flags["data_dir"], evaluators=flags["evaluators"], protocol=flags["protocol"],
             model=flags["model"], repeats=flags["repeats"], teacher=flags["teacher"], seed=flags["seed"], pipc=flags["pipc"],
             sets=dict(parse_set(text) for text in flags["sets"]), device=flags["device"],
-            observers=observers(flags["quiet"], flags["verbose"]),
-            distributed=True,
+            observers=observers, distributed=True,
         )  # fmt: skip
     if flags["as_json"]:
         import msgspec

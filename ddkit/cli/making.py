@@ -90,19 +90,19 @@ def distill(**flags: Any) -> None:
         return
     recipe = _recipe(flags)
     from ddkit import api
-    from ddkit.cli.progress import observers
+    from ddkit.cli.progress import watching
 
     if flags["plan"]:
         with blaming_flags(flags):
             _show_plan(api.plan(recipe, device=flags["device"], distributed=True), flags["as_json"])
         return
-    with blaming_flags(flags):
+    with blaming_flags(flags), watching(flags["quiet"], flags["verbose"]) as observers:
         run = api.run_recipe(
             recipe,
             losses=flags["losses"],
             device=flags["device"],
             out=flags["out"],
-            observers=observers(flags["quiet"], flags["verbose"]),
+            observers=observers,
             distributed=True,
         )
     _show_run(run, flags["as_json"])
@@ -130,12 +130,13 @@ def _resumed(flags: dict[str, Any]) -> Any:
     if flags["out"] is None:
         raise FlagError("--resume continues the run in --out: name it, for example --out runs/dm-digits-1 --resume.")
     from ddkit import api
-    from ddkit.cli.progress import observers
+    from ddkit.cli.progress import watching
 
-    return api.resume(
-        flags["out"], dataset=flags["dataset"], teacher=flags["teacher"], steps=flags["steps"], device=flags["device"],
-        observers=observers(flags["quiet"], flags["verbose"]), distributed=True,
-    )  # fmt: skip
+    with watching(flags["quiet"], flags["verbose"]) as observers:
+        return api.resume(
+            flags["out"], dataset=flags["dataset"], teacher=flags["teacher"], steps=flags["steps"], device=flags["device"],
+            observers=observers, distributed=True,
+        )  # fmt: skip
 
 
 def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
@@ -204,13 +205,13 @@ def train(**flags: Any) -> None:
 
     sets = [parse_set(text) for text in flags["sets"]]
     from ddkit import api
-    from ddkit.cli.progress import observers, reporter
+    from ddkit.cli.progress import watching
 
-    teacher = api.train(
-        flags["out"], dataset=flags["dataset"], model=flags["model"], data_dir=flags["data_dir"], seed=flags["seed"],
-        recipe=flags["recipe"], sets=dict(sets), device=flags["device"],
-        report=reporter("training", observers(flags["quiet"], flags["verbose"])),
-    )  # fmt: skip
+    with watching(flags["quiet"], flags["verbose"]) as observers:
+        teacher = api.train(
+            flags["out"], dataset=flags["dataset"], model=flags["model"], data_dir=flags["data_dir"], seed=flags["seed"],
+            recipe=flags["recipe"], sets=dict(sets), device=flags["device"], observers=observers,
+        )  # fmt: skip
     found = teacher.info["test_accuracy"]
     if flags["as_json"]:
         echo_json({"schema": 1, "teacher": str(flags["out"]), "test_accuracy": found, "model": teacher.info["model"]})

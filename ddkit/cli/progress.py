@@ -1,22 +1,24 @@
-"""How a command shows how far it is: a bar on a terminal, or lines with --verbose."""
+"""How a command shows how far it is: a bar on a terminal, else lines, with --verbose more of them."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ddkit.hookspecs import hookimpl
+from ddkit.progress import ProgressBar, ProgressLines
 from ddkit.ranks import follows
 from ddkit.shares import shares, words
 
 log = logging.getLogger("ddkit")
 
 
-class Narrator:
-    """Tells in lines of the log what a run is about, its losses at each logged step, and the ends of its stages."""
+class Narrator(ProgressLines):
+    """Tells beside the stages what a run is about, its losses at each logged step, and the ends of stages."""
 
     @hookimpl
     def run_started(self, recipe: Any, path: Path, start: int) -> None:
@@ -38,9 +40,10 @@ class Narrator:
             log.info("step %d of %d: total %.4g (%s)%s", index + 1, steps, record["total"], terms, gradient)
 
     @hookimpl
-    def stage_progress(self, stage: str, done: int, total: int) -> None:
-        """Tells the end of a stage."""
-        if done >= total:
+    def stage_progress(self, stage: str, done: int, total: int, part: float, values: Mapping[str, float]) -> None:
+        """Tells the end of a stage in which networks are trained."""
+        super().stage_progress(stage, done, total, part, values)
+        if done >= total and stage != "reading":
             log.info("%s: %d of %d", stage, done, total)
 
 
@@ -48,20 +51,19 @@ def _yes(value: Any) -> str:
     return {True: "yes", False: "no"}.get(value, str(value))
 
 
-def observers(quiet: bool, verbose: bool = False) -> list[Any]:
-    """Returns what shows the progress: with `verbose` lines, else a bar where stderr is a terminal, nothing where it is to be `quiet`.
+@contextmanager
+def watching(quiet: bool, verbose: bool = False) -> Iterator[list[Any]]:
+    """Yields the observers that show the progress, if it is not to be `quiet`, and takes a bar away at the end.
 
     Of the processes of a run the first alone shows it.
     """
-    from ddkit.progress import ProgressBar
-
     if quiet or follows():
-        return []
-    if verbose:
-        return [Narrator()]
-    return [ProgressBar()] if sys.stderr.isatty() else []
-
-
-def reporter(stage: str, watchers: list[Any]) -> Callable[[int, int], None] | None:
-    """Returns a function that shows how far a stage is, None where nobody watches."""
-    return (lambda done, total: watchers[0].stage_progress(stage, done, total)) if watchers else None
+        yield []
+        return
+    bar = ProgressBar()
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    try:
+        yield [Narrator() if verbose else bar if terminal else ProgressLines()]
+    finally:
+        with suppress(OSError):  # the terminal is gone
+            bar.close()

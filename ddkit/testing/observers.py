@@ -58,5 +58,8 @@ class ObserverConformance(Conformance):
             observers.call(
                 "checkpoint_written", index=2, images=torch.rand(3, 1, 8, 8), labels=torch.arange(3), class_names=["a", "b", "c"]
             )
-            observers.call("stage_progress", stage="evaluation", done=1, total=3)
+            observers.call("stage_started", stage="teacher", text="Training a teacher (convnet, 3 epochs on 12 images)", done=0, total=3)
+            observers.call("stage_progress", stage="teacher", done=1, total=3, part=0.0, values={"training accuracy": 0.5})
+            observers.call("stage_started", stage="evaluation", text="Evaluating: accuracy", done=0, total=0)
+            observers.call("stage_progress", stage="evaluation", done=1, total=3, part=0.5, values={})
             observers.call("run_finished", path=Path(folder), evaluations=[row])

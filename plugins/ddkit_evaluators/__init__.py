@@ -97,12 +97,21 @@ class Accuracy(ddkit.Evaluator):
         found = split_options(names, self.options.model_options, where)
         return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
 
+    def work(self, data: ddkit.EvaluationData) -> str:
+        networks = " and ".join([f"{self._repeats} on {kind} images" for kind in self._kinds(data)])
+        names = ", ".join(self._models(data.info))
+        return f"{names}: {networks}, {self.schedule.epochs} epochs each"
+
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         models, guides = self._models(data.info), self._guides(artifact, teacher)
         counts, words = real_counts(artifact, data.real_labels)
         if self.options.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
             log.warning("There are fewer accessible real images than the set has: random real is %s (--pipc allows more).", words)
-        return [row for name, model in models.items() for soft in guides for row in self._evaluations(name, model, artifact, data, soft)]
+        rounds = [(name, model, soft) for name, model in models.items() for soft in guides]
+        rows: list[ddkit.Evaluation] = []
+        for number, (name, model, soft) in enumerate(rounds):
+            rows += self._evaluations(name, model, artifact, _round(data, number, len(rounds)), soft)
+        return rows
 
     def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.Teacher | None) -> list[SoftLabels | None]:
         """Returns by what networks are taught, one mode after the other; None: by the labels."""
@@ -115,6 +124,10 @@ class Accuracy(ddkit.Evaluator):
             )
         soft = SoftLabels(teacher, artifact, self.options.temperature)
         return [soft] if self.options.labels == "soft" else [None, soft]
+
+    @property
+    def _repeats(self) -> int:
+        return self.options.repeats or PROTOCOLS[self.options.protocol].repeats
 
     @property
     def schedule(self) -> ddkit.Schedule:
@@ -169,8 +182,8 @@ class Accuracy(ddkit.Evaluator):
         self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, soft: SoftLabels | None
     ) -> list[ddkit.Evaluation]:
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
-        protocol, kinds = PROTOCOLS[self.options.protocol], self._kinds(data)
-        repeats = self.options.repeats or protocol.repeats
+        kinds = self._kinds(data)
+        repeats = self._repeats
         networks = repeats * (1 + (self.options.random_real and len(data.real_images) > 0))
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.on_disk(data.real_images) or ddkit.on_disk(data.test_images)  # too large to be copied for other processes
@@ -217,6 +230,19 @@ class Accuracy(ddkit.Evaluator):
             random_real_std=_std(real),
             details={"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": real, **facts},
         )
+
+
+def _round(data: ddkit.EvaluationData, number: int, of: int) -> ddkit.EvaluationData:
+    """Returns the data for one of several rounds of as many networks each, which reports what all of them have done."""
+
+    def report(done: int, total: int) -> None:
+        data.report(number * total + done, of * total)
+
+    def report_part(done: int, total: int, part: float) -> None:
+        assert data.report_part is not None
+        data.report_part(number * total + done, of * total, part)
+
+    return msgspec.structs.replace(data, report=report, report_part=report_part if data.report_part else None)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -88,12 +88,15 @@ class Trainer:
     def _normalised(self, images: Tensor) -> Tensor:
         return units(self.artifact).normalise(images)
 
-    def accuracy(self, kind: str, repeat: int) -> float:
-        """Returns the test accuracy of network `repeat`; whatever it is trained on, it starts from the same weights."""
+    def accuracy(self, kind: str, repeat: int, report: Callable[[int, int], None] | None = None) -> float:
+        """Returns the test accuracy of network `repeat`; whatever it is trained on, it starts from the same weights.
+
+        `report(epoch, epochs)` is called after each epoch of its training.
+        """
         images, labels = self.training_set(kind, repeat)
         ddkit.redraw(self.module, self.model, self.data.info, self.data.seed, "evaluate", self.name, repeat)
         with ddkit.products(self.data.device, self.arithmetic.precision):
-            self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat))
+            self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat), report)
             return ddkit.accuracy(self.module, *self.tests, batch=self._test_batch, **self._how)
 
     @property
@@ -117,10 +120,19 @@ class Trainer:
     def _how(self) -> dict[str, Any]:
         return {"forward": self.forward, "precision": self.arithmetic.dtype, "channels_last": self.arithmetic.compile}
 
-    def _fit(self, images: Images, labels: Tensor, schedule: ddkit.Schedule, generator: torch.Generator) -> None:
+    def _fit(
+        self,
+        images: Images,
+        labels: Tensor,
+        schedule: ddkit.Schedule,
+        generator: torch.Generator,
+        report: Callable[[int, int], None] | None = None,
+    ) -> None:
         device = self.data.device
         how = self._how if self.soft is None else self._how | {"targets": self.soft, "temperature": self.soft.temperature}
-        ddkit.fit(self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, **how)
+        ddkit.fit(
+            self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, report=report, **how
+        )
 
     def training_set(self, kind: str, repeat: int) -> Labelled:
         """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is."""
@@ -159,8 +171,13 @@ class Trainer:
 
 def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], *, done: int = 0) -> list[float]:
     """Returns the accuracy of every task; `done` of them were reported before."""
-    found = []
-    for number, task in enumerate(tasks, start=1):
-        found.append(trainer.accuracy(*task))
-        trainer.data.report(done + number, done + len(tasks))
+    found, total, report_part = [], done + len(tasks), trainer.data.report_part
+    for number, task in enumerate(tasks, start=done):
+
+        def tell(epoch: int, epochs: int, number: int = number) -> None:
+            assert report_part is not None
+            report_part(number, total, epoch / (epochs + 1))  # testing is still to come
+
+        found.append(trainer.accuracy(*task, tell if report_part else None))
+        trainer.data.report(number + 1, total)
     return found
