@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-import torch
-
 from ddkit import plugins
 from ddkit.components import Component
-from ddkit.errors import DdkitError, PluginError, RunFailed, out_of_memory
-
-SETTINGS = "torch's settings"
+from ddkit.errors import PluginError, RunFailed, is_its_own
+from ddkit.globalstate import SETTINGS, random_states
 
 
 @contextmanager
@@ -28,10 +23,8 @@ def blamed(kind: str, component: Component, *, building: bool = False, may_draw:
     before = random_states() if watched else {}
     try:
         yield
-    except DdkitError:
-        raise
-    except (Exception, SystemExit) as error:  # a stranger's component can raise anything
-        if out_of_memory(error):
+    except BaseException as error:
+        if not is_its_own(error):
             raise
         kind_of_error = PluginError if building else RunFailed
         raise kind_of_error(f"The {called(kind, component)} raised {type(error).__name__}: {error}.{advice(kind, component)}") from error
@@ -62,15 +55,3 @@ def check_random_states(before: dict[str, Any], who: str, helps: str) -> None:
             f"The {who} changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from the "
             f"generator that it is given.{helps}"
         )
-
-
-def random_states() -> dict[str, Any]:
-    """Returns the states of the global random generators on the CPU, and torch's settings, to compare."""
-    numpy = np.random.get_state(legacy=False)["state"]
-    settings = torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-    return {
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "Python": random.getstate(),
-        "numpy": (numpy["pos"], numpy["key"].tobytes()),
-        SETTINGS: settings,
-    }

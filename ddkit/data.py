@@ -13,7 +13,7 @@ from torch import Tensor
 from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
-from ddkit.errors import DdkitError, InputError, doubles, is_text, out_of_memory, shown
+from ddkit.errors import InputError, doubles, is_its_own, is_text, shown
 from ddkit.files import bytes_of
 from ddkit.hookspecs import Observers, Report
 from ddkit.images import Kinds
@@ -34,10 +34,8 @@ def open_dataset(table: DataTable) -> Dataset:
     dataset.memory_mib = table.memory
     try:
         names, counts = list(dataset.class_names), class_counts(dataset.labels("train"), len(dataset.class_names))
-    except DdkitError:
-        raise
-    except (Exception, SystemExit) as error:  # a stranger's dataset can raise anything
-        if out_of_memory(error):
+    except BaseException as error:
+        if not is_its_own(error):
             raise
         helps = advice("dataset", dataset)
         raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{helps}") from error

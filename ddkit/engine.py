@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ddkit.bank import Bank, all_finite
-from ddkit.blame import check_random_states, random_states
+from ddkit.blame import check_random_states
 from ddkit.compute import differentiable_attention
-from ddkit.errors import DdkitError, Interrupted, RunFailed, out_of_memory
+from ddkit.errors import DdkitError, Interrupted, RunFailed, is_its_own, shown
+from ddkit.globalstate import random_states
 from ddkit.ranks import ending_signals
 from ddkit.step import SharedStep, Step
 from ddkit.stepsource import StepSource
@@ -231,8 +232,10 @@ class Engine:
     def _value(self, term: Term, shared: SharedStep) -> Tensor:
         with _nothing_else_changes(term, shared):
             value = _calling(term, lambda: term.loss(Step(shared, term.label, term.loss.requires)))
-        if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad:
-            what = f"shape {tuple(value.shape)}, requires_grad={value.requires_grad}" if isinstance(value, Tensor) else repr(value)
+        if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad or value.is_complex():
+            what = shown(value)
+            if isinstance(value, Tensor):
+                what = f"{'complex values of ' * value.is_complex()}shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
             raise RunFailed(f"The {term} must return a scalar tensor attached to the graph of the images; got {what}.{term.advice}")
         share = len(shared.labels) / shared.size if term.loss.requires.separable == "mean" else 1.0
         return value * share if share != 1.0 else value
@@ -240,11 +243,14 @@ class Engine:
     def _gradients(self, value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
         try:
             return torch.autograd.grad(value, tensors, allow_unused=True)
-        except RuntimeError as error:
-            if "is not implemented" not in str(error):
+        except BaseException as error:
+            if not is_its_own(error):
                 raise
+            labels = ", ".join(term.label for term in self.terms)
+            if "is not implemented" not in str(error):
+                raise RunFailed(f"The gradient of the losses ({labels}) raised {type(error).__name__}: {error}.") from error
             raise RunFailed(
-                f"The losses ({', '.join(term.label for term in self.terms)}) have no gradient here: {error}. A layer of the teacher or "
+                f"The losses ({labels}) have no gradient here: {error}. A layer of the teacher or "
                 "network has no second derivative in torch, and one of the losses takes it. Choose another model, or another loss."
             ) from error
 
@@ -356,10 +362,8 @@ def _parts(terms: Sequence[Term], chunk: int, classes: range) -> list[tuple[rang
 def _calling(term: Term, call: Callable[[], Any]) -> Any:
     try:
         return call()
-    except DdkitError:
-        raise
-    except (Exception, SystemExit) as error:  # a stranger's loss can raise anything
-        if out_of_memory(error):
+    except BaseException as error:
+        if not is_its_own(error):
             raise
         raise RunFailed(f"The {term} raised {type(error).__name__}: {error}.{term.advice}") from error
 

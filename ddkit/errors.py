@@ -82,6 +82,14 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in ALLOCATORS))
 
 
+def is_its_own(error: BaseException) -> bool:
+    """Whether third-party code that raised `error` is to be named for it, whatever kind of exception it is.
+
+    Not for an error of ddkit's, want of memory, or KeyboardInterrupt: Ctrl-C comes in the middle of whatever code runs.
+    """
+    return not isinstance(error, DdkitError | KeyboardInterrupt) and not out_of_memory(error)
+
+
 def doubles(values: Iterable[Any]) -> list[Any]:
     """Returns the values that are there more than once, each once, in order."""
     return [value for value, count in Counter(values).items() if count > 1]

@@ -107,8 +107,8 @@ class Observers:
     def _register(self, name: str, observer: Any) -> None:
         try:
             self._manager.register(observer, name)
-        except Exception as error:  # not an observer, or the same one twice, or whatever its attributes raise
-            if self._strict:
+        except BaseException as error:  # not an observer, or the same one twice, or whatever its attributes raise
+            if self._strict or isinstance(error, KeyboardInterrupt):
                 raise
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
@@ -160,8 +160,8 @@ class Observers:
             began = time.perf_counter()
             try:
                 hooks[hook](**copy.deepcopy(arguments))
-            except (Exception, SystemExit) as error:  # an observer can raise anything
-                if self._strict:
+            except BaseException as error:
+                if self._strict or isinstance(error, KeyboardInterrupt):
                     raise
                 log.warning("The observer '%s' raised %s: %s; the run goes on without it.", name, type(error).__name__, error)
                 self._hooks.remove(entry)

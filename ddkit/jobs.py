@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddkit import pluginfile, plugins
 from ddkit.bank import Bank
-from ddkit.blame import blamed, called
+from ddkit.blame import advice, blamed, called
 from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Model, Start
 from ddkit.compute import machine_bytes, pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, colour, open_dataset
@@ -306,9 +306,13 @@ class Job:
         )
         with blamed("initializer", self.initializer, building=True):
             images = self.initializer(start)
-        if tuple(images.shape) != (len(labels), *self.info.shape) or not bool(images.isfinite().all()):
+        shape = (len(labels), *self.info.shape)
+        fits = isinstance(images, Tensor) and images.is_floating_point() and tuple(images.shape) == shape
+        if not fits or not bool(images.isfinite().all()):
+            what = f"images of shape {tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
             raise RunFailed(
-                f"The initializer '{self.recipe.initializer.use}' returned images of shape {tuple(images.shape)} or not finite."
+                f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}; it has to return finite "
+                f"floats of shape {shape}.{advice('initializer', self.initializer)}"
             )
         return images
 

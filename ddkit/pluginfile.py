@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ddkit.errors import FlagError, PluginError, RunFilesError
+from ddkit.errors import FlagError, PluginError, RunFilesError, is_its_own
 from ddkit.files import read_bytes
 
 _KNOWN: dict[str, str] = {}  # path to sha256, of the files that were given in this process, or handed to it by the one that started it
@@ -109,10 +109,15 @@ class PluginFile:
         spec = importlib.util.spec_from_file_location(name, self.file, loader=loader)
         assert spec is not None
         module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        from ddkit.globalstate import unchanged  # imports torch
+
         try:
-            loader.exec_module(module)
-        except (Exception, SystemExit) as error:  # a stranger's file can raise anything
+            with unchanged(f"plugin file {self.file}", "Mend it."):
+                loader.exec_module(module)
+        except BaseException as error:
             del sys.modules[name]
+            if not is_its_own(error):
+                raise
             cause = f"{type(error).__name__}: {error}{_line(error, self.file)}"
             raise PluginError(f"The plugin file {self.file} could not be imported: {cause}.") from error
         return module

@@ -6,18 +6,21 @@ import importlib
 import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
-from functools import cache
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import msgspec
 
 from ddkit import components, permission, pluginfile, source
-from ddkit.errors import DdkitError, FlagError, PluginError, suggestion
+from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion
 from ddkit.hookspecs import Observers
-from ddkit.options import parse_options
+from ddkit.options import Options, Requires, fields, parse_options
 from ddkit.recipe import keys_beside
 
 log = logging.getLogger("ddkit")
@@ -237,22 +240,62 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     if not NAME.fullmatch(plugin.name):
         raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens. {remedy}")
     try:
-        found: Any = importlib.import_module(module_name)
+        found: Any = _imported(plugin, module_name, remedy)
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # a stranger's module can raise anything
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
         cause = f"{type(error).__name__}: {error}"
         raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {cause}. {remedy}") from error
     base = BASES.get(plugin.kind)
     if base is not None and not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{base.__name__} ({plugin.value}). {remedy}")
-    if base is not None and found.api != components.API_VERSION:
+    if base is not None:
+        _check_attributes(plugin, found, remedy)
+    _check_option_names(plugin, found)
+    return found
+
+
+def _imported(plugin: Plugin, module: str, remedy: str) -> ModuleType:
+    """Returns a plugin's module; raises PluginError where a third party's changes what all code shares, which is put back."""
+    if plugin.first_party or module in sys.modules:
+        return importlib.import_module(module)
+    from ddkit.globalstate import unchanged  # imports torch, which such a module would do anyway
+
+    try:
+        with unchanged(plugin.label, remedy):
+            return importlib.import_module(module)
+    except PluginError:
+        sys.modules.pop(module, None)  # whoever asks again is told again
+        raise
+
+
+def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
+    """Raises PluginError naming an attribute of a component's class that is not of the kind which its base class declares."""
+
+    def check(name: str, fits: bool, must: str) -> None:
+        if not fits:
+            raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}; it has to be {must}. {remedy}")
+
+    check("api", type(found.api) is int, f"a number, such as {components.API_VERSION}")
+    if found.api != components.API_VERSION:
         raise PluginError(
             f"The {plugin.label} is written for plugin API {found.api}, this ddkit has {components.API_VERSION}. "
             f"Install a version of {plugin.distribution} made for it."
         )
-    _check_option_names(plugin, found)
-    return found
+    check("Options", isinstance(found.Options, type) and issubclass(found.Options, Options), "a subclass of ddkit.Options")
+    try:
+        names = fields(found.Options)
+    except Exception as error:  # an annotation that leads nowhere
+        raise PluginError(f"The {plugin.label} has Options that cannot be read: {type(error).__name__}: {error}. {remedy}") from error
+    check("argument", found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})")
+    check("requires", isinstance(found.requires, Requires | property | cached_property), "a ddkit.Requires(...), or a property")
+    check("deviations", isinstance(found.deviations, Mapping), "a mapping from checks to reasons")
+    if plugin.kind == "loss-group":
+        members = found.members
+        fits = isinstance(members, list | tuple) and len(members) > 0 and all(isinstance(each, str) for each in members)
+        check("members", fits, "a tuple of names of losses")
 
 
 OWN_KEYS = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "initializer": "initializer", "model": "network"}
@@ -286,7 +329,21 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
     if found.runs_code and found.argument is not None:
         paths = (f"{where}.{found.argument}", f"{where}.{short}.{found.argument}")  # the second: in a table of that model, of several
         permission.check(kind, short, str(getattr(options, found.argument)), paths)
-    return options if data is None else found.resolve(options, data)
+    if data is None:
+        return options
+    with _building(find(kind, short)):
+        return found.resolve(options, data)
+
+
+@contextmanager
+def _building(plugin: Plugin) -> Iterator[None]:
+    """Turns what the code of a plugin raises inside, before it works, into a PluginError that names it."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
+        raise PluginError(f"The {plugin.label} could not be built: {type(error).__name__}: {error}.{plugin.advice}") from error
 
 
 def create(
@@ -306,13 +363,12 @@ def create(
     options = options_of(kind, name, table or {}, where or kind, data)
     short = split_name(name)[0]
     plugin = find(kind, short)
-    try:
+    with _building(plugin):
         made = load_plugin(plugin)(options, name=short, **arguments)
         made.origin, made.recipe_path = plugin.origin, where or short
-    except DdkitError:
-        raise
-    except Exception as error:
-        raise PluginError(f"The {plugin.label} could not be built: {type(error).__name__}: {error}.{plugin.advice}") from error
+        requires = made.requires
+    if not isinstance(requires, Requires):
+        raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
     return made
 
 

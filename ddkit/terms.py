@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ddkit import plugins
-from ddkit.blame import advice, blamed, called
+from ddkit.blame import advice, called
 from ddkit.components import Loss
-from ddkit.errors import FlagError, InputError, PluginError
-from ddkit.options import Parameter, Requires
+from ddkit.errors import FlagError, InputError
+from ddkit.options import Parameter
 from ddkit.ranks import Ranks
 from ddkit.recipe import Recipe
 
@@ -38,11 +38,6 @@ def terms_of(recipe: Recipe) -> list[Term]:
     for label, table in recipe.losses.items():
         name = recipe.loss_name(label)
         loss: Loss = plugins.create("loss", name, table.options, where=f"losses.{label}")
-        with blamed("loss", loss, building=True):
-            requires = loss.requires
-        if not isinstance(requires, Requires):
-            plugin = plugins.find("loss", name)
-            raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
         terms.append(Term(label, loss, table.weight))
     return terms
 

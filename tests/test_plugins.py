@@ -12,12 +12,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from ddkit import plugins
 from ddkit.cli import cli as command_line
 from ddkit.errors import FlagError, PluginError
+from ddkit.globalstate import random_states
 from tests.conftest import SMALL_FLAGS, Result
 
 Install = Callable[..., None]
@@ -164,6 +167,16 @@ def test_a_slow_import_slows_neither_help_nor_list_nor_other_losses(install: Ins
 
 # Strangers that do not: each is data for `list`, an error for whoever asks for it, and nothing for anyone else
 
+PATCHING = """
+import functools, torch
+
+@functools.wraps(torch.manual_seed)
+def seed(number):
+    return torch.default_generator
+
+torch.manual_seed = seed
+torch.nn.functional.relu = print
+"""
 BROKEN = [
     ("import no_such_module_anywhere\n" + FINE, "ok", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
     ("raise SystemExit(7)\n" + FINE, "ok", "SystemExit: 7"),
@@ -173,14 +186,37 @@ BROKEN = [
     (FINE.replace("ddkit.Loss", "ddkit.Initializer"), "ok", "not a subclass of ddkit.Loss"),
     ("def Fine():\n    '''A function.'''\n", "ok", "not a subclass of ddkit.Loss"),
     (FINE + "    api = 2\n", "ok", "written for plugin API 2, this ddkit has 1"),
+    (FINE + "    api = '1'\n", "ok", "has api = '1'; it has to be a number, such as 1"),
+    (FINE + "    Options = 3\n", "ok", "has Options = 3; it has to be a subclass of ddkit.Options"),
+    (FINE + "    class Options(ddkit.Options):\n        x: 'Nowhere' = 1\n", "ok", "has Options that cannot be read: NameError"),
+    (FINE + "    argument = 'size'\n", "ok", "has argument = 'size'; it has to be None or one of its options"),
+    (FINE + "    requires = 'real'\n", "ok", "has requires = 'real'; it has to be a ddkit.Requires(...)"),
+    (FINE + "    deviations = 1\n", "ok", "has deviations = 1; it has to be a mapping"),
+    ("class Odd(BaseException):\n    pass\n\n\nraise Odd('at import')\n" + FINE, "ok", "Odd: at import"),
+    ("import torch\ntorch.set_default_dtype(torch.float64)\n" + FINE, "ok", "when it is imported: the default dtype."),
+    ("import torch\ntorch.set_num_threads(torch.get_num_threads() + 1)\n" + FINE, "ok", "when it is imported: the number of threads."),
+    ("import torch\ntorch.manual_seed(1)\n" + FINE, "ok", "when it is imported: the random state of torch."),
+    ("import numpy\nnumpy.random.seed(1)\n" + FINE, "ok", "when it is imported: the random state of numpy."),
+    ("import torch\ntorch.Tensor.add = lambda a, b: a\n" + FINE, "ok", "when it is imported: torch.Tensor.add."),
+    (PATCHING + FINE, "ok", "when it is imported: torch.manual_seed, torch.nn.functional.relu."),
 ]  # fmt: skip
-BROKEN_IDS = ["import error", "exit on import", "syntax error", "null byte", "missing class", "wrong base", "function", "api number"]
+BROKEN_IDS = [
+    "import error", "exit on import", "syntax error", "null byte", "missing class", "wrong base", "function", "api number", "api text",
+    "options", "annotation", "argument", "requires", "deviations", "base exception", "dtype", "threads", "seed", "numpy's seed", "method",
+    "functions",
+]  # fmt: skip
+
+
+def shared() -> Any:
+    """Returns what all code of a process shares."""
+    return random_states(), torch.Tensor.add, torch.manual_seed, torch.nn.functional.relu
 
 
 @pytest.mark.parametrize(("source", "status", "cause"), BROKEN, ids=BROKEN_IDS)
 def test_a_broken_plugin_is_data_for_list_and_an_error_only_for_its_user(
     install: Install, cli: Callable[..., Result], source: str, status: str, cause: str
 ) -> None:
+    before = shared()
     _loss(install, source)
     install("good-dist", {"ddkit.losses": {"good": "good_module:Fine"}}, good_module=FINE)
     rows = _rows(cli)
@@ -195,6 +231,7 @@ def test_a_broken_plugin_is_data_for_list_and_an_error_only_for_its_user(
     result = cli("distill", "--losses", "odd", "--pipc", 1, "--plan")
     assert (result.code, result.out) == (3, "")
     assert cause in " ".join(result.err.split())
+    assert shared() == before, "what was changed is put back"
 
 
 def test_a_plugin_whose_module_is_gone_is_data_for_list(install: Install, cli: Callable[..., Result]) -> None:

@@ -52,11 +52,11 @@ def _row(plugin: plugins.Plugin) -> dict[str, str]:
 
 _CHECKER = """
 import json, sys
-from ddkit import children, plugins
+from ddkit import children, errors, plugins
 children.take_over(sys.argv[1])
 try:
     listed = plugins.plugins()
-except plugins.DdkitError as error:
+except errors.DdkitError as error:
     children.reply({"error": str(error)})
     sys.exit(error.exit_code)
 for plugin in listed:

@@ -91,7 +91,9 @@ def _outcome(suite: Conformance, label: str, method: str) -> Outcome:
         getattr(suite, method)()
     except (Broken, DdkitError) as error:
         return Outcome(check=label, problem=" ".join(str(error).split()))
-    except (Exception, SystemExit) as error:  # a component can raise anything
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            raise
         frames = traceback.extract_tb(error.__traceback__)
         place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
         return Outcome(check=label, problem=f"{type(error).__name__}: {' '.join(str(error).split())}", place=place)

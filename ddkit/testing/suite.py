@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ddkit import children, plugins
-from ddkit.blame import random_states
 from ddkit.components import API_VERSION, Component, DataInfo
+from ddkit.globalstate import random_states
 from ddkit.options import written_options
 from ddkit.permission import granting
 from ddkit.recipe import parse_recipe, recipe_dict
@@ -26,8 +26,7 @@ IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch a
 _COST = """
 import sys, time
 import torch, numpy, ddkit
-from ddkit import children, plugins
-from ddkit.blame import random_states
+from ddkit import blame, children, plugins
 children.take_over(sys.argv[1])
 began = time.perf_counter()
 plugins.load_plugin(plugins.find(sys.argv[2], sys.argv[3]))
@@ -51,8 +50,10 @@ def check(method: Callable[[S], None]) -> Callable[[S], None]:
             return
         try:
             method(self)
-        except (Exception, SystemExit) as error:  # a component may break a promise by raising
-            if any(isinstance(each, ImportError | NameError | SyntaxError) for each in (error, error.__cause__)):
+        except BaseException as error:  # a component may break a promise by raising
+            if isinstance(error, KeyboardInterrupt) or any(
+                isinstance(each, ImportError | NameError | SyntaxError) for each in (error, error.__cause__)
+            ):
                 raise  # nothing that was meant
             return
         raise Broken(f"The deviation '{name}' is declared ({reason}), but the check holds. Remove it from `deviations`.")
