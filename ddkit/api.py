@@ -16,12 +16,13 @@ from ddkit.components import Evaluation
 from ddkit.compute import pick_device
 from ddkit.data import check_classes, open_dataset
 from ddkit.engine import deterministic
-from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
+from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.evaluating import evaluate
 from ddkit.files import check_writable, folders_of
 from ddkit.hookspecs import Observers
 from ddkit.jobs import AUTOMATIC_TEACHER, TEACHER_FILE, Job
 from ddkit.manifest import MANIFEST, check_listed
+from ddkit.names import check_out
 from ddkit.passed import passing
 from ddkit.pluginfile import check_unchanged
 from ddkit.ranks import Ranks, group, own_device
@@ -90,13 +91,15 @@ def distill(
     observers: Sequence[Any] = (),
     allow_code: bool = False,
     distributed: bool = False,
+    force: bool = False,
 ) -> Run:
     """Makes a synthetic set and returns its run; the arguments are the flags of `ddkit distill`.
 
     `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. `dataset` is a name, or an object: a map-style
     torch Dataset of (image, label), or (training, test) of these. `allow_code` lets Python code run that a recipe or teacher file names;
     what the arguments name runs anyway. `distributed`: the processes that torchrun started, all of which call this, share the run
-    (elsewhere this process is alone). Raises DdkitError.
+    (elsewhere this process is alone). `force` replaces the run that is in `out`, once all checks of the new one have passed. Raises
+    DdkitError.
     """
     losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
     named = {"model": model, "dataset": dataset, "init": init, "augment": augment, "evaluators": evaluators}
@@ -107,7 +110,7 @@ def distill(
             ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
             augmenter__use=augment, data__dir=data_dir, **data,
         )  # fmt: skip
-        return run_recipe(built, losses=losses, device=device, out=place, observers=observers, distributed=distributed)
+        return run_recipe(built, losses=losses, device=device, out=place, observers=observers, distributed=distributed, force=force)
 
 
 def _table(recipe: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
@@ -123,18 +126,26 @@ def run_recipe(
     out: Path | None = None,
     observers: Sequence[Any] = (),
     distributed: bool = False,
+    force: bool = False,
 ) -> Run:
-    """Runs `recipe` into `out` (None: runs/<recipe or losses>-<dataset>-<n>); nothing stays of a run that never began."""
+    """Runs `recipe` into `out` (None: runs/<recipe or losses>-<dataset>-<n>); nothing stays of a run that took no step.
+
+    `force`: as in distill.
+    """
     with group(wanted=distributed) as ranks:
-        return _run(recipe, Place(own_device(device), ranks, observers), out, losses or recipe.name)
+        return _run(recipe, Place(own_device(device), ranks, observers), out, losses or recipe.name, force=force)
 
 
-def _run(recipe: Recipe, place: Place, out: Path | None, name: str) -> Run:
+def _run(recipe: Recipe, place: Place, out: Path | None, name: str, *, force: bool = False) -> Run:
     pick_device(place.device)
     place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
     watchers = place.watchers()
     stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
-    with said.recording(), place.directory(lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out)) as directory:
+
+    def claim() -> RunDirectory:
+        return RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out, force=force)
+
+    with said.recording(), place.directory(claim) as directory:
         place = place._replace(whole=place.whole or directory.path)
         with watchers.interruptible(place.going_on):
             if recipe.blend is not None:
@@ -146,7 +157,14 @@ def _run(recipe: Recipe, place: Place, out: Path | None, name: str) -> Run:
                 except BaseException:
                     directory.discard()
                     raise
-                return running.finish(made, directory, watchers, start=0)
+                try:
+                    return running.finish(made, directory, watchers, start=0)
+                except (Interrupted, KeyboardInterrupt):  # it can be continued
+                    raise
+                except BaseException:
+                    if not directory.has_stepped():
+                        directory.discard()
+                    raise
 
 
 def resume(
@@ -295,6 +313,7 @@ def train(
     """
     named = {"model": model, "dataset": dataset}
     path = Path(out)
+    check_out(path)
     if path.exists():
         raise RunFilesError(f"--out {path} exists already; name a new file.")
     if path.suffix in PICKLED:

@@ -89,6 +89,7 @@ def run_blend(
     assert recipe.blend is not None
     try:
         made = _check_blend(recipe, device, ranks, watchers)
+        directory.replace()
         directory.reopen()
         directory.write_recipe(recipe_dict(recipe))
     except BaseException:

@@ -268,7 +268,7 @@ class Engine:
         for term in self.terms:
             if not bool(found.values[term.label].isfinite()):
                 raise NotFinite(
-                    f"The {term} became {float(found.values[term.label])} at step {index}. The last good state is kept in checkpoints/. "
+                    f"The {term} became {float(found.values[term.label])} at step {index}. {_kept(index)}"
                     f"Try a smaller learning rate ({self.bank.smaller_rate('images')}"
                     f"{', or a smaller network.inner_lr' if self.source.inner else ''}), a smaller weight, or float32 "
                     f"(--set engine.precision=float32).{term.advice}"
@@ -280,9 +280,14 @@ class Engine:
         name = next((name for name, tensor in self.bank.tensors().items() if not bool(tensor.isfinite().all())), "images")
         raise NotFinite(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
-            f"({', '.join(term.label for term in self.terms)}). The last good state is kept. Try a smaller learning rate: "
+            f"({', '.join(term.label for term in self.terms)}). {_kept(index)}Try a smaller learning rate: "
             f"{self.bank.smaller_rate(name)}."
         )
+
+
+def _kept(index: int) -> str:
+    """Returns what is said of the state before step `index`; a run that took no step leaves nothing."""
+    return "The last good state is kept in checkpoints/. " if index else ""
 
 
 class NotFinite(RunFailed):

@@ -13,12 +13,11 @@ from ddkit.artifact import Artifact, Provenance, load
 from ddkit.blame import advice, blamed, called
 from ddkit.components import Exporter
 from ddkit.errors import RunFailed, RunFilesError
-from ddkit.files import sha256, sync
+from ddkit.files import sha256, sync, write_json
 from ddkit.manifest import MANIFEST
-from ddkit.names import SET
+from ddkit.names import JOURNAL, SET, STAGE
 from ddkit.rundir import RECIPE, RunDirectory
 
-STAGE = ".export"  # where an exporter writes, in the folder that it is for
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
@@ -62,13 +61,16 @@ def _write(exporter: Exporter, artifact: Artifact, out: Path) -> None:
         with blamed("exporter", exporter):
             exporter(artifact, str(stage))
         written = sorted(stage.iterdir())
+        write_json(out / JOURNAL, [entry.name for entry in written])
         for entry in written:
             os.replace(entry, out / entry.name)
         stage.rmdir()
         sync(out)
+        if written:
+            (out / JOURNAL).unlink()  # until then the next call removes what is there
     except OSError as error:
         raise _unwritable(out, error) from None
-    except RunFailed as error:
+    except (RunFailed, RunFilesError) as error:
         if isinstance(error.__cause__, OSError) and error.__cause__.errno in UNWRITABLE:
             raise _unwritable(out, error.__cause__) from None
         raise

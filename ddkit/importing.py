@@ -21,6 +21,7 @@ from ddkit.decode import check_factor
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import open_regular, read_tensors, sha256
 from ddkit.images import Normalisation, most_classes, to_unit
+from ddkit.names import check_out
 from ddkit.networks import build_network
 from ddkit.options import parse_struct, written_options
 from ddkit.recipe import DecodeTable
@@ -367,6 +368,7 @@ def _import_teacher(
     model: str | None,
     sets: Mapping[str, Any],
 ) -> Teacher:
+    check_out(out)
     if out.exists():
         raise RunFilesError(f"--out {out} exists already; name a new file.")
     if classes is None or size is None:

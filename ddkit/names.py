@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from ddkit.errors import RunFilesError
-from ddkit.files import is_leftover, kind_of
+from ddkit.errors import FlagError, RunFilesError, is_text, printable
+from ddkit.files import is_leftover, kind_of, read_json
 
 SET = "synthetic.safetensors"
 RECIPE = "recipe.toml"
@@ -26,6 +27,8 @@ CHECKPOINTS = "checkpoints"
 CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.part-(\d+)-of-(\d+))?\.safetensors")
 PARTS = "parts"  # the sets of a blend that its recipe makes, each a run directory
 PARTS_OF_BLEND = ("first", "second")
+STAGE = ".export"  # where an exporter writes, in the folder that it is for
+JOURNAL = ".export.json"  # the names of what is being moved up from there
 
 LONGEST = 100
 WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows keeps for itself
@@ -46,6 +49,12 @@ def path_part(name: str, *, empty: str = "run") -> str:
     return f"{part[: LONGEST - 9]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
+def check_out(path: Path) -> None:
+    """Raises FlagError if the name given with --out is of bytes that files of a run, which are text, cannot tell."""
+    if not is_text(str(path)) or "\0" in str(path):
+        raise FlagError(f"--out {printable(str(path))} is a name that is no UTF-8 text, and files of a run are text. Name another.")
+
+
 def own_entries(run: Path) -> Iterator[Path]:
     """Yields what has a name of ddkit's own in the run directory `run`, whatever it is; what is in a folder before the folder."""
     for entry in sorted(run.iterdir()) if run.is_dir() else []:
@@ -56,13 +65,13 @@ def own_entries(run: Path) -> Iterator[Path]:
             if part.name in PARTS_OF_BLEND:
                 yield from () if part.is_symlink() else own_entries(part)
                 yield part
-        if is_own_folder(entry) or entry.name in (*LISTED, MANIFEST, LOCK) or (is_leftover(entry) and not entry.is_dir()):
+        if is_own_folder(entry) or entry.name in (*LISTED, MANIFEST, LOCK, JOURNAL) or (is_leftover(entry) and not entry.is_dir()):
             yield entry
 
 
 def is_own_folder(entry: Path) -> bool:
     """Whether an entry has the name of a folder of a run, whatever it is."""
-    return entry.name in (CHECKPOINTS, PARTS) or (entry.name in PARTS_OF_BLEND and entry.parent.name == PARTS)
+    return entry.name in (CHECKPOINTS, PARTS, STAGE) or (entry.name in PARTS_OF_BLEND and entry.parent.name == PARTS)
 
 
 def check_own(run: Path) -> None:
@@ -83,12 +92,31 @@ def check_own(run: Path) -> None:
 def remove_own(run: Path) -> None:
     """Removes what ddkit has put into the run directory `run`, apart from its lock, and nothing else.
 
-    The manifest goes first and the recipe last: in between `run` is an unfinished run.
+    The manifest goes first, and last what tells that the rest can go: cut off, this can be done again.
     """
-    order = {MANIFEST: -1, RECIPE: 1}
-    for entry in sorted(own_entries(run), key=lambda entry: order.get(entry.name, 0)):
+    order = {MANIFEST: -1, RECIPE: 1, JOURNAL: 1}
+    for entry in sorted([*_exported(run), *own_entries(run)], key=lambda entry: order.get(entry.name, 0)):
         with suppress(OSError):
-            if is_own_folder(entry) and not entry.is_symlink():
+            if entry.name in (CHECKPOINTS, PARTS, *PARTS_OF_BLEND):  # others may have put something there
                 entry.rmdir()
+            elif entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
             elif entry != run / LOCK:
                 entry.unlink()
+
+
+def _exported(run: Path) -> list[Path]:
+    """Returns what an export that was cut off may have moved into `run`."""
+    try:
+        names = read_json(run / JOURNAL)
+    except RunFilesError:
+        return []
+    here = [entry for entry in run.iterdir() if isinstance(names, list) and entry.name in names]
+    return [entry for entry in here if entry.name != LOCK]
+
+
+def is_left_behind(run: Path) -> bool:
+    """Whether `run` holds nothing but what ddkit wrote there, and no run that could be evaluated or continued."""
+    own = [*_exported(run), *own_entries(run)]
+    kept = [entry for entry in own if entry.name in (MANIFEST, PARTS) or CHECKPOINT.fullmatch(entry.name)]
+    return set(run.iterdir()) <= set(own) and (not kept or (run / JOURNAL).exists())

@@ -29,6 +29,7 @@ from ddkit.data import check_held_out, open_dataset
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.figures import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.files import sealed, write_atomic, write_json
+from ddkit.names import check_out
 from ddkit.progress import duration
 from ddkit.ranks import Ranks, group, own_device, plain_environment
 from ddkit.recipe import Recipe, recipe_dict
@@ -62,6 +63,7 @@ def reproduce(
     `run` False only tells. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
     the result. Raises DdkitError for bad input at once; a set that fails later is told in its figure.
     """
+    check_out(out)
     settings = settings or Settings()
     chosen = chosen_cells(study, list(cells) if cells else None, list(systems) if systems else None)
     tasks = planned(study, chosen, out, settings)

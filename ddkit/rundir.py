@@ -37,7 +37,7 @@ from ddkit.files import (
 from ddkit.images import sheet_png
 from ddkit.locks import FolderLock
 from ddkit.manifest import check_listed, checked, file_entry, read_manifest, write_manifest
-from ddkit.names import CHECKPOINTS, LISTED, LOCK, SET, check_own, path_part, remove_own
+from ddkit.names import CHECKPOINTS, JOURNAL, LISTED, LOCK, SET, check_out, check_own, is_left_behind, path_part, remove_own
 from ddkit.names import EVALUATION as EVALUATION
 from ddkit.names import MANIFEST as MANIFEST
 from ddkit.names import METRICS as METRICS
@@ -88,6 +88,7 @@ class RunDirectory:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
         self.path, self._created = path, created
         self._lock: FolderLock | None = None
+        self._replaces = False  # a run that is there
         self._recipe = ("", "")  # what checkpoints belong to, known once the recipe is written or read
 
     def __enter__(self) -> RunDirectory:
@@ -116,8 +117,13 @@ class RunDirectory:
         return self
 
     @classmethod
-    def claim(cls, path: Path) -> RunDirectory:
-        """Returns an absent or empty `path`, made and locked; raises RunFilesError where it is neither, or cannot be written."""
+    def claim(cls, path: Path, *, force: bool | None = None) -> RunDirectory:
+        """Returns an absent or empty `path`, made and locked; raises RunFilesError if it is neither, or cannot be written.
+
+        What a command of ddkit left there when it was killed is removed. With `force` a run may be there, which replace() removes; None:
+        the command has no such flag.
+        """
+        check_out(path)
         try:
             if path.exists() and not path.is_dir():
                 raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
@@ -126,12 +132,17 @@ class RunDirectory:
             for made in created:
                 sync(made.parent)
             directory = cls(path, created)
-            if any(entry.name != LOCK and not is_leftover(entry) for entry in path.iterdir()):
-                raise _occupied(path)
+            was_killed = (path / LOCK).exists() or (path / JOURNAL).exists()  # a command that ends by itself leaves neither
+            if not (_is_empty(path) or (was_killed and is_left_behind(path)) or (force and is_run(path))):
+                raise _occupied(path, force)
             directory.take()
-            if any(entry.name != LOCK for entry in path.iterdir()):
+            if force and is_run(path):
+                directory._created, directory._replaces = None, True
+            elif was_killed and is_left_behind(path):
+                remove_own(path)
+            if not (directory._replaces or _is_empty(path)):
                 directory.release()
-                raise _occupied(path)
+                raise _occupied(path, force)
         except OSError as error:
             raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
         return directory
@@ -162,6 +173,16 @@ class RunDirectory:
                 "trained, leaves nothing to continue: give its first command again.)"
             )
         return cls(path)
+
+    def replace(self) -> None:
+        """Removes the run that claim() found with `force`: from now on the folder is that of the new run."""
+        if self._replaces:
+            remove_own(self.path)
+            self._created, self._replaces = (), False
+
+    def has_stepped(self) -> bool:
+        """Whether a step was taken: the first one is always logged."""
+        return (self.path / METRICS).is_file() and (self.path / METRICS).stat().st_size > 0
 
     def discard(self) -> None:
         """Removes what was written into a claimed folder, and the folders made for it that are then empty.
@@ -396,10 +417,27 @@ def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
     return json_digest(unplaced), json_digest(kept)
 
 
-def _occupied(path: Path) -> RunFilesError:
+def _is_empty(path: Path) -> bool:
+    return all(entry.name == LOCK or is_leftover(entry) for entry in path.iterdir())
+
+
+def is_run(path: Path) -> bool:
+    """Whether ddkit's own run is at `path`, by what nobody else writes: a manifest, or the first line of its recipe."""
+    with suppress(RunFilesError):
+        read_manifest(path)
+        return True
+    with suppress(OSError, ValueError):
+        return read_text(path / RECIPE, most=MOST_TOML).startswith(RECIPE_SEAL)
+    return False
+
+
+def _occupied(path: Path, force: bool | None) -> RunFilesError:
     unfinished = (path / RECIPE).is_file() and not (path / MANIFEST).is_file()
     going_on = f", or continue the run that is there: ddkit distill --out {path} --resume" if unfinished else ""
-    return RunFilesError(f"--out {path} already holds something. Name another folder{going_on}.")
+    if force:
+        return RunFilesError(f"--out {path} holds no run of ddkit's, and --force replaces nothing else. Name another folder.")
+    instead = ", or replace the run that is there with --force" if force is False and is_run(path) else ""
+    return RunFilesError(f"--out {path} already holds something. Name another folder{instead}{going_on}.")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -101,6 +101,7 @@ def begin(made: Made, directory: RunDirectory) -> None:
         made.engine.start()
     if made.job.evaluators and made.job.ranks.first:
         _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
+    directory.replace()
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
     images = _pixels(made.job, made.bank)

@@ -189,9 +189,9 @@ def test_a_manifest_that_lists_other_places_is_refused(store: Path, tmp_path: Pa
     manifest = unsealed(read_json(path), path)
     manifest["files"][name] = {"sha256": "0" * 64, "bytes": 1}
     write_json(path, sealed(manifest))
-    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is no manifest"):
+    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
         merge(store, tmp_path / "out")
-    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is no manifest"):
+    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
         ddkit.load(path.parent)
     assert json_digest(manifest)
 

@@ -71,6 +71,7 @@ recipe_flags = options(
 @recipe_flags
 @shared
 @click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory, absent or empty.")
+@click.option("--force", is_flag=True, help="Replace the run that is in --out, once all checks of the new one have passed.")
 @click.option(
     "--resume",
     is_flag=True,
@@ -85,6 +86,7 @@ def distill(**flags: Any) -> None:
     Without flags: 1 image per class of the digits that come along, in a minute.
     """
     set_verbosity(flags["quiet"], flags["verbose"])
+    _check_force(flags)
     if flags["resume"]:
         _show_run(_resumed(flags), flags["as_json"])
         return
@@ -104,8 +106,18 @@ def distill(**flags: Any) -> None:
             out=flags["out"],
             observers=observers,
             distributed=True,
+            force=flags["force"],
         )
     _show_run(run, flags["as_json"])
+
+
+def _check_force(flags: dict[str, Any]) -> None:
+    """Raises FlagError if --force has no run to replace."""
+    for name, why in (("resume", "continues the run that is there"), ("plan", "writes nothing")):
+        if flags["force"] and flags[name]:
+            raise FlagError(f"--force replaces the run in --out, and --{name} {why}. Leave one of them out.")
+    if flags["force"] and flags["out"] is None:
+        raise FlagError("--force replaces the run in --out: name it, for example --out runs/dm-digits-1 --force.")
 
 
 def _recipe(flags: dict[str, Any]) -> Any:

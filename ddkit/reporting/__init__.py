@@ -14,7 +14,7 @@ from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import read_text, write_atomic
 from ddkit.manifest import check_listed
-from ddkit.names import FILM, SET
+from ddkit.names import FILM, SET, check_out
 from ddkit.reporting import making, sections
 from ddkit.reporting.page import page
 from ddkit.reporting.sections import Files, head, spectrum_bins
@@ -34,6 +34,7 @@ def report(target: str | Path, *, out: str | Path | None = None) -> Path:
     if not directory.path.is_dir():
         raise RunFilesError(f"{target} is no run directory, and only a run has a report. `ddkit export {target} --to png` draws a file.")
     if out is not None:
+        check_out(Path(out))
         if Path(out).exists():
             raise RunFilesError(f"--out {out} exists already; name a new file.")
         write_atomic(Path(out), report_html(directory.path, directory.read_manifest()))
