@@ -476,7 +476,7 @@ def test_the_test_split_may_have_any_common_name_and_is_told(tmp_path: Path, cap
 def test_of_several_test_splits_test_is_taken_and_the_others_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = opened(f"imagefolder:{make(tmp_path, *CLASSES, 'val/a/2.png', 'test/a/3.png', 'extra/x.png', 'notes/readme.txt')}")
     assert split_of(data, "test") == ["test/a/3.png"]
-    assert caplog.messages == [f"{tmp_path}: the test split is 'test'; 'val' is not used; not used beside it: 'extra'."]
+    assert caplog.messages == [f"{tmp_path}: the test split is 'test'; not used: 'val', 'extra'."]
 
 
 def test_training_may_be_called_in_other_words_and_classes_stand_beside_a_test_split(tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_training_may_be_called_in_other_words_and_classes_stand_beside_a_test_s
 def test_images_without_labels_are_no_class_and_no_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     beside = opened(f"imagefolder:{make(tmp_path / 'x', 'a/1.png', 'b/1.png', 'test/9.png')}")
     assert list(beside.class_names) == ["a", "b"]
-    assert caplog.messages == [f"{tmp_path / 'x'}: 'test' has no class folders and is not used."]
+    assert caplog.messages == [f"{tmp_path / 'x'}: not used, without class folders: 'test'."]
     tiny = opened(f"imagefolder:{make(tmp_path / 'y', *CLASSES, 'test/images/1.png', 'val/images/2.png')}")
     assert (split_of(tiny, "train"), split_of(tiny, "test")) == (list(CLASSES), [])
 
@@ -554,7 +554,7 @@ def test_images_of_other_formats_are_counted_in_one_line(tmp_path: Path, caplog:
     assert split_of(data, "train") == ["train/a/1.JFIF", *CLASSES]
     assert data.images("train", [0])[0].shape == (3, 6, 6)
     (message,) = caplog.messages
-    assert "4 image files are left out, as ddkit reads no such format: 2 .heic, 1 .avif, 1 .jp2." in message
+    assert "images that ddkit does not read are left out: 2 .heic, 1 .avif, 1 .jp2." in message
     make(tmp_path, "train/c/only.heic")
     with pytest.raises(ddkit.InputError, match=r"train/c holds no image \(1 \.heic, which ddkit does not read"):
         opened(f"imagefolder:{tmp_path}")

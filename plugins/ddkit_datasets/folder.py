@@ -85,11 +85,7 @@ class ImageFolder(ddkit.Dataset):
         if said:
             log.warning("%s: %s.", self.root, said, extra={"news": True})
         if unread:
-            told = ", ".join(f"{count} {ending}" for ending, count in unread.most_common())
-            log.warning(
-                "%s: %d image files are left out, as ddkit reads no such format: %s. Convert them to .png or .jpg.",
-                self.root, unread.total(), told,
-            )  # fmt: skip
+            log.warning("%s: images that ddkit does not read are left out: %s. Convert them to .png or .jpg.", self.root, _counted(unread))
 
     def _test_files(self, folder: Path, unread: Counter[str]) -> Files:
         """Returns the files of the test split, and adds to `unread` those that are left out."""
@@ -170,12 +166,17 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counte
     unread = sum((each.unread for each in walked.values()), Counter[str]())
     empty = [name for name in classes if not walked[name].names]
     if empty:
-        left_out = ", ".join(f"{count} {ending}" for ending, count in walked[empty[0]].unread.most_common())
-        why = f"{left_out}, which ddkit does not read, and none of " if left_out else ""
+        left_out = walked[empty[0]].unread
+        why = f"{_counted(left_out)}, which ddkit does not read, and none of " if left_out else ""
         raise ddkit.InputError(f"The class folder {root / empty[0]} holds no image ({why}{', '.join(SUFFIXES)}).")
     if not classes:
         raise ddkit.InputError(f"{root} holds no class folders; the layout is {root}/CLASS/IMAGE.")
     return classes, _files(root, classes, [walked[name] for name in classes]), unread
+
+
+def _counted(unread: Counter[str]) -> str:
+    """Returns for example "12 .heic, 1 .avif"."""
+    return ", ".join(f"{count} {ending}" for ending, count in unread.most_common())
 
 
 def _files(root: Path, names: Sequence[str], walked: Sequence[Walked]) -> Files:

@@ -100,10 +100,10 @@ def _test_split(root: Path, tests: Iterable[str], names: Sequence[str]) -> tuple
 def _said(test: Path | None, unlabelled: Sequence[str], unused: Sequence[str]) -> str:
     """Returns a line about what the names alone do not tell, "" where there is nothing to tell."""
     parts = [f"the test split is '{test.name}'"] if test is not None and (test.name != "test" or unlabelled) else []
-    if unlabelled:
-        parts.append(f"{_quoted(unlabelled)} is not used" if test else f"{_quoted(unlabelled)} has no class folders and is not used")
-    if unused:
-        parts.append(f"not used beside it: {_quoted(unused)}")
+    if unlabelled and test is None:
+        parts.append(f"not used, without class folders: {_quoted(unlabelled)}")
+    elif unlabelled or unused:
+        parts.append(f"not used: {_quoted([*unlabelled, *unused])}")
     return "; ".join(parts)
 
 
