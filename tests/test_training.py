@@ -311,6 +311,24 @@ def test_synthetic_and_random_real_networks_start_alike_and_repeats_differ(monke
     assert not same(states[0], states[1])
 
 
+@pytest.mark.parametrize(("small", "options", "threads"), [(5e9, {}, 1), (0, {}, 3), (5e9, {"compile": "always"}, 3)])
+def test_small_steps_are_computed_in_one_thread_and_others_in_all(
+    small: float, options: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    monkeypatch.setattr(ddkit_evaluators, "SMALL_STEP", small)
+    monkeypatch.setattr(ddkit, "fit", lambda *_, **__: seen.add(torch.get_num_threads()), raising=False)
+    monkeypatch.setattr(ddkit, "accuracy", lambda *_, **__: float(torch.get_num_threads() == 3), raising=False)
+    monkeypatch.setattr(ddkit, "compiled", lambda module, **_: module, raising=False)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        (row,) = evaluated(repeats=1, workers=1, **options)
+        assert (seen, torch.get_num_threads(), row.accuracy_mean) == ({threads}, 3, 1.0)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_synthetic_set_is_trained_on_whole_and_normalised_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     evaluated()

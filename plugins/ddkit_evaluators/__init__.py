@@ -36,15 +36,19 @@ PROTOCOLS = {
 
 
 class Plan(NamedTuple):
-    """How networks are computed, and in how many processes at a time."""
+    """How networks are computed, in how many processes at a time, and in how many threads a process trains them; 0: all it has."""
 
     arithmetic: ddkit.Arithmetic
     workers: int
+    threads: int = 0
 
 
 # On 2 CPU cores, two processes of one thread each train small batches faster than one of two threads, and larger ones hardly
 # (docs/performance.md). A process costs some seconds and some hundred MiB.
 SMALL_BATCH, FEW_NETWORKS, MOST_WORKERS = 64, 4, 4
+# Operations of a step below which threads wait for one another more than they work, if the code is not compiled: 10 images of 32 pixels or
+# 100 of 8 pixels and convnet's 128 channels are 4e9 and 3e9. On a busy machine two threads then take 5 to 19 times as long as one.
+SMALL_STEP = 5e9
 
 
 class Accuracy(ddkit.Evaluator):
@@ -153,7 +157,8 @@ class Accuracy(ddkit.Evaluator):
         step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
         compile_ = self.options.compile if self.options.compile == "auto" else self.options.compile == "always"
         arithmetic = ddkit.decide_arithmetic(compile_, self.options.precision, device, work=work, step_work=step_work)
-        return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks))
+        threads = 1 if device.type == "cpu" and not arithmetic.compile and step_work < SMALL_STEP else 0
+        return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks), threads)
 
     def _workers(self, arithmetic: ddkit.Arithmetic, device: torch.device, batch: int, networks: int) -> int:
         """Returns how many processes train networks at the same time; 1: this one, in turn."""
@@ -188,7 +193,7 @@ class Accuracy(ddkit.Evaluator):
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.on_disk(data.real_images) or ddkit.on_disk(data.test_images)  # too large to be copied for other processes
         workers = plan.workers if soft is None and not on_disk else 1
-        trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft)
+        trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft, threads=plan.threads)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         found = data.shared(tasks, lambda some: trained_apart(trainer, some, workers) if workers > 1 else trained_in_turn(trainer, some))
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}

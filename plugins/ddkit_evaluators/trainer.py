@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,8 +68,11 @@ class Trainer:
         augmenter: str,
         arithmetic: ddkit.Arithmetic,
         soft: SoftLabels | None = None,
+        *,
+        threads: int = 0,
     ) -> None:
-        self.soft = soft
+        """`threads` train a network; 0: all that torch has."""
+        self.soft, self.threads = soft, threads
         self.name, self.model, self.artifact, self.data = name, model, artifact, data
         self.schedule, self.arithmetic, self.augmenter_name = schedule, arithmetic, augmenter
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
@@ -130,9 +134,11 @@ class Trainer:
     ) -> None:
         device = self.data.device
         how = self._how if self.soft is None else self._how | {"targets": self.soft, "temperature": self.soft.temperature}
-        ddkit.fit(
-            self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, report=report, **how
-        )
+        with _threads(self.threads):
+            ddkit.fit(
+                self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, report=report,
+                **how,
+            )  # fmt: skip
 
     def training_set(self, kind: str, repeat: int) -> Labelled:
         """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is."""
@@ -167,6 +173,17 @@ class Trainer:
                 images.append(self._normalised(self.data.real_images[group]).mean(0))
                 labels.append(self.data.real_labels[group[0]])
         return torch.stack(images), torch.stack(labels)
+
+
+@contextmanager
+def _threads(wanted: int) -> Iterator[None]:
+    """Inside, torch computes in `wanted` threads; 0: in as many as it has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(wanted or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], *, done: int = 0) -> list[float]:

@@ -128,7 +128,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
         "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options), "where": trainer.model.recipe_path,
         "schedule": msgspec.to_builtins(trainer.schedule),
         "augmenter": trainer.augmenter_name, "arithmetic": msgspec.to_builtins(trainer.arithmetic), "info": msgspec.to_builtins(data.info),
-        "seed": data.seed, "threads": threads, 
+        "seed": data.seed, "threads": threads, "threads_of_a_network": trainer.threads,
         "artifact": {key: value for key, value in artifact.metadata.items() if key in ("class_names", "mean", "std", "decode")},
     }  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
@@ -146,7 +146,8 @@ def _read(folder: Path) -> Trainer:
     artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"])
     schedule, arithmetic = msgspec.convert(settings["schedule"], ddkit.Schedule), msgspec.convert(settings["arithmetic"], ddkit.Arithmetic)
     model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])
-    return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic)
+    threads = settings["threads_of_a_network"]
+    return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic, threads=threads)
 
 
 def main() -> None:
