@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
     from ddkit.importing import import_file
     from ddkit.mapped import blocks, on_disk
+    from ddkit.names import without_folders
     from ddkit.networks import build_network, redraw, training_flops
     from ddkit.options import Option, Options, Parameter, Requires
     from ddkit.passed import passed_dataset
@@ -77,6 +78,7 @@ _HOMES = {
     "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),
     "ddkit.mapped": ("blocks", "on_disk"),
+    "ddkit.names": ("without_folders",),
     "ddkit.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.passed": ("passed_dataset",),
@@ -173,6 +175,7 @@ __all__ = [
     "train",
     "training_flops",
     "tune_process",
+    "without_folders",
 ]
 
 

@@ -186,14 +186,6 @@ def differentiable_attention(wanted: bool) -> Iterator[None]:
         yield
 
 
-def machine_bytes() -> int:
-    """Returns the memory of this machine in bytes; where the system does not tell, more than any has."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**63
-
-
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 

@@ -74,6 +74,14 @@ def with_home(text: str) -> str:
     return f"{found[0]}{home}{text[found.end() + 1 :]}"
 
 
+def machine_bytes() -> int:
+    """Returns the memory of this machine in bytes; where the system does not tell, more than any has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` so that `path` is either as before or whole; raises RunFilesError where it cannot be written."""
     replace_whole(path, lambda temporary: Path(temporary).write_bytes(content))
@@ -322,7 +330,10 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     try:
-        open_regular(path).close()
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+        if size > machine_bytes():
+            raise ValueError(f"it has {size / 2**30:,.0f} GiB, and this machine has {machine_bytes() / 2**30:,.0f} GiB of memory")
         with safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("ddkit", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118

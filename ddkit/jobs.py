@@ -16,12 +16,13 @@ from ddkit import pluginfile, plugins
 from ddkit.bank import Bank
 from ddkit.blame import advice, blamed, called
 from ddkit.components import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Model, Start
-from ddkit.compute import machine_bytes, pick_device
+from ddkit.compute import pick_device
 from ddkit.data import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.decisions import Decisions
 from ddkit.decode import check_factor, encoded
 from ddkit.engine import Engine
 from ddkit.errors import DdkitError, InputError, RunFailed
+from ddkit.files import machine_bytes
 from ddkit.hookspecs import Observers
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
 from ddkit.networks import build_network, features_of, no_second_derivative

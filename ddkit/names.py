@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ddkit.errors import FlagError, RunFilesError, is_text, printable
 from ddkit.files import is_leftover, kind_of, read_json
@@ -47,6 +49,15 @@ def path_part(name: str, *, empty: str = "run") -> str:
     if len(part) <= LONGEST:
         return part
     return f"{part[: LONGEST - 9]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+
+
+def without_folders(value: Any) -> Any:
+    """Returns data of a recipe with the last part alone of absolute paths: the others are nobody's business and mean nothing elsewhere."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def check_out(path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,29 @@ def test_fields_that_ddkit_does_not_know_are_kept(runs: Path, tmp_path: Path) ->
     ddkit.evaluate(run, device="cpu")
     assert read_json(run / "evaluation.json")["evaluations"][0]["of_tomorrow"] == 2
     assert read_json(run / "manifest.json")["of_tomorrow"] == {"x": 1}
+
+
+def test_a_kept_evaluation_of_a_study_is_read_with_its_figures_or_refused(tmp_path: Path) -> None:
+    from ddkit.recipes import recipe_for
+    from ddkit.study import Cell
+    from ddkit.tasks import Evaluating, Task, kept_file, kept_row
+
+    asked = Evaluating(protocol="short", labels="hard", images="synthetic", networks=None, teacher="")
+    task = Task(Cell(1, 1, "one"), 0, recipe_for("dm"), tmp_path / "one", asked)
+    task.path.mkdir()
+    (task.path / "manifest.json").touch()
+    content = {"schema": 1, "row": ROW}
+    read = 0
+    for mutation in mutations(content):
+        with suppress(RecursionError):  # nested too deep to be written
+            kept_file(task).write_bytes(text_of(sealed(mutated(content, mutation))))
+        with suppress(ddkit.RunFilesError):
+            row = kept_row(task)
+            assert row is not None
+            assert all(isinstance(value, float | int) for value in (row["accuracy_mean"], *row["details"]["accuracies"]))
+            assert row["details"]["accuracies"]
+            read += 1
+    assert 0 < read < len(list(mutations(content)))
 
 
 # Tensors

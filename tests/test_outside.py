@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import ddkit
@@ -194,6 +195,25 @@ def test_a_manifest_that_lists_other_places_is_refused(store: Path, tmp_path: Pa
     with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
         ddkit.load(path.parent)
     assert json_digest(manifest)
+
+
+def test_a_report_names_no_folder_of_the_users(cli: Cli, tmp_path: Path) -> None:
+    labels = np.arange(8) % 2
+    images = np.random.default_rng(0).integers(0, 255, (8, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "two.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    flags = ("--dataset", f"npz:{tmp_path / 'two.npz'}", "--losses", "dm", "--pipc", 2, "--evaluate", "none", *SMALL_FLAGS)
+    assert cli("distill", *flags, "--out", "run").code == 0
+    assert cli("blend", "run", "run", "--out", "blend").code == 0
+    manifest = unsealed(read_json(Path("run/manifest.json")), Path("run"))
+    manifest["warnings"] = [f"The file {tmp_path}/a/t.safetensors is odd: see https://example.org/a/b and 1/2/3."]
+    write_json(Path("run/manifest.json"), sealed(manifest))
+    assert cli("report", "run").code == 0
+    for run in ("run", "blend"):
+        assert str(tmp_path) in Path(run, "recipe.toml").read_text()
+        told = Path(run, "report.html").read_text()
+        assert str(tmp_path) not in told
+        assert "two.npz" in told
+    assert "The file t.safetensors is odd: see https://example.org/a/b and 1/2/3." in Path("run/report.html").read_text()
 
 
 # What is removed, and what a new file may be

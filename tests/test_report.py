@@ -116,9 +116,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     labels = np.arange(20) % 5
     images = np.random.default_rng(0).integers(0, 255, (20, 6, 7, 3), dtype=np.uint8)
-    np.savez(folder / "d.npz", x_train=images, y_train=labels, x_test=images[:5], y_test=labels[:5], class_names=np.array(ODD))
+    np.savez(folder / "<b>&amp; d.npz", x_train=images, y_train=labels, x_test=images[:5], y_test=labels[:5], class_names=np.array(ODD))
     table = {"summary": "<img src=https://example.org/x.png onerror=alert(2)>", "losses": {"dm": {}}}
-    ddkit.distill(table, dataset=f"npz:{folder / 'd.npz'}", pipc=2, evaluators="none", sets={"steps": 2, "network.width": 4},
+    ddkit.distill(table, dataset=f"npz:{folder / '<b>&amp; d.npz'}", pipc=2, evaluators="none", sets={"steps": 2, "network.width": 4},
                   out=folder / "run", device="cpu")  # fmt: skip
     return folder / "run"
 
@@ -189,7 +189,7 @@ def test_names_paths_and_recipe_are_escaped(odd: Path) -> None:
     assert "\\u202eright" in page.text
     assert "ü&amp;" in page.text
     assert "<img src=https://example.org/x.png onerror=alert(2)>" in page.text
-    assert "<b>&amp; folder" in page.text  # in the recipe
+    assert "<b>&amp; d.npz" in page.text  # in the recipe
     assert any("a\"b' onerror=x" in str(alt) for alt in page.values("img", "alt"))
 
 

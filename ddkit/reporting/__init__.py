@@ -12,7 +12,7 @@ from torch import Tensor
 from ddkit import film, said
 from ddkit.artifact import load
 from ddkit.errors import DdkitError, RunFilesError
-from ddkit.files import read_text, write_atomic
+from ddkit.files import write_atomic
 from ddkit.manifest import check_listed
 from ddkit.names import FILM, SET, check_out
 from ddkit.reporting import making, sections
@@ -98,14 +98,12 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 
 def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
     directory = RunDirectory(folder)
-    has_recipe = (folder / RECIPE).is_file()
     check_listed(folder, SET)
     artifact = load(folder / SET)
     return Files(
         artifact=artifact,
         facts=facts,
-        recipe=directory.read_recipe() if has_recipe else {},
-        recipe_text=read_text(folder / RECIPE) if has_recipe else "",
+        recipe=directory.read_recipe() if (folder / RECIPE).is_file() else {},
         metrics=read_metrics(folder),
         evaluations=directory.read_evaluations(),
         film=_film(folder, artifact.stored_images),

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import tomli_w
+
+from ddkit.names import without_folders
 from ddkit.reporting.charts import text
 from ddkit.reporting.page import note, section, table, time
 from ddkit.reporting.sections import Files, short_name
+
+FOLDERS = re.compile(r"(?<![\w.~/])(?:/[^\s/:'\",]+)+/(?=[^\s/])")  # of an absolute path in a message, as far as its last part
 
 
 def making(files: Files) -> str:
@@ -25,7 +31,7 @@ def making(files: Files) -> str:
     rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if isinstance(teacher, Mapping) else []
     rows += _blend(facts)
     rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
-    rows += [["warned of", message] for message in facts.get("warnings", [])]
+    rows += [["warned of", FOLDERS.sub("", message)] for message in facts.get("warnings", [])]
     rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
     parts = [table([], rows)]
     used = [[p.get("kind", ""), p.get("name", ""), p.get("distribution", ""), p.get("version", "")] for p in facts.get("plugins", [])]
@@ -49,11 +55,13 @@ def _blend(facts: Mapping[str, Any]) -> list[list[str]]:
 
 
 def recipe(files: Files) -> str:
-    """Returns the resolved recipe as it is written."""
-    if not files.recipe_text:
+    """Returns the resolved recipe as it is written, without the user's folders."""
+    if not files.recipe:
         return ""
-    words = "Resolved: every setting, also those that were decided by themselves. ddkit distill --recipe FILE repeats the run."
-    return section("Recipe", note(words), f"<details><summary>recipe.toml</summary><pre>{text(files.recipe_text)}</pre></details>")
+    words = "Resolved: every setting, also those that were decided by themselves. Of absolute paths the last part is shown. "
+    words += "ddkit distill --recipe FILE repeats the run."
+    told = text(tomli_w.dumps(without_folders(dict(files.recipe))))
+    return section("Recipe", note(words), f"<details><summary>recipe.toml</summary><pre>{told}</pre></details>")
 
 
 SECTIONS = (making, recipe)

@@ -36,12 +36,11 @@ BINS = 20  # of the histogram of a parameter
 
 
 class Files(msgspec.Struct, frozen=True, kw_only=True):
-    """What the files of a run say: `facts` is the manifest, `recipe` its TOML data and `recipe_text` the file, "" without one."""
+    """What the files of a run say: `facts` is the manifest, `recipe` its TOML data, {} without one."""
 
     artifact: Artifact
     facts: Mapping[str, Any]
     recipe: Mapping[str, Any] = {}
-    recipe_text: str = ""
     metrics: Sequence[Mapping[str, Any]] = ()
     evaluations: Sequence[Mapping[str, Any]] = ()
     film: Film | None = None

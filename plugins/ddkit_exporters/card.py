@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -319,19 +318,11 @@ def _files(artifact: ddkit.Artifact, layout: Layout) -> str:
 
 
 def _recipe(artifact: ddkit.Artifact) -> str:
-    """Returns the resolved recipe, of absolute paths the last part alone: they are nobody's business and mean nothing elsewhere."""
+    """Returns the resolved recipe, of absolute paths the last part alone."""
     table = artifact.provenance.recipe
     if not table:
         return ""
-    text = tomli_w.dumps(_without_folders(table)).rstrip()
+    text = tomli_w.dumps(ddkit.without_folders(table)).rstrip()
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     note = "Of absolute paths the last part is shown. `ddkit distill --recipe FILE` makes the set from such a file."
     return f"## Recipe\n\n{note}\n\n{fence}toml\n{text}\n{fence}"
-
-
-def _without_folders(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(item) for item in value]
-    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
