@@ -100,7 +100,7 @@ class ProgressBar:
 
     @hookimpl
     def stage_progress(self, stage: str, done: int, total: int, part: float = 0.0, values: Mapping[str, float] | None = None) -> None:
-        self._to(stage, done + part, total, values or {})
+        self._to(stage, done + part if part else done, total, values or {})
 
 
 def _losses(record: Mapping[str, Any] | None) -> dict[str, float]:

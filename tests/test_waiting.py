@@ -20,6 +20,7 @@ import pytest
 
 import ddkit
 from ddkit.files import read_tensors, write_tensors
+from ddkit.reproduce import _Told
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
@@ -70,6 +71,8 @@ def test_steps_before_a_resume_count_for_no_pace(capsys: pytest.CaptureFixture[s
     bar.stage_started("distilling", "Distilling", 900, 1000)
     bar.step_finished(900, 1000, None)
     assert (bar._bar.initial, bar._bar.n, bar._bar.total) == (900, 901, 1000)
+    bar.stage_progress("teacher", 1, 3)
+    assert "1/3" in str(bar._bar)
     bar.close()
 
 
@@ -122,6 +125,22 @@ def test_progress_of_several_models_is_that_of_all_of_them(cli: Cli, monkeypatch
     seen.clear()
     assert cli("evaluate", "run", "--model", "convnet,mlp", "--repeats", 1).code == 0
     assert sorted({(done, total) for stage, done, total in seen if stage == "evaluation"}) == [(number, 4) for number in range(5)]
+
+
+def test_a_study_tells_which_sets_are_done_and_how_long_the_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, lines = Clock(), list[str]()
+    monkeypatch.setattr("ddkit.reproduce.time", SimpleNamespace(monotonic=clock))
+    told, task = _Told(3, lines.append), SimpleNamespace(label="dm seed 0")
+    for how in ("20.0 %", "failed: no", "21.0 %"):
+        told.begun(task)  # type: ignore[arg-type]
+        clock.now += 600
+        told.ended(task, how)  # type: ignore[arg-type]
+    assert lines == [
+        "Making and evaluating 3 sets",
+        "0 of 3 done: dm seed 0 is begun", "1 of 3: dm seed 0: 20.0 %, about 20 min left",
+        "1 of 3 done: dm seed 0 is begun", "2 of 3: dm seed 0: failed: no, about 10 min left",
+        "2 of 3 done: dm seed 0 is begun", "3 of 3: dm seed 0: 21.0 %",
+    ]  # fmt: skip
 
 
 # Interruptions
