@@ -323,6 +323,26 @@ def test_an_argument_is_leave_for_its_own_call_alone(world: World, tmp_path: Pat
     refused(lambda: distill(recipe="./evil.toml", sets=QUICK), world)  # also after a call that failed
 
 
+def test_every_function_takes_an_argument_for_leave(world: World, tmp_path: Path) -> None:
+    quick = {path: value for path, value in QUICK.items() if path.startswith(("evaluators", "train"))}
+    teacher, tensors = Path("evil.safetensors"), Path("state.safetensors")
+    write_tensors(tensors, {"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}, {})
+    ddkit.distill(losses="image-norm", sets=QUICK, evaluators="none", out="run")
+    shape: dict[str, Any] = {"classes": 10, "size": (8, 8), "mean": [0.5], "std": [0.25]}
+    calls: list[Callable[[], Any]] = [
+        lambda: ddkit.train(teacher, model=CODE, sets={"train.epochs": 1}),
+        lambda: ddkit.evaluate("run", model=CODE, sets=quick),
+        lambda: ddkit.evaluate("run", evaluators="accuracy", sets=quick | {"evaluators.accuracy.model": f"mlp,{CODE}"}),
+        lambda: ddkit.import_file(tensors, "imported.safetensors", model=CODE, **shape),
+    ]
+    for call in calls:
+        world.forget()
+        call()
+        assert world.ran.exists()
+    refused(lambda: ddkit.evaluate("run", teacher=str(teacher), sets=quick | {"evaluators.accuracy.labels": "soft"}), world)
+    refused(lambda: ddkit.create("model", CODE), world)  # no call of a command is at work, so nothing was given
+
+
 def test_leave_is_not_seen_in_another_thread() -> None:
     seen: list[permission.Granted] = []
     with permission.granting({"model": CODE}, everything=True):
