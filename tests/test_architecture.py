@@ -80,9 +80,9 @@ def test_the_core_names_no_plugin_package(file: Path) -> None:
 
 def _heavy_modules_after(code: str) -> list[str]:
     """Returns which of torch and numpy a fresh interpreter has imported after `code`."""
-    report = "\nimport sys\nprint('\\nheavy:', *[m for m in ('torch', 'numpy') if m in sys.modules])"
+    report = "\nimport sys\nprint('\\nheavy:', *[m for m in ('torch', 'numpy') if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
-    return done.stdout.rpartition("heavy:")[2].split()
+    return done.stderr.rpartition("heavy:")[2].split()
 
 
 LIST = "import ddkit.cli; ddkit.cli.cli.main(['list'], standalone_mode=False)"
