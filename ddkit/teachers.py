@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -98,15 +98,18 @@ def _remedy(teacher: Teacher) -> str:
     )
 
 
+Side = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class _Record(msgspec.Struct):
     """What ddkit reads of a teacher's record; a bare state dict has none of it."""
 
-    model: str | None = None
-    options: dict[str, Any] | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    class_names: list[str] | None = None
-    input_shape: tuple[int, int, int] | None = None
+    model: str | msgspec.UnsetType = msgspec.UNSET
+    options: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    mean: list[float] | msgspec.UnsetType = msgspec.UNSET
+    std: list[float] | msgspec.UnsetType = msgspec.UNSET
+    class_names: list[str] | msgspec.UnsetType = msgspec.UNSET
+    input_shape: tuple[Side, Side, Side] | msgspec.UnsetType = msgspec.UNSET
 
 
 def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -177,9 +180,9 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
     own = module.state_dict()
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
-        f"{key} is {tuple(tensors[key].shape)}, the model's {tuple(own[key].shape)}"
+        f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()}, the model's {tuple(own[key].shape)}"
         for key in sorted(own.keys() & tensors.keys())
-        if own[key].shape != tensors[key].shape
+        if own[key].shape != tensors[key].shape or own[key].is_complex() != tensors[key].is_complex()
     ]
     lists = (("missing", missing), ("not in the model", surplus), ("of another shape", shapes))
     problems = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in lists if keys]
