@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ddkit.decode import grid
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.exporting import export
-    from ddkit.files import open_regular
+    from ddkit.files import not_permitted, open_regular
     from ddkit.hookspecs import hookimpl
     from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
     from ddkit.importing import import_file
@@ -73,7 +73,7 @@ _HOMES = {
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
     "ddkit.exporting": ("export",),
-    "ddkit.files": ("open_regular",),
+    "ddkit.files": ("not_permitted", "open_regular"),
     "ddkit.hookspecs": ("hookimpl",),
     "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.importing": ("import_file",),
@@ -157,6 +157,7 @@ __all__ = [
     "is_compiled",
     "load",
     "markdown",
+    "not_permitted",
     "on_disk",
     "open_regular",
     "passed_dataset",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ddkit.errors import InputError
-from ddkit.files import open_regular
+from ddkit.files import not_permitted, open_regular
 
 # A deflated archive of real images is some 1 to 30 times as large when unpacked; a bomb a thousand times and more. So a small result is
 # always allowed, a large one if the file is not much smaller, and what lies between in between.
@@ -30,6 +30,8 @@ def read_arrays(path: Path) -> dict[str, Any]:
         raise
     except FileNotFoundError:
         raise InputError(f"The data file {path} does not exist.") from None
+    except PermissionError as error:
+        raise InputError(f"The data file {not_permitted(path, error)}") from None
     except Exception as error:  # a stranger's archive can raise anything
         raise InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error or type(error).__name__}.") from None
 

@@ -41,6 +41,11 @@ def open_regular(path: str | Path) -> BufferedReader:
     return stream
 
 
+def not_permitted(path: str | Path, error: PermissionError) -> str:
+    """Returns what to say of a file that may not be read."""
+    return f"{path} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
+
+
 def kind_of(mode: int) -> str:
     """Returns what a file of mode `mode` is, in words."""
     return KINDS.get(stat.S_IFMT(mode), "a regular file")

@@ -23,7 +23,7 @@ from ddkit.compute import compiled, decide_arithmetic, products
 from ddkit.data import RealData, data_info
 from ddkit.doubts import at_chance
 from ddkit.errors import InputError, RunFailed, RunFilesError
-from ddkit.files import SCHEMA, read_tensors, sha256, tensors_bytes, write_tensors
+from ddkit.files import SCHEMA, not_permitted, open_regular, read_tensors, sha256, tensors_bytes, write_tensors
 from ddkit.hookspecs import Observers, Report
 from ddkit.imagecache import fingerprint
 from ddkit.images import Normalisation, NormalisedRows, channel_statistics
@@ -118,11 +118,14 @@ def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         what = f"The teacher {path} is a folder, not a file." if path.is_dir() else f"The teacher file {path} does not exist."
         raise InputError(f"{what} `--teacher auto` trains one.", "teacher.use")
     try:
+        open_regular(path).close()
         tensors, record = read_tensors(path)
         known = msgspec.convert(record, _Record)
     except msgspec.ValidationError as error:
         raise InputError(f"The teacher {path} has a record that is none: {error}.", "teacher.use") from None
-    except ValueError as error:
+    except PermissionError as error:
+        raise InputError(f"The teacher {not_permitted(path, error)}", "teacher.use") from None
+    except (ValueError, OSError) as error:
         hint = "ddkit reads safetensors state dicts only; `ddkit import` makes one of a file written by torch.save."
         raise InputError(f"The teacher: {error}. {hint}", "teacher.use") from None
     check_outputs(path, known.class_names or (), tensors)

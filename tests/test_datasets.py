@@ -26,6 +26,7 @@ from ddkit.components import Dataset
 from ddkit.data import RealData, accessible_indices, open_dataset
 from ddkit.images import Kinds, Normalisation, _fonts, _written, channel_statistics, conform, sheet_png
 from ddkit.recipe import DataTable
+from ddkit.teachers import read_teacher
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
 NAMES = ["cat", "dog", "owl"]
@@ -639,9 +640,15 @@ def test_an_image_that_may_not_be_read_is_told_as_that(image_folder: Path, monke
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr("ddkit.open_regular", denied)
-    with pytest.raises(ddkit.InputError, match=r"000\.png cannot be opened: Permission denied.*chmod") as caught:
+    with pytest.raises(ddkit.InputError, match=r"The image .*000\.png cannot be opened: Permission denied.*chmod") as caught:
         opened(f"imagefolder:{image_folder}").images("train", [0])
     assert "decoded" not in str(caught.value)
+    monkeypatch.setattr("ddkit.arrays.open_regular", denied)
+    with pytest.raises(ddkit.InputError, match=r"The data file .*x\.npz cannot be opened: Permission denied"):
+        opened("npz:x.npz")
+    monkeypatch.setattr("ddkit.teachers.open_regular", denied)
+    with pytest.raises(ddkit.InputError, match=r"The teacher .*000\.png cannot be opened: Permission denied"):
+        read_teacher(image_folder / "train/cat/000.png")
 
 
 # where data are

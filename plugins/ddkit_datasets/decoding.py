@@ -172,9 +172,7 @@ def _opened(file: str) -> Iterator[Image.Image]:
             "Scale it down or remove it."
         ) from None
     except PermissionError as error:
-        raise ddkit.InputError(
-            f"The image {file} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
-        ) from None
+        raise ddkit.InputError(f"The image {ddkit.not_permitted(file, error)}") from None
     except UnidentifiedImageError:
         raise ddkit.InputError(f"The image {file} cannot be decoded (no image format that is known). Repair or remove it.") from None
     except OSError as error:  # of the system, with a number; a decoder's own has none
