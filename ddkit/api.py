@@ -17,9 +17,11 @@ from ddkit.compute import pick_device
 from ddkit.data import check_classes, open_dataset
 from ddkit.engine import deterministic
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
+from ddkit.estimates import estimated
 from ddkit.evaluating import evaluate
 from ddkit.files import check_writable, folders_of
 from ddkit.hookspecs import Observers
+from ddkit.imagecache import left_alone
 from ddkit.jobs import AUTOMATIC_TEACHER, TEACHER_FILE, Job
 from ddkit.manifest import MANIFEST, check_listed
 from ddkit.names import check_out
@@ -42,7 +44,9 @@ __all__ = ["Run", "blend", "distill", "evaluate", "plan", "resume", "run_recipe"
 
 
 def plan(recipe: Recipe, *, device: str = "auto", distributed: bool = False) -> dict[str, Any]:
-    """Returns what a run of `recipe` would do, as data; opens the accessible images, trains and writes nothing.
+    """Returns what a run of `recipe` would do, as data, after every check that the run makes before its first step.
+
+    It opens the images that the run opens, trains no teacher and writes nothing.
 
     `distributed`: as in distill; what several processes cannot share is refused as the run would be.
     """
@@ -54,10 +58,14 @@ def plan(recipe: Recipe, *, device: str = "auto", distributed: bool = False) -> 
 def _plan(recipe: Recipe, device: str, ranks: Ranks) -> dict[str, Any]:
     if recipe.blend is not None:
         return plan_of_blend(recipe, device, lambda part: _plan(part, device, ranks), ranks)
-    job = Job(recipe, device=device, ranks=ranks)
+    with deterministic(recipe.engine.deterministic), left_alone():
+        made = running.make(recipe, Place(device, ranks, ()), Observers([]), plan=True)
+        job = made.job
+        cost = estimated(job)
+    waits = job.teacher is not None and not job.teacher.path
     return {
         "schema": 1,
-        "recipe": recipe_dict(job.resolved()),
+        "recipe": recipe_dict(made.recipe),
         "device": str(job.device),
         "processes": ranks.size,
         "classes": list(job.info.class_names),
@@ -65,6 +73,9 @@ def _plan(recipe: Recipe, device: str, ranks: Ranks) -> dict[str, Any]:
         "accessible_images": len(job.real.indices),
         "synthetic_images": job.info.classes * recipe.ipc,  # those that are stored
         "teacher": recipe.teacher.use if job.needs_teacher else None,
+        "teacher_is_trained_first": waits,
+        "teacher_accuracy": None if job.tested is None else msgspec.structs.asdict(job.tested),
+        "estimate": cost,
         "plugins": job.plugins_used,
     }
 

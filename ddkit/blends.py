@@ -70,7 +70,8 @@ def plan_of_blend(recipe: Recipe, device: str, plan: Callable[[Recipe], dict[str
         "image_shape": list(image_shape(finished[0])), "accessible_images": 0, "synthetic_images": len(finished[0].labels),
         "teacher": None, "plugins": [],
     }  # fmt: skip
-    return facts | {"recipe": recipe_dict(recipe), "parts": plans}
+    whole = {key: value for key, value in facts.items() if key != "estimate"}  # each part has its own
+    return whole | {"recipe": recipe_dict(recipe), "parts": plans}
 
 
 def run_blend(

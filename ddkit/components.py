@@ -272,6 +272,13 @@ class Evaluator(Component):
         """Returns what a call with `data` will do, in a few words for the line at its start: "6 networks of convnet, 300 epochs each"."""
         return ""
 
+    def operations(self, info: DataInfo, *, rows: int, real: int, tests: int) -> float:
+        """Returns about how many floating-point operations it takes, for `ddkit distill --plan`; 0 where it does not tell.
+
+        `rows` are the images of the set, `real` the accessible ones, `tests` the test images.
+        """
+        return 0.0
+
     def __call__(self, artifact: Artifact, data: EvaluationData, teacher: Teacher | None) -> Sequence[Evaluation]:
         """Returns one row or more; accuracies are fractions in 0..1. `teacher` is None unless it is required, or one was given.
 

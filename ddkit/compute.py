@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
@@ -184,6 +185,27 @@ def differentiable_attention(wanted: bool) -> Iterator[None]:
 
     with sdpa_kernel(SDPBackend.MATH):
         yield
+
+
+def product_rate(device: torch.device, precision: str, *, side: int, count: int) -> float:
+    """Returns the floating-point operations per second of `count` square matrix products, `side` a side: what the machine can do."""
+    import torch
+
+    def finish() -> None:
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+
+    draws = torch.Generator().manual_seed(0)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    a, b = torch.randn(2, side, side, generator=draws).to(device, dtype).unbind()
+    with products(device, precision), torch.no_grad():
+        torch.mm(a, b)
+        finish()
+        began = time.perf_counter()
+        for _ in range(count):
+            torch.mm(a, b)
+        finish()
+        return 2 * side**3 * count / (time.perf_counter() - began)
 
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h

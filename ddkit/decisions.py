@@ -116,20 +116,51 @@ class Decisions:
         limit = min(CACHED_MIB if self.device.type == "cpu" else math.inf, self.recipe.engine.memory / 4)
         return max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, self.info))))
 
+    def step_flops(self) -> float:
+        """Returns about how many operations a step takes, for losses as their `requires` tell: a backward pass takes two forward ones.
+
+        Features of real images are taken without gradient. Where gradients of parameters are matched, the synthetic images' are
+        differentiated again.
+        """
+        synthetic, real = self.info.classes * self.recipe.rows_per_class, sum(self._real)
+        total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
+        for each in self.requires:
+            if each.network_gradients:
+                total += forward_flops(self._probe, self.info) * (9 * synthetic + (3 * real if each.real else 0))
+            if each.teacher:
+                passes = (9 if each.teacher_gradients else 3) * len(each.views or ("default",))
+                total += self.teacher_flops * passes * synthetic
+        return total
+
+    @cached_property
+    def teacher_flops(self) -> float:
+        """The operations of the teacher's forward pass of an image."""
+        return forward_flops(self._teacher(), self.info)
+
+    def step_bytes(self) -> int:
+        """Returns about how much memory the images and activations of a step take at a time."""
+        classes = len(self.ranks.classes(self.info.classes))
+        return self._class_bytes(self.requires) * (min(self.chunk, classes) or classes)
+
     def _automatic_chunk(self) -> int:
         """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
         separable = [each for each in self.requires if each.separable is not None]
         if not separable or (self.needs_network and self._coupled):
             return 0
-        per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
-        per_class = per_image * self.recipe.rows_per_class
-        if any(each.real for each in separable):
-            per_class += per_image * max(self._real, default=0)
-        if any(each.embedder or each.network_gradients for each in separable):
-            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
-        views = {view for each in separable for view in (each.views or ("default",)) if each.teacher}
-        if views:
-            alive = ALIVE_TWICE if any(each.teacher_gradients for each in separable) else ALIVE
-            per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
+        per_class = self._class_bytes(separable)
         chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
         return 0 if chunk >= self.info.classes else chunk  # whatever the number of processes: another number may go on with the run
+
+    def _class_bytes(self, requires: Sequence[Requires]) -> int:
+        """Returns what the images and activations of a class take for losses that ask for `requires`."""
+        per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
+        per_class = per_image * self.recipe.rows_per_class
+        if any(each.real for each in requires):
+            per_class += per_image * max(self._real, default=0)
+        if any(each.embedder or each.network_gradients for each in requires):
+            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
+        views = {view for each in requires for view in (each.views or ("default",)) if each.teacher}
+        if views:
+            alive = ALIVE_TWICE if any(each.teacher_gradients for each in requires) else ALIVE
+            per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
+        return per_class

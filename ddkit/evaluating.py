@@ -175,7 +175,7 @@ def _evaluation_recipe(
     return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
 
 
-def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers, ranks: Ranks) -> Teacher:
+def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers, ranks: Ranks) -> Teacher | None:
     """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
     if recipe.teacher.use != "auto":
         return load_teacher(recipe.teacher, real.info, device)

@@ -16,6 +16,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -62,6 +63,19 @@ class Stamp(NamedTuple):
 Stamps = Sequence[Stamp]
 
 
+_writes: ContextVar[bool] = ContextVar("writes", default=True)
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Inside, the caches of images and fingerprints are read and not written."""
+    token = _writes.set(False)
+    try:
+        yield
+    finally:
+        _writes.reset(token)
+
+
 class Entry:
     """The place of `rows` decoded images of `shape` (None: the most common one) in the cache. Using it never fails a run."""
 
@@ -100,7 +114,7 @@ class Entry:
 
     def write(self, images: Tensor, resized: int) -> None:
         """Keeps the images (n, C, H, W) and the number of resized ones, unless there is no room for them."""
-        if images.nbytes > LIMIT_BYTES:
+        if images.nbytes > LIMIT_BYTES or not _writes.get():
             return
         record = {"key": self.path.stem, "resized": resized, "checksum": _checksum(images)}
         try:
@@ -118,7 +132,7 @@ class Entry:
 
         `resized()` is asked afterwards how many were. None where they are too large for the cache, or it cannot be written.
         """
-        if prod(shape) * dtype.itemsize > LIMIT_BYTES:
+        if prod(shape) * dtype.itemsize > LIMIT_BYTES or not _writes.get():
             return None
         try:
             make_folder(self.path.parent)
@@ -188,6 +202,8 @@ def fingerprint(dataset: Dataset) -> str:
         if isinstance(kept, dict) and kept.get("key") == file.stem and isinstance(kept.get("fingerprint"), str):
             return str(kept["fingerprint"])
     found = dataset.fingerprint()
+    if not _writes.get():
+        return found
     try:
         write_json(file, {"key": file.stem, "fingerprint": found})
     except (OSError, RunFilesError) as error:

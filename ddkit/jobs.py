@@ -234,18 +234,30 @@ class Job:
         asked = [*self.requires, self.initializer.requires]
         return any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
 
-    def load_teacher(self) -> None:
-        """Loads the teacher, or trains an automatic one; a recipe that needs none gets none."""
+    def load_teacher(self, *, train_it: bool = True) -> None:
+        """Loads the teacher, or trains an automatic one; a recipe that needs none gets none.
+
+        Where it is not to be trained (`train_it`) and is not in the cache, a fresh network stands in for it, for the checks of a plan.
+        """
         if not self.needs_teacher:
             return
         if self.recipe.teacher.use == "auto":
             self.teacher = automatic_teacher(
-                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, self.watchers, ranks=self.ranks
-            )
+                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, self.watchers, ranks=self.ranks,
+                train_it=train_it,
+            )  # fmt: skip
+            if self.teacher is None:
+                self.teacher = self._stand_in()
+                return
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
         self.ranks.same("The teacher", self.teacher.sha256)
         self.tested = tested(self.teacher, self.real, self.device)
+
+    def _stand_in(self) -> Teacher:
+        channels = self.info.channels
+        units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
+        return Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std)
 
     @cached_property
     def normalisation(self) -> Normalisation:

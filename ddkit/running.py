@@ -85,22 +85,27 @@ class Made(NamedTuple):
     recipe: Recipe
 
 
-def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False) -> Made:
-    """Returns the objects of a run; `begun`: its set is to be read from a checkpoint."""
+def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False, plan: bool = False) -> Made:
+    """Returns the objects of a run, after all checks that can be made before its first step; writes nothing but caches.
+
+    `begun`: its set is to be read from a checkpoint. `plan`: no teacher is trained.
+    """
     job = Job(recipe, device=place.device, begun=begun, ranks=place.ranks, watchers=watchers)
-    job.load_teacher()
+    job.load_teacher(train_it=not plan)
     bank = job.bank()
     resolved = job.resolved()
     place.ranks.same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
-    return Made(job, bank, job.engine(bank), resolved)
+    engine = job.engine(bank)
+    if not begun:
+        with products(job.device, job.decided.products):
+            engine.start()
+        if job.evaluators and job.ranks.first:
+            _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
+    return Made(job, bank, engine, resolved)
 
 
 def begin(made: Made, directory: RunDirectory) -> None:
     """Writes what a run that is cut off continues from."""
-    with products(made.job.device, made.job.decided.products):
-        made.engine.start()
-    if made.job.evaluators and made.job.ranks.first:
-        _ = made.job.real.test_set  # a test image that cannot be read is told before the run, not after it
     directory.replace()
     directory.write_recipe(recipe_dict(made.recipe))
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)

@@ -376,15 +376,21 @@ def automatic_teacher(
     watchers: Observers | None = None,
     *,
     ranks: Ranks = ALONE,
-) -> Teacher:
+    train_it: bool = True,
+) -> Teacher | None:
     """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so.
+
+    Where it is not to be trained (`train_it`), None is returned if it is not in the cache.
 
     Of several processes the first trains it, and the others raise RunFilesError where they do not find it in the cache afterwards.
     """
     info = data_info(dataset, shape)
     name = table.model
     if not ranks.first:
-        file, known = ranks.told(None)
+        told = ranks.told(None)
+        if told is None:
+            return None
+        file, known = told
         path = cache_folder() / "teachers" / file
         if not _is_whole(path, known):
             raise RunFilesError(
@@ -403,7 +409,11 @@ def automatic_teacher(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = cache_folder() / "teachers" / f"{path_part(table.model)}-{digest}.safetensors"
-    if not _is_whole(path, vouched(path)):
+    whole = _is_whole(path, vouched(path))
+    if not whole and not train_it:
+        ranks.told(None)
+        return None
+    if not whole:
         log.warning(
             "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
             name, train.epochs, len(dataset.labels("train")), extra=NEWS,

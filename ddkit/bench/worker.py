@@ -89,14 +89,8 @@ def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     side, count = (8192, 20) if device.type == "cuda" else (2048, 5)
     names = ["float32", *(["tf32"] if device.type == "cuda" else []), *(["bfloat16"] if compute.native_bfloat16(device) else [])]
 
-    def rate(name: str) -> float:
-        a, b = torch.randn(2, side, side, device=device).to(torch.bfloat16 if name == "bfloat16" else torch.float32).unbind()
-        with compute.products(device, name):
-            torch.mm(a, b)
-            return 2 * side**3 / _timed(lambda: torch.mm(a, b), count)
-
     def measure() -> dict[str, Any]:
-        return {"flops_per_second": {name: rate(name) for name in names}}
+        return {"flops_per_second": {name: compute.product_rate(device, name, side=side, count=count) for name in names}}
 
     return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}, measure
 

@@ -162,9 +162,37 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
-        f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}.\n"
+        f"{plan['device']}{in_processes}; teacher: {_teacher_of(plan)}."
     )
+    costs = [part["estimate"] for part in plan.get("parts") or [plan] if "estimate" in part]
+    if costs:
+        seconds, memory = sum(cost["seconds"] for cost in costs), max(cost["memory_mib"] for cost in costs)
+        total, rate = sum(sum(cost["operations"].values()) for cost in costs), costs[0]["operations_per_second"]
+        show(
+            f"It takes about {_about(seconds)} and {memory / 1024:.1f} GiB of memory here: {total:.1e} operations, and this machine "
+            f"multiplies matrices at {rate / 1e9:,.0f} GFLOP/s now."
+        )
+    show("")
     show(tomli_w.dumps(plan["recipe"]), end="")
+
+
+def _teacher_of(plan: dict[str, Any]) -> str:
+    """Returns which teacher a plan has, whether it is trained first, and how good it is."""
+    found = plan.get("teacher_accuracy")
+    known = "" if found is None else f" (right on {100 * found['accuracy']:.1f} % of {found['images']} accessible images)"
+    waits = ", which is trained first and kept for the next time" if plan.get("teacher_is_trained_first") else ""
+    return f"{plan['teacher'] or 'none needed'}{known}{waits}"
+
+
+def _about(seconds: float) -> str:
+    """Returns a time as people say it.
+
+    >>> _about(20), _about(100), _about(90000)
+    ('a minute or less', '2 minutes', '25 hours')
+    """
+    if seconds < 75:
+        return "a minute or less"
+    return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.0f} hours"
 
 
 def _show_run(run: Any, as_json: bool) -> None:

@@ -144,6 +144,17 @@ class Accuracy(ddkit.Evaluator):
         """The name of the augmenter under which networks are trained."""
         return PROTOCOLS[self.options.protocol].augmenter if self.options.augment == "auto" else str(self.options.augment)
 
+    def operations(self, info: ddkit.DataInfo, *, rows: int, real: int, tests: int) -> float:
+        """Returns the operations of all networks' training and testing, all kinds of images and labels counted."""
+        schedule, own = self.schedule, self.options.synthetic
+        kinds = [rows] * own + [min(rows, real)] * (own and self.options.random_real and real > 0)
+        kinds += [real if name == "pipc-real" else min(rows, real) for name in self.options.baselines if real]
+        networks = (self.options.repeats or PROTOCOLS[self.options.protocol].repeats) * (2 if self.options.labels == "both" else 1)
+        modules = [ddkit.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
+        epochs = schedule.epochs * schedule.passes
+        each = [ddkit.training_flops(module, info, images=count, epochs=epochs, tests=tests) for module in modules for count in kinds]
+        return networks * sum(each)
+
     def plan(
         self, info: ddkit.DataInfo, device: torch.device, *, rows: int, tests: int, networks: int, model: ddkit.Model | None = None
     ) -> Plan:
