@@ -14,10 +14,12 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 from ddkit import output, permission, pluginfile
@@ -31,6 +33,23 @@ class ChildEnded(RunFailed):
 def command(module: str, *arguments: str) -> list[str]:
     """Returns the command line of `python -m MODULE ARGUMENTS...` as a child, which is started with stdin=PIPE."""
     return [sys.executable, "-P", "-m", "ddkit.children", handed_over(), module, *arguments]
+
+
+_BEGIN = "import sys\nfrom ddkit import children\nchildren.begin(sys.argv.pop(1))\n"
+
+
+def run(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> CompletedProcess[str]:
+    """Runs Python `code` as a child until it ends; there sys.argv[1:] are `arguments`, and what it gives to reply() is its stdout."""
+    words = [sys.executable, "-P", "-c", _BEGIN + code, handed_over(), *arguments]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        env = dict(os.environ if environment is None else environment)
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env=env)
+        assert process.stdin is not None
+        with process.stdin:  # closed if this process is interrupted, which ends the child
+            ended = process.wait()
+        out.seek(0)
+        err.seek(0)
+        return CompletedProcess(words, ended, out.read(), err.read())
 
 
 def handed_over() -> str:
@@ -106,6 +125,12 @@ class Child:
                 stream.close()
 
 
+def begin(text: str) -> None:
+    """Begins this process as a child, which ends with its parent, of what was handed over to it."""
+    _end_with_parent()
+    take_over(text)
+
+
 def _end_with_parent() -> None:
     """Passes on what the parent writes to stdin; at its end SIGTERM ends this process."""
     source = os.dup(0)
@@ -122,7 +147,6 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    _end_with_parent()
-    take_over(sys.argv[1])
+    begin(sys.argv[1])
     del sys.argv[:2]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -90,7 +90,7 @@ def forked_children(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
 @pytest.fixture
 def forked_imports(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
     """Makes the processes in which conformance checks import a module forks: for tests that read no time of it."""
-    monkeypatch.setattr("ddkit.testing.suite.subprocess", forks)
+    monkeypatch.setattr("ddkit.children.subprocess", forks)
 
 
 @pytest.fixture

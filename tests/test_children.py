@@ -69,14 +69,25 @@ def killed(parent: Any, ready: Path) -> None:
     assert parent.wait() == -signal.SIGKILL
 
 
-def test_a_child_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
-    (tmp_path / "busy.py").write_text(
-        "import pathlib, sys, time, ddkit\nfrom ddkit.locks import FolderLock\nlock = FolderLock(pathlib.Path(sys.argv[1]))\n"
-        "pathlib.Path(sys.argv[1], 'ready').touch()\ntime.sleep(60)\n"
-    )
-    parent = "import pathlib, sys, ddkit\nddkit.Child('busy', sys.argv[1], errors=pathlib.Path(sys.argv[1], 'errors')).answer()"
+BUSY = """
+import pathlib, sys, time
+from ddkit.locks import FolderLock
+lock = FolderLock(pathlib.Path(sys.argv[1]))
+pathlib.Path(sys.argv[1], "ready").touch()
+time.sleep(60)
+"""
+PARENTS = {
+    "a Child": "import pathlib, ddkit\nddkit.Child('busy', sys.argv[1], errors=pathlib.Path(sys.argv[1], 'errors')).answer()",
+    "run()": "import pathlib\nfrom ddkit import children\nchildren.run(pathlib.Path(sys.argv[1], 'busy.py').read_text(), sys.argv[1])",
+}
+
+
+@pytest.mark.parametrize("parent", PARENTS)
+def test_a_child_ends_with_a_parent_that_is_killed(tmp_path: Path, parent: str) -> None:
+    (tmp_path / "busy.py").write_text(BUSY)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    killed(subprocess.Popen([sys.executable, "-c", parent, str(tmp_path)], env=environment), tmp_path / "ready")
+    process = subprocess.Popen([sys.executable, "-c", f"import sys\n{PARENTS[parent]}", str(tmp_path)], env=environment)
+    killed(process, tmp_path / "ready")
     FolderLock(tmp_path, wait=10).release()
 
 

@@ -28,7 +28,7 @@ from tests.forks import forking
 def _forks() -> Iterator[None]:
     """Imports each module in a fork of one process that has what an import is timed beside; tests of the testing kit start one anew."""
     with forking("torch", "numpy", "ddkit") as forks, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddkit.testing.suite.subprocess", forks)
+        patch.setattr("ddkit.children.subprocess", forks)
         yield
 
 

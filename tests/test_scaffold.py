@@ -66,7 +66,7 @@ from forks import forking
 @pytest.fixture(autouse=True, scope="session")
 def forked():
     with forking("torch", "numpy", "ddkit") as forks, pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ddkit.testing.suite.subprocess", forks)
+        patch.setattr("ddkit.children.subprocess", forks)
         yield
 """
 

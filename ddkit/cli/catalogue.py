@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import textwrap
 from collections.abc import Collection
 from pathlib import Path
@@ -51,16 +49,15 @@ def _row(plugin: plugins.Plugin) -> dict[str, str]:
 
 
 _CHECKER = """
-import json, sys
-from ddkit import children, errors, plugins
-children.take_over(sys.argv[1])
+import json
+from ddkit import errors, plugins
 try:
     listed = plugins.plugins()
 except errors.DdkitError as error:
     children.reply({"error": str(error)})
     sys.exit(error.exit_code)
 for plugin in listed:
-    if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[2]):
+    if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
         continue
     try:
         plugins.load_plugin(plugin)
@@ -77,8 +74,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
     waiting = [p for p in found if p.kind not in plugins.DATA_KINDS]
     while waiting:
         keys = [[p.kind, p.distribution, p.name] for p in waiting]
-        command = [sys.executable, "-P", "-c", _CHECKER, children.handed_over(), json.dumps(keys)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = children.run(_CHECKER, json.dumps(keys))
         for told in map(json.loads, done.stdout.splitlines()):
             if "error" in told:
                 raise PluginError(told["error"])

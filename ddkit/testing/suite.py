@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -24,12 +22,11 @@ from ddkit.recipe import parse_recipe, recipe_dict
 S = TypeVar("S", bound="Conformance")
 IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch and ddkit
 _COST = """
-import sys, time
+import time
 import torch, numpy, ddkit
-from ddkit import blame, children, plugins
-children.take_over(sys.argv[1])
+from ddkit import blame, plugins
 began = time.perf_counter()
-plugins.load_plugin(plugins.find(sys.argv[2], sys.argv[3]))
+plugins.load_plugin(plugins.find(sys.argv[1], sys.argv[2]))
 children.reply({"seconds": time.perf_counter() - began})
 """
 
@@ -209,10 +206,7 @@ class ShapeConformance(Conformance):
 def _cost_of(kind: str, name: str) -> float:
     import os
 
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", _COST, children.handed_over(), kind, name], capture_output=True, text=True, check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )  # fmt: skip
+    done = children.run(_COST, kind, name, environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith((" ", "Traceback"))]
         last = " ".join(lines[-2:]) or f"exit code {done.returncode}"
