@@ -43,7 +43,7 @@ recipe_flags = options(
         "--losses",
         type=Names("loss", "loss-group", many=True),
         metavar="NAMES",
-        help="Losses, with weights if you like: dm,dkkt or dm:0.001,dkkt-primal:1.",
+        help="Losses, with weights if you like: dm,dkkt or dm:200,dkkt-primal:1.",
     ),
     click.option("--ipc", type=click.IntRange(min=1), help="Synthetic images per class."),
     click.option("--pipc", type=Pipc(), help="Real images per class that may be used, or all."),
