@@ -68,9 +68,9 @@ class _counted:
         self.file, self.count, self.plain = file, 0, Trainer.accuracy
 
     def __enter__(self) -> None:
-        def accuracy(trainer: Trainer, kind: str, repeat: int) -> float:
+        def accuracy(trainer: Trainer, *task: Any) -> float:
             self.count += 1
-            return self.plain(trainer, kind, repeat)
+            return self.plain(trainer, *task)
 
         Trainer.accuracy = accuracy
 
