@@ -8,7 +8,7 @@ from typing import Any
 
 from ddkit import plugins
 from ddkit.components import Component
-from ddkit.errors import PluginError, RunFailed, is_its_own
+from ddkit.errors import PluginError, RunFailed, is_its_own, told
 from ddkit.globalstate import SETTINGS, random_states
 
 
@@ -27,7 +27,7 @@ def blamed(kind: str, component: Component, *, building: bool = False, may_draw:
         if not is_its_own(error):
             raise
         kind_of_error = PluginError if building else RunFailed
-        raise kind_of_error(f"The {called(kind, component)} raised {type(error).__name__}: {error}.{advice(kind, component)}") from error
+        raise kind_of_error(f"The {called(kind, component)} raised {told(error)}.{advice(kind, component)}") from error
     if watched:
         check_random_states(before, called(kind, component), advice(kind, component))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddkit import plugins
 from ddkit.blame import advice
 from ddkit.components import DataInfo, Dataset
-from ddkit.errors import InputError, doubles, is_its_own, is_text, shown
+from ddkit.errors import InputError, doubles, is_its_own, is_text, shown, told
 from ddkit.files import bytes_of
 from ddkit.hookspecs import Observers, Report
 from ddkit.images import Kinds
@@ -38,7 +38,7 @@ def open_dataset(table: DataTable) -> Dataset:
         if not is_its_own(error):
             raise
         helps = advice("dataset", dataset)
-        raise InputError(f"The dataset '{table.use}' could not be opened: {type(error).__name__}: {error}.{helps}") from error
+        raise InputError(f"The dataset '{table.use}' could not be opened: {told(error)}.{helps}") from error
     check_names(names, table.use)
     if len(counts) > len(names):
         raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")

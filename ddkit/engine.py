@@ -16,7 +16,7 @@ from torch import Tensor
 from ddkit.bank import Bank, all_finite
 from ddkit.blame import check_random_states
 from ddkit.compute import differentiable_attention
-from ddkit.errors import DdkitError, Interrupted, RunFailed, is_its_own, shown
+from ddkit.errors import DdkitError, Interrupted, RunFailed, is_its_own, shown, told
 from ddkit.globalstate import random_states
 from ddkit.ranks import ending_signals
 from ddkit.step import SharedStep, Step
@@ -248,7 +248,7 @@ class Engine:
                 raise
             labels = ", ".join(term.label for term in self.terms)
             if "is not implemented" not in str(error):
-                raise RunFailed(f"The gradient of the losses ({labels}) raised {type(error).__name__}: {error}.") from error
+                raise RunFailed(f"The gradient of the losses ({labels}) raised {told(error)}.") from error
             raise RunFailed(
                 f"The losses ({labels}) have no gradient here: {error}. A layer of the teacher or "
                 "network has no second derivative in torch, and one of the losses takes it. Choose another model, or another loss."
@@ -370,7 +370,7 @@ def _calling(term: Term, call: Callable[[], Any]) -> Any:
     except BaseException as error:
         if not is_its_own(error):
             raise
-        raise RunFailed(f"The {term} raised {type(error).__name__}: {error}.{term.advice}") from error
+        raise RunFailed(f"The {term} raised {told(error)}.{term.advice}") from error
 
 
 @contextmanager

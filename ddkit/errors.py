@@ -79,7 +79,15 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an allocator raised `error`: Python's, numpy's, the system's, or torch's on any device."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in str(error).lower() for text in ALLOCATORS))
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(text in told(error).lower() for text in ALLOCATORS))
+
+
+def told(error: BaseException) -> str:
+    """Returns the class of an exception and what it says, which may be of others, whose texts raise too."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return f"{type(error).__name__}, whose text cannot be read"
 
 
 def is_its_own(error: BaseException) -> bool:

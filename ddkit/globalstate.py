@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,10 @@ SETTINGS = "torch's settings"
 NAMES = ("the default dtype", "the number of threads", "whether gradients are computed", "whether algorithms are deterministic")
 OWNERS: dict[str, Any] = {  # whose functions all code calls
     "torch": torch, "torch.Tensor": torch.Tensor, "torch.autograd": torch.autograd, "torch.nn.functional": torch.nn.functional,
-    "torch.nn.Module": torch.nn.Module, "torch.optim.Optimizer": torch.optim.Optimizer,
+    "torch.linalg": torch.linalg, "torch.fft": torch.fft,
 }  # fmt: skip
+for _package in (torch.nn, torch.optim):
+    OWNERS |= {f"{_package.__name__}.{name}": kind for name, kind in vars(_package).items() if isinstance(kind, type)}
 
 
 def random_states() -> dict[str, Any]:
@@ -40,6 +43,7 @@ def unchanged(who: str, remedy: str) -> Iterator[None]:
     """
     before = random_states()
     drawn = torch.get_rng_state(), np.random.get_state(legacy=False)
+    folder = _folder()
     functions = {label: dict(vars(owner)) for label, owner in OWNERS.items()}
     try:
         yield
@@ -48,6 +52,9 @@ def unchanged(who: str, remedy: str) -> Iterator[None]:
         changed = [name for name, one, other in zip(NAMES, before[SETTINGS], after[SETTINGS], strict=True) if one != other]
         changed += [f"the random state of {library}" for library in ("torch", "numpy") if before[library] != after[library]]
         changed += _put_back(functions)
+        if folder and _folder() != folder:
+            changed.append("the current folder")
+            os.chdir(folder)
         torch.set_rng_state(drawn[0])
         np.random.set_state(drawn[1])
         random.setstate(before["Python"])
@@ -64,6 +71,14 @@ def unchanged(who: str, remedy: str) -> Iterator[None]:
 _SETTERS: tuple[Callable[[Any], Any], ...] = (
     torch.set_default_dtype, torch.set_num_threads, torch.set_grad_enabled, torch.use_deterministic_algorithms,
 )  # fmt: skip
+
+
+def _folder() -> str:
+    """Returns the current folder, "" if it is gone."""
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        return ""
 
 
 def _put_back(functions: dict[str, dict[str, Any]]) -> list[str]:

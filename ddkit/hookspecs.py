@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from ddkit.errors import Interrupted
+from ddkit.errors import Interrupted, told
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,7 +112,7 @@ class Observers:
                 raise
             if self._manager.has_plugin(name):
                 self._manager.unregister(name=name)
-            log.warning("The observer '%s' cannot be used: %s", name, " ".join(str(error).split()))
+            log.warning("The observer '%s' cannot be used: %s", name, " ".join(told(error).split()))
 
     def _alone(self, observer: Any) -> dict[str, Any]:
         others = [other for other in self._manager.get_plugins() if other is not observer]
@@ -163,7 +163,7 @@ class Observers:
             except BaseException as error:
                 if self._strict or isinstance(error, KeyboardInterrupt):
                     raise
-                log.warning("The observer '%s' raised %s: %s; the run goes on without it.", name, type(error).__name__, error)
+                log.warning("The observer '%s' raised %s; the run goes on without it.", name, told(error))
                 self._hooks.remove(entry)
             if self._traced:
                 print(f"{hook} {name} {1000 * (time.perf_counter() - began):.3f} ms", file=sys.stderr)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ddkit.errors import FlagError, PluginError, RunFilesError, is_its_own
+from ddkit.errors import FlagError, PluginError, RunFilesError, is_its_own, told
 from ddkit.files import read_bytes
 
 _KNOWN: dict[str, str] = {}  # path to sha256, of the files that were given in this process, or handed to it by the one that started it
@@ -118,8 +118,7 @@ class PluginFile:
             del sys.modules[name]
             if not is_its_own(error):
                 raise
-            cause = f"{type(error).__name__}: {error}{_line(error, self.file)}"
-            raise PluginError(f"The plugin file {self.file} could not be imported: {cause}.") from error
+            raise PluginError(f"The plugin file {self.file} could not be imported: {told(error)}{_line(error, self.file)}.") from error
         return module
 
     def classes(self, bases: Mapping[str, type]) -> Iterator[tuple[str, str, type]]:

@@ -18,9 +18,9 @@ from typing import Any
 import msgspec
 
 from ddkit import components, permission, pluginfile, source
-from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion
+from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion, told
 from ddkit.hookspecs import Observers
-from ddkit.options import Options, Requires, fields, parse_options
+from ddkit.options import Options, Requires, describe_options, fields, parse_options
 from ddkit.recipe import keys_beside
 
 log = logging.getLogger("ddkit")
@@ -246,8 +246,7 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     except BaseException as error:
         if not is_its_own(error):
             raise
-        cause = f"{type(error).__name__}: {error}"
-        raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {cause}. {remedy}") from error
+        raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {told(error)}. {remedy}") from error
     base = BASES.get(plugin.kind)
     if base is not None and not (isinstance(found, type) and issubclass(found, base)):
         raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{base.__name__} ({plugin.value}). {remedy}")
@@ -287,8 +286,10 @@ def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
     check("Options", isinstance(found.Options, type) and issubclass(found.Options, Options), "a subclass of ddkit.Options")
     try:
         names = fields(found.Options)
-    except Exception as error:  # an annotation that leads nowhere
-        raise PluginError(f"The {plugin.label} has Options that cannot be read: {type(error).__name__}: {error}. {remedy}") from error
+        if not plugin.first_party:
+            describe_options(found.Options)
+    except Exception as error:  # an annotation that leads nowhere, or to what no recipe can hold
+        raise PluginError(f"The {plugin.label} has Options that cannot be read: {told(error)}. {remedy}") from error
     check("argument", found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})")
     check("requires", isinstance(found.requires, Requires | property | cached_property), "a ddkit.Requires(...), or a property")
     check("deviations", isinstance(found.deviations, Mapping), "a mapping from checks to reasons")
@@ -343,7 +344,7 @@ def _building(plugin: Plugin) -> Iterator[None]:
     except BaseException as error:
         if not is_its_own(error):
             raise
-        raise PluginError(f"The {plugin.label} could not be built: {type(error).__name__}: {error}.{plugin.advice}") from error
+        raise PluginError(f"The {plugin.label} could not be built: {told(error)}.{plugin.advice}") from error
 
 
 def create(
@@ -366,10 +367,22 @@ def create(
     with _building(plugin):
         made = load_plugin(plugin)(options, name=short, **arguments)
         made.origin, made.recipe_path = plugin.origin, where or short
+        if not hasattr(made, "options"):
+            raise PluginError(f"The {plugin.label} has an __init__ that does not call super().__init__(*args, **kwargs).{plugin.advice}")
+        required_by(plugin, made)
+    return made
+
+
+def required_by(plugin: Plugin, made: Any = None) -> Requires:
+    """Returns what a component requires, which a property may compute: `made`, or one with its defaults; raises PluginError."""
+    found = load_plugin(plugin)
+    with _building(plugin):
+        if made is None:
+            made = found if isinstance(found.requires, Requires) else found(found.Options(), name=plugin.name)
         requires = made.requires
     if not isinstance(requires, Requires):
         raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
-    return made
+    return requires
 
 
 def watchers_of(observers: Sequence[Any]) -> Observers:

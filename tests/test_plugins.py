@@ -198,18 +198,22 @@ BROKEN = [
     ("import torch\ntorch.manual_seed(1)\n" + FINE, "ok", "when it is imported: the random state of torch."),
     ("import numpy\nnumpy.random.seed(1)\n" + FINE, "ok", "when it is imported: the random state of numpy."),
     ("import torch\ntorch.Tensor.add = lambda a, b: a\n" + FINE, "ok", "when it is imported: torch.Tensor.add."),
+    ("import torch\ntorch.nn.Conv2d.forward = lambda self, x: x\n" + FINE, "ok", "when it is imported: torch.nn.Conv2d.forward."),
+    ("import os\nos.chdir('/')\n" + FINE, "ok", "when it is imported: the current folder."),
+    ("class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n\n\nraise Mute\n" + FINE, "ok", "Mute, whose text cannot"),
+    (FINE + "    class Options(ddkit.Options):\n        x: complex = 1j\n", "ok", "has Options that cannot be read: TypeError"),
     (PATCHING + FINE, "ok", "when it is imported: torch.manual_seed, torch.nn.functional.relu."),
 ]  # fmt: skip
 BROKEN_IDS = [
     "import error", "exit on import", "syntax error", "null byte", "missing class", "wrong base", "function", "api number", "api text",
     "options", "annotation", "argument", "requires", "deviations", "base exception", "dtype", "threads", "seed", "numpy's seed", "method",
-    "functions",
+    "a layer's method", "folder", "mute", "type of an option", "functions",
 ]  # fmt: skip
 
 
 def shared() -> Any:
     """Returns what all code of a process shares."""
-    return random_states(), torch.Tensor.add, torch.manual_seed, torch.nn.functional.relu
+    return random_states(), torch.Tensor.add, torch.manual_seed, torch.nn.functional.relu, torch.nn.Conv2d.forward, Path.cwd()
 
 
 @pytest.mark.parametrize(("source", "status", "cause"), BROKEN, ids=BROKEN_IDS)

@@ -70,6 +70,13 @@ class Resolves(ddkit.Loss):
         raise {error}
 
 
+class Alone(ddkit.Loss):
+    """Calls no super().__init__."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+
 class Complex(ddkit.Loss):
     """Complex values."""
 
@@ -151,6 +158,22 @@ def test_a_value_of_a_wrong_kind_names_the_plugin(cli: Callable[..., Result], na
     assert (found.code, found.out) == (code, ""), said
     assert message in said
     assert "odd.py" in said
+
+
+def test_a_component_that_is_not_built_by_its_base_class_is_named(cli: Callable[..., Result]) -> None:
+    Path("odd.py").write_text(PLUGINS.format(error="ValueError"))
+    found = cli("distill", "--plugin", "odd.py", "--losses", "alone", "--evaluate", "none", *FLAGS, "--out", "run")
+    assert (found.code, found.out) == (3, "")
+    assert "loss 'alone' of odd.py" in found.err
+    assert "super().__init__" in " ".join(found.err.split())
+
+
+def test_info_names_a_plugin_whose_requirements_cannot_be_computed(cli: Callable[..., Result]) -> None:
+    Path("odd.py").write_text(PLUGINS.format(error="ZeroDivisionError('no')"))
+    found = cli("info", "--plugin", "odd.py", "made")
+    assert (found.code, found.out) == (3, "")
+    assert "loss 'made' of odd.py" in found.err
+    assert "ZeroDivisionError: no" in " ".join(found.err.split())
 
 
 def test_an_observer_may_raise_anything_but_ctrl_c_goes_through(caplog: pytest.LogCaptureFixture) -> None:

@@ -142,8 +142,8 @@ def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
         return facts | {"members": list(found.members)}
     if plugin.kind == "observer":
         return facts
-    requires = found.requires if not isinstance(found.requires, property) else found(found.Options()).requires
-    asked = {key: value for key, value in msgspec.to_builtins(requires).items() if value not in (False, None, [], {}, ())}
+    requires = msgspec.to_builtins(plugins.required_by(plugin))
+    asked = {key: value for key, value in requires.items() if value not in (False, None, [], {}, ())}
     return facts | {"argument": found.argument, "options": describe_options(found.Options), "requires": asked}
 
 
