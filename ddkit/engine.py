@@ -281,7 +281,7 @@ class Engine:
         raise NotFinite(
             f"The update of step {index} gave values that are not finite, with every loss term finite "
             f"({', '.join(term.label for term in self.terms)}). {_kept(index)}Try a smaller learning rate: "
-            f"{self.bank.smaller_rate(name)}."
+            f"{self.bank.smaller_rate(name)}"
         )
 
 

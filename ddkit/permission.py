@@ -68,5 +68,5 @@ def check(kind: str, name: str, code: str, options: Collection[str]) -> None:
         return
     raise InputError(
         f"The {kind} '{name}:{code}' runs Python code of that name, and a file asks for it (a recipe, a run or a teacher), not you. "
-        f"If you trust it, say so with --allow-code (allow_code=True in Python), or name it yourself with --{kind} {name}:{code}."
+        f"If you trust it, say so with --allow-code (allow_code=True in Python); for a new run --{kind} {name}:{code} does too."
     )

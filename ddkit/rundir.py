@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import platform
 import tomllib
 from collections.abc import Collection, Mapping
@@ -123,18 +124,14 @@ class RunDirectory:
         What a command of ddkit left there when it was killed is removed. With `force` a run may be there, which replace() removes; None:
         the command has no such flag.
         """
-        check_out(path)
+        check_claimable(path, force=force)
         try:
-            if path.exists() and not path.is_dir():
-                raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
             created = tuple(p for p in (path, *path.parents) if not p.exists())
             path.mkdir(parents=True, exist_ok=True)
             for made in created:
                 sync(made.parent)
             directory = cls(path, created)
-            was_killed = (path / LOCK).exists() or (path / JOURNAL).exists()  # a command that ends by itself leaves neither
-            if not (_is_empty(path) or (was_killed and is_left_behind(path)) or (force and is_run(path))):
-                raise _occupied(path, force)
+            was_killed = _was_killed(path)
             directory.take()
             if force and is_run(path):
                 directory._created, directory._replaces = None, True
@@ -415,6 +412,26 @@ def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
         for key, value in kept.items()
     }
     return json_digest(unplaced), json_digest(kept)
+
+
+def check_claimable(path: Path, *, force: bool | None = None) -> None:
+    """Raises RunFilesError if RunDirectory.claim(path, force=force) would refuse `path`, as far as that shows without writing."""
+    check_out(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
+        if path.is_dir() and not (_is_empty(path) or (_was_killed(path) and is_left_behind(path)) or (force and is_run(path))):
+            raise _occupied(path, force)
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise RunFilesError(f"--out {path} cannot be written: {there} {'may not be written to' if there.is_dir() else 'is no folder'}.")
+    except OSError as error:
+        raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
+
+
+def _was_killed(path: Path) -> bool:
+    """Whether the command that wrote to `path` was killed: one that ends by itself leaves neither of these files."""
+    return (path / LOCK).exists() or (path / JOURNAL).exists()
 
 
 def _is_empty(path: Path) -> bool:

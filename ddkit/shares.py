@@ -50,10 +50,10 @@ def silent(lines: Sequence[Line], weights: Mapping[str, float]) -> list[str]:
         if not moving:
             told.append(f"The loss {label} has no gradient on the images at any logged step: it changed nothing, whatever its weight.")
             continue
-        wanted = weight * statistics.median((1 - share) / share for share in moving) * WANTED / (1 - WANTED)
+        wanted = float(f"{weight * statistics.median((1 - share) / share for share in moving) * WANTED / (1 - WANTED):.2g}")
         told.append(
             f"The loss {label} has less than {100 * SMALL:.0f} % of the gradient on the images at every logged step "
-            f"({100 * statistics.median(own):.2g} % at the median), so it changed little. With weight {wanted:.2g} in the place of "
-            f"{weight:g} it would have about a tenth: --set losses.{label}.weight={wanted:.2g}"
+            f"({100 * statistics.median(own):.2g} % at the median), so it changed little. With weight {wanted:g} in the place of "
+            f"{weight:g} it would have about a tenth: --set losses.{label}.weight={wanted:g}"
         )
     return told

@@ -561,6 +561,17 @@ def test_images_of_other_formats_are_counted_in_one_line(tmp_path: Path, caplog:
         opened(f"imagefolder:{tmp_path}")
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
+def test_what_is_called_an_image_and_is_no_file_is_refused_when_it_is_read(tmp_path: Path, kind: str) -> None:
+    make(tmp_path, *CLASSES)
+    strange = tmp_path / "train/a/0.png"
+    os.mkfifo(strange) if kind == "pipe" else strange.symlink_to("nothing.png")
+    data = opened(f"imagefolder:{tmp_path}")
+    assert data.images("train", [1])[0].shape == (3, 6, 6)
+    with pytest.raises(ddkit.InputError, match=r"train/a/0\.png"):
+        data.images("train", [0])
+
+
 def test_runs_inside_of_the_folder_are_no_class(cli: Callable[..., Result], tmp_path: Path) -> None:
     make(Path.cwd(), *(f"{name}/{number}.png" for name in "ab" for number in range(4)))
     for number in (1, 2):  # the second finds the first's pictures
@@ -678,6 +689,8 @@ def test_a_leading_tilde_is_the_home_folder(
         assert (recipe["data"]["path"], recipe["teacher"]["use"]) == (str(image_folder), str(teacher))
     np.savez(tmp_path / "x.npz", x_train=np.zeros((8, 8, 8), np.uint8), y_train=np.arange(8) % 2)
     assert cli("distill", "--losses", "dm", "--plan", "--pipc", 2, "--dataset", "npz:~/x.npz").code == 0
+    assert cli("new", "loss", "mine", "--out=~/package").code == 0
+    assert (tmp_path / "package").is_dir()
     assert f"The image folder {Path.cwd()}/~images" in " ".join(
         cli("distill", "--losses", "dm", "--dataset", "imagefolder:~images").err.split()
     )

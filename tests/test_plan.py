@@ -57,6 +57,20 @@ def test_a_plan_refuses_what_the_run_refuses(cli: Cli, image_folder: Path, monke
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["bare.safetensors"]
 
 
+def test_a_plan_refuses_a_place_that_the_run_refuses(cli: Cli) -> None:
+    Path("file").write_text("mine")
+    Path("full").mkdir()
+    Path("full", "photo.jpg").write_text("mine")
+    flags = ("distill", "--losses", "dm", "--evaluate", "none", *SMALL_FLAGS)
+    for place in ("file", "file/run", "full"):
+        planned = cli(*flags, "--out", place, "--plan")
+        assert (planned.code, planned.out, planned.err) == (5, "", cli(*flags, "--out", place).err)
+    for place in ("new/run", "."):  # negative control, of which nothing stays
+        Path("full", "photo.jpg").unlink(missing_ok=True)
+        assert cli(*flags, "--out", "full" if place == "." else place, "--plan").code == 0
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["file", "full"]
+
+
 def test_a_bare_state_dict_that_fits_is_planned(cli: Cli, image_folder: Path) -> None:
     flags = ("distill", "--losses", "dkkt", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS, *MEAN_AND_STD)
     assert not plan_of(cli(*flags, "--teacher", bare(3), "--plan", "--json"))["teacher_is_trained_first"]

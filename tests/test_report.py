@@ -255,6 +255,7 @@ def test_the_figure_at_the_top_is_that_of_the_set_and_of_no_baseline(run: Path) 
     ddkit.evaluate(run, sets={"evaluators.accuracy.synthetic": False, "evaluators.accuracy.baselines": ["pipc-real"]}, device="cpu")
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
     assert [row["images"] for row in rows] == ["synthetic", "pipc-real"]
+    assert ("all accessible images reach" in usual, "all accessible images reach" in read(run).text) == (False, True)
     top = usual.partition("hard labels, n = 2")[0].rpartition("accuracy")[2]
 
     def reported(rows: list[Any]) -> str:

@@ -36,6 +36,8 @@ def test_a_silent_loss_is_named_with_the_weight_that_gives_it_a_tenth() -> None:
     again = lines_of(*({**each, "tv": each["tv"] * weight / 0.5} for each in norms))
     assert shares.typical_shares(again)["tv"] == pytest.approx(0.1, rel=0.05)
     assert shares.silent(again, {"dm": 1.0, "gm": 1.0, "tv": weight}) == []
+    (rare,) = shares.silent(lines_of({"dm": 1.0, "tv": 1e-5}), {"dm": 1.0, "tv": 1.0})
+    assert rare.endswith("--set losses.tv.weight=11000")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from click.core import ParameterSource
 from ddkit import output, permission
 from ddkit.cli.names import Names
 from ddkit.errors import FlagError, InputError, doubles, printable, refuse_unused
+from ddkit.files import with_home
 from ddkit.ranks import follows
 from ddkit.said import show_from
 
@@ -86,6 +87,13 @@ class Shard(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
             self.fail(f"{value!r} is no share I/N with I from 1 to N, such as 1/4.", param, ctx)
         return int(number) - 1, int(of)
+
+
+class Place(click.Path):
+    """A path, as pathlib's; a leading `~/`, which a shell leaves as it is in --out=~/x, means the home folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return Path(super().convert(with_home(str(value)), param, ctx))
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:

@@ -8,13 +8,13 @@ from pathlib import Path
 import click
 
 from ddkit import plugins, scaffold
-from ddkit.cli.common import show
+from ddkit.cli.common import Place, show
 
 
 @click.command()
 @click.argument("kind")
 @click.argument("name")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Folder to write, absent or empty (default: ddkit-NAME).")
+@click.option("--out", metavar="DIR", type=Place(), help="Folder to write, absent or empty (default: ddkit-NAME).")
 def new(kind: str, name: str, out: Path | None) -> None:
     """Write the package of a new plugin: KIND is loss, loss-group, initializer, augmenter, evaluator, model, dataset, exporter or observer.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import echo_json, plugin_files, show
+from ddkit.cli.common import Place, echo_json, plugin_files, show
 
 SHOWN = 12  # files that the text names; --json has all
 
@@ -15,7 +15,7 @@ SHOWN = 12  # files that the text names; --json has all
 @click.command()
 @click.argument("target", metavar="RUN|FILE", type=click.Path())
 @click.option("--to", required=True, metavar="NAME[:ARG]", help="Exporter: imagefolder, npz, png, card, ...")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Folder to write, absent or empty.")
+@click.option("--out", required=True, metavar="DIR", type=Place(), help="Folder to write, absent or empty.")
 @click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the exporter, e.g. columns=10.")
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import echo_json, plugin_files, quiet, set_verbosity, show
+from ddkit.cli.common import Place, echo_json, plugin_files, quiet, set_verbosity, show
 from ddkit.cli.names import Names
 from ddkit.files import MOST_TOML, read_text
 
@@ -48,10 +48,8 @@ class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 
 
 @click.command(name="import")
-@click.argument("file", type=click.Path(path_type=Path))
-@click.option(
-    "--out", required=True, metavar="PATH", type=click.Path(path_type=Path), help="New folder of the set, or file of the teacher."
-)
+@click.argument("file", type=Place())
+@click.option("--out", required=True, metavar="PATH", type=Place(), help="New folder of the set, or file of the teacher.")
 @click.option("--as", "kind", type=click.Choice(["auto", "set", "teacher"]), default="auto", show_default=True, help="What the file is.")
 @click.option("--mean", type=Values(), help="Mean of each channel, of pixels in 0..1.")
 @click.option("--std", type=Values(), help="Standard deviation of each channel.")

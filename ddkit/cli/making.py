@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
 from ddkit.cli.common import (
     Pipc,
+    Place,
     blaming_flags,
     echo_json,
     evaluation_table,
@@ -70,7 +70,7 @@ recipe_flags = options(
 @click.command()
 @recipe_flags
 @shared
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path), help="Run directory, absent or empty.")
+@click.option("--out", metavar="DIR", type=Place(), help="Run directory, absent or empty.")
 @click.option("--force", is_flag=True, help="Replace the run that is in --out, once all checks of the new one have passed.")
 @click.option(
     "--resume",
@@ -95,7 +95,11 @@ def distill(**flags: Any) -> None:
     from ddkit.cli.progress import watching
 
     if flags["plan"]:
+        from ddkit.rundir import check_claimable
+
         with blaming_flags(flags):
+            if flags["out"] is not None:
+                check_claimable(flags["out"], force=False)
             _show_plan(api.plan(recipe, device=flags["device"], distributed=True), flags["as_json"])
         return
     with blaming_flags(flags), watching(flags["quiet"], flags["verbose"]) as observers:
@@ -232,7 +236,7 @@ def _show_run(run: Any, as_json: bool) -> None:
     metavar="NAME|FILE",
     help="Recipe whose [teacher] and [train] tables are used (default: default).",
 )
-@click.option("--out", required=True, metavar="FILE", type=click.Path(path_type=Path), help="Teacher file to write, .safetensors.")
+@click.option("--out", required=True, metavar="FILE", type=Place(), help="Teacher file to write, .safetensors.")
 @quiet
 @verbose
 def train(**flags: Any) -> None:

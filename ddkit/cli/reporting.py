@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from ddkit.cli.common import echo_json, show
+from ddkit.cli.common import Place, echo_json, show
 
 
 @click.command()
 @click.argument("target", metavar="RUN", type=click.Path())
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path), help="New file to write (default: report.html of the run).")
+@click.option("--out", metavar="FILE", type=Place(), help="New file to write (default: report.html of the run).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def report(target: str, out: Path | None, as_json: bool) -> None:
     """Make the report of a finished run again from its files: one HTML page with images, curves and figures.

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Alphas, Cells, Shard, blaming_flags, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.cli.common import Alphas, Cells, Place, Shard, blaming_flags, echo_json, quiet, refuse_given, set_verbosity, shared, show
 from ddkit.errors import FlagError, RunFailed, doubles
 from ddkit.ranks import follows
 
@@ -26,11 +26,9 @@ from ddkit.ranks import follows
 )
 @click.option("--teacher", metavar="FILE|auto", help="Trained model, for all systems.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sets made at the same time, sharing the cores.")
-@click.option("--out", metavar="DIR", type=click.Path(path_type=Path, file_okay=False), help="Where sets are kept (default: runs/STUDY).")
+@click.option("--out", metavar="DIR", type=Place(file_okay=False), help="Where sets are kept (default: runs/STUDY).")
 @click.option("--shard", type=Shard(), help="Make only share I of N of the sets, as one of N machines: 1/4 to 4/4.")
-@click.option(
-    "--merge", "merged", multiple=True, metavar="DIR", type=click.Path(path_type=Path), help="Copy what another --out has finished first."
-)
+@click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="Copy what another --out has finished first.")
 @click.option("--show", is_flag=True, help="Only tell what is there; run nothing.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @quiet
@@ -90,7 +88,7 @@ def _names(text: str) -> list[str]:
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of B: the result is (1 - alpha) A + alpha B.")
-@click.option("--out", required=True, metavar="DIR", type=click.Path(path_type=Path), help="Run directory, absent or empty.")
+@click.option("--out", required=True, metavar="DIR", type=Place(), help="Run directory, absent or empty.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> None:
     """Average two synthetic sets of the same classes and ipc, image by image.

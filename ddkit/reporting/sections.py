@@ -341,13 +341,18 @@ def evaluation(files: Files) -> str:
 
 
 def _ceiling(files: Files) -> str:
-    """Returns how good the teacher is, beside which accuracies may be read; "" where that is not known."""
+    """Returns how good the teacher and networks of all accessible images are, beside which accuracies may be read; "" if not known."""
     facts = files.facts.get("teacher")
     facts = facts if isinstance(facts, Mapping) else {}
     count = facts.get("accessible_images")
     rows = [("the test images, as recorded when it was trained", "test_accuracy"), (f"{count} accessible images", "accessible_accuracy")]
     known = [f"{100 * facts[key]:.1f} % of {what}" for what, key in rows if isinstance(facts.get(key), float | int)]
-    return note(f"A ceiling: the teacher is right on {' and '.join(known)}.") if known else ""
+    told = [f"the teacher is right on {' and '.join(known)}"] if known else []
+    told += [
+        f"networks trained on all accessible images reach {_percent(row, 'accuracy')} ({_named(row)})"
+        for row in _rows(files, "hard") if row.get("images") == "pipc-real"
+    ]  # fmt: skip
+    return note(f"A ceiling: {'; '.join(told)}.") if told else ""
 
 
 def _findings(files: Files) -> list[str]:

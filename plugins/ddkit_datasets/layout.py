@@ -153,13 +153,13 @@ def walk(folder: Path) -> Walked:
         images: list[str] = []
         for entry in entries:
             name = entry.name.lower()
-            if name.endswith(SUFFIXES) and not name.startswith(".") and entry.is_file():
-                images.append(entry.name)
-            elif _is_shown(name) and _is_folder(entry):
+            if _is_shown(name) and _is_folder(entry):
                 inner = _identity(entry.path)
                 if inner not in seen:
                     seen.add(inner)
                     waiting.append(f"{below}/{entry.name}" if below else entry.name)
+            elif name.endswith(SUFFIXES) and not name.startswith("."):  # a pipe or a link to nothing too: refused when it is read
+                images.append(entry.name)
             elif name.endswith(UNREAD) and not name.startswith("."):
                 unread[os.path.splitext(name)[1]] += 1
         found.append((below, sorted(images)))

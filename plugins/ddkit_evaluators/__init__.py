@@ -110,7 +110,10 @@ class Accuracy(ddkit.Evaluator):
         models, guides = self._models(data.info), self._guides(artifact, teacher)
         counts, words = real_counts(artifact, data.real_labels)
         if self.options.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
-            log.warning("There are fewer accessible real images than the set has: random real is %s (--pipc allows more).", words)
+            log.warning(
+                "There are fewer accessible real images than the set has: random real is %s. A larger --pipc helps if they exist.",
+                words,
+            )
         rounds = [(name, model, soft) for name, model in models.items() for soft in guides]
         rows: list[ddkit.Evaluation] = []
         for number, (name, model, soft) in enumerate(rounds):
