@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,7 +94,7 @@ class Place(click.Path):
     """A path, as pathlib's; a leading `~/`, which a shell leaves as it is in --out=~/x, means the home folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        return Path(super().convert(with_home(str(value)), param, ctx))
+        return Path(os.fsdecode(super().convert(with_home(str(value)), param, ctx)))
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
