@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,6 +111,6 @@ def check_listed(folder: Path, name: str) -> None:
 
 def _entry_or_none(path: Path) -> dict[str, Any] | None:
     try:
-        return file_entry(path)
+        return file_entry(path) if stat.S_ISREG(os.lstat(path).st_mode) else None
     except OSError:
         return None

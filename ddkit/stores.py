@@ -10,7 +10,8 @@ from pathlib import Path
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import json_digest, read_bytes, read_json, sync, unsealed, write_atomic
 from ddkit.manifest import MANIFEST, check_listed, read_manifest
-from ddkit.names import PARTS, PARTS_OF_BLEND, SET
+from ddkit.names import PARTS, PARTS_OF_BLEND, SET, remove_own
+from ddkit.rundir import RunDirectory
 from ddkit.tasks import Task
 
 SETS = "sets"  # the folder of a store that has a run directory for each set, and a file for each evaluation of it
@@ -45,7 +46,7 @@ def merge(other: Path, out: Path) -> int:
         raise RunFilesError(f"--merge {other}: there is no folder {SETS} in it. Name the --out of an earlier `ddkit reproduce`.")
     if source.resolve() == target.resolve():
         raise FlagError(f"--merge {other} is the store itself. Name another one, or leave it out.")
-    for entry in (source, *source.iterdir()):
+    for entry in (source, *source.iterdir(), *target.glob("*")):
         if entry.is_symlink():
             raise RunFilesError(f"--merge {other}: {entry} is a symbolic link, and nothing is copied through one. Put a copy in its place.")
     found = 0
@@ -78,7 +79,9 @@ def _copy_set(run: Path, place: Path) -> None:
         copied = Path(folder) / place.name
         _copy_listed(run, copied)
         if place.is_dir():  # begun here, and finished there
-            shutil.rmtree(place)
+            with RunDirectory(place).take():
+                remove_own(place)
+            place.rmdir()
         copied.rename(place)
     sync(place.parent)
 

@@ -17,6 +17,7 @@ import pytest
 import ddkit
 from ddkit import names
 from ddkit.files import json_digest, read_json, sealed, unsealed, write_json
+from ddkit.manifest import file_entry
 from ddkit.rundir import RunDirectory
 from ddkit.stores import merge
 from tests.conftest import SMALL, SMALL_FLAGS, Result
@@ -182,6 +183,43 @@ def test_merging_follows_no_link(store: Path, tmp_path: Path, place: str) -> Non
     with pytest.raises(ddkit.RunFilesError, match="is a symbolic link"):
         merge(store, tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_merging_copies_no_link_that_a_manifest_lists(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    run = store / "sets" / "one"
+    manifest = unsealed(read_json(run / "manifest.json"), run)
+    for kind in ("regular file", "link"):
+        manifest["files"]["key"] = file_entry(tmp_path / "secret")
+        write_json(run / "manifest.json", sealed(manifest))
+        if kind == "link":
+            (run / "key").unlink()
+            (run / "key").symlink_to(tmp_path / "secret")
+            with pytest.raises(ddkit.RunFilesError, match="key is not the file that"):
+                merge(store, tmp_path / kind)
+        else:
+            shutil.copyfile(tmp_path / "secret", run / "key")
+            assert merge(store, tmp_path / kind) == 2
+        assert (tmp_path / kind / "sets" / "one").exists() == (kind != "link")
+
+
+def test_merging_replaces_a_run_that_was_begun_but_none_of_the_users_files(store: Path, tmp_path: Path) -> None:
+    place = tmp_path / "out" / "sets" / "one"
+    shutil.copytree(store / "sets" / "one", place)
+    (place / "manifest.json").unlink()
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(ddkit.RunFilesError, match="one cannot be copied: Directory not empty"):
+        merge(store, tmp_path / "out")
+    assert [entry.name for entry in place.parent.rglob("*")] == ["one", "notes.txt"]
+    (place / "notes.txt").unlink()
+    shutil.copyfile(store / "sets" / "one" / "recipe.toml", place / "recipe.toml")
+    assert merge(store, tmp_path / "out") == 2
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    (place / "manifest.json").unlink()
+    with pytest.raises(ddkit.RunFilesError, match="one is a symbolic link"):
+        merge(store, tmp_path / "out")
+    assert (place / "recipe.toml").is_file()
 
 
 @pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "a/b", "a\\b", "..", ".hidden", "", "a\0"])
