@@ -105,7 +105,9 @@ def vouch(file: Path, mark: str) -> None:
 
 
 def vouched(file: Path) -> str | None:
-    """Returns the mark of a file in the cache, None if this user has not put it there."""
+    """Returns the mark of a file in the cache, None if this user has not put it there. Makes no folder for a file that is not there."""
+    if not file.exists():
+        return None
     with suppress(OSError, RunFilesError, ValueError):
         return read_text(mark_of(file))
     return None

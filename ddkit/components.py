@@ -165,7 +165,7 @@ class Initializer(Component):
         short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
         if short:
             wanted = f"{needed} accessible images a class for {ipc} image{'s' if ipc > 1 else ''}"
-            told = f"{', '.join(short[:5])}{' ...' if len(short) > 5 else ''}"
+            told = f"{', '.join(short[:5])}{f' and {len(short) - 5} more have too few' if len(short) > 5 else ''}"
             raise InputError(f"Initializer '{self.name}' needs {wanted}, but {told}. Raise --pipc, {self.remedy}.", "ipc")
 
     def __call__(self, start: Start) -> Tensor:

@@ -278,6 +278,9 @@ def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] |
         raise FlagError(f"--mean has {len(mean)} values and --std {len(std)}: both have one for each channel.")
     if not all(torch.tensor([*mean, *std]).isfinite()) or min(std) <= 0:
         raise FlagError("--mean and --std are finite numbers, and every std is positive.")
+    if max(mean) > 1:
+        of_unit = [",".join(f"{value / 255:.4g}" for value in values) for values in (mean, std)]
+        raise FlagError(f"--mean is that of pixels in 0..1, so at most 1. If yours is of 0..255: --mean {of_unit[0]} --std {of_unit[1]}")
     return Normalisation(mean, std)
 
 

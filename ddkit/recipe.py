@@ -49,7 +49,7 @@ class TeacherTable(PluginTable):
     use: Annotated[str, Option("safetensors file, or auto: train one on all of the training set and cache it")] = "auto"
     model: Annotated[str, Option("architecture, where the file does not record it")] = "convnet"
     mean: Annotated[list[float], Option("channel means the teacher was trained with, of pixels in 0..1")] | None = None
-    std: Annotated[list[float], Option("channel standard deviations, likewise")] | None = None
+    std: Annotated[list[float], Option("channel standard deviations the teacher was trained with, of pixels in 0..1")] | None = None
 
 
 class TrainTable(PluginTable):
@@ -130,8 +130,8 @@ class EvaluatorTable(PluginTable):
 class BlendTable(Table):
     """Two sets whose average is the result: (1 - alpha) * first + alpha * second, matched by class and place in it."""
 
-    first: Annotated[str, Option("a recipe that makes it, or a finished run or file")]
-    second: Annotated[str, Option("likewise")]
+    first: Annotated[str, Option("a recipe that makes the first set, or a finished run or file")]
+    second: Annotated[str, Option("a recipe that makes the second set, or a finished run or file")]
     alpha: Annotated[float, Option("share of the second", ge=0, le=1)] = 0.5
     set: Annotated[dict[str, Any], Option("recipe paths and values that hold for both; by itself: all that is set beside the blend")] = {}
 

@@ -354,7 +354,8 @@ def with_options(tables: Mapping[str, EvaluatorTable], optional: Collection[str]
     known = {name: fields(plugins.load("evaluator", table.use or name).Options) for name, table in tables.items()}
     for key in given:
         if key not in optional and not any(key in names for names in known.values()):
-            raise FlagError(f"--{key}: none of the chosen evaluators ({', '.join(tables) or 'none'}) has that option.")
+            why = f"none of the chosen evaluators ({', '.join(tables)}) has that option" if tables else "nothing is evaluated"
+            raise FlagError(f"--{key} has no effect: {why}. Leave it out.")
     return {
         name: msgspec.structs.replace(table, options=table.options | {k: v for k, v in given.items() if k in known[name]})
         for name, table in tables.items()

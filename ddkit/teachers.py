@@ -143,7 +143,8 @@ def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
     names, shape = record.get("class_names"), record.get("input_shape")
     if names is not None and len(names) != info.classes:
         raise InputError(
-            f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}."
+            f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}. "
+            "Distil the classes that it knows, or train one on this data with `ddkit train`."
         )
     if names is not None and list(names) != list(info.class_names):
         if sorted(names) == sorted(info.class_names):
@@ -154,9 +155,15 @@ def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
-    only_teacher = [name for name in theirs if name not in ours][:5]
-    only_data = [name for name in ours if name not in theirs][:5]
-    return f"only the teacher has {only_teacher}, only the data has {only_data}"
+    """Returns in words which names one side alone has, the first five of each."""
+    sides = {"the teacher": [name for name in theirs if name not in ours], "the data": [name for name in ours if name not in theirs]}
+    return ", ".join(f"only {who} has {shortened(names)}" for who, names in sides.items() if names)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """Returns the first five names in quotes, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(f"'{name}'" for name in names[:5]) + more
 
 
 def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -164,7 +171,7 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
     if mean is None or std is None:
         raise InputError(
             f"The teacher {path} is a bare state dict: say how its inputs were normalised, "
-            "for example --set teacher.mean=[0.49,0.48,0.45] --set teacher.std=[0.2,0.2,0.2]",
+            "for example --set 'teacher.mean=[0.49,0.48,0.45]' --set 'teacher.std=[0.2,0.2,0.2]'.",
             "teacher.mean",
         )
     for name, values in (("mean", mean), ("std", std)):
@@ -172,6 +179,10 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
             raise InputError(f"teacher.{name} has {len(values)} values for {channels} channels.", f"teacher.{name}")
     if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
         raise InputError("teacher.std must be positive in every channel, and teacher.mean finite.", "teacher.std")
+    if max(mean) > 1:
+        raise InputError(
+            "teacher.mean is that of pixels in 0..1, so at most 1. Divide mean and std of pixels in 0..255 by 255.", "teacher.mean"
+        )
     return tuple(mean), tuple(std)
 
 
@@ -190,12 +201,14 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
     lists = (("missing", missing), ("not in the model", surplus), ("of another shape", shapes))
     problems = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in lists if keys]
     if problems:
-        hint = (
-            ""
-            if recorded
-            else " Name its architecture with --model and its options with --set teacher.OPTION=VALUE "
-            f"(`ddkit info model {plugins.split_name(model)[0]}`)."
-        )
+        unlike = [(tensors[key].shape, own[key].shape) for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+        heads = {(theirs[:1], ours[:1]) if theirs[1:] == ours[1:] else None for theirs, ours in unlike}
+        hint = ""
+        if not (recorded or missing or surplus) and len(heads) == 1 and None not in heads:
+            hint = f" Only the number of outputs differs: it has {unlike[0][0][0]} classes, and {unlike[0][1][0]} are asked for."
+        elif not recorded:
+            options = f"`ddkit info model {plugins.split_name(model)[0]}`"
+            hint = f" Name its architecture with --model and its options with --set teacher.OPTION=VALUE ({options})."
         raise InputError(f"The teacher {path} does not fit the model '{model}'; {'; '.join(problems)}.{hint}")
     if not _all_finite(tensors):
         raise InputError(f"The teacher {path} holds values that are not finite.")

@@ -121,5 +121,5 @@ def test_a_plan_says_roughly_what_the_run_costs(cli: Cli) -> None:
     assert cost("--evaluate", "none")["operations"]["evaluation"] == 0
     assert cost("--ipc", 40)["memory_mib"] > few["memory_mib"] > 100
     lines = cli("distill", "--losses", "dm", *SMALL_FLAGS, "--plan").out.splitlines()
-    assert lines[1].startswith("It takes about a minute or less and 0.")
-    assert cli("distill", "--losses", "dm", "--steps", 10**7, "--plan").out.splitlines()[1].count("hours") == 1
+    assert lines[-1].startswith("It takes a minute or less and 0.")
+    assert cli("distill", "--losses", "dm", "--steps", 10**7, "--plan").out.splitlines()[-1].count("hours") == 1

@@ -182,7 +182,7 @@ def test_a_plan_prints_the_resolved_recipe_and_writes_nothing(cli: Cli, tmp_path
     assert found["schema"] == 1
     assert found["recipe"]["losses"]["dkkt-primal"]["weight"] == 0.5
     assert (found["accessible_images"], found["synthetic_images"]) == (40, 10)
-    assert "Would distil 10 images" in cli("distill", *BOTH, "--plan").out
+    assert "\n\nWould distil 10 images" in cli("distill", *BOTH, "--plan").out  # the answer is last, below the recipe
     assert list(Path.cwd().iterdir()) == []
     assert not (tmp_path / "cache").exists()
 

@@ -664,7 +664,7 @@ def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(cli: Cl
     assert manifest["teacher"]["sha256"] == sha256(path)
     without = cli("distill", *flags, *SMALL_FLAGS, "--set", "teacher.norm=batch", "--out", "none")
     assert without.code == 4
-    assert "--set teacher.mean=" in without.err
+    assert "--set 'teacher.mean=" in without.err
 
 
 @pytest.mark.parametrize(
@@ -684,10 +684,17 @@ def test_state_dict_of_another_architecture_is_an_error_with_the_difference(
         teachers.load_teacher(table, folder_info(image_folder), CPU)
 
 
+def test_state_dict_of_other_classes_is_no_matter_of_architecture(tmp_path: Path, image_folder: Path) -> None:
+    table = TeacherTable(use=str(bare_state(tmp_path / "bare.safetensors")), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3)
+    info = msgspec.structs.replace(folder_info(image_folder), class_names=("cat", "dog"))
+    with pytest.raises(ddkit.InputError, match="it has 3 classes, and 2 are asked for.$"):
+        teachers.load_teacher(table, info, CPU)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"class_names": ("cat", "dog")}, "knows 3 classes, the data has 2.*only the teacher has.*owl"),
+        ({"class_names": ("cat", "dog")}, "knows 3 classes, the data has 2.*only the teacher has 'owl'\\. .*`ddkit train`"),
         ({"class_names": ("dog", "cat", "owl")}, "another order"),
         ({"size": (8, 8)}, r"takes images of shape \(3, 12, 12\).*the data has \(3, 8, 8\)"),
         ({"channels": 1}, r"\(1, 12, 12\)"),
@@ -703,7 +710,12 @@ def test_teacher_of_other_data_is_an_error(tmp_path: Path, image_folder: Path, c
 
 @pytest.mark.parametrize(
     ("mean", "std", "message"),
-    [([0.5], [0.5] * 3, "1 values for 3 channels"), ([0.5] * 3, [0.5] * 2, "2 values"), ([0.5] * 3, [0.5, 0.0, 0.5], "must be positive")],
+    [
+        ([0.5], [0.5] * 3, "1 values for 3 channels"),
+        ([0.5] * 3, [0.5] * 2, "2 values"),
+        ([0.5] * 3, [0.5, 0.0, 0.5], "must be positive"),
+        ([127.5] * 3, [51.0] * 3, "at most 1"),
+    ],
 )
 def test_impossible_statistics_are_an_error(tmp_path: Path, image_folder: Path, mean: list[float], std: list[float], message: str) -> None:
     path = bare_state(tmp_path / "bare.safetensors")

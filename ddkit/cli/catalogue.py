@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import textwrap
 from collections.abc import Collection
@@ -13,7 +14,7 @@ import click
 from ddkit import children, plugins
 from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
-from ddkit.errors import PluginError, suggestion
+from ddkit.errors import PluginError
 
 
 @click.command(name="list")
@@ -114,8 +115,9 @@ def found_plugin(words: tuple[str, ...], among: Collection[str] = plugins.GROUPS
     kinds = [kind for kind in plugins.GROUPS if kind in found]
     kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
-        known = {p.name for p in plugins.plugins()}
-        raise PluginError(f"There is no component '{name}'. {suggestion(short, known)} (`ddkit list` shows them all.)")
+        near = difflib.get_close_matches(short, {p.name for p in plugins.plugins()}, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        raise PluginError(f"There is no component '{name}'.{hint} `ddkit list` shows them all.")
     return plugins.find(kinds[0], name)
 
 

@@ -161,6 +161,7 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         return
     import tomli_w
 
+    show(tomli_w.dumps(plan["recipe"]))
     in_processes = f" in {plan['processes']} processes" if plan["processes"] > 1 else ""
     height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
     show(
@@ -173,11 +174,9 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         seconds, memory = sum(cost["seconds"] for cost in costs), max(cost["memory_mib"] for cost in costs)
         total, rate = sum(sum(cost["operations"].values()) for cost in costs), costs[0]["operations_per_second"]
         show(
-            f"It takes about {_about(seconds)} and {memory / 1024:.1f} GiB of memory here: {total:.1e} operations, and this machine "
+            f"It takes {_about(seconds)} and {memory / 1024:.1f} GiB of memory here: {total:.1e} operations, and this machine "
             f"multiplies matrices at {rate / 1e9:,.0f} GFLOP/s now."
         )
-    show("")
-    show(tomli_w.dumps(plan["recipe"]), end="")
 
 
 def _teacher_of(plan: dict[str, Any]) -> str:
@@ -192,11 +191,11 @@ def _about(seconds: float) -> str:
     """Returns a time as people say it.
 
     >>> _about(20), _about(100), _about(90000)
-    ('a minute or less', '2 minutes', '25 hours')
+    ('a minute or less', 'about 2 minutes', 'about 25 hours')
     """
     if seconds < 75:
         return "a minute or less"
-    return f"{seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"{seconds / 3600:.0f} hours"
+    return f"about {seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"about {seconds / 3600:.0f} hours"
 
 
 def _show_run(run: Any, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import logging
 from collections import Counter
@@ -76,7 +77,7 @@ class ImageFolder(ddkit.Dataset):
         self.root = Path(self.options.path).absolute()
         self.options = msgspec.structs.replace(self.options, path=str(self.root))
         if not self.root.is_dir():
-            raise ddkit.InputError(f"The image folder {self.root} does not exist or is no folder.")
+            raise ddkit.InputError(_not_there(self.name, self.root))
         self._how = Decoding(size, self.options.channels, self.options.bits)
         self.train_root, names, self.test_root, said = layout_of(self.root)
         check_case(self.train_root, names)
@@ -172,6 +173,16 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counte
     if not classes:
         raise ddkit.InputError(f"{root} holds no class folders; the layout is {root}/CLASS/IMAGE.")
     return classes, _files(root, classes, [walked[name] for name in classes]), unread
+
+
+def _not_there(name: str, root: Path) -> str:
+    """Returns the message for a path `root` that is no folder, with the folder beside it whose name is nearest."""
+    if root.exists():
+        return f"{root} is a file, and the dataset '{name}' reads a folder: --dataset {name}:FOLDER"
+    beside = subfolders(root.parent) if root.parent.is_dir() else []
+    near = difflib.get_close_matches(root.name, beside, n=1)
+    hint = f" Did you mean '{near[0]}'?" if near else ""
+    return f"The image folder {root} does not exist.{hint}"
 
 
 def _counted(unread: Counter[str]) -> str:

@@ -81,6 +81,11 @@ def _raise_without_classes(root: Path, train: Sequence[str], tests: Sequence[str
             f"and test on the rest: --dataset imagefolder:{root / labelled[0]}"
         )
     base = root / train[0] if train else root
+    if any_image(base):
+        raise ddkit.InputError(
+            f"{base} holds images, and no class folders. If it is one class of several, name the folder above it: "
+            f"--dataset imagefolder:{base.parent}. Else sort the images into {base}/CLASS/."
+        )
     raise ddkit.InputError(f"{base} holds no class folders; the layout is {base}/CLASS/IMAGE.")
 
 

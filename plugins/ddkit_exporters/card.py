@@ -118,7 +118,7 @@ def _summary(artifact: ddkit.Artifact) -> str:
         f"{channels} channel{'s' if channels > 1 else ''}. {_what_they_are(artifact)}\n\n"
         f"In pixel units (0 black, 1 white, not clipped) the values of the set lie in {low:.4g} to {high:.4g}. Networks should see them "
         f"normalised, (x - mean) / std a channel, with mean {_numbers(artifact.mean)} and std {_numbers(artifact.std)}; "
-        "test images likewise."
+        "normalise test images in the same way."
     )
 
 

@@ -45,7 +45,7 @@ class FeatureRegression(ddkit.Loss):
     class Options(ddkit.Options):
         ridge: Annotated[float, ddkit.Option("regularisation, relative to the mean squared feature norm", gt=0)] = 1e-3
         augmenter: Annotated[str, ddkit.Option("of the synthetic images: one operation a step, parameters per image")] = "dsa"
-        real_augmenter: Annotated[str, ddkit.Option("of the real images, likewise")] = "dsv"
+        real_augmenter: Annotated[str, ddkit.Option("of the real images: one operation a step, parameters per image")] = "dsv"
         targets: Annotated[
             Literal["labels", "teacher"], ddkit.Option("what the real images should get: their labels, or the teacher's probabilities")
         ] = "labels"
