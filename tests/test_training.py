@@ -687,7 +687,7 @@ def test_state_dict_of_another_architecture_is_an_error_with_the_difference(
 def test_state_dict_of_other_classes_is_no_matter_of_architecture(tmp_path: Path, image_folder: Path) -> None:
     table = TeacherTable(use=str(bare_state(tmp_path / "bare.safetensors")), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3)
     info = msgspec.structs.replace(folder_info(image_folder), class_names=("cat", "dog"))
-    with pytest.raises(ddkit.InputError, match="it has 3 classes, and 2 are asked for.$"):
+    with pytest.raises(ddkit.InputError, match=r"it has 3 classes, and 2 are asked for\.$"):
         teachers.load_teacher(table, info, CPU)
 
 

@@ -113,9 +113,11 @@ def _title(artifact: ddkit.Artifact) -> str:
 def _summary(artifact: ddkit.Artifact) -> str:
     count, channels, height, width = artifact.images.shape
     low, high = float(artifact.images.min()), float(artifact.images.max())
+    stored = len(artifact.stored_labels)
+    grids = f" They are decoded from {stored} stored images, each a grid of {count // stored}." if stored < count else ""
     return (
         f"A synthetic training set of {count} images in {len(artifact.class_names)} classes, {height} x {width} pixels, "
-        f"{channels} channel{'s' if channels > 1 else ''}. {_what_they_are(artifact)}\n\n"
+        f"{channels} channel{'s' if channels > 1 else ''}.{grids} {_what_they_are(artifact)}\n\n"
         f"In pixel units (0 black, 1 white, not clipped) the values of the set lie in {low:.4g} to {high:.4g}. Networks should see them "
         f"normalised, (x - mean) / std a channel, with mean {_numbers(artifact.mean)} and std {_numbers(artifact.std)}; "
         "normalise test images in the same way."
