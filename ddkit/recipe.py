@@ -85,7 +85,7 @@ class ViewTable(PluginTable):
     """A named view of the synthetic images: an augmenter (with its options) and input noise, in normalised units."""
 
     augmenter: str = "none"
-    compose: Annotated[int, Option("operations composed, for augmenters with that option", ge=1)] | None = None
+    compose: Annotated[int, Option("operations composed, for augmenters with that option", ge=1)] | Literal["auto"] | None = None
     noise: Annotated[float, Option("standard deviation of added Gaussian noise", ge=0)] = 0.0
 
 

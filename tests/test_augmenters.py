@@ -295,6 +295,13 @@ def test_compose_applies_that_many_distinct_operations(compose: int) -> None:
     assert {len(names) for names in chosen_names(dsa, drawn)} == {min(compose, 6)}
 
 
+@pytest.mark.parametrize(("size", "operations_"), [((8, 8), 2), ((3, 40), 1), ((16, 12), 3), ((32, 32), 6), ((224, 224), 6)])
+def test_compose_auto_follows_the_smaller_side_of_the_images(size: tuple[int, int], operations_: int) -> None:
+    dsa = augmenter(compose="auto", size=size)
+    assert dsa.options.compose == operations_
+    assert augmenter(compose=5, size=size).options.compose == 5
+
+
 def test_composed_operations_are_applied_in_the_order_of_the_strategy() -> None:
     x = images(3, (3, 8, 8))
     for order in (["cutout", "color"], ["color", "cutout"]):

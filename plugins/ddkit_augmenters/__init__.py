@@ -31,6 +31,9 @@ class Identity(ddkit.Augmenter):
 class SiameseAugmentation(ddkit.Augmenter):
     """Differentiable siamese augmentation: one of six operations per class and step, with the published strengths.
 
+    With `compose` several operations are applied, at most all of them. Small images become ambiguous under many: "auto" is 2 for images of
+    8 pixels and all six from 24 pixels on.
+
     Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, Section 3.
     """
 
@@ -40,7 +43,12 @@ class SiameseAugmentation(ddkit.Augmenter):
         operations: Annotated[tuple[Operation, ...], ddkit.Option("the strategy: which operations to choose from", min_length=1)] = (
             "color", "crop", "cutout", "flip", "scale", "rotate",
         )  # fmt: skip
-        compose: Annotated[int, ddkit.Option("distinct operations applied, in the strategy's order; all if it has fewer", ge=1)] = 1
+        compose: (
+            Annotated[
+                int, ddkit.Option("distinct operations applied, in the strategy's order; auto: one for each 4 pixels of a side", ge=1)
+            ]
+            | Literal["auto"]
+        ) = 1
         flip: Annotated[bool, ddkit.Option("whether flip is allowed; left out: as the dataset says (not for digits)")] | None = None
         brightness: Annotated[float, ddkit.Option("width of the uniform shift", ge=0)] = 1.0
         saturation: Annotated[float, ddkit.Option("largest factor", ge=0)] = 2.0
@@ -53,7 +61,11 @@ class SiameseAugmentation(ddkit.Augmenter):
 
     @classmethod
     def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
-        return msgspec.structs.replace(options, flip=data.mirror if options.flip is None else options.flip)
+        return msgspec.structs.replace(
+            options,
+            flip=data.mirror if options.flip is None else options.flip,
+            compose=max(1, min(min(data.size) // 4, len(operations.FUNCTIONS))) if options.compose == "auto" else options.compose,
+        )
 
     @property
     def strategy(self) -> list[str]:
@@ -70,7 +82,8 @@ class SiameseAugmentation(ddkit.Augmenter):
         names = self.strategy
         ranks = torch.rand(groups, len(names), generator=generator).argsort(1).argsort(1)
         drawn = {name: torch.rand(groups, operations.NUMBERS[name], generator=generator) for name in names}
-        return {"chosen": ranks < self.options.compose, **drawn}
+        compose = len(names) if self.options.compose == "auto" else self.options.compose  # without data all are applied
+        return {"chosen": ranks < compose, **drawn}
 
     def sample_batch(self, generator: torch.Generator, rows: int) -> dict[str, Tensor]:
         """Returns the parameters of a training batch: the same operations for all, numbers per image."""
