@@ -427,10 +427,7 @@ def automatic_teacher(
         ranks.told(None)
         return None
     if not whole:
-        log.warning(
-            "No teacher was given: training one (%s, %d epochs) on all %d training images; it is kept for the next time.",
-            name, train.epochs, len(dataset.labels("train")), extra=NEWS,
-        )  # fmt: skip
+        log.warning("No teacher was given. One is trained on all training images, and kept for the next time.", extra=NEWS)
         _make_folder(path.parent)
         made = train_teacher(dataset, shape, table, train, seed=0, device=device, watchers=watchers)
         if not _kept(path, made):

@@ -160,3 +160,4 @@ def test_the_report_and_the_picture_show_what_is_stored_and_other_exports_what_n
     for name in ("npz", "png"):
         assert cli("export", "run", "--to", name, "--out", name).code == 0
     assert np.load(next(Path("npz").glob("*.npz")))["x_train"].shape == (40, 1, 8, 8)
+    assert "decoded from 10 stored images, each a grid of 4" in Path("npz/README.md").read_text(encoding="utf-8")

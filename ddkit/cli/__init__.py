@@ -170,7 +170,7 @@ def _usage(error: click.ClickException) -> str:
     """Returns click's message in one paragraph, with the command that helps."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     help_ = f" (`{context.command_path} --help` shows what it takes.)" if context else ""
-    return error.format_message() + help_
+    return error.format_message().replace("a valid integer range", "a whole number") + help_
 
 
 def _fail(message: str, code: int, show: bool) -> NoReturn:

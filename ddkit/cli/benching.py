@@ -69,7 +69,7 @@ USED_BY = {  # the parts that a flag matters to; all others matter to all
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @quiet
 def bench(parts: tuple[str, ...], **flags: Any) -> None:
-    """Measure speed and memory here, on random images: steps and evaluation unless PARTS say otherwise.
+    """Measure speed and memory on this machine. The images are random; steps and evaluation are measured unless PARTS say otherwise.
 
     \b
     steps       a step's time and memory, its ratio to the published DM code's loop (and to ddkit's own plain path),

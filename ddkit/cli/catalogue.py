@@ -23,7 +23,7 @@ from ddkit.errors import PluginError
 @click.option("--check", is_flag=True, help="Import each component, in another process, and say which fail.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def list_components(kind: str | None, check: bool, as_json: bool) -> None:
-    """List the installed components, all or of one KIND (losses, recipes, ...). Imports none of them."""
+    """List the installed components. KIND names one kind (losses, recipes, ...). None of them is imported."""
     wanted = plugins.parse_kind(kind) if kind else None
     if wanted in plugins.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
@@ -92,7 +92,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(words: tuple[str, ...], as_json: bool) -> None:
-    """Tell what a component or recipe is: a manual page with its use, options, requirements, an example and its source."""
+    """Show what a component or recipe is. The manual page has its use, options, requirements, an example and its source."""
     if len(words) > 2:
         raise click.UsageError("info takes [KIND] NAME.")
     facts = _facts(found_plugin(words))

@@ -22,7 +22,7 @@ from ddkit.errors import DdkitError, FlagError
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, as_json: bool) -> None:
-    """Check what a component promises: the conformance suite of its kind, without pytest.
+    """Check what a component promises. This runs the conformance suite of its kind, without pytest.
 
     Exit code 0 where every check holds or deviates as the component declares, 1 where one is broken.
     """

@@ -30,7 +30,7 @@ from ddkit.recipes import parse_set
 @quiet
 @verbose
 def evaluate(target: str, **flags: Any) -> None:
-    """Evaluate the synthetic set of a run directory or file, as it reads back."""
+    """Evaluate the synthetic set of a run directory or file."""
     set_verbosity(flags["quiet"], flags["verbose"])
     from ddkit import api
     from ddkit.cli.progress import watching

@@ -20,7 +20,7 @@ SHOWN = 12  # files that the text names; --json has all
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool) -> None:
-    """Write a synthetic set in a format that others read, with a card that says what it is.
+    """Write a synthetic set in a format that others read. The card beside it says what it is.
 
     `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
     """

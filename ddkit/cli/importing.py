@@ -69,7 +69,7 @@ class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 @quiet
 def import_(file: Path, out: Path, **flags: Any) -> None:
-    """Take over a synthetic set or a teacher of another project: a file of torch.save, .npz or .safetensors.
+    """Take over a set or a teacher of another project. FILE was written by torch.save, or is a .npz or .safetensors file.
 
     Only tensors are read, so that no code in the file can run. How images were normalised has to be told.
 

@@ -15,7 +15,7 @@ from ddkit.cli.common import Place, echo_json, show
 @click.option("--out", metavar="FILE", type=Place(), help="New file to write (default: report.html of the run).")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def report(target: str, out: Path | None, as_json: bool) -> None:
-    """Make the report of a finished run again from its files: one HTML page with images, curves and figures.
+    """Make the report of a finished run again. It is one HTML page with images, curves and figures.
 
     A run writes it at its end, and evaluate renews it. It opens from the disk and asks for nothing from outside.
     """
@@ -31,7 +31,7 @@ def report(target: str, out: Path | None, as_json: bool) -> None:
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The same on one line.")
 def schema(as_json: bool) -> None:
-    """Print the JSON schema of a recipe file, with the options of ddkit's own components.
+    """Print the JSON schema of a recipe file. It has the options of ddkit's own components.
 
     For editors that check TOML against a schema, and for programs that write recipes.
     """

@@ -33,7 +33,7 @@ from ddkit.ranks import follows
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @quiet
 def reproduce(study: str, **flags: Any) -> None:
-    """Run a study: systems times cells, measured beside the published figures.
+    """Run a study and show its figures beside the published ones. A study is systems times cells.
 
     What is finished is kept; a second call continues. `ddkit list studies` shows those that come along. Under torchrun the processes
     make a share of the sets each; machines that know nothing of one another take --shard I/N, and --merge puts their results together.
@@ -91,7 +91,7 @@ def _names(text: str) -> list[str]:
 @click.option("--out", required=True, metavar="DIR", type=Place(), help="Run directory, absent or empty.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> None:
-    """Average two synthetic sets of the same classes and ipc, image by image.
+    """Average two synthetic sets, image by image. Both have the same classes and ipc.
 
     A and B are run directories or files. Images are matched by class name, and within a class by their order.
     """
