@@ -89,7 +89,8 @@ def load(path: str | Path) -> Artifact:
     try:
         tensors, metadata = read_tensors(file)
     except ValueError as error:
-        raise RunFilesError(f"{error}.") from None
+        hint = "" if file.suffix == ".safetensors" else " Name a run directory or a synthetic set's file."
+        raise RunFilesError(f"{error}.{hint}") from None
     problem = _problem(tensors, metadata)
     if problem:
         raise RunFilesError(f"{file} is no synthetic set: {problem}.")

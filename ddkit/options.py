@@ -158,6 +158,9 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
     hint = f" {suggestion(word, choices)}" if choices else ""
     if isinstance(value, str) and choices and text.startswith("expected `array`"):
         hint = f" Write a list: {json.dumps([value])}." if value in choices else f"{hint} Write a list."
+    elif text.startswith("expected `array"):
+        listed = value if isinstance(value, str) and re.fullmatch(r"[\d., -]+", value) else "..."
+        hint = f" Write a list in brackets: --set '{path}=[{listed}]'."
     if _takes_numbers(kind, keys):
         hint = hint.replace("Choose from:", "It is a number, or one of:")
     return InputError(f"{path} = {shown(value)} is not possible: {text.replace('`', '')}.{hint}", path)

@@ -193,7 +193,7 @@ def _about(seconds: float) -> str:
     >>> _about(20), _about(100), _about(90000)
     ('a minute or less', 'about 2 minutes', 'about 25 hours')
     """
-    if seconds < 75:
+    if seconds < 90:
         return "a minute or less"
     return f"about {seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"about {seconds / 3600:.0f} hours"
 
