@@ -27,6 +27,12 @@ class _Source(msgspec.Struct):
     sha256: str
 
 
+class _Teacher(_Source):
+    test_accuracy: float | None = None
+    accessible_accuracy: float | None = None
+    accessible_images: int | None = None
+
+
 class _Blend(msgspec.Struct):
     alpha: Annotated[float, msgspec.Meta(ge=0, le=1)]
     parts: tuple[_Source, _Source]
@@ -45,7 +51,7 @@ class _Manifest(msgspec.Struct):
     plugin_files: dict[str, str] = {}
     real_files: list[str | int] = []
     real_spectrum: list[float] = []
-    teacher: _Source | None = None
+    teacher: _Teacher | None = None
     imported: _Source | msgspec.UnsetType = msgspec.UNSET
     blend: _Blend | msgspec.UnsetType = msgspec.UNSET
     processes: dict[str, Any] = {}

@@ -168,6 +168,18 @@ def test_an_evaluation_without_details_is_refused_before_it_is_evaluated(
         ddkit.evaluate(run, device="cpu")
 
 
+@pytest.mark.parametrize(("field", "value"), [("accessible_images", "many"), ("accessible_accuracy", "high"), ("test_accuracy", [])])
+def test_how_good_a_teacher_is_said_to_be_is_a_number(runs: Path, tmp_path: Path, field: str, value: Any) -> None:
+    run = shutil.copytree(runs / "run", tmp_path / "run")
+    manifest = unsealed(read_json(run / "manifest.json"), run)
+    teacher = {"path": "t.safetensors", "sha256": "0", "test_accuracy": None, "accessible_accuracy": 0.5, "accessible_images": 3}
+    for changed, ends in ((teacher, "done"), (teacher | {field: value}, "5 ")):
+        write_json(run / "manifest.json", sealed(manifest | {"teacher": changed}))
+        (outcome,) = ends_well(lambda: ddkit.report(run, out=run / "new.html"))
+        assert outcome.startswith(ends), outcome
+    assert f"$.teacher.{field}" in outcome
+
+
 def test_fields_that_ddkit_does_not_know_are_kept(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
     manifest = unsealed(read_json(run / "manifest.json"), run) | {"of_tomorrow": {"x": 1}}
