@@ -32,11 +32,14 @@ def at_chance(right: Tensor, seen: Tensor) -> bool:
 
 
 def constant_losses(lines: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:
-    """Returns by label the value of each loss of positive weight that had the same, to rounding, in all lines of the metrics."""
+    """Returns by label the value of each loss of positive weight that had the same, to rounding, in all lines of the metrics.
+
+    Of a single line it is each loss that was 0.
+    """
     found = {}
     for label in (label for label, weight in weights.items() if weight > 0):
         values = [float(line["losses"][label]["raw"]) for line in lines if label in line["losses"]]
-        if len(values) > 1 and max(values) - min(values) <= ROUNDING * max(map(abs, values)):
+        if (len(values) > 1 or values == [0]) and max(values) - min(values) <= ROUNDING * max(map(abs, values)):
             found[label] = values[-1]
     return found
 

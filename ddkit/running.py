@@ -151,7 +151,8 @@ def _doubts(made: Made, artifact: Artifact, lines: Sequence[Mapping[str, Any]]) 
     """Returns what cannot be right of the finished steps: losses that did nothing, images that are none."""
     job, recipe = made.job, made.recipe
     weights = {label: loss.weight for label, loss in recipe.losses.items()}
-    told, constant, logged = silent(lines, weights), constant_losses(lines, weights), f"at all {len(lines)} logged steps"
+    told, constant = silent(lines, weights), constant_losses(lines, weights)
+    logged = f"at all {len(lines)} logged steps" if len(lines) > 1 else "at the only step"
     if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
         told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {_mends_idle(job, recipe)}"]
     else:

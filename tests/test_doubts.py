@@ -173,6 +173,7 @@ def test_a_constant_loss_is_one_of_weight_that_never_moves() -> None:
     lines = [{"losses": {"a": {"raw": 2.0 + 1e-7 * step}, "b": {"raw": 2.0 + 0.01 * step}, "c": {"raw": 1.0}}} for step in range(3)]
     assert list(constant_losses(lines, {"a": 1.0, "b": 1.0, "c": 0.0})) == ["a"]
     assert constant_losses(lines[:1], {"a": 1.0}) == {}
+    assert constant_losses([{"losses": {"a": {"raw": 0.0}}}], {"a": 1.0}) == {"a": 0.0}
 
 
 def test_a_constant_loss_beside_another_is_named(words: Words, tmp_path: Path) -> None:

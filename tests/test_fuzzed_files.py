@@ -175,7 +175,7 @@ def test_how_good_a_teacher_is_said_to_be_is_a_number(runs: Path, tmp_path: Path
     teacher = {"path": "t.safetensors", "sha256": "0", "test_accuracy": None, "accessible_accuracy": 0.5, "accessible_images": 3}
     for changed, ends in ((teacher, "done"), (teacher | {field: value}, "5 ")):
         write_json(run / "manifest.json", sealed(manifest | {"teacher": changed}))
-        (outcome,) = ends_well(lambda: ddkit.report(run, out=run / "new.html"))
+        (outcome,) = ends_well(lambda: ddkit.report(run))
         assert outcome.startswith(ends), outcome
     assert f"$.teacher.{field}" in outcome
 
