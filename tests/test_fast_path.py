@@ -142,13 +142,13 @@ def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[
     engine = Engine(started_at_real(steps), steps, terms("dm"))
     before = engine.bank.images.detach().clone()
     for index in range(3):
-        values, gradients, _ = engine.evaluate(index)
-        engine.bank.update(gradients)
-        assert float(values["dm"]) == 0.0
+        found = engine.evaluate(index)
+        engine.bank.update(found.gradients)
+        assert float(found.values["dm"]) == 0.0
     assert torch.equal(engine.bank.images, before)
     with torch.no_grad():
         engine.bank.images[0] += 0.1  # the negative control: anywhere else it moves
-    assert float(engine.evaluate(3)[0]["dm"]) > 0
+    assert float(engine.evaluate(3).values["dm"]) > 0
 
 
 def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
@@ -440,9 +440,9 @@ def test_the_loop_asks_the_device_for_nothing(name: str) -> None:
     guard = _Guard(engine, 0, lambda index: None)
     for index in range(3):
         with guard.around(index):
-            values, gradients, _ = engine.evaluate(index)
-            engine.bank.update(gradients)
-            guard.note(values, gradients)
+            found = engine.evaluate(index, measured=index == 1)
+            engine.bank.update(found.gradients)
+            guard.note(found)
     with pytest.raises((RuntimeError, NotImplementedError)):
         guard.check(3)  # the negative control: here values are read back, and without data that fails
 
@@ -474,7 +474,7 @@ class BadFrom(ddkit.Loss):
 def test_what_went_wrong_between_two_looks_is_found_and_the_last_good_state_kept(read: Callable[[int], bool]) -> None:
     good = Engine(started_at_real(source(), lr=0.1), source(), [Term("bad", BadFrom(), 1.0)])
     for index in range(5):
-        good.bank.update(good.evaluate(index)[1])
+        good.bank.update(good.evaluate(index).gradients)
     engine = Engine(started_at_real(source(), lr=0.1), source(), [Term("bad", BadFrom(), 1.0)])
     saved: list[int] = []
     with pytest.raises(ddkit.RunFailed, match="'bad' became nan at step 5"):
