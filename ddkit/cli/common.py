@@ -17,7 +17,7 @@ from click.core import ParameterSource
 
 from ddkit import output, permission
 from ddkit.cli.names import Names
-from ddkit.errors import FlagError, InputError, doubles, printable, refuse_unused
+from ddkit.errors import FlagError, InputError, RunFilesError, doubles, printable, refuse_unused
 from ddkit.files import with_home
 from ddkit.ranks import follows
 from ddkit.said import show_from
@@ -203,6 +203,9 @@ def show(text: str, end: str = "\n") -> None:
     except BrokenPipeError:  # who reads has seen enough
         output.discard()
         sys.exit(0)
+    except OSError as error:
+        output.discard()
+        raise RunFilesError(f"Standard output cannot be written: {error.strerror}. What the command has made is there.") from None
 
 
 class LogFormat(logging.Formatter):
