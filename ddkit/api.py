@@ -81,7 +81,7 @@ def _plan(recipe: Recipe, device: str, ranks: Ranks) -> dict[str, Any]:
 
 
 def distill(
-    recipe: str | Mapping[str, Any] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
     *,
     losses: str | Sequence[str] | None = None,
     dataset: Any = None,
@@ -124,9 +124,9 @@ def distill(
         return run_recipe(built, losses=losses, device=device, out=place, observers=observers, distributed=distributed, force=force)
 
 
-def _table(recipe: str | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _table(recipe: str | Path | Mapping[str, Any] | None) -> Mapping[str, Any] | None:
     """Returns a recipe that was given as data, which is the caller's own; None for one in a file."""
-    return None if isinstance(recipe, str) else recipe
+    return recipe if isinstance(recipe, Mapping) else None
 
 
 def run_recipe(
@@ -311,7 +311,7 @@ def train(
     model: str | None = None,
     data_dir: str | None = None,
     seed: int | None = None,
-    recipe: str | Mapping[str, Any] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
     sets: Mapping[str, Any] | None = None,
     device: str = "auto",
     observers: Sequence[Any] = (),

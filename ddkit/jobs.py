@@ -111,12 +111,13 @@ class Job:
             self.initializer.check(self.recipe.rows_per_class, available)
 
     def _check_memory(self) -> None:
-        """Raises InputError where the synthetic images alone are larger than this machine's memory."""
-        needed = 4 * len(self.own_classes) * self.recipe.rows_per_class * math.prod(self.info.shape)
-        if needed > machine_bytes():
+        """Raises InputError if the synthetic images, their gradient and Adam's two averages are larger than this machine's memory."""
+        images, memory = 4 * len(self.own_classes) * self.recipe.rows_per_class * math.prod(self.info.shape), machine_bytes()
+        if (4 * images if self.recipe.steps else images) > memory:
+            more = " Updating them takes four times as much." if images <= memory else ""
             raise InputError(
-                f"ipc = {self.recipe.ipc} makes {needed / 2**30:,.0f} GiB of images, and this machine has "
-                f"{machine_bytes() / 2**30:,.0f} GiB of memory. Use a smaller ipc.",
+                f"ipc = {self.recipe.ipc} makes {images / 2**30:,.0f} GiB of images, and this machine has "
+                f"{memory / 2**30:,.0f} GiB of memory.{more} Use a smaller ipc.",
                 "ipc",
             )
 

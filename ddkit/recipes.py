@@ -60,7 +60,7 @@ def parse_toml(path: Path, kind: str = "recipe") -> Raw:
 
 
 def build_recipe(
-    recipe: str | Mapping[str, Any] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
     *,
     losses: str | None = None,
     sets: Iterable[tuple[str, Any]] = (),
@@ -73,7 +73,10 @@ def build_recipe(
     sets, flags = list(sets), dict(flags or {})
     if isinstance(recipe, Mapping):
         check_depth(recipe, "The recipe")
-    raw = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe or "default")
+    if isinstance(recipe, Path):
+        raw = parse_toml(recipe)
+    else:
+        raw = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe or "default")
     override = [*sets, *flags.items()]
     ipc, pipc = (_final(raw, override, key, default) for key, default in (("ipc", 1), ("pipc", 50)))
     raw = _with_rules(raw, ipc, pipc)
@@ -306,7 +309,7 @@ def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, An
 
 
 def recipe_for(
-    recipe: str | Mapping[str, Any] | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
     *,
     losses: str | None = None,
     evaluators: str | None = None,
@@ -326,7 +329,7 @@ def recipe_for(
         flags |= {"teacher.model": model, "network.model": model}
     built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
     if not built.name:
-        built = msgspec.structs.replace(built, name=Path(recipe).stem if isinstance(recipe, str) else "custom" if recipe else "default")
+        built = msgspec.structs.replace(built, name=Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default")
     if evaluators is not None:
         names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
         built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
