@@ -70,6 +70,7 @@ class Job:
         self._check_room()
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
+        self._normalisation: Normalisation | None = None
         self.real = RealData.of(recipe, self.dataset, self._shape(), ranks, self.watchers)
         self.info: DataInfo = self.real.info
         check_factor(recipe.factor, self.info.size)
@@ -260,12 +261,17 @@ class Job:
         units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
         return Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std)
 
-    @cached_property
+    @property
     def normalisation(self) -> Normalisation:
         """The teacher's statistics where there is a teacher (load it first), else those of the accessible images.
 
         An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
         """
+        if self._normalisation is None:  # a cached_property holds a lock in the meantime, and this exchanges sums with other parts of the run
+            self._normalisation = self._found_normalisation()
+        return self._normalisation
+
+    def _found_normalisation(self) -> Normalisation:
         if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
             return Normalisation(self.teacher.mean, self.teacher.std)
         if len(self.real.labels) == 0:

@@ -235,6 +235,8 @@ def test_what_cannot_be_shared_is_refused_in_every_process(results: Path, size: 
 def test_a_plan_refuses_what_the_run_would(world: World) -> None:
     loss = recipe_for("dm", data__use=f"npz:{world.data}", ipc=2, pipc=6)
     plans = in_parts(2, lambda part: api._plan(loss, "cpu", part))
+    rates = [plan["estimate"].pop("operations_per_second") * plan["estimate"].pop("seconds") for plan in plans]  # each measures its own
+    assert rates[0] == pytest.approx(rates[1], rel=0.01)
     assert plans[0] == plans[1]
     assert (plans[0]["processes"], plans[0]["accessible_images"], len(plans[0]["classes"])) == (2, 30, 5), "of the whole, not of a part"
     with pytest.raises(InputError, match=r"6 processes were started for 5 classes"):
