@@ -267,7 +267,7 @@ class Job:
 
         An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
         """
-        if self._normalisation is None:  # a cached_property holds a lock in the meantime, and this exchanges sums with other parts of the run
+        if self._normalisation is None:  # a cached_property holds a lock, and this waits for other parts of the run
             self._normalisation = self._found_normalisation()
         return self._normalisation
 

@@ -329,7 +329,9 @@ def recipe_for(
         flags |= {"teacher.model": model, "network.model": model}
     built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
     if not built.name:
-        built = msgspec.structs.replace(built, name=Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default")
+        built = msgspec.structs.replace(
+            built, name=Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default"
+        )
     if evaluators is not None:
         names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
         built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})

@@ -453,7 +453,7 @@ def test_practical_resolves_the_papers_settings_by_its_own_rules(ipc: int, pipc:
 
 def test_a_recipe_file_may_be_a_path_of_python_whatever_its_ending(tmp_path: Path) -> None:
     file = tmp_path / "settings"
-    file.write_text('ipc = 7\n[losses.dm]\nweight = 3.0\n')
+    file.write_text("ipc = 7\n[losses.dm]\nweight = 3.0\n")
     found = recipe_for(file)
     assert (found.name, found.ipc, found.losses["dm"].weight) == ("settings", 7, 3.0)
     with pytest.raises(InputError, match="does not exist"):
