@@ -1003,9 +1003,8 @@ def test_an_observer_that_raises_is_reported_once_and_spoils_neither_the_run_nor
     breaks, sees = Breaks(), Sees()
     with caplog.at_level(logging.WARNING, "ddkit"):
         run = ddkit.distill(recipe(["draws"]), out=tmp_path / "watched", device="cpu", observers=[breaks, sees])
-    assert [record.getMessage() for record in caplog.records] == [
-        "The observer 'observer 0' raised RuntimeError: no disk; the run goes on without it."
-    ]
+    told = [message for record in caplog.records if "observer" in (message := record.getMessage())]
+    assert told == ["The observer 'observer 0' raised RuntimeError: no disk; the run goes on without it."]
     assert breaks.calls == 1
     assert sees.steps == [0, 1, 2, 3]
     alone = ddkit.distill(recipe(["draws"]), out=tmp_path / "alone", device="cpu")

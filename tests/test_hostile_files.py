@@ -146,7 +146,7 @@ def test_no_reading_command_unpickles_anything(
     assert result.code in (2, 4, 5), result
     assert (result.code == 2) == ("classes.txt" in command)
     assert result.out == ""
-    assert result.err.startswith("ddkit:")
+    assert result.err.count("ddkit: ") == 1
     assert "Traceback" not in result.err
     assert not marker.exists()
     assert list(Path.cwd().iterdir()) in ([], [Path.cwd() / "new"])
@@ -263,7 +263,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", note)
     result = cli("distill", "--losses", "dm", "--pipc", "all", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
     assert (result.code, result.out) == (4, "")
-    assert " ".join(result.err.split()) == (
+    assert " ".join(result.err.split()).endswith(
         f"ddkit: The image {bad} declares {shown} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused before they are decoded. "
         "Scale it down or remove it."
     )
