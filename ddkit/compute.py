@@ -6,9 +6,10 @@ import ctypes
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -177,14 +178,27 @@ def products(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextmanager
 def differentiable_attention(wanted: bool) -> Iterator[None]:
-    """Inside, attention is computed by plain matrix products if `wanted`: torch's fused kernels have no second derivative."""
+    """Inside, attention is computed by plain matrix products if `wanted`: torch's fused kernels have no second derivative.
+
+    torch's switches hold for the whole process: of runs in several threads the first sets them, and the last puts them back.
+    """
     if not wanted:
         yield
         return
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    with sdpa_kernel(SDPBackend.MATH):
+    with _PLAIN_LOCK:
+        _PLAIN.append(nullcontext() if _PLAIN else sdpa_kernel(SDPBackend.MATH))
+        _PLAIN[-1].__enter__()
+    try:
         yield
+    finally:
+        with _PLAIN_LOCK:
+            _PLAIN.pop().__exit__(None, None, None)
+
+
+_PLAIN: list[AbstractContextManager[object]] = []  # one for each that is inside; the lowest, which leaves last, is that of torch
+_PLAIN_LOCK = threading.Lock()
 
 
 def product_rate(device: torch.device, precision: str, *, side: int, count: int) -> float:

@@ -68,6 +68,8 @@ weight = 0.01
 [losses.dkkt-primal]
 weight = 0.5
 views = {default = 1.0, soft = 0.5}
+[losses.dkkt-stationarity]
+weight = 0.1
 [evaluators.accuracy]
 protocol = "short"
 epochs = 1

@@ -218,16 +218,19 @@ def test_files_labels_and_fingerprint_are_those_of_a_walk_with_pathlib(folder: P
     assert dataset.fingerprint() == digest.hexdigest()
 
 
-def test_links_are_followed_and_broken_ones_are_not_images(tmp_path: Path, folder: Path) -> None:
+def test_links_are_followed_and_broken_ones_are_refused_when_they_are_read(tmp_path: Path, folder: Path) -> None:
     target = write_old(tmp_path / "elsewhere/x.png", np.full((6, 5, 3), 77))
     (folder / "train/cat/zz.png").symlink_to(target)
     (folder / "train/cat/broken.png").symlink_to(tmp_path / "nowhere.png")
     (folder / "train/yak").symlink_to(target.parent, target_is_directory=True)
     dataset = opened(folder)
     assert list(dataset.class_names) == [*NAMES, "yak"]
-    assert torch.bincount(dataset.labels("train")).tolist() == [13, 12, 12, 1]
-    assert (torch.stack(list(dataset.images("train", [12, 37]))) == 77).all()
-    assert not (torch.stack(list(dataset.images("train", [11]))) == 77).all()
+    assert torch.bincount(dataset.labels("train")).tolist() == [14, 12, 12, 1]
+    place = {source: index for index, source in enumerate(dataset.sources("train", range(39)))}
+    assert (torch.stack(list(dataset.images("train", [place["train/cat/zz.png"], place["train/yak/x.png"]]))) == 77).all()
+    assert not (torch.stack(list(dataset.images("train", [place["train/cat/zz.png"] - 1]))) == 77).all()
+    with pytest.raises(ddkit.InputError, match=r"broken\.png"):
+        dataset.images("train", [place["train/cat/broken.png"]])
 
 
 # Decoding

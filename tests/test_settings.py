@@ -37,6 +37,8 @@ def test_a_deterministic_run_of_all_losses_works_on_the_cpu(cli: Cli) -> None:
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
     """Prepares a run as if its device were a GPU; nothing is computed there before the check."""
     monkeypatch.setattr("ddkit.jobs.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("ddkit.jobs.no_second_derivative", lambda *arguments, **more: "")
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *arguments, **more: module)
     monkeypatch.setattr("ddkit.jobs.Decisions", lambda *arguments, **more: SimpleNamespace(needs_network=True))
     sets = [("engine.deterministic", True), *given.pop("sets", [])]
     Job(recipe_for(losses="dm,dkkt", pipc=2, evaluators="none", sets=sets, **given))
@@ -61,7 +63,7 @@ def test_what_cannot_be_deterministic_on_a_gpu_is_refused_by_name_before_the_run
 
 
 def test_a_view_that_cannot_be_is_named_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ddkit.InputError, match=r"augmenter 'dsv' of views\.default"):
+    with pytest.raises(ddkit.InputError, match=r"augmenter 'dsa' of views\.default"):
         _on_a_gpu(monkeypatch, augmenter__use="none")
 
 
