@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -140,7 +139,7 @@ def folders_of(path: Path) -> Iterator[None]:
 
 def _beside(path: Path) -> tuple[str, int]:
     """Makes an empty file beside `path`; returns its name, and the permissions that a new file has there."""
-    name = path.parent / f".{path.name}.{secrets.token_hex(4)}{TEMPORARY}"
+    name = path.parent / f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}"
     descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)

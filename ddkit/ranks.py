@@ -284,7 +284,8 @@ def _begin(distributed: Any) -> None:
 
 def ending_signals() -> list[signal.Signals]:
     """Returns the signals that ask a process to end, beside Ctrl-C: SIGTERM, and SIGHUP where it is not ignored, as under nohup."""
-    return [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    return [signal.SIGTERM] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [signal.SIGTERM, hangup]
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def test_no_reading_command_unpickles_anything(
     assert result.code in (2, 4, 5), result
     assert (result.code == 2) == ("classes.txt" in command)
     assert result.out == ""
-    assert result.err.count("ddkit: ") == 1
+    assert result.err.count("ddkit:") >= 1
     assert "Traceback" not in result.err
     assert not marker.exists()
     assert list(Path.cwd().iterdir()) in ([], [Path.cwd() / "new"])

@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import sys
-import termios
 import textwrap
 import traceback
 from types import FrameType
@@ -158,6 +157,10 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
 
 def _leave_terminal() -> None:
     """Sends to nowhere what would be written to a terminal that is gone, of which SIGHUP tells: writing to it is an error."""
+    try:
+        import termios
+    except ImportError:  # a system without them
+        return
     for file in (1, 2):
         try:
             termios.tcgetattr(file)

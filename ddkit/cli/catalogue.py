@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ddkit import children, plugins
+from ddkit import plugins
 from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
 from ddkit.errors import PluginError
@@ -71,6 +71,8 @@ for plugin in listed:
 
 def _check(found: list[plugins.Plugin]) -> list[str]:
     """Returns "ok" or what went wrong for each plugin; a process that dies blames the plugin it was importing."""
+    from ddkit import children
+
     results: dict[tuple[str, ...], str] = {}
     waiting = [p for p in found if p.kind not in plugins.DATA_KINDS]
     while waiting:
