@@ -126,7 +126,7 @@ class Child:
 
 
 def begin(text: str) -> None:
-    """Begins this process as a child, which ends with its parent, of what was handed over to it."""
+    """Makes this process a child: it ends with its parent, and knows what its parent handed over in `text`."""
     _end_with_parent()
     take_over(text)
 

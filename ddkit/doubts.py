@@ -58,7 +58,7 @@ def outside(images: Tensor, lower: str) -> list[str]:
 def below_random_real(row: Any, tests: int) -> list[str]:
     """Returns what to say of a row of an evaluation, on `tests` images, whose set is worse than random real images beyond the spread.
 
-    That is twice the larger of both standard deviations, or where it is less, of what a difference scatters by the number of tests.
+    The spread is twice the largest of three: both standard deviations, and the one that a difference has by the number of test images.
     """
     mean, real = row.accuracy_mean, row.random_real_mean
     if row.images != "synthetic" or mean is None or real is None:
