@@ -10,11 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, resume, train
-    from ddkit.arrays import read_arrays
-    from ddkit.artifact import Artifact, Provenance, load
     from ddkit.cache import cache_folder
-    from ddkit.children import Child, ChildEnded, reply
-    from ddkit.components import (
+    from ddkit.components.base import (
         API_VERSION,
         Augmenter,
         Component,
@@ -24,72 +21,75 @@ if TYPE_CHECKING:
         EvaluationData,
         Evaluator,
         Exporter,
+        InitContext,
         Initializer,
         Loss,
         LossGroup,
         Model,
-        Start,
     )
-    from ddkit.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
-    from ddkit.decode import grid
+    from ddkit.components.observers import hookimpl
+    from ddkit.components.options import Option, Options, Parameter, Requires
+    from ddkit.components.registry import add_plugin_file, create
+    from ddkit.data.arrays import read_arrays
+    from ddkit.data.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
+    from ddkit.data.memmap import blocks, on_disk
+    from ddkit.data.objects import passed_dataset
+    from ddkit.data.spectra import high_frequency_share, radial_spectrum, spread
+    from ddkit.engine.parametrization import grid
+    from ddkit.engine.step import RealStep, Step, View
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
-    from ddkit.exporting import export
     from ddkit.files import not_permitted, open_regular
-    from ddkit.hookspecs import hookimpl
-    from ddkit.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
-    from ddkit.importing import import_file
-    from ddkit.mapped import blocks, on_disk
     from ddkit.names import without_folders
-    from ddkit.networks import build_network, redraw, training_flops
-    from ddkit.options import Option, Options, Parameter, Requires
-    from ddkit.passed import passed_dataset
-    from ddkit.plugins import add_plugin_file, create
-    from ddkit.progress import ProgressBar, ProgressLines
-    from ddkit.randomness import generator
-    from ddkit.reporting import report
-    from ddkit.spectra import high_frequency_share, radial_spectrum, spread
-    from ddkit.step import RealStep, Step, View
-    from ddkit.teacher import Teacher
-    from ddkit.training import Schedule, accuracy, fit
+    from ddkit.nn.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
+    from ddkit.nn.networks import build_network, redraw, training_flops
+    from ddkit.nn.teacher import Teacher
+    from ddkit.nn.training import Schedule, accuracy, fit
+    from ddkit.run.artifact import Artifact, Provenance, load
+    from ddkit.run.children import Child, ChildEnded, reply
+    from ddkit.run.exporting import export
+    from ddkit.run.importing import import_file
+    from ddkit.run.progress import ProgressBar, ProgressLines
+    from ddkit.run.report import report
+    from ddkit.seeding import generator
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "resume", "train"),
-    "ddkit.arrays": ("read_arrays",),
-    "ddkit.artifact": ("Artifact", "Provenance", "load"),
+    "ddkit.data.arrays": ("read_arrays",),
+    "ddkit.run.artifact": ("Artifact", "Provenance", "load"),
     "ddkit.cache": ("cache_folder",),
-    "ddkit.children": ("Child", "ChildEnded", "reply"),
-    "ddkit.components": (
+    "ddkit.run.children": ("Child", "ChildEnded", "reply"),
+    "ddkit.components.base": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
-        "Exporter", "Initializer", "Loss", "LossGroup", "Model", "Start",
+        "Exporter", "Initializer", "Loss", "LossGroup", "Model", "InitContext",
     ),
-    "ddkit.compute": (
+    "ddkit.nn.compute": (
         "Arithmetic", "compiled", "decide_arithmetic", "is_compiled", "pick_precision", "products", "to_device", "tune_process",
     ),
-    "ddkit.decode": ("grid",),
-    "ddkit.escaping": ("markdown",),
+    "ddkit.engine.parametrization": ("grid",),
+    "ddkit.run.markdown": ("markdown",),
     "ddkit.errors": (
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
-    "ddkit.exporting": ("export",),
+    "ddkit.run.exporting": ("export",),
     "ddkit.files": ("not_permitted", "open_regular"),
-    "ddkit.hookspecs": ("hookimpl",),
-    "ddkit.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
-    "ddkit.importing": ("import_file",),
-    "ddkit.mapped": ("blocks", "on_disk"),
+    "ddkit.components.observers": ("hookimpl",),
+    "ddkit.data.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
+    "ddkit.run.importing": ("import_file",),
+    "ddkit.data.memmap": ("blocks", "on_disk"),
     "ddkit.names": ("without_folders",),
-    "ddkit.networks": ("build_network", "redraw", "training_flops"),
-    "ddkit.options": ("Option", "Options", "Parameter", "Requires"),
-    "ddkit.passed": ("passed_dataset",),
-    "ddkit.progress": ("ProgressBar", "ProgressLines"),
-    "ddkit.plugins": ("add_plugin_file", "create"),
-    "ddkit.randomness": ("generator",),
-    "ddkit.reporting": ("report",),
-    "ddkit.spectra": ("high_frequency_share", "radial_spectrum", "spread"),
-    "ddkit.step": ("RealStep", "Step", "View"),
-    "ddkit.teacher": ("Teacher",),
-    "ddkit.training": ("Schedule", "accuracy", "fit"),
+    "ddkit.nn.networks": ("build_network", "redraw", "training_flops"),
+    "ddkit.components.options": ("Option", "Options", "Parameter", "Requires"),
+    "ddkit.data.objects": ("passed_dataset",),
+    "ddkit.run.progress": ("ProgressBar", "ProgressLines"),
+    "ddkit.components.registry": ("add_plugin_file", "create"),
+    "ddkit.seeding": ("generator",),
+    "ddkit.run.report": ("report",),
+    "ddkit.data.spectra": ("high_frequency_share", "radial_spectrum", "spread"),
+    "ddkit.engine.step": ("RealStep", "Step", "View"),
+    "ddkit.nn.teacher": ("Teacher",),
+    "ddkit.nn.training": ("Schedule", "accuracy", "fit"),
 }  # fmt: skip
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -109,6 +109,7 @@ __all__ = [
     "Evaluator",
     "Exporter",
     "FlagError",
+    "InitContext",
     "Initializer",
     "InputError",
     "Interrupted",
@@ -130,7 +131,6 @@ __all__ = [
     "RunFailed",
     "RunFilesError",
     "Schedule",
-    "Start",
     "Step",
     "Teacher",
     "View",

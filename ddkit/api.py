@@ -10,30 +10,31 @@ from typing import Any
 
 import msgspec
 
-from ddkit import permission, plugins, running, said
-from ddkit.blends import blend, plan_of_blend, run_blend
-from ddkit.components import Evaluation
-from ddkit.compute import pick_device
-from ddkit.data import check_classes, open_dataset
-from ddkit.engine import deterministic
+from ddkit.components import registry, trust
+from ddkit.components.base import Evaluation
+from ddkit.components.observers import Observers
+from ddkit.components.plugin_file import check_unchanged
+from ddkit.data.image_cache import left_alone
+from ddkit.data.objects import passing
+from ddkit.data.real import check_classes, open_dataset
+from ddkit.distributed import Ranks, group, own_device
+from ddkit.engine.loop import deterministic
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
-from ddkit.estimates import estimated
-from ddkit.evaluating import evaluate
 from ddkit.files import check_writable, folders_of
-from ddkit.hookspecs import Observers
-from ddkit.imagecache import left_alone
-from ddkit.jobs import AUTOMATIC_TEACHER, TEACHER_FILE, Job
-from ddkit.manifest import MANIFEST, check_listed
 from ddkit.names import check_out
-from ddkit.passed import passing
-from ddkit.pluginfile import check_unchanged
-from ddkit.ranks import Ranks, group, own_device
-from ddkit.recipe import Recipe, parse_recipe, recipe_dict
-from ddkit.recipes import check_used, flattened, recipe_for
-from ddkit.rundir import RECIPE, Run, RunDirectory
-from ddkit.running import Place
-from ddkit.teacher import Teacher
-from ddkit.teachers import save_teacher, train_teacher
+from ddkit.nn.compute import pick_device
+from ddkit.nn.teacher import Teacher
+from ddkit.nn.teachers import save_teacher, train_teacher
+from ddkit.recipes.resolve import check_used, flattened, recipe_for
+from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
+from ddkit.run import run, warnings
+from ddkit.run.blend import blend, plan_of_blend, run_blend
+from ddkit.run.directory import RECIPE, Run, RunDirectory
+from ddkit.run.estimates import estimated
+from ddkit.run.evaluation import evaluate
+from ddkit.run.manifest import MANIFEST, check_listed
+from ddkit.run.run import Place
+from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
 
 log = logging.getLogger("ddkit")
 TRAINING = ("data", "teacher", "train", "seed")  # what of a recipe matters to `train`, and what of it does not
@@ -59,7 +60,7 @@ def _plan(recipe: Recipe, device: str, ranks: Ranks) -> dict[str, Any]:
     if recipe.blend is not None:
         return plan_of_blend(recipe, device, lambda part: _plan(part, device, ranks), ranks)
     with deterministic(recipe.engine.deterministic), left_alone():
-        made = running.make(recipe, Place(device, ranks, ()), Observers([]), plan=True)
+        made = run.make(recipe, Place(device, ranks, ()), Observers([]), plan=True)
         job = made.job
         cost = estimated(job)
     waits = job.teacher is not None and not job.teacher.path
@@ -115,7 +116,7 @@ def distill(
     losses = losses if losses is None or isinstance(losses, str) else ",".join(losses)
     named = {"model": model, "dataset": dataset, "init": init, "augment": augment, "evaluators": evaluators}
     place = None if out is None else Path(out)
-    with passing(dataset) as data, permission.granting(named, sets, _table(recipe), everything=allow_code):
+    with passing(dataset) as data, trust.granting(named, sets, _table(recipe), everything=allow_code):
         built = recipe_for(
             recipe, losses=losses, evaluators=evaluators, protocol=protocol, model=model, sets=list((sets or {}).items()),
             ipc=ipc, pipc=pipc, steps=steps, seed=seed, teacher__use=teacher, initializer__use=init,
@@ -151,25 +152,25 @@ def _run(recipe: Recipe, place: Place, out: Path | None, name: str, *, force: bo
     pick_device(place.device)
     place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
     watchers = place.watchers()
-    stem = f"{name.replace(',', '+').replace(':', '-')}-{plugins.split_name(recipe.data.use)[0]}"
+    stem = f"{name.replace(',', '+').replace(':', '-')}-{registry.split_name(recipe.data.use)[0]}"
 
     def claim() -> RunDirectory:
         return RunDirectory.numbered(stem) if out is None else RunDirectory.claim(out, force=force)
 
-    with said.recording(), place.directory(claim) as directory:
+    with warnings.recording(), place.directory(claim) as directory:
         place = place._replace(whole=place.whole or directory.path)
         with watchers.interruptible(place.going_on):
             if recipe.blend is not None:
                 return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
             with deterministic(recipe.engine.deterministic):
                 try:
-                    made = running.make(recipe, place, watchers)
-                    running.begin(made, directory)
+                    made = run.make(recipe, place, watchers)
+                    run.begin(made, directory)
                 except BaseException:
                     directory.discard()
                     raise
                 try:
-                    return running.finish(made, directory, watchers, start=0)
+                    return run.finish(made, directory, watchers, start=0)
                 except (Interrupted, KeyboardInterrupt):  # it can be continued
                     raise
                 except BaseException:
@@ -198,13 +199,13 @@ def resume(
     run may have been begun by any number of processes. Raises DdkitError.
     """
     moved = {"--dataset": dataset if isinstance(dataset, str) else None, "--teacher": teacher}
-    with permission.granting({"dataset": moved["--dataset"]}, everything=allow_code), passing(dataset), group(wanted=distributed) as ranks:
+    with trust.granting({"dataset": moved["--dataset"]}, everything=allow_code), passing(dataset), group(wanted=distributed) as ranks:
         return _resume(Path(path), steps, Place(own_device(device), ranks, observers), moved)
 
 
 def _resume(path: Path, steps: int | None, place: Place, moved: Mapping[str, str | None] | None = None) -> Run:
     given = {flag: value for flag, value in (moved or {}).items() if value is not None}
-    with said.recording(), place.directory(lambda: RunDirectory.existing(path).take()) as directory:
+    with warnings.recording(), place.directory(lambda: RunDirectory.existing(path).take()) as directory:
         table = directory.read_recipe()
         recipe = parse_recipe(table)
         if recipe.blend is not None and steps is not None:
@@ -227,9 +228,9 @@ def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[
     """Returns the resolved recipe `table` with the places of data and teacher that are `given`; raises FlagError for other ones."""
     table = copy.deepcopy(table)
     if "--dataset" in given:
-        name, argument = plugins.split_name(given["--dataset"])
+        name, argument = registry.split_name(given["--dataset"])
         own = table.get("data", {}).get("use", "digits")
-        key = plugins.load("dataset", own).argument
+        key = registry.load("dataset", own).argument
         if name != own or not argument or key is None:
             now = f"--dataset {own}:PATH says where the same data are now" if key else "leave it out"
             raise FlagError(
@@ -249,12 +250,12 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watc
     newest = directory.newest_checkpoint()
     place.ranks.same("The newest checkpoint", None if newest is None else newest.step)
     if newest is not None:
-        said.add(newest.warnings)
+        warnings.add(newest.warnings)
         check_unchanged(newest.plugin_files, directory.path)
         if newest.step > recipe.steps:
             raise RunFilesError(f"{directory.path} is at step {newest.step} already, past --steps {recipe.steps}.")
     try:
-        made = running.make(recipe, place, watchers, begun=newest is not None)
+        made = run.make(recipe, place, watchers, begun=newest is not None)
     except InputError as error:
         places = {f"--dataset {recipe.data.use}:PATH": recipe.data.options.get("path"), "--teacher FILE": recipe.teacher.use}
         gone = [flag for flag, at in places.items() if at not in (None, "auto") and not Path(str(at)).exists()]
@@ -263,8 +264,8 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watc
         raise
     if newest is None:
         directory.reopen()
-        running.begin(made, directory)
-        return running.finish(made, directory, watchers, start=0)
+        run.begin(made, directory)
+        return run.finish(made, directory, watchers, start=0)
     start = newest.step
     _check_inputs(newest.inputs, made.job, directory.path)
     made.job.plugin_files = newest.plugin_files | made.job.plugin_files
@@ -277,10 +278,10 @@ def _continue(table: dict[str, Any], directory: RunDirectory, place: Place, watc
     places = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
     directory.write_recipe(table | places)
     directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
-    return running.finish(made, directory, watchers, start=start, spent=newest.seconds)
+    return run.finish(made, directory, watchers, start=start, spent=newest.seconds)
 
 
-def _check_inputs(began: Mapping[str, str], job: Job, path: Path) -> None:
+def _check_inputs(began: Mapping[str, str], job: RunSetup, path: Path) -> None:
     """Raises RunFilesError where the run at `path` began with another teacher or other images; warns for an automatic teacher."""
     renamed = next((digest for name, digest in began.items() if name.startswith(TEACHER_FILE)), None)
     for name, digest in job.inputs.items():
@@ -331,7 +332,7 @@ def train(
         raise FlagError(f"--out {path}: a teacher file is safetensors. Name it {path.with_suffix('.safetensors')}.")
     watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
     kept = watchers.interruptible(lambda: "Nothing of it is kept: give the same command again.")
-    granted = permission.granting(named, sets, _table(recipe), everything=allow_code)
+    granted = trust.granting(named, sets, _table(recipe), everything=allow_code)
     with passing(dataset) as data, granted, kept, folders_of(path):
         built = recipe_for(
             recipe, model=model, evaluators="none", sets=list((sets or {}).items()), data__dir=data_dir, seed=seed, **data

@@ -16,10 +16,12 @@ import click
 import msgspec
 
 import ddkit
-from ddkit import hookspecs, plugins, scaffold, testing
+from ddkit import testing
 from ddkit.cli import cli
 from ddkit.cli.manual import USED as CHOSEN
-from ddkit.options import describe_options
+from ddkit.components import observers, registry
+from ddkit.components.options import describe_options
+from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
 KINDS = DOCS / "kinds"
@@ -56,18 +58,18 @@ WHERE = {
 
 def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
-    own = [p for p in plugins.plugins() if p.first_party and p.kind not in plugins.DATA_KINDS]
+    own = [p for p in registry.plugins() if p.first_party and p.kind not in registry.DATA_KINDS]
     found = {DOCS / "components.md": _list(), DOCS / "cli.md": _commands(), **{DOCS / _file(p): _component(p) for p in own}}
     return found | {page: _filled(page) for page in sorted(KINDS.glob("*.md"))}
 
 
-def _file(plugin: plugins.Plugin) -> str:
+def _file(plugin: registry.Plugin) -> str:
     return f"components/{plugin.kind}-{plugin.name}.md"
 
 
-def _component(plugin: plugins.Plugin) -> str:
+def _component(plugin: registry.Plugin) -> str:
     """Returns the page of one component: docstring, options, what it requires."""
-    found = plugins.load_plugin(plugin)
+    found = registry.load_plugin(plugin)
     text = inspect.getdoc(found if inspect.isclass(found) else type(found)) or ""
     parts = [f"# {plugin.kind.replace('-', ' ').capitalize()} `{plugin.name}`\n\n{_prose(text)}\n"]
     if plugin.kind in CHOSEN:
@@ -129,14 +131,14 @@ def _commands() -> str:
 def _list() -> str:
     """Returns the page of all first-party components."""
     parts = [HEAD]
-    for kind in plugins.GROUPS:
-        found = [p for p in plugins.plugins() if p.kind == kind and p.first_party]
+    for kind in registry.GROUPS:
+        found = [p for p in registry.plugins() if p.kind == kind and p.first_party]
         if found:
             parts.append("\n".join(_section(kind, found)))
     return "\n".join(parts)
 
 
-def _section(kind: str, found: list[plugins.Plugin]) -> Iterator[str]:
+def _section(kind: str, found: list[registry.Plugin]) -> Iterator[str]:
     yield f"## {_plural(kind)}\n"
     where = f"Options go under {WHERE[kind]}. " if kind in WHERE else ""
     named = f"{'an' if kind[0] in 'aeio' else 'a'} {kind.replace('-', ' ')}"
@@ -145,8 +147,8 @@ def _section(kind: str, found: list[plugins.Plugin]) -> Iterator[str]:
     yield f"| name | what it is |{f' {last} |' if last else ''}"
     yield f"|---|---|{'---|' if last else ''}"
     for plugin in found:
-        summary = plugins.status(plugin)[1].replace("|", "\\|")
-        name = f"`{plugin.name}`" if plugin.kind in plugins.DATA_KINDS else f"[`{plugin.name}`]({_file(plugin)})"
+        summary = registry.status(plugin)[1].replace("|", "\\|")
+        name = f"`{plugin.name}`" if plugin.kind in registry.DATA_KINDS else f"[`{plugin.name}`]({_file(plugin)})"
         yield f"| {name} | {summary} |{f' {_details(plugin)} |' if last else ''}"
     yield ""
 
@@ -155,8 +157,8 @@ def _plural(kind: str) -> str:
     return {"loss": "Losses", "study": "Studies"}.get(kind, f"{kind.replace('-', ' ').capitalize()}s")
 
 
-def _details(plugin: plugins.Plugin) -> str:
-    found = plugins.load_plugin(plugin)
+def _details(plugin: registry.Plugin) -> str:
+    found = registry.load_plugin(plugin)
     if plugin.kind == "loss-group":
         return ", ".join(f"`{name}`" for name in found.members)
     if not hasattr(found, "Options"):
@@ -184,11 +186,11 @@ def _filled(page: Path) -> str:
 
 def _facts(kind: str) -> str:
     """Returns the table at the head of a kind's page."""
-    base = plugins.BASES.get(kind)
+    base = registry.BASES.get(kind)
     chosen = f"`{CHOSEN[kind].removeprefix('ddkit distill ')}`" if kind in CHOSEN else NEEDS_NO_NAME[kind]
     rows = {
         "base class": f"`ddkit.{base.__name__}`" if base else "functions marked `@ddkit.hookimpl`" if kind == "observer" else "none: TOML",
-        "entry-point group": f"`{plugins.GROUPS[kind]}`",
+        "entry-point group": f"`{registry.GROUPS[kind]}`",
         "chosen by": chosen,
         "options in a recipe": WHERE.get(kind, "") if kind != "exporter" else "none, but `--set OPTION=VALUE` of `export`",
         "conformance suite": f"`ddkit.testing.{testing.SUITES[kind].__name__}`, `ddkit check {kind} NAME`"
@@ -259,8 +261,8 @@ def _checks(kind: str) -> str:
 def _own(kind: str) -> str:
     """Returns the table of what comes with ddkit of a kind."""
     rows = [
-        f"| {f'`{p.name}`' if p.kind in plugins.DATA_KINDS else f'[`{p.name}`](../{_file(p)})'} | {_cell(plugins.status(p)[1])} |"
-        for p in plugins.plugins()
+        f"| {f'`{p.name}`' if p.kind in registry.DATA_KINDS else f'[`{p.name}`](../{_file(p)})'} | {_cell(registry.status(p)[1])} |"
+        for p in registry.plugins()
         if p.kind == kind and p.first_party
     ]
     return "\n".join(["| name | what it is |", "|---|---|", *rows]) if rows else "None."
@@ -269,8 +271,8 @@ def _own(kind: str) -> str:
 def _hooks(_: str) -> str:
     """Returns what every hook says of itself, in the order of a run."""
     parts = []
-    for hook in hookspecs.HOOKS:
-        function = getattr(hookspecs, hook)
+    for hook in observers.HOOKS:
+        function = getattr(observers, hook)
         text = " ".join((inspect.getdoc(function) or "").split())
         answers = re.findall(r"(Called|Receives|May|May not|Since): (.*?)(?= (?:Receives|May|May not|Since): |$)", text)
         parts.append("\n".join([f"### {hook}\n\n`{hook}{_signature(function)}`\n", *(f"- {key}: {value}" for key, value in answers)]))
@@ -280,10 +282,10 @@ def _hooks(_: str) -> str:
 def _kinds(_: str) -> str:
     """Returns the table of all kinds."""
     rows = []
-    for kind in plugins.GROUPS:
-        base = plugins.BASES.get(kind)
+    for kind in registry.GROUPS:
+        base = registry.BASES.get(kind)
         suite = testing.SUITES.get(kind)
-        cells = [f"[{kind}]({kind}.md)", f"`ddkit.{base.__name__}`" if base else "", f"`{plugins.GROUPS[kind]}`"]
+        cells = [f"[{kind}]({kind}.md)", f"`ddkit.{base.__name__}`" if base else "", f"`{registry.GROUPS[kind]}`"]
         rows.append(f"| {' | '.join([*cells, f'`{suite.__name__}`' if suite else ''])} |")
     return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
 

@@ -16,9 +16,9 @@ ddkit.tune_process()  # as the command does, before torch is imported
 import numpy as np  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from ddkit.engine import Engine  # noqa: E402
-from ddkit.jobs import Job  # noqa: E402
-from ddkit.recipes import recipe_for  # noqa: E402
+from ddkit.engine.loop import Engine  # noqa: E402
+from ddkit.recipes.resolve import recipe_for  # noqa: E402
+from ddkit.run.setup import RunSetup  # noqa: E402
 
 
 def made(ipc: int, pipc: int, folder: Path) -> Engine:
@@ -29,7 +29,7 @@ def made(ipc: int, pipc: int, folder: Path) -> Engine:
         "practical", losses="dm", evaluators="none", data__use=f"npz:{folder / 'random.npz'}", ipc=ipc, pipc=pipc, steps=5000,
         initializer__use="noise",
     )  # fmt: skip
-    job = Job(recipe)
+    job = RunSetup(recipe)
     return job.engine(job.bank())
 
 

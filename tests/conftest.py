@@ -67,11 +67,11 @@ def _no_plugin_files() -> Iterator[None]:
 
 def forget_plugin_files() -> None:
     """Makes this process as one that was given no plugin file."""
-    from ddkit import pluginfile, plugins
+    from ddkit.components import plugin_file, registry
 
-    if pluginfile.known():
-        pluginfile.remember({})
-        plugins.plugins.cache_clear()
+    if plugin_file.known():
+        plugin_file.remember({})
+        registry.plugins.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -84,20 +84,20 @@ def forks() -> Iterator[Any]:
 @pytest.fixture
 def forked_children(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
     """Makes the processes that ddkit starts forks."""
-    monkeypatch.setattr("ddkit.children.subprocess", forks)
+    monkeypatch.setattr("ddkit.run.children.subprocess", forks)
 
 
 @pytest.fixture
 def forked_imports(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
     """Makes the processes in which conformance checks import a module forks: for tests that read no time of it."""
-    monkeypatch.setattr("ddkit.children.subprocess", forks)
+    monkeypatch.setattr("ddkit.run.children.subprocess", forks)
 
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Result]]:
     """Yields a function that runs `ddkit ARGS...` in this process, in an empty folder."""
-    from ddkit import said
     from ddkit.cli import main
+    from ddkit.run import warnings
 
     folder = tmp_path / "cwd"
     folder.mkdir()
@@ -113,7 +113,7 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     yield run
     logging.getLogger("ddkit").setLevel(logging.NOTSET)  # as it was before --verbose
-    said.show_from(logging.NOTSET)  # and before --quiet
+    warnings.show_from(logging.NOTSET)  # and before --quiet
 
 
 def timeless(checkpoint: Path) -> str:

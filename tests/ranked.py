@@ -1,4 +1,4 @@
-"""What the processes of tests/test_ranks.py do: `torchrun ... -m tests.ranked FOLDER [LEFT OUT]` works off FOLDER/cases.json."""
+"""What the processes of tests/contract/test_ranks.py do: `torchrun ... -m tests.ranked FOLDER [LEFT OUT]` works off FOLDER/cases.json."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ddkit.children import Child, ChildEnded
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed, RunFilesError
+from ddkit.run.children import Child, ChildEnded
 
 PARTS = ("steps", "evaluation", "loading", "startup")
 Row = dict[str, Any]

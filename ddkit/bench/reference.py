@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from ddkit import plugins
-from ddkit.components import Augmenter, DataInfo, Model
-from ddkit.networks import build_network, embed
+from ddkit.components import registry
+from ddkit.components.base import Augmenter, DataInfo, Model
+from ddkit.nn.networks import build_network, embed
 
 
 class ReferenceStep:
@@ -83,4 +83,4 @@ class ReferenceEvaluation:
 
 def field_components(info: DataInfo) -> tuple[Model, Augmenter]:
     """Returns the field's standard network and augmentation."""
-    return plugins.create("model", "convnet", data=info), plugins.create("augmenter", "dsa", data=info)
+    return registry.create("model", "convnet", data=info), registry.create("augmenter", "dsa", data=info)

@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ddkit import compute
-from ddkit.children import reply
 from ddkit.errors import DdkitError
+from ddkit.nn import compute
+from ddkit.run.children import reply
 
 Measure = Callable[[], dict[str, Any]]
 PROTOCOL_EPOCHS, PROTOCOL_TESTS = 1000, 10_000  # of dm-official on CIFAR-10
@@ -72,7 +72,7 @@ def _timed(call: Callable[[], Any], count: int) -> float:
 
 
 def _info(spec: dict[str, Any]) -> Any:
-    from ddkit.components import DataInfo
+    from ddkit.components.base import DataInfo
 
     names = tuple(str(label) for label in range(spec["classes"]))
     return DataInfo(class_names=names, channels=spec["channels"], size=(spec["size"], spec["size"]))
@@ -112,11 +112,11 @@ def _device_name(device: Any) -> str:
 
 def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """Steps of a run: the engine as `ddkit distill` builds it, on random images."""
-    from ddkit.jobs import Job
+    from ddkit.run.setup import RunSetup
 
     start_mib = _peak_mib()
     with tempfile.TemporaryDirectory() as folder:
-        job = Job(_recipe(spec, Path(folder)), device=spec["device"])
+        job = RunSetup(_recipe(spec, Path(folder)), device=spec["device"])
         job.load_teacher()
     bank = job.bank()
     engine = job.engine(bank)
@@ -163,7 +163,7 @@ def _counted(engine: Any) -> float:
 def _recipe(spec: dict[str, Any], folder: Path) -> Any:
     import numpy as np
 
-    from ddkit.recipes import recipe_for
+    from ddkit.recipes.resolve import recipe_for
 
     random = np.random.default_rng(0)
     info, rows = _info(spec), spec["classes"] * spec["pipc"]
@@ -191,12 +191,12 @@ def _recipe(spec: dict[str, Any], folder: Path) -> Any:
 
 def _random_teacher(info: Any, path: Path) -> Path:
     """Writes an untrained network as a teacher: its speed is that of a trained one."""
-    from ddkit import plugins
-    from ddkit.networks import build_network
-    from ddkit.teacher import Teacher
-    from ddkit.teachers import save_teacher
+    from ddkit.components import registry
+    from ddkit.nn.networks import build_network
+    from ddkit.nn.teacher import Teacher
+    from ddkit.nn.teachers import save_teacher
 
-    model = plugins.create("model", "convnet", {"norm": "batch"}, data=info)
+    model = registry.create("model", "convnet", {"norm": "batch"}, data=info)
     record = {
         "model": "convnet", "options": {"norm": "batch"}, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
         "class_names": list(info.class_names), "input_shape": list(info.shape),
@@ -231,11 +231,11 @@ def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """Networks of the evaluator `accuracy` under dm-official, computed as it plans for the whole protocol."""
-    from ddkit import plugins
+    from ddkit.components import registry
 
     info, images, labels = _labelled(spec)
     device, options = compute.pick_device(spec["device"]), {"protocol": "dm-official", "random_real": False} | spec.get("options", {})
-    evaluator = plugins.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
+    evaluator = registry.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
     plan = evaluator.plan(info, device, rows=len(labels), tests=PROTOCOL_TESTS, networks=spec["networks"])
     options |= {"compile": "always" if plan.arithmetic.compile else "never", "precision": plan.arithmetic.precision}
     options["repeats"] = max(MEASURED_NETWORKS, 4 * plan.workers)
@@ -262,9 +262,9 @@ def _timed_evaluator(
     """Returns a function that evaluates once: (the time at the start and after each network, whether compiled code ran)."""
     import torch
 
-    from ddkit import plugins
-    from ddkit.artifact import Artifact
-    from ddkit.components import EvaluationData
+    from ddkit.components import registry
+    from ddkit.components.base import EvaluationData
+    from ddkit.run.artifact import Artifact
 
     units = {"mean": [0.5] * info.channels, "std": [0.25] * info.channels}
     artifact = Artifact(images, labels, {"class_names": list(info.class_names), **units})
@@ -276,7 +276,7 @@ def _timed_evaluator(
     )  # fmt: skip
 
     def evaluate(options: dict[str, Any]) -> tuple[list[float], bool]:
-        evaluator = plugins.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
+        evaluator = registry.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
         times[:] = [_synchronised()]
         (row,) = evaluator(artifact, data, None)
         return list(times), bool(row.details["compiled"])
@@ -314,8 +314,8 @@ def _protocol_seconds(short: float, long: float, spec: dict[str, Any]) -> dict[s
 
 def _loading(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """The accessible images of an image folder, first without and then with ddkit's image cache."""
-    from ddkit.data import RealData, open_dataset
-    from ddkit.recipe import DataTable
+    from ddkit.data.real import RealData, open_dataset
+    from ddkit.recipes.tables import DataTable
 
     def load() -> Any:
         return RealData(open_dataset(DataTable(use=f"imagefolder:{spec['folder']}")), spec["pipc"], 0)

@@ -11,9 +11,9 @@ from typing import Any
 
 import click
 
-from ddkit import plugins
 from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
+from ddkit.components import registry
 from ddkit.errors import PluginError
 
 
@@ -24,10 +24,10 @@ from ddkit.errors import PluginError
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     """List the installed components. KIND names one kind (losses, recipes, ...). None of them is imported."""
-    wanted = plugins.parse_kind(kind) if kind else None
-    if wanted in plugins.DATA_KINDS:
+    wanted = registry.parse_kind(kind) if kind else None
+    if wanted in registry.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
-    found = [p for p in plugins.plugins() if wanted in (None, p.kind)]
+    found = [p for p in registry.plugins() if wanted in (None, p.kind)]
     rows = [_row(p) for p in found]
     if check:
         for row, problem in zip(rows, _check(found), strict=True):
@@ -41,8 +41,8 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     show(tabulate(table, ["kind", "name", "from", "status", "summary"], tablefmt="simple", disable_numparse=True))
 
 
-def _row(plugin: plugins.Plugin) -> dict[str, str]:
-    status, summary = plugins.status(plugin)
+def _row(plugin: registry.Plugin) -> dict[str, str]:
+    status, summary = registry.status(plugin)
     return {
         "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version,
         "summary": summary, "status": status,
@@ -51,17 +51,18 @@ def _row(plugin: plugins.Plugin) -> dict[str, str]:
 
 _CHECKER = """
 import json
-from ddkit import errors, plugins
+from ddkit import errors
+from ddkit.components import registry
 try:
-    listed = plugins.plugins()
+    listed = registry.plugins()
 except errors.DdkitError as error:
     children.reply({"error": str(error)})
     sys.exit(error.exit_code)
 for plugin in listed:
-    if plugin.kind in plugins.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
+    if plugin.kind in registry.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
         continue
     try:
-        plugins.load_plugin(plugin)
+        registry.load_plugin(plugin)
         problem = "ok"
     except BaseException as error:
         problem = str(error)
@@ -69,12 +70,12 @@ for plugin in listed:
 """
 
 
-def _check(found: list[plugins.Plugin]) -> list[str]:
+def _check(found: list[registry.Plugin]) -> list[str]:
     """Returns "ok" or what went wrong for each plugin; a process that dies blames the plugin it was importing."""
-    from ddkit import children
+    from ddkit.run import children
 
     results: dict[tuple[str, ...], str] = {}
-    waiting = [p for p in found if p.kind not in plugins.DATA_KINDS]
+    waiting = [p for p in found if p.kind not in registry.DATA_KINDS]
     while waiting:
         keys = [[p.kind, p.distribution, p.name] for p in waiting]
         done = children.run(_CHECKER, json.dumps(keys))
@@ -90,7 +91,7 @@ def _check(found: list[plugins.Plugin]) -> list[str]:
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*plugins.GROUPS))
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
 @plugin_files
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 def info(words: tuple[str, ...], as_json: bool) -> None:
@@ -104,56 +105,56 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
         show(_page(facts))
 
 
-def found_plugin(words: tuple[str, ...], among: Collection[str] = plugins.GROUPS) -> plugins.Plugin:
+def found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROUPS) -> registry.Plugin:
     """Returns the plugin that the words [KIND] NAME mean; without a KIND it is of the first kind, of those `among`, that has the name.
 
     Kinds are in the order of plugins.GROUPS: a loss or another component comes before a recipe.
     """
     name = words[-1]
     if len(words) == 2:
-        return plugins.find(plugins.parse_kind(words[0]), name)
+        return registry.find(registry.parse_kind(words[0]), name)
     short = name.rpartition("/")[2]
-    found = {p.kind for p in plugins.plugins() if p.name == short}
-    kinds = [kind for kind in plugins.GROUPS if kind in found]
+    found = {p.kind for p in registry.plugins() if p.name == short}
+    kinds = [kind for kind in registry.GROUPS if kind in found]
     kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
-        near = difflib.get_close_matches(short, {p.name for p in plugins.plugins()}, n=1)
+        near = difflib.get_close_matches(short, {p.name for p in registry.plugins()}, n=1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise PluginError(f"There is no component '{name}'.{hint} `ddkit list` shows them all.")
-    return plugins.find(kinds[0], name)
+    return registry.find(kinds[0], name)
 
 
-def namesakes(plugin: plugins.Plugin, among: Collection[str] = plugins.GROUPS) -> list[str]:
+def namesakes(plugin: registry.Plugin, among: Collection[str] = registry.GROUPS) -> list[str]:
     """Returns the other kinds, of those `among`, that have a component or recipe of the plugin's name."""
-    kinds = {p.kind for p in plugins.plugins() if p.name == plugin.name} - {plugin.kind}
-    return [kind for kind in plugins.GROUPS if kind in kinds and kind in among]
+    kinds = {p.kind for p in registry.plugins() if p.name == plugin.name} - {plugin.kind}
+    return [kind for kind in registry.GROUPS if kind in kinds and kind in among]
 
 
-def _facts(plugin: plugins.Plugin) -> dict[str, Any]:
+def _facts(plugin: registry.Plugin) -> dict[str, Any]:
     base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
     base |= {"namesakes": namesakes(plugin)}
-    if plugin.kind in plugins.DATA_KINDS:
+    if plugin.kind in registry.DATA_KINDS:
         return base | _file_facts(plugin)
     import inspect
 
     import msgspec
 
-    from ddkit.options import describe_options
+    from ddkit.components.options import describe_options
 
-    found = plugins.load_plugin(plugin)
+    found = registry.load_plugin(plugin)
     facts: dict[str, Any] = base | {"description": inspect.getdoc(found) or ""}
     if plugin.kind == "loss-group":
         return facts | {"members": list(found.members)}
     if plugin.kind == "observer":
         return facts
-    requires = msgspec.to_builtins(plugins.required_by(plugin))
+    requires = msgspec.to_builtins(registry.required_by(plugin))
     asked = {key: value for key, value in requires.items() if value not in (False, None, [], {}, ())}
     return facts | {"argument": found.argument, "options": describe_options(found.Options), "requires": asked}
 
 
-def _file_facts(plugin: plugins.Plugin) -> dict[str, Any]:
+def _file_facts(plugin: registry.Plugin) -> dict[str, Any]:
     """Returns the text of a recipe or study, and what a recipe says of its settings."""
-    from ddkit.recipes import described, parse_toml
+    from ddkit.recipes.resolve import described, parse_toml
 
     file = Path(plugin.value)
     facts = {"text": file.read_text(encoding="utf-8")}

@@ -8,15 +8,15 @@ from typing import Any
 
 import click
 
-from ddkit import plugins
 from ddkit.cli.catalogue import found_plugin, namesakes
 from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
 from ddkit.cli.names import Names
+from ddkit.components import registry
 from ddkit.errors import DdkitError, FlagError
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*plugins.GROUPS))
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
 @click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the component, where its default does not suit.")
 @click.option("--data-dir", metavar="DIR", help="Folder for a dataset that downloads.")
 @plugin_files
@@ -32,9 +32,9 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     from ddkit import testing
 
     plugin = found_plugin((*words[:-1], name), testing.SUITES)
-    if plugin.kind != "dataset" or not plugins.load_plugin(plugin).takes_directory:
+    if plugin.kind != "dataset" or not registry.load_plugin(plugin).takes_directory:
         refuse_given(["data_dir"], f"the {plugin.kind} '{plugin.name}' downloads nothing.")
-    from ddkit.recipes import assign, parse_set
+    from ddkit.recipes.resolve import assign, parse_set
 
     table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
     for text in sets:
@@ -58,7 +58,7 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     sys.exit(1 if any(outcome.status == "broken" for outcome in outcomes) else 0)
 
 
-def _show(plugin: plugins.Plugin, outcomes: list[Any]) -> None:
+def _show(plugin: registry.Plugin, outcomes: list[Any]) -> None:
     for outcome in outcomes:
         show(f"{outcome.status:8}  {outcome.check}")
         if outcome.status != "ok":

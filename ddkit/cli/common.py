@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from ddkit import output, permission
+from ddkit import output
 from ddkit.cli.names import Names
+from ddkit.components import trust
+from ddkit.distributed import follows
 from ddkit.errors import FlagError, InputError, RunFilesError, doubles, printable, refuse_unused
 from ddkit.files import with_home
-from ddkit.ranks import follows
-from ddkit.said import show_from
+from ddkit.run.warnings import show_from
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -115,14 +116,14 @@ def trusted(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*, plugin_files: Sequence[str] = (), allow_code: bool = False, **flags: Any) -> Any:
         output.answers()
         if plugin_files or flags.get("sets"):
-            from ddkit.plugins import add_plugin_file
-            from ddkit.recipes import parse_set
+            from ddkit.components.registry import add_plugin_file
+            from ddkit.recipes.resolve import parse_set
 
             for file in plugin_files:
                 add_plugin_file(Path(file))
         named = {name: flags.get(name) for name in NAMING}
         sets = [dict([parse_set(text)]) for text in flags.get("sets", ())]
-        with permission.granting(named, *sets, everything=allow_code):
+        with trust.granting(named, *sets, everything=allow_code):
             return command(**flags)
 
     return run

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from ddkit import plugins, scaffold
 from ddkit.cli.common import Place, show
+from ddkit.components import registry
 
 
 @click.command()
@@ -20,7 +20,9 @@ def new(kind: str, name: str, out: Path | None) -> None:
 
     It installs, passes its conformance test and runs as it is written; then the class is yours to change.
     """
-    wanted = plugins.parse_kind(kind)
+    from ddkit.testing import scaffold  # whose neighbours import torch
+
+    wanted = registry.parse_kind(kind)
     folder = scaffold.new_package(wanted, name, out)
     show(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")
 

@@ -9,7 +9,7 @@ import click
 
 from ddkit.cli.common import Pipc, blaming_flags, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show, verbose
 from ddkit.cli.names import Names
-from ddkit.recipes import parse_set
+from ddkit.recipes.resolve import parse_set
 
 
 @click.command()
@@ -52,7 +52,7 @@ def evaluate(target: str, **flags: Any) -> None:
 
 def _made_in(target: Path) -> dict[str, Any]:
     """Returns the steps and seconds that the run took, None where `target` is a file and does not tell."""
-    from ddkit.rundir import RunDirectory
+    from ddkit.run.directory import RunDirectory
 
     manifest = RunDirectory(target).read_manifest() if target.is_dir() else {}
     return {key: manifest.get(key) for key in ("steps", "seconds")}

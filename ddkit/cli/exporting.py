@@ -24,8 +24,8 @@ def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool
 
     `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
     """
-    from ddkit.exporting import export as write
-    from ddkit.recipes import parse_set
+    from ddkit.recipes.resolve import parse_set
+    from ddkit.run.exporting import export as write
 
     files = _files(write(target, to, out, options=dict(parse_set(text) for text in sets)))
     if as_json:
@@ -39,7 +39,7 @@ def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool
 
 def _files(folder: Path) -> list[dict[str, Any]]:
     """Returns name, size in bytes and sha256 of every file, those of the folder itself first."""
-    from ddkit.manifest import file_entry
+    from ddkit.run.manifest import file_entry
 
     found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), path))
     return [{"name": path.relative_to(folder).as_posix(), **file_entry(path)} for path in found]

@@ -78,11 +78,11 @@ def import_(file: Path, out: Path, **flags: Any) -> None:
     ddkit import convnet.pt --out teacher.safetensors --classes 10 --size 32 --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
     """
     set_verbosity(flags["quiet"])
-    from ddkit.recipes import parse_set
+    from ddkit.recipes.resolve import parse_set
 
     sets = dict(parse_set(text) for text in flags["sets"])
-    from ddkit.artifact import Artifact
-    from ddkit.importing import import_file
+    from ddkit.run.artifact import Artifact
+    from ddkit.run.importing import import_file
 
     names = ("mean", "std", "kind", "classes", "pixels", "index", "size", "model")
     found = import_file(file, out, sets=sets, **{name: flags[name] for name in names})

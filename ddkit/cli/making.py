@@ -95,7 +95,7 @@ def distill(**flags: Any) -> None:
     from ddkit.cli.progress import watching
 
     if flags["plan"]:
-        from ddkit.rundir import check_claimable
+        from ddkit.run.directory import check_claimable
 
         with blaming_flags(flags):
             if flags["out"] is not None:
@@ -125,7 +125,7 @@ def _check_force(flags: dict[str, Any]) -> None:
 
 
 def _recipe(flags: dict[str, Any]) -> Any:
-    from ddkit.recipes import parse_set, recipe_for
+    from ddkit.recipes.resolve import parse_set, recipe_for
 
     paths = {path: flags[name] for name, path in FLAG_PATHS.items()}
     with blaming_flags(flags):
@@ -217,7 +217,7 @@ def _show_run(run: Any, as_json: bool) -> None:
     if run.evaluations:
         show(evaluation_table(run.evaluations))
         show("")
-    from ddkit.shares import words
+    from ddkit.run.shares import words
 
     own = run.shares
     gradient = f"\ngradient {words(own)} (share of each loss, median of the logged steps)" if own else ""
@@ -244,7 +244,7 @@ def train(**flags: Any) -> None:
     Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8
     """
     set_verbosity(flags["quiet"], flags["verbose"])
-    from ddkit.recipes import parse_set
+    from ddkit.recipes.resolve import parse_set
 
     sets = [parse_set(text) for text in flags["sets"]]
     from ddkit import api

@@ -30,9 +30,9 @@ class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 
 def _known(kinds: Sequence[str]) -> list[tuple[str, str]]:
     """Returns name and summary of every installed component of `kinds`; imports none of them."""
-    from ddkit import plugins
+    from ddkit.components import registry
 
-    return sorted({(plugin.name, plugins.status(plugin)[1]) for plugin in plugins.plugins() if plugin.kind in kinds})
+    return sorted({(plugin.name, registry.status(plugin)[1]) for plugin in registry.plugins() if plugin.kind in kinds})
 
 
 def _files(ending: str, incomplete: str) -> list[Path]:

@@ -9,10 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from ddkit.hookspecs import hookimpl
-from ddkit.progress import ProgressBar, ProgressLines
-from ddkit.ranks import follows
-from ddkit.shares import shares, words
+from ddkit.components.observers import hookimpl
+from ddkit.distributed import follows
+from ddkit.run.progress import ProgressBar, ProgressLines
+from ddkit.run.shares import shares, words
 
 log = logging.getLogger("ddkit")
 

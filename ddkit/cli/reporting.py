@@ -19,7 +19,7 @@ def report(target: str, out: Path | None, as_json: bool) -> None:
 
     A run writes it at its end, and evaluate renews it. It opens from the disk and asks for nothing from outside.
     """
-    from ddkit.reporting import report as write
+    from ddkit.run.report import report as write
 
     file = write(target, out=out)
     if as_json:
@@ -35,7 +35,7 @@ def schema(as_json: bool) -> None:
 
     For editors that check TOML against a schema, and for programs that write recipes.
     """
-    from ddkit.schema import recipe_schema
+    from ddkit.recipes.schema import recipe_schema
 
     if as_json:
         echo_json(recipe_schema())

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ddkit.cli.common import Alphas, Cells, Place, Shard, blaming_flags, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFailed, doubles
-from ddkit.ranks import follows
 
 
 @click.command()
@@ -45,11 +45,11 @@ def reproduce(study: str, **flags: Any) -> None:
         raise FlagError("--seed: a study makes sets of seeds 0, 1, ...; say how many with --seeds.")
     if flags["show"]:
         refuse_given(("jobs", "shard", "device"), "--show runs nothing.")
-    from ddkit import reproduce as work
-    from ddkit.figures import report_json, report_table
-    from ddkit.recipes import parse_set
-    from ddkit.study import read_study
-    from ddkit.tasks import Settings
+    from ddkit.recipes.resolve import parse_set
+    from ddkit.studies import runner as work
+    from ddkit.studies.grid import Settings
+    from ddkit.studies.results import report_json, report_table
+    from ddkit.studies.study import read_study
 
     found = read_study(study)
     settings = Settings(

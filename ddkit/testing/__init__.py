@@ -76,11 +76,11 @@ def check(kind: str, name: str, options: Mapping[str, Any] | None = None, *, dir
 
     `options` are the component's; `directory` is where a dataset that downloads keeps its files.
     """
-    from ddkit import plugins
+    from ddkit.components import registry
 
     if kind not in SUITES:
         raise FlagError(f"There is no conformance suite for a {kind}; there is one for {', '.join(SUITES)}.")
-    plugins.load(kind, plugins.split_name(name)[0])
+    registry.load(kind, registry.split_name(name)[0])
     suite: type[Conformance] = type("Checked", (SUITES[kind],), {"component": name, "options": dict(options or {}), "directory": directory})
     suite().prepare()
     return [_outcome(suite(), label, method) for label, method in suite.checks().items()]

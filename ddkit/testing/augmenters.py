@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddkit.components import Augmenter
-from ddkit.randomness import generator
+from ddkit.components.base import Augmenter
+from ddkit.seeding import generator
 from ddkit.testing.samples import info_of, noise
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
 

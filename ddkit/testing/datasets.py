@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ddkit.components import DataInfo
+from ddkit.components.base import DataInfo
 from ddkit.testing.suite import Broken, Conformance, check, global_state_is_kept
 
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ddkit import plugins
-from ddkit.artifact import Artifact
-from ddkit.components import Evaluation, EvaluationData
-from ddkit.networks import build_network
-from ddkit.randomness import generator
-from ddkit.teacher import Teacher
+from ddkit.components import registry
+from ddkit.components.base import Evaluation, EvaluationData
+from ddkit.nn.networks import build_network
+from ddkit.nn.teacher import Teacher
+from ddkit.run.artifact import Artifact
+from ddkit.seeding import generator
 from ddkit.testing.samples import info_of
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
 from ddkit.testing.world import CPU
@@ -41,7 +41,7 @@ class EvaluatorConformance(ShapeConformance):
         )  # fmt: skip
         evaluator = self.make(info)
         evaluator.check(info)
-        module = build_network(plugins.create("model", "convnet", {"width": 4}, data=info), info, 0, "conformance")
+        module = build_network(registry.create("model", "convnet", {"width": 4}, data=info), info, 0, "conformance")
         teacher = Teacher(module, mean=(0.5,) * shape[0], std=(0.25,) * shape[0]) if evaluator.requires.teacher else None
         tensors = {"set": artifact.images, "labels": artifact.labels, "test images": data.test_images, "real images": data.real_images}
         return evaluator(artifact, data, teacher), tensors

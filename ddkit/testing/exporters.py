@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ddkit.artifact import Artifact
-from ddkit.randomness import generator
+from ddkit.run.artifact import Artifact
+from ddkit.seeding import generator
 from ddkit.testing.suite import Broken, Conformance, changed, check, copies, global_state_is_kept
 
 

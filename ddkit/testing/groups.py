@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ddkit import plugins
+from ddkit.components import registry
 from ddkit.errors import PluginError
 from ddkit.testing.suite import Broken, Conformance, check
 
@@ -27,7 +27,7 @@ class LossGroupConformance(Conformance):
             raise Broken(f"The loss group '{self.label}' has the members {members!r}; they have to be the names of at least one loss.")
         for name in members:
             try:
-                plugins.load("loss", name)
+                registry.load("loss", name)
             except PluginError as error:
                 raise Broken(f"A member of the loss group '{self.label}' is no loss that can be had: {error}") from None
 

@@ -8,10 +8,10 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit.components import Start
-from ddkit.images import Normalisation
-from ddkit.networks import features_of
-from ddkit.randomness import generator
+from ddkit.components.base import InitContext
+from ddkit.data.images import Normalisation
+from ddkit.nn.networks import features_of
+from ddkit.seeding import generator
 from ddkit.testing.samples import info_of, noise
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
 from ddkit.testing.world import untrained_teacher
@@ -22,13 +22,15 @@ class InitializerConformance(ShapeConformance):
 
     kind = "initializer"
 
-    def start(self, shape: tuple[int, int, int] = (1, 8, 8), rows: Sequence[int] = (2, 2, 2), real: Sequence[int] = (3, 4, 3)) -> Start:
+    def start(
+        self, shape: tuple[int, int, int] = (1, 8, 8), rows: Sequence[int] = (2, 2, 2), real: Sequence[int] = (3, 4, 3)
+    ) -> InitContext:
         """Returns what an initializer sees; without real images, and without a teacher, where it does not require them."""
         requires = self.make().requires
         real = real if requires.real else [0] * len(real)
         half = [0.5] * shape[0]
         teacher = untrained_teacher(info_of(shape, len(rows))) if requires.teacher else None
-        return Start(
+        return InitContext(
             labels=torch.arange(len(rows)).repeat_interleave(torch.tensor(rows)), shape=shape,
             real_images=noise((sum(real), *shape), "real"), real_labels=torch.arange(len(real)).repeat_interleave(torch.tensor(real)),
             generator=lambda label: generator(0, "conformance", "class", label), class_names=info_of(shape, len(rows)).class_names,
@@ -36,7 +38,7 @@ class InitializerConformance(ShapeConformance):
             features=None if teacher is None else lambda images: features_of(teacher.module, images),
         )  # fmt: skip
 
-    def _made(self, start: Start) -> Tensor:
+    def _made(self, start: InitContext) -> Tensor:
         images = self.make()(start)
         wanted = (len(start.labels), *start.shape)
         if not isinstance(images, Tensor) or tuple(images.shape) != wanted or images.dtype != torch.float32:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ddkit.components import Loss
+from ddkit.components.base import Loss
 from ddkit.files import read_tensors, write_tensors
 from ddkit.testing.parts import in_parts, part_of
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddkit.networks import build_network, embed
+from ddkit.nn.networks import build_network, embed
 from ddkit.testing.samples import info_of, noise
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ddkit import plugins
-from ddkit.components import DataInfo, Evaluation
-from ddkit.hookspecs import HOOKS, Observers
+from ddkit.components import registry
+from ddkit.components.base import DataInfo, Evaluation
+from ddkit.components.observers import HOOKS, Observers
 from ddkit.testing.suite import Broken, Conformance, check
 
 
@@ -24,7 +24,7 @@ class ObserverConformance(Conformance):
         return self.component if isinstance(self.component, str) else getattr(self.component, "__name__", repr(self.component))
 
     def make(self, info: DataInfo | None = None, **arguments: Any) -> Any:
-        return plugins.load("observer", self.component) if isinstance(self.component, str) else self.component
+        return registry.load("observer", self.component) if isinstance(self.component, str) else self.component
 
     def found(self) -> Any:
         return self.make()
@@ -43,7 +43,7 @@ class ObserverConformance(Conformance):
     @check
     def test_every_hook_can_be_called(self) -> None:
         """Each of its hooks takes what a run passes, also a record that is None, and raises nothing."""
-        from ddkit.recipe import parse_recipe
+        from ddkit.recipes.tables import parse_recipe
 
         observer = self.make()
         record = {"step": 0, "total": 1.0, "losses": {"dm": {"raw": 1.0, "weighted": 1.0}}, "seconds": 0.1}

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ddkit.ranks import Ranks, class_rows
+from ddkit.distributed import Ranks, class_rows
 from ddkit.testing.world import World
 
 T = TypeVar("T")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, randn
 
-from ddkit.components import DataInfo
-from ddkit.randomness import generator
+from ddkit.components.base import DataInfo
+from ddkit.seeding import generator
 
 
 def info_of(shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3) -> DataInfo:

@@ -12,21 +12,22 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit import children, plugins
-from ddkit.components import API_VERSION, Component, DataInfo
-from ddkit.globalstate import random_states
-from ddkit.options import written_options
-from ddkit.permission import granting
-from ddkit.recipe import parse_recipe, recipe_dict
+from ddkit.components import registry
+from ddkit.components.base import API_VERSION, Component, DataInfo
+from ddkit.components.globalstate import random_states
+from ddkit.components.options import written_options
+from ddkit.components.trust import granting
+from ddkit.recipes.tables import parse_recipe, recipe_dict
+from ddkit.run import children
 
 S = TypeVar("S", bound="Conformance")
 IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch and ddkit
 _COST = """
 import time
 import torch, numpy, ddkit
-from ddkit import blame, plugins
+from ddkit.components import guard, registry
 began = time.perf_counter()
-plugins.load_plugin(plugins.find(sys.argv[1], sys.argv[2]))
+registry.load_plugin(registry.find(sys.argv[1], sys.argv[2]))
 children.reply({"seconds": time.perf_counter() - began})
 """
 
@@ -114,14 +115,14 @@ class Conformance:
         """Returns the component, built as a recipe would build it."""
         if isinstance(self.component, str):
             with granting({self.kind: self.component}, {self.kind: self.options}):
-                return plugins.create(self.kind, self.component, self.options, data=info, **arguments)
+                return registry.create(self.kind, self.component, self.options, data=info, **arguments)
         found = self.component
         options = msgspec.convert(dict(self.options), found.Options)
         return found(options if info is None else found.resolve(options, info), name=found.__name__.lower(), **arguments)
 
     def found(self) -> type[Component]:
         """Returns the component's class."""
-        return plugins.load(self.kind, plugins.split_name(self.component)[0]) if isinstance(self.component, str) else self.component
+        return registry.load(self.kind, registry.split_name(self.component)[0]) if isinstance(self.component, str) else self.component
 
     def prepare(self) -> None:
         """Builds what the checks need from outside; a DdkitError here says that they cannot be made at all."""
@@ -152,7 +153,7 @@ class Conformance:
     @check
     def test_is_of_its_kind_and_api(self) -> None:
         """It is a subclass of the kind's base class, with a docstring, written for this plugin API."""
-        found, base = self.found(), plugins.BASES[self.kind]
+        found, base = self.found(), registry.BASES[self.kind]
         if not issubclass(found, base):
             raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
         if not (found.__doc__ or "").strip():
@@ -217,7 +218,7 @@ def _cost_of(kind: str, name: str) -> float:
 def _import_cost(suite: Conformance) -> float:
     if not isinstance(suite.component, str):
         return 0.0  # a class is imported already
-    return _cost_of(suite.kind, plugins.split_name(suite.component)[0])
+    return _cost_of(suite.kind, registry.split_name(suite.component)[0])
 
 
 @contextmanager

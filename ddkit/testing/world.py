@@ -10,20 +10,20 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit import plugins
-from ddkit.bank import Bank
-from ddkit.components import DataInfo, Loss, Model
-from ddkit.compute import Arithmetic
-from ddkit.embedder import Embedder
-from ddkit.engine import Engine
-from ddkit.images import Normalisation
-from ddkit.networks import build_network
-from ddkit.options import Requires
-from ddkit.randomness import generator
-from ddkit.step import SharedStep, Step
-from ddkit.stepsource import StepSource, ViewSpec
-from ddkit.teacher import Teacher
-from ddkit.terms import Term
+from ddkit.components import registry
+from ddkit.components.base import DataInfo, Loss, Model
+from ddkit.components.options import Requires
+from ddkit.data.images import Normalisation
+from ddkit.engine.bank import Bank
+from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.loop import Engine
+from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.step import SharedStep, Step
+from ddkit.nn.compute import Arithmetic
+from ddkit.nn.embedder import Embedder
+from ddkit.nn.networks import build_network
+from ddkit.nn.teacher import Teacher
+from ddkit.seeding import generator
 
 CPU = torch.device("cpu")
 PLAIN = Arithmetic(compile=False, precision="float32")
@@ -138,7 +138,7 @@ class World:
         return self.loss(self.step(index=index, bank=self.with_tensors(tensors)))
 
     def engine(self, *, weight: float = 1.0, chunk: int = 0) -> Engine:
-        return Engine(self.bank, self.source, [Term("checked", self.loss, weight)], chunk=chunk)
+        return Engine(self.bank, self.source, [WeightedLoss("checked", self.loss, weight)], chunk=chunk)
 
     def inputs(self) -> dict[str, Tensor]:
         """Returns everything that a loss can reach and may not change, by name."""
@@ -161,9 +161,9 @@ def untrained_teacher(info: DataInfo, dtype: torch.dtype = torch.float32) -> Tea
 
 
 def _augmenter(name: str, info: DataInfo) -> Any:
-    return plugins.create("augmenter", name, data=info)
+    return registry.create("augmenter", name, data=info)
 
 
 def _model(norm: str, info: DataInfo) -> Model:
-    model: Model = plugins.create("model", "convnet", {"depth": 2, "width": 4, "norm": norm}, data=info)
+    model: Model = registry.create("model", "convnet", {"depth": 2, "width": 4, "norm": norm}, data=info)
     return model

@@ -123,7 +123,7 @@ class Multiplier(ddkit.Initializer):
     def needed(self, ipc: int) -> int:
         return ipc
 
-    def __call__(self, start: ddkit.Start) -> Tensor:
+    def __call__(self, start: ddkit.InitContext) -> Tensor:
         rows = self._candidates(start)
         images, labels = start.real_images[rows], start.real_labels[rows]
         found = self._solution(start, images, labels)
@@ -135,7 +135,7 @@ class Multiplier(ddkit.Initializer):
             chosen.append(torch.from_numpy(np.sort(own[order[: int(count)]])))
         return images[torch.cat(chosen)]
 
-    def _candidates(self, start: ddkit.Start) -> Tensor:
+    def _candidates(self, start: ddkit.InitContext) -> Tensor:
         """Returns rows of the real images, ascending: at most `candidates` of each class."""
         kept = []
         for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
@@ -145,7 +145,7 @@ class Multiplier(ddkit.Initializer):
             kept.append(own[order.sort().values])
         return torch.cat(kept)
 
-    def _solution(self, start: ddkit.Start, images: Tensor, labels: Tensor) -> Solution:
+    def _solution(self, start: ddkit.InitContext, images: Tensor, labels: Tensor) -> Solution:
         options, teacher = self.options, start.teacher
         names = included_parameters(teacher, start.shape, options.parameters, skip=options.scale_invariant == "skip", who="multiplier")
         theta = torch.cat([teacher.parameters[name].detach().flatten() for name in names])

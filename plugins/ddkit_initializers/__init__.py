@@ -17,7 +17,7 @@ class Noise(ddkit.Initializer):
     class Options(ddkit.Options):
         std: Annotated[float, ddkit.Option("standard deviation, normalised units", gt=0)] = 1.0
 
-    def __call__(self, start: ddkit.Start) -> Tensor:
+    def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = [
             torch.randn((int(count), *start.shape), generator=start.generator(int(label)))
             for label, count in zip(*start.labels.unique(return_counts=True), strict=True)
@@ -40,7 +40,7 @@ class Real(ddkit.Initializer):
     def remedy(self) -> str:
         return "lower --ipc, use --init noise" + ("" if self.options.reuse else ", or --set initializer.reuse=true")
 
-    def __call__(self, start: ddkit.Start) -> Tensor:
+    def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = []
         for each in classes(start):
             chosen = torch.randperm(len(each.rows), generator=start.generator(each.label))[: each.ipc]

@@ -17,7 +17,7 @@ class Class(NamedTuple):
     label: int
     ipc: int
     rows: Tensor
-    start: ddkit.Start
+    start: ddkit.InitContext
 
     def take(self, chosen: Tensor) -> Tensor:
         """Returns images (n, C, H, W), normalised, by their place in the class; no other is looked at."""
@@ -30,7 +30,7 @@ class Class(NamedTuple):
         return self.take(torch.arange(len(self.rows)))
 
 
-def classes(start: ddkit.Start) -> Iterator[Class]:
+def classes(start: ddkit.InitContext) -> Iterator[Class]:
     """Yields the classes of the set in ascending order of label."""
     for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
         yield Class(int(label), int(count), (start.real_labels == label).nonzero().flatten(), start)

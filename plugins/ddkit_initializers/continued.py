@@ -68,7 +68,7 @@ class File(ddkit.Initializer):
                 f"{path} has too few images for ipc {ipc}: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}. Lower --ipc.", "ipc"
             )
 
-    def __call__(self, start: ddkit.Start) -> Tensor:
+    def __call__(self, start: ddkit.InitContext) -> Tensor:
         images: list[Tensor] = []
         for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
             images += self.source.images(start.class_names[int(label)], int(count))

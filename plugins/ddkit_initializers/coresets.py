@@ -91,7 +91,7 @@ class Coreset(ddkit.Initializer):
         """Returns `count` different rows of points (m, d)."""
         raise NotImplementedError
 
-    def __call__(self, start: ddkit.Start) -> Tensor:
+    def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = []
         for each in classes(start):
             points = self._points(start, each.images).double().numpy()
@@ -99,7 +99,7 @@ class Coreset(ddkit.Initializer):
             parts.append(each.take(chosen))
         return torch.cat(parts)
 
-    def _points(self, start: ddkit.Start, images: Tensor) -> Tensor:
+    def _points(self, start: ddkit.InitContext, images: Tensor) -> Tensor:
         if self.options.features == "pixels":
             return images.flatten(1)
         assert start.features is not None

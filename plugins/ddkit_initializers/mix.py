@@ -32,7 +32,7 @@ class Mix(ddkit.Initializer):
     def remedy(self) -> str:
         return "lower --set initializer.factor, or use --init noise"
 
-    def __call__(self, start: ddkit.Start) -> Tensor:
+    def __call__(self, start: ddkit.InitContext) -> Tensor:
         factor, size = self.options.factor, start.shape[1:]
         if min(size) < factor:
             raise ddkit.InputError(

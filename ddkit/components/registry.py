@@ -1,0 +1,412 @@
+"""Finds and loads plugins through entry points. Listing imports none of them."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache, cached_property
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import msgspec
+
+from ddkit.components import base as base
+from ddkit.components import plugin_file, source, trust
+from ddkit.components.observers import Observers
+from ddkit.components.options import Options, Requires, describe_options, fields, parse_options
+from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion, told
+
+log = logging.getLogger("ddkit")
+
+GROUPS = {
+    "loss": "ddkit.losses",
+    "loss-group": "ddkit.loss_groups",
+    "initializer": "ddkit.initializers",
+    "augmenter": "ddkit.augmenters",
+    "evaluator": "ddkit.evaluators",
+    "model": "ddkit.models",
+    "dataset": "ddkit.datasets",
+    "exporter": "ddkit.exporters",
+    "recipe": "ddkit.recipes",
+    "study": "ddkit.studies",
+    "observer": "ddkit.hooks",
+}
+DATA_KINDS = ("recipe", "study")  # TOML files of a package, located without importing it
+BASES: dict[str, type[base.Component]] = {
+    "loss": base.Loss,
+    "loss-group": base.LossGroup,
+    "initializer": base.Initializer,
+    "augmenter": base.Augmenter,
+    "evaluator": base.Evaluator,
+    "model": base.Model,
+    "dataset": base.Dataset,
+    "exporter": base.Exporter,
+}
+CHECKED = (*BASES, "observer")  # kinds that have a conformance suite
+NAME = re.compile(r"[a-z][a-z0-9-]*")
+
+
+class Plugin(msgspec.Struct, frozen=True, kw_only=True):
+    """A component as its distribution's metadata tells it; `value` is "module:Class", or the path of a recipe or study.
+
+    `file` and `sha256` are those of a plugin file (`--plugin`), whose name stands for the distribution.
+    """
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    value: str
+    file: str = ""
+    sha256: str = ""
+
+    @property
+    def first_party(self) -> bool:
+        return self.distribution == "ddkit"
+
+    @property
+    def origin(self) -> str:
+        """The distribution and version of a stranger's component, "" for ddkit's own."""
+        return "" if self.first_party else f"{self.distribution} {self.version}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.kind} '{self.name}' of {self.distribution} {self.version}"
+
+    @property
+    def advice(self) -> str:
+        """What helps a stranger's component, to add to a message: "" for ddkit's own, and for kinds without a suite."""
+        if self.first_party or self.kind not in CHECKED:
+            return ""
+        file = f"--plugin {self.file} " if self.file else ""
+        return f" `ddkit check {file}{self.kind} {self.name}` tells more."
+
+
+def parse_kind(text: str) -> str:
+    """Returns the kind that `text` names, singular or plural; raises FlagError otherwise."""
+    name = text.lower().replace("_", "-")
+    for kind in GROUPS:
+        if name in (kind, kind + "s", kind.replace("loss", "losse") + "s", kind.replace("study", "studies")):
+            return kind
+    raise FlagError(f"There is no kind of component '{text}'. {suggestion(name, GROUPS)}")
+
+
+@cache
+def plugins() -> tuple[Plugin, ...]:
+    """Returns every installed component, in order of kind and name, first-party ones first. One metadata scan a process."""
+    installed = metadata.entry_points()
+    owners: dict[Any, tuple[str, str]] = {}  # a distribution's metadata is parsed once, whatever it brings
+    found = [_plugin(kind, point, owners) for kind, group in GROUPS.items() for point in installed.select(group=group)]
+    allowed = os.environ.get("DDKIT_PLUGINS")
+    if allowed is not None:
+        names = {_canonical(name) for name in allowed.split(",") if name.strip()}
+        found = [p for p in found if p.first_party or p.distribution in names]
+    listed = [item for p in found for item in (_files(p) if p.kind in DATA_KINDS else [p])]
+    order = list(GROUPS)
+    for path, digest in plugin_file.known().items():
+        try:
+            listed += _of_file(plugin_file.opened(path, digest))
+        except plugin_file.FileChanged:
+            raise
+        except PluginError as error:  # handed to this process, and gone or broken by now
+            log.warning("%s", error)
+    return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
+
+
+def _plugin(kind: str, point: metadata.EntryPoint, owners: dict[Any, tuple[str, str]]) -> Plugin:
+    if point.dist not in owners:
+        owners[point.dist] = (point.dist.name, point.dist.version) if point.dist else ("unknown", "0")
+    name, version = owners[point.dist]
+    return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
+
+
+def add_plugin_file(path: str | Path) -> None:
+    """Makes the components of one Python file available by name, here and in processes that this one starts.
+
+    Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
+    whose name is taken. A file that was edited is read anew, by this call alone: whatever a run does later, and the processes
+    that it starts, use what was read here.
+    """
+    file = str(plugin_file.checked(path))
+    added = _of_file(plugin_file.opened(file))
+    before = plugin_file.known()
+    plugin_file.remember(before | {file: added[0].sha256})
+    plugins.cache_clear()
+    try:
+        _check_names(path, added, [p for p in plugins() if p.file != file])
+    except BaseException:
+        plugin_file.remember(before)
+        plugins.cache_clear()
+        raise
+
+
+def _check_names(path: str | Path, added: Sequence[Plugin], installed: Sequence[Plugin]) -> None:
+    """Raises PluginError where a component of a plugin file has the name of another one."""
+    for number, plugin in enumerate(added):
+        others = [p for p in (*added[:number], *installed) if p.name == plugin.name and share_names(p.kind, plugin.kind)]
+        if others:
+            owner = "another of its classes" if others[0].file == plugin.file else f"{others[0].distribution} {others[0].version}"
+            raise PluginError(
+                f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', a name that {owner} "
+                "has already. Give the class another name: a component is called as its class, with hyphens."
+            )
+
+
+def share_names(kind: str, other: str) -> bool:
+    """Whether both kinds are chosen from one set of names: a loss and a group of losses are."""
+    return kind == other or {kind, other} == {"loss", "loss-group"}
+
+
+def _of_file(found: plugin_file.PluginFile) -> list[Plugin]:
+    return [
+        Plugin(
+            kind=kind, name=name, distribution=found.file.name, version=found.sha256[:12], value=f"{each.__module__}:{each.__name__}",
+            file=str(found.file), sha256=found.sha256,
+        )
+        for kind, name, each in found.classes(BASES)
+    ]  # fmt: skip
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name.strip()).lower()
+
+
+def _files(package: Plugin) -> list[Plugin]:
+    folder = source.package_folder(package.value)
+    files = sorted(folder.glob("*.toml")) if folder else []
+    return [msgspec.structs.replace(package, name=file.stem, value=str(file)) for file in files]
+
+
+def find(kind: str, name: str) -> Plugin:
+    """Returns the plugin that `name` or `distribution/name` means; raises PluginError with the nearest name."""
+    distribution, _, short = name.rpartition("/")
+    of_kind = [p for p in plugins() if p.kind == kind]
+    matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", _canonical(p.distribution))]
+    if not matches:
+        names = {p.name for p in of_kind}
+        if kind == "dataset" and (use := _use_of_path(name)):
+            raise PluginError(f"There is no dataset '{name}', which is a path. Say what is there: --dataset {use}")
+        raise PluginError(
+            f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed; "
+            "--plugin FILE adds a file of yours.)"
+        )
+    if len(matches) > 1 and not matches[0].first_party:
+        owners = " and ".join(f"{p.distribution}/{p.name}" for p in matches)
+        raise PluginError(f"The {kind} '{name}' is claimed by two distributions: say {owners}.")
+    return matches[0]
+
+
+def _use_of_path(name: str) -> str:
+    """Returns how images at the path `name` are given as a dataset, "" for what is no path."""
+    if name.lower().endswith(".npz"):
+        return f"npz:{name}"
+    return f"imagefolder:{name}" if name.startswith((".", "/", "~")) or os.path.isdir(name) else ""
+
+
+def status(plugin: Plugin) -> tuple[str, str]:
+    """Returns (status, summary) of a plugin from metadata and source alone; status "ok" means found and parses."""
+    if plugin.kind in DATA_KINDS:
+        return source.toml_summary(Path(plugin.value))
+    if not NAME.fullmatch(plugin.name):
+        return "bad name (lower-case letters, digits and hyphens)", ""
+    namesakes = [p for p in plugins() if p.kind == plugin.kind and p.name == plugin.name]
+    found, summary = source.summary(plugin.value)
+    if namesakes[0] != plugin and namesakes[0].first_party:
+        return f"name taken (say {plugin.distribution}/{plugin.name})", summary
+    if found == "ok" and len(namesakes) > 1 and not namesakes[0].first_party:
+        return f"name claimed twice (say {plugin.distribution}/{plugin.name})", summary
+    return found, summary
+
+
+def load(kind: str, name: str) -> type[Any]:
+    """Returns the class of a plugin; raises PluginError with distribution, version, cause and remedy."""
+    return load_plugin(find(kind, name))
+
+
+@cache
+def load_plugin(plugin: Plugin) -> type[Any]:
+    """Returns the class of `plugin`, imported once and checked against its kind's base class and API number."""
+    remedy = f"Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
+    if plugin.file:
+        remedy = f"Mend {plugin.file}."
+    module_name, _, attribute = plugin.value.partition(":")
+    if not NAME.fullmatch(plugin.name):
+        raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens. {remedy}")
+    try:
+        found: Any = _imported(plugin, module_name, remedy)
+        for part in filter(None, attribute.split(".")):
+            found = getattr(found, part)
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
+        raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {told(error)}. {remedy}") from error
+    expected = BASES.get(plugin.kind)
+    if expected is not None and not (isinstance(found, type) and issubclass(found, expected)):
+        raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{expected.__name__} ({plugin.value}). {remedy}")
+    if expected is not None:
+        _check_attributes(plugin, found, remedy)
+    _check_option_names(plugin, found)
+    return found
+
+
+def _imported(plugin: Plugin, module: str, remedy: str) -> ModuleType:
+    """Returns a plugin's module; raises PluginError where a third party's changes what all code shares, which is put back."""
+    if plugin.first_party or module in sys.modules:
+        return importlib.import_module(module)
+    from ddkit.components.globalstate import unchanged  # imports torch, which such a module would do anyway
+
+    try:
+        with unchanged(plugin.label, remedy):
+            return importlib.import_module(module)
+    except PluginError:
+        sys.modules.pop(module, None)  # whoever asks again is told again
+        raise
+
+
+def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
+    """Raises PluginError naming an attribute of a component's class that is not of the kind which its base class declares."""
+
+    def check(name: str, fits: bool, must: str) -> None:
+        if not fits:
+            raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}; it has to be {must}. {remedy}")
+
+    check("api", type(found.api) is int, f"a number, such as {base.API_VERSION}")
+    if found.api != base.API_VERSION:
+        raise PluginError(
+            f"The {plugin.label} is written for plugin API {found.api}, this ddkit has {base.API_VERSION}. "
+            f"Install a version of {plugin.distribution} made for it."
+        )
+    check("Options", isinstance(found.Options, type) and issubclass(found.Options, Options), "a subclass of ddkit.Options")
+    try:
+        names = fields(found.Options)
+        if not plugin.first_party:
+            describe_options(found.Options)
+    except Exception as error:  # an annotation that leads nowhere, or to what no recipe can hold
+        raise PluginError(f"The {plugin.label} has Options that cannot be read: {told(error)}. {remedy}") from error
+    check("argument", found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})")
+    check("requires", isinstance(found.requires, Requires | property | cached_property), "a ddkit.Requires(...), or a property")
+    check("deviations", isinstance(found.deviations, Mapping), "a mapping from checks to reasons")
+    if plugin.kind == "loss-group":
+        members = found.members
+        fits = isinstance(members, list | tuple) and len(members) > 0 and all(isinstance(each, str) for each in members)
+        check("members", fits, "a tuple of names of losses")
+
+
+OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside them, which ddkit.recipes.tables declares
+    "data": {"use", "dir", "batch", "test", "held_out", "memory"},
+    "teacher": {"use", "model", "mean", "std"},
+    "network": {"model", "renew_every", "inner_epochs", "inner_lr"},
+    "losses": {"use", "weight"},
+    "initializer": {"use"},
+    "augmenter": {"use"},
+    "evaluators": {"use"},
+}
+TABLE_OF = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "initializer": "initializer", "model": "network"}
+
+
+def _check_option_names(plugin: Plugin, found: Any) -> None:
+    """Raises PluginError where an option has the name of a key of ddkit's in the same table of a recipe."""
+    if plugin.kind in TABLE_OF:
+        taken = sorted(set(found.Options.__struct_fields__) & OWN_KEYS[TABLE_OF[plugin.kind]])
+        if taken:
+            names = " and ".join(f"'{name}'" for name in taken)
+            raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
+
+
+def split_name(name: str) -> tuple[str, str | None]:
+    """Returns (component name, argument) of "imagefolder:PATH"; the argument is None where there is no colon."""
+    short, colon, argument = name.partition(":")
+    return short, argument if colon else None
+
+
+def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data: base.DataInfo | None = None) -> Any:
+    """Returns the validated options of component `name`, which may carry an argument, from a recipe table."""
+    short, argument = split_name(name)
+    found = load(kind, short)
+    merged = dict(table)
+    if argument is not None:
+        if found.argument is None:
+            raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
+        merged[found.argument] = argument
+    options = parse_options(found.Options, merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()))
+    if found.runs_code and found.argument is not None:
+        paths = (f"{where}.{found.argument}", f"{where}.{short}.{found.argument}")  # the second: in a table of that model, of several
+        trust.check(kind, short, str(getattr(options, found.argument)), paths)
+    if data is None:
+        return options
+    with _building(find(kind, short)):
+        return found.resolve(options, data)
+
+
+@contextmanager
+def _building(plugin: Plugin) -> Iterator[None]:
+    """Turns what the code of a plugin raises inside, before it works, into a PluginError that names it."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
+        raise PluginError(f"The {plugin.label} could not be built: {told(error)}.{plugin.advice}") from error
+
+
+def create(
+    kind: str,
+    name: str,
+    table: Mapping[str, Any] | None = None,
+    *,
+    data: base.DataInfo | None = None,
+    where: str | None = None,
+    **arguments: Any,
+) -> Any:
+    """Returns a component built by name, as a recipe would build it.
+
+    `table` holds its options; with `data` the options that depend on the data are filled in; `where` is the recipe
+    path for error messages. Raises PluginError if it cannot be loaded and InputError for a bad option.
+    """
+    options = options_of(kind, name, table or {}, where or kind, data)
+    short = split_name(name)[0]
+    plugin = find(kind, short)
+    with _building(plugin):
+        made = load_plugin(plugin)(options, name=short, **arguments)
+        made.origin, made.recipe_path = plugin.origin, where or short
+        if not hasattr(made, "options"):
+            raise PluginError(f"The {plugin.label} has an __init__ that does not call super().__init__(*args, **kwargs).{plugin.advice}")
+        required_by(plugin, made)
+    return made
+
+
+def required_by(plugin: Plugin, made: Any = None) -> Requires:
+    """Returns what a component requires, which a property may compute: `made`, or one with its defaults; raises PluginError."""
+    found = load_plugin(plugin)
+    with _building(plugin):
+        if made is None:
+            made = found if isinstance(found.requires, Requires) else found(found.Options(), name=plugin.name)
+        requires = made.requires
+    if not isinstance(requires, Requires):
+        raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")
+    return requires
+
+
+def watchers_of(observers: Sequence[Any]) -> Observers:
+    """Returns the installed observers that load (of others a warning tells), and `observers`."""
+    return Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
+
+
+def _installed_observers() -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for plugin in plugins():
+        if plugin.kind == "observer":
+            try:
+                loaded = load_plugin(plugin)
+            except PluginError as error:
+                log.warning("%s", error)
+                continue
+            found.append((plugin.name if plugin.first_party else f"{plugin.distribution}/{plugin.name}", loaded))
+    return found

@@ -1,0 +1,312 @@
+"""The real data of a run: the accessible images, the test set, and nothing opened that need not be."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ddkit.components import registry
+from ddkit.components.base import DataInfo, Dataset
+from ddkit.components.guard import advice
+from ddkit.components.observers import Observers, Report
+from ddkit.data.images import Kinds
+from ddkit.data.loading import load_images, surveyed
+from ddkit.data.memmap import blocks, give_back, rows_of
+from ddkit.data.spectra import spread
+from ddkit.distributed import ALONE, Ranks, class_rows
+from ddkit.errors import InputError, doubles, is_its_own, is_text, shown, told
+from ddkit.files import bytes_of
+from ddkit.recipes.tables import DataTable, Recipe
+from ddkit.seeding import generator
+
+log = logging.getLogger("ddkit")
+HASHED_ROWS = 100  # images that are hashed at once
+
+
+def open_dataset(table: DataTable) -> Dataset:
+    """Returns the recipe's dataset; raises InputError where its files cannot be used."""
+    dataset: Dataset = registry.create("dataset", table.use, table.options, where="data", directory=table.dir)
+    dataset.memory_mib = table.memory
+    try:
+        names, counts = list(dataset.class_names), class_counts(dataset.labels("train"), len(dataset.class_names))
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
+        helps = advice("dataset", dataset)
+        raise InputError(f"The dataset '{table.use}' could not be opened: {told(error)}.{helps}") from error
+    check_names(names, table.use)
+    if len(counts) > len(names):
+        raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
+    for name, count in zip(names, counts, strict=True):
+        if count == 0:
+            raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add some or remove the class.")
+    return dataset
+
+
+def check_names(names: Sequence[str], use: str) -> None:
+    """Raises InputError where two classes of the dataset `use` have one name, or a name cannot be written to a file."""
+    for twice in doubles(names):
+        raise InputError(f"The dataset '{use}' has two classes called '{twice}'. Rename one of them.")
+    for name in names:
+        if not is_text(name):
+            raise InputError(f"The dataset '{use}' has a class whose name is no UTF-8 text ({shown(name)}). Rename it.")
+
+
+def data_info(dataset: Dataset, shape: Sequence[int]) -> DataInfo:
+    """Returns what is known of `dataset` with images of `shape` (C, H, W)."""
+    channels, height, width = shape
+    return DataInfo(class_names=tuple(dataset.class_names), channels=channels, size=(height, width), mirror=dataset.mirror)
+
+
+def check_classes(dataset: Dataset) -> None:
+    """Raises InputError where there are fewer classes than a classifier can tell apart."""
+    if len(dataset.class_names) < 2:
+        raise InputError(f"The data has the classes {list(dataset.class_names)}; a classifier needs at least two.")
+
+
+def class_counts(labels: Tensor, classes: int) -> list[int]:
+    """Returns the number of rows of each class 0..classes-1."""
+    return torch.bincount(labels, minlength=classes).tolist()
+
+
+def accessible_indices(labels: Tensor, classes: int, pipc: int | str, seed: int) -> list[int]:
+    """Returns the indices of at most `pipc` rows of each class, class by class, each class's in ascending order.
+
+    The choice for a class depends on (seed, class) alone.
+    """
+    if pipc == "all":
+        return labels.argsort(stable=True).tolist()
+    return _chosen_indices(labels, classes, seed, slice(int(pipc)))
+
+
+def held_out_indices(labels: Tensor, classes: int, count: int, seed: int) -> list[int]:
+    """Returns the indices of at most `count` rows of each class, none accessible while pipc + count fit into the class.
+
+    They are the other end of the order in which rows become accessible, so they do not depend on pipc.
+    """
+    return _chosen_indices(labels, classes, seed, slice(-count, None))
+
+
+def _chosen_indices(labels: Tensor, classes: int, seed: int, part: slice) -> list[int]:
+    """Returns `part` of each class's rows in an order of (seed, class), class by class, each class's ascending."""
+    chosen = []
+    order = labels.argsort(stable=True)  # stable: each class's rows ascend
+    for label, rows in enumerate(order.split(class_counts(labels, classes))):
+        shuffled = torch.randperm(len(rows), generator=generator(seed, "accessible", label))
+        chosen.append(rows[shuffled[part].sort().values])
+    return torch.cat([order[:0], *chosen]).tolist()
+
+
+def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: tuple[int, int, int] | None, ranks: Ranks) -> tuple[int, int, int]:
+    """Returns the shape of all processes' images, of which this one has `indices`: `shape`, or what a single process would find."""
+    if shape is not None:
+        return shape
+    own, together = surveyed(dataset, "train", indices), Kinds()
+    for part in ranks.heard([own.grey, [[list(size), count] for size, count in own.sizes.items()]]):
+        together.grey &= part[0]
+        together.sizes.update({(size[0], size[1]): count for size, count in part[1]})
+    return together.shape
+
+
+def colour(dataset: Dataset, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns the shape of a run's images, `shape` being that of the accessible ones: with 3 channels if others are in colour."""
+    return (3, *shape[1:]) if shape[0] == 1 and not dataset.grey() else shape
+
+
+class NoImages(Dataset):
+    """The classes that a teacher knows, and not one image: for runs that need no real data."""
+
+    def __init__(self, class_names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = list(class_names)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._names
+
+    def labels(self, split: str) -> Tensor:
+        return torch.zeros(0, dtype=torch.int64)
+
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
+        return []
+
+
+class RealData:
+    """The accessible real images of a run: `images` (m, C, H, W) in pixel units (uint8 or float), `labels` (m,).
+
+    In a run of several processes `images` are those of this one's classes, which are rows `own` of the labels; no other is opened
+    unless all_images() is asked for.
+
+    `split` names what evaluations test on: "test", or "held-out" where `held_out` training images of each class are.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        pipc: int | str,
+        seed: int,
+        shape: tuple[int, int, int] | None = None,
+        *,
+        held_out: int | None = None,
+        ranks: Ranks = ALONE,
+        watchers: Observers | None = None,
+    ) -> None:
+        """Opens only the accessible images; `shape` is needed where pipc is 0. `held_out` None: the test split is tested on."""
+        self.dataset, self.pipc, self.seed, self.held_out, self.ranks = dataset, pipc, seed, held_out, ranks
+        self.split = "test" if held_out is None else "held-out"
+        self._watchers = watchers or Observers()
+        labels = dataset.labels("train")
+        self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
+        if not self.indices and shape is None:
+            raise InputError(
+                "With --pipc 0 and no test images nothing tells the image shape: give a teacher made by ddkit, which records it "
+                "(--teacher FILE)."
+            )
+        self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
+        self.own = class_rows(self.labels, ranks.classes(len(dataset.class_names)))
+        agreed = _agreed_shape(dataset, self.indices[self.own], shape, ranks) if ranks.size > 1 and self.indices else shape
+        report = self._reading(len(labels))
+        self.images = load_images(dataset, "train", self.indices[self.own], agreed, report)
+        found = self.images.shape[1:]
+        if shape is None and (coloured := colour(dataset, (found[0], found[1], found[2]))) != found:
+            self.images = load_images(dataset, "train", self.indices[self.own], coloured, report)
+        self._warn_of_darkness()
+        self.info = data_info(dataset, self.images.shape[1:])
+
+    def _reading(self, images: int) -> Report | None:
+        """Tells that the accessible ones of all `images` of the training split are read, if there are any."""
+        own = len(self.labels[self.own])
+        if not own:
+            return None
+        shared = f", {own:,} in this process" if own < len(self.labels) else ""
+        of = f"{len(self.labels):,} of {images:,} training images, {len(self.dataset.class_names)} classes"
+        return self._watchers.begin("reading", f"Reading the data ({self.dataset.name}: {of}{shared})", total=own)
+
+    def _warn_of_darkness(self) -> None:
+        """Warns if the accessible images use an eighth of their range or less, as those of files with fewer bits than they declare do."""
+        most = 255 if self.images.dtype == torch.uint8 else 1.0
+        bright = not len(self.images) or any(float(part.max()) > most / 8 for part in blocks(self.images, HASHED_ROWS))
+        if any(self.ranks.heard(bright)):
+            return
+        highest = max(float(part.max()) for part in blocks(self.images, HASHED_ROWS))
+        bits = getattr(self.dataset.options, "bits", None)
+        fix = "Check how they were made, and scale them."
+        if bits:
+            needed = int(max(highest - 0.5, 0) * (2**bits - 1) / 255).bit_length()
+            fix = f"If they are 16-bit grey files with {needed} bits, --set data.bits={max(8, needed)} scales them."
+        log.warning("The accessible images are almost black: their largest value is %g of %g. %s", highest, most, fix)
+
+    def all_images(self) -> Tensor:
+        """Returns the accessible images of all classes, which one of several processes opens now."""
+        if len(self.images) == len(self.indices):
+            return self.images
+        return load_images(self.dataset, "train", self.indices, self.info.shape)
+
+    def sample(self) -> Tensor:
+        """Returns the accessible images that stand for all of them in a report; none in every process but the first."""
+        rows = spread(torch.arange(len(self.labels)))
+        own = rows[(rows >= self.own.start) & (rows < self.own.stop)] - self.own.start
+        found = self.ranks.gathered(rows_of(self.images, own))
+        return self.images[:0] if found is None else found
+
+    def digest(self) -> str:
+        """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
+        counts = class_counts(self.labels, self.info.classes)
+        images_by_class = self.images.split([counts[label] for label in self.ranks.classes(self.info.classes)])
+        own = [self._digest_of(images) for images in images_by_class]
+        digest = hashlib.sha256(repr(self.info.shape).encode())
+        digest.update(bytes_of(self.labels))
+        for part in self.ranks.heard(own):
+            digest.update("".join(part).encode())
+        return digest.hexdigest()
+
+    def _digest_of(self, images: Tensor) -> str:
+        """Returns the sha256 of some of the images; what lies on the disk does not stay in memory."""
+        digest = hashlib.sha256()
+        for part in images.split(HASHED_ROWS):
+            digest.update(bytes_of(part))
+            give_back(self.images)
+        return digest.hexdigest()
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        dataset: Dataset,
+        shape: tuple[int, int, int] | None,
+        ranks: Ranks = ALONE,
+        watchers: Observers | None = None,
+    ) -> RealData:
+        """Returns the real data that `recipe` asks for."""
+        held_out = (recipe.data.held_out or held_out_count(dataset, recipe.pipc)) if recipe.data.test == "held-out" else None
+        return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out, ranks=ranks, watchers=watchers)
+
+    @property
+    def sources(self) -> list[str | int]:
+        """File names or indices of the accessible images."""
+        return self.dataset.sources("train", self.indices)
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of accessible images by class name."""
+        return dict(zip(self.info.class_names, class_counts(self.labels, self.info.classes), strict=True))
+
+    def check_test_set(self) -> None:
+        """Raises InputError if the test split is empty, or too few training images are left to hold out."""
+        if self.held_out is not None:
+            check_held_out(self.dataset, self.pipc, self.held_out)
+        elif len(self.dataset.labels("test")) == 0:
+            raise _no_test_images(self.dataset, self.pipc)
+
+    @cached_property
+    def test_set(self) -> tuple[Tensor, Tensor]:
+        """(images, labels) of what evaluations test on, read once; raises InputError as check_test_set does."""
+        self.check_test_set()
+        split = "test" if self.held_out is None else "train"
+        labels = self.dataset.labels(split)
+        indices: Sequence[int] = range(len(labels))
+        if self.held_out is not None:
+            indices = held_out_indices(labels, self.info.classes, self.held_out, self.seed)
+        report = self._watchers.begin("reading", f"Reading {len(indices):,} {self.split} images", total=len(indices))
+        return load_images(self.dataset, split, indices, self.info.shape, report), labels[torch.tensor(indices, dtype=torch.int64)]
+
+
+def held_out_count(dataset: Dataset, pipc: int | str) -> int:
+    """Returns how many images of each class are held out unless told: a fifth of the smallest class, at most 200 and what pipc leaves."""
+    least = min(class_counts(dataset.labels("train"), len(dataset.class_names)))
+    left = least - int(pipc) if pipc != "all" else 0
+    fifth = min(200, least // 5)
+    return max(1, min(fifth, left) if left > 0 else fifth)
+
+
+def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: str = "") -> None:
+    """Raises InputError where a class has fewer than pipc + held_out training images. `remedy` ends the message; "": flags of a run."""
+    counts = dict(zip(dataset.class_names, class_counts(dataset.labels("train"), len(dataset.class_names)), strict=True))
+    name, least = min(counts.items(), key=lambda item: item[1])
+    if pipc != "all" and int(pipc) + held_out <= least:
+        return
+    fits = held_out if held_out < least else held_out_count(dataset, "all")
+    if least == 1:
+        flags = "Use more images of it, or --evaluate none"
+    elif pipc == "all" or int(pipc) >= least:
+        flags = f"Use --pipc {least - fits} or less{'' if fits == held_out else f' with --set data.held_out={fits}'}"
+    else:
+        flags = f"Use --set data.held_out={least - int(pipc)} or less{', or a smaller --pipc' if pipc else ''}"
+    raise InputError(
+        f"data.test = held-out needs {held_out} training images of each class (data.held_out) beside the accessible ones "
+        f"(pipc {pipc}), but the class '{name}' has {least} in all. {remedy or f'{flags}, or --set data.test=test.'}",
+        "data.held_out",
+    )
+
+
+def _no_test_images(dataset: Dataset, pipc: int | str) -> InputError:
+    """Returns the error of data without test images, with flags that work as printed."""
+    least, held_out = min(class_counts(dataset.labels("train"), len(dataset.class_names))), held_out_count(dataset, pipc)
+    fits = pipc != "all" and int(pipc) + held_out <= least
+    flags = f"--set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
+    helps = f", or hold out training images: {flags}" if least > 1 else ""
+    return InputError(f"The dataset has no test images, so nothing can be evaluated. Use --evaluate none{helps}.")

@@ -1,0 +1,197 @@
+"""The synthetic set while it is being optimised: images, extra parameters, their optimizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ddkit.components.options import Parameter
+from ddkit.engine.parametrization import decoded
+from ddkit.errors import InputError
+from ddkit.recipes.tables import OptimizerTable
+
+Optimizer = torch.optim.Optimizer
+
+
+class Bank:
+    """Synthetic parameters: `images` (n, C, H, W) normalised, and the `parameters` that losses declared.
+
+    `labels` (n,) int64 are grouped by ascending class. All parameters are leaves that require gradients. With `factor` above 1
+    each stored image is a grid of images: `decoded` and `decoded_labels` are what losses see, and `rows` and parameters per
+    sample are of these. In a run of several processes a bank holds the rows of this one's classes: `size` is the number of decoded
+    rows in the whole set, `start` that of those before this bank's.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        declared: Mapping[str, Parameter],
+        settings: Mapping[str, OptimizerTable],
+        *,
+        factor: int = 1,
+        start: int = 0,
+        size: int | None = None,
+    ) -> None:
+        """`start` and `size` count stored images; `size` None: these are all."""
+        self.labels, self.factor = labels, factor
+        self.start, self.size = (count * factor**2 for count in (start, len(labels) if size is None else size))
+        self.decoded_labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
+        self.host_labels = self.decoded_labels.cpu()
+        self._ends = torch.bincount(self.host_labels).cumsum(0).tolist()
+        self.declared = dict(sorted(declared.items()))
+        self.images = images.detach().clone().requires_grad_()
+        self.parameters = {name: _initial(spec, images, len(self.host_labels)) for name, spec in self.declared.items()}
+        for name in settings:
+            if name not in self.tensors():
+                known = ", ".join(self.tensors())
+                raise InputError(f"optimizer.{name}: this run has no parameter '{name}'; it has {known}.", f"optimizer.{name}")
+        self.optimizers = {name: _optimizer(tensor, self._setting(name, settings)) for name, tensor in self.tensors().items()}
+
+    def _setting(self, name: str, settings: Mapping[str, OptimizerTable]) -> OptimizerTable:
+        if name in settings:
+            return settings[name]
+        return OptimizerTable(lr=self.declared[name].lr) if name in self.declared else OptimizerTable()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns every optimised tensor by name."""
+        return {"images": self.images, **self.parameters}
+
+    def decoded(self, rows: slice) -> Tensor:
+        """Returns the images of `rows`, which are whole classes, as losses see them."""
+        if self.factor == 1:
+            return self.images[rows]
+        parts = self.factor**2
+        return decoded(self.images[rows.start // parts : rows.stop // parts], self.factor)
+
+    def rows(self, classes: range | None) -> slice:
+        """Returns the rows of `classes` (None: all)."""
+        if classes is None:
+            return slice(0, len(self.host_labels))
+        ends = [0, *self._ends]
+        return slice(ends[min(classes.start, len(ends) - 1)], ends[min(classes.stop, len(ends) - 1)])
+
+    def fill(self, name: str, value: Tensor) -> None:
+        """Sets an extra parameter to initial values computed by its loss."""
+        with torch.no_grad():
+            self.parameters[name].copy_(value)
+        self.project()
+
+    def update(self, gradients: Mapping[str, Tensor]) -> None:
+        """Takes one step of each optimizer along `gradients`, then projects onto the constraints."""
+        for name, tensor in self.tensors().items():
+            tensor.grad = gradients[name]
+            try:
+                self.optimizers[name].step()
+            except RuntimeError as error:
+                if "overflow" not in str(error):
+                    raise
+                tensor.detach().fill_(math.nan)  # torch refuses a step that is larger than float32 holds: it is no finite one
+            tensor.grad = None
+        self.project()
+
+    def smaller_rate(self, name: str) -> str:
+        """Returns the --set that makes the learning rate of a parameter ten times smaller, and at most its default."""
+        usual = self._setting(name, {}).lr
+        return f"--set optimizer.{name}.lr={min(self.optimizers[name].param_groups[0]['lr'] / 10, usual):g}"
+
+    def project(self) -> None:
+        """Puts every parameter back inside its declared constraint."""
+        with torch.no_grad():
+            for name, spec in self.declared.items():
+                if spec.constraint == "nonnegative":
+                    self.parameters[name].clamp_(min=0)
+
+    def state(self) -> dict[str, Tensor]:
+        """Returns copies of all that an exact continuation needs, as tensors by name."""
+        state = {f"bank.{name}": tensor for name, tensor in self.tensors().items()} | {"labels": self.labels}
+        for name, optimizer in self.optimizers.items():
+            for key, value in optimizer.state.get(self.tensors()[name], {}).items():
+                if value is not None:
+                    state[f"optimizer.{name}.{key}"] = torch.as_tensor(value)
+        return {key: value.detach().clone() for key, value in state.items()}
+
+    def is_rowwise(self, key: str) -> bool:
+        """Whether the tensor `key` of state() has a row for each image of the set (stored or decoded)."""
+        kind, _, name = key.partition(".")
+        if kind == "optimizer":
+            name, _, kept = name.rpartition(".")
+            if kept == "step":
+                return False
+        elif kind != "bank":
+            return key == "labels"
+        return name == "images" or (name in self.declared and self.declared[name].per == "sample")
+
+    def own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns this bank's rows of the state of a bank of the whole set; raises ValueError where that is none."""
+        stored = self.size // self.factor**2
+        found = dict(state)
+        for key, value in state.items():
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                raise ValueError(f"{key} has values that are not finite")
+            if self.is_rowwise(key):
+                if value.ndim == 0 or len(value) not in (stored, self.size):
+                    raise ValueError(f"{key} has the shape {tuple(value.shape)}, and the set {stored} rows")
+                first = self.start * len(value) // self.size
+                found[key] = value[first : first + len(self.host_labels) * len(value) // self.size]
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from what state() returned; raises KeyError or ValueError where it is that of another bank."""
+        for name, tensor in self.tensors().items():
+            check_like(name, state[f"bank.{name}"], tensor)
+            self._check_optimizer(f"optimizer.{name}.", state, tensor, self.optimizers[name])
+        with torch.no_grad():
+            for name, tensor in self.tensors().items():
+                tensor.copy_(state[f"bank.{name}"])
+        for name, optimizer in self.optimizers.items():
+            tensor, prefix = self.tensors()[name], f"optimizer.{name}."
+            kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            optimizer.state[tensor].clear()
+            optimizer.state[tensor].update(
+                {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept.items()}
+            )
+
+    @staticmethod
+    def _check_optimizer(prefix: str, state: Mapping[str, Tensor], tensor: Tensor, optimizer: Optimizer) -> None:
+        """Raises ValueError if what `state` keeps of an optimizer, under names that begin with `prefix`, is not that of its kind."""
+        kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
+        if kept and kept.keys() != wanted:  # before its first step it has none
+            raise ValueError(f"{prefix}* are {', '.join(sorted(kept))}, and its optimizer keeps {', '.join(sorted(wanted))}")
+        for key, value in kept.items():
+            if key != "step":
+                check_like(prefix + key, value, tensor)
+            elif value.numel() != 1 or not value.is_floating_point() or float(value) < 1:
+                raise ValueError(f"{prefix}step is no number of steps")
+
+    def finite(self) -> Tensor:
+        """Returns whether every value of every parameter, and of its optimizer's state, is finite: a boolean scalar on the device."""
+        kept = [value for o in self.optimizers.values() for state in o.state.values() for value in state.values()]
+        tensors = [value for value in kept if isinstance(value, Tensor) and value.ndim]  # the count of updates is a scalar
+        return all_finite([*self.tensors().values(), *tensors])
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """Returns whether every value of `tensors` is finite, as a boolean scalar on their device: nothing is read back."""
+    return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+
+
+def check_like(name: str, value: Tensor, other: Tensor) -> None:
+    """Raises ValueError if `value` has another shape or type than `other`."""
+    if (value.shape, value.dtype) != (other.shape, other.dtype):
+        raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {other.dtype} {tuple(other.shape)}")
+
+
+def _initial(spec: Parameter, images: Tensor, rows: int) -> Tensor:
+    shape = (rows, *spec.shape) if spec.per == "sample" else spec.shape
+    return torch.full(shape, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
+
+
+def _optimizer(tensor: Tensor, setting: OptimizerTable) -> Optimizer:
+    if setting.kind == "sgd":
+        return torch.optim.SGD([tensor], lr=setting.lr, momentum=setting.momentum)
+    return torch.optim.Adam([tensor], lr=setting.lr, betas=setting.betas)

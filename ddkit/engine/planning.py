@@ -1,0 +1,166 @@
+"""What a run decides by itself: how many classes and images at once, in which arithmetic, compiled or not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from ddkit.components.base import DataInfo
+from ddkit.components.options import Requires
+from ddkit.distributed import Ranks
+from ddkit.errors import InputError
+from ddkit.nn.compute import Arithmetic, decide_arithmetic
+from ddkit.nn.networks import couples_samples, forward_flops, saved_bytes
+from ddkit.recipes.tables import Recipe
+
+CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
+ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
+ALIVE_TWICE = 4.0  # likewise where gradients of the parameters are differentiated again
+IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
+
+
+class ExecutionPlan:
+    """What the engine is told to do, from model, shapes, steps and device alone; raises InputError where the network does not allow it.
+
+    `chunk` is the number of classes that separable losses see at once (0: all), `block` that of images that are embedded at once (0: all),
+    `arithmetic` that of the network, and `step_work` the operations (FLOP) that it takes a step.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        requires: Sequence[Requires],
+        info: DataInfo,
+        device: torch.device,
+        ranks: Ranks,
+        real_counts: Iterable[int],
+        *,
+        network: Callable[[], nn.Module],
+        teacher: Callable[[], nn.Module],
+    ) -> None:
+        """`real_counts` are the accessible images of each class; `network` and `teacher` make one of the run's, to look at."""
+        self.recipe, self.requires, self.info, self.device, self.ranks = recipe, requires, info, device, ranks
+        self._network, self._teacher = network, teacher
+        self._real = [min(count, recipe.data.batch) for count in real_counts]
+        self.needs_embedder = any(each.embedder for each in requires)
+        self.needs_network = any(each.embedder or each.network_gradients for each in requires)
+        self.chunk = self._automatic_chunk() if recipe.engine.chunk == "auto" else recipe.engine.chunk
+        self.block, self.step_work = 0, 0.0
+        self._check_coupling()
+        self.arithmetic = self._arithmetic()
+        if self.needs_embedder and not self._coupled:
+            self.block = self._automatic_block() if recipe.engine.block == "auto" else recipe.engine.block
+
+    def _check_coupling(self) -> None:
+        """Raises InputError where classes cannot be treated apart, and have to be."""
+        if self.ranks.size > 1 and self.needs_network and self._coupled:
+            raise InputError(
+                f"The network's features of an image depend on its batch (batch norm), so the classes cannot be dealt out to "
+                f"{self.ranks.size} processes. Use --set network.norm=instance, or one process.",
+                "network.norm",
+            )
+        if self.chunk and self.needs_network and self._coupled:
+            raise InputError(
+                "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
+                "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
+                "engine.chunk",
+            )
+
+    def _arithmetic(self) -> Arithmetic:
+        """Returns the network's arithmetic, and counts the work of a step."""
+        engine = self.recipe.engine
+        if not self.needs_embedder:
+            return Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
+        if engine.compile is True and not self._compilable:
+            why = "its features of an image depend on the batch (batch norm)" if self._coupled else "its model has no method embed"
+            raise InputError(
+                f"engine.compile = true: the network is not compiled, as {why}. Leave it at auto, or use another network, for "
+                "example --set network.model=convnet --set network.norm=instance.",
+                "engine.compile",
+            )
+        real = sum(self._real) if any(each.real for each in self.requires) else 0
+        images = real + 2 * self.info.classes * self.recipe.rows_per_class
+        self.step_work = forward_flops(self._probe, self.info, features=True) * images
+        return decide_arithmetic(
+            engine.compile if self._compilable else False,
+            engine.precision,
+            self.device,
+            work=self.step_work * self.recipe.steps,
+            step_work=self.step_work,
+        )
+
+    @property
+    def products(self) -> str:
+        """The precision of float32 products on a GPU: exact where a loss needs second derivatives, else as decided."""
+        return "float32" if any(each.second_order for each in self.requires) else self.arithmetic.precision
+
+    @cached_property
+    def _probe(self) -> nn.Module:
+        return self._network()
+
+    @cached_property
+    def _coupled(self) -> bool:
+        return couples_samples(self._probe, self.info)
+
+    @property
+    def _compilable(self) -> bool:
+        """Whether the embedder may be compiled: it treats images apart, and its features are no by-product of a hook."""
+        return not self._coupled and hasattr(self._probe, "embed")
+
+    def _automatic_block(self) -> int:
+        """Returns how many images are embedded at once: few enough for the cache of a CPU, and for engine.memory."""
+        limit = min(CACHED_MIB if self.device.type == "cpu" else math.inf, self.recipe.engine.memory / 4)
+        return max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, self.info))))
+
+    def step_flops(self) -> float:
+        """Returns about how many operations a step takes, for losses as their `requires` tell: a backward pass takes two forward ones.
+
+        Features of real images are taken without gradient. Where gradients of parameters are matched, the synthetic images' are
+        differentiated again.
+        """
+        synthetic, real = self.info.classes * self.recipe.rows_per_class, sum(self._real)
+        total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
+        for each in self.requires:
+            if each.network_gradients:
+                total += forward_flops(self._probe, self.info) * (9 * synthetic + (3 * real if each.real else 0))
+            if each.teacher:
+                passes = (9 if each.teacher_gradients else 3) * len(each.views or ("default",))
+                total += self.teacher_flops * passes * synthetic
+        return total
+
+    @cached_property
+    def teacher_flops(self) -> float:
+        """The operations of the teacher's forward pass of an image."""
+        return forward_flops(self._teacher(), self.info)
+
+    def step_bytes(self) -> int:
+        """Returns about how much memory the images and activations of a step take at a time."""
+        classes = len(self.ranks.classes(self.info.classes))
+        return self._class_bytes(self.requires) * (min(self.chunk, classes) or classes)
+
+    def _automatic_chunk(self) -> int:
+        """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
+        separable = [each for each in self.requires if each.separable is not None]
+        if not separable or (self.needs_network and self._coupled):
+            return 0
+        per_class = self._class_bytes(separable)
+        chunk = max(1, int(self.recipe.engine.memory * 2**20 / per_class))
+        return 0 if chunk >= self.info.classes else chunk  # whatever the number of processes: another number may go on with the run
+
+    def _class_bytes(self, requires: Sequence[Requires]) -> int:
+        """Returns what the images and activations of a class take for losses that ask for `requires`."""
+        per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
+        per_class = per_image * self.recipe.rows_per_class
+        if any(each.real for each in requires):
+            per_class += per_image * max(self._real, default=0)
+        if any(each.embedder or each.network_gradients for each in requires):
+            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
+        views = {view for each in requires for view in (each.views or ("default",)) if each.teacher}
+        if views:
+            alive = ALIVE_TWICE if any(each.teacher_gradients for each in requires) else ALIVE
+            per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
+        return per_class

@@ -1,0 +1,86 @@
+"""Features of images in a network that is re-drawn in place: plain, or compiled with the same code for every image."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.nn.compute import Arithmetic, compiled, is_compiled
+from ddkit.nn.networks import embed
+
+
+class Embedder:
+    """Embeds images with `module` in blocks of at most `block` (0: all at once), differentiably where the images ask for it.
+
+    Real images, whose features need no gradient, and synthetic ones go through the same code in blocks of one kind, so
+    that equal images have equal features, bit for bit, also in bfloat16: a set that matches its real images stays there.
+    Blocks also keep the intermediate values in the processor's cache, and bound the memory of images without gradient.
+    """
+
+    def __init__(self, module: nn.Module, arithmetic: Arithmetic, *, block: int = 0) -> None:
+        self.module, self.arithmetic, self.block = module, arithmetic, block
+        self.layout = torch.channels_last if arithmetic.compile else torch.contiguous_format
+        module.to(memory_format=self.layout)
+        self._forward = compiled(_Features(module), wanted=arithmetic.compile, graphs=arithmetic.graphs)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code runs."""
+        return is_compiled(self._forward)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns float32 features (n, d) of normalised images x (n, C, H, W); float64 where network and images are."""
+        parts = _even_parts(x, self.block)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _joined([self._features(part) for part in parts])
+        return _joined([self._without_gradient(part) for part in parts])
+
+    def _without_gradient(self, x: Tensor) -> Tensor:
+        if not self.arithmetic.compile:
+            with torch.no_grad():
+                return self._features(x)
+        with torch.enable_grad():  # the code that is compiled for images with gradients, not another
+            return self._features(x.detach().requires_grad_()).detach()
+
+    def _features(self, x: Tensor) -> Tensor:
+        reduced = self.arithmetic.dtype == torch.bfloat16
+        with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
+            features = self._compiled_features(x) if self.arithmetic.compile else _embed_apart(self.module, x)
+        features = features if features.dtype == torch.float64 else features.float()
+        return features.clone() if self.arithmetic.graphs else features  # a graph's next replay overwrites its output
+
+    def _compiled_features(self, x: Tensor) -> Tensor:
+        rows = len(x)
+        if rows == 1:  # torch would compile anew for one row
+            x = x.expand(2, -1, -1, -1)
+        x = x.contiguous(memory_format=self.layout)
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+        return self._forward(x)[:rows]
+
+
+class _Features(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return embed(self.network, x)
+
+
+def _embed_apart(network: nn.Module, x: Tensor) -> Tensor:
+    """Returns features; running statistics that the pass updates are copies, so no loss or step depends on another's pass."""
+    buffers = {f"network.{name}": value.clone() for name, value in network.named_buffers()}
+    result: Tensor = torch.func.functional_call(_Features(network), buffers, (x,)) if buffers else embed(network, x)
+    return result
+
+
+def _even_parts(x: Tensor, most: int) -> tuple[Tensor, ...]:
+    """Returns x in the fewest parts of at most `most` rows (0: one part), of nearly equal length."""
+    count = -(-len(x) // most) if most else 1
+    return x.tensor_split(count) if count > 1 else (x,)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]

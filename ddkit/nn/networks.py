@@ -1,0 +1,193 @@
+"""Networks: built or re-drawn from a seed, and their features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ddkit.components.base import DataInfo, Model
+from ddkit.components.guard import blamed
+from ddkit.errors import RunFailed
+from ddkit.nn.compute import differentiable_attention, to_device
+from ddkit.seeding import drawn_from
+
+
+def build_network(model: Model, info: DataInfo, seed: int, *purpose: str | int) -> nn.Module:
+    """Returns a fresh module of `model` for the data, its weights a function of (seed, purpose)."""
+    with blamed("model", model, building=True), drawn_from(seed, *purpose):
+        return model(info.channels, info.size, info.classes)
+
+
+class _Twin:
+    """A network on the CPU in plain layout, drawn as build_network draws: the source of weights re-drawn elsewhere.
+
+    Most modules draw in `reset_parameters` of their layers what their constructors drew, in the same order. Where that is
+    so, bit for bit, a draw resets the twin; elsewhere (a constructor of its own mind) it builds a new one.
+    """
+
+    def __init__(self, model: Model, info: DataInfo) -> None:
+        self.model, self.info = model, info
+        self.module = build_network(model, info, 0, "twin")
+        drawn = {key: value.clone() for key, value in network_tensors(self.module).items()}
+        with drawn_from(0, "twin"):
+            _reset(self.module)
+        self.resets = all(torch.equal(value, drawn[key]) for key, value in network_tensors(self.module).items())
+
+    def draw(self, seed: int, *purpose: str | int) -> dict[str, Tensor]:
+        """Returns the parameters and buffers of a network drawn for `purpose`."""
+        if self.resets:
+            with drawn_from(seed, *purpose):
+                _reset(self.module)
+        else:
+            self.module = build_network(self.model, self.info, seed, *purpose)
+        return network_tensors(self.module)
+
+
+def network_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Returns parameters and buffers by name, also buffers that a state dict leaves out, detached: writing to them writes the module."""
+    return {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
+
+
+def _reset(module: nn.Module) -> None:
+    for layer in module.modules():
+        own = getattr(layer, "reset_parameters", None)
+        if callable(own):
+            own()
+
+
+_twins: WeakKeyDictionary[nn.Module, _Twin] = WeakKeyDictionary()
+
+
+def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose: str | int) -> None:
+    """Gives `module` the weights that build_network would give it, in place: compiled code and hooks stay valid.
+
+    `module` must be one that `model` built for `info`. The draw is made on the CPU, whatever the module's device.
+    """
+    if module not in _twins:
+        _twins[module] = _Twin(model, info)
+    drawn = _twins[module].draw(seed, *purpose)
+    with torch.no_grad():
+        for name, value in network_tensors(module).items():
+            value.copy_(to_device(drawn[name], value.device))
+
+
+def embed(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns features (n, d): `module.embed(x)` flattened where there is one, else the input of its last linear layer."""
+    if hasattr(module, "embed"):
+        return module.embed(x).flatten(1)  # type: ignore[operator]
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise RunFailed(f"The model {type(module).__name__} has neither an embed method nor a linear layer to embed with.")
+    seen: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = linear[-1].register_forward_pre_hook(keep)
+    try:
+        module(x)
+    finally:
+        handle.remove()
+    return seen[-1].flatten(1)
+
+
+def features_of(module: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
+    """Returns features (n, d) on the CPU, without gradients, of normalised images (n, C, H, W) on any device."""
+    device = next(module.parameters(), images).device
+    with torch.no_grad():
+        return torch.cat([embed(module, part.to(device)).cpu() for part in images.split(batch)])
+
+
+def couples_samples(module: nn.Module, info: DataInfo) -> bool:
+    """Returns whether the features of an image depend on the others in its batch (batch norm in training mode)."""
+    x = torch.randn((4, *info.shape), generator=torch.Generator().manual_seed(0))
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    with torch.no_grad():
+        together, alone = embed(module, x)[:2], embed(module, x[:2])
+    module.load_state_dict(state)
+    return not torch.allclose(together, alone, rtol=1e-3, atol=1e-4)
+
+
+NO_SECOND = ("is not implemented", "differentiate twice")  # how torch puts it
+
+
+def no_second_derivative(module: nn.Module, info: DataInfo, *, of_parameters: bool) -> str:
+    """Returns why the gradient of a cross-entropy, of the parameters or else of the images, has no gradient itself; "" if it has one.
+
+    A layer of torch's own raises. One whose backward pass computes outside of the graph makes it wrong in silence: a gradient that
+    depended on others goes in, and one that depends on nothing comes out. `module` is a probe, which is changed.
+    """
+    module.eval().requires_grad_(of_parameters)
+    device = next(module.parameters(), torch.zeros(0)).device
+    x = torch.randn((1, *info.shape), generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    cut: list[str] = []
+    try:
+        with differentiable_attention(True):
+            loss = nn.functional.cross_entropy(module(x), torch.zeros(1, dtype=torch.int64, device=device))
+            for node in _graph_of(loss):
+                node.register_hook(lambda made, given, node=node: cut.append(node.name()) if _is_cut(made, given) else None)
+            wanted = list(module.parameters()) if of_parameters else [x]
+            first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+            torch.stack([each.square().sum() for each in first]).sum().backward()
+    except RuntimeError as error:
+        if not any(words in str(error) for words in NO_SECOND):
+            raise
+        return str(error).strip().splitlines()[0]
+    return f"the backward pass of {cut[0]} computes outside of torch's graph" if cut else ""
+
+
+def _is_cut(made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
+    """Whether a node of the graph made, of gradients that can be differentiated, some that cannot, and are not 0."""
+    depends = any(each is not None and each.requires_grad for each in given)
+    return depends and any(each is not None and not each.requires_grad and bool(each.any()) for each in made)
+
+
+def _graph_of(value: Tensor) -> set[Any]:
+    """Returns the nodes of the graph that `value` comes from."""
+    found: set[Any] = set()
+    waiting = [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting += [before for before, _ in node.next_functions]
+    return found
+
+
+def saved_bytes(module: nn.Module, info: DataInfo) -> int:
+    """Returns the bytes that one image's features keep for their gradient, measured on one forward pass."""
+    seen: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    x = torch.zeros((2, *info.shape), requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        features = embed(module, x)
+    del features
+    return sum(seen.values()) // 2
+
+
+def forward_flops(module: nn.Module, info: DataInfo, *, features: bool = False) -> float:
+    """Returns the floating-point operations (multiply and add are two) of one image's forward pass, or of its features."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.zeros((2, *info.shape), device=next(module.parameters(), torch.zeros(0)).device)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        _ = embed(module, x) if features else module(x)
+    module.load_state_dict(state)  # running statistics as before
+    return counter.get_total_flops() / 2
+
+
+def training_flops(module: nn.Module, info: DataInfo, *, images: int, epochs: int, tests: int = 0) -> float:
+    """Returns the operations of training on `images` for `epochs` (forward, and twice that backward) and of testing once."""
+    return forward_flops(module, info) * (3 * images * epochs + tests)

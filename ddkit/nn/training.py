@@ -1,0 +1,228 @@
+"""Trains a classifier on a labelled set of images held as tensors: teachers and the networks of an evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Annotated, Literal
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from ddkit.components.base import Augmenter
+from ddkit.components.options import Option, check_fields
+from ddkit.data.images import NormalisedRows
+from ddkit.nn.compute import to_device
+
+Parameters = dict[str, Tensor]
+Targets = Callable[[Tensor, Tensor], Tensor]
+
+
+class Schedule(msgspec.Struct, frozen=True, kw_only=True):
+    """How a network is trained: `momentum` is of sgd.
+
+    "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth. `rho` above 0 is
+    sharpness-aware minimisation (Foret et al., ICLR 2021): each update takes the gradient at the point that lies rho away
+    from the weights along the gradient of the same batch. It needs two passes for each batch. With `ema` above 0 the network ends
+    with an exponential moving average of its weights and running statistics, of that decay, in the place of the last ones.
+    """
+
+    epochs: Annotated[int, Option(ge=1)]
+    batch: Annotated[int, Option(ge=1)] = 256
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: Annotated[float, Option(gt=0)] = 0.01
+    momentum: Annotated[float, Option(ge=0, lt=1)] = 0.9
+    weight_decay: Annotated[float, Option(ge=0)] = 5e-4
+    schedule: Literal["one-cycle", "constant", "step"] = "step"
+    rho: Annotated[float, Option(ge=0)] = 0.0
+    ema: Annotated[float, Option(ge=0, lt=1)] = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def passes(self) -> int:
+        """Forward and backward passes of a batch."""
+        return 2 if self.rho else 1
+
+
+def fit(
+    module: nn.Module,
+    images: Tensor | NormalisedRows,
+    labels: Tensor,
+    schedule: Schedule,
+    *,
+    augmenter: Augmenter | None,
+    generator: torch.Generator,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    precision: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    report: Callable[[int, int], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    targets: Targets | None = None,
+    temperature: float = 1.0,
+) -> None:
+    """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64.
+
+    Images on the disk come as what Normalisation.lazily returns.
+
+    Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
+    batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
+    `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
+    after each epoch, `on_batch(logits, labels)` after each batch, with its logits (b, K) as they were before the update.
+
+    With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
+    returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
+    temperature squared, so that gradients keep their scale.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module.train().to(memory_format=layout)
+    forward = forward or module
+    optimizer = _optimizer(module, schedule)
+    count = -(-len(images) // schedule.batch)
+    average = _average(module, schedule.ema) if schedule.ema else None
+    scheduler = _scheduler(optimizer, schedule, count)
+    for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
+        x, wanted = x.contiguous(memory_format=layout), y if targets is None else targets(x, y)
+
+        def gradient(x: Tensor = x, y: Tensor = y, wanted: Tensor = wanted) -> None:
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+                logits = forward(x)
+            if on_batch is not None:
+                on_batch(logits.detach(), y)
+            loss = _loss(logits, wanted, temperature)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+
+        gradient()
+        if schedule.rho:
+            _sharpen(module, schedule.rho, gradient)
+        optimizer.step()
+        scheduler.step()
+        if average is not None:
+            average.update_parameters(module)
+        if report is not None and number % count == 0:
+            report(number // count, schedule.epochs)
+    if average is not None:
+        module.load_state_dict(average.module.state_dict())
+    module.eval()
+
+
+def _average(module: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
+    """Returns a copy of `module` that follows its weights and buffers."""
+    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> None:
+    """Replaces the gradient g of `module` by the one that `gradient()` leaves at weights + rho * g / |g|, |g| over all of them.
+
+    Weights and buffers (running statistics) are as before afterwards.
+    """
+    moved = [parameter for parameter in module.parameters() if parameter.grad is not None]
+    with torch.no_grad():
+        kept = [(tensor, tensor.clone()) for tensor in (*moved, *module.buffers())]
+        slopes = [parameter.grad for parameter in moved if parameter.grad is not None]
+        norm = torch.stack([slope.norm() for slope in slopes]).norm().clamp_min(1e-12)
+        for parameter, slope in zip(moved, slopes, strict=True):
+            parameter.add_(slope * (rho / norm))
+    gradient()
+    with torch.no_grad():
+        for tensor, before in kept:
+            tensor.copy_(before)
+
+
+def _loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
+    """Returns the cross-entropy for labels (n,), or for probabilities (n, K) at a temperature; logits (n, K)."""
+    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+    if wanted.ndim == 1:
+        return nn.functional.cross_entropy(logits, wanted)
+    return nn.functional.cross_entropy(logits / temperature, wanted) * temperature**2
+
+
+AHEAD = 256  # images augmented in one call: small batches cost as much as one of this size
+
+
+def _batches(
+    images: Tensor | NormalisedRows, labels: Tensor, schedule: Schedule, augmenter: Augmenter | None, generator: torch.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the augmented batches of all epochs, in order.
+
+    What is drawn does not depend on the network, so batches of a few images are augmented several at a time.
+    """
+    waiting: list[tuple[Tensor, Parameters]] = []
+    for _ in range(schedule.epochs):
+        for rows in torch.randperm(len(images), generator=generator).split(schedule.batch):
+            waiting.append((rows, {} if augmenter is None else augmenter.sample_batch(generator, len(rows))))
+            if augmenter is None or not augmenter.rowwise or sum(len(each) for each, _ in waiting) >= AHEAD:
+                yield from _augmented(images, labels, augmenter, waiting)
+                waiting = []
+    if waiting:
+        yield from _augmented(images, labels, augmenter, waiting)
+
+
+def _augmented(
+    images: Tensor | NormalisedRows, labels: Tensor, augmenter: Augmenter | None, waiting: list[tuple[Tensor, Parameters]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = to_device(torch.cat([each for each, _ in waiting]), images.device)
+    x = images[rows]
+    if augmenter is not None:
+        x = augmenter.apply(x, {key: torch.cat([drawn[key] for _, drawn in waiting]) for key in waiting[0][1]})
+    sizes = [len(each) for each, _ in waiting]
+    yield from zip(x.split(sizes), labels[rows].split(sizes), strict=True)
+
+
+def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    parameters = list(module.parameters())
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=fused)
+    return torch.optim.SGD(parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=fused)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: int) -> torch.optim.lr_scheduler.LambdaLR:
+    total = schedule.epochs * batches
+
+    def factor(step: int) -> float:
+        if schedule.schedule == "constant":
+            return 1.0
+        if schedule.schedule == "step":
+            return 1.0 if step < -(-schedule.epochs // 2) * batches else 0.1
+        warm = max(1, total // 5)
+        return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def accuracy(
+    module: nn.Module,
+    images: Tensor | NormalisedRows,
+    labels: Tensor,
+    *,
+    batch: int = 500,
+    precision: torch.dtype = torch.float32,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    channels_last: bool = False,
+) -> float:
+    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,).
+
+    `forward` and `channels_last` are as in fit.
+    """
+    found = predicted(module, images, batch=batch, precision=precision, forward=forward, channels_last=channels_last)
+    return int((found == labels).sum()) / len(labels)
+
+
+def predicted(
+    module: nn.Module,
+    images: Tensor | NormalisedRows,
+    *,
+    batch: int = 500,
+    precision: torch.dtype = torch.float32,
+    forward: Callable[[Tensor], Tensor] | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """Returns the classes (n,) int64 that `module` finds for normalised images (n, C, H, W); the rest is as in accuracy."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    module.eval().to(memory_format=layout)
+    forward = forward or module
+    with torch.no_grad(), torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
+        return torch.cat([forward(x.contiguous(memory_format=layout)).argmax(1) for x in images.split(batch)])

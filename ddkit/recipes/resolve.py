@@ -1,0 +1,395 @@
+"""Where a recipe comes from: files and names, rules, --set, flags, and which of them wins."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tomllib
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ddkit.components import registry
+from ddkit.components.options import fields, parse_struct
+from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
+from ddkit.files import MOST_TOML, read_text, with_home
+from ddkit.recipes.tables import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
+
+Raw = dict[str, Any]
+CHOOSING_KEYS = {
+    "data": "use",
+    "teacher": "model",
+    "train": "augmenter",
+    "network": "model",
+    "initializer": "use",
+    "augmenter": "use",
+    "views": "augmenter",
+    "losses": "use",
+    "evaluators": "use",
+}
+
+
+def read_recipe(name: str) -> Raw:
+    """Returns the TOML data of an installed recipe or of a file; raises InputError with the nearest name."""
+    return read_named("recipe", name)
+
+
+def read_named(kind: str, name: str) -> Raw:
+    """Returns the TOML data of an installed recipe or study, or of a file; raises InputError with the nearest name."""
+    if "/" in name or name.endswith(".toml"):
+        return parse_toml(Path(with_home(name)), kind)
+    known = {p.name: p for p in reversed(registry.plugins()) if p.kind == kind}
+    if name not in known:
+        hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
+        raise InputError(f"{hint} A file is given by its path: {'--recipe ' if kind == 'recipe' else ''}./{name}.toml")
+    return parse_toml(Path(known[name].value), kind)
+
+
+def parse_toml(path: Path, kind: str = "recipe") -> Raw:
+    """Returns the TOML data of a file; raises InputError naming the file and line."""
+    try:
+        found = tomllib.loads(read_text(path, most=MOST_TOML))
+    except FileNotFoundError:
+        raise InputError(f"The {kind} file {path} does not exist.") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise InputError(f"The {kind} file {path} cannot be read as TOML: {error}.") from None
+    check_depth(found, f"The {kind} file {path}")
+    return found
+
+
+def build_recipe(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    *,
+    losses: str | None = None,
+    sets: Iterable[tuple[str, Any]] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Returns the recipe of a run: flags > sets > recipe (its rules over its tables) > defaults of the plugins.
+
+    `sets` and `flags` are (path, value): ("losses.dm.weight", 0.01). `losses` selects as on the command line.
+    """
+    sets, flags = list(sets), dict(flags or {})
+    if isinstance(recipe, Mapping):
+        check_depth(recipe, "The recipe")
+    if isinstance(recipe, Path):
+        raw = parse_toml(recipe)
+    else:
+        raw = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe or "default")
+    override = [*sets, *flags.items()]
+    ipc, pipc = (_final(raw, override, key, default) for key, default in (("ipc", 1), ("pipc", 50)))
+    raw = _with_rules(raw, ipc, pipc)
+    if losses is not None:
+        fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
+        raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
+    assign_all(raw, override)
+    check_depth(raw, "The recipe with what was set")
+    if isinstance(raw.get("blend"), Mapping):
+        raw["blend"] = _with_shared_settings(raw, override)
+    return parse_recipe({key: value if key in TOLD_APART else _with_home(value) for key, value in raw.items()})
+
+
+def _with_home(value: Any) -> Any:
+    """Returns a value of a recipe with the user's home folder for the `~` of its paths."""
+    if isinstance(value, str):
+        return with_home(value)
+    if isinstance(value, Mapping):
+        return {key: _with_home(item) for key, item in value.items()}
+    return [_with_home(item) for item in value] if isinstance(value, list) else value
+
+
+OF_THE_BLEND = ("name", "summary", "source", "notes", "blend", "evaluators", "ipc", "pipc", "steps", "seed")
+
+
+def _with_shared_settings(raw: Raw, override: Iterable[tuple[str, Any]]) -> Raw:
+    """Returns the blend's table with what is set beside it, which holds for both parts: once recorded, only new flags add to it."""
+    blend: Raw = raw["blend"]
+    given = dict(blend["set"]) if isinstance(blend.get("set"), Mapping) else dict(flattened(raw))
+    given |= dict(override)
+    return blend | {"set": {path: value for path, value in given.items() if path.split(".")[0] not in OF_THE_BLEND}}
+
+
+def _has_default() -> bool:
+    return any(p.kind == "recipe" and p.name == "default" for p in registry.plugins())
+
+
+def _final(raw: Raw, override: Iterable[tuple[str, Any]], key: str, default: Any) -> Any:
+    value = raw.get(key, default)
+    for path, replacement in override:
+        value = replacement if path == key else value
+    return value
+
+
+def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
+    """Returns `raw` with the settings of every matching rule, in order, and without the rules."""
+    result = copy.deepcopy(raw)
+    rules = result.pop("rules", [])
+    if not isinstance(rules, list):
+        raise InputError("rules is an array of tables: [[rules]].", "rules")
+    for number, entry in enumerate(rules):
+        where = f"rules[{number}]"
+        rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, where)
+        if _matches(rule.when, ipc, pipc):
+            assign_all(result, flattened(rule.set))
+    return result
+
+
+def _matches(when: Mapping[Any, int], ipc: Any, pipc: Any) -> bool:
+    values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
+    if not all(isinstance(value, int | float) for value in values.values()):
+        return False  # the recipe's own check will name the bad value
+    least = all(values[key.removesuffix("_min")] >= bound for key, bound in when.items() if key.endswith("_min"))
+    most = all(values[key.removesuffix("_max")] <= bound for key, bound in when.items() if key.endswith("_max"))
+    return least and most
+
+
+def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Returns (path, value) of every value in nested tables, in order."""
+    pairs: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        path = f"{prefix}.{key}" if prefix else key
+        pairs += flattened(value, path) if isinstance(value, Mapping) and value else [(path, value)]
+    return pairs
+
+
+TOLD_APART = ("name", "summary", "source", "notes", "rules")
+
+
+def described(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the settings of raw recipe data, in order: `path`, `value`, `rules` that change it, `origin` and `why`.
+
+    A rule is {"when", "value"}; one that sets what the tables leave out stands alone (`value` None), as does a note on a
+    setting that is left at its default (no rules either). Origin and reason are the recipe's note for the path, or for the
+    nearest path above it, split at its first colon; "" where it has none.
+    """
+    rows = {path: _described(path, value, raw) for path, value in flattened({k: v for k, v in raw.items() if k not in TOLD_APART})}
+    for rule in raw.get("rules", []):
+        for path, value in flattened(rule["set"]):
+            row = rows.setdefault(path, _described(path, None, raw))
+            row["rules"].append({"when": rule["when"], "value": value})
+    for path in raw.get("notes", {}):
+        if not any(row == path or row.startswith(f"{path}.") for row in rows):
+            rows[path] = _described(path, None, raw)  # left at its default, and said why
+    return list(rows.values())
+
+
+def _described(path: str, value: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
+    notes, keys = raw.get("notes", {}), path.split(".")
+    above = (".".join(keys[:length]) for length in range(len(keys), 0, -1))
+    origin, _, why = next((notes[key] for key in above if key in notes), "").partition(":")
+    return {"path": path, "value": value, "rules": [], "origin": origin.strip(), "why": why.strip()}
+
+
+def parse_set(text: str) -> tuple[str, Any]:
+    """Returns (path, value) of a `--set PATH=VALUE`; VALUE is TOML, else a string."""
+    path, equals, value = text.partition("=")
+    if not equals or not path.strip():
+        raise FlagError(f"--set {text}: it is PATH=VALUE, for example --set losses.dm.weight=0.01")
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+    except tomllib.TOMLDecodeError:
+        return path.strip(), value
+    except (ValueError, RecursionError) as error:
+        raise FlagError(f"--set {path.strip()}: the value cannot be read: {error}.") from None
+    return path.strip(), parsed["value"] if set(parsed) == {"value"} else value
+
+
+def assign_all(raw: Raw, pairs: Iterable[tuple[str, Any]]) -> None:
+    """Assigns (path, value) pairs in order, those that choose a component before those that set its options."""
+    for path, value in sorted(pairs, key=lambda pair: not _chooses(pair[0].split("."))):
+        assign(raw, path, value)
+
+
+def _chooses(keys: list[str]) -> bool:
+    """Whether `keys` name a component: a whole table, its choosing key, or that of a named table (`views.NAME.augmenter`)."""
+    names = keys[1:] if keys[0] not in NAMED_TABLES else keys[2:]
+    return keys[0] in CHOOSING_KEYS and names in ([], [CHOOSING_KEYS[keys[0]]])
+
+
+def assign(raw: Raw, path: str, value: Any) -> None:
+    """Sets `path` of raw recipe data. Naming another component drops the options of the one before."""
+    keys = path.split(".")
+    _check_path(raw, keys, path)
+    top = keys[0]
+    if len(keys) == 1 and top in SHORTHAND and isinstance(value, str):
+        keys, path = [top, SHORTHAND[top]], f"{top}.{SHORTHAND[top]}"
+    table = raw
+    for key in keys[:-1]:
+        if isinstance(table.get(key), str) and key in SHORTHAND:
+            table[key] = {SHORTHAND[key]: table[key]}
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{path} cannot be set: {key} is not a table in this recipe.", path)
+    named = top in NAMED_TABLES
+    if CHOOSING_KEYS.get(top) == keys[-1] and len(keys) == 2 + named and table.get(keys[-1], keys[-2]) != value:
+        own = own_keys((NAMED_TABLES if named else TABLES)[top]) - {"compose"}
+        for key in table.keys() - own:
+            del table[key]
+    table[keys[-1]] = value
+
+
+def _check_path(raw: Raw, keys: list[str], path: str) -> None:
+    known = fields(Recipe)
+    if keys[0] not in known:
+        raise InputError(f"The recipe has no key '{keys[0]}' ({path}). {suggestion(keys[0], known)}", path)
+    chosen = raw.get("losses", {})
+    if keys[0] == "losses" and len(keys) > 1 and isinstance(chosen, Mapping) and keys[1] not in chosen:
+        raise InputError(f"{path}: this run has no loss labelled '{keys[1]}'. {suggestion(keys[1], chosen)}", path)
+    if len(keys) > 1 and keys[0] not in TABLES and keys[0] not in NAMED_TABLES:
+        raise InputError(f"{path}: {keys[0]} is a value, not a table.", path)
+
+
+def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
+    """Returns the loss tables that `--losses text` selects; weights and options from `tables`, else `fallback`.
+
+    Raises FlagError for a name given twice or an impossible weight, PluginError for an unknown loss.
+    """
+    chosen: Raw = {}
+    for item in text.split(","):
+        name, weight = _name_and_weight(item.strip())
+        for label, table in _members(name, weight, tables, fallback):
+            if label in chosen:
+                raise FlagError(f"--losses {text}: the loss '{label}' is chosen twice. Name it once.")
+            chosen[label] = table
+    return chosen
+
+
+def _name_and_weight(item: str) -> tuple[str, float | None]:
+    name, colon, text = item.partition(":")
+    if not name:
+        raise FlagError("--losses: a loss name is empty. Write them as --losses dm,dkkt")
+    if not colon:
+        return name, None
+    try:
+        weight = float(text)
+    except ValueError:
+        raise FlagError(f"--losses {item}: the weight '{text}' is not a number.") from None
+    if not (math.isfinite(weight) and weight >= 0):
+        raise FlagError(f"--losses {item}: the weight must be a finite number of at least 0.")
+    return name, weight
+
+
+def _members(name: str, weight: float | None, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> list[tuple[str, Raw]]:
+    if name in tables or not _is_group(name):
+        table = _loss_table(name, tables, fallback)
+        return [(name, table if weight is None else table | {"weight": weight})]
+    members = [(member, _loss_table(member, tables, fallback)) for member in registry.load("loss-group", name).members]
+    return [(member, table if weight is None else _scaled(table, weight)) for member, table in members]
+
+
+def _scaled(table: Raw, factor: float) -> Raw:
+    weight = table.get("weight", 1.0)
+    fits = isinstance(weight, int | float) and abs(weight) < 2**63  # else the recipe's own check will name it
+    return table | {"weight": factor * weight if fits else weight}
+
+
+def _loss_tables(raw: Raw) -> dict[str, Raw]:
+    tables = raw.get("losses", {})
+    if not isinstance(tables, Mapping):
+        raise InputError(f"losses is a table of the recipe; got {shown(tables)}.", "losses")
+    for label, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise InputError(f"losses.{label} is a table of the recipe; got {shown(table)}.", f"losses.{label}")
+    return dict(tables)
+
+
+def _is_group(name: str) -> bool:
+    return any(p.kind == "loss-group" and p.name == name.rpartition("/")[2] for p in registry.plugins())
+
+
+def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
+    for source in (tables, fallback):
+        if label in source:
+            return dict(source[label])
+    known = {p.name for p in registry.plugins() if p.kind in ("loss", "loss-group")}
+    if label.rpartition("/")[2] not in known:
+        raise PluginError(f"There is no loss '{label}'. {suggestion(label, known)} (`ddkit list losses` shows them.)")
+    return {}
+
+
+def recipe_for(
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    *,
+    losses: str | None = None,
+    evaluators: str | None = None,
+    protocol: str | None = None,
+    model: str | None = None,
+    sets: Iterable[tuple[str, Any]] = (),
+    **values: Any,
+) -> Recipe:
+    """Returns the recipe that the arguments of `distill` describe, checked as far as that needs no torch.
+
+    `values` are recipe paths with dots as double underscores (`data__use`); None means not given.
+    """
+    sets = list(sets)
+    flags = {key.replace("__", "."): value for key, value in values.items() if value is not None}
+    directories = [*(["--data-dir"] if "data.dir" in flags else []), *(["--set data.dir"] if "data.dir" in dict(sets) else [])]
+    if model is not None:
+        flags |= {"teacher.model": model, "network.model": model}
+    built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
+    if not built.name:
+        built = msgspec.structs.replace(
+            built, name=Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default"
+        )
+    if evaluators is not None:
+        names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
+        built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
+    check_names(built)
+    dataset = registry.split_name(built.data.use)[0]
+    if directories and not registry.load("dataset", dataset).takes_directory:
+        refuse_unused(directories, f"the dataset '{dataset}' downloads nothing.")
+    return msgspec.structs.replace(built, evaluators=with_options(built.evaluators, ("model",), protocol=protocol, model=model))
+
+
+def check_used(sets: Iterable[tuple[str, Any]], used: Collection[str], unused: Collection[str], why: str) -> None:
+    """Raises FlagError for a path that is set and is not of the tables or values `used`, or is one of their values `unused`."""
+    paths = [path for path, _ in flattened(dict(sets))]
+    refuse_unused([f"--set {path}" for path in paths if path.split(".")[0] not in used or path in unused], why)
+
+
+def with_options(tables: Mapping[str, EvaluatorTable], optional: Collection[str] = (), **values: Any) -> dict[str, EvaluatorTable]:
+    """Returns evaluator tables with each of `values` (None: not given) set if the evaluator has that option.
+
+    Raises FlagError for one that is not `optional` and that none of the evaluators has.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    if not given:
+        return dict(tables)
+    known = {name: fields(registry.load("evaluator", table.use or name).Options) for name, table in tables.items()}
+    for key in given:
+        if key not in optional and not any(key in names for names in known.values()):
+            why = f"none of the chosen evaluators ({', '.join(tables)}) has that option" if tables else "nothing is evaluated"
+            raise FlagError(f"--{key} has no effect: {why}. Leave it out.")
+    return {
+        name: msgspec.structs.replace(table, options=table.options | {k: v for k, v in given.items() if k in known[name]})
+        for name, table in tables.items()
+    }
+
+
+def check_names(recipe: Recipe) -> None:
+    """Raises PluginError for a component of the recipe that is not installed. Imports none of them."""
+    for kind, name, _, _ in _components(recipe):
+        registry.find(kind, registry.split_name(name)[0])
+
+
+def check_options(recipe: Recipe) -> None:
+    """Raises InputError for an option that a component of the recipe does not have or allow, as far as that needs no data."""
+    for kind, name, options, where in _components(recipe):
+        registry.options_of(kind, name, options, where)
+
+
+def _components(recipe: Recipe) -> list[tuple[str, str, Mapping[str, Any], str]]:
+    """Returns kind, name, options and place in the recipe of every component that it names."""
+    named: list[tuple[str, str, Mapping[str, Any], str]] = [
+        ("dataset", recipe.data.use, recipe.data.options, "data"),
+        ("model", recipe.network.model, recipe.network.options, "network"),
+        ("model", recipe.teacher.model, recipe.teacher.options, "teacher"),
+        ("initializer", recipe.initializer.use, recipe.initializer.options, "initializer"),
+        ("augmenter", recipe.augmenter.use, recipe.augmenter.options, "augmenter"),
+        ("augmenter", recipe.train.augmenter, recipe.train.options, "train"),
+    ]
+    named += [("augmenter", view.augmenter, view.options, f"views.{name}") for name, view in recipe.views.items()]
+    named += [("loss", recipe.loss_name(label), table.options, f"losses.{label}") for label, table in recipe.losses.items()]
+    named += [("evaluator", table.use or label, table.options, f"evaluators.{label}") for label, table in recipe.evaluators.items()]
+    return named

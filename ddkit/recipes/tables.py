@@ -1,0 +1,275 @@
+"""The recipe: what a run consists of, as data. Validated before torch is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from ddkit.components.options import Option, fields, parse_struct
+from ddkit.errors import InputError, shown
+
+Positive = Annotated[int, Option(ge=1)]
+Seed = Annotated[int, Option("seed of every random draw", ge=0, le=2**53)]
+
+
+class Table(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """A table whose keys are all ddkit's."""
+
+
+class PluginTable(Table):
+    """A table that also carries the options of the plugin it names, beside its own keys."""
+
+    options: dict[str, Any] = {}
+
+
+class DataTable(PluginTable):
+    use: Annotated[str, Option("dataset, NAME or NAME:ARGUMENT")] = "digits"
+    dir: Annotated[str, Option("folder for datasets that download")] | None = None
+    batch: Annotated[int, Option("real images a class and step, at most", ge=1)] = 256
+    test: Annotated[
+        Literal["test", "held-out"],
+        Option("what evaluations test on: the test split, or training images that are not accessible, to choose settings by"),
+    ] = "test"
+    held_out: (
+        Annotated[
+            int,
+            Option(
+                "images of each class that are held out; left out: a fifth of the smallest class beside the accessible ones, at most 200",
+                ge=1,
+            ),
+        ]
+        | None
+    ) = None
+    memory: Annotated[int, Option("MiB that decoded images may take; more of them are read from the disk as they are needed", ge=1)] = 2048
+
+
+class TeacherTable(PluginTable):
+    use: Annotated[str, Option("safetensors file, or auto: train one on all of the training set and cache it")] = "auto"
+    model: Annotated[str, Option("architecture, where the file does not record it")] = "convnet"
+    mean: Annotated[list[float], Option("channel means the teacher was trained with, of pixels in 0..1")] | None = None
+    std: Annotated[list[float], Option("channel standard deviations the teacher was trained with, of pixels in 0..1")] | None = None
+
+
+class TrainTable(PluginTable):
+    """How `ddkit train` and an automatic teacher are trained; `options` are those of the augmenter."""
+
+    epochs: Annotated[int, Option("passes over the training set", ge=1)] = 20
+    batch: Annotated[int, Option("images a step", ge=1)] = 256
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    lr: Annotated[float, Option("peak learning rate", gt=0)] = 0.1
+    weight_decay: Annotated[float, Option(ge=0)] = 5e-4
+    schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
+    augmenter: str = "dsa"
+
+
+class NetworkTable(PluginTable):
+    """The network that embeds or is matched: fresh every `renew_every` steps, between them trained for `inner_epochs`."""
+
+    model: str = "convnet"
+    inner_epochs: Annotated[int, Option("epochs on the synthetic set between the steps that share a network", ge=0)] = 0
+    inner_lr: Annotated[float, Option("learning rate of those epochs", gt=0)] = 0.01
+    renew_every: Annotated[int, Option("steps that share one fresh network", ge=1)] = 1
+
+
+class InitializerTable(PluginTable):
+    use: str = "real"
+
+
+class AugmenterTable(PluginTable):
+    use: str = "dsa"
+
+
+class ViewTable(PluginTable):
+    """A named view of the synthetic images: an augmenter (with its options) and input noise, in normalised units."""
+
+    augmenter: str = "none"
+    compose: Annotated[int, Option("operations composed, for augmenters with that option", ge=1)] | Literal["auto"] | None = None
+    noise: Annotated[float, Option("standard deviation of added Gaussian noise", ge=0)] = 0.0
+
+
+class OptimizerTable(Table):
+    kind: Literal["sgd", "adam"] = "adam"
+    lr: Annotated[float, Option("learning rate in normalised units", gt=0)] = 0.1
+    momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.0
+    betas: Annotated[tuple[float, float], Option("of adam")] = (0.9, 0.999)
+
+
+class EngineTable(Table):
+    compile: (
+        Annotated[bool, Option("whether the embedder is compiled; auto: where the run is long enough to pay it back")] | Literal["auto"]
+    ) = "auto"
+    precision: Annotated[
+        Literal["auto", "float32", "tf32", "bfloat16"],
+        Option("of the embedder; auto: bfloat16 where it is compiled and the hardware multiplies it, else float32"),
+    ] = "auto"
+    memory: Annotated[
+        int, Option("MiB that images and activations of separable losses may take; more is done in chunks of classes", ge=1)
+    ] = 4096
+    block: Annotated[int, Option("images embedded at once, 0 for all; auto: from the network, for the cache", ge=0)] | Literal["auto"] = (
+        "auto"
+    )
+    chunk: Annotated[int, Option("classes a chunk for separable losses, 0 for all at once; auto: from memory", ge=0)] | Literal["auto"] = (
+        "auto"
+    )
+    log_every: Positive = 10
+    checkpoint_every: Positive = 500
+    deterministic: bool = False
+
+
+class LossTable(PluginTable):
+    weight: Annotated[float, Option("factor of this term in the total", ge=0)] = 1.0
+    use: str | None = None
+
+
+class EvaluatorTable(PluginTable):
+    use: str | None = None
+
+
+class BlendTable(Table):
+    """Two sets whose average is the result: (1 - alpha) * first + alpha * second, matched by class and place in it."""
+
+    first: Annotated[str, Option("a recipe that makes the first set, or a finished run or file")]
+    second: Annotated[str, Option("a recipe that makes the second set, or a finished run or file")]
+    alpha: Annotated[float, Option("share of the second", ge=0, le=1)] = 0.5
+    set: Annotated[dict[str, Any], Option("recipe paths and values that hold for both; by itself: all that is set beside the blend")] = {}
+
+
+class DecodeTable(Table):
+    """Several images decoded from each stored one; `ipc` counts stored images."""
+
+    factor: Annotated[int, Option("a stored image is a grid of factor x factor images, each enlarged to the full size", ge=1, le=8)] = 1
+
+
+class RuleTable(Table):
+    when: dict[Literal["ipc_min", "ipc_max", "pipc_min", "pipc_max"], int]
+    set: dict[str, Any]
+
+
+class Recipe(Table):
+    """One run as data; the fields and tables of ../docs/recipes.md."""
+
+    name: str = ""
+    summary: str = ""
+    source: str = ""
+    ipc: Positive = 1
+    pipc: Annotated[int, Option("real images a class that may be used", ge=0)] | Literal["all"] = 50
+    steps: Annotated[int, Option("updates of the synthetic set", ge=0)] = 300
+    seed: Seed = 0
+    data: DataTable = msgspec.field(default_factory=DataTable)
+    teacher: TeacherTable = msgspec.field(default_factory=TeacherTable)
+    train: TrainTable = msgspec.field(default_factory=TrainTable)
+    network: NetworkTable = msgspec.field(default_factory=NetworkTable)
+    initializer: InitializerTable = msgspec.field(default_factory=InitializerTable)
+    augmenter: AugmenterTable = msgspec.field(default_factory=AugmenterTable)
+    views: dict[str, ViewTable] = {}
+    optimizer: dict[str, OptimizerTable] = {}
+    engine: EngineTable = msgspec.field(default_factory=EngineTable)
+    losses: dict[str, LossTable] = {}
+    evaluators: dict[str, EvaluatorTable] = {}
+    blend: BlendTable | None = None
+    decode: DecodeTable | None = None
+    notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
+
+    @property
+    def factor(self) -> int:
+        """Returns the number of images along each side of a stored one."""
+        return self.decode.factor if self.decode else 1
+
+    @property
+    def rows_per_class(self) -> int:
+        """Returns how many images of a class losses and networks see: ipc, or more where several are decoded from one."""
+        return self.ipc * self.factor**2
+
+    def loss_name(self, label: str) -> str:
+        """Returns the plugin name of the loss labelled `label`."""
+        return self.losses[label].use or label
+
+
+TABLES: dict[str, type[Table]] = {
+    "data": DataTable,
+    "teacher": TeacherTable,
+    "train": TrainTable,
+    "network": NetworkTable,
+    "initializer": InitializerTable,
+    "augmenter": AugmenterTable,
+    "engine": EngineTable,
+    "blend": BlendTable,
+    "decode": DecodeTable,
+}
+NAMED_TABLES: dict[str, type[Table]] = {
+    "views": ViewTable,
+    "optimizer": OptimizerTable,
+    "losses": LossTable,
+    "evaluators": EvaluatorTable,
+}
+SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "augmenter": "use"}
+
+T = TypeVar("T", bound=Table)
+DEEPEST = 32  # levels of tables and arrays in a recipe
+
+
+def own_keys(kind: type[Table]) -> set[str]:
+    """Returns the keys of a table that are ddkit's own, not a plugin's options."""
+    return fields(kind).keys() - {"options"}
+
+
+def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    """Returns a recipe from TOML data (rules already applied); raises InputError naming the path at fault."""
+    values: dict[str, Any] = {key: value for key, value in table.items() if key not in TABLES and key not in NAMED_TABLES}
+    for key, kind in TABLES.items():
+        if key in table:
+            values[key] = _parse_table(kind, table[key], key)
+    for key, kind in NAMED_TABLES.items():
+        if key in table:
+            entries = _as_table(table[key], key)
+            values[key] = {name: _parse_table(kind, item, f"{key}.{name}") for name, item in entries.items()}
+    return parse_struct(Recipe, values, "")
+
+
+def check_depth(table: Mapping[str, Any], what: str) -> None:
+    """Raises InputError where tables and arrays are nested deeper than any recipe needs, and functions that call themselves can go."""
+    level: list[Any] = [table]
+    for _ in range(DEEPEST):
+        level = [item for value in level if isinstance(value, Mapping | list | tuple) for item in _items(value)]
+        if not level:
+            return
+    raise InputError(f"{what} is nested more than {DEEPEST} levels deep. Write it flatter.")
+
+
+def _items(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, Mapping) else value
+
+
+def _as_table(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, str) and where in SHORTHAND:
+        return {SHORTHAND[where]: value}
+    if not isinstance(value, Mapping):
+        raise InputError(f"{where} is a table of the recipe; got {shown(value)}.", where)
+    return dict(value)
+
+
+def _parse_table(kind: type[T], value: Any, where: str) -> T:
+    table = _as_table(value, where)
+    if not issubclass(kind, PluginTable):
+        return parse_struct(kind, table, where)
+    own = own_keys(kind)
+    options = {key: item for key, item in table.items() if key not in own}
+    parsed = parse_struct(kind, {key: item for key, item in table.items() if key in own}, where)
+    return msgspec.structs.replace(parsed, options=options)
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """Returns the recipe as TOML data, the inverse of parse_recipe; None is left out."""
+    return {key: value for key, value in _plain(recipe).items() if value not in ({}, "")}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, PluginTable):
+        return _plain({key: getattr(value, key) for key in sorted(own_keys(type(value)))} | value.options)
+    if isinstance(value, msgspec.Struct):
+        return _plain(msgspec.structs.asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items() if item is not None}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,153 @@
+"""Processes of ddkit's own. They end with the process that started them, and what they answer is JSON: nothing is pickled between them.
+
+What they have to know of it is handed over on their command line: the code that the user named, and the plugin files.
+
+A child's stdin is a pipe whose other end its parent alone holds. The system closes it however the parent ends, also by SIGKILL,
+and the child then sends itself SIGTERM: a run writes a checkpoint, anything else just ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+from ddkit import output
+from ddkit.components import plugin_file, trust
+from ddkit.errors import RunFailed
+
+
+class ChildEnded(RunFailed):
+    """A child process ended without an answer; the message tells its exit code and its last words."""
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """Returns the command line of `python -m MODULE ARGUMENTS...` as a child, which is started with stdin=PIPE."""
+    return [sys.executable, "-P", "-m", "ddkit.run.children", handed_over(), module, *arguments]
+
+
+_BEGIN = "import sys\nfrom ddkit.run import children\nchildren.begin(sys.argv.pop(1))\n"
+
+
+def run(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> CompletedProcess[str]:
+    """Runs Python `code` as a child until it ends; there sys.argv[1:] are `arguments`, and what it gives to reply() is its stdout."""
+    words = [sys.executable, "-P", "-c", _BEGIN + code, handed_over(), *arguments]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        env = dict(os.environ if environment is None else environment)
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env=env)
+        assert process.stdin is not None
+        with process.stdin:  # closed if this process is interrupted, which ends the child
+            ended = process.wait()
+        out.seek(0)
+        err.seek(0)
+        return CompletedProcess(words, ended, out.read(), err.read())
+
+
+def handed_over() -> str:
+    """Returns what take_over() in a process that this one starts makes known there: grants, and plugin files with their sha256."""
+    values, everything = trust.granted()
+    return json.dumps({"values": sorted(values), "everything": everything, "plugin_files": plugin_file.known()})
+
+
+def take_over(text: str) -> None:
+    """Makes known in this process what the one that started it handed over; from now on its stdout is for reply() alone."""
+    output.answers()
+    found = json.loads(text)
+    plugin_file.remember(found["plugin_files"])
+    trust.grant_process(trust.Granted(frozenset((path, value) for path, value in found["values"]), found["everything"]))
+
+
+def reply(value: Mapping[str, Any]) -> None:
+    """Answers the process that started this one as a Child."""
+    print(json.dumps(value), file=output.answers(), flush=True)
+
+
+class Child:
+    """`python -m MODULE ARGUMENT`, which calls ddkit.reply with a JSON object when it is ready, and for each line on its stdin.
+
+    What it prints goes to its stderr, into the file `errors`; `environment` replaces this process's own. It ends when stop() is called, or
+    with this process.
+    """
+
+    def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._errors = errors
+        with errors.open("w") as stream:
+            self._process = subprocess.Popen(
+                command(module, argument), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                env=dict(os.environ if environment is None else environment),
+            )  # fmt: skip
+
+    def ask(self, question: Any) -> dict[str, Any]:
+        """Returns the answer to `question`; raises ChildEnded where there is none."""
+        assert self._process.stdin is not None
+        with suppress(OSError, ValueError):  # the answer, or its absence, tells why it is gone
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Returns its next reply; raises ChildEnded if it ends first."""
+        if line := self._line():
+            found: dict[str, Any] = json.loads(line)
+            return found
+        raise ChildEnded(f"ended with exit code {self._process.wait()}: {self._last_words()}")
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed by another thread's stop()
+            return self._process.stdout.readline()
+        return ""
+
+    def _last_words(self) -> str:
+        with suppress(OSError):
+            return (self._errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
+        return "what it said is gone"
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends it at once, if it still runs."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(OSError):  # a process that is gone leaves an unsent line
+                stream.close()
+
+
+def begin(text: str) -> None:
+    """Makes this process a child: it ends with its parent, and knows what its parent handed over in `text`."""
+    _end_with_parent()
+    take_over(text)
+
+
+def _end_with_parent() -> None:
+    """Passes on what the parent writes to stdin; at its end SIGTERM ends this process."""
+    source = os.dup(0)
+    read, write = os.pipe()
+    os.dup2(read, 0)
+    os.close(read)
+
+    def pass_on() -> None:
+        while data := os.read(source, 65536):
+            os.write(write, data)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=pass_on, daemon=True).start()
+
+
+if __name__ == "__main__":
+    begin(sys.argv[1])
+    del sys.argv[:2]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

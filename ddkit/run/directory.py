@@ -1,0 +1,491 @@
+"""A run directory: claimed before the run, every file whole or absent, the manifest last."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import tomllib
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import tomli_w
+
+from ddkit.components.base import Evaluation
+from ddkit.data.images import sheet_png
+from ddkit.distributed import ALONE, Ranks
+from ddkit.errors import InputError, RunFilesError
+from ddkit.files import (
+    MOST_TOML,
+    append_text,
+    is_leftover,
+    json_digest,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_text,
+    remove_leftovers,
+    sync,
+    write_atomic,
+)
+from ddkit.names import CHECKPOINTS, JOURNAL, LISTED, LOCK, SET, check_out, check_own, is_left_behind, path_part, remove_own
+from ddkit.names import EVALUATION as EVALUATION
+from ddkit.names import MANIFEST as MANIFEST
+from ddkit.names import METRICS as METRICS
+from ddkit.names import PREVIEW as PREVIEW
+from ddkit.names import RECIPE as RECIPE
+from ddkit.names import REPORT as REPORT
+from ddkit.recipes.tables import check_depth, parse_recipe
+from ddkit.run.checkpoints import Checkpoint, Checkpoints
+from ddkit.run.lock import FolderLock
+from ddkit.run.manifest import check_listed, checked, file_entry, read_manifest, write_manifest
+from ddkit.run.shares import typical_shares
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ddkit.run.artifact import Artifact
+
+log = logging.getLogger("ddkit")
+
+RECIPE_SEAL = "# sha256 of the lines below: "
+LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished run: its directory, steps, seconds of distillation (without training a teacher), and evaluations."""
+
+    path: Path
+    steps: int
+    seconds: float
+    evaluations: list[Evaluation]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The losses' median shares of the gradient on the images, {} for a run of one loss or of an older version."""
+        return typical_shares(read_metrics(self.path))
+
+    def _repr_png_(self) -> bytes | None:
+        """Returns the picture of the set, which a notebook shows for a run."""
+        file = self.path / PREVIEW
+        return file.read_bytes() if file.is_file() else None
+
+
+class RunDirectory:
+    """The files of one run at `path`.
+
+    Whoever writes a run holds its lock: claim() and numbered() take it, as does take(), and `with` lets go of it at the end.
+    """
+
+    def __init__(self, path: Path, created: tuple[Path, ...] | None = None) -> None:
+        """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
+        self.path, self._created = path, created
+        self._lock: FolderLock | None = None
+        self._replaces = False  # a run that is there
+        self._recipe = ("", "")  # what checkpoints belong to, known once the recipe is written or read
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Lets go of the lock, if it is held."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def take(self, *, wait: float = 0.0) -> RunDirectory:
+        """Takes the lock and removes what a process that was killed left half-written.
+
+        Raises RunFilesError where another process holds it for longer than `wait` seconds.
+        """
+        check_own(self.path)
+        try:
+            self._lock = FolderLock(self.path, wait=wait)
+            for folder in (self.path, self.path / CHECKPOINTS):
+                remove_leftovers(folder)
+        except OSError as error:
+            raise RunFilesError(f"{self.path} cannot be written: {error.strerror or error}.") from None
+        return self
+
+    @classmethod
+    def claim(cls, path: Path, *, force: bool | None = None) -> RunDirectory:
+        """Returns an absent or empty `path`, made and locked; raises RunFilesError if it is neither, or cannot be written.
+
+        What a command of ddkit left there when it was killed is removed. With `force` a run may be there, which replace() removes; None:
+        the command has no such flag.
+        """
+        check_claimable(path, force=force)
+        try:
+            created = tuple(p for p in (path, *path.parents) if not p.exists())
+            path.mkdir(parents=True, exist_ok=True)
+            for made in created:
+                sync(made.parent)
+            directory = cls(path, created)
+            was_killed = _was_killed(path)
+            directory.take()
+            if force and is_run(path):
+                directory._created, directory._replaces = None, True
+            elif was_killed and is_left_behind(path):
+                remove_own(path)
+            if not (directory._replaces or _is_empty(path)):
+                directory.release()
+                raise _occupied(path, force)
+        except OSError as error:
+            raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
+        return directory
+
+    @classmethod
+    def numbered(cls, stem: str) -> RunDirectory:
+        """Returns runs/<stem>-<n>, locked, for the first n that is free, also where another process looks for one just now."""
+        folder = Path("runs")
+        created = () if folder.exists() else (folder,)
+        try:
+            folder.mkdir(exist_ok=True)
+            for number in itertools.count(1):
+                path = folder / f"{path_part(stem)}-{number}"
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    break
+        except OSError as error:
+            raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
+        return cls(path, (path, *created)).take()
+
+    @classmethod
+    def existing(cls, path: Path) -> RunDirectory:
+        """Returns the run at `path`; raises RunFilesError if there is none."""
+        check_own(path)
+        if not (path / RECIPE).is_file():
+            raise RunFilesError(
+                f"{path} is no run directory: it has no {RECIPE}. (A run that was ended before its first step, as while its teacher was "
+                "trained, leaves nothing to continue: give its first command again.)"
+            )
+        return cls(path)
+
+    def replace(self) -> None:
+        """Removes the run that claim() found with `force`: from now on the folder is that of the new run."""
+        if self._replaces:
+            remove_own(self.path)
+            self._created, self._replaces = (), False
+
+    def has_stepped(self) -> bool:
+        """Whether a step was taken: the first one is always logged."""
+        return (self.path / METRICS).is_file() and (self.path / METRICS).stat().st_size > 0
+
+    def discard(self) -> None:
+        """Removes what was written into a claimed folder, and the folders made for it that are then empty.
+
+        So nothing half-written stays behind a run that never began, and what others put beside it stays.
+        """
+        if self._created is None:
+            return
+        remove_own(self.path)
+        self.release()
+        with suppress(OSError):
+            for folder in self._created:
+                folder.rmdir()
+
+    def write_recipe(self, table: Mapping[str, Any]) -> None:
+        """Writes recipe.toml, its first line the sha256 of the rest."""
+        text = tomli_w.dumps(dict(table))
+        self._recipe = _recipe_keys(tomllib.loads(text))
+        write_atomic(self.path / RECIPE, f"{RECIPE_SEAL}{_sha256(text)}\n{text}".encode())
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Returns the resolved recipe as TOML data; raises RunFilesError if it cannot be read or is not as it was written."""
+        file = self.path / RECIPE
+        check_listed(self.path, RECIPE)
+        try:
+            text = read_text(file, most=MOST_TOML)
+            table = tomllib.loads(text)
+            check_depth(table, "it")
+            parse_recipe(table)
+        except (OSError, ValueError, RecursionError, InputError) as error:
+            raise RunFilesError(f"{file} cannot be read: {error}.") from None
+        first, _, rest = text.partition("\n")
+        if not table or (first.startswith("#") and first != f"{RECIPE_SEAL}{_sha256(rest)}"):
+            raise RunFilesError(
+                f"{file} is damaged, or was edited: it is not what its first line, the sha256 of the rest, says. A run goes on with its "
+                f"own recipe; a changed copy of the file makes another run: ddkit distill --recipe COPY."
+            )
+        self._recipe = _recipe_keys(table)
+        return table
+
+    def write_checkpoint(
+        self,
+        step: int,
+        state: Mapping[str, Tensor],
+        plugin_files: Mapping[str, str] | None = None,
+        inputs: Mapping[str, str] | None = None,
+        seconds: float = 0.0,
+        *,
+        rowwise: Collection[str] = (),
+        ranks: Ranks = ALONE,
+    ) -> None:
+        """Writes the state before step `step` and removes all but the last two checkpoints; see Checkpoints.write."""
+        self._sync_metrics()
+        self._checkpoints.write(
+            step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, seconds=seconds, rowwise=rowwise, ranks=ranks
+        )
+
+    def _sync_metrics(self) -> None:
+        """Sees to it that what a checkpoint relies on is on the disk before it."""
+        try:
+            if (self.path / METRICS).is_file():
+                sync(self.path / METRICS)
+        except OSError as error:
+            raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path, self._recipe)
+
+    def keep_checkpoints_until(self, step: int) -> None:
+        """Removes checkpoints of later steps, and all but two of the others."""
+        self._checkpoints.keep_until(step)
+
+    def newest_checkpoint(self) -> Checkpoint | None:
+        """Returns the newest checkpoint that reads whole, None where none was written yet; see Checkpoints.newest."""
+        return self._checkpoints.newest(f"Start anew: ddkit distill --recipe {self.path / RECIPE}")
+
+    def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
+        """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log.
+
+        Raises RunFilesError where another line cannot be read, or one is missing that was written before the checkpoint of `step`.
+        """
+        file = self.path / METRICS
+        lines = _lines(file)
+        kept: dict[int, bytes] = {}
+        for number, line in enumerate(lines, start=1):
+            try:
+                index = _metrics_line(line, file, number)["step"]
+                if index < step and is_logged(index, steps, log_every):
+                    kept[index] = line + b"\n"
+            except RunFilesError:
+                if number < len(lines):
+                    raise
+        lost = [index for index in range(0, step, log_every) if index not in kept]
+        if lost:
+            raise RunFilesError(f"{file} is damaged: it has no line of step {lost[0]}. Restore it, or make the run again.")
+        if lines:
+            write_atomic(file, b"".join(kept[index] for index in sorted(kept)))
+
+    def read_evaluations(self) -> list[dict[str, Any]]:
+        """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
+        check_listed(self.path, EVALUATION)
+        file = self.path / EVALUATION
+        found = read_json(file) if file.is_file() else {"evaluations": []}
+        checked(found, _Evaluations, file)
+        rows: list[dict[str, Any]] = found["evaluations"]
+        return rows
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Appends one line to metrics.jsonl and flushes it."""
+        append_text(self.path / METRICS, json.dumps(record) + "\n")
+
+    def reopen(self) -> None:
+        """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.
+
+        Raises RunFilesError where a file is not as listed.
+        """
+        check_listed(self.path, METRICS)
+        try:
+            for name in (MANIFEST, EVALUATION, REPORT):
+                (self.path / name).unlink(missing_ok=True)
+            sync(self.path)
+        except OSError as error:
+            raise RunFilesError(f"{self.path / MANIFEST} cannot be removed: {error.strerror or error}.") from None
+
+    def write_manifest(self, facts: Mapping[str, Any]) -> None:
+        """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
+        files = {name: file_entry(self.path / name) for name in LISTED if (self.path / name).is_file()}
+        write_manifest(self.path, {**facts, "versions": versions(), "files": files})
+
+    def rewrite(self, name: str, content: bytes) -> None:
+        """Writes the file `name` of a finished run anew; the manifest never lists another content than is there."""
+        manifest = self.read_manifest()
+        others = {key: entry for key, entry in manifest["files"].items() if key != name}
+        write_manifest(self.path, manifest | {"files": others})
+        write_atomic(self.path / name, content)
+        write_manifest(self.path, manifest | {"files": others | {name: file_entry(self.path / name)}})
+
+    def read_manifest(self) -> dict[str, Any]:
+        """Returns the manifest; raises RunFilesError where it is missing, damaged or of another schema."""
+        return read_manifest(self.path)
+
+
+class Follower(RunDirectory):
+    """A run directory as the processes beside the first see it: they read it and write their parts of checkpoints, and nothing else."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        check_own(path)
+        if not (path / LOCK).exists():
+            raise RunFilesError(
+                f"{path}, which the first process of the run has made, is not there for this one. Name a folder with --out that all "
+                "machines share."
+            )
+
+    def discard(self) -> None:
+        pass
+
+    def write_recipe(self, table: Mapping[str, Any]) -> None:
+        self._recipe = _recipe_keys(tomllib.loads(tomli_w.dumps(dict(table))))
+
+    def _sync_metrics(self) -> None:
+        pass
+
+    def keep_checkpoints_until(self, step: int) -> None:
+        pass
+
+    def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
+        pass
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        pass
+
+    def reopen(self) -> None:
+        pass
+
+
+class _Term(msgspec.Struct):
+    raw: float
+    weighted: float
+    gradient: Annotated[float, msgspec.Meta(ge=0)] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Metrics(msgspec.Struct):
+    """What is read of a line of metrics.jsonl; more may stand in it."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    total: float
+    losses: dict[str, _Term]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+
+
+class _Evaluations(msgspec.Struct):
+    evaluations: list[Evaluation]
+
+
+def _lines(file: Path) -> list[bytes]:
+    """Returns the lines of a file, none if it is not there."""
+    try:
+        return read_bytes(file).splitlines() if file.exists() else []
+    except OSError as error:
+        raise RunFilesError(f"{file} cannot be read: {error}.") from None
+
+
+def _metrics_line(line: bytes, file: Path, number: int) -> dict[str, Any]:
+    try:
+        found = parse_json(line)
+        msgspec.convert(found, _Metrics)
+    except (ValueError, msgspec.ValidationError) as error:
+        raise RunFilesError(
+            f"{file} is damaged: line {number} cannot be read ({error}). Restore it from a copy, or make the run again."
+        ) from None
+    return dict(found)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the key of a recipe that its checkpoints record, and the one that those of 0.1 record.
+
+    It says nothing of the number of steps, which a run may prolong, and of the places of data and teacher, which may be moved: their
+    content has digests of its own.
+    """
+    kept = {key: value for key, value in table.items() if key != "steps"}
+    places = {"data": ("path", "dir"), "teacher": ("use",)}
+    unplaced = {
+        key: {name: each for name, each in value.items() if name not in places[key]} if key in places and isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
+    return json_digest(unplaced), json_digest(kept)
+
+
+def check_claimable(path: Path, *, force: bool | None = None) -> None:
+    """Raises RunFilesError if RunDirectory.claim(path, force=force) would refuse `path`, as far as that shows without writing."""
+    check_out(path)
+    try:
+        if path.exists() and not path.is_dir():
+            raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
+        if path.is_dir() and not (_is_empty(path) or (_was_killed(path) and is_left_behind(path)) or (force and is_run(path))):
+            raise _occupied(path, force)
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise RunFilesError(f"--out {path} cannot be written: {there} {'may not be written to' if there.is_dir() else 'is no folder'}.")
+    except OSError as error:
+        raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
+
+
+def _was_killed(path: Path) -> bool:
+    """Whether the command that wrote to `path` was killed: one that ends by itself leaves neither of these files."""
+    return (path / LOCK).exists() or (path / JOURNAL).exists()
+
+
+def _is_empty(path: Path) -> bool:
+    return all(entry.name == LOCK or is_leftover(entry) for entry in path.iterdir())
+
+
+def is_run(path: Path) -> bool:
+    """Whether ddkit's own run is at `path`, by what nobody else writes: a manifest, or the first line of its recipe."""
+    with suppress(RunFilesError):
+        read_manifest(path)
+        return True
+    with suppress(OSError, ValueError):
+        return read_text(path / RECIPE, most=MOST_TOML).startswith(RECIPE_SEAL)
+    return False
+
+
+def _occupied(path: Path, force: bool | None) -> RunFilesError:
+    unfinished = (path / RECIPE).is_file() and not (path / MANIFEST).is_file()
+    going_on = f", or continue the run that is there: ddkit distill --out {path} --resume" if unfinished else ""
+    if force:
+        return RunFilesError(f"--out {path} holds no run of ddkit's, and --force replaces nothing else. Name another folder.")
+    instead = ", or replace the run that is there with --force" if force is False and is_run(path) else ""
+    return RunFilesError(f"--out {path} already holds something. Name another folder{instead}{going_on}.")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Returns the lines of the metrics of a run, by ascending step, [] for a run without; raises RunFilesError if one is damaged."""
+    check_listed(folder, METRICS)
+    file = folder / METRICS
+    found = [_metrics_line(line, file, number) for number, line in enumerate(_lines(file), start=1)]
+    for number, (one, other) in enumerate(itertools.pairwise(found), start=2):
+        if other["step"] <= one["step"]:
+            raise RunFilesError(f"{file} is damaged: line {number} has step {other['step']}, and the line before it {one['step']}.")
+    return found
+
+
+def is_logged(index: int, steps: int, log_every: int) -> bool:
+    """Returns whether step `index` of `steps` has a line in metrics.jsonl: the first, the last, every log_every-th."""
+    return index in (0, steps - 1) or index % log_every == 0
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, ddkit and what it computes with."""
+    names = ("ddkit", "torch", "torchvision", "numpy", "safetensors", "scikit-learn", "pillow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def save_set(result: Artifact, directory: RunDirectory) -> None:
+    """Writes the set and its picture."""
+    result.save(directory.path / SET)
+    write_atomic(directory.path / PREVIEW, sheet_png(result.stored_images, result.stored_labels, result.class_names))

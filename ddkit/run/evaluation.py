@@ -1,0 +1,246 @@
+"""Evaluates a synthetic set: a run's, or that of a file, with the evaluators of a recipe."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ddkit.components import trust
+from ddkit.components.base import DataInfo, Evaluation, EvaluationData, Evaluator
+from ddkit.components.guard import blamed
+from ddkit.components.observers import Observers
+from ddkit.data.objects import passing
+from ddkit.data.real import RealData, check_held_out, open_dataset
+from ddkit.distributed import ALONE, Ranks, group, own_device
+from ddkit.errors import FlagError, InputError, RunFilesError
+from ddkit.files import json_bytes
+from ddkit.names import SET
+from ddkit.nn.compute import pick_device
+from ddkit.nn.teacher import Teacher
+from ddkit.nn.teachers import automatic_teacher, load_teacher, tested
+from ddkit.recipes.resolve import check_used, flattened, recipe_for, with_options
+from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
+from ddkit.run.artifact import Artifact, load
+from ddkit.run.averaging import seeds_of
+from ddkit.run.directory import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
+from ddkit.run.doubts import below_random_real
+from ddkit.run.manifest import MANIFEST
+from ddkit.run.report import renew_report
+from ddkit.run.setup import evaluators_of
+
+log = logging.getLogger("ddkit")
+EVALUATING = ("data", "teacher", "train", "evaluators", "seed", "pipc")  # what of a recipe matters to an evaluation
+NOT_EVALUATING = ("data.batch",)
+
+
+def evaluate(
+    target: Artifact | str | Path,
+    *,
+    dataset: Any = None,
+    data_dir: str | None = None,
+    evaluators: str | None = None,
+    protocol: str | None = None,
+    model: str | None = None,
+    repeats: int | None = None,
+    teacher: str | None = None,
+    seed: int | None = None,
+    pipc: int | str | None = None,
+    sets: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    observers: Sequence[Any] = (),
+    allow_code: bool = False,
+    distributed: bool = False,
+) -> list[Evaluation]:
+    """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
+
+    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without `dataset`, which is as for
+    distill, a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe or a
+    teacher file names. `distributed`: the processes that torchrun started, all of which call this, share the networks to train. Raises
+    DdkitError.
+    """
+    named = {"model": model, "dataset": dataset, "evaluators": evaluators}
+    if evaluators == "none":
+        raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
+    artifact = target if isinstance(target, Artifact) else load(target)
+    directory = None if isinstance(target, Artifact) else _run_at(Path(target))
+    judged_file = None if directory is None else directory.read_manifest()["files"].get(SET)
+    if directory is not None:
+        directory.read_evaluations()  # rows that cannot be read are told before the networks are trained, not after
+    watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
+    with passing(dataset) as data, trust.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
+        recipe = _evaluation_recipe(
+            artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
+            data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
+        )  # fmt: skip
+        check_used((sets or {}).items(), EVALUATING, NOT_EVALUATING, "the set is evaluated as it is.")
+        recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
+        ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
+        kept = "" if directory is None else f" {directory.path} is as it was."
+        with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):
+            rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
+    if not ranks.first:
+        return rows
+    if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
+        _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
+    return rows
+
+
+def run_evaluators(
+    evaluators: Mapping[str, Evaluator],
+    artifact: Artifact,
+    real: RealData,
+    teacher: Teacher | None,
+    seed: int,
+    device: torch.device,
+    watchers: Observers,
+    ranks: Ranks = ALONE,
+) -> list[Evaluation]:
+    """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first."""
+    images, labels = real.test_set
+    data = EvaluationData(
+        info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
+        seed=seed, device=device, split=real.split, spread=_spread(ranks) if ranks.size > 1 else None,
+        report=lambda done, total: None,
+    )  # fmt: skip
+    rows: list[Evaluation] = []
+    for label, evaluator in sorted(evaluators.items()):
+        if not (ranks.first or evaluator.shares):
+            continue
+        with blamed("evaluator", evaluator, may_draw=True):
+            work = evaluator.work(data)
+            report = watchers.begin("evaluation", f"Evaluating: {label}{work and f' ({work})'}")
+            seen = msgspec.structs.replace(data, spread=data.spread if evaluator.shares else None, report=report, report_part=report)
+            rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, seen, teacher)]
+    rows = rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
+    for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels))):
+        log.warning("%s", sentence)
+    return rows
+
+
+def _spread(ranks: Ranks) -> Callable[..., list[float]]:
+    """Returns what EvaluationData.shared() does in one of several processes."""
+
+    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
+        own = slice(ranks.rank, None, ranks.size)
+        found = torch.zeros(len(tasks), dtype=torch.float64)
+        if tasks[own]:
+            found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
+        return ranks.sums([found], "evaluation")[0].tolist()
+
+    return spread
+
+
+def judged(
+    recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False, ranks: Ranks = ALONE
+) -> list[Evaluation]:
+    """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
+    where = pick_device(device)
+    real = RealData.of(recipe, open_dataset(recipe.data), image_shape(artifact), watchers=watchers)
+    _check_fit(artifact, real.info)
+    _check_held_out(artifact, real)
+    made = evaluators_of(recipe, real.info)
+    real.check_test_set()
+    required = any(evaluator.requires.teacher for evaluator in made.values())
+    guide = _guide(recipe, real, where, watchers, ranks) if required or (with_teacher and recipe.teacher.use != "auto") else None
+    if guide is not None:
+        tested(guide, real, where)  # warns
+    return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers, ranks)
+
+
+def _run_at(path: Path) -> RunDirectory | None:
+    """Returns the run at `path`; None for a file, and for an imported set or a blend of two files, which know no data."""
+    if not path.is_dir():
+        return None
+    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {"blend", "imported"} & set(RunDirectory(path).read_manifest()):
+        return None
+    return RunDirectory.existing(path)
+
+
+def _evaluation_recipe(
+    artifact: Artifact, directory: RunDirectory | None, sets: list[tuple[str, Any]], *, evaluators: str | None, **flags: Any
+) -> Recipe:
+    """Returns the run's recipe, or for a file the default one with the seed and pipc that the file records."""
+    base = None if directory is None else directory.read_recipe()
+    if base is None:
+        if flags["data__use"] is None and not any(path == "data" or path.startswith("data.") for path, _ in sets):
+            raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+        sets = [(key, artifact.metadata[key]) for key in ("seed", "pipc") if key in artifact.metadata] + sets
+    elif evaluators is None and not base.get("evaluators"):
+        evaluators = "accuracy"
+    return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
+
+
+def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers, ranks: Ranks) -> Teacher | None:
+    """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
+    if recipe.teacher.use != "auto":
+        return load_teacher(recipe.teacher, real.info, device)
+    return automatic_teacher(real.dataset, real.info.shape, recipe.teacher, recipe.train, device, watchers, ranks=ranks)
+
+
+def image_shape(artifact: Artifact) -> tuple[int, int, int]:
+    channels, height, width = artifact.images.shape[1:]
+    return channels, height, width
+
+
+def _check_fit(artifact: Artifact, info: DataInfo) -> None:
+    if list(artifact.class_names) != list(info.class_names):
+        raise InputError(
+            f"The synthetic set has the classes {artifact.class_names[:12]}, the data set {list(info.class_names)[:12]}: "
+            "it can only be tested on data of the same classes in the same order."
+        )
+
+
+def _check_held_out(artifact: Artifact, real: RealData) -> None:
+    """Raises InputError where a held-out image may have been accessible when the set was made."""
+    if real.held_out is None:
+        return
+    seeds = seeds_of(artifact)
+    if any(seed != real.seed for seed in seeds):
+        made_with = " and ".join(str(seed) for seed in seeds)
+        fix = f"Use --seed {made_with}, or --set data.test=test." if len(seeds) == 1 else "Use --set data.test=test."
+        raise InputError(
+            f"With data.test = held-out the seed tells held-out images from accessible ones, and the set was made with seed "
+            f"{made_with}. {fix}",
+            "data.test",
+        )
+    check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
+
+
+def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_file: Mapping[str, Any] | None) -> None:
+    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity.
+
+    Where a run is being written there just now, or its set is not that of `judged_file` any more, a warning says that they were not
+    added.
+    """
+    try:
+        directory.take(wait=LOCK_SECONDS)
+    except RunFilesError as error:
+        log.warning("These figures were not added to the run's files. %s", error)
+        return
+    with directory:
+        if not (directory.path / MANIFEST).is_file() or directory.read_manifest()["files"].get(SET) != judged_file:
+            log.warning("These figures were not added to the run's files: its set has changed since they were begun.")
+            return
+        fresh = msgspec.to_builtins(rows)
+        keys = [_identity(row) for row in fresh]
+        older = [row for row in directory.read_evaluations() if _identity(row) not in keys]
+        directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
+        renew_report(directory)
+
+
+def _same_data(one: Recipe, other: Recipe) -> bool:
+    """Whether both have the same real data; on which split of it they test is told by the rows, and memory is of no matter."""
+    first, second = (msgspec.structs.replace(recipe.data, test="test", memory=1) for recipe in (one, other))
+    return (first, one.pipc, one.seed) == (second, other.pipc, other.seed)
+
+
+def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns what two rows have in common of which the newer replaces the older."""
+    named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
+    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature", "variant"))
+    return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)

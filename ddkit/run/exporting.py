@@ -1,0 +1,82 @@
+"""Writes a synthetic set in a format that others read, by an exporter, into a folder of its own."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ddkit.components import registry, trust
+from ddkit.components.base import Exporter
+from ddkit.components.guard import advice, blamed, called
+from ddkit.errors import RunFailed, RunFilesError
+from ddkit.files import sha256, sync, write_json
+from ddkit.names import JOURNAL, SET, STAGE
+from ddkit.run.artifact import Artifact, Provenance, load
+from ddkit.run.directory import RECIPE, RunDirectory
+from ddkit.run.manifest import MANIFEST
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+
+
+def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str, Any] | None = None) -> Path:
+    """Writes the set of a run directory or file with the exporter `to` (NAME or NAME:ARGUMENT) into `out`, and returns `out`.
+
+    `out` is absent or empty; it holds all files of the exporter, or it is as it was before. Raises DdkitError.
+    """
+    with trust.granting({"to": to}, {"exporter": options}):
+        exporter: Exporter = registry.create("exporter", to, options, where="exporter")
+    artifact = load(target)
+    artifact.provenance = provenance(Path(target))
+    with RunDirectory.claim(Path(out)) as directory:
+        try:
+            _write(exporter, artifact, directory.path)
+        except BaseException:
+            directory.discard()
+            raise
+    return Path(out)
+
+
+def provenance(path: Path) -> Provenance:
+    """Returns what the files of a run directory, or a file alone, tell of the set; raises RunFilesError where they are damaged."""
+    if not path.is_dir():
+        return Provenance(sha256=sha256(path))
+    directory = RunDirectory(path)
+    finished = (path / MANIFEST).is_file()
+    return Provenance(
+        sha256=sha256(path / SET),
+        recipe=directory.read_recipe() if (path / RECIPE).is_file() else {},
+        manifest=directory.read_manifest() if finished else {},
+        evaluations=directory.read_evaluations() if finished else [],
+    )
+
+
+def _write(exporter: Exporter, artifact: Artifact, out: Path) -> None:
+    """Lets the exporter write into a folder inside `out`, and moves what it wrote up into `out`."""
+    stage = out / STAGE
+    try:
+        stage.mkdir()
+        with blamed("exporter", exporter):
+            exporter(artifact, str(stage))
+        written = sorted(stage.iterdir())
+        write_json(out / JOURNAL, [entry.name for entry in written])
+        for entry in written:
+            os.replace(entry, out / entry.name)
+        stage.rmdir()
+        sync(out)
+        if written:
+            (out / JOURNAL).unlink()  # until then the next call removes what is there
+    except OSError as error:
+        raise _unwritable(out, error) from None
+    except (RunFailed, RunFilesError) as error:
+        if isinstance(error.__cause__, OSError) and error.__cause__.errno in UNWRITABLE:
+            raise _unwritable(out, error.__cause__) from None
+        raise
+    if not written:
+        raise RunFailed(f"The {called('exporter', exporter)} wrote no file.{advice('exporter', exporter)}")
+
+
+def _unwritable(out: Path, error: OSError) -> RunFilesError:
+    return RunFilesError(f"--out {out} cannot be written: {error.strerror or error}. Name another folder.")

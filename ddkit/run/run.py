@@ -1,0 +1,271 @@
+"""A run from its recipe to its finished files: its objects, its loop, what it writes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+from torch import Tensor
+
+from ddkit.components.base import Evaluation
+from ddkit.components.observers import Observers
+from ddkit.components.registry import watchers_of
+from ddkit.data.objects import passed_dataset
+from ddkit.distributed import Ranks
+from ddkit.engine.bank import Bank
+from ddkit.engine.loop import Engine
+from ddkit.files import write_json
+from ddkit.names import SET
+from ddkit.nn.compute import products
+from ddkit.nn.teacher import Teacher
+from ddkit.recipes.resolve import flattened
+from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.run.artifact import Artifact, load
+from ddkit.run.directory import EVALUATION, RECIPE, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
+from ddkit.run.doubts import constant_losses, outside
+from ddkit.run.evaluation import run_evaluators
+from ddkit.run.report import close_run, known_spectrum
+from ddkit.run.setup import RunSetup
+from ddkit.run.shares import silent
+from ddkit.run.snapshots import add_frame, begin_film, is_frame
+
+log = logging.getLogger("ddkit")
+
+
+class Place(NamedTuple):
+    """Where a run is made: on which device, by which processes, seen by whom. `whole` is the run that was asked for."""
+
+    device: str
+    ranks: Ranks
+    observers: Sequence[Any]
+    whole: Path | None = None
+
+    def watchers(self) -> Observers:
+        """Returns the observers, which only the first process has."""
+        return watchers_of(self.observers) if self.ranks.first else Observers([])
+
+    def going_on(self) -> str:
+        """Returns what an interrupted run says: what is kept, and the command that continues it."""
+        assert self.whole is not None
+        if not (self.whole / RECIPE).is_file():
+            return "The run had not begun, and nothing of it is kept: give the same command again."
+        if passed_dataset() is not None:
+            return f"What is done is kept. To go on: ddkit.resume({str(self.whole)!r}, dataset=...), with the same dataset."
+        return f"What is done is kept. To go on: ddkit distill --out {shlex.quote(str(self.whole))} --resume"
+
+    def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
+        """Returns what `claim` does in the first process, and in the others the same folder to follow."""
+        if self.ranks.first:
+            found = claim()
+            self.ranks.told(str(found.path.absolute()) if self.ranks.size > 1 else None)
+        else:
+            found = Follower(Path(self.ranks.told(None)))
+        try:
+            self.ranks.wait()  # all have seen it, before one may remove it
+        except BaseException:
+            found.discard()
+            found.release()
+            raise
+        return found
+
+
+class Made(NamedTuple):
+    """What a run works with: `recipe` is the resolved one."""
+
+    job: RunSetup
+    bank: Bank
+    engine: Engine
+    recipe: Recipe
+
+
+def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False, plan: bool = False) -> Made:
+    """Returns the objects of a run, after all checks that can be made before its first step; writes nothing but caches.
+
+    `begun`: its set is to be read from a checkpoint. `plan`: no teacher is trained.
+    """
+    job = RunSetup(recipe, device=place.device, begun=begun, ranks=place.ranks, watchers=watchers)
+    job.load_teacher(train_it=not plan)
+    bank = job.bank()
+    resolved = job.resolved()
+    place.ranks.same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
+    engine = job.engine(bank)
+    if not begun:
+        with products(job.device, job.decided.products):
+            engine.start()
+        if job.evaluators and job.ranks.first:
+            _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
+    return Made(job, bank, engine, resolved)
+
+
+def begin(made: Made, directory: RunDirectory) -> None:
+    """Writes what a run that is cut off continues from."""
+    directory.replace()
+    directory.write_recipe(recipe_dict(made.recipe))
+    directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
+    images = _pixels(made.job, made.bank)
+    if images is not None:
+        begin_film(directory.path, images, made.job.stored_labels)
+    _keep(0, made.job, made.bank, made.engine, directory, 0.0)
+
+
+def _keep(index: int, job: RunSetup, bank: Bank, engine: Engine, directory: RunDirectory, seconds: float) -> None:
+    """Writes the checkpoint of step `index`, which was reached after `seconds`."""
+    state = engine.state(index)
+    rowwise = {key for key in state if bank.is_rowwise(key)}
+    directory.write_checkpoint(index, state, job.plugin_files, job.inputs, seconds, rowwise=rowwise, ranks=job.ranks)
+
+
+def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int, spent: float = 0.0) -> Run:
+    """Takes the steps from `start` on, evaluates, and writes all files of the run; returns it. `spent`: seconds of the steps before."""
+    job, bank, engine, recipe = made
+    watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
+    began = time.perf_counter() - spent
+    with products(job.device, job.decided.products):
+        _iterate(job, bank, engine, recipe, directory, watchers, start, began)
+    seconds = time.perf_counter() - began
+    _write_set(job, bank, recipe, directory)
+    job.ranks.wait()  # its file is there
+    made_set = load(directory.path / SET)
+    if job.ranks.first:
+        for sentence in _doubts(made, made_set, read_metrics(directory.path)):
+            log.warning("%s", sentence)
+    evaluations = _evaluate_run(job, made_set, directory, watchers)
+    facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
+    if job.ranks.first:
+        watchers.begin("writing", f"Writing the report of {directory.path}")
+        close_run(directory, facts)
+    job.ranks.wait()  # the run is finished for all of them, or for none
+    run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
+    watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
+    return run
+
+
+def _doubts(made: Made, artifact: Artifact, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what cannot be right of the finished steps: losses that did nothing, images that are none."""
+    job, recipe = made.job, made.recipe
+    weights = {label: loss.weight for label, loss in recipe.losses.items()}
+    told, constant = silent(lines, weights), constant_losses(lines, weights)
+    logged = f"at all {len(lines)} logged steps" if len(lines) > 1 else "at the only step"
+    if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
+        told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {_mends_idle(job, recipe)}"]
+    else:
+        others = [label for label in constant if not any(label in sentence.split() for sentence in told)]
+        told += [f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing." for label in others]
+    return told + (outside(artifact.stored_images, made.bank.smaller_rate("images")) if recipe.steps else [])
+
+
+def _mends_idle(job: RunSetup, recipe: Recipe) -> str:
+    """Returns what helps where no loss finds anything to do: mostly the set began as the very images that it is compared with."""
+    fewest = min(job.real.counts().values(), default=0)
+    if job.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:
+        more = f" (ipc {recipe.ipc}; {fewest} accessible)"
+        return f"It began as all accessible images{more}: raise --pipc, lower --ipc, or use another loss or --init noise."
+    return "Use another loss or --init noise."
+
+
+def _iterate(
+    job: RunSetup, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int, began: float
+) -> None:
+    every = recipe.engine
+    if start < recipe.steps:
+        losses = ", ".join(sorted(recipe.losses))
+        on = f", from step {start} on" if start else ""
+        compiles = "; the first step compiles the network, which takes a while" if every.compile else ""
+        text = f"Distilling {job.info.classes * recipe.ipc:,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
+        watchers.begin("distilling", text, done=start, total=recipe.steps)
+
+    def show(index: int) -> None:
+        images = _pixels(job, bank) if job.ranks.told(watchers.has("checkpoint_written")) else None
+        if images is not None:
+            watchers.call(
+                "checkpoint_written", index=index, images=images, labels=job.stored_labels, class_names=list(job.info.class_names)
+            )
+
+    def keep(index: int) -> None:
+        _keep(index, job, bank, engine, directory, time.perf_counter() - began)
+        show(index)
+
+    def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
+        line = None
+        if is_logged(index, recipe.steps, every.log_every):
+            line = record() | {"seconds": round(time.perf_counter() - began, 3)}
+            directory.append_metrics(line)
+        watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
+        images = _pixels(job, bank) if is_frame(index + 1) else None
+        if images is not None:
+            add_frame(directory.path, index + 1, images, job.stored_labels)
+        if (index + 1) % every.checkpoint_every == 0:
+            keep(index + 1)
+
+    def is_read(index: int) -> bool:
+        return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0 or is_frame(index + 1)
+
+    show(start)
+    logs = functools.partial(is_logged, steps=recipe.steps, log_every=every.log_every)
+    engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read, is_logged=logs)
+    if recipe.steps > start and recipe.steps % every.checkpoint_every:
+        keep(recipe.steps)
+
+
+def _pixels(job: RunSetup, bank: Bank) -> Tensor | None:
+    """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the first."""
+    return job.ranks.gathered(job.normalisation.to_pixels(bank.images.detach()))
+
+
+def _write_set(job: RunSetup, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
+    images = _pixels(job, bank)
+    extra = {
+        name: job.ranks.gathered(tensor) if bank.is_rowwise(f"bank.{name}") else tensor.detach().cpu()
+        for name, tensor in bank.parameters.items()
+    }
+    if images is None:
+        return
+    metadata_ = {
+        "class_names": list(job.info.class_names),
+        "mean": list(job.normalisation.mean),
+        "std": list(job.normalisation.std),
+        "ipc": recipe.ipc,
+        "pipc": recipe.pipc,
+        "seed": recipe.seed,
+        "recipe": recipe.name,
+        **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
+    }
+    whole = {name: tensor for name, tensor in extra.items() if tensor is not None}
+    save_set(Artifact(images, job.stored_labels, metadata_, whole), directory)
+
+
+def _evaluate_run(job: RunSetup, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
+    if not job.evaluators:
+        return []
+    rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers, job.ranks)
+    if job.ranks.first:
+        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
+    return rows
+
+
+def _ceiling(job: RunSetup, teacher: Teacher) -> dict[str, Any]:
+    """Returns how good the teacher is: its recorded test accuracy, and that on the accessible images; None where it is not known."""
+    tested = {} if job.tested is None else {"accessible_accuracy": job.tested.accuracy, "accessible_images": job.tested.images}
+    return {"test_accuracy": teacher.info.get("test_accuracy"), **tested}
+
+
+def _facts(job: RunSetup, recipe: Recipe) -> dict[str, Any]:
+    teacher = job.teacher
+    return {
+        "seed": recipe.seed,
+        "device": str(job.device),
+        "threads": torch.get_num_threads(),
+        "plugins": job.plugins_used,
+        **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
+        "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256, **_ceiling(job, teacher)},
+        **known_spectrum(job.real.sample()),
+        "real_files": job.real.sources,
+        **({"processes": {"count": job.ranks.size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.size > 1 else {}),
+    }

@@ -1,0 +1,457 @@
+"""From a recipe to the objects of a run: components built, data opened, what the engine decides decided once."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from ddkit.components import plugin_file, registry
+from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, InitContext, Initializer, Model
+from ddkit.components.guard import advice, blamed, called
+from ddkit.components.observers import Observers
+from ddkit.components.options import written_options
+from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
+from ddkit.distributed import ALONE, Ranks, class_rows
+from ddkit.engine.bank import Bank
+from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.loop import Engine
+from ddkit.engine.losses import check_access, check_separable, declared_by, terms_of
+from ddkit.engine.parametrization import check_factor, encoded
+from ddkit.engine.planning import ExecutionPlan
+from ddkit.errors import DdkitError, InputError, RunFailed
+from ddkit.files import machine_bytes
+from ddkit.nn.compute import pick_device
+from ddkit.nn.networks import build_network, features_of, no_second_derivative
+from ddkit.nn.teacher import Teacher
+from ddkit.nn.teachers import Tested, automatic_teacher, load_teacher, read_teacher, resolved_training, tested
+from ddkit.nn.training import Schedule
+from ddkit.recipes.tables import Recipe
+from ddkit.seeding import generator
+
+AUTOMATIC_TEACHER = "the automatic teacher"
+TEACHER_FILE = "the teacher "  # and the name of its file
+BUILT_IN_VIEWS = ("default", "raw", "augmented")
+
+
+class RunSetup:
+    """Everything a run needs, checked before anything is trained or written.
+
+    `begun`: its set is to be read from a checkpoint, so that the initializer has nothing to do. `ranks`: the processes that share the
+    run; this job has the images and the rows of its own classes. `watchers` are told the stages.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        device: str = "auto",
+        begun: bool = False,
+        ranks: Ranks = ALONE,
+        watchers: Observers | None = None,
+    ) -> None:
+        self.recipe, self.begun, self.ranks = recipe, begun, ranks
+        self.watchers = watchers or Observers()
+        self.device = pick_device(device)
+        self.terms = terms_of(recipe)
+        self.requires = [term.loss.requires for term in self.terms]
+        check_access(self.terms, recipe.pipc)
+        self.dataset = self._without_data() or open_dataset(recipe.data)
+        check_classes(self.dataset)
+        ranks.check(len(self.dataset.class_names))
+        check_separable(self.terms, ranks)
+        self._check_room()
+        self.teacher: Teacher | None = None
+        self.tested: Tested | None = None
+        self._normalisation: Normalisation | None = None
+        self.real = RealData.of(recipe, self.dataset, self._shape(), ranks, self.watchers)
+        self.info: DataInfo = self.real.info
+        check_factor(recipe.factor, self.info.size)
+        self._check_memory()
+        self._build_components()
+        self.plugin_files = plugin_file.known()
+        self.plugins_used = self._plugins_used()
+
+    def _without_data(self) -> Dataset | None:
+        """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""
+        recipe = self.recipe
+        if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators:
+            return None
+        names = self._teacher_record.get("class_names")
+        return NoImages(names) if names else None
+
+    @cached_property
+    def _teacher_record(self) -> dict[str, Any]:
+        """What the recipe's teacher file records, {} for a bare state dict; raises InputError naming a file that is unusable."""
+        return read_teacher(Path(self.recipe.teacher.use))[1]
+
+    def _data_options(self) -> Any:
+        """Returns the options of the recipe's dataset, also where it is not opened and may not even be there."""
+        if not isinstance(self.dataset, NoImages):
+            return self.dataset.options
+        table = self.recipe.data
+        with suppress(DdkitError):
+            return registry.create("dataset", table.use, table.options, where="data", directory=table.dir).options
+        return registry.options_of("dataset", table.use, table.options, "data")
+
+    def _check_room(self) -> None:
+        """Raises InputError, before an image is opened, where the initializer cannot have its images."""
+        counts = class_counts(self.dataset.labels("train"), len(self.dataset.class_names))
+        limit = math.inf if self.recipe.pipc == "all" else self.recipe.pipc
+        available = {name: int(min(count, limit)) for name, count in zip(self.dataset.class_names, counts, strict=True)}
+        table = self.recipe.initializer
+        self.initializer: Initializer = registry.create("initializer", table.use, table.options, where="initializer")
+        if not self.begun:
+            self.initializer.check(self.recipe.rows_per_class, available)
+
+    def _check_memory(self) -> None:
+        """Raises InputError if the synthetic images, their gradient and Adam's two averages are larger than this machine's memory."""
+        images, memory = 4 * len(self.own_classes) * self.recipe.rows_per_class * math.prod(self.info.shape), machine_bytes()
+        if (4 * images if self.recipe.steps else images) > memory:
+            more = " Updating them takes four times as much." if images <= memory else ""
+            raise InputError(
+                f"ipc = {self.recipe.ipc} makes {images / 2**30:,.0f} GiB of images, and this machine has "
+                f"{memory / 2**30:,.0f} GiB of memory.{more} Use a smaller ipc.",
+                "ipc",
+            )
+
+    @property
+    def own_classes(self) -> range:
+        return self.ranks.classes(self.info.classes)
+
+    def _shape(self) -> tuple[int, int, int] | None:
+        """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
+        if self.recipe.pipc != 0:
+            return None
+        if self.recipe.teacher.use == "auto":
+            return self._first_shape("train")  # it is trained on all of them anyway
+        shape = self._teacher_record.get("input_shape")
+        if shape:
+            return int(shape[0]), int(shape[1]), int(shape[2])
+        return self._first_shape("test") if len(self.dataset.labels("test")) else None  # of training images none is accessible
+
+    def _first_shape(self, split: str) -> tuple[int, int, int]:
+        """Returns the shape of the first image of a split."""
+        channels, height, width = self.dataset.images(split, [0])[0].shape
+        return colour(self.dataset, (channels, height, width))
+
+    def _build_components(self) -> None:
+        recipe, info = self.recipe, self.info
+        self.model: Model = registry.create("model", recipe.network.model, recipe.network.options, data=info, where="network")
+        self.augmenter: Augmenter = registry.create(
+            "augmenter", recipe.augmenter.use, recipe.augmenter.options, data=info, where="augmenter"
+        )
+        self.views = {name: self._view(name) for name in recipe.views}
+        for term in self.terms:
+            for name in term.loss.requires.views:
+                if name not in self.views and name not in BUILT_IN_VIEWS:
+                    known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
+                    raise InputError(f"The loss '{term.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
+        self.evaluators = evaluators_of(recipe, info)
+        if self.evaluators:
+            self.real.check_test_set()
+        if recipe.engine.deterministic:
+            self._check_deterministic()
+        self.decided = ExecutionPlan(
+            recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
+            network=self._network_probe, teacher=self._teacher_probe,
+        )  # fmt: skip
+        self._check_second_order()
+
+    def _check_deterministic(self) -> None:
+        """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
+        named: list[tuple[str, Component]] = [
+            *((str(term), term.loss) for term in self.terms),
+            (called("augmenter", self.augmenter), self.augmenter),
+            *((f"{called('augmenter', view.augmenter)} of views.{name}", view.augmenter) for name, view in sorted(self.views.items())),
+            (called("model", self.model), self.model),
+        ]
+        kind = self.device.type
+        reasons = [f"{name}: {reason}" for name, component in named if (reason := component.nondeterministic(kind))]
+        if reasons:
+            raise InputError(
+                f"engine.deterministic (--deterministic): on {kind} these components cannot give the same bytes twice: "
+                f"{'; '.join(reasons)}. "
+                "Choose others (for dsa, other operations), compute on the CPU, or leave it out.",
+                "engine.deterministic",
+            )
+
+    def _view(self, name: str) -> ViewSpec:
+        table = self.recipe.views[name]
+        if table.compose is not None and not hasattr(registry.options_of("augmenter", table.augmenter, {}, f"views.{name}"), "compose"):
+            where = f"views.{name}.compose"
+            raise InputError(f"{where}: the augmenter '{table.augmenter}' has no option 'compose'. Leave it out, or use dsa.", where)
+        options = table.options | ({} if table.compose is None else {"compose": table.compose})
+        return ViewSpec(registry.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
+
+    def _check_second_order(self) -> None:
+        """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
+        for term in self.terms:
+            asked = term.loss.requires
+            probes = (
+                ("teacher", asked.teacher, asked.teacher_gradients, self._teacher_probe),
+                ("network", asked.embedder or asked.network_gradients, asked.network_gradients, self._network_probe),
+            )
+            for name, _, of_parameters, probe in (each for each in probes if asked.second_order and each[1]):
+                reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=of_parameters)
+                if reason:
+                    raise InputError(
+                        f"The {term} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "
+                        f"leave the loss out.{term.advice}",
+                        f"losses.{term.label}",
+                    )
+
+    def _network_probe(self) -> nn.Module:
+        return build_network(self.model, self.info, 0, "probe")
+
+    def _teacher_probe(self) -> nn.Module:
+        """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
+        table = self.recipe.teacher
+        record = {} if table.use == "auto" else self._teacher_record
+        name, options = record.get("model", table.model), record.get("options", table.options)
+        return build_network(registry.create("model", name, options, data=self.info, where="teacher"), self.info, 0, "probe").eval()
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
+        found = {"the accessible data": self.real.digest()}
+        if self.teacher is not None and self._distils_with_teacher:
+            name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"{TEACHER_FILE}{Path(self.recipe.teacher.use).name}"
+            found[name] = self.teacher.sha256 or ""
+        return found
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self._distils_with_teacher or any(evaluator.requires.teacher for evaluator in self.evaluators.values())
+
+    @property
+    def _distils_with_teacher(self) -> bool:
+        asked = [*self.requires, self.initializer.requires]
+        return any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
+
+    def load_teacher(self, *, train_it: bool = True) -> None:
+        """Loads the teacher, or trains an automatic one; a recipe that needs none gets none.
+
+        Where it is not to be trained (`train_it`) and is not in the cache, a fresh network stands in for it, for the checks of a plan.
+        """
+        if not self.needs_teacher:
+            return
+        if self.recipe.teacher.use == "auto":
+            self.teacher = automatic_teacher(
+                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, self.watchers, ranks=self.ranks,
+                train_it=train_it,
+            )  # fmt: skip
+            if self.teacher is None:
+                self.teacher = self._stand_in()
+                return
+        else:
+            self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
+        self.ranks.same("The teacher", self.teacher.sha256)
+        self.tested = tested(self.teacher, self.real, self.device)
+
+    def _stand_in(self) -> Teacher:
+        channels = self.info.channels
+        units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
+        return Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """The teacher's statistics where there is a teacher (load it first), else those of the accessible images.
+
+        An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
+        """
+        if self._normalisation is None:  # a cached_property holds a lock, and this waits for other parts of the run
+            self._normalisation = self._found_normalisation()
+        return self._normalisation
+
+    def _found_normalisation(self) -> Normalisation:
+        if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
+            return Normalisation(self.teacher.mean, self.teacher.std)
+        if len(self.real.labels) == 0:
+            raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
+        together = channel_statistics(
+            self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.sums([own], "channel statistics")[0]
+        )
+        return Normalisation(*together)
+
+    def bank(self) -> Bank:
+        """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
+        factor, own = self.recipe.factor, self.own_classes
+        if not self.begun:
+            self.watchers.begin("start", f"Making the first images ({registry.split_name(self.recipe.initializer.use)[0]})")
+        rows = torch.arange(own.start, own.stop).repeat_interleave(self.recipe.rows_per_class)
+        images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
+        stored, labels = encoded(images, factor), rows[:: factor**2]
+        return Bank(
+            stored.to(self.device), labels.to(self.device), declared_by(self.terms), self.recipe.optimizer, factor=factor,
+            start=own.start * self.recipe.ipc, size=self.info.classes * self.recipe.ipc,
+        )  # fmt: skip
+
+    @property
+    def stored_labels(self) -> Tensor:
+        """The labels (classes * ipc,) int64 of the whole set's stored images, on the CPU."""
+        return torch.arange(self.info.classes).repeat_interleave(self.recipe.ipc)
+
+    def _first_images(self, labels: Tensor) -> Tensor:
+        """Returns what the initializer gives for labels (n,) of this process's classes: (n, C, H, W), normalised.
+
+        An initializer that does not do class by class gets all of them, so that the set begins as that of a single process.
+        """
+        if self.ranks.size == 1 or self.initializer.by_class:
+            return self._initialised(labels, self.real.images, self.real.labels[self.real.own])
+        every = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
+        return self._initialised(every, self.real.all_images(), self.real.labels)[class_rows(every, self.own_classes)]
+
+    def _initialised(self, labels: Tensor, real_images: Tensor, real_labels: Tensor) -> Tensor:
+        guide = self.teacher if self.initializer.requires.teacher else None
+        start = InitContext(
+            labels=labels,
+            shape=self.info.shape,
+            real_images=NormalisedRows(real_images, self.normalisation)
+            if not self.initializer.origin  # ddkit's own take rows; a stranger's may want a tensor
+            else self.normalisation.lazily(real_images),
+            real_labels=real_labels,
+            generator=lambda label: generator(self.recipe.seed, "initializer", label),
+            class_names=self.info.class_names,
+            normalisation=self.normalisation,
+            teacher=guide,
+            features=None if guide is None else lambda images: features_of(guide.module, images),
+        )
+        with blamed("initializer", self.initializer, building=True):
+            images = self.initializer(start)
+        shape = (len(labels), *self.info.shape)
+        fits = isinstance(images, Tensor) and images.is_floating_point() and tuple(images.shape) == shape
+        if not fits or not bool(images.isfinite().all()):
+            what = f"images of shape {tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+            raise RunFailed(
+                f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}; it has to return finite "
+                f"floats of shape {shape}.{advice('initializer', self.initializer)}"
+            )
+        return images
+
+    def engine(self, bank: Bank) -> Engine:
+        """Returns the engine of this run over `bank`."""
+        source = StepSource(
+            seed=self.recipe.seed,
+            info=self.info,
+            normalisation=self.normalisation,
+            real_images=self.real.images,
+            real_labels=self.real.labels,
+            batch=self.recipe.data.batch,
+            augmenter=self.augmenter,
+            views=self.views,
+            model=self.model if self.decided.needs_network else None,
+            renew_every=self.recipe.network.renew_every,
+            teacher=self.teacher,
+            device=self.device,
+            arithmetic=self.decided.arithmetic,
+            block=self.decided.block,
+            inner=self._inner(),
+            ranks=self.ranks,
+        )
+        return Engine(bank, source, self.terms, chunk=self.decided.chunk)
+
+    def _inner(self) -> Schedule | None:
+        """Returns how the network is trained between steps, None where it is not."""
+        table = self.recipe.network
+        if not table.inner_epochs or not self.decided.needs_network:
+            return None
+        return Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
+
+    def resolved(self) -> Recipe:
+        """Returns the recipe with every option, and what the engine decided, written out.
+
+        Its notes are left out: they tell of the values that the recipe had before they were changed.
+        """
+        recipe = self.recipe
+        replace = msgspec.structs.replace
+        teacher, training = recipe.teacher, recipe.train
+        if teacher.use == "auto":
+            teacher, training = resolved_training(teacher, training, self.info)
+        else:
+            teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
+        losses = {
+            term.label: replace(recipe.losses[term.label], use=recipe.loss_name(term.label), options=written_options(term.loss.options))
+            for term in self.terms
+        }
+        return replace(
+            recipe,
+            notes={},
+            teacher=teacher,
+            train=training,
+            data=replace(
+                recipe.data,
+                use=registry.split_name(recipe.data.use)[0],
+                held_out=self.real.held_out or recipe.data.held_out,
+                options=written_options(self._data_options()),
+            ),
+            network=replace(
+                recipe.network, model=registry.split_name(recipe.network.model)[0], options=written_options(self.model.options)
+            ),
+            initializer=replace(
+                recipe.initializer,
+                use=registry.split_name(recipe.initializer.use)[0],
+                options=written_options(self.initializer.options),
+            ),
+            augmenter=replace(recipe.augmenter, options=written_options(self.augmenter.options)),
+            views={
+                name: replace(recipe.views[name], compose=None, options=written_options(view.augmenter.options))
+                for name, view in self.views.items()
+            },
+            engine=replace(
+                recipe.engine,
+                chunk=self.decided.chunk,
+                block=self.decided.block,
+                compile=self.decided.arithmetic.compile,
+                precision=self.decided.arithmetic.precision,
+            ),
+            losses=losses,
+            evaluators={
+                label: replace(recipe.evaluators[label], options=written_options(e.options)) for label, e in self.evaluators.items()
+            },
+        )
+
+    def _plugins_used(self) -> list[dict[str, str]]:
+        """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
+        recipe = self.recipe
+        named = [
+            ("dataset", recipe.data.use),
+            ("initializer", recipe.initializer.use),
+            ("augmenter", recipe.augmenter.use),
+        ]
+        named += [("model", recipe.network.model)] if self.decided.needs_network else []
+        named += [("model", recipe.teacher.model)] if self.needs_teacher else []
+        named += [("augmenter", recipe.train.augmenter)] if self.needs_teacher and recipe.teacher.use == "auto" else []
+        named += [("augmenter", view.augmenter) for view in recipe.views.values()]
+        named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
+        named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
+        used = [registry.find(kind, registry.split_name(name)[0]) for kind, name in sorted(set(named))]
+        return [
+            {"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version}
+            | ({"file": p.file, "sha256": p.sha256} if p.file else {})
+            for p in used
+        ]
+
+
+def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
+    """Returns the evaluators of `recipe` for the data, by label, checked; raises InputError where one needs real images and has none."""
+    made: dict[str, Evaluator] = {
+        label: registry.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
+        for label, table in recipe.evaluators.items()
+    }
+    for evaluator in made.values():
+        with blamed("evaluator", evaluator, building=True, may_draw=True):
+            evaluator.check(info)
+    needing = [label for label, evaluator in made.items() if evaluator.requires.real]
+    if recipe.pipc == 0 and needing:
+        raise InputError(
+            f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} needs some. Give --pipc 1 or more.", "pipc"
+        )
+    return made

@@ -1,0 +1,244 @@
+"""What a study asks for: every set with its recipe, its folder and its evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import msgspec
+
+from ddkit.components.base import Fraction
+from ddkit.components.options import fields
+from ddkit.errors import DdkitError, FlagError, InputError, shown
+from ddkit.files import read_json, sha256, unsealed
+from ddkit.names import path_part
+from ddkit.recipes.resolve import flattened, recipe_for
+from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.run.directory import MANIFEST
+from ddkit.run.manifest import checked
+from ddkit.studies.study import Cell, Study
+
+REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are
+    "name": "real-images", "steps": 0, "initializer": {"use": "real"}, "losses": {"dm": {}},
+}  # fmt: skip
+OF_REAL_IMAGES = ("data", "teacher", "train", "network", "engine")  # tables whose settings hold for a baseline too
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a call asks for beyond the study itself; None: the study's, or the recipes' own."""
+
+    seeds: int | None = None
+    networks: int | None = None
+    protocol: str | None = None
+    steps: int | None = None
+    dataset: str | None = None
+    data_dir: str | None = None
+    teacher: str | None = None
+    sets: tuple[tuple[str, Any], ...] = ()
+    device: str = "auto"
+    jobs: int = 1
+    alphas: tuple[float, ...] | None = None  # of the study's blends, those that are wanted
+
+
+class Evaluating(msgspec.Struct, frozen=True, kw_only=True):
+    """How a set is evaluated: all that its figure depends on beside the set. networks None: the protocol's own."""
+
+    protocol: str
+    labels: str
+    images: str
+    networks: int | None
+    teacher: str  # sha256 of the teacher file that gives soft labels, where one is named
+
+    @property
+    def key(self) -> str:
+        return _short(msgspec.json.encode(self))
+
+
+class Task(NamedTuple):
+    """One set and its evaluation."""
+
+    cell: Cell
+    seed: int
+    recipe: Recipe
+    path: Path
+    evaluation: Evaluating
+    parts: tuple[Path, ...] = ()  # runs that are blended, where it is a blend
+    alpha: float | None = None
+
+    @property
+    def label(self) -> str:
+        blend = "" if self.alpha is None else f" alpha {self.alpha:g}"
+        return f"{self.cell.system} ipc {self.cell.ipc} pipc {self.cell.pipc}{blend} seed {self.seed}"
+
+
+def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
+    """Returns the sets of `cells`, all cells of one seed before the next seed; a set that cells share comes with each of them."""
+    _check_alphas(study, settings.alphas or ())
+    tasks = []
+    for seed in range(settings.seeds or study.seeds):
+        for cell in cells:
+            tasks.append(_task(study, cell, seed, out, settings))
+        tasks += _blends(study, [task for task in tasks if task.seed == seed], out, settings)
+    if settings.alphas is not None and all(task.alpha is None for task in tasks):
+        assert study.blends is not None
+        both = f"{study.blends.first} and {study.blends.second}"
+        raise InputError(f"--alphas: blends need the systems {both}, which are not both chosen. Add them to --systems.", "alphas")
+    return tasks
+
+
+def _check_alphas(study: Study, alphas: Sequence[float]) -> None:
+    """Raises InputError for one of `alphas` that the study has no blend at."""
+    known = [] if study.blends is None else study.blends.alphas
+    for alpha in (alpha for alpha in alphas if alpha not in known):
+        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
+        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
+
+
+def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) -> Task:
+    system = study.systems[cell.system]
+    protocol = settings.protocol or system.protocol or study.protocol
+    recipe = recipe_of(study, cell, seed, settings)
+    name = f"{path_part(recipe.name)}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
+    images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
+    return Task(cell, seed, recipe, out / "sets" / name, _evaluating(study, protocol, system.labels, images, settings))
+
+
+def _evaluating(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> Evaluating:
+    teacher = _content(settings.teacher) if labels == "soft" and settings.teacher else ""
+    return Evaluating(protocol=protocol, labels=labels, images=images, networks=settings.networks or study.networks, teacher=teacher)
+
+
+RESERVED = {  # what a study itself decides: by which of its keys, and by which flags of a call
+    "ipc": ("[[cells]]", "--cells"),
+    "pipc": ("[[cells]], or `pipc` of a system", "--cells"),
+    "seed": ("`seeds`", "--seeds"),
+    "data.test": ("`held_out`", "held_out of a study"),
+    "data.held_out": ("`held_out`", "held_out of a study"),
+}
+RESERVED_EVALUATORS = ("`protocol` and `networks`, or `protocol` and `labels` of a system", "--protocol and --repeats")
+
+
+def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
+    """Returns the recipe of one set, checked as far as that needs no data; raises InputError naming the system."""
+    _check_reserved(study, cell, settings)
+    try:
+        recipe = _recipe_of_system(study, cell, seed, settings)
+        if not recipe.losses and recipe.blend is None:
+            raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
+    except FlagError as error:
+        if not str(error).startswith("--losses"):
+            raise
+        said = str(error).partition(": ")[2]
+        raise InputError(f"systems.{cell.system}.losses = {shown(study.systems[cell.system].losses)}: {said}", "losses") from None
+    except DdkitError as error:
+        error.args = (f"systems.{cell.system}: {error}",)
+        raise
+    return recipe
+
+
+def _check_reserved(study: Study, cell: Cell, settings: Settings) -> None:
+    """Raises InputError, saying where, for a path that is set and that a study itself decides."""
+    own = study.systems[cell.system].set
+    for where, table in (("", dict(settings.sets)), ("set", study.set), (f"systems.{cell.system}.set", own)):
+        for path, _ in flattened(table):
+            if path in RESERVED or path.split(".")[0] == "evaluators":
+                keys, flags = RESERVED.get(path, RESERVED_EVALUATORS)
+                there, instead = (f"{where}: ", f"{keys} in the study") if where else ("", flags)
+                raise InputError(f"{there}{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
+
+
+def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
+    system = study.systems[cell.system]
+    pipc = {"cell": cell.pipc, "ipc": cell.ipc}.get(str(system.pipc), system.pipc)
+    held_out = [("data.test", "held-out"), ("data.held_out", study.held_out)] if study.held_out else []
+    own = flattened(system.set)
+    sets = [*held_out, *flattened(study.set), *own, *settings.sets]
+    if system.baseline:
+        others = fields(Recipe).keys() - OF_REAL_IMAGES  # what is no key of a recipe stays, and is refused
+        sets = [(path, value) for path, value in sets if path.split(".")[0] not in others]
+    steps = None if "steps" in dict(own) else settings.steps  # a system may be there to try a number of them
+    return recipe_for(
+        _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
+        losses=system.losses, evaluators="none", sets=sets,
+        ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else steps,
+        data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
+    )  # fmt: skip
+
+
+def _real_images(study: Study, cell: Cell, seed: int, settings: Settings) -> dict[str, Any]:
+    """Returns the recipe of a baseline; soft labels it has from the teacher of the study's systems, those with soft labels first."""
+    systems = study.systems
+    others = sorted((name for name in systems if not systems[name].baseline), key=lambda name: systems[name].labels != "soft")
+    if systems[cell.system].labels != "soft" or not others:
+        return REAL_IMAGES
+    table = recipe_dict(_recipe_of_system(study, cell._replace(system=others[0]), seed, settings))
+    return REAL_IMAGES | {key: table[key] for key in ("teacher", "train")}
+
+
+def _digest(recipe: Recipe) -> str:
+    """Returns a key of everything that decides a set, so that nothing else is taken for it."""
+    table = {key: value for key, value in recipe_dict(recipe).items() if key not in ("name", "summary", "source", "notes", "evaluators")}
+    return _short(json.dumps([table, _content(recipe.teacher.use)], sort_keys=True, default=str).encode())
+
+
+@cache
+def _content(teacher: str) -> str:
+    """Returns the sha256 of a teacher file, read once; "" for `auto`."""
+    return sha256(Path(teacher)) if Path(teacher).is_file() else ""
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
+
+
+def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) -> list[Task]:
+    if study.blends is None:
+        return []
+    by_cell = {task.cell: task for task in tasks}
+    found = []
+    for cell in {(task.cell.ipc, task.cell.pipc): None for task in tasks}:
+        first, second = (by_cell.get(Cell(*cell, name)) for name in (study.blends.first, study.blends.second))
+        if first is None or second is None:
+            continue
+        evaluating = _evaluating(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
+        for alpha in (alpha for alpha in study.blends.alphas if settings.alphas is None or alpha in settings.alphas):
+            key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
+            path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
+            system = f"{study.blends.first}+{study.blends.second}"
+            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, (first.path, second.path), alpha))
+    return found
+
+
+def kept_file(task: Task) -> Path:
+    """Returns the file that keeps the evaluation of a set, as asked for."""
+    return task.path.parent / f"{task.path.name}-{task.evaluation.key}.json"
+
+
+class _Accuracies(msgspec.Struct):
+    accuracies: Annotated[list[Fraction], msgspec.Meta(min_length=1)]
+
+
+class _Row(msgspec.Struct):
+    accuracy_mean: Fraction
+    details: _Accuracies
+
+
+class _Kept(msgspec.Struct):
+    """What a study reads of an evaluation that it kept."""
+
+    row: _Row
+
+
+def kept_row(task: Task) -> dict[str, Any] | None:
+    """Returns the row of the task's evaluation, None where it is not there yet, or its set is gone."""
+    file = kept_file(task)
+    if not file.is_file() or not (task.path / MANIFEST).is_file():
+        return None
+    found = unsealed(read_json(file), file)
+    checked(found, _Kept, file)
+    row: dict[str, Any] = found["row"]
+    return row

@@ -1,0 +1,245 @@
+"""What is told of a study: figures beside published ones, as a table, JSON and pictures."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from ddkit.components.registry import split_name
+from ddkit.data.images import sheet_png
+from ddkit.data.spectra import high_frequency_share, radial_spectrum
+from ddkit.errors import DdkitError
+from ddkit.files import write_atomic
+from ddkit.names import path_part
+from ddkit.run.artifact import load
+from ddkit.run.manifest import MANIFEST, read_manifest
+from ddkit.run.markdown import markdown
+from ddkit.studies.grid import Task, kept_row
+from ddkit.studies.study import Cell, PublishedOn, Study, published
+
+
+class Figure(msgspec.Struct, frozen=True, kw_only=True):
+    """One figure: accuracies are fractions, `std` the sample standard deviation over all networks of all sets.
+
+    `std_of_sets` is that of the sets' means; `wanted` the sets asked for; `failed` why one could not be had. `comparable` is False where
+    the data is not that of the published figures; `warnings` are what the runs of its sets warned of.
+    """
+
+    ipc: int
+    pipc: int | str
+    system: str
+    title: str
+    protocol: str
+    labels: str
+    steps: int
+    wanted: int
+    alpha: float | None = None
+    published: float | None = None
+    published_std: float | None = None
+    mean: float | None = None
+    std: float | None = None
+    std_of_sets: float | None = None
+    sets: int = 0
+    networks: int = 0
+    high_frequency: float | None = None
+    spectrum: list[float] = []
+    failed: str = ""
+    dataset: str = ""
+    teacher: str = ""
+    comparable: bool = True
+    warnings: list[str] = []
+
+    @property
+    def difference(self) -> float | None:
+        return None if self.mean is None or self.published is None or not self.comparable else self.mean - self.published
+
+    @property
+    def name(self) -> str:
+        """The system, as a row of the table names it."""
+        return self.title + (" (soft)" if self.labels == "soft" else "")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} at ipc {self.ipc}, pipc {self.pipc}" + ("" if self.alpha is None else f", alpha {self.alpha:g}")
+
+    @property
+    def state(self) -> Literal["done", "partly", "failed", "not run"]:
+        if self.failed:
+            return "failed"
+        return "done" if self.sets == self.wanted else "partly" if self.sets else "not run"
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a study after a call."""
+
+    study: str
+    summary: str
+    source: str
+    split: str
+    published_on: PublishedOn | None
+    figures: list[Figure]
+    pictures: list[str]
+
+
+def figures_of(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> list[Figure]:
+    """Returns a figure for each cell and alpha of the tasks; `failures` tells by path which sets failed, and why."""
+    groups: dict[tuple[Cell, float | None], list[Task]] = {}
+    for task in tasks:
+        groups.setdefault((task.cell, task.alpha), []).append(task)
+    return [_figure(study, group, failures) for group in groups.values()]
+
+
+def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> Figure:
+    first = tasks[0]
+    system = study.systems.get(first.cell.system)
+    known, known_std = published(study, first.cell) if first.alpha is None else (None, None)
+    done = [(task, row) for task in tasks if (row := kept_row(task)) is not None]
+    networks = [accuracy for _, row in done for accuracy in row["details"]["accuracies"]]
+    means = [row["accuracy_mean"] for _, row in done]
+    spectra = _spectra([task.path for task, _ in done]) if study.blends is not None and done else (None, [])
+    comparable, warnings = _told_by([task for task, _ in done], study, first)
+    warnings += dict.fromkeys(f"{first.label}: {row['details']['summary']}" for _, row in done if row["details"].get("summary"))
+    return Figure(
+        ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
+        title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
+        steps=first.recipe.steps, wanted=len(tasks), alpha=first.alpha, published=known, published_std=known_std,
+        mean=statistics.fmean(networks) if networks else None, std=_std(networks), std_of_sets=_std(means),
+        sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
+        failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
+        dataset=":".join(filter(None, _data(first))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
+        comparable=comparable, warnings=warnings,
+    )  # fmt: skip
+
+
+def _data(task: Task) -> tuple[str, str]:
+    """Returns the name of the set's dataset and where it is, "" for one that has a place of its own."""
+    table = task.recipe.data
+    name, argument = split_name(table.use)
+    return name, argument or str(table.options.get("path") or "")
+
+
+def _told_by(done: Sequence[Task], study: Study, first: Task) -> tuple[bool, list[str]]:
+    """Returns whether the data may be that of the published figures, and what the runs of the sets warned of.
+
+    It may be where it is the dataset of that name, or a user's own of the same shape, as far as a set tells; held-out images are none of
+    theirs. A set that cannot be read any more costs no figure: it is among the warnings.
+    """
+    known, (name, place) = study.published_on, _data(first)
+    comparable = not study.held_out and (known is None or name == known.dataset or bool(place))
+    warnings: list[str] = []
+    for task in done:
+        try:
+            warnings += read_manifest(task.path).get("warnings", [])
+            if known is not None and name != known.dataset and comparable:
+                made = load(task.path)
+                comparable = (len(made.class_names), tuple(made.images.shape[1:])) == (known.classes, known.shape)
+        except DdkitError as error:
+            warnings.append(str(error))
+    return comparable, list(dict.fromkeys(" ".join(message.split()) for message in warnings))
+
+
+def _std(values: Sequence[float]) -> float | None:
+    """Returns the sample standard deviation, None for fewer than two values."""
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _spectra(paths: Sequence[Path]) -> tuple[float, list[float]]:
+    """Returns the share of power at high frequencies and the radial spectrum, averaged over the sets at `paths`."""
+    images = [load(path).images for path in paths]
+    shares = [radial_spectrum(each)[1] for each in images]
+    mean = [statistics.fmean(values) for values in zip(*shares, strict=True)]
+    return statistics.fmean(high_frequency_share(each) for each in images), mean
+
+
+def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
+    """Writes the pictures of the study, one for each row of cells: a row of images for each system, or for each alpha."""
+    made = []
+    for ipc, pipc in dict.fromkeys((task.cell.ipc, task.cell.pipc) for task in tasks):
+        rows = {}
+        for task in tasks:
+            if (task.cell.ipc, task.cell.pipc, task.seed) == (ipc, pipc, 0) and (task.path / MANIFEST).is_file():
+                if task.alpha is not None:
+                    rows[f"alpha {task.alpha:g}"] = task
+                elif task.cell.system in study.pictures:
+                    rows[study.systems[task.cell.system].title or task.cell.system] = task
+        wanted = len(study.pictures) + len(study.blends.alphas if study.blends else [])
+        if rows and len(rows) == wanted:  # a call for some of them leaves the picture of all as it is
+            sets = [load(task.path).stored_images for task in rows.values()]
+            labels = torch.cat([torch.full((len(images),), row) for row, images in enumerate(sets)])
+            file = out / f"{path_part(study.name)}-ipc{ipc}-pipc{pipc}.png"
+            write_atomic(file, sheet_png(torch.cat(sets), labels, list(rows), columns=len(labels)))
+            made.append(str(file))
+    return made
+
+
+def report_json(report: Report) -> dict[str, Any]:
+    """Returns the report as one JSON object; accuracies are fractions."""
+    figures = [msgspec.to_builtins(each) | {"difference": each.difference, "state": each.state} for each in report.figures]
+    return {"schema": 1, **msgspec.to_builtins(report), "figures": figures}
+
+
+def report_table(report: Report, style: str = "simple") -> str:
+    """Returns the report as a text table of tabulate's `style` ("pipe": Markdown); accuracies in percent."""
+    from tabulate import tabulate
+
+    blends = any(figure.alpha is not None for figure in report.figures)
+    spectra = any(figure.high_frequency is not None for figure in report.figures)
+    header = ["ipc", "pipc", "system", "published", "measured", "difference", "std of sets", "n", "protocol", "steps"]
+    header[3:3] = ["alpha"] if blends else []
+    header += ["high freq."] if spectra else []
+    rows = [_line(figure, blends, spectra) for figure in report.figures]
+    rows = [[markdown(cell) for cell in row] for row in rows] if style == "pipe" else rows
+    left = [f.label for f in report.figures if f.state in ("not run", "partly")]
+    soft = any(figure.labels == "soft" for figure in report.figures)
+    notes = [f"{report.study}: accuracy in % on {'held-out training images' if report.split == 'held-out' else 'the test set'}, "
+             "mean ± sample standard deviation over all networks; std of sets: of the means of the sets; n = sets x networks."]  # fmt: skip
+    notes += ["Systems marked (soft) train on the teacher's probabilities: never compare them with the others."] if soft else []
+    notes += _data_notes(report)
+    notes += [f"Failed: {f.label}: {f.failed}" for f in report.figures if f.failed]
+    notes += [f"Warned: {message}" for message in dict.fromkeys(message for f in report.figures for message in f.warnings)]
+    notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
+    aligned = ["right", "right", *["left"] * (len(header) - 2)]
+    table = tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned)
+    return "\n\n".join([table, "\n".join(map(markdown, notes) if style == "pipe" else notes)])
+
+
+def _data_notes(report: Report) -> list[str]:
+    """Returns what the figures are of: the data, the data of the published ones, the teacher."""
+    data, teachers = (list(dict.fromkeys(values)) for values in ([f.dataset for f in report.figures], [f.teacher for f in report.figures]))
+    known = report.published_on
+    notes = [f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}.")]
+    if report.split == "held-out":
+        beside = any(figure.published is not None for figure in report.figures)
+        notes += ["Published figures are of a test split, these are not, so no difference is told."] if beside else []
+    elif known is not None and not all(figure.comparable for figure in report.figures):
+        size = " x ".join(map(str, known.shape))
+        notes.append(
+            f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is told. "
+            f"Use --dataset {known.dataset}, or imagefolder:PATH with a copy of it."
+        )
+    notes += [f"Teacher: {', '.join(filter(None, teachers))}."] if any(teachers) else []
+    return notes
+
+
+def _line(figure: Figure, blends: bool, spectra: bool) -> list[str]:
+    difference = "-" if figure.difference is None else f"{100 * figure.difference:+.1f}"
+    count = f"{figure.sets} x {figure.networks}" if figure.state == "done" else figure.state
+    count = f"{figure.sets} of {figure.wanted} x {figure.networks}" if figure.state == "partly" else count
+    line = [str(figure.ipc), str(figure.pipc), figure.name]
+    line += ["-" if figure.alpha is None else f"{figure.alpha:g}"] if blends else []
+    line += [_percent(figure.published, figure.published_std, 2), _percent(figure.mean, figure.std, 1), difference]
+    line += ["-" if figure.std_of_sets is None else f"{100 * figure.std_of_sets:.1f}"]
+    line += [count, figure.protocol, str(figure.steps)]
+    line += ["-" if figure.high_frequency is None else f"{100 * figure.high_frequency:.1f} %"] if spectra else []
+    return line
+
+
+def _percent(mean: float | None, std: float | None, digits: int) -> str:
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.{digits}f}" + ("" if std is None else f" ± {100 * std:.{digits}f}")

@@ -1,0 +1,376 @@
+"""Runs a study: every set distilled and evaluated once, kept, and told beside the published figures.
+
+A set is a run directory in `<out>/sets`, named after system, cell, seed and a digest of everything that decides it, so a
+second call finds what is there, continues what was interrupted, and mixes nothing. Distilling and evaluating are the
+commands `ddkit distill` and `ddkit evaluate`, each in a process of its own: one that fails spoils no other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import tomli_w
+
+from ddkit.components import registry
+from ddkit.data.real import check_held_out, open_dataset
+from ddkit.distributed import Ranks, group, own_device, plain_environment
+from ddkit.engine.losses import needing_real, terms_of
+from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
+from ddkit.files import sealed, write_atomic, write_json
+from ddkit.names import check_out
+from ddkit.nn.compute import pick_device
+from ddkit.nn.teachers import read_teacher
+from ddkit.recipes.resolve import check_options, flattened, recipe_for
+from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.run import children
+from ddkit.run.directory import MANIFEST, RECIPE
+from ddkit.run.progress import duration
+from ddkit.studies.grid import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
+from ddkit.studies.results import Report, figures_of, report_json, report_table, write_pictures
+from ddkit.studies.sharding import SETS, merge, share
+from ddkit.studies.study import Study, chosen_cells
+
+
+def reproduce(
+    study: Study,
+    out: Path,
+    settings: Settings | None = None,
+    *,
+    cells: Sequence[tuple[int, int | str]] | None = None,
+    systems: Sequence[str] | None = None,
+    run: bool = True,
+    report: Callable[[str], None] = lambda line: None,
+    part: tuple[int, int] = (0, 1),
+    merged: Sequence[Path] = (),
+    distributed: bool = False,
+) -> Report:
+    """Runs what is not yet there of the study (all cells and systems, or those given) and returns what is known.
+
+    `part` (i, n): only the sets of share i, 0 to n - 1, which another machine's share completes; `merged` are stores from which finished
+    sets are copied first. `distributed`: the processes that torchrun started, all of which call this, make a share each.
+
+    `run` False only tells. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
+    the result. Raises DdkitError for bad input at once; a set that fails later is told in its figure.
+    """
+    check_out(out)
+    settings = settings or Settings()
+    chosen = chosen_cells(study, list(cells) if cells else None, list(systems) if systems else None)
+    tasks = planned(study, chosen, out, settings)
+    _check(study, tasks, settings)
+    if run:
+        pick_device(own_device(settings.device))
+    with group(wanted=distributed) as ranks:
+        if ranks.first:
+            for store in merged:
+                report(f"{merge(store, out)} sets and evaluations were copied from {store}")
+        ranks.wait()
+        failures: dict[Path, str] = {}
+        own = share(tasks, *part)
+        try:
+            if run:
+                _work_together(ranks, own, out, settings, report, failures)
+        except (Interrupted, KeyboardInterrupt) as stop:
+            with suppress(DdkitError, OSError):  # what hinders a report is told by a call that is not interrupted
+                stop.args = (f"Interrupted. {_progress(own)} evaluations are finished and kept in {out}; the same command goes on.",)
+                if ranks.first:
+                    _written(study, tasks, failures, out)
+            raise
+    if run and ranks.first:
+        return _written(study, tasks, failures, out)
+    return _known(study, tasks, failures)
+
+
+def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> Report:
+    """Returns what is known of the study's figures; without pictures, which are files."""
+    return Report(
+        study=study.name, summary=study.summary, source=study.source, split="held-out" if study.held_out else "test",
+        published_on=study.published_on, figures=figures_of(study, tasks, failures), pictures=[],
+    )  # fmt: skip
+
+
+def _written(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], out: Path) -> Report:
+    """Writes pictures, report.json and report.md into `out`, and returns what they tell."""
+    result = msgspec.structs.replace(_known(study, tasks, failures), pictures=write_pictures(study, tasks, out))
+    write_json(out / "report.json", report_json(result))
+    write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
+    return result
+
+
+def _progress(tasks: Sequence[Task]) -> str:
+    """Returns "2 of 15": the evaluations that are there, of those of the tasks; cells may share one."""
+    done = {kept_file(task) for task in tasks if kept_row(task) is not None}
+    return f"{len(done)} of {len({kept_file(task) for task in tasks})}"
+
+
+def _work_together(
+    ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None], failures: dict[Path, str]
+) -> None:
+    """Makes this process's share of the sets; `failures` has those of all processes, when all are done."""
+    _make(out / SETS)
+    settings = msgspec.structs.replace(settings, device=own_device(settings.device))
+    _work(share(tasks, ranks.rank, ranks.size), settings, report, failures)
+    for part in ranks.heard({str(path): reason for path, reason in failures.items()}):
+        failures.update({Path(path): reason for path, reason in part.items()})
+
+
+def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
+    """Raises a DdkitError where a set could not be made or evaluated, as far as that is seen before the first is made."""
+    _check_protocols(study, tasks, settings)
+    for task in (task for task in tasks if task.seed == 0 and not task.parts):  # other seeds have the same recipes
+        with _told_of(f"systems.{task.cell.system}"):
+            check_options(task.recipe)
+        _check_images(study, task)
+    for teacher, system in {task.recipe.teacher.use: task.cell.system for task in reversed(tasks) if not task.parts}.items():
+        if teacher != "auto":
+            with _told_of(_origin(study, system, settings)):
+                read_teacher(Path(teacher))
+    if study.held_out:
+        _check_held_out([task.recipe for task in tasks], study.held_out)
+
+
+def _origin(study: Study, system: str, settings: Settings) -> str:
+    """Returns the key of the study that decides the teacher of a system, "" for a flag."""
+    paths = {"teacher", "teacher.use"}
+    if settings.teacher or paths & dict(flattened(dict(settings.sets))).keys():
+        return ""
+    own = paths & dict(flattened(study.systems[system].set)).keys()
+    return "set" if not own and paths & dict(flattened(study.set)).keys() else f"systems.{system}"
+
+
+@contextmanager
+def _told_of(key: str) -> Iterator[None]:
+    """Inside, a DdkitError says which `key` of the study it is about, "" for none."""
+    try:
+        yield
+    except DdkitError as error:
+        error.args = (f"{key}: {error}" if key else str(error),)
+        raise
+
+
+def _check_protocols(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
+    """Raises InputError for a protocol that there is not, saying which key of the study names it."""
+    for protocol, system in {task.evaluation.protocol: task.cell.system for task in reversed(tasks)}.items():
+        table = study.systems.get(system)  # None: a blend's, which has the study's protocol
+        key = f"systems.{system}.protocol" if table and table.protocol else "protocol"
+        options = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators["accuracy"].options
+        with _told_of("" if settings.protocol else key):
+            registry.options_of("evaluator", "accuracy", options, "evaluators.accuracy")
+
+
+def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
+    """Raises InputError, with the keys of a study, where a class has too few images for accessible and held-out ones."""
+    for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
+        dataset = open_dataset(data)
+        for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
+            remedy = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
+            check_held_out(dataset, pipc, held_out, remedy=remedy)
+
+
+def _check_images(study: Study, task: Task) -> None:
+    """Raises InputError where the cell has too few real images for the losses or the first images of the system."""
+    recipe, table = task.recipe, task.recipe.initializer
+    if recipe.pipc == "all":
+        return
+    baseline = study.systems[task.cell.system].baseline
+    count = registry.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
+    who, changes = (f"baseline {baseline}", "`pipc`") if baseline else (f"initializer {table.use}", "`pipc` or initializer")
+    needing = [] if recipe.pipc or baseline else needing_real(terms_of(recipe))
+    if needing:
+        who, count = f"loss {needing[0]}", 1
+    if count > recipe.pipc:
+        where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
+        raise InputError(
+            f"{where}: the {who} needs {count} real image{'s' if count > 1 else ''} a class, and the system has {recipe.pipc}. "
+            f"Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its {changes} in the study.",
+            f"systems.{task.cell.system}",
+        )
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
+
+
+def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], None], failures: dict[Path, str]) -> None:
+    """Makes and evaluates every set that is not there; puts into `failures` why those failed that did, by path."""
+    crew = _Crew(settings)
+    for blends in (False, True):
+        waiting = {kept_file(task): task for task in tasks if bool(task.parts) == blends and kept_row(task) is None}
+        todo = list(waiting.values())
+        told = _Told(len(todo), report)
+
+        def work(task: Task, told: _Told = told) -> None:
+            with crew.alone(task.path):  # two systems may share a set, and two evaluations of one file must not race
+                told.begun(task)
+                try:
+                    crew.make(task)
+                    row = kept_row(task)
+                    told.ended(task, "no figure" if row is None else f"{100 * row['accuracy_mean']:.1f} %")
+                except RunFailed as error:
+                    failures[task.path] = str(error)
+                    told.ended(task, f"failed: {error}")
+                except Interrupted:
+                    raise
+                except DdkitError as error:
+                    error.args = (f"{task.label}: {error}",)
+                    raise
+
+        crew.run(work, todo)
+
+
+class _Told:
+    """Tells by `report` which of `count` sets are begun and ended, and how long the others will take if they take as long."""
+
+    def __init__(self, count: int, report: Callable[[str], None]) -> None:
+        self._count, self._report = count, report
+        self._done, self._began, self._lock = 0, time.monotonic(), threading.Lock()
+        if count:
+            report(f"Making and evaluating {count} set{'s' if count > 1 else ''}")
+
+    def begun(self, task: Task) -> None:
+        with self._lock:
+            self._report(f"{self._done} of {self._count} done: {task.label} is begun")
+
+    def ended(self, task: Task, how: str) -> None:
+        with self._lock:
+            self._done += 1
+            left = (time.monotonic() - self._began) / self._done * (self._count - self._done)
+            told = f", about {duration(left)} left" if self._done < self._count else ""
+            self._report(f"{self._done} of {self._count}: {task.label}: {how}{told}")
+
+
+STOPPED = "Stopped, as another set was."
+
+
+class _Crew:
+    """Runs commands, `jobs` at a time; after an error or an interruption it ends those that run and starts no other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.children: set[subprocess.Popen[str]] = set()
+        self.stopped = False
+        self._locks: dict[Path, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    @contextmanager
+    def alone(self, path: Path) -> Iterator[None]:
+        """Inside, no other thread works on the set at `path`."""
+        with self._guard:
+            lock = self._locks.setdefault(path, threading.Lock())
+        with lock:
+            yield
+
+    def run(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
+        def guarded(item: Any) -> None:
+            try:
+                work(item)
+            except BaseException:
+                self.stop()
+                raise
+
+        with ThreadPoolExecutor(self.settings.jobs) as pool:
+            waiting = [pool.submit(copy_context().run, guarded, item) for item in items]  # what the user named may run in those too
+            try:
+                wait(waiting)
+            except BaseException:
+                self.stop()
+                raise
+        errors = [error for future in waiting if (error := future.exception()) is not None]
+        for error in sorted(errors, key=lambda error: isinstance(error, Interrupted)):  # the cause first, then what it ended
+            raise error
+
+    def stop(self) -> None:
+        with self._guard:
+            self.stopped = True
+            for child in self.children:
+                child.terminate()  # a run writes a checkpoint then
+
+    def make(self, task: Task) -> None:
+        """Makes the set of `task` where it is not there, evaluates it, and keeps its row."""
+        if self.stopped:  # before anything of the set is written
+            raise Interrupted(STOPPED, 130)
+        if not (task.path / MANIFEST).is_file():
+            self.command(self._making(task))
+        rows = json.loads(self.command(self._judging(task)))["evaluations"]
+        row = next((row for row in rows if row["images"] == task.evaluation.images), None)
+        if row is None:
+            raise RunFailed(f"The evaluation gave no row of '{task.evaluation.images}' images.")
+        write_json(kept_file(task), sealed({"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row}))
+
+    def _making(self, task: Task) -> list[str]:
+        if task.parts:
+            _clear(task.path)  # what a blend that was cut off left
+            return ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
+        common = ["--out", str(task.path), "--device", self.settings.device, "--quiet", "--json"]
+        if (task.path / RECIPE).is_file():
+            return ["distill", "--resume", *common]
+        file = task.path.parent / f"{task.path.name}.toml"
+        write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
+        return ["distill", "--recipe", str(file), *common]
+
+    def _judging(self, task: Task) -> list[str]:
+        asked, name = task.evaluation, "evaluators.accuracy"
+        flags = ["--evaluate", "accuracy", "--protocol", asked.protocol, "--device", self.settings.device, "--quiet", "--json"]
+        flags += ["--repeats", str(asked.networks)] if asked.networks else []
+        flags += ["--teacher", str(self.settings.teacher)] if asked.teacher else []
+        flags += ["--set", f"{name}.random_real=false", "--set", f"{name}.labels={asked.labels}"]
+        if asked.images != "synthetic":
+            flags += ["--set", f"{name}.synthetic=false", "--set", f"{name}.baselines={json.dumps([asked.images])}"]
+        return ["evaluate", str(task.path), *flags]
+
+    def command(self, arguments: Sequence[str]) -> str:
+        """Returns what `ddkit ARGUMENTS...` prints; raises RunFailed with its message, or an error of its exit code."""
+        environment = plain_environment()  # a set is made by one process, whoever started this one
+        if self.settings.jobs > 1:
+            threads = max(1, (os.cpu_count() or 1) // self.settings.jobs)
+            environment["OMP_NUM_THREADS"] = str(threads)
+        with self._guard:
+            if self.stopped:
+                raise Interrupted(STOPPED, 130)
+            child = subprocess.Popen(
+                children.command("ddkit", *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                env=environment,
+            )  # fmt: skip
+            self.children.add(child)
+            held, child.stdin = child.stdin, None  # which communicate() would close: the child ends then
+        printed, said = child.communicate()
+        with self._guard:
+            self.children.discard(child)
+        assert held is not None
+        held.close()
+        if child.returncode:
+            raise _failure(child.returncode, said, arguments)
+        return printed
+
+
+def _clear(path: Path) -> None:
+    """Removes what a run left at `path` that cannot be continued."""
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
+def _failure(code: int, said: str, arguments: Sequence[str]) -> DdkitError:
+    message = " ".join(said.split()).rpartition("ddkit: ")[2] or f"`ddkit {arguments[0]}` ended with exit code {code}"
+    if code in (1, -9):  # the run itself failed, or was killed (for its memory); the others may do
+        return RunFailed(message)
+    if code in (129, 130, 143, -1, -2, -15):
+        return Interrupted(message, code if code > 0 else 128 - code)
+    if code < 0:  # it crashed
+        return RunFailed(message)
+    error = DdkitError(message)  # bad input, which the next set would meet too
+    error.exit_code = code
+    return error

@@ -1,0 +1,83 @@
+"""Writes the package of a new plugin: what `ddkit new` makes."""
+
+from __future__ import annotations
+
+import importlib.resources
+import importlib.util
+import keyword
+import re
+from pathlib import Path
+from string import Template
+
+from ddkit.components import registry
+from ddkit.errors import FlagError, RunFilesError, suggestion
+from ddkit.files import write_atomic
+
+KINDS = ("loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "observer")
+USES = {
+    "loss": "ddkit distill --losses dm,$name --steps 20",
+    "loss-group": "ddkit distill --losses $name:0.5 --steps 20",
+    "initializer": "ddkit distill --init $name --steps 20",
+    "augmenter": "ddkit distill --augment $name --steps 20",
+    "evaluator": "ddkit distill --evaluate $name --steps 20",
+    "model": "ddkit distill --model $name --steps 20",
+    "dataset": "ddkit distill --dataset $name --steps 20",
+    "exporter": "ddkit check exporter $name",
+    "observer": "ddkit distill --steps 20 --verbose",
+}
+
+
+def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
+    """Writes the package of a new `kind` called `name` into `folder` (None: ./ddkit-NAME) and returns that folder.
+
+    Raises FlagError for a kind or name that cannot be, RunFilesError where the folder is there already or cannot be written.
+    """
+    if kind not in KINDS:
+        raise FlagError(f"There is no scaffold for a {kind}. {suggestion(kind, KINDS)}")
+    distribution, package = f"ddkit-{name}", f"ddkit_{name.replace('-', '_')}"
+    class_name = "".join(part.capitalize() for part in name.split("-"))
+    _check_name(kind, name, package, class_name)
+    target = folder or Path(distribution)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise RunFilesError(f"{target} is there already. Name another folder with --out, or remove it.")
+    values = {
+        "kind": kind, "name": name, "distribution": distribution, "package": package, "group": registry.GROUPS[kind],
+        "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
+        "suite": f"{kind.title().replace('-', '')}Conformance", "use": Template(USES[kind]).substitute(name=name),
+        "ddkit_version": _version(),
+    }  # fmt: skip
+    files = {
+        "pyproject.toml": "pyproject.toml", "README.md": "README.md", f"src/{package}/__init__.py": f"{kind}.py",
+        "tests/test_conformance.py": "test.py",
+    }  # fmt: skip
+    texts = {path: Template(_template(name)).substitute(values) for path, name in files.items()}
+    for path, text in texts.items():
+        file = target / path
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunFilesError(f"{file.parent} cannot be made ({error.strerror}). Name a folder that can be written with --out.") from None
+        write_atomic(file, text.encode())
+    return target
+
+
+def _check_name(kind: str, name: str, package: str, class_name: str) -> None:
+    if not registry.NAME.fullmatch(name) or name.endswith("-") or "--" in name:
+        raise FlagError(f"A {kind} cannot be called '{name}': a name is lower-case letters, digits and hyphens, such as my-{kind}.")
+    if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}\b", _template(f"{kind}.py").replace("$class_name", "")):
+        raise FlagError(f"A {kind} cannot be called '{name}': its class {class_name} would hide a name that it needs. Try my-{name}.")
+    taken = [plugin for plugin in registry.plugins() if plugin.name == name and registry.share_names(plugin.kind, kind)]
+    if taken:
+        raise FlagError(f"The {taken[0].label} has that name already; choose another.")
+    if importlib.util.find_spec(package) is not None:
+        raise FlagError(f"A {kind} cannot be called '{name}': there is a package {package} here already. Try my-{name}.")
+
+
+def _template(name: str) -> str:
+    return (importlib.resources.files(__package__) / "templates" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _version() -> str:
+    import ddkit
+
+    return ".".join(ddkit.__version__.split(".")[:2])

@@ -1,0 +1,186 @@
+"""ddkit bench: what it measures, that its numbers hang together, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import ddkit
+from ddkit import bench as benching
+from ddkit.bench import Settings, bench, cases
+from ddkit.bench.reference import ReferenceEvaluation, ReferenceStep, field_components
+from ddkit.nn.networks import forward_flops
+from tests.conftest import Result
+
+SMALL = {"cells": ((1, 2),), "classes": (2,), "sizes": (8,), "runs": 2, "steps": 1, "run_steps": 10, "images_trained": 8, "tests": 20}
+
+
+@pytest.fixture(scope="module")
+def measured(forks: Any) -> dict[str, Any]:
+    """Returns a whole measurement of the smallest kind: real steps in real processes; those of the other parts are forks."""
+    steps = bench(Settings(**SMALL, parts=("steps",)))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.run.children.subprocess", forks)
+        return bench(Settings(**SMALL, parts=("evaluation", "loading"), files=(20,))) | steps  # type: ignore[arg-type]
+
+
+def test_steps_are_measured_beside_the_published_loop_and_the_plain_path(measured: dict[str, Any]) -> None:
+    (row,) = measured["steps"]
+    assert (row["losses"], row["ipc"], row["pipc"], row["classes"], row["size"]) == ("dm", 1, 2, 2, 8)
+    assert len(row["runs"]) == 2
+    assert row["steps_per_second"] == pytest.approx(1 / row["seconds_per_step"])
+    for name in ("reference", "plain"):
+        assert row[f"{name}_seconds_per_step"] > 0
+        assert row[f"ratio_to_{name}"] > 0
+    assert row["peak_mib"] > 50
+    assert (row["precision"], row["compiled"]) == ("float32", False)
+
+
+def test_flops_are_those_of_one_pass_per_real_and_two_per_synthetic_image(measured: dict[str, Any]) -> None:
+    info = ddkit.DataInfo(class_names=("a", "b"), channels=3, size=(8, 8))
+    module = ddkit.create("model", "convnet", data=info)(3, (8, 8), 2)
+    (row,) = measured["steps"]
+    assert row["flops"] == forward_flops(module, info, features=True) * (2 * 2 + 2 * 2)
+    (limit,) = measured["limits"]
+    assert row["limit_fraction"] == pytest.approx(row["flops"] / row["seconds_per_step"] / limit["rates"]["float32"])
+
+
+def test_evaluation_is_of_the_whole_protocol(measured: dict[str, Any]) -> None:
+    (row,) = measured["evaluation"]
+    assert row["protocol"] == "dm-official"
+    assert row["networks_per_minute"] == pytest.approx(60 / row["seconds_per_network"])
+    assert row["ratio_to_reference"] > 0
+    assert row["seconds_per_network"] > 500 * row["epoch_seconds"] > 0
+
+
+def test_loading_is_measured_without_and_with_the_cache(measured: dict[str, Any]) -> None:
+    (row,) = measured["loading"]
+    assert (row["files"], row["pipc"]) == (20, 2)
+    assert row["first_seconds"] > 0
+    assert row["second_seconds"] > 0
+
+
+def test_all_of_it_is_one_json_object(measured: dict[str, Any]) -> None:
+    assert json.loads(json.dumps(measured, allow_nan=False))["schema"] == 1
+
+
+def test_the_ratio_is_the_median_of_the_rounds() -> None:
+    assert benching._ratio([4.0, 9.0, 100.0], [2.0, 3.0, 1.0]) == 3.0
+
+
+def test_cells_are_products_or_pairs() -> None:
+    settings = Settings(losses=("dm", "dkkt"), cells=((1, 10), (10, 50)), classes=(10, 100), devices=("cpu",))
+    assert [tuple(case)[:4] for case in cases(settings)] == [
+        (losses, ipc, pipc, classes) for losses in ("dm", "dkkt") for classes in (10, 100) for ipc, pipc in ((1, 10), (10, 50))
+    ]
+
+
+def test_exponents_are_given_where_one_number_changes() -> None:
+    base = {
+        "losses": "dm",
+        "ipc": 1,
+        "pipc": 10,
+        "classes": 10,
+        "size": 32,
+        "device": "cpu",
+        "seconds_per_step": 1.0,
+        "peak_mib": 100.0,
+        "start_mib": 50.0,
+        "work": 2.0,
+    }
+    rows = [base, base | {"ipc": 10, "seconds_per_step": 10.0, "peak_mib": 550.0, "work": 2.0}, base | {"ipc": 100, "pipc": 50}]
+    found = benching._with_exponents([dict(row) for row in rows])
+    assert found[1]["exponent"] == {"axis": "ipc", "seconds_per_step": pytest.approx(1.0), "work": 0.0, "memory": pytest.approx(1.0)}
+    assert "exponent" not in found[0]
+    assert "exponent" not in found[2]
+
+
+def test_the_published_loop_is_distribution_matching() -> None:
+    """Its first loss is that of the loss dm on the same images, network and augmentation: both are sums over classes."""
+    info = ddkit.DataInfo(class_names=("a", "b"), channels=3, size=(8, 8))
+    model, _ = field_components(info)
+    none = ddkit.create("augmenter", "none", data=info)
+    real = torch.randn((2, 3, *info.shape), generator=torch.Generator().manual_seed(1))
+    step = ReferenceStep(model, info, none, real, ipc=2, batch=256)
+    network = ddkit.build_network(model, info, 0, "reference", 0)
+    before = step.images.detach().clone()
+    network.requires_grad_(False)
+    gaps = [network.embed(real[c]).mean(0) - network.embed(before[2 * c : 2 * c + 2]).mean(0) for c in range(2)]
+    assert step() == pytest.approx(float(torch.stack(gaps).square().sum()), rel=1e-5)
+    assert not torch.equal(step.images, before)
+
+
+def test_the_published_evaluation_learns() -> None:
+    info = ddkit.DataInfo(class_names=("a", "b"), channels=3, size=(8, 8))
+    model, augmenter = field_components(info)
+    labels = torch.arange(2).repeat(8)
+    images = torch.randn((16, *info.shape), generator=torch.Generator().manual_seed(0)) + 2 * labels.view(-1, 1, 1, 1)
+    loop = ReferenceEvaluation(model, info, augmenter, images, labels, torch.utils.data.TensorDataset(images, labels))
+    assert loop(0, 30) > 0.9
+
+
+def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
+    from ddkit.cli.benching import _tables
+
+    limits, steps, evaluation, loading = _tables(measured)
+    assert "GFLOP/s" in limits
+    assert "published loop s/step" in steps
+    assert f"{measured['steps'][0]['ratio_to_reference']:.2f}x" in steps
+    assert "networks/min" in evaluation
+    assert "again s" in loading
+
+
+@pytest.mark.usefixtures("forked_children")
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("nothing",), 2, "Choose from: steps, evaluation, loading, startup"),
+        (("--ipc", "0"), 2, "smaller than 1"),
+        (("--ipc", "a"), 2, "not a list"),
+        (("--cells", "1-10"), 2, "1:10,10:50"),
+        (("--cells", "1:0"), 2, "at least 1"),
+        (("--classes", "10,1"), 2, "1 is smaller than 2"),
+        (("loading", "--files", "1000,9"), 2, "--files 9: a folder of 10 classes"),
+        (("--losses", "dmm"), 3, "Did you mean 'dm'"),
+        (("--device", "tpu"), 2, "--device tpu"),
+        (("--set", "engine.speed=2"), 4, "engine has no key 'speed'"),
+        (("steps", "--size", "1", "--no-plain", "--runs", "1"), 4, "too small"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(cli: Callable[..., Result], arguments: tuple[str, ...], code: int, words: str) -> None:
+    result = cli("bench", *arguments)
+    assert (result.code, result.out) == (code, ""), result.err
+    assert words in result.err
+    assert "Traceback" not in result.err
+
+
+def test_a_start_is_a_whole_command_and_one_that_fails_is_told() -> None:
+    assert benching._whole_command(["--version"]) > 0
+    with pytest.raises(ddkit.RunFailed, match=r"`ddkit info nothing` ended with exit code 3: .*ddkit list"):
+        benching._whole_command(["info", "nothing"])
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_a_measuring_process_that_dies_is_told_with_its_last_words() -> None:
+    with (
+        pytest.raises(ddkit.RunFailed, match=r"Measuring loading ended with exit code 1: KeyError: 'folder'"),
+        benching._Workers() as workers,
+    ):
+        workers.start({"kind": "loading", "tuned": False}).measure()
+
+
+@pytest.mark.slow
+def test_evaluation_is_measured_with_more_threads_than_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With four workers the first networks of each are left out of the time, and some must remain."""
+    from ddkit.bench import worker
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    spec = {"ipc": 1, "classes": 2, "size": 8, "channels": 1, "device": "cpu", "networks": 10, "epochs": 1, "tests": 4}
+    options = {"compile": "never", "precision": "float32", "workers": 4, "model": "mlp"}
+    facts, measure = worker._evaluation(spec | {"options": options})
+    assert facts["workers"] == 4
+    assert measure()["seconds"] > 0

@@ -1,0 +1,191 @@
+"""On a terminal and in a notebook: completion of names, the progress bar, the picture of a run."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import ddkit
+from ddkit.cli import cli
+from ddkit.run.progress import in_notebook
+from tests.conftest import SMALL, SMALL_FLAGS, Result
+
+
+def completed(*words: str) -> list[str]:
+    """Returns what a shell is offered for the last of the words after `ddkit`."""
+    from click.shell_completion import ShellComplete
+
+    *arguments, incomplete = words
+    return [item.value for item in ShellComplete(cli, {}, "ddkit", "_DDKIT_COMPLETE").get_completions(list(arguments), incomplete)]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("distill", "--recipe", "practical"), {"practical", "practical-plus"}),
+        (("distill", "--losses", "dm,dkkt-"), {"dm,dkkt-primal", "dm,dkkt-stationarity"}),
+        (("distill", "--init", "r"), {"real"}),
+        (("distill", "--augment", "ds"), {"dsa", "dsv"}),
+        (("distill", "--dataset", "dig"), {"digits"}),
+        (("evaluate", "run", "--evaluate", "accuracy,sp"), {"accuracy,spectrum"}),
+        (("train", "--model", "conv"), {"convnet"}),
+        (("info", "total"), {"total-variation"}),
+        (("distill", "--losses", "nothing-like-it"), set()),
+    ],
+)
+def test_a_shell_completes_names_of_components_and_recipes(words: tuple[str, ...], offered: set[str]) -> None:
+    assert set(completed(*words)) == offered
+
+
+def test_recipes_in_files_are_offered_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "practise.toml").write_text("[losses.dm]\n")
+    (tmp_path / "practise.txt").write_text("no recipe\n")
+    assert set(completed("distill", "--recipe", "pract")) == {"practical", "practical-plus", "practise.toml"}
+
+
+def test_the_command_itself_completes_in_bash_without_importing_torch(tmp_path: Path) -> None:
+    environment = {**os.environ, "_DDKIT_COMPLETE": "bash_complete", "COMP_WORDS": "ddkit distill --losses image", "COMP_CWORD": "3"}
+    code = "import sys; sys.argv = ['ddkit']\nimport ddkit.cli\ntry:\n ddkit.cli.main()\nfinally:\n print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.stdout.split() == ["plain,image-norm", "False"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_shows_loss_terms_and_the_time_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stderr", shown)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    sets = SMALL | {"steps": 30, "engine.log_every": 1}
+    ddkit.distill(losses="dm", pipc=2, sets=sets, out=tmp_path / "run", device="cpu", observers=[ddkit.ProgressBar()])
+    assert "distilling: " in shown.getvalue()
+    assert "evaluation: " in shown.getvalue()
+
+
+def test_the_terms_of_a_step_stand_behind_the_bar() -> None:
+    bar = ddkit.ProgressBar()
+    bar.step_finished(0, 10, {"losses": {"dm": {"raw": 1.23456}}})
+    assert bar._bar.postfix == "dm=1.235"
+    assert bar._bar.total == 10
+    bar.close()
+
+
+def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:
+    sets = ("--set", "engine.log_every=2", "--set", "steps=5")
+    assert cli("distill", "--losses", "dm:0.5,image-norm", "--pipc", 2, *SMALL_FLAGS, *sets, "--out", "run", "--verbose").code == 0
+    first, *steps, last = caplog.messages
+    assert first == "run: steps 0 to 5, losses dm x 0.5, image-norm x 1; real at the start, convnet as network, compiled: no, float32."
+    assert [line.partition(":")[0] for line in steps] == ["step 1 of 5", "step 3 of 5", "step 5 of 5"]
+    assert re.fullmatch(r"step 1 of 5: total [\d.]+ \(dm [\d.]+, image-norm [\d.]+\); gradient: dm [\d.]+ %, image-norm [\d.]+ %", steps[0])
+    assert last == "evaluation: 4 of 4"
+    caplog.clear()
+    assert cli("evaluate", "run", "--verbose").code == 0
+    assert caplog.messages == ["evaluation: 4 of 4"]
+    caplog.clear()
+    assert cli("train", "--out", "t.safetensors", "--set", "train.epochs=1", "--set", "teacher.width=8", "--verbose").code == 0
+    assert caplog.messages == ["teacher: 1 of 1"]
+
+
+LIBRARY = """
+import logging
+import threading
+from ddkit.run import warnings
+
+log = logging.getLogger("ddkit")
+with warnings.recording():
+    log.warning("outer")
+    with warnings.recording():
+        log.warning("inner %d", 1)
+        log.warning("inner %d", 1)
+        log.warning("news", extra=warnings.NEWS)
+        print(warnings.warnings())
+    print(warnings.warnings())
+print(warnings.warnings())
+kept = []
+
+def apart():
+    with warnings.recording():
+        log.warning("apart")
+        kept.extend(warnings.warnings())
+
+with warnings.recording():
+    other = threading.Thread(target=apart)
+    other.start()
+    other.join()
+    print(warnings.warnings(), kept)
+"""
+
+
+def test_what_a_run_warns_of_is_kept_and_still_shown_to_a_program_that_handles_no_log() -> None:
+    result = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["['inner 1']", "['outer', 'inner 1']", "[]", "[] ['apart']"]
+    assert result.stderr.splitlines() == ["outer", "inner 1", "inner 1", "news", "apart"]
+
+
+def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:
+    usual = cli("distill", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--out", "run")
+    assert (usual.code, "\r" in usual.err, caplog.messages) == (0, False, [])  # stderr is no terminal: no bar
+    lines = usual.out.splitlines()
+    assert lines[0].split() == ["evaluator", "model", "protocol", "labels", "accuracy", "random", "real", "networks"]
+    assert lines[3] == ""
+    assert [line.split()[0] for line in lines[4:]] == ["2", "run", "picture", "report"]
+    words = ("distill", "--losses", "dkkt", "--pipc", 2, *SMALL_FLAGS, "--set", "train.epochs=2", "--evaluate", "none")
+    quiet = cli(*words, "--seed", 1, "--out", "quiet", "--quiet")
+    assert (quiet.code, quiet.err, caplog.messages) == (0, "", [])  # no word of the teacher that is trained
+    assert quiet.out.splitlines()[0].startswith("2 steps in ")
+    assert cli(*words, "--seed", 2, "--set", "teacher.width=4", "--out", "usual").code == 0
+    assert "No teacher was given" in caplog.text
+    assert "There is no loss 'd'" in cli("distill", "--losses", "d", "--quiet").err
+
+
+@pytest.mark.parametrize(("shell", "asked", "begins"), [
+    ("bash", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain,practical-plus\n"),
+    ("zsh", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain\npractical-plus\nThis project's own"),
+    ("fish", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "practical-"}, "plain,practical-plus\tThis project's own"),
+])  # fmt: skip
+def test_every_shell_gets_names_and_its_script(shell: str, asked: dict[str, str], begins: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys; sys.argv = ['ddkit']; import ddkit.cli; ddkit.cli.main()"]
+    for variables, wanted in (({**asked, "_DDKIT_COMPLETE": f"{shell}_complete"}, begins), ({"_DDKIT_COMPLETE": f"{shell}_source"}, "")):
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables}, cwd=tmp_path)
+        if wanted or done.returncode == 0:  # the script for bash asks for the bash that is installed
+            assert done.stdout.startswith(wanted)
+            assert wanted or "_DDKIT_COMPLETE" in done.stdout
+
+
+def test_in_a_notebook_the_bar_is_a_notebooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not in_notebook()
+    kernel = type("ZMQInteractiveShell", (), {})()
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: kernel))
+    made: list[dict[str, Any]] = []
+    auto = ModuleType("tqdm.auto")
+    auto.tqdm = lambda **given: made.append(given) or SimpleNamespace(n=0, update=lambda count: None, close=lambda: None)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tqdm.auto", auto)
+    ddkit.ProgressBar().stage_progress("teacher", 1, 4)
+    assert made == [{"total": 4, "desc": "teacher", "leave": False}]
+
+
+def test_a_run_shows_its_picture_in_a_notebook(tmp_path: Path) -> None:
+    run = ddkit.distill(losses="dm", pipc=2, sets=SMALL, evaluators="none", out=tmp_path / "run", device="cpu")
+    assert run._repr_png_() == (tmp_path / "run" / "preview.png").read_bytes()
+    (tmp_path / "run" / "preview.png").unlink()
+    assert run._repr_png_() is None
+
+
+def test_a_run_does_its_work_where_all_standard_streams_are_closed(tmp_path: Path) -> None:
+    flags = "--losses dm --steps 1 --evaluate none --out run --set network.width=4 --device cpu"
+    done = subprocess.run(["/bin/sh", "-c", f"exec {sys.executable} -m ddkit distill {flags} <&- >&- 2>&-"], cwd=tmp_path, check=False)
+    assert done.returncode == 0
+    assert (tmp_path / "run" / "manifest.json").is_file()

@@ -1,0 +1,434 @@
+"""Damage to the files of a run, a set or a teacher is found: the documented exit code and the file's name, never a wrong result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import ddkit
+from ddkit.api import resume
+from ddkit.components.base import DataInfo
+from ddkit.files import read_json, read_tensors, sealed, unsealed, write_json, write_tensors
+from ddkit.nn.teachers import load_teacher
+from ddkit.recipes.tables import TeacherTable
+from ddkit.run.artifact import Artifact
+from ddkit.run.directory import RunDirectory, save_set
+from ddkit.run.manifest import read_manifest
+from tests.conftest import SMALL, Result
+
+Cli = Callable[..., Result]
+INFO = DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))
+RECIPE = {"name": "small", "steps": 4, "seed": 3, "losses": {"dm": {"weight": 0.5}}}
+OPTIONS = {"depth": 1, "width": 2, "norm": "batch", "activation": "relu", "pooling": "avg", "one_channel_padding": 1}
+
+
+def _artifact(seed: int = 0) -> Artifact:
+    images = torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(seed))
+    return Artifact(images, torch.arange(2), {"class_names": ["a", "b"], "mean": [0.4], "std": [0.2], "ipc": 1, "pipc": 5, "seed": seed})
+
+
+def _small_run(path: Path, seed: int = 0, *, finished: bool = True) -> Path:
+    """Writes all files of a tiny run, as a run writes them."""
+    directory = RunDirectory.claim(path)
+    directory.write_recipe(RECIPE | {"seed": seed})
+    for step in (2, 4):
+        directory.write_checkpoint(step, {"images": torch.full((2, 1, 2, 2), float(step + seed))})
+    directory.append_metrics({"step": 0, "total": 0.25, "losses": {"dm": {"raw": 0.5, "weighted": 0.25}}, "seconds": 0.1})
+    if finished:
+        save_set(_artifact(seed), directory)
+        row = {"evaluator": "accuracy", "model": "mlp", "protocol": "short", "labels": "hard", "repeats": 1, "accuracy_std": None}
+        rows = [row | {"accuracy_mean": 0.5 + seed / 10}]
+        (path / "evaluation.json").write_text(json.dumps({"schema": 1, "evaluations": rows}))
+        directory.write_manifest({"seed": seed, "steps": 4, "seconds": 1.5, "plugins": [], "real_files": [0, 1]})
+    return path
+
+
+def _write_teacher(path: Path, seed: int = 0) -> Path:
+    from ddkit.components import registry
+    from ddkit.nn.networks import build_network
+
+    model = registry.create("model", "convnet", {"width": 2, "depth": 1}, data=INFO, where="teacher")
+    module = build_network(model, INFO, seed, "test")
+    record = {"model": "convnet", "options": {"width": 2, "depth": 1}, "mean": [0.4], "std": [0.2]}
+    write_tensors(path, module.state_dict(), record | {"class_names": ["a", "b"], "input_shape": [1, 4, 4]})
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the runs `run`, `other` and `cut` (not finished), and the files `set` and `teacher`."""
+    root = tmp_path_factory.mktemp("small")
+    _small_run(root / "run")
+    _small_run(root / "other", seed=1)
+    _small_run(root / "cut", finished=False)
+    _artifact().save(root / "set.safetensors")
+    _write_teacher(root / "teacher.safetensors")
+    return root
+
+
+# What each file says when it is read: compared before and after damage
+
+
+def _read_set(path: Path) -> Any:
+    found = ddkit.load(path)
+    return found.images.tolist(), found.labels.tolist(), found.class_names, found.mean, found.std
+
+
+def _read_recipe(run: Path) -> Any:
+    return RunDirectory.existing(run).read_recipe()
+
+
+def _read_rows(run: Path) -> Any:
+    return RunDirectory.existing(run).read_evaluations()
+
+
+def _read_manifest(run: Path) -> Any:
+    found = read_manifest(run)
+    return [found[key] for key in ("seed", "steps", "seconds", "plugins", "real_files", "files")]
+
+
+def _read_teacher(path: Path) -> Any:
+    found = load_teacher(TeacherTable(use=str(path), model="convnet"), INFO, torch.device("cpu"))
+    return (
+        found.mean,
+        found.std,
+        [value.tolist() for value in found.module.state_dict().values()],
+        found.logits(torch.ones(1, 1, 4, 4))[0, 0],
+    )
+
+
+def _read_checkpoint(run: Path) -> Any:
+    directory = RunDirectory.existing(run)
+    directory.read_recipe()
+    newest = directory.newest_checkpoint()
+    if newest is None:
+        raise ddkit.RunFilesError("step-00000004.safetensors")
+    return newest[0], newest[1]["images"].tolist()
+
+
+READERS = {
+    "set.safetensors": (_read_set, "", 5),
+    "teacher.safetensors": (_read_teacher, "", 4),
+    "run/synthetic.safetensors": (_read_set, "run", 5),
+    "run/recipe.toml": (_read_recipe, "run", 5),
+    "run/evaluation.json": (_read_rows, "run", 5),
+    "run/manifest.json": (_read_manifest, "run", 5),
+    "cut/recipe.toml": (_read_recipe, "cut", 5),
+}
+
+
+def _outcome(small: Path, name: str) -> Any:
+    """Returns ("read", what the file says) or ("refused", exit code, message)."""
+    reader, target, _ = READERS[name]
+    try:
+        return "read", reader(small / (target or name))
+    except ddkit.DdkitError as error:
+        return "refused", error.exit_code, str(error)
+
+
+def _refuses(small: Path, name: str, content: bytes) -> None:
+    """Asserts that the file with `content` is refused with its exit code and name, and puts the file back."""
+    path = small / name
+    whole = path.read_bytes()
+    assert content != whole
+    try:
+        path.write_bytes(content)
+        outcome = _outcome(small, name)
+    finally:
+        path.write_bytes(whole)
+    assert outcome[:2] == ("refused", READERS[name][2]), outcome
+    assert path.name in outcome[2]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_whole_file_is_read_twice_alike(small: Path, name: str) -> None:
+    assert _outcome(small, name)[0] == "read"
+    assert _outcome(small, name) == _outcome(small, name)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_cut_off_at_any_byte_is_refused(small: Path, name: str) -> None:
+    whole = (small / name).read_bytes()
+    end = len(whole.rstrip(b"\n")) if name.endswith("manifest.json") else len(whole)  # without its last newline it says the same
+    for length in range(end):
+        _refuses(small, name, whole[:length])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_file_with_something_after_its_end_is_refused(small: Path, name: str) -> None:
+    whole = (small / name).read_bytes()
+    if name == "run/manifest.json":
+        _refuses(small, name, whole + b"x")
+    else:
+        _refuses(small, name, whole + b"\n")
+
+
+def _flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << (bit % 8)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize("name", READERS)
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_flipped_bits_change_no_result(small: Path, name: str, data: st.DataObject) -> None:
+    """A flip is refused; in the few places that say nothing (white space, the name of the seal) the same is read."""
+    path = small / name
+    whole = path.read_bytes()
+    bits = data.draw(st.lists(st.integers(0, 8 * len(whole) - 1), min_size=1, max_size=3, unique=True))
+    content = whole
+    for bit in bits:
+        content = _flipped(content, bit)
+    before = _outcome(small, name)
+    try:
+        path.write_bytes(content)
+        outcome = _outcome(small, name)
+    finally:
+        path.write_bytes(whole)
+    if outcome[0] == "refused":
+        assert outcome[1] == READERS[name][2]
+        assert path.name in outcome[2]
+    else:
+        assert outcome == before
+
+
+@pytest.mark.parametrize("name", ["set.safetensors", "teacher.safetensors", "run/synthetic.safetensors"])
+def test_every_flipped_bit_of_the_tensors_is_refused(small: Path, name: str) -> None:
+    whole = (small / name).read_bytes()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    step = max(1, 8 * (len(whole) - start) // 600)
+    for bit in range(8 * start, 8 * len(whole), step):
+        _refuses(small, name, _flipped(whole, bit))
+
+
+@pytest.mark.parametrize("name", ["sealed", "digest"])
+def test_a_file_whose_word_for_its_digest_is_damaged_too_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    write_tensors(path, {"x": torch.ones(3)}, {"name": "theirs"})
+    content = path.read_bytes()
+    changed = bytearray(content.replace(name.encode(), name.upper().encode(), 1))
+    changed[-1] ^= 1  # of the last tensor
+    path.write_bytes(bytes(changed))
+    with pytest.raises(ValueError, match="is damaged"):
+        read_tensors(path)
+    write_json(tmp_path / "a.json", {name.upper() if key == name else key: value for key, value in sealed({"name": "theirs"}).items()})
+    with pytest.raises(ddkit.RunFilesError, match="is damaged"):
+        unsealed(read_json(tmp_path / "a.json"), tmp_path / "a.json")
+
+
+def test_without_its_digest_a_flipped_bit_of_the_tensors_would_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "plain.safetensors"
+    write_tensors(path, {"x": torch.ones(3)}, {"name": "theirs"}, digest=False)
+    path.write_bytes(_flipped(path.read_bytes(), 8 * (path.stat().st_size - 2)))
+    tensors, record = read_tensors(path)
+    assert tensors["x"].tolist() != [1, 1, 1]
+    assert record == {"schema": 1, "name": "theirs"}
+
+
+def test_tensors_of_any_kind_are_read_back_with_their_digest(tmp_path: Path) -> None:
+    tensors = {
+        "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "half": torch.ones(3, dtype=torch.bfloat16),
+        "flags": torch.tensor([True, False]), "turned": torch.arange(6).view(2, 3).T,
+    }  # fmt: skip
+    write_tensors(tmp_path / "x.safetensors", tensors, {"step": 1})
+    found, record = read_tensors(tmp_path / "x.safetensors")
+    assert record == {"schema": 1, "step": 1}
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+
+
+# Checkpoints
+
+
+@pytest.fixture
+def cut(small: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small / "cut", tmp_path / "cut")
+
+
+def _damages(whole: bytes) -> Iterator[bytes]:
+    yield from (whole[:length] for length in range(0, len(whole), 3))
+    start = 8 + int.from_bytes(whole[:8], "little")
+    yield from (_flipped(whole, bit) for bit in range(8 * start, 8 * len(whole), 5))
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_older_one(cut: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newest = cut / "checkpoints" / "step-00000004.safetensors"
+    assert _read_checkpoint(cut)[0] == 4
+    whole = newest.read_bytes()
+    for content in _damages(whole):
+        caplog.clear()
+        newest.write_bytes(content)
+        assert _read_checkpoint(cut) == (2, [[[[2.0, 2.0], [2.0, 2.0]]]] * 2)
+        assert "step-00000004.safetensors" in caplog.text
+        assert "passed over" in caplog.text
+
+
+@pytest.mark.parametrize("found", ["of another step", "of another run"])
+def test_a_swapped_checkpoint_is_passed_over(small: Path, cut: Path, found: str, caplog: pytest.LogCaptureFixture) -> None:
+    folder = cut / "checkpoints"
+    source = folder / "step-00000002.safetensors" if found == "of another step" else small / "other/checkpoints/step-00000004.safetensors"
+    shutil.copyfile(source, folder / "step-00000004.safetensors")
+    assert _read_checkpoint(cut)[0] == 2
+    assert "step-00000004.safetensors" in caplog.text
+
+
+def test_a_run_whose_recipe_was_swapped_has_no_checkpoint_of_its_own(small: Path, cut: Path) -> None:
+    shutil.copyfile(small / "other" / "recipe.toml", cut / "recipe.toml")
+    with pytest.raises(ddkit.RunFilesError, match="step-00000004"):
+        _read_checkpoint(cut)
+
+
+def test_a_run_without_a_readable_checkpoint_is_refused(cut: Path) -> None:
+    for file in (cut / "checkpoints").iterdir():
+        file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ddkit.RunFilesError, match=r"no readable checkpoint: .*step-00000004.* Start anew: ddkit distill --recipe"):
+        resume(cut)
+
+
+def test_a_recipe_that_was_edited_makes_no_other_run_of_the_same_checkpoints(cut: Path) -> None:
+    text = (cut / "recipe.toml").read_text()
+    (cut / "recipe.toml").write_text(text.replace("weight = 0.5", "weight = 5.0"))
+    with pytest.raises(ddkit.RunFilesError, match=r"recipe.toml is damaged, or was edited"):
+        resume(cut)
+
+
+def test_a_recipe_written_without_its_first_line_is_read(cut: Path) -> None:
+    text = (cut / "recipe.toml").read_text()
+    (cut / "recipe.toml").write_text(text.partition("\n")[2])
+    assert _read_recipe(cut) == RECIPE | {"seed": 0}
+    assert _read_checkpoint(cut)[0] == 4
+
+
+# Files of another run
+
+
+@pytest.mark.parametrize("name", ["synthetic.safetensors", "recipe.toml", "evaluation.json", "metrics.jsonl"])
+def test_a_file_of_another_run_is_refused(small: Path, tmp_path: Path, name: str) -> None:
+    run = shutil.copytree(small / "run", tmp_path / "run")
+    other = small / "other" / name
+    shutil.copyfile(other, run / name)
+    if name == "metrics.jsonl":
+        (run / name).write_text('{"step": 0, "total": 9.5}\n')
+    reader = {"synthetic.safetensors": _read_set, "recipe.toml": _read_recipe, "evaluation.json": _read_rows}.get(
+        name, lambda path: RunDirectory(path).reopen()
+    )
+    with pytest.raises(ddkit.RunFilesError, match=f"{name} is not the file that .*manifest.json lists"):
+        reader(run)
+
+
+@pytest.mark.parametrize("reader", [_read_set, _read_recipe, _read_rows])
+def test_the_manifest_of_another_run_is_refused(small: Path, tmp_path: Path, reader: Callable[[Path], Any]) -> None:
+    run = shutil.copytree(small / "run", tmp_path / "run")
+    shutil.copyfile(small / "other" / "manifest.json", run / "manifest.json")
+    with pytest.raises(ddkit.RunFilesError, match=r"is not the file that .*manifest.json lists"):
+        reader(run)
+
+
+def test_a_set_in_the_place_of_a_teacher_and_the_other_way_round(small: Path) -> None:
+    with pytest.raises(ddkit.InputError, match=r"set.safetensors"):
+        _read_teacher(small / "set.safetensors")
+    with pytest.raises(ddkit.RunFilesError, match=r"teacher.safetensors is no synthetic set"):
+        _read_set(small / "teacher.safetensors")
+
+
+def test_a_listed_file_that_is_gone_is_told(small: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(small / "run", tmp_path / "run")
+    (run / "evaluation.json").unlink()
+    with pytest.raises(ddkit.RunFilesError, match=r"evaluation.json is not the file"):
+        _read_rows(run)
+
+
+# Through the commands
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=path, device="cpu")
+    return path
+
+
+COMMANDS = {
+    "evaluate": ("evaluate", "RUN"),
+    "blend": ("blend", "RUN", "RUN", "--out", "new"),
+    "resume": ("distill", "--resume", "--out", "RUN"),
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *(("evaluate", name) for name in ("synthetic.safetensors", "recipe.toml", "evaluation.json", "manifest.json")),
+        *(("blend", name) for name in ("synthetic.safetensors", "recipe.toml", "manifest.json")),
+        *(("resume", name) for name in ("recipe.toml", "metrics.jsonl", "manifest.json")),
+    ],
+)
+def test_commands_refuse_a_run_with_a_flipped_bit(
+    cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    monkeypatch.setattr("ddkit.nn.training.fit", lambda *arguments, **named: pytest.fail("a network was trained"))
+    run = shutil.copytree(finished, tmp_path / "copy")
+    whole = (run / name).read_bytes()
+    for place in (len(whole) // 3, len(whole) - 4):
+        (run / name).write_bytes(_flipped(whole, 8 * place))
+        result = cli(*(word.replace("RUN", str(run)) for word in COMMANDS[command]))
+        assert (result.code, result.out) == (5, ""), result
+        assert name in result.err
+        assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_the_run_that_is_whole(cli: Cli, finished: Path, tmp_path: Path, command: str) -> None:
+    run = shutil.copytree(finished, tmp_path / "copy")
+    result = cli(*(word.replace("RUN", str(run)) for word in COMMANDS[command]))
+    assert result.code == 0, result.err
+    assert ddkit.load(run).images.shape == (10, 1, 8, 8)
+
+
+def test_an_evaluation_does_not_vouch_for_other_files_that_are_damaged(cli: Cli, finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "copy")
+    before = read_manifest(run)["files"]
+    (run / "preview.png").write_bytes(b"damaged")
+    assert cli("evaluate", run, "--repeats", 1).code == 0
+    after = read_manifest(run)["files"]
+    assert after["preview.png"] == before["preview.png"]
+    assert after["evaluation.json"] != before["evaluation.json"]
+
+
+def test_a_damaged_teacher_in_the_cache_is_trained_again(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+    flags = [
+        "--losses",
+        "dkkt",
+        "--pipc",
+        "1",
+        "--evaluate",
+        "none",
+        "--set",
+        "steps=1",
+        "--set",
+        "train.epochs=1",
+        "--set",
+        "teacher.width=4",
+    ]
+    assert cli("distill", *flags, "--out", "one").code == 0
+    (teacher,) = (tmp_path / "cache" / "teachers").glob("*.safetensors")
+    whole = teacher.read_bytes()
+    teacher.write_bytes(_flipped(whole, 8 * len(whole) - 3))
+    result = cli("distill", *flags, "--out", "two")
+    assert result.code == 0, result.err
+    assert f"{teacher.name} is damaged" in caplog.text
+    assert teacher.read_bytes() == whole
+    assert torch.equal(ddkit.load("one").images, ddkit.load("two").images)

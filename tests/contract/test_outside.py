@@ -1,0 +1,311 @@
+"""Nothing outside the folder of a run is read, written or removed, whatever its files and the names in them are."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import ddkit
+from ddkit import names
+from ddkit.files import json_digest, read_json, sealed, unsealed, write_json
+from ddkit.run.directory import RunDirectory
+from ddkit.run.manifest import file_entry
+from ddkit.studies.sharding import merge
+from tests.conftest import SMALL, SMALL_FLAGS, Result
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "run"
+    ddkit.distill(losses="dm", pipc=2, sets=SMALL, evaluators="none", out=path, device="cpu")
+    return path
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+@pytest.fixture
+def cut(run: Path) -> Path:
+    """Returns a run that was cut off after its last step."""
+    for name in ("manifest.json", "synthetic.safetensors"):
+        (run / name).unlink()
+    return run
+
+
+COMMANDS = {
+    "resume": "distill --resume --out RUN",
+    "prolong": "distill --resume --out RUN --steps 3",
+    "evaluate": "evaluate RUN",
+    "report": "report RUN",
+    "export": "export RUN --to npz --out new",
+    "blend": "blend RUN RUN --out new",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("name", [*names.LISTED, "manifest.json", "checkpoints", ".lock", "checkpoints/step-00000002.safetensors"])
+def test_a_link_in_a_run_is_refused_by_every_command(cli: Cli, run: Path, tmp_path: Path, command: str, name: str) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    original = outside / Path(name).name
+    if (run / name).exists():
+        (run / name).rename(original)  # the very same content: a link to it could be read
+    else:
+        original.write_bytes(b"")
+    (run / name).symlink_to(original)
+    before = _content(outside), _content(run)
+    result = cli(*COMMANDS[command].replace("RUN", str(run)).split())
+    assert (result.code, result.out) == (5, ""), result
+    assert f"{run / name} is a symbolic link" in " ".join(result.err.split())
+    assert (_content(outside), _content(run)) == before
+    assert list(Path.cwd().iterdir()) == []
+
+
+def _content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", ".lock"])
+def test_a_link_to_nothing_makes_nothing_outside(cli: Cli, cut: Path, tmp_path: Path, name: str) -> None:
+    shutil.rmtree(cut / name, ignore_errors=True)
+    (cut / name).unlink(missing_ok=True)
+    (cut / name).symlink_to(tmp_path / "outside")
+    assert cli("distill", "--resume", "--out", cut).code == 5
+    assert not (tmp_path / "outside").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.toml", "manifest.json", "checkpoints/step-00000002.safetensors"])
+def test_a_pipe_in_a_run_is_refused_at_once(cli: Cli, run: Path, name: str) -> None:
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    for command in COMMANDS.values():
+        result = cli(*command.replace("RUN", str(run)).split())
+        assert (result.code, result.out) == (5, ""), result
+        assert "is a named pipe" in " ".join(result.err.split())
+
+
+def test_a_run_is_found_through_a_link_to_its_folder(cli: Cli, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run)
+    assert cli("distill", "--resume", "--out", tmp_path / "link", "--steps", 3).code == 0
+    assert cli("report", tmp_path / "link").code == 0
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_linked_folder_of_checkpoints_keeps_its_files(cut: Path, tmp_path: Path) -> None:
+    (cut / "checkpoints").rename(tmp_path / "outside")
+    (tmp_path / "outside" / ".tmpabc123").write_text("somebody's")
+    (cut / "checkpoints").symlink_to(tmp_path / "outside")
+    with pytest.raises(ddkit.RunFilesError, match="checkpoints is a symbolic link"):
+        RunDirectory(cut).take()
+    assert (tmp_path / "outside" / ".tmpabc123").exists()
+
+
+# Names
+
+
+HOSTILE = ["/abs/X", "../../X", "a\0b", "x" * 400, "..", "", "con", "a\nb\x1b[31m", "\udcff", "é", "-rf", "a/../b", "C:\\x", "~"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_any_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
+    part = names.path_part(name)
+    assert 0 < len(part) <= 100
+    assert part.isascii()
+    (tmp_path / part).write_bytes(b"")
+    assert [entry.name for entry in tmp_path.iterdir()] == [part]
+    assert part[0] not in ".-"
+    assert names.path_part(part) == part
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if name.isprintable() or "\0" in name])
+def test_a_study_writes_into_its_own_folder_whatever_its_recipes_are_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from ddkit.studies.grid import Settings, planned
+    from ddkit.studies.study import Cell, Study, SystemTable
+
+    monkeypatch.chdir(tmp_path)
+    recipe = {"name": name or "x", "losses": {"dm": {}}}
+    monkeypatch.setattr("ddkit.recipes.resolve.read_recipe", lambda given: recipe if given == "mine" else pytest.fail(given))
+    study = Study(name="s", systems={"one": SystemTable(recipe="mine")}, cells=[])
+    (task,) = planned(study, [Cell(1, 1, "one")], Path("so"), Settings(seeds=1))
+    assert task.path.parent == Path("so/sets")
+    assert "/" not in task.path.name
+    assert "\0" not in task.path.name
+
+
+def test_a_recipe_of_400_letters_makes_a_run(cli: Cli) -> None:
+    Path("long.toml").write_text(f'name = "{"x" * 400}"\n[losses.dm]\n')
+    result = cli("distill", "--recipe", "long.toml", "--pipc", 1, "--evaluate", "none", "--json", *SMALL_FLAGS)
+    assert result.code == 0, result.err
+    assert len(Path(json.loads(result.out)["run"]).name) <= 102
+
+
+# Stores
+
+
+@pytest.fixture
+def store(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path / "store" / "sets" / "one")
+    write_json(tmp_path / "store" / "sets" / "one-abc.json", sealed({"schema": 1, "row": {}}))
+    return tmp_path / "store"
+
+
+def test_merging_copies_what_the_manifest_lists_and_nothing_else(store: Path, tmp_path: Path) -> None:
+    (store / "sets" / "one" / "secret.key").write_text("mine")
+    (store / "sets" / "one" / "more").symlink_to("/etc")
+    assert merge(store, tmp_path / "out") == 2
+    copied = tmp_path / "out" / "sets" / "one"
+    assert {entry.name for entry in copied.iterdir()} == {*read_json(copied / "manifest.json")["files"], "manifest.json"}
+    assert (tmp_path / "out" / "sets" / "one-abc.json").is_file()
+
+
+@pytest.mark.parametrize("place", ["", "sets", "sets/one", "sets/one/report.html", "sets/one-abc.json"])
+def test_merging_follows_no_link(store: Path, tmp_path: Path, place: str) -> None:
+    (store / place).rename(tmp_path / "elsewhere")
+    (store / place).symlink_to(tmp_path / "elsewhere")
+    if not place:  # the store itself may be reached through one
+        assert merge(store, tmp_path / "out") == 2
+        return
+    with pytest.raises(ddkit.RunFilesError, match="is a symbolic link"):
+        merge(store, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+
+
+def test_merging_copies_no_link_that_a_manifest_lists(store: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("mine")
+    run = store / "sets" / "one"
+    manifest = unsealed(read_json(run / "manifest.json"), run)
+    for kind in ("regular file", "link"):
+        manifest["files"]["key"] = file_entry(tmp_path / "secret")
+        write_json(run / "manifest.json", sealed(manifest))
+        if kind == "link":
+            (run / "key").unlink()
+            (run / "key").symlink_to(tmp_path / "secret")
+            with pytest.raises(ddkit.RunFilesError, match="key is not the file that"):
+                merge(store, tmp_path / kind)
+        else:
+            shutil.copyfile(tmp_path / "secret", run / "key")
+            assert merge(store, tmp_path / kind) == 2
+        assert (tmp_path / kind / "sets" / "one").exists() == (kind != "link")
+
+
+def test_merging_replaces_a_run_that_was_begun_but_none_of_the_users_files(store: Path, tmp_path: Path) -> None:
+    place = tmp_path / "out" / "sets" / "one"
+    shutil.copytree(store / "sets" / "one", place)
+    (place / "manifest.json").unlink()
+    (place / "notes.txt").write_text("mine")
+    with pytest.raises(ddkit.RunFilesError, match="one cannot be copied: Directory not empty"):
+        merge(store, tmp_path / "out")
+    assert [entry.name for entry in place.parent.rglob("*")] == ["one", "notes.txt"]
+    (place / "notes.txt").unlink()
+    shutil.copyfile(store / "sets" / "one" / "recipe.toml", place / "recipe.toml")
+    assert merge(store, tmp_path / "out") == 2
+    place.rename(tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    (place / "manifest.json").unlink()
+    with pytest.raises(ddkit.RunFilesError, match="one is a symbolic link"):
+        merge(store, tmp_path / "out")
+    assert (place / "recipe.toml").is_file()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "a/b", "a\\b", "..", ".hidden", "", "a\0"])
+def test_a_manifest_that_lists_other_places_is_refused(store: Path, tmp_path: Path, name: str) -> None:
+    path = store / "sets" / "one" / "manifest.json"
+    manifest = unsealed(read_json(path), path)
+    manifest["files"][name] = {"sha256": "0" * 64, "bytes": 1}
+    write_json(path, sealed(manifest))
+    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
+        merge(store, tmp_path / "out")
+    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
+        ddkit.load(path.parent)
+    assert json_digest(manifest)
+
+
+def test_a_report_names_no_folder_of_the_users(cli: Cli, tmp_path: Path) -> None:
+    labels = np.arange(8) % 2
+    images = np.random.default_rng(0).integers(0, 255, (8, 8, 8), dtype=np.uint8)
+    np.savez(tmp_path / "two.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    flags = ("--dataset", f"npz:{tmp_path / 'two.npz'}", "--losses", "dm", "--pipc", 2, "--evaluate", "none", *SMALL_FLAGS)
+    assert cli("distill", *flags, "--out", "run").code == 0
+    assert cli("blend", "run", "run", "--out", "blend").code == 0
+    manifest = unsealed(read_json(Path("run/manifest.json")), Path("run"))
+    manifest["warnings"] = [f"The file {tmp_path}/a/t.safetensors is odd: see https://example.org/a/b and 1/2/3."]
+    write_json(Path("run/manifest.json"), sealed(manifest))
+    assert cli("report", "run").code == 0
+    for run in ("run", "blend"):
+        assert str(tmp_path) in Path(run, "recipe.toml").read_text()
+        told = Path(run, "report.html").read_text()
+        assert str(tmp_path) not in told
+        assert "two.npz" in told
+    assert "The file t.safetensors is odd: see https://example.org/a/b and 1/2/3." in Path("run/report.html").read_text()
+
+
+# What is removed, and what a new file may be
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_users_put_into_a_folder_stays_where_the_run_never_begins(cli: Cli, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    if there:
+        Path("run").mkdir()
+
+    def put(*arguments: object, **named: object) -> Any:
+        for name in ("notes.txt", "data/image.png", "checkpoints/mine.txt", "parts/mine.txt", ".hidden"):
+            Path("run", name).parent.mkdir(exist_ok=True)
+            Path("run", name).write_text("mine")
+        Path("run/checkpoints/step-00000000.safetensors").write_text("ddkit's own")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddkit.run.setup.automatic_teacher", put)
+    assert cli("distill", "--losses", "dkkt", "--pipc", 1, "--out", "run", *SMALL_FLAGS).code == 130
+    assert set(_content(Path("run"))) == {"notes.txt", "data/image.png", "checkpoints/mine.txt", "parts/mine.txt", ".hidden"}
+
+
+def test_writing_never_changes_the_umask_of_other_threads(tmp_path: Path) -> None:
+    """A mask of 0, if only for a moment, lets a file of another thread be anybody's to write."""
+    modes: set[int] = set()
+    ended = threading.Event()
+
+    def make() -> None:
+        while not ended.is_set():
+            with open(tmp_path / "theirs", "w"):
+                modes.add(stat.S_IMODE((tmp_path / "theirs").stat().st_mode))
+            (tmp_path / "theirs").unlink()
+
+    other = threading.Thread(target=make)
+    other.start()
+    before = os.umask(0o027)
+    try:
+        for number in range(300):
+            write_json(tmp_path / f"{number % 3}.json", {})
+    finally:
+        ended.set()
+        other.join()
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.glob("*.json")} == {0o640}
+    assert modes <= {0o640, 0o666 & ~before}
+
+
+def test_a_second_training_to_one_file_leaves_that_of_the_first(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*arguments: object, **named: object) -> Any:
+        Path("teacher.safetensors").write_text("of the first")  # which ends while the second trains
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddkit.api.train_teacher", train)
+    assert cli("train", "--out", "teacher.safetensors").code == 130
+    assert Path("teacher.safetensors").read_text() == "of the first"
+    monkeypatch.setattr("ddkit.api.open_dataset", train)
+    assert cli("train", "--out", "teacher.safetensors").code == 5

@@ -1,0 +1,268 @@
+"""The examples of strangers' plugins: installed from their folders, without network, and used by name."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import os
+import shutil
+import site
+import subprocess
+import sysconfig
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import SMALL_FLAGS
+from tests.forks import HEAVY, forking
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "third-party"
+PROJECT = EXAMPLES / "ddkit-second-moment"
+NAMES = ("attention-matching", "batch-norm-statistics", "second-moment")
+Ddkit = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the Python of a fresh environment in which the examples are installed from copies of their folders."""
+    root = tmp_path_factory.mktemp("stranger")
+    projects = [
+        shutil.copytree(EXAMPLES / f"ddkit-{name}", root / name, ignore=shutil.ignore_patterns("__pycache__", "build", "dist"))
+        for name in NAMES
+    ]
+    python = _environment(root / "venv")
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--no-build-isolation", "--no-index", *map(str, projects)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return python
+
+
+def _environment(folder: Path) -> Path:
+    """Makes an environment that sees what this interpreter sees: a .pth file adds its site-packages, editable lines and all.
+
+    (--system-site-packages alone shows those of the base Python, not those of the environment that the tests run in.)
+    """
+    venv.create(folder, system_site_packages=True, symlinks=os.name != "nt", with_pip=False)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    inside = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages(), *_user_site()}
+    lines = [f"import site; site.addsitedir({path!r})" for path in sorted(ours)]
+    (Path(inside) / "of_the_tests.pth").write_text("\n".join(lines) + "\n")
+    return python
+
+
+def _user_site() -> list[str]:
+    return [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
+
+
+@pytest.fixture(scope="module")
+def processes(stranger: Path) -> Iterator[Any]:
+    """Yields what starts processes of that environment: forks of one that has imported torch, but nothing of ddkit or a stranger."""
+    with forking(*HEAVY, python=str(stranger), env=_clean()) as made:
+        yield made
+
+
+def _clean() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "PYTHONPATH")}
+
+
+@pytest.fixture
+def ddkit(stranger: Path, processes: Any, tmp_path: Path) -> Ddkit:
+    """Returns a function that runs `python -m ddkit ARGS...` in that environment, in an empty folder."""
+
+    def run(*arguments: object, fresh: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
+        command = [str(stranger), "-m", "ddkit", *map(str, arguments)]
+        env = {**_clean(), **environment}
+        if fresh:  # as a user's: a new interpreter, with as many threads as it likes
+            del env["OMP_NUM_THREADS"]
+        return (subprocess if fresh else processes).run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+
+    return run
+
+
+def _strangers(listing: str) -> list[dict[str, str]]:
+    return [row for row in json.loads(listing)["components"] if row["distribution"] == "ddkit-second-moment"]
+
+
+def test_the_installed_loss_is_listed_with_its_distribution_and_summary(ddkit: Ddkit) -> None:
+    done = ddkit("list", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = _strangers(done.stdout)
+    assert (row["kind"], row["name"], row["version"], row["status"]) == ("loss", "second-moment", "0.1.0", "ok")
+    assert row["summary"].startswith("Squared distance of class-wise second moments")
+
+
+def test_without_installation_this_interpreter_does_not_know_it() -> None:
+    from ddkit.components.registry import plugins
+
+    assert "second-moment" not in {plugin.name for plugin in plugins()}
+
+
+def test_distill_uses_it_by_name_and_the_manifest_names_its_distribution(ddkit: Ddkit, tmp_path: Path) -> None:
+    flags = ["--losses", "second-moment,dm:0.5", "--ipc", 1, "--pipc", 4, "--evaluate", "none", "--out", "run", *SMALL_FLAGS[:2]]
+    sets = ("--set", "network.width=8", "--set", "losses.second-moment.weight=0.25")
+    done = ddkit("distill", *flags, *sets, "--json", fresh=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 2
+    used = json.loads((tmp_path / "run" / "manifest.json").read_text())["plugins"]
+    expected = {"kind": "loss", "name": "second-moment", "distribution": "ddkit-second-moment", "version": "0.1.0"}
+    assert expected in used
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])["losses"]["second-moment"]
+    assert first["raw"] > 0
+    assert first["weighted"] == pytest.approx(0.25 * first["raw"])
+
+
+def test_ddkit_plugins_empty_hides_it(ddkit: Ddkit) -> None:
+    assert not _strangers(ddkit("list", "--json", DDKIT_PLUGINS="").stdout)
+    done = ddkit("distill", "--losses", "second-moment", "--plan", DDKIT_PLUGINS="")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "no loss 'second-moment'" in " ".join(done.stderr.split())
+
+
+def test_ddkit_plugins_naming_it_shows_it_under_any_spelling(ddkit: Ddkit) -> None:
+    assert _strangers(ddkit("list", "losses", "--json", DDKIT_PLUGINS="other, DDKit_Second.Moment").stdout)
+
+
+def test_an_option_of_it_is_validated_like_any_other(ddkit: Ddkit) -> None:
+    done = ddkit("distill", "--losses", "second-moment", "--pipc", 2, "--plan", "--set", "losses.second-moment.centrl=true")
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "Did you mean 'central'?" in " ".join(done.stderr.split())
+
+
+def test_its_formula_agrees_with_a_plain_one_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    monkeypatch.syspath_prepend(str(PROJECT / "src"))
+    moment_gap = importlib.import_module("ddkit_second_moment").moment_gap
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(7, 5, dtype=torch.float64, generator=generator)
+    synthetic = torch.randn(3, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+    a, b = real.numpy(), synthetic.detach().numpy()
+    plain = sum((np.mean(a[:, j] ** 2) - np.mean(b[:, j] ** 2)) ** 2 for j in range(5))
+    central = sum((np.var(a[:, j]) - np.var(b[:, j])) ** 2 for j in range(5))
+    assert moment_gap(real, synthetic).item() == pytest.approx(plain, rel=1e-12)
+    assert moment_gap(real, synthetic, central=True).item() == pytest.approx(central, rel=1e-12)
+    assert plain != pytest.approx(central)
+    assert torch.autograd.gradcheck(lambda x: moment_gap(real, x), (synthetic,))
+    assert torch.autograd.gradcheck(lambda x: moment_gap(real, x, central=True), (synthetic,))
+
+
+# All three
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_is_short_says_its_source_and_runs_beside_dm_and_dkkt(ddkit: Ddkit, tmp_path: Path, name: str) -> None:
+    (code,) = (EXAMPLES / f"ddkit-{name}" / "src").glob("*/__init__.py")
+    assert len(code.read_text().splitlines()) < 60
+    assert "arXiv" in (EXAMPLES / f"ddkit-{name}" / "README.md").read_text()
+    flags = ["--ipc", 2, "--pipc", 4, "--evaluate", "none", "--out", "run", *SMALL_FLAGS]
+    done = ddkit("distill", "--losses", f"dm,dkkt,{name}:0.5", *flags)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line)["losses"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(set(line) == {"dm", "dkkt-primal", "dkkt-stationarity", name} for line in lines)
+    assert lines[0][name]["raw"] > 0
+    assert lines[0][name]["raw"] != lines[-1][name]["raw"]
+
+
+def test_the_three_run_together(ddkit: Ddkit) -> None:
+    done = ddkit("distill", "--losses", ",".join(NAMES), "--pipc", 4, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_teacher_without_running_statistics_is_refused(ddkit: Ddkit) -> None:
+    flags = ["--losses", "batch-norm-statistics", "--set", "teacher.norm=instance", "--evaluate", "none", "--out", "run", *SMALL_FLAGS]
+    done = ddkit("distill", *flags)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "no batch norm with running statistics" in " ".join(done.stderr.split())
+
+
+@pytest.fixture
+def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Returns a function that imports the module of an example from its folder."""
+
+    def load(name: str) -> Any:
+        monkeypatch.syspath_prepend(str(EXAMPLES / f"ddkit-{name}" / "src"))
+        return importlib.import_module(f"ddkit_{name.replace('-', '_')}")
+
+    return load
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples_in_their_docstrings_hold(imported: Callable[[str], Any], name: str) -> None:
+    result = doctest.testmod(imported(name))
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_example_keeps_what_a_loss_has_to_keep(imported: Callable[[str], Any], name: str) -> None:
+    import ddkit as package
+    from ddkit.testing import LossConformance
+
+    module = imported(name)
+    (loss,) = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, package.Loss)]
+    suite = type("Example", (LossConformance,), {"component": loss})()
+    for method in suite.checks().values():
+        getattr(suite, method)()
+
+
+def test_attention_of_a_network_without_places_is_refused(imported: Callable[[str], Any]) -> None:
+    module = imported("attention-matching")
+    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.ReLU())
+    with pytest.raises(Exception, match="convolutional"):
+        module.attention_maps(flat, torch.rand(2, 1, 4, 4), 4.0)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_attention_agrees_with_loops_and_finite_differences(imported: Callable[[str], Any]) -> None:
+    attention = imported("attention-matching").attention
+    x = normal(2, 3, 2, 4)
+    for row, found in zip(x, attention(x, 4.0), strict=True):
+        sums = [sum(abs(float(row[c, i, j])) ** 4 for c in range(3)) for i in range(2) for j in range(4)]
+        length = sum(value * value for value in sums) ** 0.5
+        assert found.tolist() == pytest.approx([value / length for value in sums], rel=1e-10)
+    assert torch.autograd.gradcheck(lambda t: attention(t, 4.0), (x.requires_grad_(),))
+
+
+def test_attention_is_taken_after_every_activation_but_the_last(imported: Callable[[str], Any]) -> None:
+    module = imported("attention-matching")
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Conv2d(4, 5, 3, padding=1), torch.nn.ReLU(),
+        torch.nn.Conv2d(5, 6, 3), torch.nn.ReLU(),
+    ).double()  # fmt: skip
+    x = normal(3, 1, 8, 6)
+    maps = module.attention_maps(network, x, 2.0)
+    assert [tuple(each.shape) for each in maps] == [(3, 48), (3, 12)]
+    torch.testing.assert_close(maps[1], module.attention(network[:5](x), 2.0))
+    assert not any(layer._forward_hooks for layer in network)
+
+
+def test_the_distance_of_statistics_is_that_of_loops_over_channels(imported: Callable[[str], Any]) -> None:
+    distance = imported("batch-norm-statistics").statistics_distance
+    x = normal(4, 3, 2, 5)
+    mean, variance = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    gaps, spreads = 0.0, 0.0
+    for channel in range(3):
+        values = x[:, channel].flatten().tolist()
+        centre = sum(values) / len(values)
+        gaps += (centre - float(mean[channel])) ** 2
+        spreads += (sum((value - centre) ** 2 for value in values) / len(values) - float(variance[channel])) ** 2
+    assert float(distance(x, mean, variance)) == pytest.approx(gaps**0.5 + spreads**0.5, rel=1e-9)
+    assert torch.autograd.gradcheck(lambda t: distance(t, mean, variance), (x.requires_grad_(),))
+
+
+def test_equal_statistics_have_no_distance_and_a_finite_gradient(imported: Callable[[str], Any]) -> None:
+    x = torch.tensor([[1.0], [3.0]], dtype=torch.float64, requires_grad=True)
+    value = imported("batch-norm-statistics").statistics_distance(x, x.new_tensor([2.0]), x.new_tensor([1.0]))
+    assert float(value.detach()) < 1e-5
+    assert bool(torch.autograd.grad(value, x)[0].isfinite().all())

@@ -1,0 +1,629 @@
+"""Fast paths give what the plain one gives: compiled, in bfloat16, in blocks, re-drawn in place, without asking the device."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ddkit
+from ddkit.components import registry
+from ddkit.data.images import Normalisation
+from ddkit.engine.bank import Bank
+from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.loop import Engine, _Guard
+from ddkit.engine.losses import WeightedLoss
+from ddkit.nn.compute import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16, products, tune_process
+from ddkit.nn.embedder import Embedder
+from ddkit.nn.networks import build_network, forward_flops, redraw, training_flops
+from ddkit.nn.training import Schedule, fit
+from ddkit.recipes.tables import OptimizerTable
+from tests.conftest import SMALL_FLAGS, Result
+
+INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=3, size=(12, 12))
+CPU = torch.device("cpu")
+PLAIN = Arithmetic(compile=False, precision="float32")
+
+
+def model(name: str = "convnet", **options: Any) -> Any:
+    return ddkit.create("model", name, {"width": 8} | options, data=INFO)
+
+
+def draw(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def real(counts: tuple[int, ...] = (6, 6, 6)) -> tuple[Tensor, Tensor]:
+    """Returns uint8 images and labels, class by class."""
+    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    images = torch.randint(0, 256, (len(labels), *INFO.shape), generator=draw(), dtype=torch.uint8)
+    return images, labels
+
+
+def source(
+    *,
+    arithmetic: Arithmetic = PLAIN,
+    counts: tuple[int, ...] = (6, 6, 6),
+    batch: int = 256,
+    block: int = 0,
+    teacher: ddkit.Teacher | None = None,
+    device: torch.device = CPU,
+) -> StepSource:
+    images, labels = real(counts)
+    composed = ddkit.create("augmenter", "dsa", {"compose": 3}, data=INFO)
+    return StepSource(
+        seed=0, info=INFO, normalisation=Normalisation((0.5,) * 3, (0.25,) * 3), real_images=images, real_labels=labels, batch=batch,
+        augmenter=ddkit.create("augmenter", "dsa", data=INFO), views={"default": ViewSpec(composed, 0.2)}, model=model(), renew_every=1,
+        teacher=teacher, device=device, arithmetic=arithmetic, block=block,
+    )  # fmt: skip
+
+
+def bank(images: Tensor, labels: Tensor, lr: float = 1.0, declared: Any = ()) -> Bank:
+    return Bank(images, labels, dict(declared), {"images": OptimizerTable(kind="sgd", lr=lr, momentum=0.5)})
+
+
+def started_at_real(steps: StepSource, *, lr: float = 1.0) -> Bank:
+    return bank(steps.normalisation.normalise(steps.real_images), steps.real_labels, lr)
+
+
+def terms(*names: str) -> list[WeightedLoss]:
+    return [WeightedLoss(name, ddkit.create("loss", name), 1.0) for name in names]
+
+
+# Compiled and bfloat16
+
+
+@pytest.fixture(scope="module")
+def compiled_embedders() -> dict[str, Embedder]:
+    """Returns compiled embedders of one network, by precision; each is compiled on its first use, which takes seconds."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        module = build_network(model(), INFO, 0, "network").requires_grad_(False)
+        found[precision] = Embedder(module, Arithmetic(compile=True, precision=precision), block=4)
+    return found
+
+
+def features_and_gradient(embedder: Embedder, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    features = embedder(x)
+    (gradient,) = torch.autograd.grad((features * torch.linspace(-1, 1, features.shape[1])).sum(), x)
+    return features.detach(), gradient
+
+
+# The stated tolerances of docs/performance.md: features relative to the largest, and the direction of the gradient. In
+# bfloat16 a value near 0 can fall on the other side of a ReLU, so single gradients differ; the direction hardly does.
+TOLERANCES = {"float32": (1e-5, 1 - 1e-6), "bfloat16": (0.02, 0.98)}
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_compiled_features_and_gradients_equal_plain_ones(
+    compiled_embedders: dict[str, Embedder], precision: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = compiled_embedders[precision]
+    plain = Embedder(build_network(model(), INFO, 0, "network").requires_grad_(False), PLAIN)
+    x = torch.randn((7, *INFO.shape), generator=draw())
+    (features, gradient), (right, right_gradient) = features_and_gradient(fast, x), features_and_gradient(plain, x)
+    assert features.dtype == gradient.dtype == torch.float32
+    largest, cosine = TOLERANCES[precision]
+    assert float((features - right).abs().max() / right.abs().max()) < largest
+    assert float(nn.functional.cosine_similarity(gradient.flatten(), right_gradient.flatten(), dim=0)) > cosine
+    assert "did not work" not in caplog.text
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_batch(
+    compiled_embedders: dict[str, Embedder], precision: str
+) -> None:
+    embedder = compiled_embedders[precision]
+    x = torch.randn((9, *INFO.shape), generator=draw())
+    with torch.no_grad():
+        alone = embedder(x)
+    assert torch.equal(embedder(x.clone().requires_grad_()).detach(), alone)
+    for rows in (slice(0, 1), slice(2, 4), slice(3, 9)):
+        assert torch.equal(embedder(x[rows]).detach(), alone[rows])
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[str, Embedder], precision: str) -> None:
+    """DM from all accessible real images is at its minimum from the first step: rounding must not move it."""
+    steps = source(arithmetic=Arithmetic(compile=True, precision=precision), block=4)
+    steps._embedder = compiled_embedders[precision]
+    engine = Engine(started_at_real(steps), steps, terms("dm"))
+    before = engine.bank.images.detach().clone()
+    for index in range(3):
+        found = engine.evaluate(index)
+        engine.bank.update(found.gradients)
+        assert float(found.values["dm"]) == 0.0
+    assert torch.equal(engine.bank.images, before)
+    with torch.no_grad():
+        engine.bank.images[0] += 0.1  # the negative control: anywhere else it moves
+    assert float(engine.evaluate(3).values["dm"]) > 0
+
+
+def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
+    embedder = compiled_embedders["float32"]
+    x = torch.randn((5, *INFO.shape), generator=draw())
+    for number in (1, 2):
+        redraw(embedder.module, model(), INFO, 0, "network", number)
+        plain = Embedder(build_network(model(), INFO, 0, "network", number), PLAIN)
+        torch.testing.assert_close(embedder(x).detach(), plain(x).detach(), rtol=1e-4, atol=1e-5)
+    redraw(embedder.module, model(), INFO, 0, "network")
+
+
+def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
+    """The network of a step that another shares: the compiled one and the plain one are trained alike."""
+    x, labels = torch.randn((6, *INFO.shape), generator=draw()), torch.arange(3).repeat_interleave(2)
+    features = []
+    for embedder in (compiled_embedders["float32"], Embedder(build_network(model(), INFO, 0, "network").requires_grad_(False), PLAIN)):
+        steps = source(arithmetic=embedder.arithmetic)
+        steps.renew_every, steps.inner = 3, Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+        steps._embedder, found = embedder, []
+        for index in range(4):
+            steps.advance(index, lambda: (x, labels))
+            found.append(embedder(x).detach())
+        assert not any(parameter.requires_grad for parameter in embedder.module.parameters())
+        redraw(embedder.module, model(), INFO, 0, "network")
+        features.append(found)
+    for fast, plain in zip(*features, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-3, atol=1e-4)
+    assert float((features[0][1] - features[0][0]).abs().max()) > 1e-3, "training did something"
+
+
+def test_a_compiled_network_trains_as_the_plain_one() -> None:
+    images, labels = torch.randn((18, *INFO.shape), generator=draw()), torch.arange(3).repeat(6)
+    schedule = Schedule(epochs=3, lr=0.05)
+    results = []
+    for fast in (False, True):
+        module = build_network(model(), INFO, 0, "trained")
+        forward = ddkit.compiled(module, wanted=fast)
+        fit(module, images, labels, schedule, augmenter=None, generator=draw(), forward=forward, channels_last=fast)
+        results.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+# What is decided, and when
+
+
+def test_compiling_is_decided_by_the_work_alone() -> None:
+    limit = PAYS_BACK["cpu"]
+    assert not decide_arithmetic("auto", "auto", CPU, work=limit).compile
+    made = decide_arithmetic("auto", "auto", CPU, work=limit * 1.01)
+    assert made.compile
+    assert made.precision == ("bfloat16" if native_bfloat16(CPU) else "float32")
+    assert not made.graphs
+    assert decide_arithmetic(False, "auto", CPU, work=1e30) == PLAIN
+    assert decide_arithmetic(True, "float32", CPU, work=0) == Arithmetic(compile=True, precision="float32")
+    assert not decide_arithmetic("auto", "auto", torch.device("mps"), work=1e30).compile
+
+
+def test_cuda_graphs_are_recorded_where_a_step_is_small() -> None:
+    cuda = torch.device("cuda")
+    small, large = (decide_arithmetic(True, "float32", cuda, work=1e18, step_work=work) for work in (1e9, 1e13))
+    assert (small.graphs, large.graphs) == (True, False)
+
+
+def test_flops_are_counted_by_hand() -> None:
+    info = ddkit.DataInfo(class_names=tuple("abcdefghij"), channels=3, size=(32, 32))
+    module = ddkit.create("model", "convnet", data=info)(3, (32, 32), 10)
+    convolutions = 2 * 9 * (3 * 128 * 32**2 + 128 * 128 * 16**2 + 128 * 128 * 8**2)
+    assert forward_flops(module, info, features=True) == convolutions
+    assert forward_flops(module, info) == convolutions + 2 * 2048 * 10
+    assert training_flops(module, info, images=10, epochs=5, tests=7) == forward_flops(module, info) * 157
+
+
+def test_counting_flops_leaves_running_statistics_alone() -> None:
+    module = build_network(model(norm="batch"), INFO, 0, "network")
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    forward_flops(module, INFO)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+
+
+def plan(cli: Callable[..., Result], *flags: object) -> dict[str, Any]:
+    result = cli("distill", "--losses", "dm", "--plan", "--json", *SMALL_FLAGS, *flags)
+    assert result.code == 0, result.err
+    engine: dict[str, Any] = json.loads(result.out)["recipe"]["engine"]
+    return engine
+
+
+def test_the_plan_writes_out_what_was_decided_for_short_and_long_runs(cli: Callable[..., Result]) -> None:
+    short, long = plan(cli), plan(cli, "--steps", 100_000_000)
+    assert (short["compile"], short["precision"]) == (False, "float32")
+    assert (long["compile"], long["precision"]) == (True, "bfloat16" if native_bfloat16(CPU) else "float32")
+    assert isinstance(short["block"], int)
+    assert plan(cli, "--steps", 100_000_000, "--set", "engine.compile=false")["precision"] == "float32"
+
+
+def test_a_resumed_run_keeps_what_was_decided(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    flags = ("--losses", "dm", "--evaluate", "none", *SMALL_FLAGS)
+    assert cli("distill", *flags, "--out", run).code == 0
+    monkeypatch.setitem(PAYS_BACK, "cpu", 0.0)
+    assert plan(cli)["compile"] is True, "a new run would decide otherwise now"
+    assert cli("distill", "--resume", "--out", run, "--steps", 3).code == 0
+    assert "compile = false" in (run / "recipe.toml").read_text()
+    assert 'precision = "float32"' in (run / "recipe.toml").read_text()
+
+
+def test_a_network_that_couples_its_batch_is_not_compiled(cli: Callable[..., Result]) -> None:
+    batch_norm = ("--set", "network.norm=batch")
+    assert plan(cli, "--steps", 100_000_000, *batch_norm)["compile"] is False
+    result = cli("distill", "--losses", "dm", "--set", "engine.compile=true", *SMALL_FLAGS, *batch_norm)
+    assert result.code == 4
+    assert "engine.compile" in result.err
+    assert "network.norm=instance" in result.err
+
+
+def test_a_network_that_couples_its_batch_is_not_used_in_chunks_even_where_nothing_is_embedded(cli: Callable[..., Result]) -> None:
+    result = cli("distill", "--losses", "gm", "--plan", "--set", "network.norm=batch", "--set", "engine.chunk=2", *SMALL_FLAGS)
+    assert (result.code, result.out) == (4, "")
+    assert "engine.chunk" in result.err
+
+
+def test_a_compiled_run_from_the_command_line_gives_its_result(cli: Callable[..., Result], tmp_path: Path) -> None:
+    images, labels = real()  # of the shapes above, whose compiled code is at hand
+    pixels = images.permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "data.npz", x_train=pixels, y_train=labels, x_test=pixels, y_test=labels)
+    results = []
+    for compile_ in ("true", "false"):
+        out = tmp_path / compile_
+        flags = ("--losses", "dm", "--evaluate", "none", "--set", f"engine.compile={compile_}", "--set", "engine.precision=float32")
+        result = cli("distill", "--dataset", f"npz:{tmp_path / 'data.npz'}", *flags, "--out", out, "--ipc", 2, *SMALL_FLAGS)
+        assert result.code == 0, result.err
+        assert "torch.compile did not work" not in result.err
+        results.append(ddkit.load(out).images)
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+
+
+# Re-drawing in place
+
+
+class Particular(ddkit.Model):
+    """Its constructor draws in its own way, after the layers have drawn in theirs."""
+
+    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+        module = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 4), nn.ReLU(), nn.Linear(4, classes))
+        for layer in (module[3], module[1]):
+            nn.init.kaiming_normal_(layer.weight)
+        return module
+
+
+@pytest.mark.parametrize(
+    "made", [model(), model(norm="batch"), model("mlp"), Particular()], ids=["convnet", "batch norm", "mlp", "particular"]
+)
+def test_a_redrawn_network_has_the_weights_of_a_newly_built_one(made: ddkit.Model) -> None:
+    module = build_network(made, INFO, 0, "first").to(memory_format=torch.channels_last)
+    pointers = [parameter.data_ptr() for parameter in module.parameters()]
+    for number in range(3):
+        redraw(module, made, INFO, 7, "network", number)
+        right = build_network(made, INFO, 7, "network", number).state_dict()
+        assert all(torch.equal(value, right[key]) for key, value in module.state_dict().items())
+    assert [parameter.data_ptr() for parameter in module.parameters()] == pointers, "in place"
+
+
+def test_redrawing_builds_no_module_where_the_layers_reset_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = model()
+    module = build_network(made, INFO, 0, "first")
+    redraw(module, made, INFO, 0, "network", 0)
+    monkeypatch.setattr(type(made), "__call__", lambda *arguments: pytest.fail("a module was built"))
+    redraw(module, made, INFO, 0, "network", 1)
+
+
+def test_redrawing_leaves_the_global_generator_alone() -> None:
+    module = build_network(model(), INFO, 0, "first")
+    before = torch.random.get_rng_state()
+    redraw(module, model(), INFO, 0, "network", 0)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 7, 100])
+def test_features_and_gradients_do_not_depend_on_the_block(block: int) -> None:
+    module = build_network(model(), INFO, 0, "network")
+    x = torch.randn((7, *INFO.shape), generator=draw())
+    whole, parts = (features_and_gradient(Embedder(module, PLAIN, block=size), x) for size in (0, block))
+    for a, b in zip(whole, parts, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_blocks_are_even_and_no_larger_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    module = build_network(model(), INFO, 0, "network")
+    embedder = Embedder(module, PLAIN, block=4)
+    original = embedder._features
+    monkeypatch.setattr(embedder, "_features", lambda x: seen.append(len(x)) or original(x))  # type: ignore[func-returns-value]
+    embedder(torch.zeros((9, *INFO.shape)))
+    assert seen == [3, 3, 3]
+
+
+def test_little_memory_means_smaller_chunks_and_blocks_with_the_same_result(cli: Callable[..., Result], tmp_path: Path) -> None:
+    results, plans = [], []
+    for memory in (1, 4096):
+        flags = ("--set", f"engine.memory={memory}", "--ipc", 20, "--set", "network.width=64")
+        plans.append(plan(cli, *flags))
+        out = tmp_path / str(memory)
+        assert cli("distill", "--losses", "dm", "--evaluate", "none", *SMALL_FLAGS, *flags, "--out", out).code == 0
+        results.append(ddkit.load(out).images)
+    assert plans[0]["chunk"] > 0
+    assert plans[1]["chunk"] == 0
+    assert plans[0]["block"] < plans[1]["block"]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-5)
+
+
+PEAK = """
+import re, sys
+import torch
+from ddkit.run.setup import RunSetup
+from ddkit.recipes.resolve import recipe_for
+
+torch.set_num_threads(1)
+sets = {"engine.memory": int(sys.argv[2]), "network.width": 64, "network.depth": 3, "initializer.use": "noise"}
+sets |= {"teacher.use": sys.argv[4], "teacher.width": 64, "teacher.norm": "batch"}
+recipe = recipe_for(sys.argv[3], evaluators="none", data__use=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
+job = RunSetup(recipe, device="cpu")
+job.load_teacher()
+engine = job.engine(job.bank())
+
+def peak():  # not ru_maxrss, which a process inherits from the one that started it
+    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+
+before = peak()
+engine.evaluate(0)
+print(job.decided.chunk, (peak() - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells the peak")
+@pytest.mark.parametrize(("losses", "small", "code"), [("dm", 128, 48), ("dkkt", 512, 160)])
+def test_the_memory_of_a_step_stays_within_its_budget(tmp_path: Path, losses: str, small: int, code: int) -> None:
+    """Measured in a process of its own: 600 synthetic images of 32 x 32, whose activations take several times the budget.
+
+    `code` are the MiB of what runs for the first time, more where gradients are differentiated again.
+    """
+    file = tmp_path / "random.npz"
+    pixels = np.random.default_rng(0).integers(0, 256, (200, 32, 32, 3), dtype=np.uint8)
+    np.savez(file, x_train=pixels, y_train=np.repeat(np.arange(10), 20), x_test=pixels[:1], y_test=np.zeros(1, int))
+    grown = {}
+    teacher = tmp_path / "teacher.safetensors"
+    ddkit.train(teacher, dataset=f"npz:{file}", sets={"teacher.width": 64, "teacher.norm": "batch", "train.epochs": 1})
+    for budget in (small, 4096):
+        command = [sys.executable, "-c", PEAK, str(file), str(budget), losses, str(teacher)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        chunk, mib = done.stdout.split()
+        assert (int(chunk) > 0) == (budget == small)
+        grown[budget] = float(mib)
+    assert grown[small] < small + code, grown
+    assert grown[4096] > small + code, "the negative control: without chunks it would break the bound"
+
+
+# Asking the device
+
+
+def on_meta(*names: str) -> Engine:
+    """Returns an engine whose tensors have no data: whatever would read a value back raises."""
+    meta = torch.device("meta")
+    module = build_network(model(norm="batch"), INFO, 0, "teacher")
+    loaded = ddkit.Teacher(module, mean=(0.5,) * 3, std=(0.25,) * 3)
+    made = terms(*names)
+    declared = {name: spec for term in made for name, spec in term.loss.requires.parameters.items()}
+    labels = torch.arange(3).repeat_interleave(2)
+    here = Engine(bank(torch.randn((6, *INFO.shape), generator=draw()), labels, declared=declared), source(teacher=loaded), made)
+    here.start()  # once, before the loop: the teacher's scale-invariant layers are found
+    module.to(meta)
+    there = Engine(
+        bank(torch.empty((6, *INFO.shape), device=meta), labels, declared=declared), source(teacher=loaded, device=meta, batch=4), made
+    )
+    there.bank.labels = there.bank.decoded_labels = labels.to(meta)
+    return there
+
+
+LOOP_LOSSES = tuple(plugin.name for plugin in registry.plugins() if plugin.kind == "loss" and plugin.first_party)
+
+
+@pytest.mark.parametrize("name", [*LOOP_LOSSES, ",".join(LOOP_LOSSES)])
+def test_the_loop_asks_the_device_for_nothing(name: str) -> None:
+    engine = on_meta(*name.split(","))
+    guard = _Guard(engine, 0, lambda index: None)
+    for index in range(3):
+        with guard.around(index):
+            found = engine.evaluate(index, measured=index == 1)
+            engine.bank.update(found.gradients)
+            guard.note(found)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        guard.check(3)  # the negative control: here values are read back, and without data that fails
+
+
+class Asking(ddkit.Loss):
+    """Reads a value back in every step."""
+
+    def __call__(self, step: ddkit.Step) -> Tensor:
+        return step.images.sum() * float(step.images.detach().mean() > 0)
+
+
+def test_a_loss_that_asks_the_device_is_caught_by_that_check() -> None:
+    engine = on_meta("dm")
+    engine = Engine(engine.bank, engine.source, [WeightedLoss("asking", Asking(), 1.0)])
+    with pytest.raises(ddkit.RunFailed, match="meta"):
+        engine.evaluate(0)
+
+
+class BadFrom(ddkit.Loss):
+    """Not finite at step 5 and later."""
+
+    def __call__(self, step: ddkit.Step) -> Tensor:
+        return step.images.square().sum() * (float("nan") if step.index >= 5 else 1.0)
+
+
+@pytest.mark.parametrize(
+    "read", [lambda index: True, lambda index: index % 4 == 0, lambda index: False], ids=["each", "every 4th", "never"]
+)
+def test_what_went_wrong_between_two_looks_is_found_and_the_last_good_state_kept(read: Callable[[int], bool]) -> None:
+    good = Engine(started_at_real(source(), lr=0.1), source(), [WeightedLoss("bad", BadFrom(), 1.0)])
+    for index in range(5):
+        good.bank.update(good.evaluate(index).gradients)
+    engine = Engine(started_at_real(source(), lr=0.1), source(), [WeightedLoss("bad", BadFrom(), 1.0)])
+    saved: list[int] = []
+    with pytest.raises(ddkit.RunFailed, match="'bad' became nan at step 5"):
+        engine.run(0, 9, observe=lambda index, record: None, save=saved.append, is_read=read)
+    assert saved == [5]
+    right = good.bank.state()
+    assert all(torch.equal(value, right[key]) for key, value in engine.bank.state().items())
+
+
+def test_looking_seldom_changes_no_bit() -> None:
+    states = []
+    for read in (lambda index: True, lambda index: False):
+        engine = Engine(
+            bank(torch.randn((6, *INFO.shape), generator=draw()), torch.arange(3).repeat_interleave(2), 0.1), source(), terms("dm")
+        )
+        engine.run(0, 4, observe=lambda index, record: None, save=lambda index: None, is_read=read)
+        states.append(engine.bank.state())
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+
+
+# What a step draws
+
+
+def test_real_rows_are_a_class_by_class_sample_without_repetition() -> None:
+    steps = source(counts=(3, 9, 5), batch=4)
+    drawn = [steps.real_rows(index) for index in range(40)]
+    for rows in drawn:
+        assert torch.equal(rows, rows.unique())
+        assert torch.bincount(steps.real_labels[rows]).tolist() == [3, 4, 4]
+    seen = torch.bincount(torch.cat(drawn), minlength=17)
+    assert (seen[:3] == 40).all()
+    assert int(seen[3:].min()) >= 8, "each image of a larger class is drawn now and then"
+    assert torch.equal(drawn[7], steps.real_rows(7))
+
+
+def test_rows_by_class_are_those_of_the_labels() -> None:
+    seen: list[tuple[dict[int, slice], Tensor, dict[int, slice], Tensor]] = []
+
+    class Look(ddkit.Loss):
+        requires = ddkit.Requires(real=True, separable="sum")
+
+        def __call__(self, step: ddkit.Step) -> Tensor:
+            seen.append((dict(step.rows_by_class), step.labels, dict(step.real.rows_by_class), step.real.labels))
+            return step.images.sum()
+
+    labels = torch.tensor([0, 0, 2])
+    for chunk in (0, 2):
+        own = Engine(
+            bank(torch.zeros((3, *INFO.shape)), labels), source(counts=(3, 9, 5), batch=4), [WeightedLoss("look", Look(), 1.0)], chunk=chunk
+        )
+        own.evaluate(0)
+    for ours, own, theirs, real_labels in seen:
+        for rows, all_labels in ((ours, own), (theirs, real_labels)):
+            for label, part in rows.items():
+                assert torch.equal(all_labels[part], all_labels[all_labels == label])
+    assert set(seen[0][0]) == {0, 2}
+    assert set(seen[0][2]) == {0, 1, 2}
+    assert [(set(ours), set(theirs)) for ours, _, theirs, _ in seen[1:]] == [({0}, {0, 1}), ({2}, {2})]
+
+
+# Training
+
+
+class Counting(ddkit.Augmenter):
+    """Adds its drawn number to each row and counts its calls."""
+
+    rowwise = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
+        return {"shift": torch.rand(groups, generator=generator)}
+
+    def apply(self, x: Tensor, parameters: Any) -> Tensor:
+        self.rows.append(len(x))
+        return x + parameters["shift"].view(-1, 1, 1, 1)
+
+
+class OneByOne(Counting):
+    """The same, of an author who does not promise that rows are treated apart."""
+
+    rowwise = False
+
+
+def test_small_batches_are_augmented_several_at_a_time_with_the_same_result() -> None:
+    images, labels = torch.randn((18, *INFO.shape), generator=draw()), torch.arange(3).repeat(6)
+    results, calls = [], []
+    for augmenter in (Counting(), OneByOne()):
+        module = build_network(model(), INFO, 0, "trained")
+        fit(module, images, labels, Schedule(epochs=31), augmenter=augmenter, generator=draw())
+        results.append(module.state_dict())
+        calls.append(augmenter.rows)
+    assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
+    assert calls[1] == [18] * 31
+    assert len(calls[0]) == 3
+    assert sum(calls[0]) == 18 * 31
+
+
+def test_every_augmentation_that_promises_to_treat_rows_apart_does() -> None:
+    x = torch.randn((12, *INFO.shape), generator=draw())
+    for name, compose in itertools.product(("none", "dsa", "dsv"), (1, 3)):
+        augmenter = ddkit.create("augmenter", name, {"compose": compose} if name == "dsa" else {}, data=INFO)
+        assert augmenter.rowwise
+        drawn = augmenter.sample(draw(1), 12)
+        whole = augmenter.apply(x, drawn)
+        alone = torch.cat([augmenter.apply(x[i : i + 1], {key: value[i : i + 1] for key, value in drawn.items()}) for i in range(12)])
+        torch.testing.assert_close(whole, alone, rtol=1e-5, atol=1e-6)
+
+
+# The process
+
+
+def test_the_allocator_is_left_alone_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+    monkeypatch.setenv("DDKIT_KEEP_MEMORY", "0")
+    tune_process()
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
+
+
+def test_what_torch_compiles_is_kept_where_nobody_else_can_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+    private = tmp_path / "cache" / "private"
+
+    def chosen(own: str = "") -> Path:
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own)
+        compiled(lambda x: x, wanted=True)
+        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+
+    assert chosen() == private / "compile"
+    assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in (private.parent, private, private / "compile"))
+    assert caplog.messages == []
+    assert chosen(str(tmp_path / "elsewhere")) == tmp_path / "elsewhere"
+    private.chmod(0o770)
+    refused = chosen()
+    assert tmp_path not in refused.parents
+    assert stat.S_IMODE(refused.stat().st_mode) == 0o700
+    assert f"chmod 700 {private}" in caplog.text
+    private.rename(tmp_path / "mine")
+    (tmp_path / "mine").chmod(0o700)
+    private.symlink_to(tmp_path / "mine")
+    assert chosen() != private / "compile", "a link to a private folder may be another's"
+
+
+def test_float32_products_are_left_alone_on_a_cpu() -> None:
+    before = torch.get_float32_matmul_precision()
+    with products(CPU, "bfloat16"):
+        assert torch.get_float32_matmul_precision() == before

@@ -1,0 +1,1024 @@
+"""The contract of the loop: what losses see, what is summed, what is updated, what stops a run, what repeats exactly."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import itertools
+import json
+import logging
+import os
+import signal
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from ddkit_models import ConvNet
+from torch import Tensor
+
+import ddkit
+from ddkit.components import registry
+from ddkit.components.observers import Observers
+from ddkit.engine.bank import Bank
+from ddkit.engine.loop import Engine
+from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.step import SharedStep, Step
+from ddkit.errors import DdkitError
+from ddkit.files import read_tensors
+from ddkit.nn.embedder import Embedder
+from ddkit.nn.teachers import save_teacher
+from ddkit.recipes.tables import OptimizerTable, parse_recipe
+from ddkit.run.setup import RunSetup
+from ddkit.testing.parts import in_parts, part_of
+from ddkit.testing.world import Setting, World
+from tests.conftest import timeless
+
+CLASSES = 5
+Values = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]
+
+
+# Small losses of our own
+
+
+class Square(ddkit.Loss):
+    """Half the sum of squares of the images: its gradient is the images themselves."""
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.images.square().sum() / 2
+
+
+class SeparableSquare(Square):
+    requires = ddkit.Requires(separable="sum")
+
+
+class Linear(ddkit.Loss):
+    """A multiple of the sum of the images: its gradient is that multiple everywhere."""
+
+    class Options(ddkit.Options):
+        slope: float = 1.0
+
+    def __call__(self, step: Step) -> Tensor:
+        return self.options.slope * step.images.sum()
+
+
+class Rows(ddkit.Loss):
+    """Remembers how many rows it was given."""
+
+    seen: list[tuple[int, int]]
+
+    def __call__(self, step: Step) -> Tensor:
+        self.__dict__.setdefault("seen", []).append((len(step.images), step.size))
+        return step.images.mean()
+
+
+class SeparableRows(Rows):
+    requires = ddkit.Requires(separable="mean")
+
+
+class Curious(ddkit.Loss):
+    """Touches every member there is, twice."""
+
+    requires = ddkit.Requires(real=True, embedder=True, teacher=True, views=("default", "raw", "augmented", "noisy"))
+
+    def __call__(self, step: Step) -> Tensor:
+        total = step.images.sum()
+        for _ in range(2):
+            total = total + step.embeddings.sum() + step.real.embeddings.sum() + step.augmented.sum() + step.teacher_logits.sum()
+            total = total + sum(step.view(name).teacher_logits.sum() for name in self.requires.views)
+        return total
+
+
+class Weighted(ddkit.Loss):
+    """Uses extra parameters: pulls `multipliers` down by 1 a row, and `shift` towards the mean image."""
+
+    requires = ddkit.Requires(
+        parameters={
+            "multipliers": ddkit.Parameter(init=0.25, constraint="nonnegative", lr=0.1),
+            "shift": ddkit.Parameter(shape=(2,), per="set", init=0.5),
+        }
+    )
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.parameters["multipliers"].sum() + step.parameters["shift"].square().sum() + 0.01 * step.images.square().sum()
+
+
+class OtherMultipliers(ddkit.Loss):
+    requires = ddkit.Requires(parameters={"multipliers": ddkit.Parameter(init=1.0, constraint="nonnegative", lr=0.1)})
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.parameters["multipliers"].sum()
+
+
+class Filled(Weighted):
+    """Gives one of its parameters initial values: each row's index."""
+
+    def initial(self, step: Step) -> Mapping[str, Tensor]:
+        return {"multipliers": torch.arange(step.size) - 1.0}
+
+
+class FilledUndeclared(Weighted):
+    def initial(self, step: Step) -> Mapping[str, Tensor]:
+        return {"multiplier": torch.zeros(())}
+
+
+class FilledNan(Weighted):
+    def initial(self, step: Step) -> Mapping[str, Tensor]:
+        return {"shift": torch.tensor(float("nan"))}
+
+
+class FilledWrongShape(Weighted):
+    def initial(self, step: Step) -> Mapping[str, Tensor]:
+        return {"shift": torch.zeros(3)}
+
+
+class BadFrom(ddkit.Loss):
+    """Becomes `value` at step `at`."""
+
+    class Options(ddkit.Options):
+        at: Annotated[int, ddkit.Option("step")] = 3
+        sign: int = 0
+
+    def __call__(self, step: Step) -> Tensor:
+        good = step.images.square().sum()
+        return good if step.index < self.options.at else good * (self.options.sign / torch.zeros(()))
+
+
+class Steep(ddkit.Loss):
+    """A finite loss whose gradient is finite too, but at step 2 so large that the update overflows."""
+
+    def __call__(self, step: Step) -> Tensor:
+        return (step.images - step.images.detach()).sum() * (1e30 if step.index == 2 else 1.0)
+
+
+class InfiniteSlope(ddkit.Loss):
+    """A finite loss with an infinite gradient towards the bound of a nonnegative parameter."""
+
+    requires = ddkit.Requires(parameters={"multipliers": ddkit.Parameter(init=0.0, constraint="nonnegative")})
+
+    def __call__(self, step: Step) -> Tensor:
+        return step.parameters["multipliers"].sqrt().sum() + step.images.sum()
+
+
+class Returns(ddkit.Loss):
+    """Returns what it is told to, right or wrong."""
+
+    result: Callable[[Step], Any] = staticmethod(lambda step: step.images.sum())
+
+    def __call__(self, step: Step) -> Tensor:
+        result: Tensor = self.result(step)
+        return result
+
+
+class Raises(ddkit.Loss):
+    def __call__(self, step: Step) -> Tensor:
+        raise ZeroDivisionError("of its own making")
+
+
+class Draws(ddkit.Loss):
+    """A random direction of its own generator."""
+
+    def __call__(self, step: Step) -> Tensor:
+        return (torch.randn(step.images.shape, generator=step.generator) * step.images).sum()
+
+
+OWN = {
+    "square": Square, "linear": Linear, "rows": Rows, "separable-rows": SeparableRows, "curious": Curious, "weighted": Weighted,
+    "other-multipliers": OtherMultipliers, "bad-from": BadFrom, "steep": Steep, "draws": Draws, "raises": Raises, "filled": Filled,
+}  # fmt: skip
+
+
+# Small runs
+
+
+@pytest.fixture(autouse=True)
+def own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the losses above known by name, as an installed distribution would."""
+    own = tuple(
+        registry.Plugin(kind="loss", name=name, distribution="own", version="1", value=f"{__name__}:{kind.__name__}")
+        for name, kind in OWN.items()
+    )
+    known = (*registry.plugins(), *own)
+    monkeypatch.setattr(registry, "plugins", lambda: known)
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a data set of five classes with 6, 7, 8, 9, 10 grey images of 8 x 8."""
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), np.arange(6, 6 + CLASSES))
+    images = (draw.random((len(labels), 8, 8)) * 0.5 + labels[:, None, None] / 10).astype(np.float32)
+    file = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(file, x_train=images, y_train=labels, x_test=images[::3], y_test=labels[::3])
+    return file
+
+
+@pytest.fixture(scope="module")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a teacher with batch norm and nobody's training: smooth enough, deterministic."""
+    info = ddkit.DataInfo(class_names=tuple("01234"), channels=1, size=(8, 8))
+    options = ConvNet.Options(depth=2, width=8, norm="batch")
+    module = ddkit.build_network(ConvNet(options), info, 0, "teacher")
+    record = {"model": "convnet", "options": msgspec.to_builtins(options), "mean": [0.5], "std": [0.25]}
+    file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_teacher(file, ddkit.Teacher(module, mean=(0.5,), std=(0.25,), info=record))
+    return file
+
+
+@pytest.fixture
+def recipe(npz: Path, teacher_file: Path) -> Callable[..., dict[str, Any]]:
+    """Returns a function that makes a recipe's data from losses (a table, or names) and other keys."""
+
+    def make(losses: Mapping[str, Any] | Sequence[str], **keys: Any) -> dict[str, Any]:
+        tables = losses if isinstance(losses, Mapping) else {name: {} for name in losses}
+        return {
+            "ipc": 2, "pipc": "all", "steps": 4, "data": {"use": "npz", "path": str(npz)}, "teacher": {"use": str(teacher_file)},
+            "network": {"width": 8}, "initializer": "noise", "optimizer": {"images": {"kind": "sgd", "lr": 0.5}},
+            "losses": tables, "engine": {"chunk": 0, "log_every": 1}, **keys,
+        }  # fmt: skip
+
+    return make
+
+
+Maker = Callable[..., dict[str, Any]]
+
+
+def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
+    """Returns job, bank and engine of a recipe, as a run makes them, with nothing written."""
+    job = RunSetup(parse_recipe(table), device="cpu")
+    job.load_teacher()
+    bank = job.bank()
+    return job, bank, job.engine(bank)
+
+
+def with_terms(engine: Engine, *terms: tuple[str, ddkit.Loss, float], chunk: int = 0) -> Engine:
+    """Returns an engine over the same bank and source with other terms."""
+    return Engine(engine.bank, engine.source, [WeightedLoss(*term) for term in terms], chunk=chunk)
+
+
+def advance(engine: Engine, start: int, stop: int) -> None:
+    engine.run(start, stop, observe=lambda index, record: None, save=lambda index: None)
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    """Returns whether two sets of tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The sum
+
+
+def test_the_gradient_is_that_of_the_weighted_sum_and_the_update_follows_it(recipe: Maker) -> None:
+    table = recipe({"square": {"weight": 2.0}, "linear": {"weight": 0.5, "slope": 3.0}})
+    _, bank, engine = made(table)
+    start = bank.images.detach().clone()
+    values, gradients = engine.evaluate(0)[:2]
+    assert float(values["square"]) == pytest.approx(float(start.square().sum() / 2), rel=1e-6)
+    assert float(values["linear"]) == pytest.approx(3 * float(start.sum()), rel=1e-5)
+    torch.testing.assert_close(gradients["images"], 2 * start + 1.5)
+    advance(engine, 0, 1)
+    torch.testing.assert_close(bank.images.detach(), start - 0.5 * (2 * start + 1.5))
+
+
+def test_every_term_is_recorded_raw_and_weighted_in_order_of_label(recipe: Maker) -> None:
+    _, _, engine = made(recipe({"z": {"use": "linear", "weight": 2.0}, "a": {"use": "square", "weight": 0.25}}))
+    records: list[dict[str, Any]] = []
+    engine.run(0, 2, observe=lambda index, record: records.append(record()), save=lambda index: None)
+    assert [record["step"] for record in records] == [0, 1]
+    for record in records:
+        assert list(record["losses"]) == ["a", "z"]
+        assert record["losses"]["z"]["weighted"] == 2 * record["losses"]["z"]["raw"]
+        assert record["total"] == pytest.approx(sum(item["weighted"] for item in record["losses"].values()), rel=1e-12)
+    assert records[0]["total"] != records[1]["total"]
+
+
+def test_the_result_does_not_depend_on_the_order_in_which_losses_are_given(recipe: Maker) -> None:
+    given = {"dm": {"weight": 0.1}, "gm": {}, "dkkt-primal": {}, "draws": {}, "image-norm": {"weight": 0.3}}
+    states = []
+    for names in itertools.islice(itertools.permutations(given), 0, None, 29):
+        _, bank, engine = made(recipe({name: given[name] for name in names}))
+        advance(engine, 0, 2)
+        states.append(bank.state())
+    assert len(states) > 3
+    assert all(same(states[0], state) for state in states[1:])
+
+
+def test_a_weight_of_zero_changes_nothing(recipe: Maker) -> None:
+    states = []
+    pairs: list[dict[str, Any]] = [{"square": {}}, {"square": {}, "linear": {"weight": 0.0}}]
+    for losses in pairs:
+        _, bank, engine = made(recipe(losses))
+        advance(engine, 0, 3)
+        states.append(bank.state())
+    assert same(*states)
+
+
+# What a loss may touch
+
+MEMBERS: dict[str, tuple[Callable[[Step], Any], str, ddkit.Requires]] = {
+    "real": (lambda step: step.real, "real", ddkit.Requires(real=True)),
+    "embed": (lambda step: step.embed(step.images), "embedder", ddkit.Requires(embedder=True)),
+    "embeddings": (lambda step: step.embeddings, "embedder", ddkit.Requires(embedder=True)),
+    "real.embeddings": (lambda step: step.real.embeddings, "embedder", ddkit.Requires(real=True, embedder=True)),
+    "network": (lambda step: step.network, "network_gradients", ddkit.Requires(network_gradients=True)),
+    "teacher": (lambda step: step.teacher, "teacher", ddkit.Requires(teacher=True)),
+    "teacher_parameters": (lambda step: step.teacher_parameters, "teacher", ddkit.Requires(teacher=True)),
+    "teacher_logits": (lambda step: step.teacher_logits, "teacher", ddkit.Requires(teacher=True)),
+    "view": (lambda step: step.view("raw"), "teacher", ddkit.Requires(teacher=True, views=("raw",))),
+}
+
+
+def everything(recipe: Maker) -> Engine:
+    """Returns the engine of a run that has network, teacher and real images, all asked for by other losses."""
+    return made(recipe({"dm": {}, "gm": {}, "dkkt-primal": {}}))[2]
+
+
+def touching(member: Callable[[Step], Any], requires: ddkit.Requires) -> Returns:
+    loss = Returns()
+    loss.requires = requires
+
+    def touch(step: Step) -> Tensor:
+        member(step)
+        return step.images.sum()
+
+    loss.result = touch
+    return loss
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_an_undeclared_member_is_an_error_that_names_loss_member_and_requirement(recipe: Maker, member: str) -> None:
+    touch, requirement, enough = MEMBERS[member]
+    dm = ddkit.create("loss", "dm")
+    lacking = ddkit.Requires(real=True) if member.startswith("real.") else ddkit.Requires()
+    engine = everything(recipe)
+    with pytest.raises(ddkit.RunFailed) as caught:
+        with_terms(engine, ("dm", dm, 1.0), ("nosy", touching(touch, lacking), 1.0)).evaluate(0)
+    for part in ("'nosy'", f"step.{member}", f"{requirement}=True"):
+        assert part in str(caught.value)
+    with_terms(engine, ("dm", dm, 1.0), ("nosy", touching(touch, enough), 1.0)).evaluate(0)
+
+
+def test_an_undeclared_view_or_parameter_is_an_error_that_names_both(recipe: Maker) -> None:
+    engine = everything(recipe)
+    for touch, requires, word in (
+        (lambda step: step.view("raw"), ddkit.Requires(teacher=True, views=("default",)), "'raw'"),
+        (lambda step: step.parameters["multipliers"], ddkit.Requires(), "'multipliers'"),
+    ):
+        with pytest.raises(ddkit.RunFailed, match=f"'nosy' uses .*{word}"):
+            with_terms(engine, ("nosy", touching(touch, requires), 1.0)).evaluate(0)
+
+
+def test_the_members_of_a_step_are_those_that_the_tests_know() -> None:
+    free = {"images", "labels", "rows_by_class", "size", "index", "info", "augment", "augmented", "generator", "total", "totals", "log"}
+    free |= {"gather", "scatter", "parameters"}
+    public = {name for name, _ in inspect.getmembers(Step) if not name.startswith("_")}
+    assert public == free | {name for name in MEMBERS if "." not in name}
+
+
+def test_images_cannot_be_written_to_or_replaced(recipe: Maker) -> None:
+    def overwrite(step: Step) -> Tensor:
+        return step.images.mul_(2).sum()
+
+    def replace(step: Step) -> Tensor:
+        step.images = step.images * 2  # type: ignore[misc]
+        return step.images.sum()
+
+    _, bank, engine = made(recipe(["square"]))
+    before = bank.state()
+    for attempt in (overwrite, replace):
+        with pytest.raises(ddkit.RunFailed, match="'nosy' raised"):
+            with_terms(engine, ("nosy", touching(attempt, ddkit.Requires()), 1.0)).evaluate(0)
+    assert same(before, bank.state())
+
+
+def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = dict.fromkeys(("embed", "logits", "real", "network"), 0)
+
+    def counting(name: str, owner: Any, attribute: str) -> None:
+        original = getattr(owner, attribute)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            counts[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, attribute, call)
+
+    views = {"default": {"augmenter": "dsa"}, "noisy": {"noise": 0.1}}
+    names = ("curious", "dm", "dkkt-primal", "dkkt-stationarity")
+    _, _, engine = made(recipe({"again": {"use": "curious"}} | {name: {} for name in names}, views=views))
+    counting("embed", Embedder, "__call__")
+    counting("logits", ddkit.Teacher, "logits")
+    counting("real", engine.source, "real_rows")
+    counting("network", engine.source, "embedder")
+    engine.evaluate(0)
+    assert counts == {"embed": 2, "logits": 4, "real": 1, "network": 1}, "real and synthetic; one pass a view"
+
+
+def test_one_augmentation_a_class_is_shared_by_its_real_and_synthetic_images(recipe: Maker) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def look(step: Step) -> Tensor:
+        ours = step.augment(torch.ones_like(step.images).cumsum(-1))
+        theirs = step.augment(torch.ones_like(step.real.images).cumsum(-1), step.real.labels)
+        for label in range(CLASSES):
+            rows = torch.cat([ours[step.labels == label], theirs[step.real.labels == label]])
+            assert (rows == rows[0]).all()
+            seen.append((rows[0], torch.ones(8).cumsum(0).expand(8, 8)))
+        return step.images.sum()
+
+    engine = everything(recipe)
+    with_terms(engine, ("look", touching(look, ddkit.Requires(real=True)), 1.0)).evaluate(0)
+    assert any(not torch.equal(a[0], b) for a, b in seen), "the augmentation did something"
+    assert any(not torch.equal(a[0], b[0]) for a, b in itertools.combinations(seen, 2)), "and not the same to every class"
+
+
+def test_another_losss_pass_in_training_mode_leaves_batch_norm_as_gradient_matching_finds_it(recipe: Maker) -> None:
+    network = {"width": 8, "norm": "batch", "renew_every": 3}
+    alone = made(recipe(["gm"], network=network))[2]
+    both = made(recipe(["dm", "gm"], network=network))[2]
+    embedder = made(recipe(["dm"], network=network))[2]
+    for index in (0, 1):
+        value, joint, other = (engine.evaluate(index)[0] for engine in (alone, both, embedder))
+        assert torch.equal(value["gm"], joint["gm"])
+        assert torch.equal(other["dm"], joint["dm"])
+
+
+# The terms' shares of the gradient
+
+
+@pytest.mark.parametrize("chunk", [0, 2])
+def test_the_mean_of_dm_is_its_sum_over_classes_and_features_of_the_whole_set(recipe: Maker, chunk: int) -> None:
+    base = recipe({"dm": {}})
+    total = made(base)[2].evaluate(0)
+    base = recipe({"dm": {"normalise": "mean"}}) | {"engine": {"chunk": chunk}}
+    job, _, engine = made(base)
+    features = engine.source.embedder(0)(engine.bank.images.detach()).shape[1]
+    mean = engine.evaluate(0)
+    torch.testing.assert_close(mean.values["dm"] * job.info.classes * features, total.values["dm"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(mean.gradients["images"] * job.info.classes * features, total.gradients["images"], rtol=1e-3, atol=1e-4)
+
+
+def test_the_norms_of_the_terms_gradients_are_those_of_each_weighted_term_alone(recipe: Maker) -> None:
+    _, bank, engine = made(recipe({"square": {"weight": 2.0}, "linear": {"weight": 0.5, "slope": 3.0}}))
+    engine = with_terms(engine, ("square", Square(), 2.0), ("linear", Linear(Linear.Options(slope=3.0)), 0.5), ("off", Square(), 0.0))
+    norms = engine.evaluate(0, measured=True).norms
+    images = bank.images.detach().double()
+    assert float(norms["square"]) == pytest.approx(2 * float(images.norm()), rel=1e-6)
+    assert float(norms["linear"]) == pytest.approx(1.5 * images.numel() ** 0.5, rel=1e-6)
+    assert float(norms["off"]) == 0
+    assert engine.evaluate(0).norms == {}, "where nobody asks, nothing is computed"
+
+
+@pytest.mark.parametrize("names", [("dm", "dkkt-primal", "dkkt-stationarity"), ("feature-regression", "gm", "square")])
+def test_norms_of_gradients_in_chunks_are_those_of_the_whole_set_and_change_no_gradient(recipe: Maker, names: Sequence[str]) -> None:
+    base = recipe({name: {"mixup": 0.5} if name == "feature-regression" else {} for name in names})
+    whole = made(base)[2].evaluate(3, measured=True)
+    for name in names:
+        only = made(recipe({name: base["losses"][name]}))[2].evaluate(3)
+        assert float(whole.norms[name]) == pytest.approx(float(only.gradients["images"].norm()), rel=1e-5)
+    base["engine"] |= {"chunk": 2}
+    parts = made(base)[2].evaluate(3, measured=True)
+    assert {name: float(norm) for name, norm in parts.norms.items()} == pytest.approx(
+        {name: float(norm) for name, norm in whole.norms.items()}, rel=1e-4
+    )
+    assert torch.equal(made(base)[2].evaluate(3).gradients["images"], parts.gradients["images"])
+
+
+def test_two_parts_of_the_set_find_the_norms_of_the_whole() -> None:
+    world = World(registry.create("loss", "dkkt-stationarity"), Setting())
+    terms = [WeightedLoss("dkkt-stationarity", world.loss, 0.1), WeightedLoss("square", SeparableSquare(), 2.0)]
+    whole = Engine(world.bank, world.source, terms).evaluate(0, measured=True).norms
+
+    def of(ranks: Any) -> dict[str, Tensor]:
+        part = part_of(world, ranks)
+        return Engine(part.bank, part.source, terms).evaluate(0, measured=True).norms
+
+    for norms in in_parts(2, of):
+        assert {name: float(norm) for name, norm in norms.items()} == pytest.approx(
+            {name: float(norm) for name, norm in whole.items()}, rel=1e-5
+        )
+
+
+# Chunks of classes
+
+SEPARABLE = ("dm", "dkkt-primal", "dkkt-stationarity", "feature-regression", "gm", "total-variation", "image-norm")
+PASSES = {"feature-regression": 2}  # mixed images are built from those of other chunks, their features from these
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+@pytest.mark.parametrize("name", SEPARABLE)
+def test_a_separable_loss_in_chunks_has_the_value_and_gradient_of_the_whole(recipe: Maker, name: str, chunk: int) -> None:
+    views = {"default": {"augmenter": "dsa", "compose": 3, "noise": 0.2}}
+    data = {"batch": 7}  # fewer than some classes have: the draw of real images must not depend on chunks either
+    base = recipe({name: {"mixup": 0.5} if name == "feature-regression" else {}}, views=views)
+    base["data"] |= data
+    whole = made(base)[2].evaluate(3)
+    base["engine"] |= {"chunk": chunk}
+    engine = made(base)[2]
+    assert len(engine.parts) == -(-CLASSES // chunk)
+    parts = engine.evaluate(3)
+    torch.testing.assert_close(parts[0][name], whole[0][name], rtol=1e-5, atol=1e-6)
+    scale = float(whole[1]["images"].abs().max())
+    assert scale > 0
+    torch.testing.assert_close(parts[1]["images"], whole[1]["images"], rtol=1e-4, atol=1e-5 * scale)
+    assert engine._passes == PASSES.get(name, 1)
+    assert torch.equal(engine.evaluate(3)[1]["images"], parts[1]["images"]), "whether the number of passes is known or found"
+
+
+def totalling(given: Callable[[ddkit.Step], Tensor]) -> ddkit.Loss:
+    """Returns a loss of the images whose totals are those of `given`, which may be no good ones."""
+    loss = touching(lambda step: None, ddkit.Requires(separable="total"))
+    loss.result = lambda step: step.total(given(step)).square().sum() + step.total(step.images.square().sum())
+    return loss
+
+
+def test_a_total_may_build_on_a_few_earlier_ones(recipe: Maker) -> None:
+    def third(step: ddkit.Step) -> Tensor:
+        mean = step.total(step.images.detach().sum()) / step.size
+        spread = step.total((step.images.detach() - mean).square().sum()) / step.size
+        return (step.images.detach() / spread).abs().sum() + 0 * step.images.sum()
+
+    engine = made(recipe(["square"]))[2]
+    whole, parts = (with_terms(engine, ("mine", totalling(third), 1.0), chunk=chunk) for chunk in (0, 1))
+    torch.testing.assert_close(parts.evaluate(0)[0]["mine"], whole.evaluate(0)[0]["mine"])
+    assert parts._passes == 3
+
+
+def partly(step: ddkit.Step) -> Tensor:
+    """Means of class 0 alone: without the others' totals they are 0 / 0 elsewhere."""
+    picked = (step.labels == 0).float()
+    count = step.total(picked.sum())
+    count *= 1.0  # in place
+    mean = step.total((step.images.detach().mean((1, 2, 3)) * picked).sum() / count)
+    return (step.images.detach() - mean).square().sum() * step.total(torch.tensor(len(step.labels))) + 0 * step.images.sum()
+
+
+def from_step_three_on(step: ddkit.Step) -> Tensor:
+    mean = step.total(step.images.detach().sum()) * (step.index >= 3)
+    return (step.images.detach() - mean).abs().sum() + 0 * step.images.sum()
+
+
+@pytest.mark.parametrize("given", [partly, from_step_three_on])
+def test_totals_are_right_whatever_they_are_without_the_others_and_whenever_they_depend(
+    recipe: Maker, given: Callable[[ddkit.Step], Tensor]
+) -> None:
+    engine = made(recipe(["square"]))[2]
+    whole, parts = (with_terms(engine, ("mine", totalling(given), 1.0), chunk=chunk) for chunk in (0, 1))
+    for index in (0, 3):
+        torch.testing.assert_close(parts.evaluate(index)[0]["mine"], whole.evaluate(index)[0]["mine"])
+    resumed = with_terms(engine, ("mine", totalling(given), 1.0), chunk=1)
+    assert torch.equal(resumed.evaluate(3)[1]["images"], parts.evaluate(3)[1]["images"])
+
+
+def test_the_chunks_of_a_pass_do_not_wait_for_the_garbage_collector(recipe: Maker) -> None:
+    kept: list[weakref.ref[Any]] = []
+
+    def given(step: ddkit.Step) -> Tensor:
+        kept.append(weakref.ref(step._shared))
+        return step.images.mean() + step.real.augmented.mean()
+
+    loss = totalling(given)
+    loss.requires = ddkit.Requires(separable="total", real=True)
+    engine = with_terms(made(recipe(["square"]))[2], ("mine", loss, 1.0), chunk=1)
+    gc.collect()
+    gc.disable()
+    try:
+        engine.evaluate(0)
+        assert len(kept) > 5
+        assert [each() for each in kept if each() is not None] == []
+    finally:
+        gc.enable()
+
+
+def test_totals_that_are_not_finite_are_told_as_such(recipe: Maker) -> None:
+    engine = with_terms(made(recipe(["square"]))[2], ("mine", totalling(lambda step: step.images.sum() * float("nan")), 1.0), chunk=2)
+    with pytest.raises(ddkit.RunFailed, match="became nan at step 0"):
+        advance(engine, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (lambda step: step.images.sum() * torch.rand(()), "did not settle in 6 passes"),
+        (lambda step: step.images[: len(step.labels)], "shapes differ between parts of the set"),
+    ],
+    ids=["random", "rows"],
+)
+def test_what_cannot_be_totalled_in_chunks_is_told(recipe: Maker, given: Callable[[ddkit.Step], Tensor], said: str) -> None:
+    engine = with_terms(made(recipe(["square"]))[2], ("mine", totalling(given), 1.0), chunk=2)
+    with pytest.raises(ddkit.RunFailed, match=said):
+        engine.evaluate(0)
+
+
+def test_a_separable_mean_that_is_not_one_is_caught_by_that_comparison(recipe: Maker) -> None:
+    """The negative control: the loss of two rows at a time is not the mean of the chunks' values."""
+    loss = touching(lambda step: None, ddkit.Requires(separable="mean"))
+    loss.result = lambda step: step.images.mean().square()
+    engine = made(recipe(["square"]))[2]
+    whole, parts = (with_terms(engine, ("wrong", loss, 1.0), chunk=chunk).evaluate(0) for chunk in (0, 1))
+    assert not torch.allclose(whole[1]["images"], parts[1]["images"])
+
+
+def test_a_loss_that_is_not_separable_always_sees_the_whole_set(recipe: Maker) -> None:
+    table = recipe(["rows", "separable-rows"])
+    table["engine"] |= {"chunk": 2}
+    engine = made(table)[2]
+    engine.evaluate(0)
+    seen = {term.label: term.loss.seen for term in engine.terms if isinstance(term.loss, Rows)}
+    assert seen == {"rows": [(10, 10)], "separable-rows": [(4, 10), (4, 10), (2, 10)]}
+
+
+def test_a_run_in_chunks_gives_the_set_of_a_run_at_once(recipe: Maker) -> None:
+    sets = []
+    for chunk in (0, 2):
+        table = recipe({"dm": {"weight": 0.1}, "dkkt-primal": {}, "dkkt-stationarity": {"weight": 0.1}, "total-variation": {}})
+        table["engine"] |= {"chunk": chunk}
+        _, bank, engine = made(table)
+        advance(engine, 0, 3)
+        sets.append(bank.images.detach())
+    torch.testing.assert_close(sets[1], sets[0], rtol=1e-4, atol=1e-4)
+
+
+# What stops a run
+
+
+def checkpoint(path: Path, step: int) -> dict[str, Tensor]:
+    return read_tensors(path / "checkpoints" / f"step-{step:08d}.safetensors")[0]
+
+
+@pytest.mark.parametrize("sign", [0, 1, -1], ids=["nan", "inf", "-inf"])
+def test_a_value_that_is_not_finite_names_loss_and_step_and_keeps_the_last_good_state(recipe: Maker, tmp_path: Path, sign: int) -> None:
+    table = recipe({"bad-from": {"at": 3, "sign": sign}, "square": {}}, steps=6)
+    with pytest.raises(ddkit.RunFailed, match=r"'bad-from' \(own 1\) became (nan|inf|-inf) at step 3") as caught:
+        ddkit.distill(table, out=tmp_path / "run", device="cpu")
+    assert caught.value.exit_code == 1
+    good = ddkit.distill(recipe({"bad-from": {"at": 99}, "square": {}}, steps=3), out=tmp_path / "good", device="cpu")
+    assert same(checkpoint(tmp_path / "run", 3), checkpoint(good.path, 3))
+    assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir())[-1] == "step-00000003.safetensors"
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("kind", "lr"), [("sgd", 1e10), ("adam", 0.1)])
+def test_an_update_that_overflows_is_refused_and_the_bank_restored(recipe: Maker, kind: str, lr: float) -> None:
+    """Adam's own state overflows first: its images would stay finite, and stay where they are for ever."""
+    table = recipe(["steep"], optimizer={"images": {"kind": kind, "lr": lr, "momentum": 0.5 if kind == "sgd" else 0.0}})
+    _, bank, engine = made(table)
+    advance(engine, 0, 2)
+    before = bank.state()
+    saved: list[int] = []
+    assert bank.finite()
+    with pytest.raises(ddkit.RunFailed, match=r"update of step 2 .*steep"):
+        engine.run(2, 5, observe=lambda index, record: None, save=saved.append)
+    assert saved == [2]
+    assert same(before, bank.state())
+
+
+def test_an_infinite_gradient_is_refused_even_where_a_constraint_would_hide_it(recipe: Maker) -> None:
+    _, bank, engine = made(recipe(["square"]))
+    loss = InfiniteSlope()
+    other = Bank(bank.images, bank.labels, loss.requires.parameters, {"multipliers": OptimizerTable(kind="sgd", lr=1.0)})
+    before = other.state()
+    with pytest.raises(ddkit.RunFailed, match="update of step 0"):
+        advance(Engine(other, engine.source, [WeightedLoss("slope", loss, 1.0)]), 0, 1)
+    assert same(before, other.state())
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (lambda step: 1.0, r"got 1\.0"),
+        (lambda step: None, "got None"),
+        (lambda step: step.images.sum((1, 2, 3)), r"shape \(10,\)"),
+        (lambda step: step.images.detach().sum(), "requires_grad=False"),
+        (lambda step: step.images.sum().reshape(1), r"shape \(1,\)"),
+    ],
+    ids=["a float", "nothing", "a vector", "detached", "one element"],
+)
+def test_a_wrong_result_is_refused_by_name(recipe: Maker, result: Callable[[Step], Any], words: str) -> None:
+    loss = Returns()
+    loss.result = result
+    engine = made(recipe(["square"]))[2]
+    with pytest.raises(ddkit.RunFailed, match=f"'mine' must return a scalar tensor.*{words}"):
+        with_terms(engine, ("mine", loss, 1.0), ("square", Square(), 1.0)).evaluate(0)
+
+
+def test_a_loss_that_raises_is_named_with_its_error(recipe: Maker) -> None:
+    with pytest.raises(ddkit.RunFailed, match=r"'raises' \(own 1\) raised ZeroDivisionError: of its own making") as caught:
+        made(recipe(["raises", "square"]))[2].evaluate(0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+class Kicks:
+    """An observer that sends a signal to this process during one step."""
+
+    def __init__(self, number: int, index: int) -> None:
+        self.number, self.index = number, index
+
+    @ddkit.hookimpl
+    def step_finished(self, index: int) -> None:
+        if index == self.index:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_writes_a_checkpoint_and_the_run_continues_from_it_to_the_same_bytes(
+    recipe: Maker, tmp_path: Path, number: int, code: int
+) -> None:
+    table = recipe(["dm", "draws"], optimizer={"images": {"kind": "adam", "lr": 0.1}})
+    handler = signal.getsignal(number)
+    with pytest.raises(ddkit.Interrupted, match="after step 2 of 4") as caught:
+        ddkit.distill(table, out=tmp_path / "run", device="cpu", observers=[Kicks(number, 1)])
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is handler
+    assert not (tmp_path / "run" / "manifest.json").exists()
+    straight = ddkit.distill(table, out=tmp_path / "straight", device="cpu")
+    resumed = __import__("ddkit.api", fromlist=["api"]).resume(tmp_path / "run", device="cpu")
+    assert (resumed.path / "synthetic.safetensors").read_bytes() == (straight.path / "synthetic.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_a_termination_that_comes_twice_or_after_ctrl_c_is_one_request(recipe: Maker, tmp_path: Path, first: int) -> None:
+    """As when a cluster, or a terminal, sends it to all processes, and the one that started this one passes it on."""
+
+    acted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: acted.append(number))
+    try:
+        with pytest.raises(ddkit.Interrupted, match="after step 2 of 4") as caught:
+            ddkit.distill(recipe(["dm"]), out=tmp_path / "run", device="cpu", observers=[Kicks(first, 1), Kicks(signal.SIGTERM, 1)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert acted == []
+    assert caught.value.exit_code == 128 + first
+    assert (tmp_path / "run" / "checkpoints" / "step-00000002.safetensors").is_file()
+
+
+# Extra parameters
+
+
+def test_extra_parameters_are_declared_optimised_and_kept_nonnegative(recipe: Maker) -> None:
+    _, bank, engine = made(recipe(["weighted"]))
+    assert bank.parameters["multipliers"].tolist() == [0.25] * 10
+    assert bank.parameters["shift"].tolist() == [0.5, 0.5]
+    advance(engine, 0, 2)
+    torch.testing.assert_close(bank.parameters["multipliers"].detach(), torch.full((10,), 0.05), atol=1e-6, rtol=0)
+    advance(engine, 2, 4)
+    assert bank.parameters["multipliers"].tolist() == [0.0] * 10, "Adam would have gone on to -0.15"
+    assert (bank.parameters["shift"] < 0.5).all()
+
+
+def test_extra_parameters_are_part_of_the_set_that_is_written(recipe: Maker, tmp_path: Path) -> None:
+    run = ddkit.distill(recipe(["weighted"]), out=tmp_path / "run", device="cpu")
+    tensors, _ = read_tensors(run.path / "synthetic.safetensors")
+    assert tensors["multipliers"].tolist() == [0.0] * 10
+    assert tensors["shift"].shape == (2,)
+
+
+def test_an_optimizer_table_overrides_a_parameters_own_rate_and_an_unknown_one_is_refused(recipe: Maker) -> None:
+    table = recipe(["weighted"])
+    table["optimizer"]["multipliers"] = {"kind": "sgd", "lr": 0.125}
+    _, bank, engine = made(table)
+    advance(engine, 0, 1)
+    assert bank.parameters["multipliers"].tolist() == [0.125] * 10
+    table["optimizer"]["multiplier"] = {"lr": 0.1}
+    with pytest.raises(ddkit.InputError, match=r"optimizer\.multiplier.*images, multipliers, shift"):
+        made(table)
+
+
+def test_a_parameter_declared_differently_by_two_losses_is_refused_and_alike_is_shared(recipe: Maker) -> None:
+    with pytest.raises(ddkit.InputError, match="'multipliers' differently"):
+        made(recipe(["weighted", "other-multipliers"]))
+    _, bank, engine = made(recipe({"weighted": {}, "again": {"use": "weighted"}}))
+    assert set(bank.tensors()) == {"images", "multipliers", "shift"}
+    assert engine.evaluate(0)[1]["multipliers"].tolist() == [2.0] * 10
+
+
+def test_initial_fills_a_parameter_inside_its_constraint(recipe: Maker) -> None:
+    _, bank, engine = made(recipe(["filled"]))
+    engine.start()
+    assert bank.parameters["multipliers"].tolist() == [0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert bank.parameters["shift"].tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [(FilledUndeclared(), "'multiplier', which it does not declare"), (FilledNan(), "not finite"), (FilledWrongShape(), "raised")],
+    ids=["undeclared", "not finite", "wrong shape"],
+)
+def test_initial_values_that_cannot_be_used_are_refused_by_name(recipe: Maker, loss: ddkit.Loss, words: str) -> None:
+    engine = made(recipe(["weighted"]))[2]
+    with pytest.raises(ddkit.RunFailed, match=f"'mine' .*{words}"):
+        with_terms(engine, ("mine", loss, 1.0)).start()
+
+
+def stationary(recipe: Maker, constraint: str) -> tuple[Bank, Engine, Engine]:
+    """Returns a bank, an engine of stationarity with least-squares multipliers, and one of primal feasibility."""
+    options = {"init": "least-squares", "distance": "l2", "constraint": constraint}
+    job, bank, engine = made(recipe({"dkkt-stationarity": options, "dkkt-primal": {}}, optimizer={"images": {"lr": 0.3}}))
+    apart = {term.label: Engine(bank, engine.source, [term]) for term in job.terms}
+    return bank, apart["dkkt-stationarity"], apart["dkkt-primal"]
+
+
+@pytest.mark.parametrize("constraint", ["project", "softplus"])
+def test_least_squares_multipliers_minimise_the_squared_distance_over_a_common_scale(recipe: Maker, constraint: str) -> None:
+    bank, engine, primal = stationary(recipe, constraint)
+    advance(primal, 0, 40)  # now the teacher classifies the images as their labels, so the best multiplier is positive
+    engine.start()
+    found = bank.parameters["multipliers"].detach().clone()
+    assert (found == found[0]).all()
+    scale = torch.nn.functional.softplus(found) if constraint == "softplus" else found
+    values = {}
+    for factor in (0.9, 1.0, 1.1):
+        wanted = factor * scale
+        bank.fill("multipliers", wanted.expm1().log() if constraint == "softplus" else wanted)
+        values[factor] = float(engine.evaluate(0)[0]["dkkt-stationarity"])
+    assert values[1.0] < values[0.9]
+    assert values[1.0] < values[1.1]
+    assert values[0.9] == pytest.approx(values[1.1], rel=1e-3), "a parabola about its minimum"
+
+
+@pytest.mark.parametrize("constraint", ["project", "softplus"])
+def test_a_negative_least_squares_multiplier_gives_one_and_a_warning(
+    recipe: Maker, constraint: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    bank, engine, _ = stationary(recipe, constraint)
+    with torch.no_grad():
+        bank.images.zero_()  # one image with every label: most of it misclassified
+    with caplog.at_level(logging.WARNING, "ddkit"):
+        engine.start()
+    assert "starting from 1 instead" in caplog.text
+    found = bank.parameters["multipliers"].detach()
+    scale = torch.nn.functional.softplus(found) if constraint == "softplus" else found
+    torch.testing.assert_close(scale, torch.ones(10))
+
+
+# Randomness and exact repetition
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(recipe: Maker, tmp_path: Path) -> None:
+    table = recipe(["dm", "dkkt-primal", "draws"], views={"default": {"augmenter": "dsa", "noise": 0.1}})
+    table["data"]["batch"] = 4
+    torch.manual_seed(1)
+    files = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(3)  # what the default generator has given out must not matter
+        run = ddkit.distill(table | {"seed": seed}, out=tmp_path / name, device="cpu")
+        files[name] = [(run.path / "synthetic.safetensors").read_bytes(), timeless(run.path / "checkpoints/step-00000004.safetensors")]
+    assert files["a"] == files["b"]
+    first, other = (checkpoint(tmp_path / name, 4)["bank.images"] for name in ("a", "c"))
+    assert not torch.equal(first, other)
+
+
+def test_every_draw_of_a_step_depends_on_the_seed(recipe: Maker) -> None:
+    """From the same images: each of the real batch, the network, the augmentation, the noise and a loss's own draws."""
+    table = recipe(["dm", "gm", "dkkt-primal", "draws"], views={"default": {"noise": 0.1}})
+    table["data"]["batch"] = 4
+    (_, bank, first), (_, _, second) = made(table), made(table | {"seed": 1})
+    found = [Engine(bank, engine.source, engine.terms).evaluate(0)[0] for engine in (first, second)]
+    assert all(not torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_a_step_is_a_function_of_its_index_not_of_the_steps_before_it(recipe: Maker) -> None:
+    views = {"default": {"augmenter": "dsa", "noise": 0.1}}
+    table = recipe(["dm", "gm", "dkkt-primal", "draws"], views=views)
+    table["data"]["batch"] = 4
+    table["network"]["renew_every"] = 2
+    used, fresh = made(table)[2], made(table)[2]
+    results = [used.evaluate(index) for index in (0, 1, 2, 3)]
+    again = fresh.evaluate(3)
+    assert same(again[0], results[3][0])
+    assert same(again[1], results[3][1])
+    assert not same(results[3][0], results[2][0])
+
+
+def test_a_losss_generator_depends_on_its_label_and_step_alone(recipe: Maker) -> None:
+    engine = made(recipe({"draws": {}, "second": {"use": "draws"}}))[2]
+    alone = made(recipe(["draws"]))[2]
+    assert torch.equal(engine.evaluate(2)[0]["draws"], alone.evaluate(2)[0]["draws"])
+    values = [*engine.evaluate(2)[0].values(), alone.evaluate(3)[0]["draws"]]
+    assert len({float(value) for value in values}) == 3
+
+
+def test_a_run_leaves_the_global_generator_as_it_was(recipe: Maker, tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    ddkit.distill(recipe(["dm", "gm", "dkkt-stationarity", "draws"]), out=tmp_path / "run", device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+OPTIMIZERS = [{"kind": "sgd", "lr": 1.0, "momentum": 0.5}, {"kind": "adam", "lr": 0.1}]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chunk", [0, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adam"])
+def test_all_accessible_images_are_an_exact_fixed_point_of_distribution_matching(
+    recipe: Maker, optimizer: dict[str, Any], chunk: int, precision: str
+) -> None:
+    moved = {}
+    for ipc in (5, 4):
+        table = recipe(["dm"], ipc=ipc, pipc=5, initializer="real", optimizer={"images": optimizer})
+        table["engine"] |= {"chunk": chunk, "precision": precision}
+        _, bank, engine = made(table)
+        start = bank.images.detach().clone()
+        advance(engine, 0, 5)
+        moved[ipc] = not torch.equal(bank.images.detach(), start)
+    assert moved == {5: False, 4: True}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=["sgd", "adam"])
+def test_a_bank_restored_from_its_state_continues_to_the_last_bit(recipe: Maker, optimizer: dict[str, Any]) -> None:
+    table = recipe(["square", "weighted", "draws"], optimizer={"images": optimizer, "shift": OPTIMIZERS[0] | {"lr": 0.1}})
+    _, bank, engine = made(table)
+    advance(engine, 0, 3)
+    kept = bank.state()
+    advance(engine, 3, 6)
+    _, other, second = made(table)
+    other.load_state(kept)
+    assert same(other.state(), kept)
+    advance(second, 3, 6)
+    assert same(other.state(), bank.state())
+    _, careless, third = made(table)
+    with torch.no_grad():
+        for name, tensor in careless.tensors().items():
+            tensor.copy_(kept[f"bank.{name}"])
+    advance(third, 3, 6)
+    assert not torch.equal(careless.images, bank.images), "without the optimizer's state it would not"
+
+
+def test_a_state_is_a_copy(recipe: Maker) -> None:
+    _, bank, engine = made(recipe(["square"], optimizer={"images": OPTIMIZERS[0]}))
+    advance(engine, 0, 1)
+    state = bank.state()
+    copies = {name: tensor.clone() for name, tensor in state.items()}
+    advance(engine, 1, 3)
+    assert same(state, copies)
+    bank.load_state(state)
+    advance(engine, 1, 3)
+    assert same(state, copies)
+
+
+def test_rows_of_a_chunk_are_those_of_its_classes(recipe: Maker) -> None:
+    engine = made(recipe(["dm"]))[2]
+    shared = SharedStep(engine.source, engine.bank, 0, range(1, 3))
+    assert shared.labels.tolist() == [1, 1, 2, 2]
+    assert torch.equal(shared.images, engine.bank.images[2:6])
+    assert sorted(set(shared.real.labels.tolist())) == [1, 2]
+    assert len(shared.real.labels) == 7 + 8
+
+
+# Observers
+
+
+class Sees:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    @ddkit.hookimpl
+    def step_finished(self, index: int, steps: int) -> None:
+        self.steps.append(index)
+
+
+class Breaks:
+    """An observer that raises whenever it is called."""
+
+    calls = 0
+
+    @ddkit.hookimpl
+    def step_finished(self, index: int) -> None:
+        self.calls += 1
+        raise RuntimeError("no disk")
+
+    @ddkit.hookimpl
+    def run_finished(self) -> None:
+        self.calls += 1
+
+
+def test_an_observer_that_raises_is_reported_once_and_spoils_neither_the_run_nor_another(
+    recipe: Maker, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    breaks, sees = Breaks(), Sees()
+    with caplog.at_level(logging.WARNING, "ddkit"):
+        run = ddkit.distill(recipe(["draws"]), out=tmp_path / "watched", device="cpu", observers=[breaks, sees])
+    told = [message for record in caplog.records if "observer" in (message := record.getMessage())]
+    assert told == ["The observer 'observer 0' raised RuntimeError: no disk; the run goes on without it."]
+    assert breaks.calls == 1
+    assert sees.steps == [0, 1, 2, 3]
+    alone = ddkit.distill(recipe(["draws"]), out=tmp_path / "alone", device="cpu")
+    assert (run.path / "synthetic.safetensors").read_bytes() == (alone.path / "synthetic.safetensors").read_bytes()
+
+
+def test_observers_without_a_hook_are_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    watchers = Observers([("empty", object()), ("sees", sees := Sees())])
+    watchers.call("run_finished", path=Path(), evaluations=[])
+    watchers.call("step_finished", index=7, steps=8, record=None)
+    assert sees.steps == [7]
+    assert not caplog.records
+
+
+def test_every_error_of_this_file_is_one_that_the_command_line_turns_into_a_paragraph() -> None:
+    assert issubclass(ddkit.RunFailed, DdkitError)
+    assert issubclass(ddkit.Interrupted, DdkitError)

@@ -1,0 +1,307 @@
+"""The network that several steps share and that is trained on the synthetic set between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ddkit
+from ddkit import api
+from ddkit.engine.bank import Bank
+from ddkit.engine.draws import NORM_IMAGES
+from ddkit.engine.loop import Engine
+from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.step import Step
+from ddkit.files import read_tensors, write_tensors
+from ddkit.nn.networks import build_network, embed, network_tensors
+from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.tables import Recipe, parse_recipe
+from ddkit.run.setup import RunSetup
+from tests.conftest import SMALL_FLAGS, Result
+
+CLASSES, STEPS, SHARED = 3, 6, 3  # steps 0, 1, 2 share one network, and 3, 4, 5
+DC = Path(__file__).parents[2] / "plugins" / "ddkit_gm" / "recipes" / "dc.toml"
+Maker = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a data set of three classes with 20 grey images of 8 x 8."""
+    draw = np.random.default_rng(0)
+    labels = np.repeat(np.arange(CLASSES), 20)
+    images = (draw.random((len(labels), 8, 8)) * 0.5 + labels[:, None, None] / 10).astype(np.float32)
+    file = tmp_path_factory.mktemp("data") / "small.npz"
+    np.savez(file, x_train=images, y_train=labels, x_test=images[::3], y_test=labels[::3])
+    return file
+
+
+@pytest.fixture
+def recipe(npz: Path) -> Maker:
+    """Returns a function that makes a recipe's data from names of losses, settings of the network, and other keys."""
+
+    def make(*losses: str, network: Mapping[str, Any] = {}, **keys: Any) -> dict[str, Any]:
+        return {
+            "ipc": 2, "pipc": "all", "steps": STEPS, "data": {"use": "npz", "path": str(npz), "batch": 8}, "initializer": "noise",
+            "network": {"width": 4, "depth": 1, "renew_every": SHARED, "inner_epochs": 2, "inner_lr": 0.3, **network},
+            "optimizer": {"images": {"kind": "sgd", "lr": 0.5, "momentum": 0.5}}, "losses": {name: {} for name in losses}, **keys,
+        }  # fmt: skip
+
+    return make
+
+
+class Watch(ddkit.Loss):
+    """Weighs nothing, and keeps what each step's network is."""
+
+    requires = ddkit.Requires(network_gradients=True, embedder=True)
+
+    def __call__(self, step: Step) -> Tensor:
+        tensors = {name: value.clone() for name, value in network_tensors(step.network).items()}
+        self.__dict__.setdefault("seen", []).append((tensors, step.embed(step.images).detach(), step.images.detach().clone()))
+        return step.images.sum() * 0
+
+
+class Flaky(ddkit.Loss):
+    """Is infinite the first time that step `at` is taken, as on a device that fails once."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.failed = at, 0
+
+    def __call__(self, step: Step) -> Tensor:
+        if step.index != self.at or self.failed:
+            return step.images.sum() * 0
+        self.failed += 1
+        return step.images.square().sum() / torch.zeros(())
+
+
+def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
+    job = RunSetup(parse_recipe(table), device="cpu")
+    bank = job.bank()
+    return job, bank, job.engine(bank)
+
+
+def advance(engine: Engine, start: int, stop: int, **keys: Any) -> None:
+    engine.run(start, stop, observe=lambda index, record: None, **({"save": lambda index: None} | keys))
+
+
+def watched(table: Mapping[str, Any]) -> tuple[RunSetup, list[tuple[dict[str, Tensor], Tensor, Tensor]]]:
+    """Returns the job of a recipe and, for each step of its run, the network's tensors, the set's features, and the set."""
+    job, bank, engine = made(table)
+    watch = Watch()
+    advance(Engine(bank, engine.source, [*engine.terms, WeightedLoss("watch", watch, 1.0)]), 0, STEPS)
+    return job, watch.__dict__["seen"]
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# Which network a step has
+
+
+def slow_networks(job: RunSetup, sets: list[Tensor]) -> list[nn.Module]:
+    """Returns the network of each step, given the synthetic set (n, C, H, W) before each update: trained by the book."""
+    table, found = job.recipe.network, []
+    labels = torch.arange(CLASSES).repeat_interleave(job.recipe.ipc)
+    for index in range(len(sets)):
+        network = build_network(job.model, job.info, job.recipe.seed, "network", index // SHARED)
+        for after in sets[index - index % SHARED + 1 : index + 1]:  # as each update before this step left the set
+            for _ in range(table.inner_epochs):
+                loss = nn.functional.cross_entropy(network(after), labels)
+                for parameter, gradient in zip(network.parameters(), torch.autograd.grad(loss, list(network.parameters())), strict=True):
+                    parameter.data -= table.inner_lr * gradient
+        found.append(network)
+    return found
+
+
+@pytest.mark.parametrize("name", ["gm", "dm"])
+def test_the_network_of_a_step_is_fresh_or_trained_on_the_set_after_each_update(recipe: Maker, name: str) -> None:
+    job, seen = watched(recipe(name, augmenter="none"))
+    right = slow_networks(job, [images for _, _, images in seen])
+    for (tensors, features, images), network in zip(seen, right, strict=True):
+        for key, value in network_tensors(network).items():
+            torch.testing.assert_close(tensors[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(features, embed(network, images).detach(), rtol=1e-4, atol=1e-6)
+    fresh = [network_tensors(build_network(job.model, job.info, 0, "network", draw)) for draw in (0, 1)]
+    assert [same(tensors, fresh[index // SHARED]) for index, (tensors, _, _) in enumerate(seen)] == [True, False, False] * 2
+    assert not torch.equal(seen[1][0]["classifier.weight"], seen[2][0]["classifier.weight"])
+
+
+@pytest.mark.parametrize("shared", [1, 2])
+def test_without_inner_epochs_the_network_is_drawn_and_no_checkpoint_holds_it(recipe: Maker, shared: int) -> None:
+    job, seen = watched(recipe("gm", network={"inner_epochs": 0, "renew_every": shared}))
+    for index, (tensors, _, _) in enumerate(seen):
+        assert same(tensors, network_tensors(build_network(job.model, job.info, 0, "network", index // shared)))
+    _, bank, engine = made(recipe("gm", network={"inner_epochs": 0}))
+    advance(engine, 0, 2)
+    assert engine.state(2).keys() == bank.state().keys()
+
+
+def test_a_network_that_no_two_steps_share_is_never_trained(recipe: Maker) -> None:
+    states = []
+    for epochs in (0, 2):
+        _, _, engine = made(recipe("gm", network={"renew_every": 1, "inner_epochs": epochs}))
+        advance(engine, 0, 3)
+        states.append(engine.state(3))
+    assert same(*states)
+
+
+def test_inner_epochs_and_their_rate_matter(recipe: Maker) -> None:
+    found = []
+    for network in ({"inner_epochs": 0}, {}, {"inner_epochs": 3}, {"inner_lr": 0.1}):
+        _, bank, engine = made(recipe("gm", network=network))
+        advance(engine, 0, 2)
+        found.append(bank.images.detach().clone())
+    assert all(not torch.equal(a, b) for number, a in enumerate(found) for b in found[:number])
+
+
+@pytest.mark.parametrize("name", ["gm", "dm"])
+def test_chunks_of_classes_share_the_trained_network(recipe: Maker, name: str) -> None:
+    sets = []
+    for chunk in (0, 1):
+        _, bank, engine = made(recipe(name, engine={"chunk": chunk}))
+        assert len(engine.parts) == (CLASSES if chunk else 1)
+        advance(engine, 0, STEPS)
+        sets.append(bank.images.detach())
+    torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)
+
+
+def test_running_statistics_come_from_real_images_and_the_network_stays_in_training_mode(recipe: Maker) -> None:
+    job, bank, engine = made(recipe("gm", network={"norm": "batch"}))
+    modules = []
+    for index in (0, 1):
+        engine.source.advance(index, lambda: (bank.images, bank.labels))
+        module = engine.source.embedder(index).module
+        assert all(each.training for each in module.modules())
+        modules.append({name: value.clone() for name, value in network_tensors(module).items()})
+    fresh = build_network(job.model, job.info, 0, "network", 0)
+    rows = engine.source._drawn_rows(0, "batch norm", NORM_IMAGES)
+    assert torch.bincount(job.real.labels[rows]).tolist() == [NORM_IMAGES] * CLASSES
+    fresh(job.normalisation.normalise(job.real.images[rows]))
+    assert same(modules[0], network_tensors(fresh))
+    assert int(modules[1]["features.1.num_batches_tracked"]) == 4, "two passes over real images, two epochs"
+
+
+# Exact repetition
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+@pytest.mark.parametrize("name", ["gm", "dm"])
+def test_a_run_continued_inside_or_at_the_border_of_a_draw_is_the_run_in_one_go(
+    recipe: Maker, tmp_path: Path, name: str, norm: str
+) -> None:
+    table = recipe(name, network={"norm": norm})
+    files = [tmp_path / "straight"]
+    ddkit.distill(table, out=files[0], device="cpu")
+    for steps in (1, 2, 3, 5):
+        files.append(tmp_path / str(steps))
+        ddkit.distill(table, out=files[-1], steps=steps, device="cpu")
+        api.resume(files[-1], steps=STEPS, device="cpu")
+    found = [(path / "synthetic.safetensors").read_bytes() for path in files]
+    assert all(each == found[0] for each in found)
+    other = ddkit.distill(table, out=tmp_path / "other", seed=1, device="cpu")
+    assert not same(*(read_tensors(path / "synthetic.safetensors")[0] for path in (files[0], other.path)))
+
+
+def test_checkpoints_and_logging_change_nothing(recipe: Maker, tmp_path: Path) -> None:
+    found = []
+    for number, engine in enumerate(({}, {"log_every": 1}, {"checkpoint_every": 1, "log_every": 4})):
+        run = ddkit.distill(recipe("gm", "dm", engine=engine), out=tmp_path / str(number), device="cpu")
+        found.append((run.path / "synthetic.safetensors").read_bytes())
+    assert found[0] == found[1] == found[2]
+
+
+def test_a_checkpoint_inside_a_draw_needs_the_network_and_one_at_its_border_does_not(recipe: Maker, tmp_path: Path) -> None:
+    for steps in (2, SHARED):
+        run = ddkit.distill(recipe("gm"), out=tmp_path / str(steps), steps=steps, device="cpu")
+        for file in (run.path / "checkpoints").iterdir():
+            tensors, record = read_tensors(file)
+            assert ("network_step" in tensors) == (steps == 2 and "2" in file.name)
+            kept = {key: value for key, value in tensors.items() if not key.startswith("network")}
+            write_tensors(file, kept, record)
+    with pytest.raises(ddkit.DdkitError, match=r"step 2 .* does not fit its recipe") as caught:
+        api.resume(tmp_path / "2", steps=STEPS, device="cpu")
+    assert caught.value.exit_code == 5
+    api.resume(tmp_path / str(SHARED), steps=STEPS, device="cpu")
+
+
+@pytest.mark.parametrize("at", [2, 3, 4])
+@pytest.mark.parametrize("good", [1, 2, 3])
+def test_steps_taken_again_after_a_failure_give_the_run_without_it(recipe: Maker, at: int, good: int) -> None:
+    """`good`: the last step before which all is known to be finite, inside a draw or at its border."""
+    states = []
+    for fails in (-1, at):
+        _, bank, engine = made(recipe("gm"))
+        flaky = Flaky(fails)
+        advance(
+            Engine(bank, engine.source, [*engine.terms, WeightedLoss("flaky", flaky, 1.0)]),
+            0,
+            STEPS,
+            is_read=lambda index: index == good - 1,
+        )
+        assert flaky.failed == (fails == at)
+        states.append(engine.state(STEPS - 1) | {"images": bank.images.detach().clone()})
+    assert same(*states)
+
+
+def test_a_rate_that_makes_the_network_overflow_is_told_and_the_state_before_kept(recipe: Maker) -> None:
+    _, _, engine = made(recipe("gm", network={"inner_lr": 1e30}))
+    saved: list[tuple[int, dict[str, Tensor]]] = []
+    with pytest.raises(ddkit.RunFailed, match=r"'gm' became nan at step 1\. .*network\.inner_lr"):
+        advance(engine, 0, STEPS, save=lambda index: saved.append((index, engine.state(index))))
+    ((index, state),) = saved
+    assert index == 1
+    assert int(state["network_step"]) == 0
+    assert all(bool(value.isfinite().all()) for value in state.values())
+
+
+def test_a_step_whose_network_was_not_trained_up_to_it_is_refused(recipe: Maker) -> None:
+    _, _, engine = made(recipe("gm"))
+    with pytest.raises(ddkit.RunFailed, match="network of step 2 is trained from that of step 1"):
+        engine.evaluate(2)
+
+
+# Bad values, and the recipe
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"),
+    [
+        ("inner_epochs=-1", "inner_epochs"),
+        ("inner_epochs=1.5", "inner_epochs"),
+        ("inner_lr=0", "inner_lr"),
+        ("renew_every=0", "renew_every"),
+    ],
+)
+def test_a_bad_value_is_one_paragraph(cli: Callable[..., Result], setting: str, word: str) -> None:
+    result = cli("distill", "--losses", "gm", *SMALL_FLAGS, "--set", f"network.{setting}")
+    assert (result.code, result.out) == (4, "")
+    assert f"network.{word}" in result.err
+    assert "\n\n" not in result.err.strip()
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("ipc", "outer", "inner"),
+    [(1, 1, 1), (5, 10, 50), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10), (100, 50, 10)],
+)
+def test_the_recipe_dc_has_the_loops_of_the_public_code(ipc: int, outer: int, inner: int) -> None:
+    made: Recipe = recipe_for(str(DC), ipc=ipc)
+    assert (made.network.renew_every, made.network.inner_epochs, made.network.inner_lr) == (outer, inner, 0.01)
+    assert made.steps == 1000 * outer
+    assert (made.pipc, made.data.batch, made.augmenter.use, made.initializer.use) == ("all", 256, "none", "noise")
+    images = made.optimizer["images"]
+    assert (images.kind, images.lr, images.momentum) == ("sgd", 0.1, 0.5)
+    assert [(label, table.weight) for label, table in made.losses.items()] == [("gm", 1.0)]
+    assert made.evaluators["accuracy"].options["protocol"] == "dc-official"
+
+
+def test_the_recipe_dc_runs(npz: Path, tmp_path: Path) -> None:
+    sets = {"network.width": 4, "network.inner_epochs": 1}
+    run = ddkit.distill(str(DC), dataset=f"npz:{npz}", ipc=2, steps=3, evaluators="none", sets=sets, out=tmp_path / "run", device="cpu")
+    assert run.steps == 3

@@ -1,0 +1,1037 @@
+"""Real data: what is in the splits, what is opened, what is said of data that cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import pickle
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import ddkit
+from ddkit.components.base import Dataset
+from ddkit.data.images import Kinds, Normalisation, _fonts, _written, channel_statistics, conform, sheet_png
+from ddkit.data.real import RealData, accessible_indices, open_dataset
+from ddkit.nn.teachers import read_teacher
+from ddkit.recipes.tables import DataTable
+from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def opened(use: str, **options: Any) -> Dataset:
+    return open_dataset(DataTable(use=use, options=options))
+
+
+def write_image(path: Path, pixels: Any, mode: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(pixels, dtype=np.uint8))
+    (image if mode is None else image.convert(mode)).save(path)
+    return path
+
+
+def grey(value: int, size: tuple[int, int] = (6, 6)) -> Any:
+    return np.full(size, value, dtype=np.uint8)
+
+
+def rgb(value: int, size: tuple[int, int] = (6, 6)) -> Any:
+    return np.full((*size, 3), (value, value // 2, 7), dtype=np.uint8)
+
+
+# digits
+
+
+def test_digits_are_the_1797_real_ones_in_a_stratified_split() -> None:
+    digits = opened("digits")
+    train, test = digits.labels("train"), digits.labels("test")
+    assert len(train) + len(test) == 1797
+    assert list(digits.class_names) == [str(digit) for digit in range(10)]
+    shares = torch.bincount(test) / (torch.bincount(test) + torch.bincount(train))
+    assert 0.19 < float(shares.min()) <= float(shares.max()) < 0.21
+    assert digits.mirror is False
+
+
+def test_digits_are_single_channel_in_unit_range() -> None:
+    images = torch.stack(list(opened("digits").images("train", range(200))))
+    assert images.shape == (200, 1, 8, 8)
+    assert images.dtype == torch.float32
+    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
+
+
+def test_digits_of_the_two_splits_are_all_of_the_source() -> None:
+    from sklearn.datasets import load_digits
+
+    digits = opened("digits")
+    ours = [
+        (image * 16).round().int().flatten().tolist() for s in ("train", "test") for image in digits.images(s, range(len(digits.labels(s))))
+    ]
+    theirs = load_digits().data.astype(int).tolist()
+    assert sorted(ours) == sorted(theirs)
+
+
+# npz
+
+
+def write_npz(path: Path, **arrays: Any) -> str:
+    np.savez(path, **arrays)
+    return f"npz:{path}"
+
+
+Y = np.array([0, 1, 2, 0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((6, 5, 4), (1, 5, 4)),
+        ((6, 5, 4, 3), (3, 5, 4)),
+        ((6, 5, 4, 1), (1, 5, 4)),
+        ((6, 3, 5, 4), (3, 5, 4)),
+        ((6, 1, 5, 4), (1, 5, 4)),
+    ],
+)
+@pytest.mark.parametrize("kind", [np.uint8, np.float32, np.float64, np.float16])
+def test_npz_takes_the_common_layouts(tmp_path: Path, shape: tuple[int, ...], expected: tuple[int, ...], kind: type) -> None:
+    x = np.random.default_rng(0).random(shape)
+    x = (x * 255).astype(np.uint8) if kind is np.uint8 else x.astype(kind)
+    data = opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, x_test=x[:3], y_test=Y[:3]))
+    images = data.images("train", [0, 5])
+    assert [tuple(image.shape) for image in images] == [expected, expected]
+    assert images[0].dtype == (torch.uint8 if kind is np.uint8 else torch.float32)
+    channel_first = x[5][None] if len(shape) == 3 else (x[5] if shape[1] in (1, 3) else x[5].transpose(2, 0, 1))
+    np.testing.assert_array_equal(images[1].numpy(), channel_first.astype(images[1].numpy().dtype))
+    assert data.labels("test").tolist() == [0, 1, 2]
+    whole = data.images("train", range(6))
+    assert isinstance(whole, Tensor)
+    assert whole.stride() == torch.empty(whole.shape).stride(), "which convolution computes must not depend on the layout"
+
+
+def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path) -> None:
+    x = np.arange(60, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    use = write_npz(tmp_path / "a.npz", x_train=x, y_train=np.arange(60) % 3, class_names=np.array(["α", "b c", "d"]))
+    data = opened(use, holdout=0.25)
+    assert torch.bincount(data.labels("test")).tolist() == [5, 5, 5]
+    rows = {s: [int(image[0, 0, 0]) for image in data.images(s, range(len(data.labels(s))))] for s in ("train", "test")}
+    assert sorted(rows["train"] + rows["test"]) == list(range(60))
+    assert all(row % 3 == label for s in rows for row, label in zip(rows[s], data.labels(s).tolist(), strict=True))
+    assert list(data.class_names) == ["α", "b c", "d"]
+    assert torch.equal(opened(use, holdout=0.25).labels("test"), data.labels("test"))
+    other = opened(use, holdout=0.25, holdout_seed=1)
+    assert [int(image[0, 0, 0]) for image in other.images("test", range(15))] != rows["test"]
+
+
+def test_class_names_of_an_npz_may_be_bytes(tmp_path: Path) -> None:
+    x = np.zeros((6, 4, 4), np.uint8)
+    assert list(
+        opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, class_names=np.array([b"chat", "é".encode(), b"c"]))).class_names
+    ) == [
+        "chat",
+        "é",
+        "c",
+    ]
+    with pytest.raises(ddkit.InputError, match="no UTF-8 text"):
+        opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, class_names=np.array([b"a", b"\xff", b"c"])))
+
+
+X = np.zeros((6, 4, 4), np.uint8)
+NAN = np.full((6, 4, 4), np.nan)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_train": X}, "x_train and y_train"),
+        ({}, "x_train and y_train"),
+        ({"x_train": X, "y_train": Y[:5]}, "one for each image"),
+        ({"x_train": X, "y_train": Y.astype(float)}, "must be integers"),
+        ({"x_train": X, "y_train": Y - 1}, "negative label"),
+        ({"x_train": X, "y_train": Y * 1_000_000}, "largest label is 2000000"),
+        ({"x_train": X, "y_train": Y * 2}, "class '1'.*has no training image"),
+        ({"x_train": X[:0], "y_train": Y[:0]}, "no image"),
+        ({"x_train": np.uint8(3), "y_train": Y}, "has shape"),
+        ({"x_train": np.zeros((6, 4, 4, 2), np.uint8), "y_train": Y}, "has shape"),
+        ({"x_train": X.astype(np.float32) + 3, "y_train": Y}, "floats in 0..1"),
+        ({"x_train": NAN, "y_train": Y}, "floats in 0..1"),
+        ({"x_train": X.astype(np.int64), "y_train": Y}, "must be uint8"),
+        ({"x_train": X, "y_train": Y, "x_test": X}, "y_test must be integers"),
+        ({"x_train": X, "y_train": Y, "class_names": np.array(["a", "b"])}, "2 names for 3 classes"),
+        ({"x_train": X, "y_train": Y, "class_names": np.array("abc")}, "1 names for 3 classes"),
+        ({"x_train": X, "y_train": np.array([object()] * 6)}, "plain arrays"),
+    ],
+)
+def test_unusable_npz_is_an_input_error_naming_the_fault(tmp_path: Path, arrays: dict[str, Any], message: str) -> None:
+    with pytest.raises(ddkit.InputError, match=message):
+        opened(write_npz(tmp_path / "a.npz", **arrays))
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", "npy"])
+def test_file_that_is_no_npz_is_an_input_error(tmp_path: Path, content: bytes | str) -> None:
+    path = tmp_path / "a.npz"
+    if isinstance(content, str):
+        with path.open("wb") as stream:
+            np.save(stream, X)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ddkit.InputError, match=r"a\.npz"):
+        opened(f"npz:{path}")
+
+
+def test_missing_npz_is_an_input_error(tmp_path: Path) -> None:
+    with pytest.raises(ddkit.InputError, match="does not exist"):
+        opened(f"npz:{tmp_path / 'none.npz'}")
+
+
+def test_npz_fingerprint_tells_a_changed_pixel(tmp_path: Path) -> None:
+    first = opened(write_npz(tmp_path / "a.npz", x_train=X, y_train=Y, x_test=X, y_test=Y)).fingerprint()
+    changed = X.copy()
+    changed[2, 3, 1] = 1
+    assert opened(write_npz(tmp_path / "b.npz", x_train=X, y_train=Y, x_test=X, y_test=Y)).fingerprint() == first
+    assert opened(write_npz(tmp_path / "c.npz", x_train=changed, y_train=Y, x_test=X, y_test=Y)).fingerprint() != first
+
+
+# image folders
+
+
+def test_folder_with_train_and_test_gives_both_splits(image_folder: Path) -> None:
+    data = opened(f"imagefolder:{image_folder}")
+    assert list(data.class_names) == NAMES
+    assert torch.bincount(data.labels("train")).tolist() == [6, 6, 6]
+    assert torch.bincount(data.labels("test")).tolist() == [3, 3, 3]
+    assert data.sources("train", [0, 17]) == ["train/cat/000.png", "train/owl/005.png"]
+    pixels = np.asarray(Image.open(image_folder / "train/owl/005.png"))
+    (image,) = data.images("train", [17])
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_single_folder_holds_out_a_seeded_share_of_each_class(image_folder: Path) -> None:
+    use = f"imagefolder:{image_folder / 'train'}"
+    data = opened(use, holdout=0.34)
+    assert torch.bincount(data.labels("test")).tolist() == [2, 2, 2]
+    train, test = (data.sources(s, range(len(data.labels(s)))) for s in ("train", "test"))
+    assert not set(train) & set(test)
+    assert len({*train, *test}) == 18
+    assert opened(use, holdout=0.34).sources("test", range(6)) == test
+    assert any(opened(use, holdout=0.34, holdout_seed=s).sources("test", range(6)) != test for s in (1, 2, 3))
+
+
+def test_class_of_one_image_keeps_it_for_training(tmp_path: Path) -> None:
+    write_image(tmp_path / "a/1.png", rgb(1))
+    for number in range(5):
+        write_image(tmp_path / f"b/{number}.png", rgb(number))
+    data = opened(f"imagefolder:{tmp_path}")
+    assert (data.labels("train").tolist(), data.labels("test").tolist()) == ([0, 1, 1, 1, 1], [1])
+
+
+def test_class_names_with_spaces_and_other_alphabets_reach_the_artifact(tmp_path: Path) -> None:
+    names = ["Große Katze", "два слова", "猫"]
+    for split in ("train", "test"):
+        for value, name in enumerate(names):
+            for number in range(2):
+                write_image(tmp_path / f"im ages/{split}/{name}/{number} é.png", rgb(60 * value + number, (8, 8)))
+    run = ddkit.distill(losses="dm", dataset=f"imagefolder:{tmp_path / 'im ages'}", ipc=1, pipc=2, sets=SMALL, out=tmp_path / "run")
+    assert ddkit.load(run.path).class_names == sorted(names)
+    manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["real_files"][0] == f"train/{sorted(names)[0]}/0 é.png"
+
+
+def test_hidden_and_other_files_are_ignored(image_folder: Path) -> None:
+    before = opened(f"imagefolder:{image_folder}")
+    for hidden in ("train/cat/._000.png", "train/cat/.DS_Store", "train/cat/notes.txt", "train/.git/x.png", "test/.cache/x.png"):
+        (image_folder / hidden).parent.mkdir(exist_ok=True)
+        (image_folder / hidden).write_bytes(b"no image")
+    after = opened(f"imagefolder:{image_folder}")
+    assert list(after.class_names) == NAMES
+    assert after.sources("train", range(18)) == before.sources("train", range(18))
+    assert after.fingerprint() == before.fingerprint()
+    assert len(after.labels("train")) == 18
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
+def test_every_common_image_mode_is_decoded(tmp_path: Path, mode: str) -> None:
+    pixels = np.zeros((6, 6, 3), np.uint8)
+    pixels[:3] = 255
+    write_image(tmp_path / "a/1.png", pixels, mode)
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert image.shape == ((1 if mode in ("L", "1", "LA") else 3), 6, 6)
+    assert image.dtype == torch.uint8
+    assert (image[:, :3] == 255).all()
+    assert (image[:, 3:] == 0).all()
+
+
+def write_deep_png(path: Path, pixels: Any) -> None:
+    """Writes pixels (H, W, C) uint16 as a PNG of 16 bits, C of 2 to 4, which Pillow cannot write."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    height, width, channels = pixels.shape
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize(("channels", "expected"), [(2, [40, 40, 40]), (3, [40, 90, 200]), (4, [40, 90, 200])])
+def test_sixteen_bit_files_with_colour_or_alpha_are_scaled(tmp_path: Path, channels: int, expected: list[int]) -> None:
+    values = [40 * 257, 9 * 257] if channels == 2 else [40 * 257, 90 * 257, 200 * 257, 9 * 257][:channels]
+    write_deep_png(tmp_path / "a/1.png", np.full((5, 4, channels), values, np.uint16))
+    data = opened(f"imagefolder:{tmp_path}")
+    (image,) = data.images("train", [0])
+    assert image[:, 0, 0].tolist() == expected  # Pillow gives grey with alpha as colours
+    assert data.shapes("train", [0]) == [tuple(image.shape)]
+
+
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(rgb(200, (16, 16))).convert("CMYK").save(tmp_path / "a/1.jpg", quality=95)
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert (image[:, 8, 8].int() - torch.tensor([200, 100, 7])).abs().max() < 12
+
+
+def test_shapes_told_by_headers_are_those_of_the_images(tmp_path: Path) -> None:
+    for mode in ("L", "RGB", "RGBA", "P", "1", "LA", "CMYK"):
+        suffix = "tif" if mode == "CMYK" else "png"
+        write_image(tmp_path / f"a/{mode}.{suffix}", rgb(90, (6, 9)), mode)
+    Image.fromarray(np.zeros((5, 7), np.uint16)).save(tmp_path / "a/sixteen.png")
+    for options in ({}, {"size": [3, 4]}):
+        data = opened(f"imagefolder:{tmp_path}", holdout=0.01, **options)
+        rows = range(len(data.labels("train")))
+        assert data.shapes("train", rows) == [tuple(image.shape) for image in data.images("train", rows)]
+
+
+def test_palette_with_transparency_is_decoded_without_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(rgb(200)).quantize(4).save(tmp_path / "a/1.png", transparency=bytes([255, 0, 255, 0]))
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert image[:, 0, 0].tolist() == [200, 100, 7]
+
+
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray((np.arange(64).reshape(8, 8) * 1040).astype(np.uint16)).save(tmp_path / "a/1.png")
+    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
+    assert image.flatten().tolist() == [round(value * 1040 / 257) for value in range(64)]
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "a/1.tif")
+    with pytest.raises(ddkit.InputError, match="unknown range"):
+        opened(f"imagefolder:{tmp_path}").images("train", [0])
+
+
+def test_grey_and_colour_together_become_colour(tmp_path: Path) -> None:
+    write_image(tmp_path / "a/1.png", grey(10))
+    write_image(tmp_path / "b/1.png", rgb(20))
+    real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
+    assert real.images.shape == (2, 3, 6, 6)
+    assert real.images[:, :, 0, 0].tolist() == [[10, 10, 10], [20, 10, 7]]
+
+
+def test_folder_of_grey_images_stays_single_channel(tmp_path: Path) -> None:
+    write_image(tmp_path / "a/1.png", grey(10))
+    write_image(tmp_path / "b/1.png", grey(20))
+    assert RealData(opened(f"imagefolder:{tmp_path}"), "all", 0).info.shape == (1, 6, 6)
+
+
+def test_mixed_sizes_become_the_most_common_one_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number, size in enumerate([(12, 4), (6, 8), (6, 8), (6, 8)]):
+        write_image(tmp_path / f"train/a/{number}.png", rgb(90, size))
+    with caplog.at_level(logging.WARNING, "ddkit"):
+        real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
+    assert real.images.shape == (4, 3, 6, 8)
+    assert real.images[0, :, 3, 4].tolist() == [90, 45, 7]
+    assert "1 of 4 images were resized to 6 x 8 pixels" in caplog.text
+
+
+def test_images_resized_to_the_size_of_the_recipe_are_said_also_from_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(40):
+        file = write_image(tmp_path / f"train/a/{number:02d}.png", rgb(90, (12, 4) if number < 7 else (6, 8)))
+        os.utime(file, (1_500_000_000, 1_500_000_000))
+    for _ in range(2):
+        caplog.clear()
+        RealData(opened(f"imagefolder:{tmp_path}", size=[6, 8]), "all", 0)
+        assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == ["7 of 40 images were resized to 6 x 8 pixels."]
+
+
+def test_images_of_one_size_are_not_said_to_be_resized(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    RealData(opened(f"imagefolder:{image_folder}"), "all", 0)
+    assert "resized" not in caplog.text
+
+
+def test_common_shape_is_the_most_frequent_and_of_equals_the_larger() -> None:
+    def of(*shapes: tuple[int, int, int]) -> tuple[int, int, int]:
+        kinds = Kinds()
+        kinds.add([torch.zeros(shape) for shape in shapes])
+        return kinds.shape
+
+    assert of((1, 4, 6), (1, 8, 8), (1, 4, 6)) == (1, 4, 6)
+    assert of((3, 4, 6), (1, 8, 8)) == (3, 8, 8)
+
+
+def test_size_option_resizes_every_image(tmp_path: Path, image_folder: Path) -> None:
+    data = opened(f"imagefolder:{image_folder}", size=[5, 9])
+    assert [tuple(image.shape) for image in data.images("train", [0, 7])] == [(3, 5, 9)] * 2
+    assert data.fingerprint() != opened(f"imagefolder:{image_folder}").fingerprint()
+    for bad in ([5], [0, 4], [3, 3, 3]):
+        with pytest.raises(ddkit.InputError, match="height, width"):
+            opened(f"imagefolder:{image_folder}", size=bad)
+
+
+def test_non_square_images_go_through_a_whole_run(tmp_path: Path) -> None:
+    folder = write_image_folder(tmp_path / "images", size=(8, 14), train=3, test=2)
+    run = ddkit.distill(losses="dm,dkkt", dataset=f"imagefolder:{folder}", ipc=1, pipc=3, sets=SMALL, out=tmp_path / "run")
+    assert ddkit.load(run.path).images.shape == (3, 3, 8, 14)
+
+
+def test_labels_and_listing_open_no_image(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "open", _poison)
+    data = opened(f"imagefolder:{image_folder}")
+    assert len(data.labels("train")) == 18
+    assert data.sources("train", [3])
+    with pytest.raises(ddkit.InputError, match="opened"):
+        data.images("train", [3])
+
+
+def _poison(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("an image was opened")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda root: shutil.rmtree(root), "does not exist"),
+        (lambda root: [shutil.rmtree(root / "train" / name) for name in NAMES], "no class folders"),
+        (lambda root: [file.unlink() for file in (root / "train/dog").iterdir()], "dog holds no image"),
+        (lambda root: (root / "test/zebra").mkdir(), "class 'zebra'"),
+    ],
+)
+def test_unusable_folder_is_an_input_error(image_folder: Path, prepare: Callable[[Path], Any], message: str) -> None:
+    prepare(image_folder)
+    with pytest.raises(ddkit.InputError, match=message):
+        opened(f"imagefolder:{image_folder}")
+
+
+def test_corrupt_image_is_an_input_error_naming_the_file(image_folder: Path) -> None:
+    (image_folder / "train/cat/000.png").write_bytes((image_folder / "train/cat/000.png").read_bytes()[:60])
+    with pytest.raises(ddkit.InputError, match=r"train/cat/000\.png cannot be decoded"):
+        opened(f"imagefolder:{image_folder}").images("train", [0])
+
+
+def test_folder_that_cannot_be_listed_is_an_input_error(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.scandir", denied)
+    with pytest.raises(ddkit.InputError, match="cannot be listed: Permission denied"):
+        opened(f"imagefolder:{image_folder}")
+
+
+# what is where in a folder
+
+
+def make(root: Path, *files: str) -> Path:
+    """Writes small images, or other files by their ending, under `root`."""
+    for number, name in enumerate(files):
+        if name.endswith(".png"):
+            write_image(root / name, rgb(40 + number))
+        else:
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_bytes(b"x" * 40)
+    return root
+
+
+def split_of(data: Dataset, split: str) -> list[str]:
+    return [str(source) for source in data.sources(split, range(len(data.labels(split))))]
+
+
+CLASSES = ("train/a/1.png", "train/b/1.png")
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "Validation", "testing", "TEST"])
+def test_the_test_split_may_have_any_common_name_and_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str) -> None:
+    data = opened(f"imagefolder:{make(tmp_path, *CLASSES, f'{name}/a/2.png')}")
+    assert split_of(data, "test") == [f"{name}/a/2.png"]
+    assert caplog.messages == [f"{tmp_path}: the test split is '{name}'."]
+    assert caplog.records[0].news  # type: ignore[attr-defined]  # no warning of the result
+    caplog.clear()
+    (tmp_path / name).rename(tmp_path / "moved")
+    (tmp_path / "moved").rename(tmp_path / "test")
+    assert split_of(opened(f"imagefolder:{tmp_path}"), "test") == ["test/a/2.png"]
+    assert caplog.messages == []
+
+
+def test_of_several_test_splits_test_is_taken_and_the_others_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = opened(f"imagefolder:{make(tmp_path, *CLASSES, 'val/a/2.png', 'test/a/3.png', 'extra/x.png', 'notes/readme.txt')}")
+    assert split_of(data, "test") == ["test/a/3.png"]
+    assert caplog.messages == [f"{tmp_path}: the test split is 'test'; not used: 'val', 'extra'."]
+
+
+def test_training_may_be_called_in_other_words_and_classes_stand_beside_a_test_split(tmp_path: Path) -> None:
+    assert split_of(opened(f"imagefolder:{make(tmp_path / 'x', 'Training/a/1.png', 'Training/b/1.png')}"), "train") == [
+        "Training/a/1.png",
+        "Training/b/1.png",
+    ]
+    data = opened(f"imagefolder:{make(tmp_path / 'y', 'a/1.png', 'b/1.png', 'val/b/2.png')}")
+    assert (split_of(data, "train"), split_of(data, "test")) == (["a/1.png", "b/1.png"], ["val/b/2.png"])
+
+
+def test_images_without_labels_are_no_class_and_no_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    beside = opened(f"imagefolder:{make(tmp_path / 'x', 'a/1.png', 'b/1.png', 'test/9.png')}")
+    assert list(beside.class_names) == ["a", "b"]
+    assert caplog.messages == [f"{tmp_path / 'x'}: not used, without class folders: 'test'."]
+    tiny = opened(f"imagefolder:{make(tmp_path / 'y', *CLASSES, 'test/images/1.png', 'val/images/2.png')}")
+    assert (split_of(tiny, "train"), split_of(tiny, "test")) == (list(CLASSES), [])
+
+
+def test_a_class_may_be_called_train(tmp_path: Path) -> None:
+    assert list(opened(f"imagefolder:{make(tmp_path, 'bus/1.png', 'car/1.png', 'train/1.png')}").class_names) == ["bus", "car", "train"]
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "advised"),
+    [
+        (
+            ("bus/1.png", "car/1.png", "train/x/1.png", "train/y/1.png"),
+            "beside it 'bus', 'car' with images: is 'train' the training split, or a class",
+            "train",
+        ),
+        (("bus/1.png", "train/1.png", "test/1.png"), "are these classes, or splits", None),
+        (("train/a/1.png", "train/b/1.png", "training/a/1.png"), "two training splits", "train"),
+        (("val/a/1.png", "val/b/1.png"), "no training split", "val"),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_refused(tmp_path: Path, files: Sequence[str], message: str, advised: str | None) -> None:
+    make(tmp_path, *files)
+    with pytest.raises(ddkit.InputError, match=message) as caught:
+        opened(f"imagefolder:{tmp_path}")
+    if advised:
+        assert f"--dataset imagefolder:{tmp_path / advised}" in str(caught.value)
+        assert len(opened(f"imagefolder:{tmp_path / advised}").class_names) == 2  # the advice works as printed
+
+
+def test_folders_inside_of_a_class_belong_to_it_in_the_order_of_torchvision(tmp_path: Path) -> None:
+    from torchvision.datasets import ImageFolder
+
+    make(tmp_path, "a/9.png", "a/deep/er/2.png", "a/deep/1.png", "a/deep-not/3.png", "a/Up/4.png", "b/inner/1.png")
+    (tmp_path / "b/round").symlink_to(tmp_path / "b")
+    data = opened(f"imagefolder:{tmp_path}", holdout=0.01)
+    found = sorted(split_of(data, "train") + split_of(data, "test"))
+    assert found == sorted(
+        Path(path).relative_to(tmp_path).as_posix() for path, _ in ImageFolder(str(tmp_path)).samples if "round" not in path
+    )
+    make(tmp_path, "a/.hidden/1.png", "a/@eaDir/1.png")
+    theirs = [path for path, label in ImageFolder(str(tmp_path)).samples if label == 0 and "/." not in path and "@" not in path]
+    from ddkit_datasets.layout import walk
+
+    assert walk(tmp_path / "a").names == [Path(path).relative_to(tmp_path / "a").as_posix() for path in theirs]
+
+
+def test_what_systems_leave_behind_is_no_class(tmp_path: Path) -> None:
+    leftovers = ("__MACOSX/a/._1.png", "@eaDir/1.png", ".ipynb_checkpoints/1.png", "$RECYCLE.BIN/1.png", "System Volume Information/x")
+    make(tmp_path, "a/1.png", "b/1.png", "Thumbs.db", "a/Thumbs.db", "a/desktop.ini", *leftovers, *(f"a/{name}" for name in leftovers))
+    data = opened(f"imagefolder:{tmp_path}")
+    assert list(data.class_names) == ["a", "b"]
+    assert split_of(data, "train") == ["a/1.png", "b/1.png"]
+
+
+def test_images_of_other_formats_are_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_image(tmp_path / "train/a/1.jpg", rgb(50)).rename(tmp_path / "train/a/1.JFIF")
+    make(tmp_path, *CLASSES, "train/a/x.HEIC", "train/a/deep/y.heic", "train/b/z.avif", "test/a/z.jp2", "train/a/notes.txt")
+    data = opened(f"imagefolder:{tmp_path}")
+    assert split_of(data, "train") == ["train/a/1.JFIF", *CLASSES]
+    assert data.images("train", [0])[0].shape == (3, 6, 6)
+    (message,) = caplog.messages
+    assert "images that ddkit does not read are left out: 2 .heic, 1 .avif, 1 .jp2." in message
+    make(tmp_path, "train/c/only.heic")
+    with pytest.raises(ddkit.InputError, match=r"train/c holds no image \(1 \.heic, which ddkit does not read"):
+        opened(f"imagefolder:{tmp_path}")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
+def test_what_is_called_an_image_and_is_no_file_is_refused_when_it_is_read(tmp_path: Path, kind: str) -> None:
+    make(tmp_path, *CLASSES)
+    strange = tmp_path / "train/a/0.png"
+    os.mkfifo(strange) if kind == "pipe" else strange.symlink_to("nothing.png")
+    data = opened(f"imagefolder:{tmp_path}")
+    assert data.images("train", [1])[0].shape == (3, 6, 6)
+    with pytest.raises(ddkit.InputError, match=r"train/a/0\.png"):
+        data.images("train", [0])
+
+
+def test_runs_inside_of_the_folder_are_no_class(cli: Callable[..., Result], tmp_path: Path) -> None:
+    make(Path.cwd(), *(f"{name}/{number}.png" for name in "ab" for number in range(4)))
+    for number in (1, 2):  # the second finds the first's pictures
+        done = cli("distill", "--dataset", "imagefolder:.", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--evaluate", "none")
+        assert done.code == 0, done.err
+        assert ddkit.load(Path(f"runs/dm-imagefolder-{number}")).class_names == ["a", "b"]
+    assert (
+        cli("distill", "--dataset", "imagefolder:.", "--losses", "dm", "--pipc", 2, "--steps", 0, "--evaluate", "none", "--out", "own").code
+        == 0
+    )
+    assert list(opened(f"imagefolder:{Path.cwd()}").class_names) == ["a", "b"]
+    make(Path.cwd(), "runs/1.png")  # negative control: a folder of this name that holds images is a class
+    assert list(opened(f"imagefolder:{Path.cwd()}").class_names) == ["a", "b", "runs"]
+
+
+@pytest.mark.parametrize("tag", range(1, 9))
+@pytest.mark.parametrize("ending", ["jpg", "png", "webp", "tif"])
+def test_photographs_are_turned_as_exif_says(tmp_path: Path, tag: int, ending: str) -> None:
+    from PIL import ImageOps
+
+    pixels = np.zeros((16, 24, 3), np.uint8)
+    pixels[:8, :12] = 255
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = tag
+    (tmp_path / "a").mkdir()
+    image.save(tmp_path / f"a/1.{ending}", exif=exif, quality=95)
+    data = opened(f"imagefolder:{tmp_path}")
+    (found,) = data.images("train", [0])
+    assert data.shapes("train", [0]) == [tuple(found.shape)]
+    with Image.open(tmp_path / f"a/1.{ending}") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored)).transpose(2, 0, 1)
+        np.testing.assert_array_equal(found.numpy(), expected)
+    assert tuple(found.shape) == ((3, 24, 16) if tag > 4 else (3, 16, 24))
+
+
+def test_twelve_bits_in_sixteen_are_told_and_scaled(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, values in (("a", (0, 4095)), ("b", (1000, 2000))):
+        (tmp_path / name).mkdir()
+        Image.fromarray(np.array([values] * 2, np.uint16)).save(tmp_path / f"{name}/1.png")
+    use = f"imagefolder:{tmp_path}"
+    assert RealData(opened(use), "all", 0).images.max() == 16
+    assert "almost black: their largest value is 16 of 255" in caplog.text
+    assert "--set data.bits=12" in caplog.text
+    caplog.clear()
+    assert RealData(opened(use, bits=12), "all", 0).images[:, 0, 0].tolist() == [[0, 255], [62, 125]]
+    assert caplog.messages == []
+    with pytest.raises(ddkit.InputError, match=r"a/1\.png cannot be used: its value 4095 needs 12 bits.*data\.bits=12"):
+        RealData(opened(use, bits=11), "all", 0)
+    Image.fromarray(np.array([(0, 65535)] * 2, np.uint16)).save(tmp_path / "b/1.png")
+    RealData(opened(use), "all", 0)
+    assert caplog.messages == []
+
+
+def test_channels_do_not_depend_on_which_images_are_accessible(tmp_path: Path) -> None:
+    for name in "ab":
+        for number in range(4):
+            write_image(tmp_path / f"{name}/{number}.png", grey(10 * number))
+    use = f"imagefolder:{tmp_path}"
+    assert {RealData(opened(use), 1, seed).info.channels for seed in range(6)} == {1}
+    write_image(tmp_path / "b/2.png", rgb(90))
+    assert {RealData(opened(use), 1, seed).info.channels for seed in range(6)} == {3}
+    assert {RealData(opened(use, channels=1), 1, seed).info.channels for seed in range(6)} == {1}
+    assert opened(use, channels=1).shapes("train", [0]) == [(1, 6, 6)]
+    (tmp_path / "b/2.png").write_bytes(b"garbage")  # whose header cannot be read tells nothing
+    assert opened(use).grey()
+    assert RealData(opened(use, channels=3), 1, 0, None).info.channels == 3
+
+
+def test_colour_folders_are_not_looked_through_for_grey(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddkit_datasets.folder.any_coloured", _poison)
+    assert RealData(opened(f"imagefolder:{image_folder}"), 1, 0).info.channels == 3
+
+
+def test_an_image_that_may_not_be_read_is_told_as_that(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(path: Any, *_: Any, **__: Any) -> Any:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("ddkit.open_regular", denied)
+    with pytest.raises(ddkit.InputError, match=r"The image .*000\.png cannot be opened: Permission denied.*chmod") as caught:
+        opened(f"imagefolder:{image_folder}").images("train", [0])
+    assert "decoded" not in str(caught.value)
+    monkeypatch.setattr("ddkit.data.arrays.open_regular", denied)
+    with pytest.raises(ddkit.InputError, match=r"The data file .*x\.npz cannot be opened: Permission denied"):
+        opened("npz:x.npz")
+    monkeypatch.setattr("ddkit.nn.teachers.open_regular", denied)
+    with pytest.raises(ddkit.InputError, match=r"The teacher .*000\.png cannot be opened: Permission denied"):
+        read_teacher(image_folder / "train/cat/000.png")
+
+
+# where data are
+
+
+@pytest.mark.parametrize(
+    ("name", "use"), [("../photos", "imagefolder:../photos"), ("photos", "imagefolder:photos"), ("./x.npz", "npz:./x.npz")]
+)
+def test_a_path_in_the_place_of_a_dataset_is_told_how_it_is_given(cli: Callable[..., Result], name: str, use: str) -> None:
+    Path("photos").mkdir()
+    result = cli("distill", "--losses", "dm", "--dataset", name)
+    assert (result.code, result.out) == (3, "")
+    assert f"--dataset {use}" in " ".join(result.err.split())
+    assert "which is a path" not in cli("distill", "--losses", "dm", "--dataset", "digitz").err  # negative control
+
+
+def test_a_leading_tilde_is_the_home_folder(
+    cli: Callable[..., Result], image_folder: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "r.toml").write_text('losses.dm = {}\ndata.path = "~/images"\ndata.use = "imagefolder"\n')
+    flags = ("distill", "--plan", "--json", "--pipc", 2, "--recipe", "~/r.toml", "--teacher", "~/teacher.safetensors")
+    for more in ((), ("--dataset", "imagefolder:~/images"), ("--dataset", "imagefolder", "--set", "data.path=~/images")):
+        result = cli(*flags, *more)
+        assert result.code == 0, result.err
+        recipe = json.loads(result.out)["recipe"]
+        assert (recipe["data"]["path"], recipe["teacher"]["use"]) == (str(image_folder), str(teacher))
+    np.savez(tmp_path / "x.npz", x_train=np.zeros((8, 8, 8), np.uint8), y_train=np.arange(8) % 2)
+    assert cli("distill", "--losses", "dm", "--plan", "--pipc", 2, "--dataset", "npz:~/x.npz").code == 0
+    assert cli("new", "loss", "mine", "--out=~/package").code == 0
+    assert (tmp_path / "package").is_dir()
+    assert f"The image folder {Path.cwd()}/~images" in " ".join(
+        cli("distill", "--losses", "dm", "--dataset", "imagefolder:~images").err.split()
+    )
+
+
+# practical access
+
+
+@pytest.mark.parametrize("pipc", [0, 1, 4, 5, 100, "all"])
+def test_accessible_rows_are_ascending_per_class_and_at_most_pipc(pipc: int | str) -> None:
+    labels = torch.tensor([2, 0, 1, 0, 2, 2, 0, 2, 0, 2, 0])
+    chosen = accessible_indices(labels, 3, pipc, seed=0)
+    found = [labels[row].item() for row in chosen]
+    assert found == sorted(found)
+    for label, size in enumerate((5, 1, 5)):
+        rows = [row for row in chosen if labels[row] == label]
+        assert rows == sorted(set(rows))
+        assert len(rows) == (size if pipc == "all" else min(size, int(pipc)))
+
+
+def test_choice_of_a_class_depends_on_the_seed_and_that_class_alone() -> None:
+    labels = torch.arange(60) % 3
+    chosen = accessible_indices(labels, 3, 5, seed=0)
+    assert accessible_indices(labels, 3, 5, seed=0) == chosen
+    assert accessible_indices(labels, 3, 5, seed=1) != chosen
+    grown = accessible_indices(torch.cat([labels, torch.tensor([2, 2, 2])]), 3, 5, seed=0)
+    assert grown[:10] == chosen[:10]
+    assert grown[10:] != chosen[10:]
+    places = [[row // 3 for row in chosen[5 * label : 5 * label + 5]] for label in range(3)]
+    assert places[0] != places[1] != places[2]  # equally large classes are drawn independently
+
+
+def test_manifest_lists_the_accessible_images_and_only_these_are_counted(tmp_path: Path, image_folder: Path) -> None:
+    run = ddkit.distill(losses="dm", dataset=f"imagefolder:{image_folder}", ipc=1, pipc=2, seed=3, sets=SMALL, out=tmp_path / "run")
+    listed = json.loads((run.path / "manifest.json").read_text())["real_files"]
+    labels = opened(f"imagefolder:{image_folder}").labels("train")
+    expected = opened(f"imagefolder:{image_folder}").sources("train", accessible_indices(labels, 3, 2, 3))
+    assert listed == expected
+    assert len(listed) == 6
+
+
+@pytest.fixture
+def teacher(tmp_path: Path, image_folder: Path) -> Path:
+    path = tmp_path / "teacher.safetensors"
+    ddkit.train(path, dataset=f"imagefolder:{image_folder}", sets={"train.epochs": 1, "teacher.width": 8})
+    return path
+
+
+def accessible(folder: Path, out: str) -> set[Path]:
+    return {folder / name for name in json.loads(Path(out, "manifest.json").read_text())["real_files"]}
+
+
+def test_garbage_in_every_inaccessible_file_changes_nothing(cli: Callable[..., Result], image_folder: Path, teacher: Path) -> None:
+    flags = ["--losses", "dm,dkkt", "--dataset", f"imagefolder:{image_folder}", "--teacher", teacher, "--pipc", 2, *SMALL_FLAGS]
+    assert cli("distill", *flags, "--out", "before").code == 0
+    others = set((image_folder / "train").rglob("*.png")) - accessible(image_folder, "before")
+    assert len(others) == 12
+    for file in others:
+        file.write_bytes(b"garbage")
+    after = cli("distill", *flags, "--out", "after")
+    assert after.code == 0, after.err
+    for name in ("synthetic.safetensors", "evaluation.json"):
+        assert Path("before", name).read_bytes() == Path("after", name).read_bytes()
+    # negative control: an accessible file is opened, and its garbage is an error of the data
+    spoilt = sorted(accessible(image_folder, "before"))[0]
+    spoilt.write_bytes(b"garbage")
+    failed = cli("distill", *flags, "--out", "failed")
+    assert failed.code == 4
+    assert str(spoilt) in failed.err
+    assert not Path("failed").exists()
+
+
+def test_distilling_opens_no_training_file_but_the_accessible_ones(
+    tmp_path: Path, image_folder: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened_files: set[Path] = set()
+    original = Image.open
+
+    def recording(file: Any, *arguments: Any, **options: Any) -> Any:
+        opened_files.add(Path(file.name))
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(Image, "open", recording)
+    run = ddkit.distill(
+        losses="dm",
+        dataset=f"imagefolder:{image_folder}",
+        teacher=str(teacher),
+        pipc=2,
+        sets=SMALL,
+        evaluators="none",
+        out=tmp_path / "run",
+    )
+    assert opened_files == accessible(image_folder, str(run.path))
+
+
+# torchvision's data sets, without a network
+
+
+class FakeMnist:
+    def __init__(self, root: str, *, train: bool, download: bool) -> None:
+        assert Path(root).is_dir()
+        assert download
+        self.data = torch.arange(20 * 28 * 28).view(20, 28, 28).to(torch.uint8)
+        self.targets = torch.arange(20) % 10
+
+
+class FakeCifar(FakeMnist):
+    def __init__(self, root: str, *, train: bool, download: bool) -> None:
+        self.data = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)  # type: ignore[assignment]
+        self.targets = [row % 10 for row in range(20)]  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fake", "shape", "first"),
+    [
+        ("mnist", "MNIST", FakeMnist, (1, 28, 28), "0"),
+        ("fashion-mnist", "FashionMNIST", FakeMnist, (1, 28, 28), "t-shirt"),
+        ("cifar10", "CIFAR10", FakeCifar, (3, 32, 32), "airplane"),
+    ],
+)
+def test_torchvision_data_has_the_right_shape_and_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str, fake: Any, shape: tuple[int, ...], first: str
+) -> None:
+    monkeypatch.setattr(f"torchvision.datasets.{source}", fake)
+    data = open_dataset(DataTable(use=name, dir=str(tmp_path / "down load")))
+    assert len(data.class_names) == 10
+    assert data.class_names[0] == first
+    for split in ("train", "test"):
+        assert data.labels(split).dtype == torch.int64
+        images = data.images(split, [0, 19])
+        assert [tuple(image.shape) for image in images] == [shape, shape]
+    raw = fake(str(tmp_path), train=True, download=True).data
+    reference = torch.as_tensor(raw)[7]
+    assert torch.equal(data.images("train", [7])[0], reference[None] if reference.ndim == 2 else reference.permute(2, 0, 1))
+
+
+def md5(file: Path) -> str:
+    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
+
+
+def test_cifar100_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of the published layout, a few rows long; torchvision is told their md5."""
+    from ddkit_datasets.downloads import FINE_LABELS
+    from torchvision.datasets import CIFAR100
+
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (200, 3 * 32 * 32), dtype=np.uint8)
+    content = {"data": rows, "fine_labels": [row % 100 for row in range(200)], "coarse_labels": [0] * 200}
+    for name, value in (("train", content), ("test", content), ("meta", {"fine_label_names": FINE_LABELS.split()})):
+        (folder / name).write_bytes(pickle.dumps(value))
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", md5(folder / "train")]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", md5(folder / "test")]])
+    monkeypatch.setattr(CIFAR100, "meta", CIFAR100.meta | {"md5": md5(folder / "meta")})
+    data = open_dataset(DataTable(use="cifar100", dir=str(tmp_path)))
+    assert list(data.class_names) == CIFAR100(str(tmp_path)).classes
+    assert len(set(data.class_names)) == 100
+    assert data.labels("train").tolist() == content["fine_labels"]
+    assert torch.equal(data.images("test", [7])[0], torch.from_numpy(rows[7]).view(3, 32, 32))
+    assert data.mirror
+
+
+def test_svhn_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MATLAB files of the published layout: X (32, 32, 3, n), y (n, 1) in 1..10, ten being the digit 0."""
+    from scipy.io import savemat
+    from torchvision.datasets import SVHN
+
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, 20), dtype=np.uint8)
+    labels = (np.arange(20) % 10 + 1).reshape(-1, 1)
+    listed = {}
+    for split in ("train", "test"):
+        file = tmp_path / f"{split}_32x32.mat"
+        savemat(file, {"X": pixels, "y": labels})
+        listed[split] = ["", file.name, md5(file)]
+    monkeypatch.setattr(SVHN, "split_list", SVHN.split_list | listed)
+    data = open_dataset(DataTable(use="svhn", dir=str(tmp_path)))
+    assert list(data.class_names) == [str(digit) for digit in range(10)]
+    assert data.labels("train").tolist() == [(row + 1) % 10 for row in range(20)]
+    for split in ("train", "test"):
+        images = data.images(split, [0, 9])
+        assert images[1].shape == (3, 32, 32)
+        assert torch.equal(images[1], torch.from_numpy(pixels[..., 9]).permute(2, 0, 1))
+    assert not data.mirror  # a mirrored digit is none
+
+
+@pytest.mark.parametrize("name", ["svhn", "cifar100"])
+def test_without_a_network_the_new_ones_are_the_usual_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(ddkit.InputError, match=f"The dataset '{name}' is not in .*could not be downloaded.*--dataset digits"):
+        open_dataset(DataTable(use=name, dir=str(tmp_path)))
+
+
+@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("Error downloading x.gz"), ConnectionResetError()])
+def test_failed_download_names_digits_and_imagefolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
+    with pytest.raises(ddkit.InputError) as caught:
+        open_dataset(DataTable(use="cifar10", dir=str(tmp_path)))
+    for part in ("cifar10", str(tmp_path), "--dataset digits", "imagefolder:PATH", "--data-dir"):
+        assert part in str(caught.value)
+
+
+# a stranger's data set
+
+
+class Stranger(ddkit.Dataset):
+    names: Sequence[str] = ("a", "b")
+    targets: Any = (0, 1)
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.names
+
+    def labels(self, split: str) -> Tensor:
+        return torch.tensor(self.targets)
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [((0, 1, 2), "label 2 but only 2 class names"), ((0, -1), "could not be opened"), ((0, 0), "class 'b'"), ("ab", "could not be opened")],
+)
+def test_strange_labels_are_an_input_error(monkeypatch: pytest.MonkeyPatch, targets: Any, message: str) -> None:
+    made = Stranger()
+    made.targets = targets
+    monkeypatch.setattr("ddkit.components.registry.create", lambda *_, **__: made)
+    with pytest.raises(ddkit.InputError, match=message):
+        open_dataset(DataTable(use="stranger"))
+
+
+# images as tensors
+
+
+def test_luminance_of_colour_images_follows_pillow() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    (ours,) = conform([torch.from_numpy(pixels).permute(2, 0, 1)], (1, 6, 6))
+    theirs = np.asarray(Image.fromarray(pixels).convert("L")).astype(int)
+    assert np.abs(ours[0].numpy().astype(int) - theirs).max() <= 1
+
+
+def test_conform_of_bytes_and_floats_together_gives_floats_in_unit_range() -> None:
+    images = conform([torch.full((1, 2, 2), 255, dtype=torch.uint8), torch.full((1, 2, 2), 0.5)], (1, 2, 2))
+    assert images.dtype == torch.float32
+    assert images[:, 0, 0, 0].tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_channel_statistics_agree_with_numpy_across_chunks(kind: torch.dtype) -> None:
+    raw = torch.randint(0, 256, (2300, 3, 2, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    raw[:, 1] //= 3
+    mean, std = channel_statistics(raw if kind == torch.uint8 else raw.float() / 255)
+    reference = raw.double().numpy() / 255
+    np.testing.assert_allclose(mean, reference.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(std, reference.std((0, 2, 3)), rtol=1e-6)
+
+
+def test_normalising_and_back_is_the_identity() -> None:
+    norm = Normalisation((0.1, 0.5, 0.9), (0.2, 0.3, 0.4))
+    x = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(norm.to_pixels(norm.normalise(x)), x)
+    assert norm.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten().tolist() == pytest.approx([4.5, 5 / 3, 0.25])
+
+
+def test_sheet_has_a_row_per_class_and_takes_any_name() -> None:
+    labels = torch.tensor([0, 0, 1])
+    png = sheet_png(torch.rand(3, 1, 8, 8), labels, ["猫 Katze", "b"])
+    sheet = Image.open(io.BytesIO(png))
+    assert sheet.height == 2 * (64 + 4)
+    assert sheet.width > 2 * (64 + 4)
+
+
+def test_names_are_drawn_in_a_font_that_has_their_letters_or_told_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _written("cat 1", 3) == ("cat 1", _fonts()[0])
+    monkeypatch.setattr("ddkit.data.images._fonts", lambda: (_fonts()[0],))
+    assert _written("два слова", 3) == ("class 3", _fonts()[0])
+
+
+@pytest.mark.skipif(len(_fonts()) < 2, reason="no font of the system")
+def test_a_font_of_the_system_has_what_pillows_own_lacks() -> None:
+    name, font = _written("Größe, два слова", 3)
+    assert name == "Größe, два слова"
+    assert font is not _fonts()[0]
+
+
+def test_many_classes_stand_side_by_side_and_of_very_many_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(classes: int) -> tuple[int, int]:
+        names = [f"number {label}" for label in range(classes)]
+        return Image.open(io.BytesIO(sheet_png(torch.rand(classes, 1, 8, 8), torch.arange(classes), names))).size
+
+    assert size(100)[1] == 100 * 68
+    width, height = size(1000)
+    assert width * height < 1000 * 36 * 200
+    assert 0.5 < width / height < 2
+    monkeypatch.setattr("ddkit.data.images.MOST_PIXELS", 100 * 100 * 36)
+    assert size(1000)[0] * size(1000)[1] < 150 * 100 * 36
+
+
+# initializers
+
+
+def start(ipc: int, counts: Sequence[int], seed: int = 0) -> ddkit.InitContext:
+    real_labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
+    return ddkit.InitContext(
+        labels=torch.arange(len(counts)).repeat_interleave(ipc),
+        shape=(3, 4, 5),
+        real_images=torch.arange(len(real_labels)).view(-1, 1, 1, 1).expand(-1, 3, 4, 5).float(),
+        real_labels=real_labels,
+        generator=lambda label: ddkit.generator(seed, "initial images", label),
+    )
+
+
+def test_real_initializer_draws_distinct_images_of_the_class() -> None:
+    begin = start(3, [5, 7])
+    images = ddkit.create("initializer", "real")(begin)
+    rows = images[:, 0, 0, 0].long()
+    assert images.shape == (6, 3, 4, 5)
+    assert len(set(rows.tolist())) == 6
+    assert torch.equal(begin.real_labels[rows], begin.labels)
+    assert not torch.equal(ddkit.create("initializer", "real")(start(3, [5, 7], seed=1)), images)
+
+
+def test_real_initializer_with_ipc_equal_to_the_class_is_the_real_set() -> None:
+    begin = start(4, [4, 4])
+    assert torch.equal(ddkit.create("initializer", "real")(begin), begin.real_images)
+
+
+def test_real_initializer_refuses_more_than_there_is() -> None:
+    initializer = ddkit.create("initializer", "real")
+    initializer.check(3, {"cat": 3, "dog": 9})
+    with pytest.raises(ddkit.InputError, match=r"'cat' has 3.*--pipc"):
+        initializer.check(4, {"cat": 3, "dog": 9})
+
+
+def test_initial_images_of_a_class_do_not_depend_on_other_classes() -> None:
+    for name in ("noise", "real"):
+        initializer = ddkit.create("initializer", name)
+        assert torch.equal(initializer(start(2, [5, 6]))[:2], initializer(start(2, [5, 3, 4]))[:2])
+
+
+def test_noise_has_the_asked_for_deviation() -> None:
+    images = ddkit.create("initializer", "noise", {"std": 0.1})(start(200, [1, 1]))
+    assert abs(float(images.std()) - 0.1) < 2e-3
+    assert abs(float(images.mean())) < 2e-3

@@ -1,0 +1,585 @@
+"""What an evaluation tests on and compares with: held-out images, baselines, soft labels, sharpness-aware training."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddkit_evaluators import PROTOCOLS, Accuracy
+from ddkit_evaluators.trainer import SoftLabels, Trainer
+
+import ddkit
+from ddkit.cli.common import evaluation_table
+from ddkit.components.options import describe_options
+from ddkit.data.real import RealData, open_dataset
+from ddkit.nn.training import Schedule, fit
+from ddkit.recipes.tables import DataTable
+from tests.conftest import SMALL_FLAGS, Result, write_image_folder
+
+ROOT = Path(__file__).parents[2]
+CLI = Callable[..., Result]
+HELD_OUT = ("--set", "data.test=held-out", "--set", "data.held_out=40")
+
+
+def rows_of(images: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in images}
+
+
+def real(pipc: int | str = 10, seed: int = 0, held_out: int | None = 40) -> RealData:
+    return RealData(open_dataset(DataTable()), pipc, seed, (1, 8, 8), held_out=held_out)
+
+
+# Held-out images
+
+
+def test_held_out_images_are_training_images_that_are_neither_accessible_nor_tested_on() -> None:
+    made = real(pipc=100)
+    images, labels = made.test_set
+    assert torch.bincount(labels).tolist() == [40] * 10
+    all_images, tests = real("all", held_out=None).images, real(held_out=None).test_set[0]
+    assert rows_of(images) <= rows_of(all_images)
+    assert not rows_of(images) & rows_of(made.images)
+    assert not rows_of(images) & rows_of(tests)
+    assert rows_of(made.images) <= rows_of(all_images), "the control: what is compared can meet"
+
+
+def test_held_out_images_depend_on_the_seed_and_not_on_pipc() -> None:
+    first, more, other = real(pipc=0), real(pipc=90), real(seed=1)
+    assert torch.equal(first.test_set[0], more.test_set[0])
+    assert torch.equal(first.test_set[1], more.test_set[1])
+    assert rows_of(first.test_set[0]) != rows_of(other.test_set[0])
+    assert rows_of(real(held_out=20).test_set[0]) < rows_of(first.test_set[0])
+
+
+def test_labels_are_those_of_the_held_out_images() -> None:
+    images, labels = real().test_set
+    everything = real("all", held_out=None)
+    by_pixels = {image.numpy().tobytes(): int(label) for image, label in zip(everything.images, everything.labels, strict=True)}
+    assert [by_pixels[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+@pytest.mark.parametrize(
+    ("pipc", "held_out", "said"),
+    [
+        ("all", 1, "--pipc 139"),
+        (139, 200, "held_out=1"),
+        (100, 41, "held_out=40"),
+        (500, 200, "--pipc 112 or less with --set data.held_out=28"),
+    ],
+)
+def test_too_few_images_to_hold_out_are_told_before_the_run(pipc: int | str, held_out: int, said: str, cli: CLI) -> None:
+    flags = ("--set", "data.test=held-out", "--set", f"data.held_out={held_out}", "--pipc", pipc)
+    result = cli("distill", "--losses", "dm", "--plan", *flags)
+    assert (result.code, result.out) == (4, "")
+    assert "has 140 in all" in " ".join(result.err.split())
+    told = " ".join(result.err.split())
+    assert said in told
+    advised = re.findall(r"--pipc \d+|--set data\.held_out=\d+", told.partition("Use ")[2])
+    assert cli("distill", "--losses", "dm", "--plan", *flags, *" ".join(advised).split()).code == 0  # it works as printed
+
+
+@pytest.mark.parametrize(("each", "pipc"), [(8, 50), (8, "all"), (8, 2), (2, 5)])
+def test_without_test_images_the_advised_command_works_whatever_the_data(cli: CLI, tmp_path: Path, each: int, pipc: int | str) -> None:
+    folder = write_image_folder(tmp_path / "images", train=each)
+    shutil.rmtree(folder / "test")
+    flags = ("distill", "--losses", "dm", "--plan", "--dataset", f"imagefolder:{folder}", "--pipc", pipc)
+    failed = cli(*flags)
+    assert failed.code == 4
+    advised = " ".join(failed.err.split()).partition("hold out training images: ")[2].rstrip(".").split()
+    assert advised[:2] == ["--set", "data.test=held-out"]
+    done = cli(*flags, "--json", *advised)
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["recipe"]["data"]["held_out"] == 1
+
+
+def test_a_fifth_of_the_smallest_class_is_held_out_and_recorded(cli: CLI) -> None:
+    def planned(*flags: object) -> int:
+        return int(
+            json.loads(cli("distill", "--losses", "dm", "--plan", "--json", "--set", "data.test=held-out", *flags).out)["recipe"]["data"][
+                "held_out"
+            ]
+        )
+
+    assert (planned(), planned("--pipc", 120), planned("--set", "data.held_out=7")) == (28, 20, 7)
+
+
+def test_as_many_as_are_left_can_be_held_out(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--plan", *HELD_OUT, "--pipc", 100).code == 0
+
+
+def test_a_run_is_tuned_on_held_out_images_and_tested_once(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "plain").code == 0
+    result = cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, *HELD_OUT, "--out", "run")
+    assert result.code == 0, result.err
+    assert "split" in result.out
+    assert "held-out" in result.out
+    assert torch.equal(ddkit.load("run").images, ddkit.load("plain").images)
+    files = [json.loads(Path(name, "manifest.json").read_text())["real_files"] for name in ("run", "plain")]
+    assert files[0] == files[1]
+    tested = cli("evaluate", "run", "--set", "data.test=test")
+    assert tested.code == 0, tested.err
+    assert "split" not in tested.out
+    rows = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [row["split"] for row in rows] == ["held-out", "test"]
+    assert rows[1] == json.loads(Path("plain/evaluation.json").read_text())["evaluations"][0]
+    assert rows[0]["details"]["accuracies"] != rows[1]["details"]["accuracies"]
+
+
+def test_another_seed_could_test_on_accessible_images_and_is_refused(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 110, "--evaluate", "none", *SMALL_FLAGS, "--out", "run").code == 0
+    result = cli("evaluate", "run", "--seed", 1, *HELD_OUT)
+    assert (result.code, result.out) == (4, "")
+    assert "Use --seed 0" in result.err
+    result = cli("evaluate", "run", "--pipc", 5, *HELD_OUT)
+    assert result.code == 4, "the set was made with more than pipc 5"
+    assert "pipc 110" in " ".join(result.err.split())
+
+
+def test_an_unknown_split_is_refused(cli: CLI) -> None:
+    result = cli("distill", "--losses", "dm", "--plan", "--set", "data.test=heldout")
+    assert result.code == 4
+    assert "Did you mean 'held-out'?" in result.err
+
+
+# Baselines
+
+INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))
+
+
+def images(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns uint8 images whose brightness tells the class, and labels, class by class."""
+    labels = torch.arange(2).repeat_interleave(rows // 2)
+    noise = torch.randint(0, 128, (rows, *INFO.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return noise + (labels * 60).to(torch.uint8).view(-1, 1, 1, 1), labels
+
+
+def artifact(counts: tuple[int, int] = (2, 2)) -> ddkit.Artifact:
+    pixels = torch.rand((sum(counts), *INFO.shape), generator=torch.Generator().manual_seed(0))
+    metadata = {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]}
+    return ddkit.Artifact(pixels, torch.arange(2).repeat_interleave(torch.tensor(counts)), metadata)
+
+
+def data(real_rows: int = 20, seed: int = 3) -> ddkit.EvaluationData:
+    tests, test_labels = images(100, 1)
+    real_images, real_labels = images(real_rows, 2)
+    return ddkit.EvaluationData(
+        info=INFO, test_images=tests, test_labels=test_labels, real_images=real_images, real_labels=real_labels, seed=seed,
+        device=torch.device("cpu"), report=lambda done, total: None,
+    )  # fmt: skip
+
+
+def evaluated(
+    made: ddkit.Artifact | None = None, given: ddkit.EvaluationData | None = None, teacher: ddkit.Teacher | None = None, **options: Any
+) -> list[ddkit.Evaluation]:
+    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
+    evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
+    return list(evaluator(made or artifact(), given or data(), teacher))
+
+
+def trainer(made: ddkit.Artifact, given: ddkit.EvaluationData) -> Trainer:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    arithmetic = ddkit.Arithmetic(compile=False, precision="float32")
+    return Trainer("mlp", model, made, given, ddkit.Schedule(epochs=1), "none", arithmetic)
+
+
+BASELINES = ["pipc-real", "class-mean"]
+
+
+def test_what_is_not_the_protocols_is_told_beside_its_name() -> None:
+    (shorter,), (own,) = evaluated(epochs=7, random_real=False), evaluated(epochs=300, random_real=False, repeats=1)
+    assert shorter.details["variant"] == "7 epochs"
+    assert "variant" not in own.details, "300 are those of the protocol"
+    assert "short, 7 epochs" in evaluation_table([shorter])
+
+
+def test_baselines_are_rows_of_their_own_and_change_no_other() -> None:
+    synthetic, real_row, means = evaluated(baselines=BASELINES, epochs=60)
+    assert [synthetic] == evaluated(epochs=60)
+    assert [row.images for row in (synthetic, real_row, means)] == ["synthetic", *BASELINES]
+    for row in (real_row, means):
+        assert (row.random_real_mean, row.random_real_std, row.repeats) == (None, None, 2)
+        assert row.details["random_real_accuracies"] == []
+    assert real_row.accuracy_mean > synthetic.accuracy_mean, "pixels without a class teach nothing"
+    assert evaluated(baselines=["class-mean", "class-mean"], random_real=False, epochs=60)[1:] == [means]
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_processes_train_baselines_as_one_after_the_other_does() -> None:
+    def accuracies(workers: int) -> list[list[float]]:
+        return [row.details["accuracies"] for row in evaluated(baselines=BASELINES, random_real=False, workers=workers)]
+
+    assert accuracies(2) == accuracies(1)
+
+
+def test_pipc_real_is_every_accessible_image() -> None:
+    given = data()
+    found, labels = trainer(artifact(), given).training_set("pipc-real", 0)
+    assert torch.equal(found, (given.real_images.float() / 255 - 0.5) / 0.25)
+    assert torch.equal(labels, given.real_labels)
+
+
+def test_class_means_are_of_disjoint_groups_that_hold_every_image() -> None:
+    given, made = data(), artifact((3, 1))
+    found, labels = trainer(made, given).training_set("class-mean", 0)
+    assert labels.tolist() == [0, 0, 0, 1]
+    normalised = (given.real_images.float() / 255 - 0.5) / 0.25
+    torch.testing.assert_close(found[3], normalised[10:].mean(0))
+    total = found[0] * 4 + found[1] * 3 + found[2] * 3  # 10 images in groups of 4, 3 and 3
+    torch.testing.assert_close(total, normalised[:10].sum(0))
+    again = trainer(made, given).training_set("class-mean", 0)[0]
+    assert torch.equal(found, again)
+    assert not torch.equal(found, trainer(made, given).training_set("class-mean", 1)[0])
+
+
+@pytest.mark.parametrize("ipc", [10, 15])
+def test_class_means_of_as_many_groups_as_images_are_the_images(ipc: int) -> None:
+    of = trainer(artifact((ipc, ipc)), data())
+    means, real_images = (of.training_set(kind, 0) for kind in ("class-mean", "pipc-real"))
+    assert rows_of(means[0]) == rows_of(real_images[0])
+    assert torch.equal(means[1], real_images[1])
+    fewer = trainer(artifact((9, 9)), data()).training_set("class-mean", 0)
+    assert rows_of(fewer[0]) != rows_of(real_images[0])
+
+
+def test_baselines_start_from_the_weights_of_the_other_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: list[torch.Tensor] = []
+
+    def fit(module: torch.nn.Module, *_: Any, **__: Any) -> None:
+        states.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
+
+    monkeypatch.setattr(ddkit, "fit", fit, raising=False)
+    evaluated(baselines=BASELINES)
+    assert len(states) == 8
+    assert all(torch.equal(state, states[number % 2]) for number, state in enumerate(states))
+    assert not torch.equal(states[0], states[1])
+
+
+def test_without_real_images_baselines_are_left_out_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    empty = data(0)
+    with caplog.at_level(logging.WARNING, logger="ddkit"):
+        (row,) = evaluated(given=empty, baselines=BASELINES)
+    assert row.images == "synthetic"
+    assert "they are left out" in caplog.text
+
+
+def test_a_run_keeps_baselines_beside_its_own_row(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    for _ in range(2):
+        result = cli("evaluate", "run", "--set", "evaluators.accuracy.baselines=['pipc-real', 'class-mean']")
+        assert result.code == 0, result.err
+        assert "images" in result.out
+    rows = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [row["images"] for row in rows] == ["synthetic", *BASELINES]
+
+
+def test_baselines_alone_have_the_rows_that_they_have_beside_the_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[int] = []
+    plan = Accuracy.plan
+    monkeypatch.setattr(Accuracy, "plan", lambda self, *given, **how: (planned.append(how["networks"]), plan(self, *given, **how))[1])
+    both = evaluated(baselines=BASELINES)
+    trained: list[Any] = []
+    fit = ddkit.fit
+    monkeypatch.setattr(ddkit, "fit", lambda *given, **options: (trained.append(1), fit(*given, **options)), raising=False)
+    assert evaluated(baselines=BASELINES, synthetic=False) == both[1:]
+    assert len(trained) == 4  # two networks on each
+    assert planned == [4, 4]  # how they are computed does not depend on what else is
+
+
+def test_without_the_set_and_without_baselines_nothing_is_left(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    kept = Path("run/evaluation.json").read_bytes()
+    result = cli("evaluate", "run", "--set", "evaluators.accuracy.synthetic=false")
+    assert (result.code, "nothing is left to evaluate" in result.err) == (4, True), result.err
+    assert Path("run/evaluation.json").read_bytes() == kept
+    without = cli(
+        "evaluate",
+        "run",
+        "--pipc",
+        0,
+        "--set",
+        "evaluators.accuracy.synthetic=false",
+        "--set",
+        "evaluators.accuracy.baselines=['pipc-real']",
+    )
+    assert (without.code, "needs some" in without.err) == (4, True), without.err
+
+
+BROKEN = """
+import ddkit
+
+class BrokenCheck(ddkit.Evaluator):
+    '''An evaluator whose check fails.'''
+
+    def check(self, info):
+        return 1 / 0
+
+    def __call__(self, artifact, data, teacher):
+        return []
+"""
+
+
+def test_an_evaluator_that_cannot_be_checked_is_blamed_by_name(cli: CLI) -> None:
+    Path("broken.py").write_text(BROKEN)
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "run").code == 0
+    for command in (["distill", "--losses", "dm", "--plan"], ["evaluate", "run"]):
+        result = cli(*command, "--plugin", "broken.py", "--evaluate", "broken-check")
+        assert (result.code, result.out) == (3, ""), result.err
+        assert "broken-check" in result.err
+        assert "ZeroDivisionError" in result.err
+
+
+def test_an_unknown_baseline_is_refused(cli: CLI) -> None:
+    result = cli("distill", "--losses", "dm", "--plan", "--set", "evaluators.accuracy.baselines=['mean']")
+    assert result.code == 4
+    assert "class-mean" in result.err
+
+
+# Soft labels
+
+
+def taught(mean: float = 0.5, std: float = 0.25, seed: int = 0) -> ddkit.Teacher:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    return ddkit.Teacher(ddkit.build_network(model, INFO, seed, "teacher"), mean=(mean,), std=(std,), sha256="abc")
+
+
+def test_soft_labels_are_rows_of_their_own_beside_unchanged_hard_ones() -> None:
+    guide = taught()
+    hard, soft = evaluated(labels="both", epochs=60, teacher=guide)
+    assert [hard] == evaluated(epochs=60)
+    assert [soft] == evaluated(labels="soft", epochs=60, teacher=guide)
+    assert (hard.labels, soft.labels) == ("hard", "soft")
+    assert soft.details["accuracies"] != hard.details["accuracies"]
+    assert soft.details["random_real_accuracies"] != hard.details["random_real_accuracies"]
+    assert (soft.details["temperature"], soft.details["teacher"], soft.details["workers"]) == (1.0, "abc", 1)
+    assert [soft] != evaluated(labels="soft", epochs=60, teacher=taught(seed=1))
+
+
+def test_random_real_and_baselines_are_taught_softly_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(ddkit, "fit", lambda *_, **options: seen.append(options.get("targets")), raising=False)
+    rows = evaluated(labels="both", baselines=BASELINES, teacher=taught())
+    assert [row.labels for row in rows] == ["hard"] * 3 + ["soft"] * 3
+    assert [soft is not None for soft in seen] == [False] * 8 + [True] * 8
+
+
+def test_soft_labels_come_from_the_augmented_batch_in_the_units_of_the_teacher() -> None:
+    guide = taught(mean=0.3, std=0.1)
+    x = torch.randn((3, *INFO.shape), generator=torch.Generator().manual_seed(0))
+    found = SoftLabels(guide, artifact(), 2.0)(x, torch.zeros(3, dtype=torch.int64))
+    expected = (guide.module((x * 0.25 + 0.5 - 0.3) / 0.1) / 2).softmax(1)
+    torch.testing.assert_close(found, expected)
+    assert not found.requires_grad
+    unconverted = SoftLabels(taught(), artifact(), 2.0)(x, torch.zeros(3, dtype=torch.int64))
+    assert not torch.allclose(found, unconverted)
+
+
+class Shift(ddkit.Augmenter):
+    """Adds one to every image."""
+
+    def sample(self, generator: torch.Generator, groups: int) -> dict[str, torch.Tensor]:
+        return {"by": torch.ones(groups)}
+
+    def apply(self, x: torch.Tensor, parameters: Any) -> torch.Tensor:
+        return x + parameters["by"].view(-1, 1, 1, 1)
+
+
+def linear() -> torch.nn.Linear:
+    module = torch.nn.Linear(3, 2, dtype=torch.float64)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([[0.3, -0.2, 0.5], [-0.4, 0.1, 0.2]]))
+        module.bias.copy_(torch.tensor([0.1, -0.3]))
+    return module
+
+
+def rows64() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.tensor([[1.0, 2.0, -1.0], [0.5, -0.5, 2.0], [0.2, 0.1, -0.7], [3.0, 1.0, 0.4]], dtype=torch.float64)
+    return x.view(4, 3, 1, 1), torch.tensor([0, 1, 1, 0])
+
+
+class Flat(torch.nn.Module):
+    """A linear classifier of images (n, 3, 1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x.flatten(1))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_a_soft_step_is_that_of_the_written_out_cross_entropy(temperature: float) -> None:
+    module, (x, labels) = Flat(), rows64()
+    wanted = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.7, 0.3]], dtype=torch.float64)
+    by_row = {tuple((image + 1).flatten().tolist()): row for image, row in zip(x, wanted, strict=True)}
+
+    def targets(batch: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
+        return torch.stack([by_row[tuple(image.flatten().tolist())] for image in batch])
+
+    schedule = Schedule(epochs=1, lr=0.1, weight_decay=0.0, schedule="constant")
+    fit(module, x, labels, schedule, augmenter=Shift(), generator=torch.Generator(), targets=targets, temperature=temperature)
+    own = linear()
+    logs = (own((x + 1).flatten(1)) / temperature).log_softmax(1)
+    (-(wanted * logs).sum(1).mean() * temperature**2).backward()
+    assert own.weight.grad is not None
+    torch.testing.assert_close(module.linear.weight, own.weight - 0.1 * own.weight.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_sure_soft_labels_teach_what_hard_ones_do() -> None:
+    results = []
+    for targets in (None, lambda batch, labels: torch.nn.functional.one_hot(labels, 2).double()):
+        module, (x, labels) = Flat(), rows64()
+        fit(module, x, labels, Schedule(epochs=3, batch=2), augmenter=None, generator=torch.Generator(), targets=targets)
+        results.append(module.linear.weight.detach())
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_soft_labels_without_a_teacher_are_refused() -> None:
+    with pytest.raises(ddkit.InputError, match="needs a teacher"):
+        evaluated(labels="soft")
+
+
+def test_a_run_without_a_teacher_of_its_own_gets_one_for_soft_labels_and_distils_the_same(cli: CLI) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, "--out", "plain").code == 0
+    both = ("--set", "evaluators.accuracy.labels=both")
+    result = cli("distill", "--losses", "dm", "--pipc", 3, *SMALL_FLAGS, *both, "--out", "run")
+    assert result.code == 0, result.err
+    manifests = [json.loads(Path(name, "manifest.json").read_text()) for name in ("run", "plain")]
+    assert manifests[0]["teacher"]["sha256"]
+    assert manifests[1]["teacher"] is None
+    assert torch.equal(ddkit.load("run").images, ddkit.load("plain").images)
+    hard, soft = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [hard] == json.loads(Path("plain/evaluation.json").read_text())["evaluations"]
+    assert (soft["labels"], soft["details"]["teacher"]) == ("soft", manifests[0]["teacher"]["sha256"])
+    later = cli("evaluate", "plain", "--set", "evaluators.accuracy.labels=soft")
+    assert later.code == 0, later.err
+    assert json.loads(Path("plain/evaluation.json").read_text())["evaluations"] == [hard, soft]
+
+
+def test_bad_soft_label_settings_are_refused(cli: CLI) -> None:
+    for setting in ("labels=softer", "temperature=0"):
+        assert cli("distill", "--losses", "dm", "--plan", "--set", f"evaluators.accuracy.{setting}").code == 4
+
+
+# Sharpness-aware minimisation
+
+
+def by_hand(epochs: int, *, rho: float, lr: float, decay: float) -> torch.Tensor:
+    """Returns the weights of the linear model after full-batch steps, every formula written out."""
+    (x, labels), module = rows64(), linear()
+    x = x.flatten(1)
+    weight, bias = module.weight.detach().clone(), module.bias.detach().clone()
+    pace = [torch.zeros_like(weight), torch.zeros_like(bias)]
+
+    def slopes(w: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        wrong = ((x @ w.T + b).softmax(1) - torch.nn.functional.one_hot(labels, 2)) / len(x)
+        return wrong.T @ x, wrong.sum(0)
+
+    for _ in range(epochs):
+        first = slopes(weight, bias)
+        norm = (first[0].square().sum() + first[1].square().sum()).sqrt()
+        there = slopes(weight + rho * first[0] / norm, bias + rho * first[1] / norm)
+        for number, (value, slope) in enumerate(zip((weight, bias), there, strict=True)):
+            pace[number] = 0.9 * pace[number] + slope + decay * value
+            value -= lr * pace[number]
+    return weight
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.001, 0.5])
+def test_sharpness_aware_steps_are_those_written_out_by_hand(rho: float) -> None:
+    module, (x, labels) = Flat(), rows64()
+    schedule = Schedule(epochs=4, lr=0.1, weight_decay=0.01, schedule="constant", rho=rho)
+    fit(module, x, labels, schedule, augmenter=None, generator=torch.Generator())
+    expected = by_hand(4, rho=rho, lr=0.1, decay=0.01)
+    torch.testing.assert_close(module.linear.weight.detach(), expected, rtol=1e-12, atol=1e-12)
+    assert rho == 0 or not torch.allclose(expected, by_hand(4, rho=0.0, lr=0.1, decay=0.01), rtol=1e-9, atol=1e-9)
+
+
+def test_both_passes_see_the_same_batch_and_running_statistics_move_once() -> None:
+    model = ddkit.create("model", "convnet", {"width": 8, "norm": "batch"}, data=INFO)
+    x, labels = images(8, 0)
+    states, seen = [], []
+    for rho in (0.0, 0.05):
+        module = ddkit.build_network(model, INFO, 0, "test")
+
+        def forward(batch: torch.Tensor, module: torch.nn.Module = module) -> torch.Tensor:
+            seen.append(batch)
+            return module(batch)
+
+        fit(module, x.float() / 255, labels, Schedule(epochs=1, rho=rho), augmenter=Shift(), generator=torch.Generator(), forward=forward)
+        states.append(module.state_dict())
+    assert len(seen) == 3
+    assert torch.equal(seen[1], seen[2])
+    buffers = [name for name, _ in module.named_buffers()]
+    assert buffers
+    assert all(torch.equal(states[0][name], states[1][name]) for name in buffers)
+    assert not all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_gradient_of_zero_and_frozen_parameters_do_no_harm() -> None:
+    module = Flat()
+    module.linear.bias.requires_grad_(False)
+    x, labels = rows64()
+    fit(module, x * 0, labels, Schedule(epochs=2, rho=0.1), augmenter=None, generator=torch.Generator())
+    assert bool(module.linear.weight.isfinite().all())
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_processes_train_sharpness_aware_too() -> None:
+    def accuracies(protocol: str, workers: int) -> list[float]:
+        options = {"protocol": protocol, "epochs": 40, "random_real": False, "workers": workers}
+        return list(evaluated(artifact_of_real(), **options)[0].details["accuracies"])
+
+    assert accuracies("practical-sam", 2) == accuracies("practical-sam", 1) != accuracies("dm-official", 1)
+
+
+def artifact_of_real() -> ddkit.Artifact:
+    """Returns a set of four real images: pixels that can be learned."""
+    pixels, labels = images(4, 7)
+    return ddkit.Artifact(pixels.float() / 255, labels, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
+
+
+def test_a_compiled_network_is_trained_sharpness_aware_as_a_plain_one() -> None:
+    model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
+    x, labels = images(8, 0)
+    weights = []
+    for wanted in (False, True):
+        module = ddkit.build_network(model, INFO, 0, "test")
+        forward = ddkit.compiled(module, wanted=wanted)
+        fit(module, x.float() / 255, labels, Schedule(epochs=3, rho=0.5), augmenter=None, generator=torch.Generator(), forward=forward)
+        assert ddkit.is_compiled(forward) == wanted
+        weights.append(torch.cat([value.flatten() for value in module.parameters()]).detach())
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+    plain = ddkit.build_network(model, INFO, 0, "test")
+    fit(plain, x.float() / 255, labels, Schedule(epochs=3), augmenter=None, generator=torch.Generator())
+    assert not torch.allclose(weights[0], torch.cat([value.flatten() for value in plain.parameters()]), rtol=1e-4, atol=1e-6)
+
+
+def test_the_plan_counts_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    epochs: list[int] = []
+    original = ddkit.training_flops
+
+    def counted(*arguments: Any, **options: Any) -> float:
+        epochs.append(options["epochs"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(ddkit, "training_flops", counted, raising=False)
+    for protocol in ("dm-official", "practical-sam"):
+        evaluator = ddkit.create("evaluator", "accuracy", {"protocol": protocol, "epochs": 7, "model": "mlp"}, data=INFO)
+        evaluator.plan(INFO, torch.device("cpu"), rows=4, tests=4, networks=1)
+    assert epochs == [7, 1, 14, 2]
+
+
+def test_every_protocol_is_offered_everywhere(cli: CLI) -> None:
+    option = next(o for o in describe_options(Accuracy.Options) if o["name"] == "protocol")
+    assert set(option["type"].split(" | ")) == set(PROTOCOLS)
+    pages = [" ".join(cli(command, "--help").out.split()) for command in ("distill", "evaluate")]
+    pages += [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("method.md", "getting-started.md")]
+    assert [name for name in PROTOCOLS for page in pages if name not in page.replace("- ", "-")] == []

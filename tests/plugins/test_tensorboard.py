@@ -1,0 +1,143 @@
+"""The observer `tensorboard`: what it writes, and that it does nothing unasked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ddkit_tensorboard import MOST_ROWS, TensorBoard, grid
+
+import ddkit
+from ddkit.components.observers import HOOKS, Observers
+from tests.conftest import SMALL_FLAGS
+
+READ = """
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+found = EventAccumulator(sys.argv[1], size_guidance={"images": 0})
+found.Reload()
+tags = found.Tags()
+print(json.dumps({
+    "scalars": {tag: [[each.step, each.value] for each in found.Scalars(tag)] for tag in tags["scalars"]},
+    "images": {tag: [[each.step, each.width, each.height] for each in found.Images(tag)] for tag in tags["images"]},
+}))
+"""
+
+
+def distilled(forks: Any, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own, 4 steps with a checkpoint after 2 and every step logged."""
+    import os
+
+    command = [
+        sys.executable, "-m", "ddkit", "distill", "--losses", "dm,dkkt", "--ipc", "2", "--pipc", "4", "--out", str(folder / "run"),
+        *SMALL_FLAGS,
+        "--steps", "4", "--set", "engine.checkpoint_every=2", "--set", "engine.log_every=1",
+    ]  # fmt: skip
+    done = forks.run(command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def events(forks: Any, folder: Path) -> dict[str, Any]:
+    import json
+
+    done = forks.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(forks: Any, tmp_path: Path) -> None:
+    import json
+
+    distilled(forks, tmp_path, DDKIT_TENSORBOARD="1")
+    found = events(forks, tmp_path / "run" / "tensorboard")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert found["scalars"]["dm/raw"] == [[line["step"], pytest.approx(line["losses"]["dm"]["raw"], rel=1e-6)] for line in lines]
+    assert [step for step, _ in found["scalars"]["total"]] == [0, 1, 2, 3]
+    assert "dkkt-stationarity/multiplier mean" in found["scalars"]
+    (row,) = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluations"]
+    (written,) = found["scalars"]["accuracy/convnet, short, hard labels, synthetic"]
+    assert written[1] == pytest.approx(row["accuracy_mean"], rel=1e-6)
+    assert [step for step, *_ in found["images"]["synthetic set"]] == [0, 2, 4]
+    assert found["images"]["synthetic set"][0][1:] == [2 * 10 + 2, 10 * 10 + 2]  # 2 columns and 10 rows of 8 x 8, edges of 2
+
+
+def test_a_path_gets_a_folder_of_the_runs_name(forks: Any, tmp_path: Path) -> None:
+    distilled(forks, tmp_path, DDKIT_TENSORBOARD=str(tmp_path / "all"))
+    assert list((tmp_path / "all" / "run").glob("events.*"))
+    assert not (tmp_path / "run" / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("value", ["", "0"])
+def test_unasked_it_writes_nothing_and_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("DDKIT_TENSORBOARD", value)
+    before = "torch.utils.tensorboard" in sys.modules
+    observers = Observers([("tensorboard", TensorBoard())], strict=True)
+    observers.call("run_started", recipe=None, path=tmp_path, start=0)
+    observers.call("checkpoint_written", index=0, images=torch.rand(2, 1, 4, 4), labels=torch.arange(2), class_names=["a", "b"])
+    observers.call("step_finished", index=0, steps=1, record={"total": 1.0, "losses": {}})
+    observers.call("run_finished", path=tmp_path, evaluations=[])
+    assert list(tmp_path.iterdir()) == []
+    assert ("torch.utils.tensorboard" in sys.modules) == before
+
+
+def test_asked_for_and_not_installed_it_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DDKIT_TENSORBOARD", "1")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    Observers([("tensorboard", TensorBoard())], strict=True).call("run_started", recipe=None, path=tmp_path, start=0)
+    assert "pip install 'ddkit[tensorboard]'" in caplog.text
+
+
+def test_a_picture_has_a_row_a_class_and_white_where_one_has_fewer() -> None:
+    images = torch.zeros(3, 1, 4, 4)
+    found = grid(images, torch.tensor([0, 0, 1]))
+    assert tuple(found.shape) == (3, 2 * 6 + 2, 2 * 6 + 2)
+    assert float(found[:, 2:6, 2:6].max()) == 0
+    assert float(found[:, 8:12, 8:12].min()) == 1
+    many = grid(torch.zeros(50, 1, 4, 4), torch.arange(50))
+    assert many.shape[1] == MOST_ROWS * 6 + 2
+
+
+# The hook with the images
+
+
+def test_observers_get_copies_of_the_images_at_every_checkpoint(tmp_path: Path) -> None:
+    seen: list[tuple[int, float]] = []
+
+    class Spoils:
+        @ddkit.hookimpl
+        def checkpoint_written(self, index: int, images: torch.Tensor, labels: torch.Tensor, class_names: list[str]) -> None:
+            seen.append((index, float(images.mean())))
+            assert (len(images), len(labels), len(class_names)) == (20, 20, 10)
+            images.fill_(7)
+            labels.fill_(7)
+
+    flags = dict(flag.split("=") for flag in SMALL_FLAGS[1::2])
+    sets = {key: int(value) for key, value in flags.items()} | {"steps": 5, "engine.checkpoint_every": 2, "seed": 3}
+    spoiled = ddkit.distill(losses="image-norm", ipc=2, evaluators="none", sets=sets, out=tmp_path / "a", observers=[Spoils()])
+    assert [index for index, _ in seen] == [0, 2, 4, 5]
+    assert len({mean for _, mean in seen}) == 4
+    plain = ddkit.distill(losses="image-norm", ipc=2, evaluators="none", sets=sets, out=tmp_path / "b")
+    assert torch.equal(ddkit.load(spoiled.path).images, ddkit.load(plain.path).images)
+    assert ddkit.load(plain.path).labels.tolist() == sorted([*range(10), *range(10)])
+
+
+def test_every_hook_has_its_docstring_in_the_template_and_its_place_in_the_docs() -> None:
+    from ddkit.components import observers as hook_observers
+
+    page = (Path(__file__).parents[2] / "docs" / "kinds" / "observer.md").read_text(encoding="utf-8")
+    for hook in HOOKS:
+        text = " ".join((getattr(hook_observers, hook).__doc__ or "").split())
+        places = [text.find(part) for part in ("Called:", "Receives:", "May:", "May not:", "Since:")]
+        assert places == sorted(places)
+        assert places[0] == 0
+        assert f"\n### {hook}\n" in page
+        assert f"- Since: {text.rpartition('Since: ')[2]}\n" in page
+    specs = [name for name, value in vars(hook_observers).items() if hasattr(value, "ddkit_spec")]
+    assert sorted(specs) == sorted(HOOKS)

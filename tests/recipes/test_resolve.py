@@ -1,0 +1,461 @@
+"""Recipes: which setting wins, rules, --set, selection of losses, the resolved recipe, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ddkit import api
+from ddkit.components import registry
+from ddkit.errors import DdkitError, FlagError, InputError, PluginError
+from ddkit.recipes.resolve import assign, build_recipe, described, parse_set, read_recipe, recipe_for, select_losses
+from ddkit.recipes.tables import NAMED_TABLES, TABLES, Recipe, parse_recipe, recipe_dict
+from tests.conftest import SMALL_FLAGS, Result
+
+TEACHERS = ["teacher", "teacher-dsv"]
+INSTALLED = sorted({plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"} - set(TEACHERS))
+RULES: dict[str, Any] = {
+    "ipc": 1,
+    "pipc": 50,
+    "steps": 100,
+    "losses": {"dm": {"weight": 1.0}},
+    "rules": [
+        {"when": {"ipc_min": 10}, "set": {"steps": 200, "losses": {"dm": {"weight": 2.0}}}},
+        {"when": {"ipc_min": 10, "ipc_max": 20, "pipc_max": 50}, "set": {"steps": 300}},
+        {"when": {"pipc_min": 500}, "set": {"data.batch": 64}},
+    ],
+}
+
+
+def weights(recipe: Recipe) -> dict[str, float]:
+    return {label: table.weight for label, table in recipe.losses.items()}
+
+
+# Which setting wins
+
+
+def test_flags_win_over_set_over_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("steps = 11\nseed = 5\nipc = 3\n[losses.dm]\n")
+    assert build_recipe({"losses": {"dm": {}}}).steps == Recipe().steps
+    assert build_recipe(str(file)).steps == 11
+    assert build_recipe(str(file), sets=[("steps", 22)]).steps == 22
+    assert build_recipe(str(file), sets=[("steps", 22)], flags={"steps": 33}).steps == 33
+    assert build_recipe(str(file), flags={"steps": 33}).seed == 5
+
+
+def test_a_later_set_wins_over_an_earlier_one() -> None:
+    assert build_recipe({}, sets=[("steps", 1), ("steps", 2)]).steps == 2
+
+
+def test_values_that_nothing_sets_are_the_plugins_own(cli: Callable[..., Result]) -> None:
+    (Path.cwd() / "mine.toml").write_text("[augmenter]\ncutout = 0.25\n[losses.dm]\n")
+    result = cli("distill", "--recipe", "mine.toml", "--pipc", 2, "--plan", "--json", "--set", "augmenter.scale=1.5")
+    augmenter = json.loads(result.out)["recipe"]["augmenter"]
+    assert (augmenter["cutout"], augmenter["scale"], augmenter["rotate"]) == (0.25, 1.5, 15.0)
+
+
+def test_model_and_protocol_flags_reach_every_table_that_names_a_model() -> None:
+    recipe = recipe_for("default", model="mlp", protocol="dm-official", evaluators="accuracy")
+    assert (recipe.teacher.model, recipe.network.model) == ("mlp", "mlp")
+    assert recipe.evaluators["accuracy"].options == {"protocol": "dm-official", "model": "mlp"}
+
+
+def test_evaluate_none_and_names_choose_the_evaluators() -> None:
+    assert recipe_for("default", evaluators="none").evaluators == {}
+    assert list(recipe_for("default", evaluators="accuracy").evaluators) == ["accuracy"]
+    with pytest.raises(PluginError, match="Did you mean 'accuracy'"):
+        recipe_for("default", evaluators="acuracy")
+
+
+# Rules
+
+
+@pytest.mark.parametrize(
+    ("ipc", "pipc", "steps", "batch", "weight"),
+    [
+        (1, 50, 100, 256, 1.0),
+        (9, 50, 100, 256, 1.0),
+        (10, 50, 300, 256, 2.0),
+        (20, 50, 300, 256, 2.0),
+        (21, 50, 200, 256, 2.0),
+        (10, 51, 200, 256, 2.0),
+        (10, "all", 200, 64, 2.0),
+        (1, "all", 100, 64, 1.0),
+        (1, 499, 100, 256, 1.0),
+        (1, 500, 100, 64, 1.0),
+    ],
+)
+def test_rules_apply_in_order_where_ipc_and_pipc_match(ipc: int, pipc: int | str, steps: int, batch: int, weight: float) -> None:
+    recipe = build_recipe(RULES, flags={"ipc": ipc, "pipc": pipc})
+    assert (recipe.steps, recipe.data.batch, weights(recipe)) == (steps, batch, {"dm": weight})
+    assert build_recipe(RULES, sets=[("ipc", ipc), ("pipc", pipc)]) == recipe
+
+
+def test_flags_and_sets_win_over_rules() -> None:
+    assert build_recipe(RULES, flags={"ipc": 10, "steps": 7}).steps == 7
+    assert weights(build_recipe(RULES, flags={"ipc": 10}, sets=[("losses.dm.weight", 9.0)])) == {"dm": 9.0}
+
+
+def test_build_recipe_leaves_its_argument_as_it_was() -> None:
+    before = json.dumps(RULES)
+    build_recipe(RULES, flags={"ipc": 10}, losses="dm:3")
+    assert json.dumps(RULES) == before
+
+
+def test_the_resolved_recipe_has_no_rules() -> None:
+    assert "rules" not in recipe_dict(build_recipe(RULES, flags={"ipc": 10}))
+
+
+@pytest.mark.parametrize(
+    ("rules", "words"),
+    [
+        ("dm", ["rules is an array of tables"]),
+        ([3], ["rules[0]"]),
+        ([{"when": {}}], ["rules[0]", "set"]),
+        ([{"when": {}, "sets": {}}], ["rules[0] has no key 'sets'", "Did you mean 'set'"]),
+        ([{"when": {"ipc_mn": 3}, "set": {}}], ["rules[0].when", "ipc_mn"]),
+        ([{"when": {"ipc_min": "3"}, "set": {}}], ["rules[0].when", "int"]),
+        ([{"when": {}, "set": {"stepz": 3}}], ["no key 'stepz'", "Did you mean 'steps'"]),
+        ([{"when": {}, "set": {"losses.dmm.weight": 3}}], ["no loss labelled 'dmm'", "Did you mean 'dm'"]),
+        ([{"when": {}, "set": {"steps.more": 3}}], ["steps is a value, not a table"]),
+    ],
+)
+def test_a_malformed_rule_is_named(rules: Any, words: list[str]) -> None:
+    with pytest.raises(InputError) as caught:
+        build_recipe({**RULES, "rules": rules})
+    for word in words:
+        assert word in str(caught.value)
+
+
+# --set
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("steps=5", ("steps", 5)),
+        ("losses.dm.weight=0.01", ("losses.dm.weight", 0.01)),
+        ("losses.dm.weight=1e-3", ("losses.dm.weight", 0.001)),
+        ("engine.compile=false", ("engine.compile", False)),
+        ("teacher.mean=[0.5, 0.25]", ("teacher.mean", [0.5, 0.25])),
+        ("views.default={augmenter='none'}", ("views.default", {"augmenter": "none"})),
+        ("data.use=imagefolder:/some/where", ("data.use", "imagefolder:/some/where")),
+        ("data.use='12'", ("data.use", "12")),
+        ("network.norm=batch", ("network.norm", "batch")),
+        ("data.dir=", ("data.dir", "")),
+        ("data.dir=a=b", ("data.dir", "a=b")),
+        (" steps = 5", ("steps", 5)),
+        ("data.dir=1\nsteps=2", ("data.dir", "1\nsteps=2")),
+    ],
+)
+def test_a_set_value_is_toml_else_a_string(text: str, expected: tuple[str, Any]) -> None:
+    assert parse_set(text) == expected
+
+
+@pytest.mark.parametrize("text", ["steps", "=5", " = 5", ""])
+def test_a_set_that_is_no_assignment_is_a_flag_error(text: str) -> None:
+    with pytest.raises(FlagError, match="PATH=VALUE"):
+        parse_set(text)
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "value", "options"),
+    [
+        ("augmenter", "augmenter.use", "none", {}),
+        ("augmenter", "augmenter", "none", {}),
+        ("augmenter", "augmenter.use", "dsa", {"scale": 1.5}),
+        ("augmenter", "augmenter.rotate", 3.0, {"scale": 1.5, "rotate": 3.0}),
+    ],
+)
+def test_naming_another_component_drops_the_options_of_the_one_before(table: str, path: str, value: Any, options: Any) -> None:
+    recipe = build_recipe({"augmenter": {"use": "dsa", "scale": 1.5}}, sets=[(path, value)])
+    assert getattr(recipe, table).options == options
+
+
+def test_it_drops_them_in_every_table_that_names_a_component_and_keeps_the_tables_own_keys() -> None:
+    raw = {
+        "data": {"use": "imagefolder", "path": "x", "batch": 7},
+        "network": {"model": "convnet", "width": 8, "renew_every": 3},
+        "teacher": {"model": "convnet", "width": 8, "mean": [0.5]},
+        "train": {"augmenter": "dsa", "compose": 2, "epochs": 3},
+        "views": {"default": {"augmenter": "dsa", "compose": 6, "noise": 0.2, "scale": 1.1}},
+        "losses": {"a": {"use": "total-variation", "power": 2.0, "weight": 3.0}},
+        "evaluators": {"accuracy": {"protocol": "short"}},
+    }
+    named = {"data.use": "digits", "network.model": "mlp", "teacher.model": "mlp", "train.augmenter": "none"}
+    named |= {"views.default.augmenter": "none", "losses.a.use": "image-norm", "evaluators.accuracy.use": "other"}
+    recipe = build_recipe(raw, sets=named.items())
+    assert (recipe.data.options, recipe.data.batch) == ({}, 7)
+    assert (recipe.network.options, recipe.network.renew_every) == ({}, 3)
+    assert (recipe.teacher.options, recipe.teacher.mean) == ({}, [0.5])
+    assert (recipe.train.options, recipe.train.epochs) == ({}, 3)
+    view = recipe.views["default"]
+    assert (view.options, view.compose, view.noise) == ({}, None, 0.2)
+    assert (recipe.losses["a"].options, recipe.losses["a"].weight) == ({}, 3.0)
+    assert recipe.evaluators["accuracy"].options == {}
+
+
+def test_shorthand_and_table_of_a_component_mean_the_same() -> None:
+    assert parse_recipe({"initializer": "noise"}) == parse_recipe({"initializer": {"use": "noise"}})
+    raw: dict[str, Any] = {"initializer": "noise"}
+    assign(raw, "initializer.std", 0.5)
+    assert raw == {"initializer": {"use": "noise", "std": 0.5}}
+
+
+# --losses
+
+
+TABLES_OF_LOSSES = {"dm": {"weight": 0.5}, "total-variation": {"weight": 0.1, "power": 2.0}}
+FALLBACK = {"dm": {"weight": 7.0}, "dkkt-primal": {"weight": 2.0}, "dkkt-stationarity": {"weight": 0.2, "masked": True}}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("dm", {"dm": 0.5}),
+        ("dm:0.001", {"dm": 0.001}),
+        ("dm:0", {"dm": 0.0}),
+        (" dm , image-norm:3 ", {"dm": 0.5, "image-norm": 3.0}),
+        ("gm", {"gm": 1.0}),
+        ("dkkt", {"dkkt-primal": 2.0, "dkkt-stationarity": 0.2}),
+        ("dkkt:0.5", {"dkkt-primal": 1.0, "dkkt-stationarity": 0.1}),
+        ("dm,dkkt:2", {"dm": 0.5, "dkkt-primal": 4.0, "dkkt-stationarity": 0.4}),
+        ("ddkit/gm:4", {"ddkit/gm": 4.0}),
+        ("ddkit/dkkt:0.5", {"dkkt-primal": 1.0, "dkkt-stationarity": 0.1}),
+    ],
+)
+def test_losses_selects_with_weights_of_the_recipe_else_default_else_one(text: str, expected: dict[str, float]) -> None:
+    chosen = select_losses(text, TABLES_OF_LOSSES, FALLBACK)
+    assert {label: table.get("weight", 1.0) for label, table in chosen.items()} == pytest.approx(expected)
+
+
+def test_selection_keeps_the_options_of_the_recipe_and_leaves_the_rest_out() -> None:
+    assert select_losses("total-variation:3", TABLES_OF_LOSSES, {}) == {"total-variation": {"weight": 3.0, "power": 2.0}}
+    assert select_losses("dkkt-stationarity", TABLES_OF_LOSSES, FALLBACK)["dkkt-stationarity"]["masked"] is True
+
+
+def test_weights_of_a_recipe_without_the_loss_come_from_default() -> None:
+    default = read_recipe("default")["losses"]["dkkt-primal"]["weight"]
+    recipe = build_recipe({"losses": {"dm": {"weight": 0.125}}}, losses="dm,dkkt-primal")
+    assert weights(recipe) == {"dm": 0.125, "dkkt-primal": default}
+
+
+@pytest.mark.parametrize("text", ["dm,dm", "dm:1,dm:2", "dkkt,dkkt-primal", "dkkt-stationarity,dm,dkkt", "dkkt,dkkt"])
+def test_a_loss_named_twice_also_through_a_group_is_refused(text: str) -> None:
+    with pytest.raises(FlagError, match="chosen twice"):
+        select_losses(text, {}, {})
+
+
+@pytest.mark.parametrize("text", ["dm:-1", "dm:nan", "dm:inf", "dm:x", "dm:", "", "dm,", ":1"])
+def test_an_impossible_weight_or_name_is_refused(text: str) -> None:
+    with pytest.raises(FlagError, match="--losses"):
+        select_losses(text, {}, {})
+
+
+def test_an_unknown_loss_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(PluginError, match=r"no loss 'dkkt-primel'\. Did you mean 'dkkt-primal'"):
+        select_losses("dkkt-primel", {}, {})
+
+
+# The resolved recipe
+
+
+def test_a_recipe_survives_toml_and_back() -> None:
+    recipe = build_recipe("default", losses="dm:0.25,dkkt", sets=[("views.extra.noise", 0.5), ("augmenter.scale", 1.5), ("pipc", "all")])
+    assert parse_recipe(tomllib.loads(tomli_w.dumps(recipe_dict(recipe)))) == recipe
+    assert recipe != build_recipe("default")
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_every_installed_recipe_parses_plans_and_survives_toml(name: str, cli: Callable[..., Result]) -> None:
+    result = cli("distill", "--recipe", name, "--pipc", 20, "--ipc", 1, "--plan", "--json")
+    assert result.code == 0, result.err
+    table = json.loads(result.out)["recipe"]
+    recipe = parse_recipe(table)
+    assert parse_recipe(tomllib.loads(tomli_w.dumps(recipe_dict(recipe)))) == recipe
+    assert recipe.summary
+    assert read_recipe(name)["source"]
+
+
+def test_a_run_is_repeated_byte_for_byte_from_its_own_recipe(cli: Callable[..., Result]) -> None:
+    flags = ["--losses", "dm:0.01,dkkt:0.5", "--pipc", 4, "--ipc", 1, "--seed", 3, "--evaluate", "none", *SMALL_FLAGS[:8]]
+    for arguments in ([*flags, "--out", "first"], ["--recipe", "first/recipe.toml", "--out", "second"]):
+        result = cli("distill", *arguments)
+        assert result.code == 0, result.err
+    assert cli("distill", "--recipe", "first/recipe.toml", "--seed", 4, "--out", "other").code == 0
+    first, second, other = (Path(run, "synthetic.safetensors").read_bytes() for run in ("first", "second", "other"))
+    assert first == second
+    assert first != other
+    assert Path("first/recipe.toml").read_bytes() == Path("second/recipe.toml").read_bytes()
+
+
+# What is refused
+
+
+def _misspelt() -> list[tuple[dict[str, Any], str]]:
+    own = {"data": "batc", "teacher": "uze", "train": "epoch", "engine": "precison"}
+    rows: list[tuple[dict[str, Any], str]] = [({"stepz": 3}, "Did you mean 'steps'"), ({"loses": {}}, "Did you mean 'losses'")]
+    rows += [({"engine": {"precison": "float32"}}, "engine has no key 'precison'. Did you mean 'precision'")]
+    rows += [({"optimizer": {"images": {"lrr": 1.0}}}, "optimizer.images has no key 'lrr'. Did you mean 'lr'")]
+    return rows + [({table: 3}, f"{table} is a table") for table in own]
+
+
+@pytest.mark.parametrize(("raw", "words"), _misspelt())
+def test_an_unknown_key_is_named_with_the_nearest_one(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build_recipe(raw)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "nearest"),
+    [
+        ("augmenter.scal=1", "Did you mean 'scale'"),
+        ("network.widht=8", "width"),
+        ("initializer.stdd=8", "initializer"),
+        ("views.default.compos=2", "compose"),
+        ("losses.dkkt-primal.maskd=true", "masked"),
+        ("evaluators.accuracy.protocoll='short'", "protocol"),
+        ("data.sise=[3,3]", "data"),
+    ],
+)
+def test_an_unknown_option_of_a_component_is_named_with_the_nearest_one(cli: Callable[..., Result], setting: str, nearest: str) -> None:
+    result = cli("distill", "--losses", "dm,dkkt", "--pipc", 2, "--plan", "--set", setting)
+    text = " ".join(result.err.split())
+    assert (result.code, result.out) == (4, "")
+    assert setting.partition("=")[0].rpartition(".")[2] in text
+    assert nearest in text
+    assert "ddkit info" in text
+
+
+@pytest.mark.parametrize(
+    ("raw", "path"),
+    [
+        ({"ipc": 0}, "ipc"),
+        ({"ipc": True}, "ipc"),
+        ({"pipc": -1}, "pipc"),
+        ({"pipc": "some"}, "pipc"),
+        ({"steps": 1.5}, "steps"),
+        ({"seed": -1}, "seed"),
+        ({"losses": {"dm": {"weight": -1.0}}}, "losses.dm.weight"),
+        ({"losses": {"dm": {"weight": float("nan")}}}, "losses.dm.weight"),
+        ({"losses": {"dm": {"weight": "1"}}}, "losses.dm.weight"),
+        ({"optimizer": {"images": {"lr": 0.0}}}, "optimizer.images.lr"),
+        ({"optimizer": {"images": {"kind": "adamw"}}}, "optimizer.images.kind"),
+        ({"optimizer": {"images": {"betas": [0.9, float("inf")]}}}, "optimizer.images.betas"),
+        ({"engine": {"chunk": -1}}, "engine.chunk"),
+        ({"train": {"lr": 10**400}}, "train.lr"),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_path(raw: dict[str, Any], path: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build_recipe(raw)
+    assert path in str(caught.value)
+    assert caught.value.path == path
+
+
+KEYS = st.sampled_from([*TABLES, *NAMED_TABLES, "ipc", "pipc", "steps", "rules", "when", "set", "ipc_min", "pipc_max", "use", "dm"])
+KEYS |= st.sampled_from(["weight", "lr", "images", "model", "augmenter", "options", "compose", "mean", "losses.dm.weight"]) | st.text(
+    max_size=3
+)
+ATOMS = st.none() | st.booleans() | st.integers() | st.just(2**70) | st.floats() | st.text(max_size=4) | st.just("all") | st.dates()
+VALUES = st.recursive(ATOMS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=12)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    raw=st.dictionaries(KEYS, VALUES, max_size=5),
+    sets=st.lists(st.tuples(KEYS, VALUES), max_size=2),
+    losses=st.sampled_from([None, "dm,dkkt:2"]),
+)
+def test_any_data_gives_a_recipe_or_a_ddkit_error(raw: dict[str, Any], sets: list[tuple[str, Any]], losses: str | None) -> None:
+    with suppress(DdkitError):
+        assert isinstance(build_recipe(raw, losses=losses, sets=sets), Recipe)
+
+
+def test_the_fuzz_can_give_a_recipe() -> None:
+    assert isinstance(build_recipe({"augmenter": {"odd": date(2024, 1, 1)}, "steps": 3}), Recipe)
+
+
+@pytest.mark.parametrize("norm", ["batch", "instance", "none"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_recipes_of_teachers_train_one_and_distil_nothing(name: str, norm: str, cli: Callable[..., Result]) -> None:
+    small = ("--set", "train.epochs=1", "--set", "teacher.width=8", "--set", f"teacher.norm={norm}")
+    result = cli("train", "--recipe", name, "--dataset", "digits", *small, "--out", "t.safetensors", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["test_accuracy"] > 0
+    told = cli("distill", "--recipe", name)
+    assert told.code == 4
+    assert "no loss" in told.err
+
+
+PAPER = ["dc", "dm", "dm-star", "dsv-blend", "dsv-noise", "dsv-real", "practical", "practical-plus", "teacher-dsv"]
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_setting_of_a_paper_recipe_says_where_it_comes_from(name: str, cli: Callable[..., Result]) -> None:
+    facts = json.loads(cli("info", "recipe", name, "--json").out)
+    assert [row["path"] for row in facts["settings"] if row["origin"] not in ("paper", "ours")] == []
+    assert {row["origin"] for row in facts["settings"]} == {"paper", "ours"}
+    page = cli("info", "recipe", name).out
+    assert "setting" in page
+    assert facts["source"] in " ".join(page.split())
+
+
+def test_info_shows_the_rules_of_a_setting(cli: Callable[..., Result]) -> None:
+    rows = {row["path"]: row for row in json.loads(cli("info", "practical", "--json").out)["settings"]}
+    assert rows["losses.dkkt-stationarity.weight"]["rules"] == [
+        {"when": {"pipc_max": 10}, "value": 0.1},
+        {"when": {"pipc_min": 500}, "value": 0.001},
+    ]
+    assert rows["initializer.std"]["value"] is None
+    assert "0.1 if pipc <= 10" in cli("info", "practical").out
+
+
+@pytest.mark.parametrize("name", [p.name for p in registry.plugins() if p.kind == "recipe" and p.distribution == "ddkit"])
+def test_every_setting_of_a_recipe_says_where_it_comes_from_and_why(name: str) -> None:
+    rows = described(read_recipe(name))
+    assert rows
+    assert [row["path"] for row in rows if row["origin"] not in ("paper", "ours") or not row["why"]] == []
+
+
+def test_a_runs_own_recipe_has_no_notes_on_values_that_may_be_others() -> None:
+    recipe = api.plan(recipe_for("practical", data__use="digits"))["recipe"]
+    assert recipe["losses"]["dm"]["weight"] == 0.001
+    assert "notes" not in recipe
+
+
+def test_a_note_holds_for_all_below_its_path() -> None:
+    raw = {"a": {"b": 1, "c": {"d": 2}}, "notes": {"a": "ours: all", "a.c": "paper: c"}}
+    assert [(r["path"], r["origin"], r["why"]) for r in described(raw)] == [("a.b", "ours", "all"), ("a.c.d", "paper", "c")]
+
+
+@pytest.mark.parametrize(
+    ("ipc", "pipc", "init", "rate", "ratio"),
+    [(1, 10, "noise", 0.1, 0.001), (3, 50, "real", 0.01, 0.001), (10, "all", "real", 0.001, 0.001), (50, 50, "real", 0.01, 0.01)],
+)
+def test_practical_resolves_the_papers_settings_by_its_own_rules(ipc: int, pipc: int | str, init: str, rate: float, ratio: float) -> None:
+    recipe = recipe_for("practical", ipc=ipc, pipc=pipc)
+    assert recipe.initializer.use == init
+    assert recipe.losses["dkkt-stationarity"].weight == rate
+    assert recipe.losses["dm"].weight == ratio
+
+
+def test_a_recipe_file_may_be_a_path_of_python_whatever_its_ending(tmp_path: Path) -> None:
+    file = tmp_path / "settings"
+    file.write_text("ipc = 7\n[losses.dm]\nweight = 3.0\n")
+    found = recipe_for(file)
+    assert (found.name, found.ipc, found.losses["dm"].weight) == ("settings", 7, 3.0)
+    with pytest.raises(InputError, match="does not exist"):
+        recipe_for(tmp_path / "dm")

@@ -1,0 +1,215 @@
+"""Blends: matched by class name and place, in pixel units; anything that does not fit is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddkit
+from ddkit.errors import FlagError, InputError
+from ddkit.run.artifact import Artifact
+from ddkit.run.averaging import blended
+from tests.conftest import SMALL_FLAGS, Result
+
+CLI = Callable[..., Result]
+
+
+def _set(names: str = "ab", labels: tuple[int, ...] = (0, 0, 1, 1), *, size: int = 4, seed: int = 0, mean: float = 0.5) -> Artifact:
+    images = torch.rand(len(labels), 1, size, size, generator=torch.Generator().manual_seed(seed))
+    metadata = {"class_names": list(names), "mean": [mean], "std": [0.2], "ipc": 2, "pipc": 3 + seed, "seed": seed}
+    return Artifact(images, torch.tensor(labels), metadata, {"multipliers": torch.ones(len(labels))})
+
+
+def test_a_blend_is_the_weighted_mean_of_both() -> None:
+    first, second = _set(), _set(seed=1)
+    assert torch.equal(blended(first, second, 0).images, first.images)
+    assert torch.equal(blended(first, second, 1).images, second.images)
+    assert torch.allclose(blended(first, second, 0.25).images, 0.75 * first.images + 0.25 * second.images)
+    found = blended(first, second, 0.25)
+    assert (found.metadata["pipc"], found.metadata["recipe"], found.metadata["alpha"]) == (4, "blend", 0.25)
+    assert found.parameters == {}
+
+
+def test_images_are_matched_by_class_name_and_place() -> None:
+    first, second = _set("ab"), _set("ba", (0, 1, 0, 1), seed=1)  # in the second, label 0 is b
+    found = blended(first, second, 1)
+    assert found.class_names == ["a", "b"]
+    assert torch.equal(found.images, second.images[[1, 3, 0, 2]])
+    assert not torch.equal(found.images, second.images)
+
+
+@pytest.mark.parametrize(
+    ("second", "said"),
+    [
+        (_set("ac"), "only the first has b, only the second has c"),
+        (_set("ab", (0, 1, 1, 1)), "has 2 images of the class 'a', the second 1"),
+        (_set("ab", (0, 0, 0, 1, 1, 1)), "only sets of the same ipc"),
+        (_set("ab", size=5), "(1, 4, 4) (C, H, W), the second of (1, 5, 5)"),
+    ],
+)
+def test_what_does_not_fit_is_refused(second: Artifact, said: str) -> None:
+    with pytest.raises(InputError) as error:
+        blended(_set(), second, 0.5)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("alpha", [-0.1, 1.1, float("nan")])
+def test_alpha_is_a_share(alpha: float) -> None:
+    with pytest.raises(FlagError):
+        blended(_set(), _set(), alpha)
+
+
+def test_different_normalisation_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    found = blended(_set(), _set(mean=0.4), 0.5)
+    assert found.mean == [0.5]
+    assert "different normalisation" in caplog.text
+
+
+@pytest.fixture
+def runs(cli: CLI) -> CLI:
+    for name, seed in (("one", 0), ("two", 1)):
+        result = cli("distill", "--losses", "dm", "--evaluate", "none", "--pipc", 4, "--seed", seed, "--out", name, *SMALL_FLAGS)
+        assert result.code == 0, result.err
+    return cli
+
+
+def test_a_blend_of_runs_is_a_run_that_can_be_evaluated_and_rerun(runs: CLI) -> None:
+    result = runs("blend", "one", "two", "--alpha", 0.3, "--out", "both", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["alpha"] == 0.3
+    one, two, both = (ddkit.load(name) for name in ("one", "two", "both"))
+    assert torch.equal(both.images, torch.lerp(one.images, two.images, 0.3))
+    assert Path("both/preview.png").is_file()
+    parts = json.loads(Path("both/manifest.json").read_text())["blend"]["parts"]
+    assert [Path(part["path"]).parent.name for part in parts] == ["one", "two"]
+    small = ("--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.repeats=1")
+    assert runs("evaluate", "both", *small).code == 0
+    assert json.loads(Path("both/evaluation.json").read_text())["evaluations"]
+    again = runs("distill", "--recipe", "both/recipe.toml", "--out", "again")
+    assert again.code == 0, again.err
+    assert torch.equal(ddkit.load("again").images, both.images)
+
+
+def test_files_can_be_blended_and_then_need_a_dataset(runs: CLI) -> None:
+    result = runs("blend", "one/synthetic.safetensors", "two/synthetic.safetensors", "--out", "both")
+    assert result.code == 0, result.err
+    assert not Path("both/recipe.toml").exists()
+    told = runs("evaluate", "both")
+    assert told.code == 4
+    assert "--dataset" in told.err
+    small = ("--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.repeats=1")
+    assert runs("evaluate", "both", "--dataset", "digits", *small).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("one", "nothing"), 5, "no finished run"),
+        (("one", "two", "--alpha", "2"), 2, "--alpha"),
+        (("one", "two", "--alpha", "x"), 2, "--alpha"),
+        (("one", "three"), 4, "only sets of the same ipc"),
+        (("one", "two", "--out", "two"), 5, "already holds something"),
+    ],
+)
+def test_bad_blends_leave_nothing(runs: CLI, arguments: tuple[str, ...], code: int, said: str) -> None:
+    runs("distill", "--losses", "dm", "--evaluate", "none", "--pipc", 4, "--ipc", 2, "--out", "three", *SMALL_FLAGS)
+    out = () if "--out" in arguments else ("--out", "both")
+    result = runs("blend", *arguments, *out)
+    assert (result.code, result.out) == (code, "")
+    assert said in " ".join(result.err.split())
+    assert not Path("both").exists()
+    assert ddkit.load("two").metadata["recipe"] == "default"  # what was there is as it was
+
+
+SMALL_BLEND = ["--ipc", 1, "--pipc", 3, "--steps", 2, *SMALL_FLAGS[2:], "--set", "blend.first=dm", "--set", "blend.second=dm-star"]
+
+
+def test_the_recipe_makes_both_parts_and_blends_them(cli: CLI) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--out", "run", "--json")
+    assert result.code == 0, result.err
+    first, second, both = (ddkit.load(f"run{part}") for part in ("/parts/first", "/parts/second", ""))
+    assert torch.equal(both.images, torch.lerp(first.images, second.images, 0.5))
+    assert not torch.equal(first.images, second.images)
+    assert both.metadata["recipe"] == "dsv-blend"
+    assert json.loads(result.out)["evaluations"][0]["evaluator"] == "accuracy"
+    Path("run/manifest.json").unlink()
+    (Path("run/parts/second") / "manifest.json").unlink()
+    (Path("run/parts/second") / "synthetic.safetensors").unlink()
+    again = cli("distill", "--out", "run", "--resume")
+    assert again.code == 0, again.err
+    assert torch.equal(ddkit.load("run").images, both.images)
+
+
+def test_the_plan_of_a_blend_tells_both_parts(cli: CLI) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--plan", "--json")
+    assert result.code == 0, result.err
+    plan = json.loads(result.out)
+    assert [part["recipe"]["name"] for part in plan["parts"]] == ["dm", "dm-star"]
+    assert [part["recipe"]["steps"] for part in plan["parts"]] == [2, 2]
+    assert not Path("runs").exists()
+
+
+def test_a_part_that_is_no_recipe_is_told_before_anything_is_made(cli: CLI) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--set", "blend.second=dm-starr", "--out", "run")
+    assert result.code == 4
+    assert "There is no recipe 'dm-starr'" in result.err
+    assert not Path("run").exists()
+
+
+BAD_BLENDS = [
+    (["--set", "evaluators.accuracy.protocl=x"], 4, "protocl"),
+    (["--set", "evaluators.accuracy.model=nope"], 3, "nope"),
+    (["--set", "data.test=held-out", "--set", "data.held_out=500"], 4, "held-out needs 500"),
+    (["--set", "blend.first=./missing"], 5, "missing"),
+    (["--set", "blend.first=dsv-blend"], 4, "is a blend itself"),
+    (["--set", "blend.alpha=2"], 4, "alpha"),
+]
+
+
+@pytest.mark.parametrize(("flags", "code", "said"), BAD_BLENDS)
+def test_what_would_fail_after_both_parts_is_told_before(cli: CLI, flags: list[str], code: int, said: str) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, *flags, "--out", "run")
+    assert (result.code, result.out) == (code, "")
+    assert said in " ".join(result.err.split())
+    assert not Path("run").exists()
+
+
+def test_a_flag_that_equals_a_default_holds_for_both_parts(cli: CLI) -> None:
+    result = cli("distill", "--recipe", "dsv-blend", "--init", "real", "--dataset", "digits", "--plan", "--json")
+    assert result.code == 0, result.err
+    assert [part["recipe"]["initializer"]["use"] for part in json.loads(result.out)["parts"]] == ["real", "real"]
+
+
+def test_finished_parts_must_have_the_ipc_that_is_asked_for(runs: CLI) -> None:
+    parts = ("--set", "blend.first=./one", "--set", "blend.second=./two", "--dataset", "digits", "--evaluate", "none")
+    assert runs("distill", "--recipe", "dsv-blend", *parts, "--out", "both").code == 0
+    told = runs("distill", "--recipe", "dsv-blend", *parts, "--ipc", 2, "--out", "more")
+    assert told.code == 4
+    assert "1 images a class" in told.err
+    plan = runs("distill", "--recipe", "both/recipe.toml", "--plan")
+    assert plan.code == 0, plan.err
+
+
+def test_held_out_images_of_a_blend_were_accessible_to_neither(runs: CLI) -> None:
+    assert runs("blend", "one", "two", "--out", "both").code == 0
+    told = runs("evaluate", "both", "--set", "data.test=held-out", "--set", "data.held_out=5")
+    assert told.code == 4
+    assert "seed 0 and 1" in " ".join(told.err.split())
+
+
+def test_a_blends_manifest_tells_of_both_parts(runs: CLI) -> None:
+    assert runs("blend", "one", "two", "--out", "both").code == 0
+    one, two, both = (json.loads(Path(name, "manifest.json").read_text()) for name in ("one", "two", "both"))
+    assert set(both["real_files"]) == {*one["real_files"], *two["real_files"]}
+    assert both["plugins"] == one["plugins"]
+
+
+def test_the_steps_of_a_blend_are_not_changed_afterwards(cli: CLI) -> None:
+    assert cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--out", "run").code == 0
+    told = cli("distill", "--out", "run", "--resume", "--steps", 6)
+    assert told.code == 2
+    assert "--steps" in told.err

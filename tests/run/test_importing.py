@@ -1,0 +1,432 @@
+"""Sets and teachers of other projects: what is read, what is asked for, what is refused."""
+
+from __future__ import annotations
+
+import collections
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import ddkit
+from ddkit.components import registry
+from ddkit.components.base import DataInfo
+from ddkit.engine.parametrization import decoded
+from ddkit.files import write_tensors
+from ddkit.nn.networks import build_network
+from ddkit.nn.teachers import load_teacher, read_teacher
+from ddkit.recipes.tables import TeacherTable
+from ddkit.run.artifact import Artifact
+from ddkit.run.manifest import check_listed, read_manifest
+from tests.conftest import SMALL_FLAGS, Result
+
+Cli = Callable[..., Result]
+NORM: dict[str, Any] = {"mean": [0.25], "std": [0.5]}
+
+
+def _pair(labels: tuple[int, ...] = (0, 0, 1, 1), channels: int = 1, size: int = 4) -> tuple[Tensor, Tensor]:
+    images = torch.rand(len(labels), channels, size, size, generator=torch.Generator().manual_seed(0))
+    return images, torch.tensor(labels)
+
+
+def _saved(value: Any, path: Path) -> Path:
+    torch.save(value, path)
+    return path
+
+
+IMAGES, LABELS = _pair()
+FORMS: dict[str, Any] = {
+    "dict of images and labels": {"images": IMAGES, "labels": LABELS},
+    "dict of data and targets": {"data": IMAGES, "targets": LABELS, "note": "mine"},
+    "dict of x and y": {"x": IMAGES, "y": LABELS.float()},
+    "list": [IMAGES, LABELS],
+    "tuple": (IMAGES, LABELS),
+    "result of the DC and DM code": {"data": [[IMAGES, LABELS]], "accs_all_exps": {"ConvNet": [0.5]}},
+    "double precision": {"images": IMAGES.double(), "labels": LABELS.int()},
+    "parameter": {"images": torch.nn.Parameter(IMAGES), "labels": LABELS},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_a_set_is_read(form: str, tmp_path: Path) -> None:
+    found = ddkit.import_file(_saved(FORMS[form], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", **NORM)
+    assert isinstance(found, Artifact)
+    read = ddkit.load(tmp_path / "out")
+    assert torch.equal(read.images, IMAGES)
+    assert torch.equal(read.labels, LABELS)
+    assert (read.class_names, read.mean, read.std) == (["0", "1"], [0.25], [0.5])
+    assert read.metadata["ipc"] == 2
+
+
+def test_the_old_format_of_torch_is_read(tmp_path: Path) -> None:
+    torch.save([IMAGES, LABELS], tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    ddkit.import_file(tmp_path / "x.pt", tmp_path / "out", pixels="unit", **NORM)
+    assert torch.equal(ddkit.load(tmp_path / "out").images, IMAGES)
+
+
+def test_npz_and_safetensors_are_read(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    np.savez(tmp_path / "x.npz", images=IMAGES.numpy(), labels=LABELS.numpy(), names=np.array(["a", "b"]))
+    save_file({"images": IMAGES, "labels": LABELS}, tmp_path / "x.safetensors")
+    for name in ("x.npz", "x.safetensors"):
+        ddkit.import_file(tmp_path / name, tmp_path / f"{name}-out", pixels="unit", **NORM)
+        assert torch.equal(ddkit.load(tmp_path / f"{name}-out").images, IMAGES)
+
+
+def test_an_exported_npz_comes_back_bit_for_bit_without_a_flag(tmp_path: Path) -> None:
+    images, labels = _pair()
+    record = {"class_names": ["ü b", "a"], "mean": [0.4], "std": [0.3], "ipc": 2}
+    Artifact(images * 1.5 - 0.25, labels, record).save(tmp_path / "s.safetensors")
+    file = ddkit.export(tmp_path / "s.safetensors", "npz", tmp_path / "out") / "synthetic.npz"
+    found = ddkit.import_file(file, tmp_path / "in")
+    assert isinstance(found, Artifact)
+    assert torch.equal(found.images, images * 1.5 - 0.25)
+    assert found.class_names == ["ü b", "a"]
+    assert (found.mean, found.std) == (pytest.approx([0.4]), pytest.approx([0.3]))
+    other = ddkit.import_file(file, tmp_path / "other", mean=[0.1], std=[0.2], classes=["x", "y"])
+    assert isinstance(other, Artifact)
+    assert (other.mean, other.class_names) == ([0.1], ["x", "y"])
+
+
+def test_a_file_that_records_mean_and_std_is_not_asked_for_them(tmp_path: Path) -> None:
+    images, labels = _pair()
+    file = _saved({"images": images, "labels": labels, "mean": torch.tensor([0.25]), "std": torch.tensor([0.5])}, tmp_path / "a.pt")
+    found = ddkit.import_file(file, tmp_path / "in", pixels="normalised")
+    assert isinstance(found, Artifact)
+    assert torch.allclose(found.images, images * 0.5 + 0.25)
+
+
+def test_normalised_images_become_pixels_and_bytes_need_no_word(tmp_path: Path) -> None:
+    normalised = _saved([(IMAGES - 0.25) / 0.5, LABELS], tmp_path / "n.pt")
+    ddkit.import_file(normalised, tmp_path / "n", pixels="normalised", **NORM)
+    torch.testing.assert_close(ddkit.load(tmp_path / "n").images, IMAGES)
+    bytes_ = _saved([(IMAGES * 255).round().to(torch.uint8), LABELS], tmp_path / "b.pt")
+    ddkit.import_file(bytes_, tmp_path / "b", **NORM)
+    torch.testing.assert_close(ddkit.load(tmp_path / "b").images, IMAGES, atol=0.003, rtol=0)
+
+
+def test_rows_are_put_in_order_of_class_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = _pair((1, 0, 1, 0))
+    ddkit.import_file(_saved([images, labels], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", classes=["cat", "dog"], **NORM)
+    found = ddkit.load(tmp_path / "out")
+    assert found.labels.tolist() == [0, 0, 1, 1]
+    assert torch.equal(found.images, images[[1, 3, 0, 2]])
+    assert found.class_names == ["cat", "dog"]
+    assert "not in order of class" in caplog.text
+
+
+def test_unequal_classes_are_taken_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images, labels = _pair((0, 1, 1))
+    ddkit.import_file(_saved([images, labels], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", **NORM)
+    assert "ipc" not in ddkit.load(tmp_path / "out").metadata
+    assert "(0 1, 1 2)" in caplog.text
+
+
+def test_one_of_several_sets_is_taken_by_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = _saved({"data": [[IMAGES, LABELS], [IMAGES / 2, LABELS]]}, tmp_path / "x.pt")
+    ddkit.import_file(file, tmp_path / "first", pixels="unit", **NORM)
+    assert "holds 2 sets; number 0 is taken" in caplog.text
+    ddkit.import_file(file, tmp_path / "second", pixels="unit", index=1, **NORM)
+    assert torch.equal(ddkit.load(tmp_path / "second").images, IMAGES / 2)
+    with pytest.raises(ddkit.InputError, match="--index is a number from 0 to 1; got 2"):
+        ddkit.import_file(file, tmp_path / "third", pixels="unit", index=2, **NORM)
+
+
+def test_a_grid_of_images_is_decoded_as_declared_and_keeps_that_when_it_is_imported_again(tmp_path: Path) -> None:
+    file = _saved([IMAGES, LABELS], tmp_path / "x.pt")
+    found = ddkit.import_file(file, tmp_path / "out", pixels="unit", sets={"decode.factor": 2}, classes=["cat", "dog"], **NORM)
+    assert isinstance(found, Artifact)
+    again = ddkit.import_file(tmp_path / "out" / "synthetic.safetensors", tmp_path / "again")
+    for each in (found, ddkit.load(tmp_path / "out"), again):
+        assert torch.equal(each.images, decoded(IMAGES, 2))
+        assert torch.equal(each.stored_images, IMAGES)
+        assert (each.metadata["decode"], each.metadata["ipc"], each.class_names) == ({"factor": 2}, 2, ["cat", "dog"])
+
+
+def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_file_is_read(tmp_path: Path) -> None:
+    record = {"class_names": [str(number) for number in range(1001)], "mean": [0.5], "std": [0.5]}
+    Artifact(IMAGES, LABELS, record).save(tmp_path / "set.safetensors")
+    with pytest.raises(ddkit.RunFilesError, match=r"1,001 classes for 4 images, and at most 1,000"):
+        ddkit.load(tmp_path / "set.safetensors")
+    Artifact(IMAGES, LABELS, record | {"class_names": record["class_names"][:1000]}).save(tmp_path / "most.safetensors")
+    assert len(ddkit.load(tmp_path / "most.safetensors").class_names) == 1000
+    write_tensors(tmp_path / "teacher.safetensors", {"weight": torch.zeros(3, 4)}, record)
+    with pytest.raises(ddkit.InputError, match=r"1,001 class names, and no tensor for more than 1,000"):
+        read_teacher(tmp_path / "teacher.safetensors")
+
+
+def test_values_that_are_no_pixels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ddkit.import_file(_saved([IMAGES * 9 - 4, LABELS], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", **NORM)
+    assert "do --pixels, --mean and --std fit this file?" in caplog.text
+
+
+def test_the_manifest_tells_where_the_set_came_from(tmp_path: Path) -> None:
+    file = _saved([IMAGES, LABELS], tmp_path / "x.pt")
+    ddkit.import_file(file, tmp_path / "out", pixels="unit", **NORM)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest["imported"]["path"] == str(file)
+    assert set(manifest["files"]) == {"synthetic.safetensors", "preview.png"}
+    check_listed(tmp_path / "out", "synthetic.safetensors")
+
+
+def test_an_imported_set_is_evaluated_and_blended(cli: Cli, tmp_path: Path) -> None:
+    images, labels = _pair(tuple(range(10)), size=8)
+    _saved([images, labels], tmp_path / "x.pt")
+    flags = ["--mean", "0.3", "--std", 0.4, "--pixels", "unit", "--classes", 10]
+    for name in ("a", "b"):
+        result = cli("import", tmp_path / "x.pt", "--out", name, *flags, "--json")
+        assert result.code == 0, result.err
+        assert json.loads(result.out) == {
+            "schema": 1, "out": name, "kind": "set", "images": [10, 1, 8, 8], "classes": [str(number) for number in range(10)],
+        }  # fmt: skip
+    small = ["--repeats", 1, "--set", "evaluators.accuracy.epochs=1", "--json"]
+    for target in ("a", "a/synthetic.safetensors"):
+        result = cli("evaluate", target, "--dataset", "digits", "--pipc", 2, *small)
+        assert result.code == 0, result.err
+    assert cli("blend", "a", "b", "--out", "c").code == 0
+    assert cli("evaluate", "c", "--dataset", "digits", "--pipc", 2, *small).code == 0
+    assert torch.allclose(ddkit.load("c").images, images)
+
+
+# Teachers
+
+INFO = DataInfo(class_names=tuple(map(str, range(10))), channels=1, size=(8, 8))
+
+
+def _network(**options: Any) -> torch.nn.Module:
+    return build_network(registry.create("model", "convnet", options, data=INFO, where="teacher"), INFO, 3, "test")
+
+
+WRAPS: dict[str, Callable[[Any], Any]] = {
+    "bare": lambda state: state,
+    "ordered": collections.OrderedDict,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "model": lambda state: {"model": state},
+    "net": lambda state: {"net": state, "acc": 0.9},
+    "parallel": lambda state: {f"module.{name}": value for name, value in state.items()},
+    "compiled": lambda state: {"state_dict": {f"_orig_mod.{name}": value for name, value in state.items()}},
+    "half precision": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_every_form_of_a_state_dict_becomes_a_teacher(wrap: str, tmp_path: Path) -> None:
+    network = _network(width=8, norm="batch")
+    file = _saved(WRAPS[wrap](network.state_dict()), tmp_path / "x.pth")
+    ddkit.import_file(file, tmp_path / "t.safetensors", classes=10, size=(8, 8), sets={"teacher.norm": "batch", "teacher.width": 8}, **NORM)
+    teacher = load_teacher(TeacherTable(use=str(tmp_path / "t.safetensors")), INFO, torch.device("cpu"))
+    x = torch.rand(2, 1, 8, 8)
+    torch.testing.assert_close(teacher.logits(x), network.eval()(x), atol=0.01 if wrap == "half precision" else 0, rtol=0)
+    assert (teacher.mean, teacher.std) == ((0.25,), (0.5,))
+    assert teacher.info["model"] == "convnet"
+    assert (teacher.info["options"]["norm"], teacher.info["input_shape"]) == ("batch", [1, 8, 8])
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_checkpoint_of_torchvision_becomes_a_teacher(cli: Cli, prefix: str) -> None:
+    from torchvision.models import squeezenet1_1
+
+    theirs = {f"{prefix}{name}": value for name, value in squeezenet1_1(num_classes=3).state_dict().items()}
+    torch.save({"state_dict": theirs, "epoch": 3}, "theirs.pth")
+    words = ("--size", 32, "--classes", "a,b,c", "--mean", "0.5,0.5,0.5", "--std", "0.2,0.2,0.2")
+    told = cli("import", "theirs.pth", "--out", "t.safetensors", "--model", "torchvision:squeezenet1_1", *words)
+    assert told.code == 0, told.err
+    info = DataInfo(class_names=("a", "b", "c"), channels=3, size=(32, 32))
+    teacher = load_teacher(TeacherTable(use="t.safetensors", model="convnet"), info, torch.device("cpu"))
+    assert teacher.info["options"]["architecture"] == "squeezenet1_1"
+    images = torch.rand(2, 3, 32, 32)
+    plain = squeezenet1_1(num_classes=3)
+    plain.load_state_dict({name.removeprefix("module."): value for name, value in theirs.items()})
+    assert torch.allclose(teacher.module.eval()(images), plain.eval()(images), atol=1e-5)
+    wrong = cli("import", "theirs.pth", "--out", "w.safetensors", "--model", "torchvision:resnet18", *words)
+    assert (wrong.code, wrong.out) == (4, "")
+    assert "(`ddkit info model torchvision`)" in " ".join(wrong.err.split())
+
+
+def test_a_checkpoint_of_ones_own_network_becomes_a_teacher(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from torch import nn\ndef small(channels, size, classes):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
+    Path("own_import.py").write_text(code)
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    torch.save(torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).state_dict(), "own.pt")
+    words = ("own.pt", "--model", "python:own_import.small", "--size", 8, "--classes", 10, "--mean", 0.3, "--std", 0.4)
+    told = cli("import", *words, "--out", "t.safetensors")
+    assert told.code == 0, told.err
+    run = ("distill", "--losses", "dkkt-primal", "--pipc", 0, "--init", "noise", "--teacher", "t.safetensors", "--evaluate", "none")
+    asked = cli(*run, "--steps", 1, "--out", "no")
+    assert asked.code == 4
+    assert "--allow-code" in asked.err  # the file names the code, not the user
+    assert cli(*run, "--steps", 1, "--out", "yes", "--model", "python:own_import.small").code == 0
+    sys.modules.pop("own_import", None)
+
+
+def test_of_a_bare_teacher_without_images_the_test_set_tells_the_shape(cli: Cli, tmp_path: Path) -> None:
+    save_file(_network(width=8).state_dict(), str(tmp_path / "bare.safetensors"))
+    options = ("--set", "teacher.width=8", "--set", "teacher.norm=instance", "--set", "teacher.mean=[0.3]", "--set", "teacher.std=[0.4]")
+    run = ("distill", "--losses", "dkkt", "--init", "noise", "--teacher", tmp_path / "bare.safetensors", *options, "--steps", 1)
+    made = cli(*run, "--pipc", 0, "--evaluate", "none", "--out", "run")
+    assert made.code == 0, made.err
+    assert ddkit.load("run").images.shape[1:] == (1, 8, 8)
+
+
+def test_an_imported_teacher_distils(cli: Cli, tmp_path: Path) -> None:
+    _saved(_network(width=8).state_dict(), tmp_path / "x.pth")
+    flags = ["--classes", 10, "--size", 8, "--mean", 0.3, "--std", 0.4, "--set", "teacher.width=8", "--json"]
+    result = cli("import", tmp_path / "x.pth", "--out", "t.safetensors", *flags)
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["kind"] == "teacher"
+    run = ["--losses", "dkkt", "--teacher", "t.safetensors", "--pipc", 2, "--evaluate", "none", "--out", "run"]
+    assert cli("distill", *run, *SMALL_FLAGS).code == 0
+
+
+# What is refused: nothing is written
+
+
+class _Stranger:
+    pass
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("files")
+    _saved([IMAGES, LABELS], root / "set.pt")
+    _saved({"data": [[IMAGES, LABELS]], "accs_all_exps": {"ConvNet": [np.float64(0.5)]}}, root / "scalars.pt")
+    _saved({"images": IMAGES, "labels": LABELS, "more": _Stranger()}, root / "stranger.pt")
+    _saved(_network(width=8), root / "network.pt")
+    _saved(_network(width=8).state_dict(), root / "state.pt")
+    _saved({"a": 1}, root / "numbers.pt")
+    _saved([], root / "empty.pt")
+    _saved([IMAGES[:, 0], LABELS], root / "flat.pt")
+    _saved([IMAGES, LABELS[:3]], root / "short.pt")
+    _saved([IMAGES, LABELS - 1], root / "negative.pt")
+    _saved([IMAGES, torch.rand(4)], root / "soft.pt")
+    _saved([IMAGES * torch.nan, LABELS], root / "nan.pt")
+    _saved([IMAGES.expand(4, 1, 4, 4)[:1].expand(4, 1, 4, 4), LABELS], root / "expanded.pt")
+    _saved([torch.zeros(1).expand(10**6, 1, 1000, 1000), torch.zeros(1).expand(10**6)], root / "bomb.pt")
+    _saved([IMAGES.to(torch.complex64), LABELS], root / "complex.pt")
+    _saved([IMAGES, LABELS * 0], root / "one.pt")
+    _saved([(IMAGES * 255).to(torch.uint8), LABELS], root / "bytes.pt")
+    (root / "text.pt").write_text("hello")
+    whole = (root / "set.pt").read_bytes()
+    (root / "torn.pt").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+SET = "--mean 0.25 --std 0.5 --pixels unit"
+TEACHER = "--mean 0.25 --std 0.5 --classes 10 --size 8"
+REFUSED = [
+    (f"gone.pt {SET}", 4, "The file FILES/gone.pt does not exist."),
+    ("set.pt --pixels unit", 4,
+     "FILES/set.pt does not record how images are normalised: give the mean and std of each channel, of pixels in 0..1, for "
+     "example --mean 0.4914,0.4822,0.4465 --std 0.2023,0.1994,0.2010"),
+    ("set.pt --mean 0.25 --std 0.5", 4,
+     "FILES/set.pt does not tell what its images are: give --pixels normalised, or --pixels unit for 0 black and 1 white."),
+    ("set.pt --mean 0.25,0.3 --std 0.5", 2, "--mean has 2 values and --std 1: both have one for each channel."),
+    ("set.pt --mean 0.25 --std 0 --pixels unit", 2, "--mean and --std are finite numbers, and every std is positive."),
+    ("set.pt --mean nan --std 1 --pixels unit", 2, "--mean and --std are finite numbers, and every std is positive."),
+    ("set.pt --mean much --std 1", 2,
+     "Invalid value for '--mean': 'much' is not a list of numbers separated by commas. (`ddkit import --help` shows what it "
+     "takes.)"),
+    (f"set.pt {SET} --classes cat,cat", 2, "--classes: every class has a name of its own; got cat, cat."),
+    (f"set.pt {SET} --classes cat", 4, "FILES/set.pt has the label 1, and there are 1 classes. Two is the least; give all --classes."),
+    (f"set.pt {SET} --as teacher", 4, "FILES/set.pt holds a list of 2 items: that is no teacher (a state dict of tensors by name)."),
+    (f"set.pt {SET} --index 1", 4, "The file holds one set, so --index is 0; got 1."),
+    ("set.pt --mean 0.1,0.2,0.3 --std 1,1,1 --pixels unit", 4,
+     "FILES/set.pt: images have the shape (4, 1, 4, 4); with this --mean it must be (n, 3, H, W)."),
+    (f"flat.pt {SET}", 4, "FILES/flat.pt: images have the shape (4, 4, 4); with this --mean it must be (n, 1, H, W)."),
+    (f"short.pt {SET}", 4, "FILES/short.pt: labels are torch.int64 (3,); they must be whole numbers, one for each image."),
+    (f"soft.pt {SET}", 4, "FILES/soft.pt: labels are torch.float32 (4,); they must be whole numbers, one for each image."),
+    (f"negative.pt {SET}", 4, "FILES/negative.pt: labels go from -1 to 0; they count from 0."),
+    (f"nan.pt {SET}", 4, "FILES/nan.pt: an image value is not finite."),
+    (f"one.pt {SET}", 4, "FILES/one.pt has the label 0, and there are 1 classes. Two is the least; give all --classes."),
+    (f"bomb.pt {SET}", 4, "FILES/bomb.pt: images is no plain tensor (torch.float32, torch.strided, shape (1000000, 1, 1000, 1000))."),
+    (f"complex.pt {SET}", 4, "FILES/complex.pt: images is no plain tensor (torch.complex64, torch.strided, shape (4, 1, 4, 4))."),
+    (f"numbers.pt {SET}", 4,
+     "FILES/numbers.pt holds a dict of a: that is no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a"
+     " list of such pairs under `data`), and no teacher (a state dict of tensors by name)."),
+    (f"empty.pt {SET} --as set", 4,
+     "FILES/empty.pt holds a list of 0 items: that is no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, "
+     "or a list of such pairs under `data`)."),
+    ("state.pt --mean 0.25 --std 0.5", 4,
+     "FILES/state.pt is a state dict, which does not record classes and image size: give --classes 10, or their names, and "
+     "--size 32 (or height,width)."),
+    (f"state.pt {TEACHER} --set train.epochs=3", 2,
+     "--set train.epochs has no effect: FILES/state.pt is a teacher, of which --set takes options of the model, for example "
+     "teacher.norm=batch. Leave it out."),
+    (f"state.pt {TEACHER} --pixels unit --index 0 --set teacher.use=x", 2,
+     "--pixels, --index, --set teacher.use have no effect: FILES/state.pt is a teacher, of which --set takes options of the model, for "
+     "example teacher.norm=batch. Leave them out."),
+    (f"set.pt {SET} --size 64 --model nosuch --set nonsense=1", 2,
+     "--size, --model, --set nonsense have no effect: FILES/set.pt is a synthetic set, of which --set takes decode.factor alone. Leave "
+     "them out."),
+    (f"bytes.pt {SET}", 2, "--pixels has no effect: the images of FILES/bytes.pt are bytes. Leave it out."),
+    (f"set.pt {SET} --set decode.factor=3", 4,
+     "decode.factor = 3 cuts an image into 3 x 3 equal parts, and the data's have 4 x 4 pixels. Choose a divisor of both (1: no grid), "
+     "or set data.size."),
+    (f"set.pt {SET} --set decode.factor=9", 4, "decode.factor = 9 is not possible: expected int <= 8."),
+    (f"set.pt {SET} --classes 1001", 2, "--classes: 1,001 for 4 images; at most 1,000 are taken."),
+    (f"state.pt {TEACHER} --model convnett", 3,
+     "There is no model 'convnett'. Did you mean 'convnet'? (`ddkit list model` shows what is installed; --plugin FILE adds a "
+     "file of yours.)"),
+    ("state.pt --mean 0.25 --std 0.5 --classes 10 --size 8,8,8", 2,
+     "--size is height and width in pixels, both at least 1; got [8, 8, 8]."),
+    ("state.pt --mean 0.25 --std 0.5 --classes 1 --size 8", 2,
+     "Invalid value for '--classes': 1 is no number of classes from 2 to 100,000. (`ddkit import --help` shows what it takes.)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "code", "message"), REFUSED, ids=[command for command, _, _ in REFUSED])
+def test_what_cannot_be_imported_is_told_and_nothing_is_written(files: Path, cli: Cli, command: str, code: int, message: str) -> None:
+    result = cli("import", *f"{files}/{command} --out new".split())
+    assert " ".join(result.err.split()) == f"ddkit: {message}".replace("FILES", str(files))
+    assert (result.code, result.out) == (code, "")
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("scalars.pt", "holds numpy._core.multiarray.scalar beside tensors"),
+        ("stranger.pt", "holds tests.run.test_importing._Stranger beside tensors"),
+        ("network.pt", "holds ddkit_models.ConvNetModule beside tensors"),
+    ],
+)
+def test_a_file_of_more_than_tensors_is_refused_with_the_way_to_convert_it(files: Path, cli: Cli, name: str, what: str) -> None:
+    result = cli("import", files / name, *SET.split(), "--out", "new")
+    assert (result.code, result.out) == (4, "")
+    assert " ".join(result.err.split()) == (
+        f"ddkit: {files / name} {what}. To build that is to run what the file says, so ddkit reads tensors alone. Where you trust the "
+        f"file, keep the tensors of it in Python: found = torch.load('{files / name}', weights_only=False), look at what it is, and "
+        'torch.save({"images": ..., "labels": ...}, "set.pt"), or torch.save(state_dict, "teacher.pt").'
+    )
+    assert list(Path.cwd().iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["text.pt", "torn.pt"])
+def test_a_file_that_is_none_is_refused(files: Path, cli: Cli, name: str) -> None:
+    result = cli("import", files / name, *SET.split(), "--out", "new")
+    assert (result.code, result.out) == (4, "")
+    assert " ".join(result.err.split()).startswith(
+        f"ddkit: {files / name} is no file of torch.save, .npz or .safetensors that can be read ("
+    )
+
+
+def test_a_state_dict_of_another_model_is_told_with_the_difference(files: Path, cli: Cli) -> None:
+    result = cli("import", files / "state.pt", *TEACHER.split(), "--out", "new")
+    assert result.code == 4
+    assert "does not fit the model 'convnet'; of another shape: classifier.weight is (10, 32)" in " ".join(result.err.split())
+
+
+def test_an_output_that_is_there_is_kept(files: Path, cli: Cli) -> None:
+    Path("old").mkdir()
+    Path("old/mine").write_text("mine")
+    assert cli("import", files / "set.pt", *SET.split(), "--out", "old").code == 5
+    assert cli("import", files / "state.pt", *TEACHER.split(), "--set", "teacher.width=8", "--out", "old/mine").code == 5
+    assert Path("old/mine").read_text() == "mine"

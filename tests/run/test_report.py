@@ -1,0 +1,534 @@
+"""The report of a run: one file from the files of the run alone, whole, escaped, asking for nothing from outside; and its film."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+import re
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import ddkit
+from ddkit.api import resume
+from ddkit.data.spectra import radial_spectrum
+from ddkit.run import report
+from ddkit.run.artifact import Artifact
+from ddkit.run.directory import RunDirectory, save_set
+from ddkit.run.manifest import read_manifest
+from ddkit.run.report.charts import Dots, Line, dot_chart, line_chart, log_ticks, number, text, ticks, wants_log
+from ddkit.run.report.pictures import picture, pictures, sides
+from ddkit.run.report.sections import spectrum_bins
+from ddkit.run.snapshots import MOST_BYTES, add_frame, begin_film, eight_bits, film_rows, is_frame, read_film
+from tests.conftest import SMALL, Result
+
+Cli = Callable[..., Result]
+VOID = {"meta", "link", "img", "br", "circle", "path", "rect", "polyline"}
+ODD = ["<script>alert(1)</script>", "a\"b' onerror=x", "line\nbreak\x1b[31m", "‮right", "ü&amp;"]
+ALLOWED = {
+    "html", "head", "meta", "link", "title", "style", "body", "main", "section", "div", "h1", "h2", "h3", "p", "span", "b", "ul", "li",
+    "figure", "figcaption", "img", "svg", "polyline", "circle", "path", "rect", "text", "table", "thead", "tbody", "tr", "th", "td",
+    "details", "summary", "pre",
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a report holds: tags in order, attributes by tag, all text; complains about tags that are not balanced."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str | None]] = []
+        self.words: list[str] = []
+        self.feed(content)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value) for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def values(self, tag: str, name: str) -> list[str | None]:
+        return [value for each, key, value in self.attributes if (each, key) == (tag, name)]
+
+
+def read(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def check_self_contained(page: Page) -> None:
+    """Asserts that nothing in a page is a script or comes from elsewhere."""
+    assert set(page.tags) <= ALLOWED
+    assert all(str(value).startswith("data:") for tag in ("img", "link") for key in ("src", "href") for value in page.values(tag, key))
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name in ("action", "srcset", "style")]
+    assert {name for tag, name, _ in page.attributes if name in ("src", "href")} <= {"src", "href"}
+    assert {tag for tag, name, _ in page.attributes if name in ("src", "href")} <= {"img", "link"}
+    style = page.words[next(i for i, words in enumerate(page.words) if "color-scheme" in words)]
+    assert not re.search(r"url\(|@import|https?:", style)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a run of 9 steps with multipliers, evaluated."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    ddkit.distill(losses="dm:0.01,dkkt:0.5", ipc=2, pipc=3, sets=SMALL | {"steps": 9, "engine.log_every": 2}, out=path, device="cpu")
+    return path
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a run whose class names, data file and recipe hold what HTML and terminals take for orders."""
+    folder = tmp_path_factory.mktemp("odd") / "<b>&amp; folder"
+    folder.mkdir()
+    labels = np.arange(20) % 5
+    images = np.random.default_rng(0).integers(0, 255, (20, 6, 7, 3), dtype=np.uint8)
+    np.savez(folder / "<b>&amp; d.npz", x_train=images, y_train=labels, x_test=images[:5], y_test=labels[:5], class_names=np.array(ODD))
+    table = {"summary": "<img src=https://example.org/x.png onerror=alert(2)>", "losses": {"dm": {}}}
+    ddkit.distill(table, dataset=f"npz:{folder / '<b>&amp; d.npz'}", pipc=2, evaluators="none", sets={"steps": 2, "network.width": 4},
+                  out=folder / "run", device="cpu")  # fmt: skip
+    return folder / "run"
+
+
+# The page
+
+
+def test_a_run_ends_with_a_report_that_its_manifest_lists(finished: Path) -> None:
+    assert "report.html" in read_manifest(finished)["files"]
+    page = read(finished)
+    check_self_contained(page)
+    titles = ["Images", "Start and end", "Film strip", "Losses", "Parameters beside the images", "Spectra", "Evaluation",
+              "Time and environment", "Recipe"]  # fmt: skip
+    content = (finished / "report.html").read_text()
+    assert re.findall(r"<h2>(.*?)</h2>", content) == titles
+    assert "<h1>default on digits, 2 images a class</h1>" in content
+
+
+def test_that_check_would_see_a_request_and_a_script() -> None:
+    style = "<style>:root { color-scheme: light }</style>"
+    check_self_contained(Page(style + '<img src="data:image/png;base64,x" alt="a">'))
+    for bad in ('<img src="https://example.org/x.png" alt="">', "<script>1</script>", '<a href="x">x</a>', '<p onclick="x">x</p>',
+                '<p style="x">x</p>'):  # fmt: skip
+        with pytest.raises(AssertionError):
+            check_self_contained(Page(style + bad))
+    with pytest.raises(AssertionError):
+        check_self_contained(Page("<style>color-scheme: light; background: url(x)</style>"))
+    with pytest.raises(AssertionError):
+        Page("<div><p></div>")
+
+
+def test_every_image_is_there_and_says_what_it_is(finished: Path) -> None:
+    page = read(finished)
+    sources, alts = page.values("img", "src"), page.values("img", "alt")
+    assert len(sources) == len(alts) == 10 + 10 + 10 * 4  # grid; start and end; film at 0, 1, 4 and 9
+    assert all(alt for alt in alts)
+    assert all(page.values("svg", "aria-label"))
+    for source in sources:
+        with Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2]))) as image:
+            assert image.mode == "RGBA"
+            assert min(image.size) >= 72
+
+
+def test_the_pictures_are_the_pixels_enlarged_by_whole_ones(finished: Path) -> None:
+    made = ddkit.load(finished)
+    source = str(read(finished).values("img", "src")[3])  # the grid of class 3
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+        shown = torch.from_numpy(np.array(image))
+    scale = 14  # 112 pixels, as there are few of each class
+    assert shown.shape == (8 * scale, 2 * 8 * scale + 2, 4)
+    for place, row in enumerate((6, 7)):
+        left = place * (8 * scale + 2)
+        tile = shown[:, left : left + 8 * scale]
+        assert torch.equal(tile[::scale, ::scale, 0], eight_bits(made.images[row])[0])
+        assert torch.equal(tile[5::scale, 9::scale, 2], eight_bits(made.images[row])[0])
+        assert bool((tile[..., 3] == 255).all())
+    assert bool((shown[:, 8 * scale : 8 * scale + 2, 3] == 0).all())
+
+
+def test_names_paths_and_recipe_are_escaped(odd: Path) -> None:
+    page = read(odd)
+    check_self_contained(page)
+    content = (odd / "report.html").read_text(encoding="utf-8")
+    assert not set("\x1b‮") & set(content)
+    assert page.tags["script"] == 0
+    assert "<script>alert(1)</script>" in page.text
+    assert "break\\u001b[31m" in page.text
+    assert "\\u202eright" in page.text
+    assert "ü&amp;" in page.text
+    assert "<img src=https://example.org/x.png onerror=alert(2)>" in page.text
+    assert "<b>&amp; d.npz" in page.text  # in the recipe
+    assert any("a\"b' onerror=x" in str(alt) for alt in page.values("img", "alt"))
+
+
+def test_text_escapes_what_html_and_terminals_read() -> None:
+    assert text("<a href='x'>\"&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&quot;&amp;\\u001b"
+
+
+def test_the_accuracies_are_those_recorded_with_random_real_beside(finished: Path) -> None:
+    (row,) = json.loads((finished / "evaluation.json").read_text())["evaluations"]
+    accuracy, real = (f"{100 * row[f'{key}_mean']:.1f} ± {100 * row[f'{key}_std']:.1f} %" for key in ("accuracy", "random_real"))
+    words = read(finished).text
+    assert f"convnet, short, 2 epochs 2 {accuracy} {real}" in words
+    assert f"accuracy {accuracy} random real {real}; convnet, short, 2 epochs, hard labels, n = 2" in words
+    assert "Soft labels" not in words
+
+
+def test_the_losses_are_those_logged(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    words = read(finished).text
+    first, last = lines[0]["losses"]["dm"], lines[-1]["losses"]["dm"]
+    told = " ".join(number(value) for value in (first["raw"], last["raw"], first["weighted"], last["weighted"]))
+    assert f"dm {told}" in words
+    assert "weighted, step 8" in words
+
+
+def test_the_multipliers_are_told(finished: Path) -> None:
+    values = ddkit.load(finished).parameters["multipliers"].double()
+    assert (
+        f"multipliers 20 {number(float(values.min()))} {number(float(values.median()))} {number(float(values.max()))}"
+        in read(finished).text
+    )
+
+
+def test_the_real_spectrum_is_that_of_the_accessible_images(finished: Path) -> None:
+    data = ddkit.create("dataset", "digits")
+    real = data.images("train", read_manifest(finished)["real_files"])
+    assert spectrum_bins(8, 8) == 4
+    assert read_manifest(finished)["real_spectrum"] == pytest.approx(radial_spectrum(real, 4)[1], rel=1e-5)
+    assert report.known_spectrum(torch.zeros(0, 1, 8, 8)) == {}
+    assert report.known_spectrum(torch.rand(2, 1, 3, 3)) == {}
+
+
+def test_a_report_takes_well_under_a_second(run: Path) -> None:
+    facts = read_manifest(run)
+    seconds = []
+    for _ in range(3):
+        began = time.process_time()  # not what it waits for others on a busy machine
+        report.report_html(run, facts)
+        seconds.append(time.process_time() - began)
+    assert min(seconds) < 0.5
+
+
+def test_hard_and_soft_rows_stand_apart(run: Path) -> None:
+    ddkit.evaluate(run, sets={"evaluators.accuracy.labels": "soft"}, device="cpu")
+    content = (run / "report.html").read_text()
+    hard, soft = content.partition("<h3>Hard labels</h3>")[2].split("<h3>Soft labels")
+    assert hard.count('<th scope="row">accuracy</th>') == 1
+    assert soft.count('<th scope="row">accuracy</th>') == 1
+
+
+def test_the_figure_at_the_top_is_that_of_the_set_and_of_no_baseline(run: Path) -> None:
+    usual = read(run).text
+    ddkit.evaluate(run, sets={"evaluators.accuracy.synthetic": False, "evaluators.accuracy.baselines": ["pipc-real"]}, device="cpu")
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert [row["images"] for row in rows] == ["synthetic", "pipc-real"]
+    assert ("all accessible images reach" in usual, "all accessible images reach" in read(run).text) == (False, True)
+    top = usual.partition("hard labels, n = 2")[0].rpartition("accuracy")[2]
+
+    def reported(rows: list[Any]) -> str:
+        RunDirectory(run).rewrite("evaluation.json", json.dumps({"schema": 1, "evaluations": rows}).encode())
+        report.report(run)
+        return read(run).text
+
+    assert f"accuracy{top}hard labels, n = 2" in reported(rows[::-1])
+    assert "hard labels, n = 2" not in reported(rows[1:])
+
+
+def test_what_evaluators_say_in_words_is_told_and_close_images_are_warned_of(cli: Cli, run: Path) -> None:
+    assert "What else was found" not in read(run).text
+    assert cli("evaluate", run, "--evaluate", "spectrum,memorisation").code == 0
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    told = {row["evaluator"]: row["details"] for row in rows if row["accuracy_mean"] is None}
+    words = read(run).text
+    assert all(f"{name} {details['summary']}" in words for name, details in told.items())
+    warning = "it does not hide the images that it was made from"
+    assert told["memorisation"]["close"] > 0
+    assert warning in words
+    facts = json.loads((run / "evaluation.json").read_text())
+    for row in facts["evaluations"]:
+        row["details"]["close"] = 0
+    RunDirectory(run).rewrite("evaluation.json", json.dumps(facts).encode())
+    report.report(run)
+    assert warning not in read(run).text
+
+
+# Made again
+
+
+def test_the_report_is_made_again_from_the_files_alone_with_the_same_bytes(cli: Cli, run: Path) -> None:
+    before, manifest = (run / "report.html").read_bytes(), (run / "manifest.json").read_bytes()
+    (run / "report.html").unlink()
+    assert cli("report", run).code == 0
+    assert (run / "report.html").read_bytes() == before
+    assert (run / "manifest.json").read_bytes() == manifest
+
+
+def test_out_writes_a_new_file_and_leaves_the_run_as_it_is(cli: Cli, run: Path) -> None:
+    before = {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+    told = cli("report", run, "--out", "talk.html", "--json")
+    assert json.loads(told.out) == {"schema": 1, "run": str(run), "report": "talk.html"}
+    assert Path("talk.html").read_bytes() == before["report.html"]
+    again = cli("report", run, "--out", "talk.html")
+    assert (again.code, again.out) == (5, "")
+    assert "exists already" in again.err
+    assert cli("report", run, "--out", "no/folder.html").code == 5
+    assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
+
+
+def test_a_new_evaluation_renews_it_and_the_manifest_lists_what_is_there(cli: Cli, run: Path) -> None:
+    assert cli("evaluate", run, "--model", "mlp", "--set", "evaluators.accuracy.model_options={}").code == 0
+    assert "mlp, short, 2 epochs" in read(run).text
+    assert all(RunDirectory(run).read_manifest()["files"][name] for name in ("report.html", "evaluation.json"))
+    assert cli("distill", "--resume", "--out", run).code == 0  # compares every file with the manifest
+
+
+@pytest.mark.parametrize("name", ["synthetic.safetensors", "metrics.jsonl", "film.safetensors", "evaluation.json", "recipe.toml"])
+def test_a_damaged_file_is_told_by_its_name(cli: Cli, run: Path, name: str) -> None:
+    whole = (run / name).read_bytes()
+    (run / name).write_bytes(whole[:-5] + b"xxxxx")
+    result = cli("report", run)
+    assert (result.code, result.out) == (5, "")
+    assert name in result.err
+
+
+def test_what_is_no_finished_run_has_no_report(cli: Cli, run: Path) -> None:
+    for target, message in ((run / "synthetic.safetensors", "is no run directory"), ("nowhere", "is no run directory")):
+        result = cli("report", target)
+        assert (result.code, result.out) == (5, "")
+        assert message in " ".join(result.err.split())
+    (run / "manifest.json").unlink()
+    assert "no finished run" in " ".join(cli("report", run).err.split())
+
+
+def test_a_run_of_before_there_were_reports_gets_one(cli: Cli, tmp_path: Path) -> None:
+    old = shutil.copytree(Path(__file__).parents[1] / "old_runs" / "run-schema-1", tmp_path / "old")
+    assert not (old / "report.html").exists()
+    assert cli("report", old).code == 0
+    page = read(old)
+    check_self_contained(page)
+    assert "Film strip" not in page.text
+    assert "Losses" in page.text
+    assert read_manifest(old)["files"]["report.html"]["bytes"] == (old / "report.html").stat().st_size
+
+
+def test_a_blend_shows_its_two_sets_beside_it(cli: Cli, run: Path) -> None:
+    other = ddkit.load(run)
+    order = torch.arange(19, -1, -1)  # classes in another order: images are matched by name
+    turned = Artifact(1 - other.images[order], 9 - other.labels[order], other.metadata | {"class_names": other.class_names[::-1]})
+    turned.save(Path("turned.safetensors"))
+    assert cli("blend", run, "turned.safetensors", "--alpha", "0.25", "--out", "both").code == 0
+    film = read_film(Path("both"))
+    assert film is not None
+    assert film.steps.tolist() == [0, 1]
+    assert torch.equal(film.images[0], eight_bits(other.images))
+    assert torch.equal(film.images[1], eight_bits(1 - other.images.view(10, 2, 1, 8, 8).flip(1).view(20, 1, 8, 8)))
+    page = read(Path("both"))
+    check_self_contained(page)
+    assert (
+        "Above: the first set, copy. In the middle: the blend. Below: the second, turned.safetensors, whose share is alpha 0.25."
+        in page.text
+    )
+    assert "Film strip" not in page.text
+    assert "Start and end" not in page.text
+    source = str(page.values("img", "src")[10])
+    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
+        assert image.size == (2 * 112 + 2, 3 * 112 + 4)
+    before = (Path("both") / "report.html").read_bytes()
+    assert cli("report", "both").code == 0
+    assert (Path("both") / "report.html").read_bytes() == before
+
+
+def test_a_blend_of_files_has_a_report(cli: Cli, run: Path) -> None:
+    file = run / "synthetic.safetensors"
+    assert cli("blend", file, file, "--out", "both").code == 0
+    page = read(Path("both"))
+    check_self_contained(page)
+    assert "alpha 0.5 of copy" in page.text
+    assert str(run) not in page.text
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(report, "page", lambda *arguments: 1 / 0)
+    run = ddkit.distill(losses="dm", pipc=2, evaluators="none", sets=SMALL, out=tmp_path / "run", device="cpu")
+    assert "report.html could not be made (ZeroDivisionError" in caplog.text
+    assert "report.html" not in read_manifest(run.path)["files"]
+    assert ddkit.load(run.path).images.shape == (10, 1, 8, 8)
+    monkeypatch.undo()
+    assert report.report(run.path) == run.path / "report.html"
+
+
+def test_many_images_and_classes_are_cut_and_the_report_says_so(tmp_path: Path) -> None:
+    labels = torch.arange(60).repeat_interleave(12)
+    made = Artifact(torch.rand(720, 3, 8, 8), labels, {"class_names": [f"c{i}" for i in range(60)], "mean": [0.5] * 3, "std": [0.2] * 3})
+    with RunDirectory.claim(tmp_path / "run") as directory:
+        save_set(made, directory)
+        report.close_run(directory, {"steps": 0, "seconds": 0.0})
+    page = read(tmp_path / "run")
+    assert page.tags["img"] == 50
+    assert "The first 4 of 12 images of each class. The first 50 of 60 classes." in page.text
+
+
+# The film
+
+
+def test_frames_are_kept_at_powers_of_four_whatever_the_length_of_a_run() -> None:
+    assert [step for step in range(5000) if is_frame(step)] == [0, 1, 4, 16, 64, 256, 1024, 4096]
+
+
+def test_the_film_holds_the_images_of_its_steps(finished: Path) -> None:
+    film = read_film(finished)
+    assert film is not None
+    assert film.steps.tolist() == [0, 1, 4]
+    assert film.images.shape == (3, 20, 1, 8, 8)
+    assert not torch.equal(film.images[0], film.images[2])
+
+
+def test_a_film_is_the_same_after_a_cut_and_a_prolonged_run_keeps_its_frames(tmp_path: Path) -> None:
+    sets = SMALL | {"steps": 5, "engine.checkpoint_every": 2}
+    ddkit.distill(losses="dm", pipc=2, evaluators="none", sets=sets, out=tmp_path / "whole", device="cpu")
+    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (cut / "manifest.json").unlink()
+    (cut / "checkpoints" / "step-00000005.safetensors").unlink()
+    assert read_film(cut) is not None
+    resume(cut, device="cpu")
+    assert (cut / "film.safetensors").read_bytes() == (tmp_path / "whole" / "film.safetensors").read_bytes()
+    ddkit.distill(losses="dm", pipc=2, evaluators="none", sets=sets | {"steps": 3}, out=tmp_path / "short", device="cpu")
+    resume(tmp_path / "short", steps=5, device="cpu")
+    assert (tmp_path / "short" / "film.safetensors").read_bytes() == (tmp_path / "whole" / "film.safetensors").read_bytes()
+
+
+def test_frames_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
+    labels = torch.tensor([0, 0, 1])
+    frames = [torch.full((3, 1, 4, 4), value) for value in (0.0, 0.2, 0.4, 0.6)]
+    begin_film(tmp_path, frames[0], labels)
+    for step, frame in ((1, frames[1]), (4, frames[2])):
+        add_frame(tmp_path, step, frame, labels)
+    add_frame(tmp_path, 1, frames[3], labels)
+    film = read_film(tmp_path)
+    assert film is not None
+    assert film.steps.tolist() == [0, 1]
+    assert film.images[:, 0, 0, 0, 0].tolist() == [0, 153]
+
+
+def test_a_film_that_cannot_be_read_is_begun_anew_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "film.safetensors").write_bytes(b"x")
+    add_frame(tmp_path, 4, torch.zeros(1, 1, 4, 4), torch.zeros(1, dtype=torch.int64))
+    assert "are lost for its report" in caplog.text
+    film = read_film(tmp_path)
+    assert film is not None
+    assert film.steps.tolist() == [4]
+
+
+def test_a_frame_stays_small() -> None:
+    labels = torch.arange(200).repeat_interleave(3)
+    assert film_rows(labels, (3, 32, 32)).tolist() == list(range(0, 300, 3))
+    assert film_rows(torch.arange(10).repeat_interleave(50), (1, 8, 8)).tolist() == [50 * c + k for c in range(10) for k in range(10)]
+    assert len(film_rows(labels, (3, 224, 224))) * 3 * 224 * 224 <= MOST_BYTES
+    assert len(film_rows(labels, (3, 2000, 2000))) == 1
+
+
+# The charts
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0, 299) == [0, 50, 100, 150, 200, 250]
+    assert log_ticks(0.5, 30) == [0.5, 1, 2, 5, 10, 20]
+    assert log_ticks(1e-6, 1.0) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
+    for low, high in ((-3e-9, 7e-9), (1e6, 1e6 + 3), (-5.0, -4.9)):
+        found = ticks(low, high)
+        assert 2 <= len(found) <= 10
+        assert all(low <= value <= high for value in found)
+
+
+def test_a_logarithmic_axis_is_for_positive_values_that_differ_much() -> None:
+    assert wants_log([1, 50])
+    assert not wants_log([1, 10])
+    assert not wants_log([0, 50])
+    assert not wants_log([])
+
+
+def test_a_line_goes_from_the_first_to_the_last_point_in_scale() -> None:
+    chart = line_chart([Line("a", [(0, 1.0), (5, 2.0), (10, 3.0)])], x="step", y="raw", what="w")
+    (points,) = re.findall(r'points="(.*?)"', chart)
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    assert x1 == pytest.approx((x0 + x2) / 2)
+    assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
+    assert y2 < y0
+    log = line_chart([Line("a", [(0, 1.0), (1, 10.0), (2, 100.0), (3, 0.0), (4, math.nan)])], x="s", y="r", log=True, what="w")
+    (points,) = re.findall(r'points="(.*?)"', log)
+    ys = [float(point.split(",")[1]) for point in points.split()]
+    assert len(ys) == 3
+    assert ys[1] == pytest.approx((ys[0] + ys[2]) / 2, abs=0.1)
+
+
+@pytest.mark.parametrize("values", [[], [math.nan], [1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 1e30]])
+def test_any_values_make_a_chart_without_nan(values: list[float]) -> None:
+    chart = line_chart([Line("a", list(enumerate(values)))], x="x", y="y", what="w")
+    assert "nan" not in chart
+    assert "inf" not in chart.replace("info", "")
+    Page(chart)
+
+
+def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
+    chart = dot_chart([Dots("convnet", [(50.0, 10.0), (40.0, None), None])], x="accuracy", what="w")
+    (bar,) = re.findall(r'<path d="M([\d.]+) [\d.]+v6m0-3H([\d.]+)m', chart)
+    centres = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)]
+    assert len(centres) == 2
+    assert (float(bar[0]) + float(bar[1])) / 2 == pytest.approx(centres[0], abs=0.1)
+    assert centres[0] - float(bar[0]) == pytest.approx(centres[0] - centres[1], abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("size", "cell", "shown"),
+    [((8, 8), 72, (72, 72)), ((32, 32), 72, (64, 64)), ((28, 28), 160, (140, 140)), ((64, 96), 72, (64, 96)), ((224, 112), 72, (112, 56)),
+     ((130, 130), 160, (130, 130)), ((1, 500), 72, (1, 112))],
+)  # fmt: skip
+def test_images_are_enlarged_by_whole_pixels_and_large_ones_reduced(size: tuple[int, int], cell: int, shown: tuple[int, int]) -> None:
+    images = torch.randint(0, 255, (7, 3, *size), dtype=torch.uint8)
+    assert sides(images, cell) == shown
+    found = [tuple(map(int, pair)) for pair in re.findall(r'width="(\d+)" height="(\d+)"', pictures([images, images], "a", cell=cell))]
+    assert all(width <= 368 and height == 2 * shown[0] + 2 for width, height in found)
+    assert sum((width + 2) // (shown[1] + 2) for width, _ in found) == 7
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_pictures_of_any_number_of_channels(channels: int) -> None:
+    made: Any = picture([torch.zeros(2, channels, 4, 4, dtype=torch.uint8)], "alt", cell=64)
+    assert made.startswith('<img src="data:image/png;base64,')
+    assert 'width="130" height="64" alt="alt"' in made

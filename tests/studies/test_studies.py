@@ -1,0 +1,720 @@
+"""Studies: every set made once and kept, figures beside the published ones, bad studies told before anything runs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ddkit.cli import cli as command_line
+from ddkit.components import registry
+from ddkit.errors import InputError, Interrupted, RunFailed
+from ddkit.recipes.tables import parse_recipe
+from ddkit.run.manifest import write_manifest
+from ddkit.studies import grid, runner
+from ddkit.studies.sharding import share
+from ddkit.studies.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
+from tests.conftest import SMALL as SETTINGS
+from tests.conftest import SMALL_FLAGS, Result
+
+CLI = Callable[..., Result]
+INSTALLED = sorted(p.name for p in registry.plugins() if p.kind == "study")
+
+STUDY = """
+summary = "A small study"
+source = "this test"
+seeds = 2
+
+[systems.dm]
+title = "DM"
+recipe = "dm"
+
+[systems.shared]
+recipe = "dm-star"
+pipc = 3
+
+[systems.means]
+baseline = "class-mean"
+
+[[cells]]
+ipc = 1
+pipc = 3
+published = { dm = [50.0, 1.0] }
+
+[[cells]]
+ipc = 1
+pipc = 4
+"""
+RUN_FLAGS = [part for path, value in SETTINGS.items() if not path.startswith("evaluators") for part in ("--set", f"{path}={value}")]
+SMALL = [*RUN_FLAGS, "--dataset", "digits", "--repeats", 2, "--protocol", "short", "--quiet"]
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Runs the commands of a study in this process, and returns them as they come."""
+    seen: list[list[str]] = []
+
+    def command(self: Any, arguments: Sequence[str]) -> str:
+        seen.append(list(arguments))
+        given = list(arguments)
+        if given[0] == "evaluate":
+            given += ["--set", "evaluators.accuracy.epochs=2", "--set", "evaluators.accuracy.model_options.width=8"]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            command_line.main(given, prog_name="ddkit", standalone_mode=False)
+        return printed.getvalue()
+
+    monkeypatch.setattr(runner._Crew, "command", command)
+    return seen
+
+
+def _study(text: str = STUDY) -> Path:
+    Path("study.toml").write_text(text)
+    return Path("study.toml")
+
+
+def test_every_set_is_made_once_and_a_second_call_makes_none(cli: CLI, commands: list[list[str]]) -> None:
+    first = cli("reproduce", f"./{_study()}", *SMALL, "--json")
+    assert first.code == 0, first.err
+    made = [c for c in commands if c[0] == "distill"]
+    # per seed: dm at two cells, one set of `shared` for both, real images at two cells
+    assert len(made) == 2 * (2 + 1 + 2)
+    commands.clear()
+    second = cli("reproduce", f"./{_study()}", *SMALL, "--json")
+    assert commands == []
+    assert json.loads(second.out)["figures"] == json.loads(first.out)["figures"]
+
+
+def test_a_baseline_is_evaluated_alone(cli: CLI, commands: list[list[str]]) -> None:
+    assert cli("reproduce", f"./{_study()}", *SMALL, "--systems", "means", "--cells", "1:3", "--seeds", 1).code == 0
+    (folder,) = Path("runs/study/sets").glob("real-images-*/")
+    assert [row["images"] for row in json.loads((folder / "evaluation.json").read_text())["evaluations"]] == ["class-mean"]
+
+
+def test_settings_of_distilled_sets_change_no_baseline(cli: CLI, commands: list[list[str]]) -> None:
+    def real_images(text: str, *flags: object) -> Any:
+        result = cli("reproduce", f"./{_study(text)}", *SMALL, "--systems", "dm,means", "--cells", "1:3", "--seeds", 1, *flags)
+        assert result.code == 0, result.err
+        (folder,) = Path("runs/study/sets").glob("real-images-*/")
+        return load_file(folder / "synthetic.safetensors")["images"]
+
+    usual = real_images(STUDY)
+    settings = STUDY + '\n[set]\n"optimizer.images.lr" = 0.5\n"losses.dm.weight" = 2.0\n'
+    assert np.array_equal(real_images(settings, "--set", "initializer.use=noise"), usual)
+    assert len(list(Path("runs/study/sets").glob("dm-*/"))) == 2  # the settings did reach the distilled set
+
+
+def test_figures_stand_beside_the_published_ones(cli: CLI, commands: list[list[str]]) -> None:
+    found = json.loads(cli("reproduce", f"./{_study()}", *SMALL, "--json").out)
+    figure = found["figures"][0]
+    assert (figure["system"], figure["ipc"], figure["pipc"], figure["sets"], figure["networks"]) == ("dm", 1, 3, 2, 2)
+    assert figure["published"] == 0.5
+    assert figure["difference"] == pytest.approx(figure["mean"] - 0.5)
+    assert [f["published"] for f in found["figures"][1:]] == [None] * 5
+    rows = [
+        json.loads((path / "evaluation.json").read_text())["evaluations"][0]["details"]["accuracies"]
+        for path in sorted(Path("runs/study/sets").glob("dm-ipc1-pipc3-*/"))
+    ]
+    assert figure["mean"] == pytest.approx(sum(sum(row) for row in rows) / 4)
+    assert json.loads(Path("runs/study/report.json").read_text())["figures"] == found["figures"]
+    assert Path("runs/study/report.md").read_text().startswith("|")
+
+
+ON = """
+[published_on]
+name = "Ones"
+dataset = "digits"
+classes = 10
+shape = [1, 8, 8]
+
+[[cells]]"""
+
+
+def _digits(classes: int) -> str:
+    """Returns digits of `classes` classes as a user's own file."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    kept = digits.target < classes
+    np.savez("own.npz", x_train=(digits.images[kept] * 15).astype(np.uint8), y_train=digits.target[kept])
+    return "npz:own.npz"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "named", "comparable"),
+    [("digits", "digits", True), ("digits", "cifar10", False), (10, "cifar10", True), (9, "cifar10", False), (-10, "cifar10", True)],
+)
+def test_no_difference_is_told_from_figures_of_other_data(
+    cli: CLI, commands: list[list[str]], dataset: str | int, named: str, comparable: bool
+) -> None:
+    study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', f'"{named}"'), 1))
+    use = dataset if isinstance(dataset, str) else _digits(abs(dataset))
+    named_apart = isinstance(dataset, int) and dataset < 0
+    place = ["--dataset", "npz", "--set", "data.path=own.npz"] if named_apart else ["--dataset", use]
+    flags = ["reproduce", f"./{study}", *SMALL, *place, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    figure = json.loads(cli(*flags, "--json").out)["figures"][0]
+    assert (figure["comparable"], figure["difference"] is not None, figure["dataset"]) == (comparable, comparable, use)
+    table = " ".join(cli(*flags, "--show").out.split())
+    assert f"Data: {use}. Published figures: Ones." in table
+    assert ("They are not of the same data (Ones has 10 classes of 1 x 8 x 8 values), so no difference is told" in table) != comparable
+
+
+def test_warnings_of_runs_are_told_once_under_the_table_and_kept_by_their_manifests(
+    cli: CLI, commands: list[list[str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    study = _study(STUDY.replace('recipe = "dm"', 'recipe = "dsv-noise"'))
+    flags = ["reproduce", f"./{study}", *SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 2]
+    told = "the teacher's layers features.0"
+    result = cli(*flags, "--set", "teacher.norm=instance")
+    assert (result.out.count(told), result.err, caplog.messages) == (1, "", [])
+    kept = [json.loads(file.read_text())["warnings"] for file in Path("runs/study/sets").glob("*/manifest.json")]
+    assert [sum(told in message for message in each) for each in kept] == [1, 1]
+    assert not any("training one" in message for each in kept for message in each)  # a teacher was trained: no matter of the result
+    reports = [file.read_text() for file in Path("runs/study/sets").glob("*/report.html")]
+    assert ["warned of" in report for report in reports] == [True, True]
+    assert told not in cli(*flags).out  # a teacher with batch norm has no such layers
+
+
+def test_a_set_that_cannot_be_read_any_more_costs_no_figure(cli: CLI, commands: list[list[str]]) -> None:
+    study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', '"cifar10"'), 1))
+    flags = ["reproduce", f"./{study}", *SMALL, "--dataset", _digits(10), "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    whole = json.loads(cli(*flags, "--json").out)["figures"][0]
+    file = next(Path("runs/study/sets").glob("dm-*/synthetic.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\x00\x00\x80\x3f" if content[-4:] != b"\x00\x00\x80\x3f" else b"\x00" * 4
+    file.write_bytes(content)
+    result = cli(*flags, "--show", "--json")
+    assert result.code == 0, result.err
+    found = json.loads(result.out)["figures"][0]
+    assert len(found["warnings"]) == 1
+    assert "synthetic.safetensors" in found["warnings"][0]
+    assert found | {"warnings": []} == whole
+
+
+WARNS_AT_START = """
+import logging
+import ddkit
+
+class Warns(ddkit.Loss):
+    requires = ddkit.Requires(separable="mean")
+
+    def initial(self, step):
+        logging.getLogger("ddkit").warning("only at %s", "the start")
+        logging.getLogger("ddkit").warning("does not %d fit", "it")
+        return {}
+
+    def __call__(self, step):
+        return step.images.square().mean()
+"""
+
+
+def test_a_run_that_goes_on_still_tells_what_it_warned_of_before(cli: CLI) -> None:
+    Path("warns.py").write_text(WARNS_AT_START)
+    common = ["--plugin", "warns.py", "--out", "run", "--quiet"]
+    assert cli("distill", *SMALL_FLAGS, "--losses", "warns", "--evaluate", "none", *common).code == 0
+    told = ["only at the start", "does not %d fit"]
+    manifest = Path("run/manifest.json")
+    assert json.loads(manifest.read_text())["warnings"] == told
+    manifest.unlink()  # as if it had been ended while it was evaluated
+    assert cli("distill", "--resume", *common).code == 0
+    assert json.loads(manifest.read_text())["warnings"] == told
+    assert cli("distill", "--resume", "--steps", 3, *common).code == 0
+    assert json.loads(manifest.read_text())["warnings"] == told
+
+
+def test_a_blend_keeps_what_it_warned_of(cli: CLI, commands: list[list[str]]) -> None:
+    for name in ("digits", "other"):
+        use = ["--dataset", "digits"] if name == "digits" else ["--dataset", "digits", "--pipc", 5]
+        assert cli("distill", *SMALL_FLAGS, "--losses", "dm", *use, "--evaluate", "none", "--out", name, "--quiet").code == 0
+    assert cli("blend", "digits", "other", "--out", "both").code == 0
+    assert ["normalisation" in each for each in json.loads(Path("both/manifest.json").read_text())["warnings"]] == [True]
+
+
+@pytest.mark.parametrize(("code", "kind"), [(-11, RunFailed), (-9, RunFailed), (-2, Interrupted), (143, Interrupted)])
+def test_a_child_that_crashes_is_no_interruption(code: int, kind: type[Exception]) -> None:
+    assert isinstance(runner._failure(code, "", ["distill"]), kind)
+
+
+def test_what_is_not_run_is_named_as_in_the_table(cli: CLI, commands: list[list[str]]) -> None:
+    blends = "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 1.0]\n"
+    soft = "\n[systems.taught]\ntitle = 'DM'\nrecipe = 'dm'\nlabels = 'soft'\n"
+    result = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show")
+    left = result.out.partition("Not yet run, or not all sets: ")[2].strip().rstrip(".").split("; ")
+    assert len(left) == len(set(left)) == 6
+    fewer = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show", "--alphas", "1.0")
+    assert fewer.out.partition("Not yet run")[2].count("alpha 1") == fewer.out.partition("Not yet run")[2].count("alpha") == 1
+    assert {"DM at ipc 1, pipc 3", "DM (soft) at ipc 1, pipc 3", "dm+shared at ipc 1, pipc 3, alpha 0.5"} <= set(left)
+
+
+def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
+    cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:3", "--seeds", 1)
+    made = runner._Crew.make
+
+    def make(self: Any, task: grid.Task) -> None:
+        if task.cell.system == "means":
+            raise KeyboardInterrupt
+        if task.cell.system == "shared":
+            raise RunFailed("no room")
+        made(self, task)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner._Crew, "make", make)
+        result = cli(*common)
+    assert (result.code, result.out) == (130, "")
+    assert "Interrupted. 1 of 3 evaluations are finished and kept in runs/study; the same command goes on." in " ".join(result.err.split())
+    states = {f["system"]: f["state"] for f in json.loads(Path("runs/study/report.json").read_text())["figures"]}
+    assert states == {"dm": "done", "shared": "failed", "means": "not run"}
+    commands.clear()
+    assert cli(*common).code == 0
+    assert [command[0] for command in commands] == ["distill", "evaluate"] * 2
+
+
+def test_cells_and_systems_choose_and_the_table_tells_what_is_not_run(cli: CLI, commands: list[list[str]]) -> None:
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1)
+    assert result.code == 0, result.err
+    assert [c[0] for c in commands] == ["distill", "evaluate"]
+    shown = cli("reproduce", f"./{_study()}", *SMALL, "--show", "--seeds", 1)
+    assert len(commands) == 2
+    assert "Not yet run, or not all sets: DM at ipc 1, pipc 3" in shown.out
+    partly = cli("reproduce", f"./{_study()}", *SMALL, "--show", "--cells", "1:4", "--systems", "dm")
+    assert "1 of 2 x 2" in partly.out
+
+
+def test_another_number_of_steps_or_another_protocol_is_another_figure(cli: CLI, commands: list[list[str]]) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1)
+    cli(*common)
+    cli(*common, "--steps", 1)
+    assert [c[0] for c in commands] == ["distill", "evaluate"] * 2
+    cli(*common, "--protocol", "dc-official")
+    assert [c[0] for c in commands[4:]] == ["evaluate"]
+
+
+def test_settings_written_as_tables_change_no_other_setting() -> None:
+    def recipe(settings: str) -> Any:
+        study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', f'"dsv-noise"\nset = {{ {settings} }}\n')))
+        return grid.recipe_of(study, Cell(1, 3, "dm"), 0, grid.Settings())
+
+    assert recipe("views.default.noise = 0.05, losses.total-variation.weight = 2.0") == recipe(
+        '"views.default.noise" = 0.05, "losses.total-variation.weight" = 2.0'
+    )
+    assert recipe("views.default.noise = 0.05") != recipe("views.default.noise = 0.06")
+
+
+def test_a_system_that_tries_a_number_of_steps_keeps_it() -> None:
+    study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', '"dm"\nset = { "steps" = 7 }\n')))
+
+    def steps(**settings: Any) -> list[int]:
+        return [grid.recipe_of(study, Cell(1, 3, name), 0, grid.Settings(**settings)).steps for name in ("dm", "shared", "means")]
+
+    assert steps(steps=2) == [7, 2, 0]
+    assert steps(sets=(("steps", 3),)) == [3, 3, 0]
+
+
+def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
+    whole = json.loads(cli(*common).out)
+    path = next(Path("runs/study/sets").glob("dm-*/"))
+    for name in ("synthetic.safetensors", "manifest.json", "checkpoints/step-00000002.safetensors"):
+        (path / name).unlink()
+    commands.clear()
+    again = json.loads(cli(*common).out)
+    assert commands[0][:2] == ["distill", "--resume"]
+    assert again["figures"] == whole["figures"]
+    (path / "manifest.json").unlink()
+    shutil.rmtree(path / "checkpoints")  # it never took a step, so it begins again
+    commands.clear()
+    assert json.loads(cli(*common).out)["figures"] == whole["figures"]
+    assert commands[0][:2] == ["distill", "--resume"]
+    shutil.rmtree(path)
+    commands.clear()
+    assert json.loads(cli(*common).out)["figures"] == whole["figures"]
+    assert commands[0][:2] == ["distill", "--recipe"]
+
+
+def test_other_repeats_are_another_figure(cli: CLI, commands: list[list[str]]) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
+    assert json.loads(cli(*common).out)["figures"][0]["networks"] == 2
+    assert json.loads(cli(*common, "--repeats", 3).out)["figures"][0]["networks"] == 3
+    assert json.loads(cli(*common).out)["figures"][0]["networks"] == 2
+    assert [c[0] for c in commands] == ["distill", "evaluate", "evaluate"]
+
+
+def test_an_evaluation_by_hand_is_not_taken_for_the_studys(cli: CLI, commands: list[list[str]]) -> None:
+    common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
+    before = json.loads(cli(*common).out)["figures"]
+    path = next(Path("runs/study/sets").glob("dm-*/"))
+    small = ("--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.model_options.width=8")
+    assert cli("evaluate", path, "--evaluate", "accuracy", "--protocol", "short", "--repeats", 2, *small).code == 0
+    assert json.loads(cli(*common).out)["figures"] == before
+
+
+def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
+    crew = runner._Crew(grid.Settings(jobs=2))
+    began = time.monotonic()
+
+    def work(number: int) -> None:
+        if number == 0:
+            while not crew.children:
+                time.sleep(0.05)
+            raise InputError("bad")
+        flags = ["--losses", "dm", "--steps", "1000000", "--evaluate", "none", "--out", str(tmp_path / str(number)), "--quiet"]
+        crew.command(["distill", *flags])
+
+    with pytest.raises(InputError, match="bad"):
+        crew.run(work, [0, 1, 2])
+    assert time.monotonic() - began < 60
+    assert crew.children == set()
+    assert not (tmp_path / "2").exists()
+
+
+def test_after_an_error_nothing_of_another_set_is_written(tmp_path: Path) -> None:
+    (task,) = grid.planned(parse_study(tomllib.loads(STUDY)), [Cell(1, 3, "dm")], tmp_path, grid.Settings(seeds=1))
+    task.path.parent.mkdir()
+    crew = runner._Crew(grid.Settings())
+    crew.stop()
+    with pytest.raises(Interrupted):
+        crew.make(task)
+    assert list(task.path.parent.iterdir()) == []
+
+
+def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runner._Crew.command
+
+    def failing(self: Any, arguments: Sequence[str]) -> str:
+        if arguments[0] == "distill" and "pipc3" in str(arguments):
+            raise RunFailed("The loss 'dm' became nan at step 1.")
+        return real(self, arguments)
+
+    monkeypatch.setattr(runner._Crew, "command", failing)
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--systems", "dm", "--seeds", 1)
+    assert result.code == 1
+    assert "Failed: DM at ipc 1, pipc 3: The loss 'dm' became nan at step 1." in result.out
+    figures = json.loads(Path("runs/study/report.json").read_text())["figures"]
+    assert [f["state"] for f in figures] == ["failed", "done"]
+
+
+def test_blends_go_over_alpha_from_one_set_to_the_other_with_spectra(cli: CLI, commands: list[list[str]]) -> None:
+    text = STUDY.replace("seeds = 2", "seeds = 1") + '\n[blends]\nfirst = "dm"\nsecond = "shared"\nalphas = [0.0, 0.5, 1.0]\n'
+    result = cli("reproduce", f"./{_study(text)}", *SMALL, "--cells", "1:3", "--systems", "dm,shared", "--json")
+    assert result.code == 0, result.err
+    figures = {(f["system"], f["alpha"]): f for f in json.loads(result.out)["figures"]}
+    assert figures["dm+shared", 0.0]["mean"] == figures["dm", None]["mean"]
+    assert figures["dm+shared", 1.0]["mean"] == figures["shared", None]["mean"]
+    assert figures["dm+shared", 0.5]["mean"] not in (figures["dm", None]["mean"], figures["shared", None]["mean"])
+    assert sum(figures["dm+shared", 0.5]["spectrum"]) == pytest.approx(1)
+    assert Path(json.loads(result.out)["pictures"][0]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[str]]) -> None:
+    text = "held_out = 5\n" + STUDY
+    result = cli("reproduce", f"./{_study(text)}", *SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1)
+    assert result.code == 0, result.err
+    assert "held-out training images" in result.out
+    rows = json.loads(next(Path("runs/study/sets").glob("dm-*/evaluation.json")).read_text())["evaluations"]
+    assert [row["split"] for row in rows] == ["held-out"]
+    assert "Published figures are of a test split, these are not, so no difference is told" in " ".join(result.out.split())
+    figure = json.loads(Path("runs/study/report.json").read_text())["figures"][0]
+    assert (figure["published"], figure["comparable"], figure["difference"]) == (0.5, False, None)
+
+
+def test_what_hinders_a_set_later_is_told_with_its_cell(cli: CLI, commands: list[list[str]]) -> None:
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--dataset", "npz:nothing.npz", "--cells", "1:3", "--systems", "dm", "--seeds", 1)
+    assert (result.code, commands[0][0]) == (4, "distill")
+    assert "ddkit: dm ipc 1 pipc 3 seed 0: " in " ".join(result.err.split())
+    assert "nothing.npz" in result.err
+
+
+def test_soft_labels_of_real_images_come_from_the_teacher_of_the_systems_beside_them() -> None:
+    soft = (
+        STUDY
+        + """
+[systems.soft]
+recipe = "practical"
+labels = "soft"
+set = { "teacher.width" = 9 }
+
+[systems.real]
+baseline = "random-real"
+labels = "soft"
+"""
+    )
+    study = parse_study(tomllib.loads(soft))
+    made = {
+        task.cell.system: task.recipe for task in grid.planned(study, chosen_cells(study, None, None), Path("out"), grid.Settings(seeds=1))
+    }
+    assert (made["real"].teacher, made["real"].train) == (made["soft"].teacher, made["soft"].train)
+    assert made["real"].teacher.options == {"norm": "batch", "width": 9}
+    assert made["means"].teacher != made["soft"].teacher, "hard labels have no teacher"
+
+
+def test_commands_run_in_processes_of_their_own_and_keep_exit_codes(tmp_path: Path) -> None:
+    crew = runner._Crew(grid.Settings())
+    with pytest.raises(Exception, match="no finished run") as error:
+        crew.command(["evaluate", str(tmp_path / "nothing"), "--dataset", "digits"])
+    assert getattr(error.value, "exit_code", None) == 5
+
+
+BAD = [
+    ("seeds = 1\n", 4, "The study has no systems"),
+    ("[systems.a]\n", 4, "The study has no cells"),
+    (STUDY.replace("{ dm =", "{ dn ="), 4, "cells[0].published names the system 'dn', the study has dm, shared, means"),
+    (STUDY.replace('recipe = "dm"', 'recipe = "dmm"'), 4, "There is no recipe 'dmm'"),
+    (STUDY.replace("seeds = 2", "seeds = 0"), 4, "seeds"),
+    (STUDY.replace("seeds = 2", "sets = 2"), 4, "sets"),
+    (STUDY.replace("pipc = 4", "pipc = 3"), 4, "has the cell 1:3 twice"),
+    ('name = "a/b"\n' + STUDY, 4, "lower-case letters"),
+    (STUDY.replace("[systems.shared]", '[systems."x/y"]'), 4, "lower-case letters"),
+    (STUDY.replace('baseline = "class-mean"', 'baseline = "class-mean"\nlosses = "dm"'), 4, "has no recipe and no losses"),
+    (STUDY.replace('recipe = "dm"', 'recipe = "teacher"'), 4, "systems.dm: The recipe 'teacher' has no loss"),
+    ("held_out = 200\n" + STUDY, 4, "held-out needs 200"),
+    ("held_out = 200\n" + STUDY, 4, "Make the study's `held_out` or the `pipc` of its cells smaller"),
+    (
+        'set = { "data.test" = "held-out" }\n' + STUDY,
+        4,
+        "set: data.test cannot be set in a study, whose cells and evaluation decide it: use `held_out` in",
+    ),
+    (STUDY.replace('"dm"\n', '"dm"\nset = { "pipc" = 5 }\n'), 4, "systems.dm.set: pipc cannot be set in a study"),
+    (STUDY.replace('"dm"\n', '"dm"\nlosses = "dmm"\n'), 3, "systems.dm: There is no loss 'dmm'"),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nset = { "initializer.use" = "nose" }\n'),
+        3,
+        "systems.shared: There is no initializer 'nose'",
+    ),
+    (
+        STUDY.replace('"dm"\n', '"dm"\nset = { "teacher.use" = "none.safetensors" }\n'),
+        4,
+        "systems.dm: The teacher file none.safetensors does not exist",
+    ),
+    (
+        STUDY.replace('"class-mean"', '"synthetic"'),
+        4,
+        "systems.means.baseline = 'synthetic' is not possible: invalid enum value 'synthetic'. Choose from: class-mean",
+    ),
+    (
+        STUDY.replace("pipc = 4", "pipc = 0\nsystems = ['means']"),
+        4,
+        "systems.means, cell 1:0: the baseline class-mean needs 1 real image a class",
+    ),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'x'\nalphas = [0.5]\n", 4, "blends names the system 'x'"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'dm'\nalphas = [1.5]\n", 4, "alphas"),
+    (STUDY.replace("[50.0, 1.0]", "[150.0, 1.0]"), 4, "cells[0].published.dm = [150.0, 1.0]: an accuracy in percent"),
+    (STUDY.replace("[50.0, 1.0]", "[50.0, -1.0]"), 4, "cells[0].published.dm = [50.0, -1.0]: an accuracy in percent"),
+    (STUDY.replace("[50.0, 1.0]", "[50.0, 1.0, 3.0]"), 4, "cells[0].published.dm = [50.0, 1.0, 3.0]: an accuracy in percent"),
+    (STUDY + 'systems = ["dm", "dm"]\n', 4, "cells[1].systems names the system 'dm' twice"),
+    ('set = { data.test = "held-out" }\n' + STUDY, 4, "set: data.test cannot be set in a study"),
+    ("set = { data = { held_out = 5 } }\n" + STUDY, 4, "set: data.held_out cannot be set in a study"),
+    ('set = { teacher.use = "none.safetensors" }\n' + STUDY, 4, "ddkit: set: The teacher file none.safetensors does not exist"),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nset = { losses.dm.sqared = true }\n'),
+        4,
+        "systems.shared: dm: losses.dm has no key 'sqared'",
+    ),
+    (STUDY.replace('"dm-star"\n', '"dm-star"\nset = { network.norm = "batchh" }\n'), 4, "systems.shared: convnet: network.norm = 'batchh'"),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nset = { initializer.stdd = 1 }\n'),
+        4,
+        "systems.shared: noise: initializer has no key 'stdd'",
+    ),
+    (
+        STUDY.replace('"dm-star"\n', '"dm-star"\nlosses = "dm:big"\n'),
+        4,
+        "systems.shared.losses = 'dm:big': the weight 'big' is not a number",
+    ),
+    (STUDY.replace('"dm-star"\n', '"dm-star"\nlosses = ""\n'), 4, "systems.shared.losses = '': a loss name is empty"),
+    ('pictures = ["means"]\n' + STUDY, 4, "pictures names the system 'means', a baseline class-mean that keeps no images"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'means'\nalphas = [0.5]\n", 4, "blends names the system 'means', a baseline"),
+    ('pictures = ["dm", "dm"]\n' + STUDY, 4, "pictures names the system 'dm' twice"),
+    (STUDY.replace("[[cells]]", "[published_on]\nname = 'X'\n[[cells]]", 1), 4, "published_on"),
+    (STUDY + "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 0, 0.5]\n", 4, "blends.alphas has 0.5 twice"),
+    ("seeds = \n", 4, "cannot be read as TOML"),
+    (STUDY.replace("ipc = 1\npipc = 4", "ipc = 5\npipc = 4"), 4, "systems.dm, cell 5:4: the initializer real needs 5 real images a class"),
+    (
+        STUDY.replace("pipc = 4", "pipc = 0").replace('"dm"\n', '"dm"\nset = { "initializer.use" = "noise" }\n'),
+        4,
+        "the loss dm needs 1 real image a",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "code", "said"), BAD)
+def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(
+    cli: CLI, commands: list[list[str]], text: str, code: int, said: str
+) -> None:
+    result = cli("reproduce", f"./{_study(text)}", *SMALL)
+    assert (result.code, commands, result.out) == (code, [], "")
+    assert said in " ".join(result.err.split())
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        (["nothing"], 4, "There is no study 'nothing'"),
+        (["./nothing.toml"], 4, "The study file nothing.toml does not exist"),
+        (["practical-table1", "--cells", "2:10"], 4, "has no cell 2:10. It has 1:10, 1:50, 1:all"),
+        (["practical-table1", "--cells", "2"], 2, "is not a list of cells"),
+        (["practical-table1", "--systems", "dn"], 4, "has no system 'dn'"),
+        (["practical-table1", "--systems", ""], 2, "--systems '': a name is missing"),
+        (["practical-table1", "--systems", "dm,,dsv-real"], 2, "a name is missing"),
+        (["practical-table1", "--systems", "dm,dsv-real,dm"], 2, "names 'dm' twice"),
+        (["practical-table1", "--cells", "1:10,3:10,1:10"], 2, "has the cell 1:10 twice"),
+        (["practical-fig3", "--alphas", "0.5,0.55"], 4, "has no blend at alpha 0.55: it has blends at 0, 0.1"),
+        (["practical-table1", "--alphas", "0.5"], 4, "has no blend at alpha 0.5: it has no blends"),
+        (["practical-fig3", "--alphas", "0.5,0.5"], 2, "has 0.5 twice"),
+        (["practical-fig3", "--alphas", "0.5", "--systems", "dm-star"], 4, "blends need the systems dsv-noise and dm-star"),
+        (["practical-fig3", "--alphas", "half"], 2, "is not a list of numbers"),
+        (["practical-table1", "--protocol", "bogus"], 2, "--protocol"),
+        (["./shrt.toml"], 4, "ddkit: protocol: accuracy: evaluators.accuracy.protocol = 'shrt'"),
+        (["./one-shrt.toml"], 4, "systems.shared.protocol: accuracy: evaluators.accuracy.protocol = 'shrt'"),
+        (["practical-table1", "--set", "ipc=5", "--dataset", "digits"], 4, "use --cells"),
+        (["practical-table1", "--set", "evaluators.accuracy.epochs=5", "--dataset", "digits"], 4, "use --protocol and --repeats"),
+        (["dsv-table2", "--cells", "1:10", "--systems", "dsv"], 4, "has a figure in the chosen cells"),
+        (["practical-table1", "--seeds", "0"], 2, "--seeds"),
+        (["practical-table1", "--seed", "3"], 2, "--seeds"),
+        (["practical-table1", "--markdown", "--json"], 2, "choose one"),
+        (["practical-table1", "--device", "cuda:99", "--dataset", "digits"], 2, "--device cuda:99: there is no such device here"),
+        (["practical-table1", "--set", 'data={test="held-out"}', "--dataset", "digits"], 4, "ddkit: data.test cannot be set in a study"),
+        (["practical-table1", "--set", "teacher.use=.", "--dataset", "digits"], 4, "ddkit: The teacher . is a folder, not a file."),
+        (
+            ["practical-table1", "--set", "losses.dkkt-primal.maskd=true", "--systems", "practical", "--dataset", "digits"],
+            4,
+            "systems.practical: dkkt-primal: ",
+        ),
+        (["practical-table1", "--teacher", "none.safetensors", "--dataset", "digits"], 4, "ddkit: The teacher file none.safetensors does"),
+    ],
+)
+def test_bad_flags_are_told(cli: CLI, commands: list[list[str]], flags: list[str], code: int, said: str) -> None:
+    Path("shrt.toml").write_text('protocol = "shrt"\n' + STUDY)
+    Path("one-shrt.toml").write_text(STUDY.replace('"dm-star"\n', '"dm-star"\nprotocol = "shrt"\n'))
+    result = cli("reproduce", *flags)
+    assert (result.code, commands) == (code, [])
+    assert said in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("name", INSTALLED)
+def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
+    study = read_study(name)
+    assert study.summary
+    assert study.source
+    for cell in cells_of(study):
+        recipe = grid.recipe_of(study, cell, 0, grid.Settings(dataset="digits"))
+        assert set(recipe.losses) or recipe.blend
+        assert recipe.pipc in (cell.pipc, 0, 1, cell.ipc)
+
+
+def test_the_papers_table_is_whole() -> None:
+    study = read_study("practical-table1")
+    assert len({(c.ipc, c.pipc) for c in study.cells}) == 11
+    five = ("dm", "dm-star", "dsv-noise", "dsv-real", "practical")
+    assert all(set(cell.published) == set(five) for cell in study.cells)
+    assert published(study, Cell(10, 10, "dsv-real")) == (pytest.approx(0.3639), pytest.approx(0.0052))
+    assert published(study, Cell(50, "all", "practical")) == (pytest.approx(0.5762), pytest.approx(0.0033))
+
+
+def test_rows_of_a_study_can_be_chosen() -> None:
+    study = parse_study(tomllib.loads(STUDY))
+    assert chosen_cells(study, [(1, 4)], ["dm"]) == [Cell(1, 4, "dm")]
+    assert len(chosen_cells(study, None, None)) == 6
+    with pytest.raises(InputError):
+        chosen_cells(study, [(1, 5)], None)
+
+
+# Shares of a study, and stores put together
+
+
+def _task(name: str, *parts: str) -> grid.Task:
+    asked = grid.Evaluating(protocol="short", labels="hard", images="synthetic", networks=1, teacher="")
+    return grid.Task(Cell(1, 1, name), 0, parse_recipe({}), Path(name), asked, tuple(map(Path, parts)))
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5])
+def test_shares_are_a_partition_and_a_blend_goes_with_its_parts(of: int) -> None:
+    made = [_task("a"), _task("b"), _task("c"), _task("a"), _task("d"), _task("a+c", "a", "c"), _task("d+c", "d", "c")]
+    shares = [share(made, number, of) for number in range(of)]
+    assert sorted(task.cell.system for some in shares for task in some) == sorted(task.cell.system for task in made)
+    for some in shares:
+        names = {task.path.name for task in some}
+        assert names <= {"a", "c", "d", "a+c", "d+c"} or names <= {"b"} or of == 1
+    assert shares[0] == [task for task in made if task in shares[0]], "in the study's order"
+
+
+def test_shares_made_apart_are_the_whole_study_once_they_are_put_together(cli: CLI, commands: list[list[str]]) -> None:
+    study = f"./{_study()}"
+    for number in (1, 2):
+        shard = cli("reproduce", study, *SMALL, "--shard", f"{number}/2", "--out", f"share-{number}", "--json")
+        assert shard.code == 0, shard.err
+        assert {"not run", "partly"} & {figure["state"] for figure in json.loads(shard.out)["figures"]}
+    made = [c[c.index("--out") + 1].split("/")[-1] for c in commands if c[0] == "distill"]
+    assert len(made) == len(set(made)) == 2 * (2 + 1 + 2), "each set in one share alone"
+    commands.clear()
+    together = cli("reproduce", study, *SMALL, "--merge", "share-1", "--merge", "share-2", "--json")
+    assert together.code == 0, together.err
+    assert commands == [], "nothing is left to do"
+    whole = cli("reproduce", study, *SMALL, "--out", "whole", "--json")
+    assert json.loads(together.out)["figures"] == json.loads(whole.out)["figures"]
+    again = cli("reproduce", study, *SMALL[:-1], "--merge", "share-1", "--show")
+    assert "0 sets and evaluations were copied from share-1" in again.err
+
+
+def test_an_evaluation_of_another_set_of_the_same_name_is_not_merged(cli: CLI, commands: list[list[str]]) -> None:
+    study = f"./{_study()}"
+    one = [*SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    for store in ("first", "second"):
+        assert cli("reproduce", study, *one, "--out", store).code == 0
+    shutil.copytree("second", "same")
+    (manifest,) = Path("second/sets").glob("dm-*/manifest.json")
+    facts = {key: value for key, value in json.loads(manifest.read_text()).items() if key not in ("schema", "digest", "sealed")}
+    facts["files"]["synthetic.safetensors"]["sha256"] = "0" * 64  # as if it were another one
+    write_manifest(manifest.parent, facts)
+    for store, copied in (("second", 0), ("same", 1)):
+        for kept in Path(store).glob("sets/*.json"):
+            kept.unlink()
+        assert cli("reproduce", study, *one, "--merge", "first", "--out", store, "--show").code == 0
+        assert len(list(Path(store).glob("sets/*.json"))) == copied
+
+
+@pytest.mark.parametrize("place", [".", "parts/first"])
+def test_a_damaged_store_is_not_merged_and_nothing_half_copied_stays(cli: CLI, commands: list[list[str]], place: str) -> None:
+    study = f"./{_study()}"
+    one = [*SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1]
+    assert cli("reproduce", study, *one, "--out", "first").code == 0
+    (run,) = (path for path in Path("first/sets").glob("dm-*") if path.is_dir())
+    if place != ".":  # as a recipe that is a blend has its parts
+        shutil.copytree(run, "part")
+        (run / "parts").mkdir()
+        shutil.move("part", run / place)
+    file = run / place / "synthetic.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    result = cli("reproduce", study, *one, "--merge", "first", "--out", "second", "--show")
+    assert result.code == 5
+    assert "synthetic.safetensors" in result.err
+    assert list(Path("second/sets").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_torchrun_makes_a_share_in_each_process(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(STUDY)
+    flags = [*map(str, SMALL), "--seeds", "1", "--systems", "dm", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m",
+         "ddkit", "reproduce", "./study.toml", *flags],
+        cwd=tmp_path, capture_output=True, text=True, check=False, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {figure["state"] for figure in json.loads(done.stdout)["figures"]} == {"done"}
