@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from ddkit.nn.teachers import save_teacher, train_teacher
 from ddkit.recipes.resolve import check_used, flattened, recipe_for
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import run, warnings
-from ddkit.run.blend import blend, plan_of_blend, run_blend
-from ddkit.run.directory import RECIPE, Run, RunDirectory
+from ddkit.run.blend import blend
+from ddkit.run.directory import Run, RunDirectory
 from ddkit.run.estimates import estimated
 from ddkit.run.evaluation import evaluate
 from ddkit.run.manifest import MANIFEST, check_listed
@@ -57,8 +57,6 @@ def plan(recipe: Recipe, *, device: str = "auto", distributed: bool = False) -> 
 
 
 def _plan(recipe: Recipe, device: str, ranks: Ranks) -> dict[str, Any]:
-    if recipe.blend is not None:
-        return plan_of_blend(recipe, device, lambda part: _plan(part, device, ranks), ranks)
     with deterministic(recipe.engine.deterministic), left_alone():
         made = run.make(recipe, Place(device, ranks, ()), Observers([]), plan=True)
         job = made.job
@@ -159,24 +157,21 @@ def _run(recipe: Recipe, place: Place, out: Path | None, name: str, *, force: bo
 
     with warnings.recording(), place.directory(claim) as directory:
         place = place._replace(whole=place.whole or directory.path)
-        with watchers.interruptible(place.going_on):
-            if recipe.blend is not None:
-                return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
-            with deterministic(recipe.engine.deterministic):
-                try:
-                    made = run.make(recipe, place, watchers)
-                    run.begin(made, directory)
-                except BaseException:
+        with watchers.interruptible(place.going_on), deterministic(recipe.engine.deterministic):
+            try:
+                made = run.make(recipe, place, watchers)
+                run.begin(made, directory)
+            except BaseException:
+                directory.discard()
+                raise
+            try:
+                return run.finish(made, directory, watchers, start=0)
+            except (Interrupted, KeyboardInterrupt):  # it can be continued
+                raise
+            except BaseException:
+                if not directory.has_stepped():
                     directory.discard()
-                    raise
-                try:
-                    return run.finish(made, directory, watchers, start=0)
-                except (Interrupted, KeyboardInterrupt):  # it can be continued
-                    raise
-                except BaseException:
-                    if not directory.has_stepped():
-                        directory.discard()
-                    raise
+                raise
 
 
 def resume(
@@ -208,20 +203,15 @@ def _resume(path: Path, steps: int | None, place: Place, moved: Mapping[str, str
     with warnings.recording(), place.directory(lambda: RunDirectory.existing(path).take()) as directory:
         table = directory.read_recipe()
         recipe = parse_recipe(table)
-        if recipe.blend is not None and steps is not None:
-            raise FlagError("--steps: this run is a blend, whose parts are made once. Leave it out, or start anew.")
         watchers = place.watchers()
         finished = place.ranks.told(steps in (None, recipe.steps) and (path / MANIFEST).is_file())
-        refuse_unused(given if finished or recipe.blend is not None else (), f"{path} is {'finished' if finished else 'a blend'}.")
+        refuse_unused(given if finished else (), f"{path} is finished.")
         if finished:
             return _finished(directory, watchers)
         longer = _moved(table, given, path) | ({} if steps is None else {"steps": steps})
         place = place._replace(whole=place.whole or directory.path)
-        with watchers.interruptible(place.going_on):
-            if recipe.blend is not None:
-                return run_blend(recipe, directory, place.device, watchers, make=_maker(place), ranks=place.ranks)
-            with deterministic(recipe.engine.deterministic):
-                return _continue(longer, directory, place, watchers)
+        with watchers.interruptible(place.going_on), deterministic(recipe.engine.deterministic):
+            return _continue(longer, directory, place, watchers)
 
 
 def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -345,18 +335,3 @@ def train(
         teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, watchers=watchers)
         save_teacher(path, teacher)
     return teacher
-
-
-def _maker(place: Place) -> Callable[[Recipe, Path], None]:
-    """Returns what makes a part of a blend, or goes on with it."""
-
-    def make(recipe: Recipe, path: Path) -> None:
-        if place.ranks.told((path / MANIFEST).is_file()):
-            check_unchanged(RunDirectory(path).read_manifest().get("plugin_files", {}), path)
-            return
-        if place.ranks.told((path / RECIPE).is_file()):
-            _resume(path, None, place)
-        else:
-            _run(recipe, place, path, recipe.name)
-
-    return make

@@ -169,14 +169,12 @@ def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
         f"{plan['device']}{in_processes}; teacher: {_teacher_of(plan)}."
     )
-    costs = [part["estimate"] for part in plan.get("parts") or [plan] if "estimate" in part]
-    if costs:
-        seconds, memory = sum(cost["seconds"] for cost in costs), max(cost["memory_mib"] for cost in costs)
-        total, rate = sum(sum(cost["operations"].values()) for cost in costs), costs[0]["operations_per_second"]
-        show(
-            f"It takes {_about(seconds)} and {memory / 1024:.1f} GiB of memory here: {total:.1e} operations, and this machine "
-            f"multiplies matrices at {rate / 1e9:,.0f} GFLOP/s now."
-        )
+    cost = plan["estimate"]
+    show(
+        f"It takes {_about(cost['seconds'])} and {cost['memory_mib'] / 1024:.1f} GiB of memory here: "
+        f"{sum(cost['operations'].values()):.1e} operations, and this machine multiplies matrices at "
+        f"{cost['operations_per_second'] / 1e9:,.0f} GFLOP/s now."
+    )
 
 
 def _teacher_of(plan: dict[str, Any]) -> str:

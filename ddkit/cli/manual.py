@@ -111,8 +111,7 @@ def _commands(facts: Mapping[str, Any]) -> list[str]:
     """Returns the commands that use it."""
     kind = facts["kind"]
     if kind == "recipe":
-        has_losses = {"losses", "blend"} & set(tomllib.loads(facts["text"]))
-        return ["ddkit distill --recipe NAME"] if has_losses else ["ddkit train --recipe NAME --out FILE"]
+        return ["ddkit distill --recipe NAME"] if "losses" in tomllib.loads(facts["text"]) else ["ddkit train --recipe NAME --out FILE"]
     if kind == "study":
         return ["ddkit reproduce NAME"]
     first = USED.get(kind)

@@ -85,8 +85,6 @@ def build_recipe(
         raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
     assign_all(raw, override)
     check_depth(raw, "The recipe with what was set")
-    if isinstance(raw.get("blend"), Mapping):
-        raw["blend"] = _with_shared_settings(raw, override)
     return parse_recipe({key: value if key in TOLD_APART else _with_home(value) for key, value in raw.items()})
 
 
@@ -97,17 +95,6 @@ def _with_home(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _with_home(item) for key, item in value.items()}
     return [_with_home(item) for item in value] if isinstance(value, list) else value
-
-
-OF_THE_BLEND = ("name", "summary", "source", "notes", "blend", "evaluators", "ipc", "pipc", "steps", "seed")
-
-
-def _with_shared_settings(raw: Raw, override: Iterable[tuple[str, Any]]) -> Raw:
-    """Returns the blend's table with what is set beside it, which holds for both parts: once recorded, only new flags add to it."""
-    blend: Raw = raw["blend"]
-    given = dict(blend["set"]) if isinstance(blend.get("set"), Mapping) else dict(flattened(raw))
-    given |= dict(override)
-    return blend | {"set": {path: value for path, value in given.items() if path.split(".")[0] not in OF_THE_BLEND}}
 
 
 def _has_default() -> bool:

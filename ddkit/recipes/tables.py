@@ -127,15 +127,6 @@ class EvaluatorTable(PluginTable):
     use: str | None = None
 
 
-class BlendTable(Table):
-    """Two sets whose average is the result: (1 - alpha) * first + alpha * second, matched by class and place in it."""
-
-    first: Annotated[str, Option("a recipe that makes the first set, or a finished run or file")]
-    second: Annotated[str, Option("a recipe that makes the second set, or a finished run or file")]
-    alpha: Annotated[float, Option("share of the second", ge=0, le=1)] = 0.5
-    set: Annotated[dict[str, Any], Option("recipe paths and values that hold for both; by itself: all that is set beside the blend")] = {}
-
-
 class DecodeTable(Table):
     """Several images decoded from each stored one; `ipc` counts stored images."""
 
@@ -168,7 +159,6 @@ class Recipe(Table):
     engine: EngineTable = msgspec.field(default_factory=EngineTable)
     losses: dict[str, LossTable] = {}
     evaluators: dict[str, EvaluatorTable] = {}
-    blend: BlendTable | None = None
     decode: DecodeTable | None = None
     notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
 
@@ -195,7 +185,6 @@ TABLES: dict[str, type[Table]] = {
     "initializer": InitializerTable,
     "augmenter": AugmenterTable,
     "engine": EngineTable,
-    "blend": BlendTable,
     "decode": DecodeTable,
 }
 NAMED_TABLES: dict[str, type[Table]] = {
@@ -217,6 +206,8 @@ def own_keys(kind: type[Table]) -> set[str]:
 
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     """Returns a recipe from TOML data (rules already applied); raises InputError naming the path at fault."""
+    if "blend" in table:
+        raise InputError(f"A recipe has no table [blend] any more. {_instead_of_blend(table)}", "blend")
     values: dict[str, Any] = {key: value for key, value in table.items() if key not in TABLES and key not in NAMED_TABLES}
     for key, kind in TABLES.items():
         if key in table:
@@ -226,6 +217,22 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
             entries = _as_table(table[key], key)
             values[key] = {name: _parse_table(kind, item, f"{key}.{name}") for name, item in entries.items()}
     return parse_struct(Recipe, values, "")
+
+
+def _instead_of_blend(table: Mapping[str, Any]) -> str:
+    """Returns the commands that do what the table [blend] of version 0.1 did."""
+    blend: Mapping[str, Any] = table["blend"] if isinstance(table["blend"], Mapping) else {}
+    numbers = "".join(f" --{key} {table[key]}" for key in ("ipc", "pipc", "steps", "seed") if key in table)
+    commands, parts = [], []
+    for key in ("first", "second"):
+        name = str(blend.get(key, key.upper()))
+        if "/" in name and not name.endswith(".toml"):  # a run or file that is there already
+            parts.append(name)
+        else:
+            commands.append(f"ddkit distill --recipe {name}{numbers} --evaluate none --out {key}")
+            parts.append(key)
+    commands += [f"ddkit blend {' '.join(parts)} --alpha {blend.get('alpha', 0.5)} --out both", "ddkit evaluate both"]
+    return f"Make its two sets, with the flags of both, and average them: {'; '.join(commands)}"
 
 
 def check_depth(table: Mapping[str, Any], what: str) -> None:

@@ -208,6 +208,8 @@ class RunDirectory:
             text = read_text(file, most=MOST_TOML)
             table = tomllib.loads(text)
             check_depth(table, "it")
+            if (self.path / MANIFEST).is_file():
+                table.pop("blend", None)  # version 0.1 wrote there what the manifest says too
             parse_recipe(table)
         except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None

@@ -127,7 +127,7 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
     _check_reserved(study, cell, settings)
     try:
         recipe = _recipe_of_system(study, cell, seed, settings)
-        if not recipe.losses and recipe.blend is None:
+        if not recipe.losses:
             raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
     except FlagError as error:
         if not str(error).startswith("--losses"):

@@ -325,19 +325,3 @@ def test_resume_takes_the_file_from_another_place_but_not_another_file_there(cli
     extra = written(tmp_path, "net.py", MODEL)
     again = cli("distill", "--resume", "--plugin", extra, "--plugin", other, "--out", "run", "--steps", 4)
     assert again.code == 0, again.err
-
-
-def test_a_blend_that_goes_on_refuses_another_file_than_its_finished_part_was_made_with(cli: Callable[..., Any], tmp_path: Path) -> None:
-    file = written(tmp_path, "mine.py", LOSS)
-    recipe = "ipc = 1\npipc = 3\nsteps = 2\n[blend]\nfirst = '{0}/part.toml'\nsecond = '{0}/part.toml'\n"
-    written(tmp_path, "both.toml", recipe.format(tmp_path))
-    written(tmp_path, "part.toml", "[losses.class-spread]\n")
-    made = cli("distill", "--plugin", file, "--recipe", tmp_path / "both.toml", "--evaluate", "none", "--out", "run")
-    assert made.code == 0, made.err
-    assert list(json.loads(Path("run/manifest.json").read_text())["plugin_files"]) == [str(file)]
-    for text, code in ((OTHER, 5), (LOSS, 0)):
-        forget_plugin_files()
-        written(tmp_path, "mine.py", text)
-        Path("run/manifest.json").unlink(missing_ok=True)
-        result = cli("distill", "--resume", "--plugin", file, "--out", "run")
-        assert result.code == code, result.err

@@ -33,9 +33,9 @@ def own(kind: str) -> list[str]:
 
 
 def recipes_that_distil() -> list[str]:
-    """Returns the recipes with a loss or a blend: those of a teacher alone make no set."""
+    """Returns the recipes with a loss: those of a teacher alone make no set."""
     built = {name: recipe_for(name) for name in own("recipe")}
-    return [name for name, recipe in built.items() if recipe.losses or recipe.blend is not None]
+    return [name for name, recipe in built.items() if recipe.losses]
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_every_augmenter(data: str, tmp_path: Path, name: str) -> None:
     check(data, tmp_path, losses="dm,dkkt", augment=name)
 
 
-@pytest.mark.parametrize("name", [name for name in recipes_that_distil() if recipe_for(name).blend is None])
+@pytest.mark.parametrize("name", recipes_that_distil())
 def test_every_recipe(data: str, tmp_path: Path, name: str) -> None:
     network = {"network.renew_every": 2, "network.inner_epochs": 1} if recipe_for(name, ipc=2).network.inner_epochs else {}
     check(data, tmp_path, recipe=name, sets=network)
@@ -152,20 +152,3 @@ def test_every_optimizer(data: str, tmp_path: Path, kind: str) -> None:
 
 def test_all_losses_at_once(data: str, tmp_path: Path) -> None:
     check(data, tmp_path, losses=",".join(own("loss")))
-
-
-@pytest.mark.parametrize("name", [name for name in recipes_that_distil() if recipe_for(name).blend is not None])
-def test_every_blend_whose_first_part_is_cut_off(data: str, tmp_path: Path, name: str) -> None:
-    sets = {"blend.set": {key: value for key, value in TINY.items() if not key.startswith(("teacher", "train"))}}
-    given: dict[str, Any] = {"recipe": name, "dataset": data, "ipc": 2, "pipc": 4, "evaluators": "none", "device": "cpu", "steps": STEPS}
-    sets |= {key: value for key, value in TINY.items() if key.startswith(("teacher", "train"))}
-    ddkit.distill(out=tmp_path / "whole", sets=sets, **given)
-    whole = state(tmp_path / "whole")
-    cut = shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    for file in ("manifest.json", "synthetic.safetensors", "preview.png"):
-        (cut / file).unlink()
-    cut_off(cut / "parts" / "first", 4)
-    shutil.rmtree(cut / "parts" / "second")
-    assert differences(state(cut), whole) != []
-    resume(cut, device="cpu")
-    assert differences(state(cut), whole) == []

@@ -81,7 +81,7 @@ set = {steps = 3, optimizer = {images = {lr = 0.2}}}
 
 WORDS = sorted({
     *BASE, *TABLES, *NAMED_TABLES, *(key for kind in (*TABLES.values(), *NAMED_TABLES.values()) for key in own_keys(kind)),
-    "use", "weight", "options", "rules", "when", "set", "blend", "first", "second", "alpha", "notes", "dsv/x", "", " ", ".",
+    "use", "weight", "options", "rules", "when", "set", "notes", "dsv/x", "", " ", ".",
     "digits", "convnet", "mlp", "noise", "real", "none", "dm", "gm", "dkkt", "auto", "all", "imagefolder:/", "npz:",
     "python:os.system", "!!python/object:os.x",
 })  # fmt: skip
@@ -189,7 +189,7 @@ SET_PATHS = st.one_of(
     st.sampled_from([
         "losses.dm.weight", "losses.dm", "losses", "losses..x", "data", "data.use", "teacher.use", "views", "views.x.augmenter", "engine",
         "optimizer.images.lr", "rules",
-        "blend", "blend.first", "notes", "evaluators.accuracy.epochs", "steps", "name", "summary", ".", "..",
+        "notes", "evaluators.accuracy.epochs", "steps", "name", "summary", ".", "..",
         "a." * 3000, "data." + "x." * 3000 + "y", "views." + "x." * 3000 + "y",
     ]),
 )  # fmt: skip

@@ -197,18 +197,6 @@ def test_export_report_and_blend_of_a_run_run_nothing(files: World) -> None:
     assert not files.ran.exists()
 
 
-def test_a_recipe_of_a_blends_part_runs_no_code(world: World) -> None:
-    Path("evil.toml").write_text("[losses.dm]\n" + RECIPES["network"])
-    Path("both.toml").write_text("pipc = 3\nsteps = 1\n[blend]\nfirst = './evil.toml'\nsecond = './evil.toml'\n")
-    for plan in ([], ["--plan"]):
-        world.refuses("distill", "--recipe", "both.toml", "--out", "evil.toml.run", "--evaluate", "none", *plan)
-    Path("set.toml").write_text(
-        f"pipc = 3\nsteps = 1\n[blend]\nfirst = 'dm'\nsecond = 'dm'\n[blend.set]\n'network.model' = '{CODE}'\n[network]\nmodel = 'mlp'\n"
-    )
-    world.refuses("distill", "--recipe", "set.toml", "--evaluate", "none", "--plan")
-    world.runs("distill", "--recipe", "both.toml", "--evaluate", "none", "--plan", "--model", CODE)
-
-
 def test_an_imported_file_runs_no_code_and_a_flag_does(world: World) -> None:
     write_tensors(Path("evil.safetensors"), {"1.weight": torch.zeros(10, 64), "1.bias": torch.zeros(10)}, {"model": CODE})
     flags = ["--classes", 10, "--size", 8, "--mean", 0.5, "--std", 0.25]

@@ -400,7 +400,7 @@ def test_recipes_of_teachers_train_one_and_distil_nothing(name: str, norm: str, 
     assert "no loss" in told.err
 
 
-PAPER = ["dc", "dm", "dm-star", "dsv-blend", "dsv-noise", "dsv-real", "practical", "practical-plus", "teacher-dsv"]
+PAPER = ["dc", "dm", "dm-star", "dsv-noise", "dsv-real", "practical", "practical-plus", "teacher-dsv"]
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -13,6 +13,7 @@ import ddkit
 from ddkit.errors import FlagError, InputError
 from ddkit.run.artifact import Artifact
 from ddkit.run.averaging import blended
+from ddkit.run.manifest import file_entry
 from tests.conftest import SMALL_FLAGS, Result
 
 CLI = Callable[..., Result]
@@ -77,7 +78,7 @@ def runs(cli: CLI) -> CLI:
     return cli
 
 
-def test_a_blend_of_runs_is_a_run_that_can_be_evaluated_and_rerun(runs: CLI) -> None:
+def test_a_blend_of_runs_is_a_run_that_can_be_evaluated(runs: CLI) -> None:
     result = runs("blend", "one", "two", "--alpha", 0.3, "--out", "both", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["alpha"] == 0.3
@@ -89,9 +90,6 @@ def test_a_blend_of_runs_is_a_run_that_can_be_evaluated_and_rerun(runs: CLI) -> 
     small = ("--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.repeats=1")
     assert runs("evaluate", "both", *small).code == 0
     assert json.loads(Path("both/evaluation.json").read_text())["evaluations"]
-    again = runs("distill", "--recipe", "both/recipe.toml", "--out", "again")
-    assert again.code == 0, again.err
-    assert torch.equal(ddkit.load("again").images, both.images)
 
 
 def test_files_can_be_blended_and_then_need_a_dataset(runs: CLI) -> None:
@@ -125,73 +123,30 @@ def test_bad_blends_leave_nothing(runs: CLI, arguments: tuple[str, ...], code: i
     assert ddkit.load("two").metadata["recipe"] == "default"  # what was there is as it was
 
 
-SMALL_BLEND = ["--ipc", 1, "--pipc", 3, "--steps", 2, *SMALL_FLAGS[2:], "--set", "blend.first=dm", "--set", "blend.second=dm-star"]
+TABLE = "\nipc = 1\nsteps = 2\n[blend]\nfirst = 'dsv-noise'\nsecond = './two'\nalpha = 0.25\n"
+INSTEAD = "ddkit distill --recipe dsv-noise --ipc 1 --steps 2 --evaluate none --out first; ddkit blend first ./two --alpha 0.25 --out both"
 
 
-def test_the_recipe_makes_both_parts_and_blends_them(cli: CLI) -> None:
-    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--out", "run", "--json")
-    assert result.code == 0, result.err
-    first, second, both = (ddkit.load(f"run{part}") for part in ("/parts/first", "/parts/second", ""))
-    assert torch.equal(both.images, torch.lerp(first.images, second.images, 0.5))
-    assert not torch.equal(first.images, second.images)
-    assert both.metadata["recipe"] == "dsv-blend"
-    assert json.loads(result.out)["evaluations"][0]["evaluator"] == "accuracy"
-    Path("run/manifest.json").unlink()
-    (Path("run/parts/second") / "manifest.json").unlink()
-    (Path("run/parts/second") / "synthetic.safetensors").unlink()
-    again = cli("distill", "--out", "run", "--resume")
-    assert again.code == 0, again.err
-    assert torch.equal(ddkit.load("run").images, both.images)
+def test_a_recipe_or_unfinished_run_with_a_table_blend_is_refused_with_the_commands_to_give_instead(cli: CLI) -> None:
+    Path("old.toml").write_text(TABLE)
+    Path("run").mkdir()
+    Path("run/recipe.toml").write_text(TABLE)
+    for command, code in ((("--recipe", "./old.toml"), 4), (("--resume", "--out", "run"), 5)):
+        result = cli("distill", *command)
+        assert (result.code, result.out) == (code, "")
+        assert INSTEAD in " ".join(result.err.split())
 
 
-def test_the_plan_of_a_blend_tells_both_parts(cli: CLI) -> None:
-    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--plan", "--json")
-    assert result.code == 0, result.err
-    plan = json.loads(result.out)
-    assert [part["recipe"]["name"] for part in plan["parts"]] == ["dm", "dm-star"]
-    assert [part["recipe"]["steps"] for part in plan["parts"]] == [2, 2]
-    assert not Path("runs").exists()
-
-
-def test_a_part_that_is_no_recipe_is_told_before_anything_is_made(cli: CLI) -> None:
-    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--set", "blend.second=dm-starr", "--out", "run")
-    assert result.code == 4
-    assert "There is no recipe 'dm-starr'" in result.err
-    assert not Path("run").exists()
-
-
-BAD_BLENDS = [
-    (["--set", "evaluators.accuracy.protocl=x"], 4, "protocl"),
-    (["--set", "evaluators.accuracy.model=nope"], 3, "nope"),
-    (["--set", "data.test=held-out", "--set", "data.held_out=500"], 4, "held-out needs 500"),
-    (["--set", "blend.first=./missing"], 5, "missing"),
-    (["--set", "blend.first=dsv-blend"], 4, "is a blend itself"),
-    (["--set", "blend.alpha=2"], 4, "alpha"),
-]
-
-
-@pytest.mark.parametrize(("flags", "code", "said"), BAD_BLENDS)
-def test_what_would_fail_after_both_parts_is_told_before(cli: CLI, flags: list[str], code: int, said: str) -> None:
-    result = cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, *flags, "--out", "run")
-    assert (result.code, result.out) == (code, "")
-    assert said in " ".join(result.err.split())
-    assert not Path("run").exists()
-
-
-def test_a_flag_that_equals_a_default_holds_for_both_parts(cli: CLI) -> None:
-    result = cli("distill", "--recipe", "dsv-blend", "--init", "real", "--dataset", "digits", "--plan", "--json")
-    assert result.code == 0, result.err
-    assert [part["recipe"]["initializer"]["use"] for part in json.loads(result.out)["parts"]] == ["real", "real"]
-
-
-def test_finished_parts_must_have_the_ipc_that_is_asked_for(runs: CLI) -> None:
-    parts = ("--set", "blend.first=./one", "--set", "blend.second=./two", "--dataset", "digits", "--evaluate", "none")
-    assert runs("distill", "--recipe", "dsv-blend", *parts, "--out", "both").code == 0
-    told = runs("distill", "--recipe", "dsv-blend", *parts, "--ipc", 2, "--out", "more")
-    assert told.code == 4
-    assert "1 images a class" in told.err
-    plan = runs("distill", "--recipe", "both/recipe.toml", "--plan")
-    assert plan.code == 0, plan.err
+def test_a_finished_blend_of_version_0_1_is_evaluated(runs: CLI) -> None:
+    assert runs("blend", "one", "two", "--out", "both").code == 0
+    recipe, manifest = Path("both/recipe.toml"), Path("both/manifest.json")
+    recipe.write_text(recipe.read_text().partition("\n")[2] + TABLE.partition("steps = 2\n")[2])
+    facts = json.loads(manifest.read_text())
+    facts["files"]["recipe.toml"] = file_entry(recipe)
+    manifest.write_text(json.dumps({key: value for key, value in facts.items() if key not in ("sealed", "digest")}))
+    small = ("--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.repeats=1")
+    done = runs("evaluate", "both", *small)
+    assert done.code == 0, done.err
 
 
 def test_held_out_images_of_a_blend_were_accessible_to_neither(runs: CLI) -> None:
@@ -206,10 +161,3 @@ def test_a_blends_manifest_tells_of_both_parts(runs: CLI) -> None:
     one, two, both = (json.loads(Path(name, "manifest.json").read_text()) for name in ("one", "two", "both"))
     assert set(both["real_files"]) == {*one["real_files"], *two["real_files"]}
     assert both["plugins"] == one["plugins"]
-
-
-def test_the_steps_of_a_blend_are_not_changed_afterwards(cli: CLI) -> None:
-    assert cli("distill", "--recipe", "dsv-blend", *SMALL_BLEND, "--out", "run").code == 0
-    told = cli("distill", "--out", "run", "--resume", "--steps", 6)
-    assert told.code == 2
-    assert "--steps" in told.err
