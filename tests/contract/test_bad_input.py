@@ -22,19 +22,18 @@ Cli = Callable[..., Result]
 
 
 class Case(NamedTuple):
-    """A mistaken command: its arguments, its exit code, and the whole message.
+    """A mistaken command: its arguments, its exit code, and the phrase with which its message begins.
 
-    In both THINGS stands for the folder of the fixture; in the message {...} stands for words of another library, of what is
-    installed, or of the machine.
+    In both THINGS stands for the folder of the fixture, in the phrase ` ... ` for any words.
     """
 
     command: str
     code: int
-    message: str
+    phrase: str
 
 
 def _cases() -> list[Case]:
-    """Returns the cases of bad_input.txt: a line `$ COMMAND`, a line `CODE MESSAGE`; lines with # are headings."""
+    """Returns the cases of bad_input.txt: a line `$ COMMAND`, a line `CODE PHRASE`; lines with # are headings."""
     lines = (Path(__file__).parent / "bad_input.txt").read_text(encoding="utf-8").splitlines()
     told = [line for line in lines if line and not line.startswith("#")]
     pairs = list(zip(told[::2], told[1::2], strict=True))
@@ -254,11 +253,10 @@ def test_bad_input_is_told_in_one_paragraph_before_any_work_and_leaves_nothing_b
     before = _tree(things)
     result = cli(*_arguments(case, things))
     assert (result.code, result.out) == (case.code, ""), result.err
-    pattern = re.escape(case.message).replace(re.escape("{...}"), ".*").replace("THINGS", re.escape(str(things)))
+    pattern = re.escape(case.phrase).replace(re.escape(" ... "), ".*").replace("THINGS", re.escape(str(things)))
     told = dropwhile(lambda line: line.startswith(("Reading ", "Making ")), result.err.splitlines())  # stages that were begun before
-    assert re.fullmatch(f"ddkit: {pattern}", " ".join(" ".join(told).split())), result.err
+    assert re.match(f"ddkit: {pattern}", " ".join(" ".join(told).split())), result.err
     assert "\n\n" not in result.err.strip()
-    assert case.message.endswith((".", "?", ")", "]")) or case.message[-1].isalnum()
     assert _tree(Path.cwd()) == {}
     assert _tree(things) == before
 
