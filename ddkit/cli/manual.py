@@ -48,14 +48,12 @@ EXAMPLES = {
 }
 ASKS = {
     "real": "real images that the run may use (--pipc)",
-    "embedder": "features of the network of each step",
+    "network": "the network of each step, or its features",
     "teacher": "a trained model (--teacher FILE, else one is trained)",
-    "teacher_gradients": "gradients by the parameters of the trained model",
-    "network_gradients": "gradients by the parameters of the network of a step",
-    "second_order": "second derivatives; float32, not compiled",
+    "second_order": "second derivatives, through gradients by parameters of network or trained model; float32, not compiled",
     "views": "augmented views of the set, recipe tables [views.NAME]",
     "parameters": "parameters of the set beside its images, which are optimised too",
-    "separable": "the value can be computed for parts of the set, so that large sets fit",
+    "reduce": "the value can be computed for parts of the set, so that large sets fit",
 }
 
 

@@ -58,31 +58,49 @@ class Parameter(msgspec.Struct, frozen=True):
         check_fields(self)
 
 
-class Requires(msgspec.Struct, frozen=True, kw_only=True):
+_OLD_FIELDS = {  # of Requires in version 0.1, and the line to write in their place
+    "embedder": "network=True",
+    "network_gradients": "network=True, second_order=True (network=True alone, where no gradient of its parameters is taken)",
+    "teacher_gradients": "teacher=True, second_order=True",
+    "separable": "reduce=",
+}
+
+
+class _RequiresMeta(type(msgspec.Struct)):  # type: ignore[misc]
+    def __call__(cls, *given: Any, **fields: Any) -> Any:
+        for name in _OLD_FIELDS.keys() & fields:
+            value = json.dumps(fields[name]) if isinstance(fields[name], str) else str(fields[name])
+            line = _OLD_FIELDS[name]
+            if name == "separable":
+                line += value.replace("total", "global")
+            raise TypeError(f"ddkit.Requires: write {line} in the place of {name}={value}, which is of version 0.1")
+        return super().__call__(*given, **fields)
+
+
+class Requires(msgspec.Struct, frozen=True, kw_only=True, metaclass=_RequiresMeta):
     """What a component asks of a run, read before it starts; every default asks for nothing.
 
-    separable says how the value of the whole set comes from parts of it, each some of the classes: "sum" (the sum of the
-    parts' values), "mean" (the same, weighted by rows), "total" (every part computes the value of the whole set, from sums over
-    samples that it passes through step.total or rows that it passes through step.gather; in chunks it is evaluated at least twice)
-    or None (the loss always sees the whole set: it is never chunked, and refused in a run of several processes).
+    `second_order`: parameters of network and teacher require gradients, as the loss differentiates through gradients of theirs.
+    `reduce` says how the value of the whole set comes from parts of it, each some of the classes: "sum" (the sum of the parts'
+    values), "mean" (the same, weighted by rows), "global" (every part computes the value of the whole set, from sums over samples
+    that it passes through step.all_reduce or rows that it passes through step.all_gather; in chunks it is evaluated twice) or None
+    (the loss always sees the whole set: it is never chunked, and refused in a run of several processes).
     """
 
     real: bool = False
-    embedder: bool = False
+    network: bool = False
     teacher: bool = False
-    teacher_gradients: bool = False
-    network_gradients: bool = False
     second_order: bool = False
     views: tuple[str, ...] = ()
     parameters: Mapping[str, Parameter] = {}
-    separable: Literal["sum", "mean", "total"] | None = None
+    reduce: Literal["sum", "mean", "global"] | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.separable == "total" and any(spec.per == "set" for spec in self.parameters.values()):
-            raise ValueError("Requires: a loss with separable='total' cannot have a Parameter(per='set'); its gradient would count twice")
-        if (self.teacher_gradients or self.views) and not self.teacher:
-            raise ValueError("Requires: teacher_gradients and views need teacher=True as well")
+        if self.reduce == "global" and any(spec.per == "set" for spec in self.parameters.values()):
+            raise ValueError("Requires: a loss with reduce='global' cannot have a Parameter(per='set'); its gradient would count twice")
+        if self.views and not self.teacher:
+            raise ValueError("Requires: views need teacher=True as well")
 
 
 @cache

@@ -118,7 +118,7 @@ class StepSource:
         """
         parts = [
             torch.randn((rows.stop - rows.start, *self.info.shape), generator=generator(self.seed, "view noise", name, index, label))
-            for label, rows in rows_by_class(labels).items()
+            for label, rows in class_slices(labels).items()
         ]
         return torch.cat(parts)
 
@@ -202,7 +202,7 @@ class StepSource:
         self._network_step = step
 
 
-def rows_by_class(labels: Tensor) -> dict[int, slice]:
+def class_slices(labels: Tensor) -> dict[int, slice]:
     """Returns the rows of each class of ascending labels (n,) on the CPU: asking the device for them would make it wait."""
     classes, counts = labels.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)

@@ -41,7 +41,7 @@ class Evaluated(NamedTuple):
 
 
 class Engine:
-    """Distils: `terms` in order of label, separable ones in chunks of `chunk` classes (0: all at once)."""
+    """Distils: `terms` in order of label, those with `reduce` in chunks of `chunk` classes (0: all at once)."""
 
     def __init__(self, bank: Bank, source: StepSource, terms: Sequence[WeightedLoss], *, chunk: int = 0) -> None:
         self.bank, self.source, self.terms = bank, source, sorted(terms, key=lambda term: term.label)
@@ -50,7 +50,7 @@ class Engine:
         self.parts = _parts(self.terms, chunk if chunk < most else 0, source.own_classes)
         self._second_order = any(term.loss.requires.second_order for term in self.terms)
         self._chunks = [classes for classes, _ in self.parts if classes is not None]
-        self._totalling = [term for term in self.terms if self._chunks and term.loss.requires.separable == "total"]
+        self._totalling = [term for term in self.terms if self._chunks and term.loss.requires.reduce == "global"]
         self._passes = 1  # over all chunks, until what their losses total is known; more where a step shows that it takes more
 
     def start(self) -> None:
@@ -132,8 +132,8 @@ class Engine:
                 return found
             if self._passes == MOST_PASSES:
                 raise RunFailed(
-                    f"What the losses {', '.join(totals)} give step.total did not settle in {MOST_PASSES} passes over the chunks of the "
-                    "set. It may depend on a few earlier totals, and on no random draw but those of step.generator. "
+                    f"What the losses {', '.join(totals)} give step.all_reduce did not settle in {MOST_PASSES} passes over the "
+                    "chunks of the set. It may depend on a few earlier totals, and on no random draw but those of step.generator. "
                     "Use --set engine.chunk=0."
                 )
             self._passes += 1
@@ -211,7 +211,7 @@ class Engine:
 
     def _summed(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Returns the values of the whole set: those of a loss that every process computes whole count once."""
-        labels = [term.label for term in self.terms if term.loss.requires.separable != "total"]
+        labels = [term.label for term in self.terms if term.loss.requires.reduce != "global"]
         if self.ranks.size == 1 or not labels:
             return values
         return values | dict(zip(labels, self.ranks.sums([values[label].double() for label in labels], "values"), strict=True))
@@ -225,8 +225,8 @@ class Engine:
 
     def _shared(self, index: int, classes: range | None, terms: Sequence[WeightedLoss]) -> SharedStep:
         shared = SharedStep(self.source, self.bank, index, classes)
-        shared.network_gradients = any(term.loss.requires.network_gradients for term in terms)
-        shared.teacher_gradients = any(term.loss.requires.teacher_gradients for term in terms)
+        shared.network_gradients = any(term.loss.requires.network and term.loss.requires.second_order for term in terms)
+        shared.teacher_gradients = any(term.loss.requires.teacher and term.loss.requires.second_order for term in terms)
         return shared
 
     def _value(self, term: WeightedLoss, shared: SharedStep) -> Tensor:
@@ -237,7 +237,7 @@ class Engine:
             if isinstance(value, Tensor):
                 what = f"{'complex values of ' * value.is_complex()}shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
             raise RunFailed(f"The {term} must return a scalar tensor attached to the graph of the images; got {what}.{term.advice}")
-        share = len(shared.labels) / shared.size if term.loss.requires.separable == "mean" else 1.0
+        share = len(shared.labels) / shared.size if term.loss.requires.reduce == "mean" else 1.0
         return value * share if share != 1.0 else value
 
     def _gradients(self, value: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -354,7 +354,7 @@ class _Guard:
 
 
 def _parts(terms: Sequence[WeightedLoss], chunk: int, classes: range) -> list[tuple[range | None, list[WeightedLoss]]]:
-    separable = [term for term in terms if term.loss.requires.separable is not None]
+    separable = [term for term in terms if term.loss.requires.reduce is not None]
     if not chunk or not separable:
         return [(None, list(terms))]
     whole = [term for term in terms if term not in separable]

@@ -57,10 +57,10 @@ def needing_real(terms: Sequence[WeightedLoss]) -> list[str]:
 
 def check_separable(terms: Sequence[WeightedLoss], ranks: Ranks) -> None:
     """Raises InputError where the run has several processes and a loss that has to see the whole set."""
-    whole = [term for term in terms if term.loss.requires.separable is None]
+    whole = [term for term in terms if term.loss.requires.reduce is None]
     if whole and ranks.size > 1:
         raise InputError(
-            f"The {whole[0]} sees the whole synthetic set at once (its ddkit.Requires says nothing of `separable`), so its classes cannot "
+            f"The {whole[0]} sees the whole synthetic set at once (its ddkit.Requires says nothing of `reduce`), so its classes cannot "
             f"be dealt out to {ranks.size} processes. Run it in one process, or leave it out.{whole[0].advice}",
             f"losses.{whole[0].label}",
         )

@@ -26,8 +26,8 @@ IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and wh
 class ExecutionPlan:
     """What the engine is told to do, from model, shapes, steps and device alone; raises InputError where the network does not allow it.
 
-    `chunk` is the number of classes that separable losses see at once (0: all), `block` that of images that are embedded at once (0: all),
-    `arithmetic` that of the network, and `step_work` the operations (FLOP) that it takes a step.
+    `chunk` is the number of classes that losses with `reduce` see at once (0: all), `block` that of images that are embedded at
+    once (0: all), `arithmetic` that of the network, and `step_work` the operations (FLOP) that it takes a step.
     """
 
     def __init__(
@@ -46,8 +46,8 @@ class ExecutionPlan:
         self.recipe, self.requires, self.info, self.device, self.ranks = recipe, requires, info, device, ranks
         self._network, self._teacher = network, teacher
         self._real = [min(count, recipe.data.batch) for count in real_counts]
-        self.needs_embedder = any(each.embedder for each in requires)
-        self.needs_network = any(each.embedder or each.network_gradients for each in requires)
+        self.needs_embedder = any(each.network and not each.second_order for each in requires)
+        self.needs_network = any(each.network for each in requires)
         self.chunk = self._automatic_chunk() if recipe.engine.chunk == "auto" else recipe.engine.chunk
         self.block, self.step_work = 0, 0.0
         self._check_coupling()
@@ -125,10 +125,10 @@ class ExecutionPlan:
         synthetic, real = self.info.classes * self.recipe.rows_per_class, sum(self._real)
         total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
         for each in self.requires:
-            if each.network_gradients:
+            if each.network and each.second_order:
                 total += forward_flops(self._probe, self.info) * (9 * synthetic + (3 * real if each.real else 0))
             if each.teacher:
-                passes = (9 if each.teacher_gradients else 3) * len(each.views or ("default",))
+                passes = (9 if each.second_order else 3) * len(each.views or ("default",))
                 total += self.teacher_flops * passes * synthetic
         return total
 
@@ -144,7 +144,7 @@ class ExecutionPlan:
 
     def _automatic_chunk(self) -> int:
         """Returns the classes of a chunk whose images and activations, of network and teacher, take engine.memory; 0: all fit."""
-        separable = [each for each in self.requires if each.separable is not None]
+        separable = [each for each in self.requires if each.reduce is not None]
         if not separable or (self.needs_network and self._coupled):
             return 0
         per_class = self._class_bytes(separable)
@@ -157,10 +157,10 @@ class ExecutionPlan:
         per_class = per_image * self.recipe.rows_per_class
         if any(each.real for each in requires):
             per_class += per_image * max(self._real, default=0)
-        if any(each.embedder or each.network_gradients for each in requires):
+        if any(each.network for each in requires):
             per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
         views = {view for each in requires for view in (each.views or ("default",)) if each.teacher}
         if views:
-            alive = ALIVE_TWICE if any(each.teacher_gradients for each in requires) else ALIVE
+            alive = ALIVE_TWICE if any(each.teacher and each.second_order for each in requires) else ALIVE
             per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
         return per_class

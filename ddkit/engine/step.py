@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from ddkit.components.watch import Watch
 from ddkit.distributed import class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Sums
-from ddkit.engine.draws import Parameters, StepSource, rows_by_class
+from ddkit.engine.draws import Parameters, StepSource, class_slices
 from ddkit.errors import RunFailed
 from ddkit.nn.compute import to_device
 from ddkit.nn.embedder import Embedder
@@ -36,7 +36,7 @@ class View(NamedTuple):
 class RealStep:
     """The real images of a step: `images` (m, C, H, W) normalised, `labels` (m,), `augmented`, `embeddings`.
 
-    Labels are ascending; `rows_by_class` has the rows of each class as a slice, without asking the device. `size` is the number of
+    Labels are ascending; `class_slices` has the rows of each class as a slice, without asking the device. `size` is the number of
     real images of the step in all parts of the set.
     """
 
@@ -47,7 +47,7 @@ class RealStep:
         self.size, self.part = len(drawn), class_rows(source.real_labels[drawn], step.classes or source.own_classes)
         rows = drawn[self.part]
         labels = source.real_labels[rows]
-        self.labels, self.rows_by_class = step.on_device(labels), rows_by_class(labels)
+        self.labels, self.class_slices = step.on_device(labels), class_slices(labels)
         self.images = source.normalisation.normalise(source.real_pixels(rows - source.own_real.start))
         step.watch.note("the real images", self.images)
         step.watch.note("the real labels", self.labels)
@@ -70,7 +70,7 @@ class SharedStep:
         self.rows = bank.rows(classes)
         self.images, self.labels, self.size = bank.decoded(self.rows), bank.decoded_labels[self.rows], bank.size
         self._host_labels = [(self.labels, bank.host_labels[self.rows])]  # labels on the device, and the same on the CPU
-        self.network_gradients = self.teacher_gradients = False
+        self.network_gradients = self.teacher_gradients = False  # whether their parameters require gradients
         self.logged: dict[str, dict[str, Tensor]] = {}
         self.totals: dict[str, Sums] = {}  # by label of a loss: what adds up its totals over the chunks of the set
         self._views: dict[str, View] = {}
@@ -111,8 +111,8 @@ class SharedStep:
         return labels.cpu()  # a loss's own labels
 
     @cached_property
-    def rows_by_class(self) -> dict[int, slice]:
-        return rows_by_class(self._on_host(self.labels))
+    def class_slices(self) -> dict[int, slice]:
+        return class_slices(self._on_host(self.labels))
 
     @cached_property
     def augmented(self) -> Tensor:
@@ -200,10 +200,16 @@ class Step:
         """(n,) int64, rows grouped by ascending class."""
         return self._shared.labels
 
+    @cached_property
+    def targets(self) -> Tensor:
+        """(n, K) the labels as rows of probabilities, one-hot, of the images' type."""
+        classes = torch.arange(self.info.classes, device=self.labels.device)
+        return (self.labels[:, None] == classes).to(self.images.dtype)
+
     @property
-    def rows_by_class(self) -> Mapping[int, slice]:
+    def class_slices(self) -> Mapping[int, slice]:
         """The rows of each class as a slice, without asking the device."""
-        return self._shared.rows_by_class
+        return self._shared.class_slices
 
     @property
     def size(self) -> int:
@@ -234,29 +240,33 @@ class Step:
         """A CPU generator keyed by the loss's label and the step."""
         return generator(self._shared.source.seed, "loss", self._label, self.index)
 
-    def total(self, t: Tensor) -> Tensor:
-        """Returns t summed over all parts of the set that the loss is evaluated on; in a plain run t itself.
+    @overload
+    def all_reduce(self, t: Tensor) -> Tensor: ...
 
-        Gradients flow into this part's t alone, which is what a value that every part computes needs (declare separable="total").
+    @overload
+    def all_reduce(self, t: Sequence[Tensor]) -> list[Tensor]: ...
+
+    def all_reduce(self, t: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
+        """Returns t, or each tensor of a sequence of one dtype, summed over all parts that the loss is evaluated on; in a plain run t.
+
+        Gradients flow into this part's t alone, which is what a value that every part computes needs (declare reduce="global").
         """
-        return self.totals([t])[0]
+        tensors = [t] if isinstance(t, Tensor) else list(t)
+        sums = self._parted("all_reduce")
+        found = tensors if sums is None else list(_Total.apply(sums, *tensors))
+        return found[0] if isinstance(t, Tensor) else found
 
-    def totals(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Returns total(t) of each of the tensors, which are of one dtype, in one exchange."""
-        sums = self._parted("total")
-        return list(tensors) if sums is None else list(_Total.apply(sums, *tensors))
-
-    def gather(self, t: Tensor, *, real: bool = False) -> Tensor:
+    def all_gather(self, t: Tensor, *, real: bool = False) -> Tensor:
         """Returns the rows t (n, ...) of this part's images (`real`: real images) among those of all parts, in order of class.
 
-        In a plain run t itself. Gradients flow into this part's rows alone, as in `total`.
+        In a plain run t itself. Gradients flow into this part's rows alone, as in `all_reduce`.
         """
-        if self._parted("gather") is None:
+        if self._parted("all_gather") is None:
             return t
         size, part = self._place(real)
-        return self.total(torch.cat([t.new_zeros((part.start, *t.shape[1:])), t, t.new_zeros((size - part.stop, *t.shape[1:]))]))
+        return self.all_reduce(torch.cat([t.new_zeros((part.start, *t.shape[1:])), t, t.new_zeros((size - part.stop, *t.shape[1:]))]))
 
-    def scatter(self, t: Tensor, *, real: bool = False) -> Tensor:
+    def local_rows(self, t: Tensor, *, real: bool = False) -> Tensor:
         """Returns this part's rows of t (`size`, ...), which has a row for each image (`real`: real image) of all parts.
 
         So what is drawn by row does not depend on how the set is parted.
@@ -276,10 +286,10 @@ class Step:
         Raises RunFailed where the loss would add up but a part of them.
         """
         shared = self._shared
-        if self._requires.separable != "total" and len(shared.labels) < shared.size:
+        if self._requires.reduce != "global" and len(shared.labels) < shared.size:
             raise RunFailed(
                 f"The loss '{self._label}' uses step.{member}, and it is evaluated on parts of the set: "
-                'declare separable="total" in its ddkit.Requires(...).'
+                'declare reduce="global" in its ddkit.Requires(...).'
             )
         if self._label in shared.totals:
             return shared.totals[self._label]
@@ -292,22 +302,22 @@ class Step:
 
     @property
     def real(self) -> RealStep:
-        """This step's real images, their labels, augmentation and (declare embedder) embeddings (declare real)."""
+        """This step's real images, their labels, augmentation and (declare network) embeddings (declare real)."""
         return _DeclaredReal(self, self._declared("real", "real").real)
 
     def embed(self, x: Tensor) -> Tensor:
-        """Returns features (n, d) of this step's network (declare embedder)."""
-        return self._declared("embedder", "embed").embed(x)
+        """Returns features (n, d) of this step's network (declare network)."""
+        return self._declared("network", "embed").embed(x)
 
     @property
     def embeddings(self) -> Tensor:
-        """(n, d) features of the augmented synthetic images (declare embedder)."""
-        return self._declared("embedder", "embeddings").embeddings
+        """(n, d) features of the augmented synthetic images (declare network)."""
+        return self._declared("network", "embeddings").embeddings
 
     @property
     def network(self) -> nn.Module:
-        """This step's network, its parameters requiring gradients (declare network_gradients)."""
-        return self._declared("network_gradients", "network").network
+        """This step's network (declare network); its parameters require gradients where second_order is declared."""
+        return self._declared("network", "network").network
 
     @property
     def teacher(self) -> Teacher:
@@ -316,13 +326,8 @@ class Step:
 
     @property
     def teacher_parameters(self) -> Mapping[str, Tensor]:
-        """The teacher's parameters by name; they require gradients where teacher_gradients is declared."""
+        """The teacher's parameters by name; they require gradients where second_order is declared."""
         return self._declared("teacher", "teacher_parameters").teacher_parameters
-
-    @property
-    def teacher_logits(self) -> Tensor:
-        """(n, K) logits of the view "default" (declare teacher)."""
-        return self._declared("teacher", "teacher_logits").view("default").teacher_logits
 
     def view(self, name: str) -> View:
         """Returns images, labels and teacher logits of a named view (declare teacher and the view's name in views)."""
@@ -361,7 +366,7 @@ class _DeclaredReal(RealStep):
 
     def __init__(self, step: Step, shared: RealStep) -> None:
         self._own, self._shared = step, shared
-        self.images, self.labels, self.rows_by_class = shared.images, shared.labels, shared.rows_by_class
+        self.images, self.labels, self.class_slices = shared.images, shared.labels, shared.class_slices
         self.size, self.part = shared.size, shared.part
 
     @property
@@ -370,7 +375,7 @@ class _DeclaredReal(RealStep):
 
     @property
     def embeddings(self) -> Tensor:
-        self._own._declared("embedder", "real.embeddings")
+        self._own._declared("network", "real.embeddings")
         return self._shared.embeddings
 
 

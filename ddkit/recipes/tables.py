@@ -105,14 +105,14 @@ class EngineTable(Table):
         Option("of the embedder; auto: bfloat16 where it is compiled and the hardware multiplies it, else float32"),
     ] = "auto"
     memory: Annotated[
-        int, Option("MiB that images and activations of separable losses may take; more is done in chunks of classes", ge=1)
+        int, Option("MiB that images and activations of losses that can be split may take; more is done in chunks of classes", ge=1)
     ] = 4096
     block: Annotated[int, Option("images embedded at once, 0 for all; auto: from the network, for the cache", ge=0)] | Literal["auto"] = (
         "auto"
     )
-    chunk: Annotated[int, Option("classes a chunk for separable losses, 0 for all at once; auto: from memory", ge=0)] | Literal["auto"] = (
-        "auto"
-    )
+    chunk: (
+        Annotated[int, Option("classes a chunk for losses that can be split, 0 for all at once; auto: from memory", ge=0)] | Literal["auto"]
+    ) = "auto"
     log_every: Positive = 10
     checkpoint_every: Positive = 500
     deterministic: bool = False

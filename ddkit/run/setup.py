@@ -195,12 +195,9 @@ class RunSetup:
         """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
         for term in self.terms:
             asked = term.loss.requires
-            probes = (
-                ("teacher", asked.teacher, asked.teacher_gradients, self._teacher_probe),
-                ("network", asked.embedder or asked.network_gradients, asked.network_gradients, self._network_probe),
-            )
-            for name, _, of_parameters, probe in (each for each in probes if asked.second_order and each[1]):
-                reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=of_parameters)
+            probes = (("teacher", asked.teacher, self._teacher_probe), ("network", asked.network, self._network_probe))
+            for name, _, probe in (each for each in probes if asked.second_order and each[1]):
+                reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=True)
                 if reason:
                     raise InputError(
                         f"The {term} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "

@@ -20,7 +20,7 @@ from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies
 from ddkit.testing.world import Setting, World
 
 DOUBLE = Setting(dtype=torch.float64)
-REQUIREMENTS = ("real", "embedder", "teacher", "teacher_gradients", "network_gradients")
+REQUIREMENTS = ("real", "network", "teacher")
 
 
 class LossConformance(ShapeConformance):
@@ -142,7 +142,7 @@ class LossConformance(ShapeConformance):
         world = self.world(DOUBLE)
         if not world.loss.order_invariant:
             return
-        turned = torch.cat([torch.arange(rows.stop - 1, rows.start - 1, -1) for rows in world.shared().rows_by_class.values()])
+        turned = torch.cat([torch.arange(rows.stop - 1, rows.start - 1, -1) for rows in world.shared().class_slices.values()])
         tensors = world.bank.tensors()
         spec = {"images": "sample"} | {name: each.per for name, each in world.loss.requires.parameters.items()}
         other = {name: tensor[turned] if spec[name] == "sample" else tensor for name, tensor in tensors.items()}
@@ -183,11 +183,11 @@ class LossConformance(ShapeConformance):
             raise Broken(f"The loss '{self.label}' declares second_order=True and takes no gradient with create_graph=True.")
 
     @check
-    def test_separable_as_declared(self) -> None:
-        """Where `separable` is declared, value and gradient of parts of the set, as declared, make up those of the whole set."""
+    def test_reduce_as_declared(self) -> None:
+        """Where `reduce` is declared, value and gradient of parts of the set, as declared, make up those of the whole set."""
         world = self.world(Setting(rows=(1, 3, 2), real=(5, 1, 2), dtype=torch.float64))
-        separable = world.loss.requires.separable
-        if separable is None:
+        reduce = world.loss.requires.reduce
+        if reduce is None:
             return
         whole, gradients = world.engine().evaluate(0)[:2]
         parted = {f"in {size} parts": _in_processes(world, size) for size in (2, 3)}
@@ -197,7 +197,7 @@ class LossConformance(ShapeConformance):
             one, two = float(whole["checked"]), float(values["checked"])
             if abs(one - two) > 1e-9 * max(1.0, abs(one)):
                 raise Broken(
-                    f"The loss '{self.label}' declares separable={separable!r}, but is {one} for the whole set and {two} when it is "
+                    f"The loss '{self.label}' declares reduce={reduce!r}, but is {one} for the whole set and {two} when it is "
                     f"evaluated {how} of its classes."
                 )
             if not all(torch.allclose(gradients[name], others[name], rtol=1e-7, atol=1e-10) for name in gradients):

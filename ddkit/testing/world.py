@@ -66,11 +66,6 @@ class Recorder(Step):
         self.used.add(requirement)
         return super()._declared(requirement, member)
 
-    @property
-    def teacher_parameters(self) -> Any:
-        self.used.add("teacher_gradients")
-        return super().teacher_parameters
-
     def written(self) -> list[str]:
         """Returns the names of what was written to since it was built."""
         return self._shared.watch.written()
@@ -78,11 +73,6 @@ class Recorder(Step):
     def view(self, name: str) -> Any:
         self.views.add(name)
         return super().view(name)
-
-    @property
-    def teacher_logits(self) -> Tensor:
-        self.views.add("default")
-        return super().teacher_logits
 
     @property
     def parameters(self) -> Any:
@@ -119,8 +109,7 @@ class World:
 
     def shared(self, *, index: int = 0, classes: range | None = None, bank: Bank | None = None) -> SharedStep:
         found = SharedStep(self.source, bank or self.bank, index, classes)
-        found.network_gradients = self.loss.requires.network_gradients
-        found.teacher_gradients = self.loss.requires.teacher_gradients
+        found.network_gradients = found.teacher_gradients = self.loss.requires.second_order
         return found
 
     def step(self, *, index: int = 0, classes: range | None = None, bank: Bank | None = None) -> Recorder:

@@ -43,7 +43,7 @@ class Primal(ddkit.Loss):
 
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(teacher=True, views=tuple(self.options.views), separable="mean")
+        return ddkit.Requires(teacher=True, views=tuple(self.options.views), reduce="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         terms = []

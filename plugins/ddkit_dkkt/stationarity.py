@@ -95,10 +95,9 @@ class Stationarity(ddkit.Loss):
         first = 1.0 if options.init == "least-squares" else options.init
         return ddkit.Requires(
             teacher=True,
-            teacher_gradients=True,
             second_order=True,
             views=tuple(options.views),
-            separable="total",
+            reduce="global",
             parameters={
                 "multipliers": ddkit.Parameter(
                     init=_inverse_softplus(first) if options.constraint == "softplus" else first,
@@ -125,7 +124,7 @@ class Stationarity(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         free = step.parameters["multipliers"]
         multipliers = functional.softplus(free) if self.options.constraint == "softplus" else free
-        mean = step.total(multipliers.sum()) / step.size
+        mean = step.all_reduce(multipliers.sum()) / step.size
         step.log("multiplier mean", mean)
         # the scale of a cosine is undetermined: its multipliers are divided by their mean
         scale = mean.clamp_min(1e-12) if "cosine" in self.options.distance else torch.ones_like(mean)
@@ -141,7 +140,7 @@ class Stationarity(ddkit.Loss):
         names = self._included(step)
         theta = [step.teacher_parameters[name] for name in names]
         found = step.view(view)
-        sums = step.totals(negative_gradient(found.teacher_logits, found.labels, multipliers, theta))
+        sums = step.all_reduce(negative_gradient(found.teacher_logits, found.labels, multipliers, theta))
         return list(zip([t.detach() for t in theta], sums, strict=True))
 
     def _log_layers(self, step: ddkit.Step, view: str, pairs: Pairs) -> None:

@@ -49,7 +49,7 @@ class DistributionMatching(ddkit.Loss):
         ] = "sum"
 
     order_invariant = True
-    requires = ddkit.Requires(real=True, embedder=True, separable="sum")
+    requires = ddkit.Requires(real=True, network=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real = step.real

@@ -60,7 +60,7 @@ class GradientMatching(ddkit.Loss):
         distance: Annotated[Literal["layer-cosine", "mse", "cosine"], ddkit.Option("layer-wise cosine is the original's")] = "layer-cosine"
 
     order_invariant = True
-    requires = ddkit.Requires(real=True, network_gradients=True, second_order=True, separable="sum")
+    requires = ddkit.Requires(real=True, network=True, second_order=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         with _evaluating(step.network) as network:  # the running statistics of batch norm stay as they are
@@ -70,8 +70,8 @@ class GradientMatching(ddkit.Loss):
         parameters = list(network.parameters())
         real = step.real
         terms = []
-        for label, ours in step.rows_by_class.items():
-            theirs = real.rows_by_class.get(label)
+        for label, ours in step.class_slices.items():
+            theirs = real.class_slices.get(label)
             if theirs is None:  # nothing to match: 0, as in distribution matching
                 terms.append(step.images[ours].sum() * 0)
                 continue

@@ -29,7 +29,7 @@ class TotalVariation(ddkit.Loss):
         power: Annotated[float, ddkit.Option("exponent of the differences", ge=1)] = 1.0
 
     order_invariant = True
-    requires = ddkit.Requires(separable="mean")
+    requires = ddkit.Requires(reduce="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         return total_variation(step.images, self.options.power)
@@ -39,7 +39,7 @@ class ImageNorm(ddkit.Loss):
     """Mean squared value of the synthetic images, normalised units: keeps them near the mean image."""
 
     order_invariant = True
-    requires = ddkit.Requires(separable="mean")
+    requires = ddkit.Requires(reduce="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         return step.images.square().mean()

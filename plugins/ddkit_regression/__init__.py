@@ -53,7 +53,7 @@ class FeatureRegression(ddkit.Loss):
 
     @property
     def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(real=True, embedder=True, teacher=self.options.targets == "teacher", separable="total")
+        return ddkit.Requires(real=True, network=True, teacher=self.options.targets == "teacher", reduce="global")
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         self._augmenters(step.info)  # one that is not there is told before the first step
@@ -63,10 +63,10 @@ class FeatureRegression(ddkit.Loss):
         classes = step.info.classes
         with torch.no_grad():
             real, wanted = self._queries(step)
-            queries, wanted = step.gather(step.embed(real), real=True), step.gather(wanted, real=True)
-            answers = step.gather(centred(step.real.labels, classes), real=True).argmax(1)
-        features = step.gather(step.embed(self._augmented(step, self.options.augmenter, step.images)))
-        found = ridge_prediction(features, step.gather(centred(step.labels, classes)), queries, self.options.ridge)
+            queries, wanted = step.all_gather(step.embed(real), real=True), step.all_gather(wanted, real=True)
+            answers = step.all_gather(centred(step.real.labels, classes), real=True).argmax(1)
+        features = step.all_gather(step.embed(self._augmented(step, self.options.augmenter, step.images)))
+        found = ridge_prediction(features, step.all_gather(centred(step.labels, classes)), queries, self.options.ridge)
         step.log("accuracy", (found.argmax(1) == answers).float().mean())
         return (found - wanted).square().sum(1).mean()
 
@@ -76,9 +76,9 @@ class FeatureRegression(ddkit.Loss):
         wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
         if self.options.mixup:
             drawn = torch.randperm(step.real.size, generator=step.generator), torch.rand(step.real.size, generator=step.generator)
-            other, share = (ddkit.to_device(step.scatter(each, real=True), real.device) for each in drawn)
+            other, share = (ddkit.to_device(step.local_rows(each, real=True), real.device) for each in drawn)
             share = self.options.mixup * share.to(real.dtype)
-            partners, theirs = step.gather(real, real=True)[other], step.gather(wanted, real=True)[other]
+            partners, theirs = step.all_gather(real, real=True)[other], step.all_gather(wanted, real=True)[other]
             real, wanted = torch.lerp(real, partners, share[:, None, None, None]), torch.lerp(wanted, theirs, share[:, None])
         if self.options.targets == "teacher":
             wanted = step.teacher.logits(real).softmax(1) - 1 / step.info.classes
@@ -88,7 +88,7 @@ class FeatureRegression(ddkit.Loss):
         """Returns x augmented; what is drawn for an image does not depend on how the set is parted."""
         augmenter = self._augmenters(step.info)[name]
         drawn = augmenter.sample_batch(step.generator, step.real.size if real else step.size)
-        return augmenter.apply(x, {key: step.scatter(value, real=real) for key, value in drawn.items()})
+        return augmenter.apply(x, {key: step.local_rows(value, real=real) for key, value in drawn.items()})
 
     def _augmenters(self, info: ddkit.DataInfo) -> dict[str, ddkit.Augmenter]:
         if "_made" not in self.__dict__:

@@ -458,7 +458,7 @@ def test_a_loss_that_spoils_what_the_next_one_uses_is_named(install: Install, cl
     source = FINE.replace("return step.images.square().mean()", body)
     _loss(
         install,
-        source.replace("    def __call__", "    requires = ddkit.Requires(real=True, embedder=True)\n\n    def __call__"),
+        source.replace("    def __call__", "    requires = ddkit.Requires(real=True, network=True)\n\n    def __call__"),
         name="aaa",
     )
     result = cli("distill", "--losses", "aaa,dm", "--pipc", 2, "--evaluate", "none", "--out", "run", *SMALL_FLAGS)

@@ -36,7 +36,7 @@ def info(**values: Any) -> ddkit.DataInfo:
         (lambda: ddkit.Parameter(per="samples"), "Did you mean 'sample'?"),  # type: ignore[arg-type]
         (lambda: ddkit.Parameter(shape=(0,)), "shape"),
         (lambda: ddkit.Parameter(lr=-1), "lr=-1"),
-        (lambda: ddkit.Requires(separable="totals"), "Did you mean 'total'?"),  # type: ignore[arg-type]
+        (lambda: ddkit.Requires(reduce="globally"), "Did you mean 'global'?"),  # type: ignore[arg-type]
         (lambda: ddkit.Requires(views="default"), "views='default'"),  # type: ignore[arg-type]
         (lambda: info(size=(0, 8)), "size"),
         (lambda: info(class_names="ab"), "class_names"),

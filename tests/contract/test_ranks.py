@@ -352,7 +352,7 @@ def test_a_plan_is_that_of_all_processes_and_printed_once(tmp_path: Path, world:
 @pytest.mark.slow
 def test_without_torchrun_too_the_process_that_knows_the_cause_tells_it(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(
-        "import os, ddkit\nclass Bad(ddkit.Loss):\n    requires = ddkit.Requires(separable='mean')\n"
+        "import os, ddkit\nclass Bad(ddkit.Loss):\n    requires = ddkit.Requires(reduce='mean')\n"
         "    def __call__(self, step):\n        if step.index == 2 and os.environ['RANK'] == '1':\n"
         "            raise ValueError('only here')\n        return step.images.square().mean()\n"
     )
@@ -473,7 +473,7 @@ def test_initial_values_of_the_whole_set_have_to_agree() -> None:
     def initial(self: Any, step: ddkit.Step) -> dict[str, Tensor]:
         return {"gain": step.images.mean()}
 
-    members = {"requires": ddkit.Requires(separable="sum", parameters={"gain": ddkit.Parameter(per="set")}), "initial": initial}
+    members = {"requires": ddkit.Requires(reduce="sum", parameters={"gain": ddkit.Parameter(per="set")}), "initial": initial}
     loss = type("Gain", (ddkit.Loss,), members | {"__call__": lambda self, step: (step.parameters["gain"] * step.images).sum()})
     world = parts.World(loss(), Setting())
     in_parts(1, lambda part: part_of(world, part).engine().start())

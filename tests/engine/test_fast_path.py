@@ -514,10 +514,10 @@ def test_rows_by_class_are_those_of_the_labels() -> None:
     seen: list[tuple[dict[int, slice], Tensor, dict[int, slice], Tensor]] = []
 
     class Look(ddkit.Loss):
-        requires = ddkit.Requires(real=True, separable="sum")
+        requires = ddkit.Requires(real=True, reduce="sum")
 
         def __call__(self, step: ddkit.Step) -> Tensor:
-            seen.append((dict(step.rows_by_class), step.labels, dict(step.real.rows_by_class), step.real.labels))
+            seen.append((dict(step.class_slices), step.labels, dict(step.real.class_slices), step.real.labels))
             return step.images.sum()
 
     labels = torch.tensor([0, 0, 2])

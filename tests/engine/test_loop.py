@@ -53,7 +53,7 @@ class Square(ddkit.Loss):
 
 
 class SeparableSquare(Square):
-    requires = ddkit.Requires(separable="sum")
+    requires = ddkit.Requires(reduce="sum")
 
 
 class Linear(ddkit.Loss):
@@ -77,18 +77,18 @@ class Rows(ddkit.Loss):
 
 
 class SeparableRows(Rows):
-    requires = ddkit.Requires(separable="mean")
+    requires = ddkit.Requires(reduce="mean")
 
 
 class Curious(ddkit.Loss):
     """Touches every member there is, twice."""
 
-    requires = ddkit.Requires(real=True, embedder=True, teacher=True, views=("default", "raw", "augmented", "noisy"))
+    requires = ddkit.Requires(real=True, network=True, teacher=True, views=("default", "raw", "augmented", "noisy"))
 
     def __call__(self, step: Step) -> Tensor:
         total = step.images.sum()
         for _ in range(2):
-            total = total + step.embeddings.sum() + step.real.embeddings.sum() + step.augmented.sum() + step.teacher_logits.sum()
+            total = total + step.embeddings.sum() + step.real.embeddings.sum() + step.augmented.sum()
             total = total + sum(step.view(name).teacher_logits.sum() for name in self.requires.views)
         return total
 
@@ -321,13 +321,12 @@ def test_a_weight_of_zero_changes_nothing(recipe: Maker) -> None:
 
 MEMBERS: dict[str, tuple[Callable[[Step], Any], str, ddkit.Requires]] = {
     "real": (lambda step: step.real, "real", ddkit.Requires(real=True)),
-    "embed": (lambda step: step.embed(step.images), "embedder", ddkit.Requires(embedder=True)),
-    "embeddings": (lambda step: step.embeddings, "embedder", ddkit.Requires(embedder=True)),
-    "real.embeddings": (lambda step: step.real.embeddings, "embedder", ddkit.Requires(real=True, embedder=True)),
-    "network": (lambda step: step.network, "network_gradients", ddkit.Requires(network_gradients=True)),
+    "embed": (lambda step: step.embed(step.images), "network", ddkit.Requires(network=True)),
+    "embeddings": (lambda step: step.embeddings, "network", ddkit.Requires(network=True)),
+    "real.embeddings": (lambda step: step.real.embeddings, "network", ddkit.Requires(real=True, network=True)),
+    "network": (lambda step: step.network, "network", ddkit.Requires(network=True)),
     "teacher": (lambda step: step.teacher, "teacher", ddkit.Requires(teacher=True)),
     "teacher_parameters": (lambda step: step.teacher_parameters, "teacher", ddkit.Requires(teacher=True)),
-    "teacher_logits": (lambda step: step.teacher_logits, "teacher", ddkit.Requires(teacher=True)),
     "view": (lambda step: step.view("raw"), "teacher", ddkit.Requires(teacher=True, views=("raw",))),
 }
 
@@ -373,8 +372,8 @@ def test_an_undeclared_view_or_parameter_is_an_error_that_names_both(recipe: Mak
 
 
 def test_the_members_of_a_step_are_those_that_the_tests_know() -> None:
-    free = {"images", "labels", "rows_by_class", "size", "index", "info", "augment", "augmented", "generator", "total", "totals", "log"}
-    free |= {"gather", "scatter", "parameters"}
+    free = {"images", "labels", "class_slices", "size", "index", "info", "augment", "augmented", "generator", "log"}
+    free |= {"targets", "all_reduce", "all_gather", "local_rows", "parameters"}
     public = {name for name, _ in inspect.getmembers(Step) if not name.startswith("_")}
     assert public == free | {name for name in MEMBERS if "." not in name}
 
@@ -531,15 +530,15 @@ def test_a_separable_loss_in_chunks_has_the_value_and_gradient_of_the_whole(reci
 
 def totalling(given: Callable[[ddkit.Step], Tensor]) -> ddkit.Loss:
     """Returns a loss of the images whose totals are those of `given`, which may be no good ones."""
-    loss = touching(lambda step: None, ddkit.Requires(separable="total"))
-    loss.result = lambda step: step.total(given(step)).square().sum() + step.total(step.images.square().sum())
+    loss = touching(lambda step: None, ddkit.Requires(reduce="global"))
+    loss.result = lambda step: step.all_reduce(given(step)).square().sum() + step.all_reduce(step.images.square().sum())
     return loss
 
 
 def test_a_total_may_build_on_a_few_earlier_ones(recipe: Maker) -> None:
     def third(step: ddkit.Step) -> Tensor:
-        mean = step.total(step.images.detach().sum()) / step.size
-        spread = step.total((step.images.detach() - mean).square().sum()) / step.size
+        mean = step.all_reduce(step.images.detach().sum()) / step.size
+        spread = step.all_reduce((step.images.detach() - mean).square().sum()) / step.size
         return (step.images.detach() / spread).abs().sum() + 0 * step.images.sum()
 
     engine = made(recipe(["square"]))[2]
@@ -551,14 +550,14 @@ def test_a_total_may_build_on_a_few_earlier_ones(recipe: Maker) -> None:
 def partly(step: ddkit.Step) -> Tensor:
     """Means of class 0 alone: without the others' totals they are 0 / 0 elsewhere."""
     picked = (step.labels == 0).float()
-    count = step.total(picked.sum())
+    count = step.all_reduce(picked.sum())
     count *= 1.0  # in place
-    mean = step.total((step.images.detach().mean((1, 2, 3)) * picked).sum() / count)
-    return (step.images.detach() - mean).square().sum() * step.total(torch.tensor(len(step.labels))) + 0 * step.images.sum()
+    mean = step.all_reduce((step.images.detach().mean((1, 2, 3)) * picked).sum() / count)
+    return (step.images.detach() - mean).square().sum() * step.all_reduce(torch.tensor(len(step.labels))) + 0 * step.images.sum()
 
 
 def from_step_three_on(step: ddkit.Step) -> Tensor:
-    mean = step.total(step.images.detach().sum()) * (step.index >= 3)
+    mean = step.all_reduce(step.images.detach().sum()) * (step.index >= 3)
     return (step.images.detach() - mean).abs().sum() + 0 * step.images.sum()
 
 
@@ -582,7 +581,7 @@ def test_the_chunks_of_a_pass_do_not_wait_for_the_garbage_collector(recipe: Make
         return step.images.mean() + step.real.augmented.mean()
 
     loss = totalling(given)
-    loss.requires = ddkit.Requires(separable="total", real=True)
+    loss.requires = ddkit.Requires(reduce="global", real=True)
     engine = with_terms(made(recipe(["square"]))[2], ("mine", loss, 1.0), chunk=1)
     gc.collect()
     gc.disable()
@@ -616,7 +615,7 @@ def test_what_cannot_be_totalled_in_chunks_is_told(recipe: Maker, given: Callabl
 
 def test_a_separable_mean_that_is_not_one_is_caught_by_that_comparison(recipe: Maker) -> None:
     """The negative control: the loss of two rows at a time is not the mean of the chunks' values."""
-    loss = touching(lambda step: None, ddkit.Requires(separable="mean"))
+    loss = touching(lambda step: None, ddkit.Requires(reduce="mean"))
     loss.result = lambda step: step.images.mean().square()
     engine = made(recipe(["square"]))[2]
     whole, parts = (with_terms(engine, ("wrong", loss, 1.0), chunk=chunk).evaluate(0) for chunk in (0, 1))

@@ -58,7 +58,7 @@ def recipe(npz: Path) -> Maker:
 class Watch(ddkit.Loss):
     """Weighs nothing, and keeps what each step's network is."""
 
-    requires = ddkit.Requires(network_gradients=True, embedder=True)
+    requires = ddkit.Requires(network=True)
 
     def __call__(self, step: Step) -> Tensor:
         tensors = {name: value.clone() for name, value in network_tensors(step.network).items()}

@@ -208,7 +208,7 @@ import logging
 import ddkit
 
 class Warns(ddkit.Loss):
-    requires = ddkit.Requires(separable="mean")
+    requires = ddkit.Requires(reduce="mean")
 
     def initial(self, step):
         logging.getLogger("ddkit").warning("only at %s", "the start")

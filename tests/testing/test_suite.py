@@ -90,7 +90,7 @@ LOSSES: dict[str, tuple[type[ddkit.Loss], str]] = {
     "three-channels": (_fails_where(lambda step: step.images.shape[1] == 3), "cannot do that"),
     "images-that-are-not-square": (_fails_where(lambda step: step.images.shape[2:] == (6, 11)), "cannot do that"),
     "one-image-a-class": (_fails_where(lambda step: step.size == step.info.classes), "cannot do that"),
-    "unbalanced-classes": (_fails_where(lambda step: len({rows.stop - rows.start for rows in step.rows_by_class.values()}) > 1), "cannot"),
+    "unbalanced-classes": (_fails_where(lambda step: len({rows.stop - rows.start for rows in step.class_slices.values()}) > 1), "cannot"),
     "gradient-reaches-the-bank-and-nothing-else": (_bad("Backward", lambda self, step: (_square(step).backward(retain_graph=True), _square(step))[1]), ".grad"),
     "inputs-are-unchanged": (_bad("Writes", lambda self, step: (step.images.data.mul_(0.99), _square(step))[1]), "changes images"),
     "global-random-state-is-untouched": (_bad("Seeds", lambda self, step: (torch.manual_seed(0), _square(step))[1]), "global state of torch"),
@@ -99,7 +99,7 @@ LOSSES: dict[str, tuple[type[ddkit.Loss], str]] = {
     "order-of-samples-within-a-class": (_bad("First", lambda self, step: step.images[0].square().sum(), order_invariant=True), "another order"),
     "what-it-requires-is-used": (_bad("Greedy", lambda self, step: _square(step), requires=ddkit.Requires(real=True, teacher=True, views=("default",))), "real, teacher, the view 'default'"),
     "gradients-of-parameters-are-declared": (_bad("Second", _second_order), "second_order=True"),
-    "separable-as-declared": (_bad("Mean", lambda self, step: step.images.square().mean().sqrt(), requires=ddkit.Requires(separable="sum")), "separable='sum'"),
+    "reduce-as-declared": (_bad("Mean", lambda self, step: step.images.square().mean().sqrt(), requires=ddkit.Requires(reduce="sum")), "reduce='sum'"),
     "gradcheck-in-float64": (_bad("Custom", lambda self, step: _Custom.apply(step.images)), "not the derivative"),
     "state-survives-save-and-load": (_Remembers, "step to step"),
 }  # fmt: skip
@@ -144,7 +144,7 @@ def test_every_check_of_a_loss_has_a_broken_loss() -> None:
         (lambda self, step: step.images, "shape (6, 1, 8, 6)"),
         (lambda self, step: 1.0, "returns 1.0"),
         (lambda self, step: _square(step).detach(), "detached"),
-        (lambda self, step: step.teacher_logits.sum(), "add teacher=True"),
+        (lambda self, step: step.teacher.module, "add teacher=True"),
         (lambda self, step: step.real.images.sum() + _square(step), "add real=True"),
     ],
     ids=["no scalar", "no tensor", "detached", "undeclared teacher", "undeclared real images"],
@@ -173,7 +173,7 @@ def test_a_loss_that_writes_to_anything_that_losses_share_is_found(target: str) 
         write(step)
         return _square(step)
 
-    requires = ddkit.Requires(real=True, embedder=True, teacher=True, network_gradients=True)
+    requires = ddkit.Requires(real=True, network=True, teacher=True)
     problem = problem_of(suite_of("loss", _bad("Writes", call, requires=requires)), "inputs-are-unchanged")
     assert reason in problem
 
@@ -191,10 +191,7 @@ def test_a_graph_of_gradients_is_seen_however_it_is_taken() -> None:
     assert problem_of(suite_of("loss", honest), "gradients-of-parameters-are-declared") == ""
 
 
-def test_declared_gradients_of_the_teacher_and_parameters_have_to_be_used() -> None:
-    greedy = ddkit.Requires(teacher=True, teacher_gradients=True)
-    boast = _bad("Boast", lambda self, step: step.teacher_logits.square().sum(), requires=greedy)
-    assert "teacher_gradients" in problem_of(suite_of("loss", boast), "what-it-requires-is-used")
+def test_declared_parameters_have_to_be_used() -> None:
     idle = ddkit.Requires(parameters={"extra": ddkit.Parameter()})
     forgets = _bad("Forgets", lambda self, step: _square(step) + 0 * len(step.parameters), requires=idle)
     assert "parameter 'extra'" in problem_of(suite_of("loss", forgets), "gradient-reaches-the-bank-and-nothing-else")
@@ -266,57 +263,57 @@ def test_a_module_that_is_slow_or_fails_elsewhere_is_found(heavy: Callable[[str]
 
 def _spread(step: ddkit.Step, *, of_a_part: bool = False, nested: bool = False) -> Tensor:
     """Returns the variance of the images, from totals; `of_a_part` forgets the others, `nested` sums what depends on a total."""
-    total = (lambda t: t) if of_a_part else step.total
+    total = (lambda t: t) if of_a_part else step.all_reduce
     mean = total(step.images.sum(0)) / step.size
     if nested:
         return total((step.images - mean + 1).square().sum(0)).sum() / step.size
     return (total(step.images.square().sum(0)) / step.size - mean.square()).mean()
 
 
-TOTAL = ddkit.Requires(separable="total")
+TOTAL = ddkit.Requires(reduce="global")
 
 
 def test_a_loss_of_totals_passes_and_one_that_forgets_the_other_parts_does_not() -> None:
     for harm, told in (({}, ""), ({"of_a_part": True}, "in 2 parts"), ({"nested": True}, "The gradient of the loss")):
         loss = _bad("Spread", lambda self, step, harm=harm: _spread(step, **harm), requires=TOTAL)
-        assert told in problem_of(suite_of("loss", loss), "separable-as-declared"), harm
-    assert problem_of(suite_of("loss", _bad("Spread", lambda self, step: _spread(step), requires=TOTAL)), "separable-as-declared") == ""
+        assert told in problem_of(suite_of("loss", loss), "reduce-as-declared"), harm
+    assert problem_of(suite_of("loss", _bad("Spread", lambda self, step: _spread(step), requires=TOTAL)), "reduce-as-declared") == ""
 
 
 def test_total_in_a_part_of_a_loss_that_does_not_declare_it_is_refused() -> None:
-    loss = _bad("Sum", lambda self, step: step.total(_square(step)), requires=ddkit.Requires(separable="sum"))
-    assert 'declare separable="total"' in problem_of(suite_of("loss", loss), "separable-as-declared")
+    loss = _bad("Sum", lambda self, step: step.all_reduce(_square(step)), requires=ddkit.Requires(reduce="sum"))
+    assert 'declare reduce="global"' in problem_of(suite_of("loss", loss), "reduce-as-declared")
 
 
 def test_rows_that_are_gathered_and_drawn_for_the_whole_set_are_those_of_one_part() -> None:
     def call(self: Any, step: ddkit.Step) -> Tensor:
         drawn = torch.rand(step.size, generator=step.generator, dtype=step.images.dtype)
-        rows = step.gather(step.scatter(drawn)[:, None] * step.images.flatten(1))
+        rows = step.all_gather(step.local_rows(drawn)[:, None] * step.images.flatten(1))
         return (rows @ rows.T).square().mean()
 
-    assert problem_of(suite_of("loss", _bad("Gram", call, requires=TOTAL)), "separable-as-declared") == ""
+    assert problem_of(suite_of("loss", _bad("Gram", call, requires=TOTAL)), "reduce-as-declared") == ""
 
 
 def test_a_parameter_of_the_whole_set_does_not_go_with_totals() -> None:
     with pytest.raises(ValueError, match="would count twice"):
-        ddkit.Requires(separable="total", parameters={"scale": ddkit.Parameter(per="set")})
+        ddkit.Requires(reduce="global", parameters={"scale": ddkit.Parameter(per="set")})
 
 
 # Declared deviations
 
 
 def test_a_declared_deviation_passes_and_one_that_is_none_fails() -> None:
-    broken, _ = LOSSES["separable-as-declared"]
-    suite = suite_of("loss", broken, deviations={"separable-as-declared": "for the test"})
-    assert problem_of(suite, "separable-as-declared") == ""
+    broken, _ = LOSSES["reduce-as-declared"]
+    suite = suite_of("loss", broken, deviations={"reduce-as-declared": "for the test"})
+    assert problem_of(suite, "reduce-as-declared") == ""
     assert "Remove it" in problem_of(suite_of("loss", Good, deviations={"one-channel": "none"}), "one-channel")
 
 
 def test_a_deviation_from_a_check_that_is_none_is_refused() -> None:
     with pytest.raises(Broken, match="no check 'one-chanel'"):
         suite_of("loss", Good, deviations={"one-chanel": "a slip"})
-    slip = _bad("Slip", lambda self, step: no_such_name, requires=ddkit.Requires(separable="sum"))  # noqa: F821
-    assert "NameError" in problem_of(suite_of("loss", slip, deviations={"separable-as-declared": "meant"}), "separable-as-declared")
+    slip = _bad("Slip", lambda self, step: no_such_name, requires=ddkit.Requires(reduce="sum"))  # noqa: F821
+    assert "NameError" in problem_of(suite_of("loss", slip, deviations={"reduce-as-declared": "meant"}), "reduce-as-declared")
 
 
 def _odd(**members: Any) -> type[ddkit.Loss]:

@@ -45,7 +45,7 @@ class AttentionMatching(ddkit.Loss):
         power: Annotated[float, ddkit.Option("exponent of the activations", gt=0)] = 4.0
 
     order_invariant = True
-    requires = ddkit.Requires(real=True, network_gradients=True, separable="sum")
+    requires = ddkit.Requires(real=True, network=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, images, power = step.real, step.augmented, self.options.power
@@ -53,7 +53,7 @@ class AttentionMatching(ddkit.Loss):
             theirs = attention_maps(step.network, real.augmented, power)
         total = 0.0 * images.sum()  # attached to the graph even where no class has real images
         for ours, wanted in zip(attention_maps(step.network, images, power), theirs, strict=True):
-            for label in sorted(step.rows_by_class.keys() & real.rows_by_class.keys()):
-                gap = ours[step.rows_by_class[label]].mean(0) - wanted[real.rows_by_class[label]].mean(0)
+            for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
+                gap = ours[step.class_slices[label]].mean(0) - wanted[real.class_slices[label]].mean(0)
                 total = total + gap.square().sum()
         return total

@@ -30,7 +30,7 @@ class SecondMoment(ddkit.Loss):
         central: Annotated[bool, ddkit.Option("compare variances instead of mean squares; needs ipc of 2 or more")] = False
 
     order_invariant = True
-    requires = ddkit.Requires(real=True, embedder=True, separable="sum")
+    requires = ddkit.Requires(real=True, network=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, synthetic = step.real.embeddings, step.embeddings
