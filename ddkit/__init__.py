@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddkit.api import Run, blend, distill, evaluate, resume, train
-    from ddkit.cache import cache_folder
     from ddkit.components.base import (
         API_VERSION,
         Augmenter,
@@ -38,8 +37,7 @@ if TYPE_CHECKING:
     from ddkit.engine.parametrization import grid
     from ddkit.engine.step import RealStep, Step, View
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
-    from ddkit.files import not_permitted, open_regular
-    from ddkit.names import without_folders
+    from ddkit.files import cache_folder, not_permitted, open_regular, without_folders
     from ddkit.nn.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
     from ddkit.nn.networks import build_network, redraw, training_flops
     from ddkit.nn.teacher import Teacher
@@ -58,7 +56,6 @@ _HOMES = {
     "ddkit.api": ("Run", "blend", "distill", "evaluate", "resume", "train"),
     "ddkit.data.arrays": ("read_arrays",),
     "ddkit.run.artifact": ("Artifact", "Provenance", "load"),
-    "ddkit.cache": ("cache_folder",),
     "ddkit.run.children": ("Child", "ChildEnded", "reply"),
     "ddkit.components.base": (
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
@@ -73,12 +70,11 @@ _HOMES = {
         "DdkitError", "FlagError", "InputError", "Interrupted", "PluginError", "RunFailed", "RunFilesError",
     ),
     "ddkit.run.exporting": ("export",),
-    "ddkit.files": ("not_permitted", "open_regular"),
+    "ddkit.files": ("cache_folder", "not_permitted", "open_regular", "without_folders"),
     "ddkit.components.observers": ("hookimpl",),
     "ddkit.data.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
     "ddkit.run.importing": ("import_file",),
     "ddkit.data.memmap": ("blocks", "on_disk"),
-    "ddkit.names": ("without_folders",),
     "ddkit.nn.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.components.options": ("Option", "Options", "Parameter", "Requires"),
     "ddkit.data.objects": ("passed_dataset",),

@@ -20,8 +20,7 @@ from ddkit.data.real import check_classes, open_dataset
 from ddkit.distributed import Ranks, group, own_device
 from ddkit.engine.loop import deterministic
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
-from ddkit.files import check_writable, folders_of
-from ddkit.names import check_out
+from ddkit.files import check_out, check_writable, folders_of
 from ddkit.nn.compute import pick_device
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.teachers import save_teacher, train_teacher

@@ -1,67 +1,70 @@
-"""Files that are whole or absent: temporary file, fsync, rename; and safetensors with ddkit's metadata."""
+"""Files that are whole or absent, names that fit any disk, and the cache: all that ddkit writes goes through here.
+
+A file is written to a temporary one, synchronised and renamed. Tensors are safetensors with ddkit's metadata and a sha256.
+"""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
+import logging
 import math
 import os
 import re
+import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import InputError, RunFilesError, shown
+from ddkit.errors import FlagError, InputError, RunFilesError, is_text, printable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger("ddkit")
 SCHEMA = 1
 NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 TEMPORARY = ".part"  # how the names of files end that are being written
 MOST_BYTES = 2**30  # of a file that is read whole: the manifest of a run on a million files has a tenth of it
 MOST_TOML = 2**22  # reading as much takes seconds
+LONGEST_NAME = 100
+WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # names that Windows keeps for itself
 KINDS = {
     stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a symbolic link",
 }  # fmt: skip
 
 
-def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place."""
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
-    mode = os.fstat(stream.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        stream.close()
-        raise OSError(f"{path} is {kind_of(mode)}, not a regular file")
-    return stream
+# Names
 
 
-def not_permitted(path: str | Path, error: PermissionError) -> str:
-    """Returns what to say of a file that may not be read."""
-    return f"{path} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
+def path_part(name: str, *, empty: str = "run") -> str:
+    """Returns `name` as one part of a path, for every file system and shell; `empty` if nothing of it is left.
+
+    Letters, digits and ``._+-`` of ASCII stay, and a name of more than 100 letters is cut and ends in a digest.
+
+    >>> path_part("../a b:c"), path_part("/"), path_part("con")
+    ('a-b-c', 'run', 'run-con')
+    """
+    part = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or empty
+    part = f"{empty}-{part}" if WINDOWS.fullmatch(part) else part
+    if len(part) <= LONGEST_NAME:
+        return part
+    return f"{part[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
-def kind_of(mode: int) -> str:
-    """Returns what a file of mode `mode` is, in words."""
-    return KINDS.get(stat.S_IFMT(mode), "a regular file")
-
-
-def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
-    """Returns the content of a regular file; raises OSError if it cannot be read, is another thing, or has more than `most` bytes."""
-    with open_regular(path) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise OSError(f"{path} has more than {most / 2**20:,.0f} MiB, the most that is read of such a file")
-    return content
-
-
-def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
-    """Returns the content of a regular file of UTF-8 text; raises OSError as read_bytes does, or ValueError."""
-    return read_bytes(path, most=most).decode()
+def without_folders(value: Any) -> Any:
+    """Returns data of a recipe with the last part alone of absolute paths: the others are nobody's business and mean nothing elsewhere."""
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def with_home(text: str) -> str:
@@ -78,12 +81,56 @@ def with_home(text: str) -> str:
     return f"{found[0]}{home}{text[found.end() + 1 :]}"
 
 
-def machine_bytes() -> int:
-    """Returns the memory of this machine in bytes; where the system does not tell, more than any has."""
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
-        return 2**63
+def check_out(path: Path) -> None:
+    """Raises FlagError if the name given with --out is of bytes that files of a run, which are text, cannot tell."""
+    if not is_text(str(path)) or "\0" in str(path):
+        raise FlagError(f"--out {printable(str(path))} is a name that is no UTF-8 text, and files of a run are text. Name another.")
+
+
+# Reading
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place."""
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    mode = os.fstat(stream.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        stream.close()
+        raise OSError(f"{path} is {kind_of(mode)}, not a regular file")
+    return stream
+
+
+def kind_of(mode: int) -> str:
+    """Returns what a file of mode `mode` is, in words."""
+    return KINDS.get(stat.S_IFMT(mode), "a regular file")
+
+
+def not_permitted(path: str | Path, error: PermissionError) -> str:
+    """Returns what to say of a file that may not be read."""
+    return f"{path} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
+
+
+def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
+    """Returns the content of a regular file; raises OSError if it cannot be read, is another thing, or has more than `most` bytes."""
+    with open_regular(path) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"{path} has more than {most / 2**20:,.0f} MiB, the most that is read of such a file")
+    return content
+
+
+def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
+    """Returns the content of a regular file of UTF-8 text; raises OSError as read_bytes does, or ValueError."""
+    return read_bytes(path, most=most).decode()
+
+
+def sha256(path: Path) -> str:
+    """Returns the hexadecimal sha256 of a file."""
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Writing
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -108,6 +155,15 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
+
+
+def _beside(path: Path) -> tuple[str, int]:
+    """Makes an empty file beside `path`; returns its name, and the permissions that a new file has there."""
+    name = path.parent / f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}"
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    return str(name), mode
 
 
 def check_writable(path: Path) -> None:
@@ -135,15 +191,6 @@ def folders_of(path: Path) -> Iterator[None]:
             for folder in missing:
                 folder.rmdir()
         raise
-
-
-def _beside(path: Path) -> tuple[str, int]:
-    """Makes an empty file beside `path`; returns its name, and the permissions that a new file has there."""
-    name = path.parent / f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}"
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
-    return str(name), mode
 
 
 def append_text(path: Path, text: str) -> None:
@@ -179,6 +226,9 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+# JSON
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file, indented, with a final newline; NaN is refused."""
     write_atomic(path, json_bytes(value))
@@ -199,55 +249,26 @@ def read_json(path: Path) -> Any:
 
 def parse_json(content: str | bytes) -> Any:
     """Returns JSON data, in which numbers are finite and of 64 bits at most, and text can be written as UTF-8; raises ValueError."""
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    def finite(text: str) -> float:
+        if not math.isfinite(float(text)):
+            raise ValueError(f"{shown(text)} is no finite number")
+        return float(text)
+
+    def whole(text: str) -> int:
+        if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
+            raise ValueError(f"{shown(text)} is a number of more than 64 bits")
+        return int(text)
+
     try:
-        found = json.loads(content, parse_constant=_no_constant, parse_float=_finite, parse_int=_whole)
+        found = json.loads(content, parse_constant=no_constant, parse_float=finite, parse_int=whole)
         json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     return found
-
-
-def _finite(text: str) -> float:
-    found = float(text)
-    if not math.isfinite(found):
-        raise ValueError(f"{shown(text)} is no finite number")
-    return found
-
-
-def _whole(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**64:
-        raise ValueError(f"{shown(text)} is a number of more than 64 bits")
-    return int(text)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def sealed(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns JSON data with the sha256 of all of it under "digest", and under "sealed" that there is one."""
-    marked = {**table, "sealed": True}
-    return marked | {"digest": json_digest(marked)}
-
-
-def unsealed(table: Any, path: Path) -> dict[str, Any]:
-    """Returns what `sealed` was given; raises RunFilesError where `table`, read from `path`, was changed since.
-
-    A table without a seal passes.
-    """
-    if not isinstance(table, dict):
-        raise RunFilesError(f"{path} holds no JSON object.")
-    found = {key: value for key, value in table.items() if key != "digest"}
-    if _is_broken(table, lambda: json_digest(found)):
-        raise RunFilesError(f"{path} is damaged, or was edited: its content does not match the sha256 that it records.")
-    found.pop("sealed", None)
-    return found
-
-
-def _is_broken(record: Mapping[str, Any], digest: Callable[[], str]) -> bool:
-    """Whether the content of a record is not that of its digest, or its digest is gone: a turned bit may be in the word "digest" too."""
-    recorded = record.get("digest")
-    return "sealed" in record if recorded is None else recorded != digest()
 
 
 def json_digest(value: Any) -> str:
@@ -255,10 +276,27 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def sha256(path: Path) -> str:
-    """Returns the hexadecimal sha256 of a file."""
-    with open_regular(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def with_digest(table: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns JSON data with the sha256 of all of it under "digest"."""
+    return {**table, "digest": json_digest(table)}
+
+
+def read_with_digest(path: Path) -> dict[str, Any]:
+    """Returns what `with_digest` was given, from a JSON file; raises RunFilesError where it was changed since.
+
+    A file without a digest passes. Version 0.1 also wrote "sealed": true.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise RunFilesError(f"{path} holds no JSON object.")
+    digest = found.pop("digest", None)
+    if digest != json_digest(found) and (digest is not None or "sealed" in found):
+        raise RunFilesError(f"{path} is damaged, or was edited: its content does not match the sha256 that it records.")
+    found.pop("sealed", None)
+    return found
+
+
+# Tensors
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, digest: bool = True) -> None:
@@ -292,8 +330,9 @@ def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
 def _as_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, digest: bool) -> tuple[dict[str, Tensor], str]:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
     record = {"schema": SCHEMA, **metadata}
-    record |= {"sealed": True} if digest else {}
-    record |= {"digest": tensors_digest(contiguous, record)} if digest else {}
+    if digest:
+        record["sealed"] = True  # that there is a digest: a turned bit may be in the word "digest" too
+        record["digest"] = tensors_digest(contiguous, record)
     return contiguous, json.dumps(record, sort_keys=True, allow_nan=False)
 
 
@@ -313,24 +352,19 @@ def bytes_of(tensor: Tensor) -> Any:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def machine_bytes() -> int:
+    """Returns the memory of this machine in bytes; where the system does not tell, more than any has."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**63
+
+
 def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns (tensors, ddkit metadata or {}) of a safetensors file; raises ValueError saying what is wrong with it.
 
     With `verify` the tensors and the metadata must match the sha256 that the file records; a file without one passes.
     """
-    tensors, metadata = _read_safetensors(path)
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path} carries ddkit metadata that is not an object")
-    if metadata and metadata.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {shown(metadata.get('schema'))}; this ddkit reads {SCHEMA}")
-    record = {key: value for key, value in metadata.items() if key != "digest"}
-    if verify and _is_broken(metadata, lambda: tensors_digest(tensors, record)):
-        raise ValueError(f"{path} is damaged: its content does not match the sha256 that it records")
-    record.pop("sealed", None)
-    return tensors, record
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
     from safetensors import safe_open
 
     try:
@@ -341,6 +375,107 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
         with safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("ddkit", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        return tensors, parse_json(header)
+        record = parse_json(header)
     except Exception as error:  # the parser has errors of its own, and torch raises for a dtype that it does not know
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} carries ddkit metadata that is not an object")
+    if record and record.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {shown(record.get('schema'))}; this ddkit reads {SCHEMA}")
+    digest = record.pop("digest", None)
+    if verify and (digest is not None or "sealed" in record) and digest != tensors_digest(tensors, record):
+        raise ValueError(f"{path} is damaged: its content does not match the sha256 that it records")
+    record.pop("sealed", None)
+    return tensors, record
+
+
+# The cache: what is costly to make and can be made again. Whoever can write into it can exchange what is in it. So all of its folders are
+# made for the user alone, and what is taken from it must be what this user put there: `vouch` keeps a mark of each file.
+
+
+def cache_folder() -> Path:
+    """Returns $DDKIT_CACHE, else `ddkit` in the XDG cache, else, without a home that can be written, a private temporary folder."""
+    own = os.environ.get("DDKIT_CACHE")
+    if own:
+        return Path(with_home(own))
+    home, xdg = os.path.expanduser("~"), os.environ.get("XDG_CACHE_HOME")
+    if xdg or os.path.isdir(home):
+        folder = Path(xdg or os.path.join(home, ".cache")) / "ddkit"
+        with suppress(OSError):
+            make_folder(folder)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    try:
+        found = Path(tempfile.gettempdir(), f"ddkit-{os.getuid()}")
+        with suppress(OSError):
+            found.mkdir(mode=0o700)
+        if not _is_private(found):  # another user has taken its name
+            found = passing_folder()
+    except OSError as error:
+        raise RunFilesError(f"There is no folder for a cache ({error}). Name one with the environment variable DDKIT_CACHE.") from None
+    os.environ["DDKIT_CACHE"] = str(found)  # for this process and those that it starts, and told once
+    log.warning(
+        "You have no home folder in which a cache could be written: %s is used instead, and what is kept there (trained teachers, decoded "
+        "images, compiled code) may be gone the next time. The environment variable DDKIT_CACHE names another folder.",
+        found, extra={"news": True},
+    )  # fmt: skip
+    return found
+
+
+def passing_folder() -> Path:
+    """Returns a new folder of this user's alone that is removed when this process ends."""
+    folder = tempfile.mkdtemp(prefix="ddkit-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def make_folder(folder: Path) -> Path:
+    """Makes a folder, and those above it that are missing, for this user alone; raises OSError if it cannot be made."""
+    for missing in [each for each in (*reversed(folder.parents), folder) if not each.is_dir()]:
+        missing.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether `folder` is a folder, not a link to one, of this user, and closed to all others."""
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
+
+
+def private_folder(name: str) -> Path:
+    """Returns the folder `name` in the part of the cache that is this user's alone, made if it is missing.
+
+    Raises RunFilesError if it cannot be made, or others could write there.
+    """
+    private = cache_folder() / "private"
+    try:
+        make_folder(private)
+        if _is_private(private):
+            return make_folder(private / name)
+    except OSError as error:
+        raise RunFilesError(f"{private} cannot be made: {error.strerror or error}.") from None
+    raise RunFilesError(
+        f"{private} is another user's, or open to others: what is there is not used. Its owner makes it private with `chmod 700 {private}`."
+    )
+
+
+def mark_of(file: Path) -> Path:
+    """Returns the place of the mark of a file in the cache; it is touched when the file is used."""
+    return private_folder("marks") / file.name
+
+
+def vouch(file: Path, mark: str) -> None:
+    """Keeps a mark of a file that this user has put into the cache; raises RunFilesError if it cannot be kept."""
+    write_atomic(mark_of(file), mark.encode())
+
+
+def vouched(file: Path) -> str | None:
+    """Returns the mark of a file in the cache, None if this user has not put it there. Makes no folder for a file that is not there."""
+    if not file.exists():
+        return None
+    with suppress(OSError, RunFilesError, ValueError):
+        return read_text(mark_of(file))
+    return None

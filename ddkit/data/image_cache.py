@@ -25,10 +25,23 @@ import torch
 from torch import Tensor
 
 from ddkit import __version__
-from ddkit.cache import cache_folder, make_folder, mark_of, private_folder, vouch, vouched
 from ddkit.data.memmap import mapped
 from ddkit.errors import RunFilesError
-from ddkit.files import SCHEMA, open_regular, read_bytes, read_tensors, replace_whole, write_json, write_tensors
+from ddkit.files import (
+    SCHEMA,
+    cache_folder,
+    make_folder,
+    mark_of,
+    open_regular,
+    private_folder,
+    read_bytes,
+    read_tensors,
+    replace_whole,
+    vouch,
+    vouched,
+    write_json,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from ddkit.components.base import Dataset

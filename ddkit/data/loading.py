@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddkit.cache import cache_folder, make_folder
 from ddkit.components.base import Dataset
 from ddkit.components.observers import Report
 from ddkit.data.image_cache import Entry, Shape, entry_of
 from ddkit.data.images import Kinds, conform, to_unit
 from ddkit.data.memmap import mapped
 from ddkit.errors import InputError, RunFilesError
+from ddkit.files import cache_folder, make_folder
 
 log = logging.getLogger("ddkit")
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from ddkit.cache import passing_folder, private_folder
 from ddkit.components.options import check_fields
 from ddkit.errors import FlagError, RunFilesError, out_of_memory
+from ddkit.files import passing_folder, private_folder
 
 if TYPE_CHECKING:
     import torch

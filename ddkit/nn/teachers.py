@@ -16,7 +16,6 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from ddkit.cache import cache_folder, make_folder, vouch, vouched
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.observers import Observers, Report
@@ -29,8 +28,20 @@ from ddkit.data.real import RealData, data_info
 from ddkit.data.spectra import spread
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import InputError, RunFailed, RunFilesError
-from ddkit.files import SCHEMA, not_permitted, open_regular, read_tensors, sha256, tensors_bytes, write_tensors
-from ddkit.names import path_part
+from ddkit.files import (
+    SCHEMA,
+    cache_folder,
+    make_folder,
+    not_permitted,
+    open_regular,
+    path_part,
+    read_tensors,
+    sha256,
+    tensors_bytes,
+    vouch,
+    vouched,
+    write_tensors,
+)
 from ddkit.nn.compute import compiled, decide_arithmetic, products
 from ddkit.nn.networks import build_network, training_flops
 from ddkit.nn.teacher import Teacher

@@ -15,8 +15,7 @@ from ddkit.data.images import Normalisation, most_classes
 from ddkit.engine.parametrization import decoded
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
-from ddkit.names import SET, check_own
-from ddkit.run.manifest import check_finished, check_listed
+from ddkit.run.manifest import SET, check_finished, check_listed, check_own
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):

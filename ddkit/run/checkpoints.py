@@ -18,8 +18,8 @@ import torch
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, sync, tensors_digest, write_tensors
-from ddkit.names import CHECKPOINT, CHECKPOINTS
 from ddkit.run import warnings as run_warnings
+from ddkit.run.manifest import CHECKPOINT, CHECKPOINTS, RECIPE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -165,7 +165,10 @@ class Checkpoints:
         if record.get("step") != step or isinstance(record["step"], bool):
             raise ValueError(f"{file} does not record the step of its name")
         if self.recipe[0] and record.get("recipe", self.recipe[0]) not in self.recipe:
-            raise ValueError(f"{file} is a checkpoint of another run: its recipe is not that of {self.folder.parent / 'recipe.toml'}")
+            raise ValueError(
+                f"{file} is a checkpoint of another recipe than {self.folder.parent / RECIPE}, which was damaged or edited, or one of the "
+                "two is of another run. A run goes on with its own recipe"
+            )
         return tensors, record
 
 

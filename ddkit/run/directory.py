@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -26,9 +25,11 @@ from ddkit.errors import InputError, RunFilesError
 from ddkit.files import (
     MOST_TOML,
     append_text,
+    check_out,
     is_leftover,
     json_digest,
     parse_json,
+    path_part,
     read_bytes,
     read_json,
     read_text,
@@ -36,17 +37,31 @@ from ddkit.files import (
     sync,
     write_atomic,
 )
-from ddkit.names import CHECKPOINTS, JOURNAL, LISTED, LOCK, SET, check_out, check_own, is_left_behind, path_part, remove_own
-from ddkit.names import EVALUATION as EVALUATION
-from ddkit.names import MANIFEST as MANIFEST
-from ddkit.names import METRICS as METRICS
-from ddkit.names import PREVIEW as PREVIEW
-from ddkit.names import RECIPE as RECIPE
-from ddkit.names import REPORT as REPORT
 from ddkit.recipes.tables import check_depth, parse_recipe
 from ddkit.run.checkpoints import Checkpoint, Checkpoints
 from ddkit.run.lock import FolderLock
-from ddkit.run.manifest import check_listed, checked, file_entry, read_manifest, write_manifest
+from ddkit.run.manifest import (
+    CHECKPOINT,
+    CHECKPOINTS,
+    JOURNAL,
+    LISTED,
+    LOCK,
+    SET,
+    check_listed,
+    check_own,
+    checked,
+    file_entry,
+    is_left_behind,
+    read_manifest,
+    remove_own,
+    write_manifest,
+)
+from ddkit.run.manifest import EVALUATION as EVALUATION
+from ddkit.run.manifest import MANIFEST as MANIFEST
+from ddkit.run.manifest import METRICS as METRICS
+from ddkit.run.manifest import PREVIEW as PREVIEW
+from ddkit.run.manifest import RECIPE as RECIPE
+from ddkit.run.manifest import REPORT as REPORT
 from ddkit.run.shares import typical_shares
 
 if TYPE_CHECKING:
@@ -56,7 +71,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 
-RECIPE_SEAL = "# sha256 of the lines below: "
 LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
 
 
@@ -195,30 +209,26 @@ class RunDirectory:
                 folder.rmdir()
 
     def write_recipe(self, table: Mapping[str, Any]) -> None:
-        """Writes recipe.toml, its first line the sha256 of the rest."""
+        """Writes recipe.toml; checkpoints record its digest."""
         text = tomli_w.dumps(dict(table))
         self._recipe = _recipe_keys(tomllib.loads(text))
-        write_atomic(self.path / RECIPE, f"{RECIPE_SEAL}{_sha256(text)}\n{text}".encode())
+        write_atomic(self.path / RECIPE, text.encode())
 
     def read_recipe(self) -> dict[str, Any]:
-        """Returns the resolved recipe as TOML data; raises RunFilesError if it cannot be read or is not as it was written."""
+        """Returns the resolved recipe as TOML data; raises RunFilesError if it cannot be read, or is not the one that the manifest lists.
+
+        The recipe of an unfinished run is compared when its newest checkpoint is read.
+        """
         file = self.path / RECIPE
         check_listed(self.path, RECIPE)
         try:
-            text = read_text(file, most=MOST_TOML)
-            table = tomllib.loads(text)
+            table = tomllib.loads(read_text(file, most=MOST_TOML))
             check_depth(table, "it")
             if (self.path / MANIFEST).is_file():
                 table.pop("blend", None)  # version 0.1 wrote there what the manifest says too
             parse_recipe(table)
         except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None
-        first, _, rest = text.partition("\n")
-        if not table or (first.startswith("#") and first != f"{RECIPE_SEAL}{_sha256(rest)}"):
-            raise RunFilesError(
-                f"{file} is damaged, or was edited: it is not what its first line, the sha256 of the rest, says. A run goes on with its "
-                f"own recipe; a changed copy of the file makes another run: ddkit distill --recipe COPY."
-            )
         self._recipe = _recipe_keys(table)
         return table
 
@@ -397,10 +407,6 @@ def _metrics_line(line: bytes, file: Path, number: int) -> dict[str, Any]:
     return dict(found)
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the key of a recipe that its checkpoints record, and the one that those of 0.1 record.
 
@@ -441,13 +447,11 @@ def _is_empty(path: Path) -> bool:
 
 
 def is_run(path: Path) -> bool:
-    """Whether ddkit's own run is at `path`, by what nobody else writes: a manifest, or the first line of its recipe."""
+    """Whether ddkit's own run is at `path`, by what nobody else writes: a manifest, or a checkpoint beside a recipe."""
     with suppress(RunFilesError):
         read_manifest(path)
         return True
-    with suppress(OSError, ValueError):
-        return read_text(path / RECIPE, most=MOST_TOML).startswith(RECIPE_SEAL)
-    return False
+    return (path / RECIPE).is_file() and any(CHECKPOINT.fullmatch(file.name) for file in (path / CHECKPOINTS).glob("*"))
 
 
 def _occupied(path: Path, force: bool | None) -> RunFilesError:

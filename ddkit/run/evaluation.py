@@ -19,7 +19,6 @@ from ddkit.data.real import RealData, check_held_out, open_dataset
 from ddkit.distributed import ALONE, Ranks, group, own_device
 from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import json_bytes
-from ddkit.names import SET
 from ddkit.nn.compute import pick_device
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.teachers import automatic_teacher, load_teacher, tested
@@ -29,7 +28,7 @@ from ddkit.run.artifact import Artifact, load
 from ddkit.run.averaging import seeds_of
 from ddkit.run.directory import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
 from ddkit.run.doubts import below_random_real
-from ddkit.run.manifest import MANIFEST
+from ddkit.run.manifest import MANIFEST, SET
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 

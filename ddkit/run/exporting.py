@@ -13,10 +13,9 @@ from ddkit.components.base import Exporter
 from ddkit.components.guard import advice, blamed, called
 from ddkit.errors import RunFailed, RunFilesError
 from ddkit.files import sha256, sync, write_json
-from ddkit.names import JOURNAL, SET, STAGE
 from ddkit.run.artifact import Artifact, Provenance, load
 from ddkit.run.directory import RECIPE, RunDirectory
-from ddkit.run.manifest import MANIFEST
+from ddkit.run.manifest import JOURNAL, MANIFEST, SET, STAGE
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 

@@ -20,8 +20,7 @@ from ddkit.data.arrays import check_declared, read_arrays
 from ddkit.data.images import Normalisation, most_classes, to_unit
 from ddkit.engine.parametrization import check_factor
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
-from ddkit.files import open_regular, read_tensors, sha256
-from ddkit.names import check_out
+from ddkit.files import check_out, open_regular, read_tensors, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.teachers import check_outputs, load_state, save_teacher

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ddkit.errors import RunFilesError
 from ddkit.files import NOFOLLOW
-from ddkit.names import LOCK
+from ddkit.run.manifest import LOCK
 
 log = logging.getLogger("ddkit")
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()

@@ -1,18 +1,110 @@
-"""The manifest of a run: what tells whether the run's files are those that were written."""
+"""The files of a run: their names, which of them are ddkit's own, and the manifest, which tells whether they are as they were written."""
 
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from ddkit.errors import RunFilesError
-from ddkit.files import SCHEMA, read_json, sealed, sha256, unsealed, write_json
-from ddkit.names import MANIFEST as MANIFEST
-from ddkit.names import RECIPE, check_own
+from ddkit.files import SCHEMA, is_leftover, kind_of, read_json, read_with_digest, sha256, with_digest, write_json
+
+SET = "synthetic.safetensors"
+RECIPE = "recipe.toml"
+METRICS = "metrics.jsonl"
+EVALUATION = "evaluation.json"
+PREVIEW = "preview.png"
+FILM = "film.safetensors"
+REPORT = "report.html"
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+LISTED = (SET, RECIPE, METRICS, EVALUATION, PREVIEW, FILM, REPORT)  # in the manifest
+CHECKPOINTS = "checkpoints"
+CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.part-(\d+)-of-(\d+))?\.safetensors")
+PARTS = "parts"  # the sets of a blend that its recipe makes, each a run directory
+PARTS_OF_BLEND = ("first", "second")
+STAGE = ".export"  # where an exporter writes, in the folder that it is for
+JOURNAL = ".export.json"  # the names of what is being moved up from there
+
+
+# Which files are ddkit's own
+
+
+def own_entries(run: Path) -> Iterator[Path]:
+    """Yields what has a name of ddkit's own in the run directory `run`, whatever it is; what is in a folder before the folder."""
+    for entry in sorted(run.iterdir()) if run.is_dir() else []:
+        inside = sorted(entry.iterdir()) if is_own_folder(entry) and entry.is_dir() and not entry.is_symlink() else []
+        if entry.name == CHECKPOINTS:
+            yield from (file for file in inside if CHECKPOINT.fullmatch(file.name) or is_leftover(file))
+        for part in inside if entry.name == PARTS else []:
+            if part.name in PARTS_OF_BLEND:
+                yield from () if part.is_symlink() else own_entries(part)
+                yield part
+        if is_own_folder(entry) or entry.name in (*LISTED, MANIFEST, LOCK, JOURNAL) or (is_leftover(entry) and not entry.is_dir()):
+            yield entry
+
+
+def is_own_folder(entry: Path) -> bool:
+    """Whether an entry has the name of a folder of a run, whatever it is."""
+    return entry.name in (CHECKPOINTS, PARTS, STAGE) or (entry.name in PARTS_OF_BLEND and entry.parent.name == PARTS)
+
+
+def check_own(run: Path) -> None:
+    """Raises RunFilesError if a file of the run directory `run`, which itself may be a link, is a link, a pipe or the like."""
+    try:
+        for entry in own_entries(run):
+            with suppress(FileNotFoundError):  # it was removed just now
+                mode = entry.lstat().st_mode
+                if not (stat.S_ISDIR(mode) if is_own_folder(entry) else stat.S_ISREG(mode) or is_leftover(entry)):
+                    raise RunFilesError(
+                        f"{entry} is {kind_of(mode)}, not the {'folder' if is_own_folder(entry) else 'regular file'} that a run has there: "
+                        "nothing is read or written through it. Put a copy of the original in its place, or make the run again."
+                    )
+    except OSError as error:
+        raise RunFilesError(f"{run} cannot be read: {error.strerror or error}.") from None
+
+
+def remove_own(run: Path) -> None:
+    """Removes what ddkit has put into the run directory `run`, apart from its lock, and nothing else.
+
+    The manifest goes first, and last what tells that the rest can go: cut off, this can be done again.
+    """
+    order = {MANIFEST: -1, RECIPE: 1, JOURNAL: 1}
+    for entry in sorted([*_exported(run), *own_entries(run)], key=lambda entry: order.get(entry.name, 0)):
+        with suppress(OSError):
+            if entry.name in (CHECKPOINTS, PARTS, *PARTS_OF_BLEND):  # others may have put something there
+                entry.rmdir()
+            elif entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry != run / LOCK:
+                entry.unlink()
+
+
+def _exported(run: Path) -> list[Path]:
+    """Returns what an export that was cut off may have moved into `run`."""
+    try:
+        names = read_json(run / JOURNAL)
+    except RunFilesError:
+        return []
+    here = [entry for entry in run.iterdir() if isinstance(names, list) and entry.name in names]
+    return [entry for entry in here if entry.name != LOCK]
+
+
+def is_left_behind(run: Path) -> bool:
+    """Whether `run` holds nothing but what ddkit wrote there, and no run that could be evaluated or continued."""
+    own = [*_exported(run), *own_entries(run)]
+    kept = [entry for entry in own if entry.name in (MANIFEST, PARTS) or CHECKPOINT.fullmatch(entry.name)]
+    return set(run.iterdir()) <= set(own) and (not kept or (run / JOURNAL).exists())
+
+
+# The manifest
 
 Name = Annotated[str, msgspec.Meta(pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # of a file in the folder itself
 
@@ -68,8 +160,8 @@ def checked(value: Any, kind: Any, path: Path) -> None:
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Writes the manifest of `folder`, sealed with its own sha256."""
-    write_json(folder / MANIFEST, sealed({"schema": SCHEMA, **facts}))
+    """Writes the manifest of `folder`, with its own sha256."""
+    write_json(folder / MANIFEST, with_digest({"schema": SCHEMA, **facts}))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -78,7 +170,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise _unfinished(folder)
-    found = unsealed(read_json(path), path)
+    found = read_with_digest(path)
     if found.get("schema") != SCHEMA:
         raise RunFilesError(f"{path} is not a manifest of schema {SCHEMA}.")
     checked(found, _Manifest, path)

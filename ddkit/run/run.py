@@ -22,7 +22,6 @@ from ddkit.distributed import Ranks
 from ddkit.engine.bank import Bank
 from ddkit.engine.loop import Engine
 from ddkit.files import write_json
-from ddkit.names import SET
 from ddkit.nn.compute import products
 from ddkit.nn.teacher import Teacher
 from ddkit.recipes.resolve import flattened
@@ -31,6 +30,7 @@ from ddkit.run.artifact import Artifact, load
 from ddkit.run.directory import EVALUATION, RECIPE, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
 from ddkit.run.doubts import constant_losses, outside
 from ddkit.run.evaluation import run_evaluators
+from ddkit.run.manifest import SET
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import RunSetup
 from ddkit.run.shares import silent

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddkit.files import read_tensors, write_tensors
-from ddkit.names import FILM
+from ddkit.run.manifest import FILM
 
 log = logging.getLogger("ddkit")
 MOST_IMAGES, MOST_BYTES = 100, 2**20  # of a frame

@@ -14,8 +14,7 @@ import msgspec
 from ddkit.components.base import Fraction
 from ddkit.components.options import fields
 from ddkit.errors import DdkitError, FlagError, InputError, shown
-from ddkit.files import read_json, sha256, unsealed
-from ddkit.names import path_part
+from ddkit.files import path_part, read_with_digest, sha256
 from ddkit.recipes.resolve import flattened, recipe_for
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.directory import MANIFEST
@@ -238,7 +237,7 @@ def kept_row(task: Task) -> dict[str, Any] | None:
     file = kept_file(task)
     if not file.is_file() or not (task.path / MANIFEST).is_file():
         return None
-    found = unsealed(read_json(file), file)
+    found = read_with_digest(file)
     checked(found, _Kept, file)
     row: dict[str, Any] = found["row"]
     return row

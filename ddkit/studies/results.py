@@ -14,8 +14,7 @@ from ddkit.components.registry import split_name
 from ddkit.data.images import sheet_png
 from ddkit.data.spectra import high_frequency_share, radial_spectrum
 from ddkit.errors import DdkitError
-from ddkit.files import write_atomic
-from ddkit.names import path_part
+from ddkit.files import path_part, write_atomic
 from ddkit.run.artifact import load
 from ddkit.run.manifest import MANIFEST, read_manifest
 from ddkit.run.markdown import markdown

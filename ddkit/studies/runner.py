@@ -28,8 +28,7 @@ from ddkit.data.real import check_held_out, open_dataset
 from ddkit.distributed import Ranks, group, own_device, plain_environment
 from ddkit.engine.losses import needing_real, terms_of
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
-from ddkit.files import sealed, write_atomic, write_json
-from ddkit.names import check_out
+from ddkit.files import check_out, with_digest, write_atomic, write_json
 from ddkit.nn.compute import pick_device
 from ddkit.nn.teachers import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, recipe_for
@@ -309,7 +308,7 @@ class _Crew:
         row = next((row for row in rows if row["images"] == task.evaluation.images), None)
         if row is None:
             raise RunFailed(f"The evaluation gave no row of '{task.evaluation.images}' images.")
-        write_json(kept_file(task), sealed({"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row}))
+        write_json(kept_file(task), with_digest({"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row}))
 
     def _making(self, task: Task) -> list[str]:
         if task.parts:

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ddkit.errors import FlagError, RunFilesError
-from ddkit.files import json_digest, read_bytes, read_json, sync, unsealed, write_atomic
-from ddkit.names import PARTS, PARTS_OF_BLEND, SET, remove_own
+from ddkit.files import json_digest, read_bytes, read_with_digest, sync, write_atomic
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import MANIFEST, check_listed, read_manifest
+from ddkit.run.manifest import MANIFEST, PARTS, PARTS_OF_BLEND, SET, check_listed, read_manifest, remove_own
 from ddkit.studies.grid import Task
 
 SETS = "sets"  # the folder of a store that has a run directory for each set, and a file for each evaluation of it
@@ -58,7 +57,7 @@ def merge(other: Path, out: Path) -> int:
                 _copy_set(entry, place)
                 found += 1
             elif entry.suffix == ".json" and entry.is_file() and not place.is_file() and _is_of_the_same_set(entry, source, target):
-                unsealed(read_json(entry), entry)
+                read_with_digest(entry)
                 write_atomic(place, read_bytes(entry))
                 found += 1
     except OSError as error:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import ddkit
 from ddkit.api import resume
 from ddkit.components.base import DataInfo
-from ddkit.files import read_json, read_tensors, sealed, unsealed, write_json, write_tensors
+from ddkit.files import read_tensors, write_tensors
 from ddkit.nn.teachers import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
@@ -114,6 +114,11 @@ def _read_checkpoint(run: Path) -> Any:
     return newest[0], newest[1]["images"].tolist()
 
 
+def _read_unfinished(run: Path) -> Any:
+    """Returns what a run goes on with, its number of steps apart, which may be changed."""
+    return RunDirectory.existing(run).read_recipe() | {"steps": 0}, _read_checkpoint(run)
+
+
 READERS = {
     "set.safetensors": (_read_set, "", 5),
     "teacher.safetensors": (_read_teacher, "", 4),
@@ -121,8 +126,9 @@ READERS = {
     "run/recipe.toml": (_read_recipe, "run", 5),
     "run/evaluation.json": (_read_rows, "run", 5),
     "run/manifest.json": (_read_manifest, "run", 5),
-    "cut/recipe.toml": (_read_recipe, "cut", 5),
+    "cut/recipe.toml": (_read_unfinished, "cut", 5),
 }
+SAME_WITH_SPACE = ("run/manifest.json", "cut/recipe.toml")  # they say the same without their last newline
 
 
 def _outcome(small: Path, name: str) -> Any:
@@ -157,7 +163,7 @@ def test_a_whole_file_is_read_twice_alike(small: Path, name: str) -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_cut_off_at_any_byte_is_refused(small: Path, name: str) -> None:
     whole = (small / name).read_bytes()
-    end = len(whole.rstrip(b"\n")) if name.endswith("manifest.json") else len(whole)  # without its last newline it says the same
+    end = len(whole.rstrip(b"\n")) if name in SAME_WITH_SPACE else len(whole)
     for length in range(end):
         _refuses(small, name, whole[:length])
 
@@ -165,10 +171,7 @@ def test_a_file_cut_off_at_any_byte_is_refused(small: Path, name: str) -> None:
 @pytest.mark.parametrize("name", READERS)
 def test_a_file_with_something_after_its_end_is_refused(small: Path, name: str) -> None:
     whole = (small / name).read_bytes()
-    if name == "run/manifest.json":
-        _refuses(small, name, whole + b"x")
-    else:
-        _refuses(small, name, whole + b"\n")
+    _refuses(small, name, whole + (b"x" if name in SAME_WITH_SPACE else b"\n"))
 
 
 def _flipped(content: bytes, bit: int) -> bytes:
@@ -211,7 +214,7 @@ def test_every_flipped_bit_of_the_tensors_is_refused(small: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["sealed", "digest"])
-def test_a_file_whose_word_for_its_digest_is_damaged_too_is_refused(tmp_path: Path, name: str) -> None:
+def test_tensors_whose_word_for_their_digest_is_damaged_too_are_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     write_tensors(path, {"x": torch.ones(3)}, {"name": "theirs"})
     content = path.read_bytes()
@@ -220,9 +223,6 @@ def test_a_file_whose_word_for_its_digest_is_damaged_too_is_refused(tmp_path: Pa
     path.write_bytes(bytes(changed))
     with pytest.raises(ValueError, match="is damaged"):
         read_tensors(path)
-    write_json(tmp_path / "a.json", {name.upper() if key == name else key: value for key, value in sealed({"name": "theirs"}).items()})
-    with pytest.raises(ddkit.RunFilesError, match="is damaged"):
-        unsealed(read_json(tmp_path / "a.json"), tmp_path / "a.json")
 
 
 def test_without_its_digest_a_flipped_bit_of_the_tensors_would_be_read(tmp_path: Path) -> None:
@@ -298,13 +298,13 @@ def test_a_run_without_a_readable_checkpoint_is_refused(cut: Path) -> None:
 def test_a_recipe_that_was_edited_makes_no_other_run_of_the_same_checkpoints(cut: Path) -> None:
     text = (cut / "recipe.toml").read_text()
     (cut / "recipe.toml").write_text(text.replace("weight = 0.5", "weight = 5.0"))
-    with pytest.raises(ddkit.RunFilesError, match=r"recipe.toml is damaged, or was edited"):
+    with pytest.raises(ddkit.RunFilesError, match=r"of another recipe than .*recipe.toml, which was damaged or edited"):
         resume(cut)
 
 
-def test_a_recipe_written_without_its_first_line_is_read(cut: Path) -> None:
+def test_a_recipe_of_version_0_1_with_a_digest_in_its_first_line_is_read(cut: Path) -> None:
     text = (cut / "recipe.toml").read_text()
-    (cut / "recipe.toml").write_text(text.partition("\n")[2])
+    (cut / "recipe.toml").write_text(f"# sha256 of the lines below: {'0' * 64}\n{text}")
     assert _read_recipe(cut) == RECIPE | {"seed": 0}
     assert _read_checkpoint(cut)[0] == 4
 

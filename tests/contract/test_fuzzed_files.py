@@ -1,4 +1,4 @@
-"""Files of a run that are whole, sealed, and of another shape than ddkit writes: every command ends well or with one of its own errors."""
+"""Files of a run whose digests are right, of another shape than ddkit writes: every command ends well or with an error of ddkit's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 import ddkit
 from ddkit.api import resume
-from ddkit.files import json_bytes, read_json, read_tensors, sealed, unsealed, write_json, write_tensors
+from ddkit.files import json_bytes, read_json, read_tensors, read_with_digest, with_digest, write_json, write_tensors
 from ddkit.nn.teachers import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.directory import RunDirectory
@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         directory = RunDirectory(root / name)
         directory.rewrite("evaluation.json", json_bytes({"schema": 1, "evaluations": [ROW, {**ROW, "labels": "soft"}]}))
         manifest = directory.read_manifest() | {"teacher": {"path": "t", "sha256": "0" * 64}, "warnings": ["a"], "processes": {"count": 2}}
-        write_json(root / name / "manifest.json", sealed({key: value for key, value in manifest.items() if key != "digest"}))
+        write_json(root / name / "manifest.json", with_digest({key: value for key, value in manifest.items() if key != "digest"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddkit.run.evaluation.judged", lambda *arguments, **named: [ddkit.Evaluation(**ROW)])
         yield root
@@ -113,7 +113,7 @@ def fuzz(runs: Path, tmp_path: Path, most: int) -> dict[str, int]:
                 continue
             run = shutil.copytree(runs / name, tmp_path / f"{name}-{file}" / "run")
             lines = [json.loads(line) for line in original.read_text().splitlines()] if file.endswith("l") else read_json(original)
-            manifest = unsealed(read_json(runs / name / "manifest.json"), original)
+            manifest = read_with_digest(runs / name / "manifest.json")
             content = manifest if file == "manifest.json" else lines
             every = list(mutations(content))
             for mutation in random.Random(0).sample(every, min(most, len(every))):
@@ -141,7 +141,7 @@ def _write(run: Path, file: str, content: Any, manifest: dict[str, Any]) -> None
             lines = b"".join(text_of(line) + b"\n" for line in content) if file.endswith("l") else text_of(content)
             (run / file).write_bytes(lines)
             content = manifest | {"files": manifest["files"] | {file: file_entry(run / file)}}
-        (run / "manifest.json").write_bytes(text_of(sealed(content)))
+        (run / "manifest.json").write_bytes(text_of(with_digest(content)))
     except RecursionError:  # nested too deep to be written
         return
 
@@ -161,7 +161,7 @@ def test_an_evaluation_without_details_is_refused_before_it_is_evaluated(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
-    manifest = unsealed(read_json(run / "manifest.json"), run)
+    manifest = read_with_digest(run / "manifest.json")
     _write(run, "evaluation.json", {"schema": 1, "evaluations": [{**ROW, "details": None}]}, manifest)
     monkeypatch.setattr("ddkit.run.evaluation.judged", lambda *arguments, **named: pytest.fail("it trains"))
     with pytest.raises(ddkit.RunFilesError, match=r"evaluation\.json .*Expected `object`, got `null` - at `\$\.evaluations\[0\]\.details`"):
@@ -171,10 +171,10 @@ def test_an_evaluation_without_details_is_refused_before_it_is_evaluated(
 @pytest.mark.parametrize(("field", "value"), [("accessible_images", "many"), ("accessible_accuracy", "high"), ("test_accuracy", [])])
 def test_how_good_a_teacher_is_said_to_be_is_a_number(runs: Path, tmp_path: Path, field: str, value: Any) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
-    manifest = unsealed(read_json(run / "manifest.json"), run)
+    manifest = read_with_digest(run / "manifest.json")
     teacher = {"path": "t.safetensors", "sha256": "0", "test_accuracy": None, "accessible_accuracy": 0.5, "accessible_images": 3}
     for changed, ends in ((teacher, "done"), (teacher | {field: value}, "5 ")):
-        write_json(run / "manifest.json", sealed(manifest | {"teacher": changed}))
+        write_json(run / "manifest.json", with_digest(manifest | {"teacher": changed}))
         (outcome,) = ends_well(lambda: ddkit.report(run))
         assert outcome.startswith(ends), outcome
     assert f"$.teacher.{field}" in outcome
@@ -182,7 +182,7 @@ def test_how_good_a_teacher_is_said_to_be_is_a_number(runs: Path, tmp_path: Path
 
 def test_fields_that_ddkit_does_not_know_are_kept(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
-    manifest = unsealed(read_json(run / "manifest.json"), run) | {"of_tomorrow": {"x": 1}}
+    manifest = read_with_digest(run / "manifest.json") | {"of_tomorrow": {"x": 1}}
     _write(run, "evaluation.json", {"schema": 1, "evaluations": [{**ROW, "model": "mlp", "of_tomorrow": 2}]}, manifest)
     ddkit.evaluate(run, device="cpu")
     assert read_json(run / "evaluation.json")["evaluations"][0]["of_tomorrow"] == 2
@@ -202,7 +202,7 @@ def test_a_kept_evaluation_of_a_study_is_read_with_its_figures_or_refused(tmp_pa
     read = 0
     for mutation in mutations(content):
         with suppress(RecursionError):  # nested too deep to be written
-            kept_file(task).write_bytes(text_of(sealed(mutated(content, mutation))))
+            kept_file(task).write_bytes(text_of(with_digest(mutated(content, mutation))))
         with suppress(ddkit.RunFilesError):
             row = kept_row(task)
             assert row is not None
@@ -252,7 +252,7 @@ def hostile_tensors(tensors: dict[str, torch.Tensor], record: dict[str, Any]) ->
 def test_tensors_of_other_kinds_end_so_too(runs: Path, tmp_path: Path, name: str) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
     file = run / {"checkpoint": "checkpoints/step-00000002.safetensors", "film": "film.safetensors", "set": "synthetic.safetensors"}[name]
-    manifest = unsealed(read_json(run / "manifest.json"), run)
+    manifest = read_with_digest(run / "manifest.json")
     outcomes = []
     for tensors, record in hostile_tensors(*read_tensors(file)):
         write_tensors(file, tensors, {key: value for key, value in record.items() if key != "schema"})
@@ -264,7 +264,7 @@ def test_tensors_of_other_kinds_end_so_too(runs: Path, tmp_path: Path, name: str
             continue
         _restore(run, runs / "run")
         write_tensors(file, tensors, {key: value for key, value in record.items() if key != "schema"})
-        write_json(run / "manifest.json", sealed(manifest | {"files": manifest["files"] | {file.name: file_entry(file)}}))
+        write_json(run / "manifest.json", with_digest(manifest | {"files": manifest["files"] | {file.name: file_entry(file)}}))
         outcomes += all_commands(run) if name == "set" else ends_well(lambda: ddkit.report(run))
     assert sum(outcome.startswith("5") for outcome in outcomes) > 20
     assert "done" in outcomes

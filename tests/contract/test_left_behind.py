@@ -16,7 +16,7 @@ import torch
 import ddkit
 from ddkit.api import resume
 from ddkit.files import read_json
-from ddkit.names import JOURNAL, is_left_behind
+from ddkit.run.manifest import JOURNAL, is_left_behind
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]

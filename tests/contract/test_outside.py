@@ -15,10 +15,9 @@ import numpy as np
 import pytest
 
 import ddkit
-from ddkit import names
-from ddkit.files import json_digest, read_json, sealed, unsealed, write_json
+from ddkit.files import json_digest, path_part, read_json, read_with_digest, with_digest, write_json
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import file_entry
+from ddkit.run.manifest import LISTED, file_entry
 from ddkit.studies.sharding import merge
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
@@ -56,7 +55,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("name", [*names.LISTED, "manifest.json", "checkpoints", ".lock", "checkpoints/step-00000002.safetensors"])
+@pytest.mark.parametrize("name", [*LISTED, "manifest.json", "checkpoints", ".lock", "checkpoints/step-00000002.safetensors"])
 def test_a_link_in_a_run_is_refused_by_every_command(cli: Cli, run: Path, tmp_path: Path, command: str, name: str) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -121,13 +120,13 @@ HOSTILE = ["/abs/X", "../../X", "a\0b", "x" * 400, "..", "", "con", "a\nb\x1b[31
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_any_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
-    part = names.path_part(name)
+    part = path_part(name)
     assert 0 < len(part) <= 100
     assert part.isascii()
     (tmp_path / part).write_bytes(b"")
     assert [entry.name for entry in tmp_path.iterdir()] == [part]
     assert part[0] not in ".-"
-    assert names.path_part(part) == part
+    assert path_part(part) == part
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name.isprintable() or "\0" in name])
@@ -160,7 +159,7 @@ def test_a_recipe_of_400_letters_makes_a_run(cli: Cli) -> None:
 @pytest.fixture
 def store(finished: Path, tmp_path: Path) -> Path:
     shutil.copytree(finished, tmp_path / "store" / "sets" / "one")
-    write_json(tmp_path / "store" / "sets" / "one-abc.json", sealed({"schema": 1, "row": {}}))
+    write_json(tmp_path / "store" / "sets" / "one-abc.json", with_digest({"schema": 1, "row": {}}))
     return tmp_path / "store"
 
 
@@ -188,10 +187,10 @@ def test_merging_follows_no_link(store: Path, tmp_path: Path, place: str) -> Non
 def test_merging_copies_no_link_that_a_manifest_lists(store: Path, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("mine")
     run = store / "sets" / "one"
-    manifest = unsealed(read_json(run / "manifest.json"), run)
+    manifest = read_with_digest(run / "manifest.json")
     for kind in ("regular file", "link"):
         manifest["files"]["key"] = file_entry(tmp_path / "secret")
-        write_json(run / "manifest.json", sealed(manifest))
+        write_json(run / "manifest.json", with_digest(manifest))
         if kind == "link":
             (run / "key").unlink()
             (run / "key").symlink_to(tmp_path / "secret")
@@ -225,9 +224,9 @@ def test_merging_replaces_a_run_that_was_begun_but_none_of_the_users_files(store
 @pytest.mark.parametrize("name", ["/dev/zero", "../../secret", "a/b", "a\\b", "..", ".hidden", "", "a\0"])
 def test_a_manifest_that_lists_other_places_is_refused(store: Path, tmp_path: Path, name: str) -> None:
     path = store / "sets" / "one" / "manifest.json"
-    manifest = unsealed(read_json(path), path)
+    manifest = read_with_digest(path)
     manifest["files"][name] = {"sha256": "0" * 64, "bytes": 1}
-    write_json(path, sealed(manifest))
+    write_json(path, with_digest(manifest))
     with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
         merge(store, tmp_path / "out")
     with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
@@ -242,9 +241,9 @@ def test_a_report_names_no_folder_of_the_users(cli: Cli, tmp_path: Path) -> None
     flags = ("--dataset", f"npz:{tmp_path / 'two.npz'}", "--losses", "dm", "--pipc", 2, "--evaluate", "none", *SMALL_FLAGS)
     assert cli("distill", *flags, "--out", "run").code == 0
     assert cli("blend", "run", "run", "--out", "blend").code == 0
-    manifest = unsealed(read_json(Path("run/manifest.json")), Path("run"))
+    manifest = read_with_digest(Path("run/manifest.json"))
     manifest["warnings"] = [f"The file {tmp_path}/a/t.safetensors is odd: see https://example.org/a/b and 1/2/3."]
-    write_json(Path("run/manifest.json"), sealed(manifest))
+    write_json(Path("run/manifest.json"), with_digest(manifest))
     assert cli("report", "run").code == 0
     for run in ("run", "blend"):
         assert str(tmp_path) in Path(run, "recipe.toml").read_text()

@@ -677,7 +677,7 @@ def test_an_evaluation_of_another_set_of_the_same_name_is_not_merged(cli: CLI, c
         assert cli("reproduce", study, *one, "--out", store).code == 0
     shutil.copytree("second", "same")
     (manifest,) = Path("second/sets").glob("dm-*/manifest.json")
-    facts = {key: value for key, value in json.loads(manifest.read_text()).items() if key not in ("schema", "digest", "sealed")}
+    facts = {key: value for key, value in json.loads(manifest.read_text()).items() if key not in ("schema", "digest")}
     facts["files"]["synthetic.safetensors"]["sha256"] = "0" * 64  # as if it were another one
     write_manifest(manifest.parent, facts)
     for store, copied in (("second", 0), ("same", 1)):

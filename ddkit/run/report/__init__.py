@@ -11,12 +11,11 @@ from torch import Tensor
 
 from ddkit.data.spectra import radial_spectrum, spread
 from ddkit.errors import DdkitError, RunFilesError
-from ddkit.files import write_atomic
-from ddkit.names import FILM, SET, check_out
+from ddkit.files import check_out, write_atomic
 from ddkit.run import snapshots, warnings
 from ddkit.run.artifact import load
 from ddkit.run.directory import LOCK_SECONDS, RECIPE, REPORT, RunDirectory, read_metrics, versions
-from ddkit.run.manifest import check_listed
+from ddkit.run.manifest import FILM, SET, check_listed
 from ddkit.run.report import making, sections
 from ddkit.run.report.page import page
 from ddkit.run.report.sections import Files, head, spectrum_bins

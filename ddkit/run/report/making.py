@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from ddkit.names import without_folders
+from ddkit.files import without_folders
 from ddkit.run.report.charts import text
 from ddkit.run.report.page import note, section, table, time
 from ddkit.run.report.sections import Files, short_name

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ddkit.data.spectra import radial_spectrum
-from ddkit.names import SET
 from ddkit.run.artifact import Artifact
+from ddkit.run.manifest import SET
 from ddkit.run.report.charts import (
     Dots,
     Line,
