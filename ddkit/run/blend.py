@@ -13,8 +13,8 @@ from ddkit.recipes.tables import parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.averaging import blended, partners
-from ddkit.run.directory import MANIFEST, RECIPE, Run, RunDirectory, save_set
-from ddkit.run.manifest import SET
+from ddkit.run.directory import Run, RunDirectory, save_set
+from ddkit.run.manifest import MANIFEST, RECIPE, SET
 from ddkit.run.report import close_run
 from ddkit.run.snapshots import write_parts
 

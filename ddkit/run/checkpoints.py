@@ -28,6 +28,11 @@ log = logging.getLogger("ddkit")
 KEPT = 2
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether a checkpoint is written after `step` steps: after every `every` ones. The first and the last state have one too."""
+    return step % every == 0
+
+
 class Checkpoint(NamedTuple):
     """The state before step `step`, the run's plugin files, path to sha256, the sha256 of its inputs, by name, and its warnings.
 

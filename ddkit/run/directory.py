@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import os
-import platform
 import tomllib
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import tomli_w
@@ -24,13 +21,10 @@ from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import (
     MOST_TOML,
-    append_text,
     check_out,
     is_leftover,
     json_digest,
-    parse_json,
     path_part,
-    read_bytes,
     read_json,
     read_text,
     remove_leftovers,
@@ -43,25 +37,27 @@ from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import (
     CHECKPOINT,
     CHECKPOINTS,
+    EVALUATION,
     JOURNAL,
-    LISTED,
     LOCK,
+    MANIFEST,
+    METRICS,
+    PREVIEW,
+    RECIPE,
+    REPORT,
     SET,
     check_listed,
     check_own,
     checked,
     file_entry,
     is_left_behind,
+    listing,
     read_manifest,
     remove_own,
+    versions,
     write_manifest,
-)
-from ddkit.run.manifest import EVALUATION as EVALUATION
-from ddkit.run.manifest import MANIFEST as MANIFEST
-from ddkit.run.manifest import METRICS as METRICS
-from ddkit.run.manifest import PREVIEW as PREVIEW
-from ddkit.run.manifest import RECIPE as RECIPE
-from ddkit.run.manifest import REPORT as REPORT
+)  # fmt: skip
+from ddkit.run.metrics import append_metrics, cut_metrics, read_metrics
 from ddkit.run.shares import typical_shares
 
 if TYPE_CHECKING:
@@ -70,8 +66,6 @@ if TYPE_CHECKING:
     from ddkit.run.artifact import Artifact
 
 log = logging.getLogger("ddkit")
-
-LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
 
 
 class Run(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,26 +264,8 @@ class RunDirectory:
         return self._checkpoints.newest(f"Start anew: ddkit distill --recipe {self.path / RECIPE}")
 
     def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
-        """Removes metrics of `step` and later, a half-written last line, and lines that a run of `steps` steps would not log.
-
-        Raises RunFilesError where another line cannot be read, or one is missing that was written before the checkpoint of `step`.
-        """
-        file = self.path / METRICS
-        lines = _lines(file)
-        kept: dict[int, bytes] = {}
-        for number, line in enumerate(lines, start=1):
-            try:
-                index = _metrics_line(line, file, number)["step"]
-                if index < step and is_logged(index, steps, log_every):
-                    kept[index] = line + b"\n"
-            except RunFilesError:
-                if number < len(lines):
-                    raise
-        lost = [index for index in range(0, step, log_every) if index not in kept]
-        if lost:
-            raise RunFilesError(f"{file} is damaged: it has no line of step {lost[0]}. Restore it, or make the run again.")
-        if lines:
-            write_atomic(file, b"".join(kept[index] for index in sorted(kept)))
+        """Removes the metrics that a run from `step` on writes again, as ddkit.run.metrics does."""
+        cut_metrics(self.path, step, steps, log_every)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
@@ -301,8 +277,8 @@ class RunDirectory:
         return rows
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl and flushes it."""
-        append_text(self.path / METRICS, json.dumps(record) + "\n")
+        """Appends one line to metrics.jsonl."""
+        append_metrics(self.path, record)
 
     def reopen(self) -> None:
         """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.
@@ -319,8 +295,7 @@ class RunDirectory:
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
-        files = {name: file_entry(self.path / name) for name in LISTED if (self.path / name).is_file()}
-        write_manifest(self.path, {**facts, "versions": versions(), "files": files})
+        write_manifest(self.path, {**facts, "versions": versions(), "files": listing(self.path)})
 
     def rewrite(self, name: str, content: bytes) -> None:
         """Writes the file `name` of a finished run anew; the manifest never lists another content than is there."""
@@ -369,42 +344,8 @@ class Follower(RunDirectory):
         pass
 
 
-class _Term(msgspec.Struct):
-    raw: float
-    weighted: float
-    gradient: Annotated[float, msgspec.Meta(ge=0)] | msgspec.UnsetType = msgspec.UNSET
-
-
-class _Metrics(msgspec.Struct):
-    """What is read of a line of metrics.jsonl; more may stand in it."""
-
-    step: Annotated[int, msgspec.Meta(ge=0)]
-    total: float
-    losses: dict[str, _Term]
-    seconds: Annotated[float, msgspec.Meta(ge=0)]
-
-
 class _Evaluations(msgspec.Struct):
     evaluations: list[Evaluation]
-
-
-def _lines(file: Path) -> list[bytes]:
-    """Returns the lines of a file, none if it is not there."""
-    try:
-        return read_bytes(file).splitlines() if file.exists() else []
-    except OSError as error:
-        raise RunFilesError(f"{file} cannot be read: {error}.") from None
-
-
-def _metrics_line(line: bytes, file: Path, number: int) -> dict[str, Any]:
-    try:
-        found = parse_json(line)
-        msgspec.convert(found, _Metrics)
-    except (ValueError, msgspec.ValidationError) as error:
-        raise RunFilesError(
-            f"{file} is damaged: line {number} cannot be read ({error}). Restore it from a copy, or make the run again."
-        ) from None
-    return dict(found)
 
 
 def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
@@ -461,34 +402,6 @@ def _occupied(path: Path, force: bool | None) -> RunFilesError:
         return RunFilesError(f"--out {path} holds no run of ddkit's, and --force replaces nothing else. Name another folder.")
     instead = ", or replace the run that is there with --force" if force is False and is_run(path) else ""
     return RunFilesError(f"--out {path} already holds something. Name another folder{instead}{going_on}.")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Returns the lines of the metrics of a run, by ascending step, [] for a run without; raises RunFilesError if one is damaged."""
-    check_listed(folder, METRICS)
-    file = folder / METRICS
-    found = [_metrics_line(line, file, number) for number, line in enumerate(_lines(file), start=1)]
-    for number, (one, other) in enumerate(itertools.pairwise(found), start=2):
-        if other["step"] <= one["step"]:
-            raise RunFilesError(f"{file} is damaged: line {number} has step {other['step']}, and the line before it {one['step']}.")
-    return found
-
-
-def is_logged(index: int, steps: int, log_every: int) -> bool:
-    """Returns whether step `index` of `steps` has a line in metrics.jsonl: the first, the last, every log_every-th."""
-    return index in (0, steps - 1) or index % log_every == 0
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of Python, ddkit and what it computes with."""
-    names = ("ddkit", "torch", "torchvision", "numpy", "safetensors", "scikit-learn", "pillow")
-    found = {"python": platform.python_version()}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def save_set(result: Artifact, directory: RunDirectory) -> None:

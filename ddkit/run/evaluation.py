@@ -26,9 +26,10 @@ from ddkit.recipes.resolve import check_used, flattened, recipe_for, with_option
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.averaging import seeds_of
-from ddkit.run.directory import EVALUATION, LOCK_SECONDS, RECIPE, RunDirectory
+from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real
-from ddkit.run.manifest import MANIFEST, SET
+from ddkit.run.lock import LOCK_SECONDS
+from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 

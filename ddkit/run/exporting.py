@@ -14,8 +14,8 @@ from ddkit.components.guard import advice, blamed, called
 from ddkit.errors import RunFailed, RunFilesError
 from ddkit.files import sha256, sync, write_json
 from ddkit.run.artifact import Artifact, Provenance, load
-from ddkit.run.directory import RECIPE, RunDirectory
-from ddkit.run.manifest import JOURNAL, MANIFEST, SET, STAGE
+from ddkit.run.directory import RunDirectory
+from ddkit.run.manifest import JOURNAL, MANIFEST, RECIPE, SET, STAGE
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 

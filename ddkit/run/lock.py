@@ -15,6 +15,7 @@ from ddkit.files import NOFOLLOW
 from ddkit.run.manifest import LOCK
 
 log = logging.getLogger("ddkit")
+LOCK_SECONDS = 20.0  # how long to wait for another process that adds to a finished run
 _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,10 +30,9 @@ LOCK = ".lock"
 LISTED = (SET, RECIPE, METRICS, EVALUATION, PREVIEW, FILM, REPORT)  # in the manifest
 CHECKPOINTS = "checkpoints"
 CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.part-(\d+)-of-(\d+))?\.safetensors")
-PARTS = "parts"  # the sets of a blend that its recipe makes, each a run directory
-PARTS_OF_BLEND = ("first", "second")
 STAGE = ".export"  # where an exporter writes, in the folder that it is for
 JOURNAL = ".export.json"  # the names of what is being moved up from there
+FOLDERS = (CHECKPOINTS, STAGE)
 
 
 # Which files are ddkit's own
@@ -40,20 +41,10 @@ JOURNAL = ".export.json"  # the names of what is being moved up from there
 def own_entries(run: Path) -> Iterator[Path]:
     """Yields what has a name of ddkit's own in the run directory `run`, whatever it is; what is in a folder before the folder."""
     for entry in sorted(run.iterdir()) if run.is_dir() else []:
-        inside = sorted(entry.iterdir()) if is_own_folder(entry) and entry.is_dir() and not entry.is_symlink() else []
-        if entry.name == CHECKPOINTS:
-            yield from (file for file in inside if CHECKPOINT.fullmatch(file.name) or is_leftover(file))
-        for part in inside if entry.name == PARTS else []:
-            if part.name in PARTS_OF_BLEND:
-                yield from () if part.is_symlink() else own_entries(part)
-                yield part
-        if is_own_folder(entry) or entry.name in (*LISTED, MANIFEST, LOCK, JOURNAL) or (is_leftover(entry) and not entry.is_dir()):
+        if entry.name == CHECKPOINTS and entry.is_dir() and not entry.is_symlink():
+            yield from (file for file in sorted(entry.iterdir()) if CHECKPOINT.fullmatch(file.name) or is_leftover(file))
+        if entry.name in (*LISTED, *FOLDERS, MANIFEST, LOCK, JOURNAL) or (is_leftover(entry) and not entry.is_dir()):
             yield entry
-
-
-def is_own_folder(entry: Path) -> bool:
-    """Whether an entry has the name of a folder of a run, whatever it is."""
-    return entry.name in (CHECKPOINTS, PARTS, STAGE) or (entry.name in PARTS_OF_BLEND and entry.parent.name == PARTS)
 
 
 def check_own(run: Path) -> None:
@@ -61,10 +52,10 @@ def check_own(run: Path) -> None:
     try:
         for entry in own_entries(run):
             with suppress(FileNotFoundError):  # it was removed just now
-                mode = entry.lstat().st_mode
-                if not (stat.S_ISDIR(mode) if is_own_folder(entry) else stat.S_ISREG(mode) or is_leftover(entry)):
+                mode, is_folder = entry.lstat().st_mode, entry.name in FOLDERS
+                if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode) or is_leftover(entry)):
                     raise RunFilesError(
-                        f"{entry} is {kind_of(mode)}, not the {'folder' if is_own_folder(entry) else 'regular file'} that a run has there: "
+                        f"{entry} is {kind_of(mode)}, not the {'folder' if is_folder else 'regular file'} that a run has there: "
                         "nothing is read or written through it. Put a copy of the original in its place, or make the run again."
                     )
     except OSError as error:
@@ -79,7 +70,7 @@ def remove_own(run: Path) -> None:
     order = {MANIFEST: -1, RECIPE: 1, JOURNAL: 1}
     for entry in sorted([*_exported(run), *own_entries(run)], key=lambda entry: order.get(entry.name, 0)):
         with suppress(OSError):
-            if entry.name in (CHECKPOINTS, PARTS, *PARTS_OF_BLEND):  # others may have put something there
+            if entry.name == CHECKPOINTS:  # others may have put something there
                 entry.rmdir()
             elif entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -100,7 +91,7 @@ def _exported(run: Path) -> list[Path]:
 def is_left_behind(run: Path) -> bool:
     """Whether `run` holds nothing but what ddkit wrote there, and no run that could be evaluated or continued."""
     own = [*_exported(run), *own_entries(run)]
-    kept = [entry for entry in own if entry.name in (MANIFEST, PARTS) or CHECKPOINT.fullmatch(entry.name)]
+    kept = [entry for entry in own if entry.name == MANIFEST or CHECKPOINT.fullmatch(entry.name)]
     return set(run.iterdir()) <= set(own) and (not kept or (run / JOURNAL).exists())
 
 
@@ -190,6 +181,21 @@ def _unfinished(folder: Path) -> RunFilesError:
 def file_entry(path: Path) -> dict[str, Any]:
     """Returns what a manifest tells of a file: its sha256 and its size in bytes."""
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+def listing(folder: Path) -> dict[str, Any]:
+    """Returns the entries of the files that are there, by name."""
+    return {name: file_entry(folder / name) for name in LISTED if (folder / name).is_file()}
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python, ddkit and what it computes with."""
+    names = ("ddkit", "torch", "torchvision", "numpy", "safetensors", "scikit-learn", "pillow")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def check_listed(folder: Path, name: str) -> None:

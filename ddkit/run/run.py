@@ -27,10 +27,12 @@ from ddkit.nn.teacher import Teacher
 from ddkit.recipes.resolve import flattened
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.artifact import Artifact, load
-from ddkit.run.directory import EVALUATION, RECIPE, Follower, Run, RunDirectory, is_logged, read_metrics, save_set
+from ddkit.run.checkpoints import is_due
+from ddkit.run.directory import Follower, Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, outside
 from ddkit.run.evaluation import run_evaluators
-from ddkit.run.manifest import SET
+from ddkit.run.manifest import EVALUATION, RECIPE, SET
+from ddkit.run.metrics import is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import RunSetup
 from ddkit.run.shares import silent
@@ -201,16 +203,16 @@ def _iterate(
         images = _pixels(job, bank) if is_frame(index + 1) else None
         if images is not None:
             add_frame(directory.path, index + 1, images, job.stored_labels)
-        if (index + 1) % every.checkpoint_every == 0:
+        if is_due(index + 1, every.checkpoint_every):
             keep(index + 1)
 
     def is_read(index: int) -> bool:
-        return is_logged(index, recipe.steps, every.log_every) or (index + 1) % every.checkpoint_every == 0 or is_frame(index + 1)
+        return is_logged(index, recipe.steps, every.log_every) or is_due(index + 1, every.checkpoint_every) or is_frame(index + 1)
 
     show(start)
     logs = functools.partial(is_logged, steps=recipe.steps, log_every=every.log_every)
     engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read, is_logged=logs)
-    if recipe.steps > start and recipe.steps % every.checkpoint_every:
+    if recipe.steps > start and not is_due(recipe.steps, every.checkpoint_every):
         keep(recipe.steps)
 
 

@@ -17,8 +17,7 @@ from ddkit.errors import DdkitError, FlagError, InputError, shown
 from ddkit.files import path_part, read_with_digest, sha256
 from ddkit.recipes.resolve import flattened, recipe_for
 from ddkit.recipes.tables import Recipe, recipe_dict
-from ddkit.run.directory import MANIFEST
-from ddkit.run.manifest import checked
+from ddkit.run.manifest import MANIFEST, checked
 from ddkit.studies.study import Cell, Study
 
 REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are

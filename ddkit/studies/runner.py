@@ -34,7 +34,7 @@ from ddkit.nn.teachers import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, recipe_for
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run import children
-from ddkit.run.directory import MANIFEST, RECIPE
+from ddkit.run.manifest import MANIFEST, RECIPE
 from ddkit.run.progress import duration
 from ddkit.studies.grid import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
 from ddkit.studies.results import Report, figures_of, report_json, report_table, write_pictures

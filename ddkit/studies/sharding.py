@@ -10,7 +10,7 @@ from pathlib import Path
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import json_digest, read_bytes, read_with_digest, sync, write_atomic
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import MANIFEST, PARTS, PARTS_OF_BLEND, SET, check_listed, read_manifest, remove_own
+from ddkit.run.manifest import MANIFEST, SET, check_listed, read_manifest, remove_own
 from ddkit.studies.grid import Task
 
 SETS = "sets"  # the folder of a store that has a run directory for each set, and a file for each evaluation of it
@@ -73,25 +73,16 @@ def _is_of_the_same_set(evaluation: Path, source: Path, target: Path) -> bool:
 
 
 def _copy_set(run: Path, place: Path) -> None:
-    """Copies a finished run under another name first."""
+    """Copies what the manifest of a finished run lists, and the manifest, under another name first."""
     with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
         copied = Path(folder) / place.name
-        _copy_listed(run, copied)
+        copied.mkdir()
+        for name in [*read_manifest(run)["files"], MANIFEST]:  # which refuses links and names with folders in them
+            check_listed(run, name)
+            shutil.copyfile(run / name, copied / name, follow_symlinks=False)
         if place.is_dir():  # begun here, and finished there
             with RunDirectory(place).take():
                 remove_own(place)
             place.rmdir()
         copied.rename(place)
     sync(place.parent)
-
-
-def _copy_listed(run: Path, place: Path) -> None:
-    """Copies what the manifest of `run` lists, and the manifest; of a blend that of its parts too."""
-    names = [*read_manifest(run)["files"], MANIFEST]  # which refuses links and names with folders in them
-    place.mkdir(parents=True)
-    for name in names:
-        check_listed(run, name)
-        shutil.copyfile(run / name, place / name, follow_symlinks=False)
-    for part in PARTS_OF_BLEND:
-        if (run / PARTS / part / MANIFEST).is_file():
-            _copy_listed(run / PARTS / part, place / PARTS / part)

@@ -22,8 +22,9 @@ import pytest
 import ddkit
 from ddkit.api import resume
 from ddkit.files import write_json
-from ddkit.run.directory import CHECKPOINTS, RunDirectory
+from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import FolderLock
+from ddkit.run.manifest import CHECKPOINTS
 from tests.conftest import Result, timeless
 from tests.forks import HEAVY, forking
 

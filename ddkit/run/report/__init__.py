@@ -14,8 +14,10 @@ from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import check_out, write_atomic
 from ddkit.run import snapshots, warnings
 from ddkit.run.artifact import load
-from ddkit.run.directory import LOCK_SECONDS, RECIPE, REPORT, RunDirectory, read_metrics, versions
-from ddkit.run.manifest import FILM, SET, check_listed
+from ddkit.run.directory import RunDirectory
+from ddkit.run.lock import LOCK_SECONDS
+from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, versions
+from ddkit.run.metrics import read_metrics
 from ddkit.run.report import making, sections
 from ddkit.run.report.page import page
 from ddkit.run.report.sections import Files, head, spectrum_bins
