@@ -18,8 +18,8 @@ import torch
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, sync, tensors_digest, write_tensors
-from ddkit.run import warnings as run_warnings
 from ddkit.run.manifest import CHECKPOINT, CHECKPOINTS, RECIPE
+from ddkit.run.warnings import NEWS, warnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ class Checkpoints:
             self._make()
         record: dict[str, Any] = {"step": step, "recipe": self.recipe[0], "inputs": dict(inputs), "seconds": round(seconds, 3)}
         record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
-        record |= {"warnings": run_warnings.warnings()} if run_warnings.warnings() else {}
+        record |= {"warnings": warnings()} if warnings() else {}
         if ranks.size == 1:
             write_tensors(self.folder / f"step-{step:08d}.safetensors", state, record)
         else:
@@ -143,7 +143,7 @@ class Checkpoints:
                     reasons.append(str(error))
                     continue
                 for reason in reasons:
-                    log.warning("A checkpoint is passed over: %s.", reason, extra=run_warnings.NEWS)
+                    log.warning("A checkpoint is passed over: %s.", reason, extra=NEWS)
                 return found
         if reasons:
             raise RunFilesError(f"{self.folder} has no readable checkpoint: {reasons[0]}. {restart}")
@@ -159,11 +159,11 @@ class Checkpoints:
             tensors = _joined([part for part, _ in found], [part for _, part in found], files)
         try:
             plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
-            warnings = msgspec.convert(record.get("warnings", []), list[str])
+            warned = msgspec.convert(record.get("warnings", []), list[str])
             seconds = msgspec.convert(record.get("seconds", 0.0), Annotated[float, msgspec.Meta(ge=0, le=1e12)])
         except msgspec.ValidationError as error:
             raise ValueError(f"{files[0]} names plugin files, inputs, warnings or seconds that are none: {error}") from None
-        return Checkpoint(step, tensors, plugin_files, inputs, warnings, seconds)
+        return Checkpoint(step, tensors, plugin_files, inputs, warned, seconds)
 
     def _read_file(self, file: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, record = read_tensors(file)
