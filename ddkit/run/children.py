@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
+from subprocess import Popen as Process
 from typing import Any
 
 from ddkit import output
@@ -31,22 +32,24 @@ class ChildEnded(RunFailed):
     """A child process ended without an answer; the message tells its exit code and its last words."""
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    """Returns the command line of `python -m MODULE ARGUMENTS...` as a child, which is started with stdin=PIPE."""
-    return [sys.executable, "-P", "-m", "ddkit.run.children", handed_over(), module, *arguments]
-
-
 _BEGIN = "import sys\nfrom ddkit.run import children\nchildren.begin(sys.argv.pop(1))\n"
+COMMAND = "import runpy\nrunpy.run_module('ddkit', run_name='__main__', alter_sys=True)"  # the code of `ddkit ARGUMENTS...`
 
 
-def run(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> CompletedProcess[str]:
-    """Runs Python `code` as a child until it ends; there sys.argv[1:] are `arguments`, and what it gives to reply() is its stdout."""
+def run(
+    code: str, *arguments: str, environment: Mapping[str, str] | None = None, begun: Callable[[Process[str]], object] = lambda process: None
+) -> CompletedProcess[str]:
+    """Runs Python `code` as a child until it ends; there sys.argv[1:] are `arguments`, and what it gives to reply() is its stdout.
+
+    `begun` is called with the process.
+    """
     words = [sys.executable, "-P", "-c", _BEGIN + code, handed_over(), *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         env = dict(os.environ if environment is None else environment)
         process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env=env)
         assert process.stdin is not None
         with process.stdin:  # closed if this process is interrupted, which ends the child
+            begun(process)
             ended = process.wait()
         out.seek(0)
         err.seek(0)
@@ -82,8 +85,9 @@ class Child:
     def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
         self._errors = errors
         with errors.open("w") as stream:
+            words = [sys.executable, "-P", "-m", "ddkit.run.children", handed_over(), module, argument]
             self._process = subprocess.Popen(
-                command(module, argument), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
                 env=dict(os.environ if environment is None else environment),
             )  # fmt: skip
 

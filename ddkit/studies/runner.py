@@ -209,11 +209,13 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
     crew = _Crew(settings)
     for blends in (False, True):
         waiting = {kept_file(task): task for task in tasks if bool(task.parts) == blends and kept_row(task) is None}
-        todo = list(waiting.values())
-        told = _Told(len(todo), report)
+        of_a_set: dict[Path, list[Task]] = {}  # two systems may share a set, and two evaluations of one file must not race
+        for task in waiting.values():
+            of_a_set.setdefault(task.path, []).append(task)
+        told = _Told(len(waiting), report)
 
-        def work(task: Task, told: _Told = told) -> None:
-            with crew.alone(task.path):  # two systems may share a set, and two evaluations of one file must not race
+        def work(group: Sequence[Task], told: _Told = told) -> None:
+            for task in group:
                 told.begun(task)
                 try:
                     crew.make(task)
@@ -228,7 +230,7 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
                     error.args = (f"{task.label}: {error}",)
                     raise
 
-        crew.run(work, todo)
+        crew.run(work, list(of_a_set.values()))
 
 
 class _Told:
@@ -252,9 +254,6 @@ class _Told:
             self._report(f"{self._done} of {self._count}: {task.label}: {how}{told}")
 
 
-STOPPED = "Stopped, as another set was."
-
-
 class _Crew:
     """Runs commands, `jobs` at a time; after an error or an interruption it ends those that run and starts no other."""
 
@@ -262,18 +261,11 @@ class _Crew:
         self.settings = settings
         self.children: set[subprocess.Popen[str]] = set()
         self.stopped = False
-        self._locks: dict[Path, threading.Lock] = {}
-        self._guard = threading.Lock()
+        self._lock = threading.Lock()
 
-    @contextmanager
-    def alone(self, path: Path) -> Iterator[None]:
-        """Inside, no other thread works on the set at `path`."""
-        with self._guard:
-            lock = self._locks.setdefault(path, threading.Lock())
-        with lock:
-            yield
+    def run(self, work: Callable[[Any], object], items: Sequence[Any]) -> None:
+        """Calls `work` for each of the items; raises the cause of the first failure, when all that ran has ended."""
 
-    def run(self, work: Callable[[Any], None], items: Sequence[Any]) -> None:
         def guarded(item: Any) -> None:
             try:
                 work(item)
@@ -293,26 +285,40 @@ class _Crew:
             raise error
 
     def stop(self) -> None:
-        with self._guard:
+        with self._lock:
             self.stopped = True
             for child in self.children:
                 child.terminate()  # a run writes a checkpoint then
 
+    def _begun(self, child: subprocess.Popen[str]) -> None:
+        with self._lock:
+            self.children.add(child)
+            if self.stopped:
+                child.terminate()
+
     def make(self, task: Task) -> None:
         """Makes the set of `task` where it is not there, evaluates it, and keeps its row."""
-        if self.stopped:  # before anything of the set is written
-            raise Interrupted(STOPPED, 130)
         if not (task.path / MANIFEST).is_file():
             self.command(self._making(task))
-        rows = json.loads(self.command(self._judging(task)))["evaluations"]
-        row = next((row for row in rows if row["images"] == task.evaluation.images), None)
+        asked, name = task.evaluation, "evaluators.accuracy"
+        flags = ["--evaluate", "accuracy", "--protocol", asked.protocol, "--device", self.settings.device, "--quiet", "--json"]
+        flags += ["--repeats", str(asked.networks)] if asked.networks else []
+        flags += ["--teacher", str(self.settings.teacher)] if asked.teacher else []
+        flags += ["--set", f"{name}.random_real=false", "--set", f"{name}.labels={asked.labels}"]
+        if asked.images != "synthetic":
+            flags += ["--set", f"{name}.synthetic=false", "--set", f"{name}.baselines={json.dumps([asked.images])}"]
+        rows = json.loads(self.command(["evaluate", str(task.path), *flags]))["evaluations"]
+        row = next((row for row in rows if row["images"] == asked.images), None)
         if row is None:
-            raise RunFailed(f"The evaluation gave no row of '{task.evaluation.images}' images.")
-        write_json(kept_file(task), with_digest({"schema": 1, "asked": msgspec.to_builtins(task.evaluation), "row": row}))
+            raise RunFailed(f"The evaluation gave no row of '{asked.images}' images.")
+        write_json(kept_file(task), with_digest({"schema": 1, "asked": msgspec.to_builtins(asked), "row": row}))
 
     def _making(self, task: Task) -> list[str]:
+        """Returns the command that makes the set of `task`, or goes on with it."""
+        self._check_going_on()  # before anything of the set is written
         if task.parts:
-            _clear(task.path)  # what a blend that was cut off left
+            if task.path.is_dir():
+                shutil.rmtree(task.path)  # what a blend that was cut off left
             return ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
         common = ["--out", str(task.path), "--device", self.settings.device, "--quiet", "--json"]
         if (task.path / RECIPE).is_file():
@@ -321,54 +327,29 @@ class _Crew:
         write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
         return ["distill", "--recipe", str(file), *common]
 
-    def _judging(self, task: Task) -> list[str]:
-        asked, name = task.evaluation, "evaluators.accuracy"
-        flags = ["--evaluate", "accuracy", "--protocol", asked.protocol, "--device", self.settings.device, "--quiet", "--json"]
-        flags += ["--repeats", str(asked.networks)] if asked.networks else []
-        flags += ["--teacher", str(self.settings.teacher)] if asked.teacher else []
-        flags += ["--set", f"{name}.random_real=false", "--set", f"{name}.labels={asked.labels}"]
-        if asked.images != "synthetic":
-            flags += ["--set", f"{name}.synthetic=false", "--set", f"{name}.baselines={json.dumps([asked.images])}"]
-        return ["evaluate", str(task.path), *flags]
+    def _check_going_on(self) -> None:
+        if self.stopped:
+            raise Interrupted("Stopped, as another set was.", 130)
 
     def command(self, arguments: Sequence[str]) -> str:
         """Returns what `ddkit ARGUMENTS...` prints; raises RunFailed with its message, or an error of its exit code."""
+        self._check_going_on()
         environment = plain_environment()  # a set is made by one process, whoever started this one
         if self.settings.jobs > 1:
-            threads = max(1, (os.cpu_count() or 1) // self.settings.jobs)
-            environment["OMP_NUM_THREADS"] = str(threads)
-        with self._guard:
-            if self.stopped:
-                raise Interrupted(STOPPED, 130)
-            child = subprocess.Popen(
-                children.command("ddkit", *arguments), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env=environment,
-            )  # fmt: skip
-            self.children.add(child)
-            held, child.stdin = child.stdin, None  # which communicate() would close: the child ends then
-        printed, said = child.communicate()
-        with self._guard:
-            self.children.discard(child)
-        assert held is not None
-        held.close()
-        if child.returncode:
-            raise _failure(child.returncode, said, arguments)
-        return printed
-
-
-def _clear(path: Path) -> None:
-    """Removes what a run left at `path` that cannot be continued."""
-    if path.is_dir():
-        shutil.rmtree(path)
+            environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.settings.jobs))
+        done = children.run(children.COMMAND, *arguments, environment=environment, begun=self._begun)
+        with self._lock:
+            self.children = {child for child in self.children if child.poll() is None}
+        if done.returncode:
+            raise _failure(done.returncode, done.stderr, arguments)
+        return done.stdout
 
 
 def _failure(code: int, said: str, arguments: Sequence[str]) -> DdkitError:
     message = " ".join(said.split()).rpartition("ddkit: ")[2] or f"`ddkit {arguments[0]}` ended with exit code {code}"
-    if code in (1, -9):  # the run itself failed, or was killed (for its memory); the others may do
-        return RunFailed(message)
     if code in (129, 130, 143, -1, -2, -15):
         return Interrupted(message, code if code > 0 else 128 - code)
-    if code < 0:  # it crashed
+    if code == 1 or code < 0:  # the run itself failed, crashed, or was killed (for its memory); the others may do
         return RunFailed(message)
     error = DdkitError(message)  # bad input, which the next set would meet too
     error.exit_code = code

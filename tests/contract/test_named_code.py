@@ -240,7 +240,7 @@ def test_a_study_file_runs_no_code(world: World, recipe: str, top: str, system: 
 def test_what_the_user_named_runs_in_the_processes_of_a_study_and_nothing_else_does(
     world: World, monkeypatch: pytest.MonkeyPatch, forks: Any
 ) -> None:
-    monkeypatch.setattr("ddkit.studies.runner.subprocess", forks)
+    monkeypatch.setattr("ddkit.run.children.subprocess", forks)
     Path("files/evil.toml").write_text(LOSSES + RECIPES["network"])
     crew = _Crew(Settings())
 
