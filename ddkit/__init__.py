@@ -30,10 +30,9 @@ if TYPE_CHECKING:
     from ddkit.components.options import Option, Options, Parameter, Requires
     from ddkit.components.registry import add_plugin_file, create
     from ddkit.data.arrays import read_arrays
-    from ddkit.data.images import Normalisation, NormalisedRows, conform, sheet_png, to_unit
-    from ddkit.data.memmap import blocks, on_disk
-    from ddkit.data.objects import passed_dataset
-    from ddkit.data.spectra import high_frequency_share, radial_spectrum, spread
+    from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
+    from ddkit.data.pictures import high_frequency_share, radial_spectrum, sheet_png
+    from ddkit.data.real import passed_dataset
     from ddkit.engine.parametrization import grid
     from ddkit.engine.step import RealStep, Step, View
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
@@ -72,17 +71,16 @@ _HOMES = {
     "ddkit.run.exporting": ("export",),
     "ddkit.files": ("cache_folder", "not_permitted", "open_regular", "without_folders"),
     "ddkit.components.observers": ("hookimpl",),
-    "ddkit.data.images": ("Normalisation", "NormalisedRows", "conform", "sheet_png", "to_unit"),
+    "ddkit.data.images": ("Normalisation", "NormalisedRows", "blocks", "conform", "on_disk", "spread", "to_unit"),
     "ddkit.run.importing": ("import_file",),
-    "ddkit.data.memmap": ("blocks", "on_disk"),
     "ddkit.nn.networks": ("build_network", "redraw", "training_flops"),
     "ddkit.components.options": ("Option", "Options", "Parameter", "Requires"),
-    "ddkit.data.objects": ("passed_dataset",),
+    "ddkit.data.pictures": ("high_frequency_share", "radial_spectrum", "sheet_png"),
+    "ddkit.data.real": ("passed_dataset",),
     "ddkit.run.progress": ("ProgressBar", "ProgressLines"),
     "ddkit.components.registry": ("add_plugin_file", "create"),
     "ddkit.seeding": ("generator",),
     "ddkit.run.report": ("report",),
-    "ddkit.data.spectra": ("high_frequency_share", "radial_spectrum", "spread"),
     "ddkit.engine.step": ("RealStep", "Step", "View"),
     "ddkit.nn.teacher": ("Teacher",),
     "ddkit.nn.training": ("Schedule", "accuracy", "fit"),

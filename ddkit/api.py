@@ -14,9 +14,8 @@ from ddkit.components import registry, trust
 from ddkit.components.base import Evaluation
 from ddkit.components.observers import Observers
 from ddkit.components.plugin_file import check_unchanged
-from ddkit.data.image_cache import left_alone
-from ddkit.data.objects import passing
-from ddkit.data.real import check_classes, open_dataset
+from ddkit.data.loading import left_alone
+from ddkit.data.real import check_classes, open_dataset, passing
 from ddkit.distributed import Ranks, group, own_device
 from ddkit.engine.loop import deterministic
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused

@@ -355,8 +355,8 @@ class Dataset(Component):
     def files(self, split: str, indices: Sequence[int]) -> Sequence[str] | None:
         """Returns the absolute path of each image's file, or None.
 
-        With it the decoded images are kept in ddkit's cache for as long as `decoding_key()` and the files' sizes, times and inodes stay the
-        same.
+        With it the decoded images, if they are many, are kept in ddkit's cache for as long as `decoding_key()` and the files' sizes, times
+        and inodes stay the same.
         """
         return None
 

@@ -1,25 +1,75 @@
-"""Images as tensors: one shape for all, pixel units to normalised and back, and the picture of a set."""
+"""Images as tensors: in memory or in a file, one shape for all, and pixel units to normalised and back.
+
+Images that exceed the memory budget lie in a file, and are read where they are looked at. Such a tensor is one as any other. Pages of the
+file that were read stay in memory until they are given back, which `blocks` and `rows_of` do as they go, so that a pass over all images
+leaves none of them there.
+"""
 
 from __future__ import annotations
 
-import io
+import ctypes
 import math
+import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddkit.data.memmap import blocks, on_disk, rows_of
-from ddkit.errors import printable
-
-LONGEST_NAME = 60  # characters of a class name in a picture
-MANY_CLASSES = 100  # whose rows, of 64 pixels, may stand below each other; more are drawn smaller
-MOST_HEIGHT, MOST_PIXELS = 7000, 10_000_000  # of a picture; viewers give up on towers
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
+PART_BYTES = 2**24  # of pages of a file that are in memory at once
+MOST_IMAGES = 1000  # that stand for all of a set
+
+
+def mapped(path: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Returns the tensor that the file `path` holds; the file may lose its name afterwards.
+
+    The mapping is private: writing into the tensor stays in this process, and is lost where pages are given back.
+    """
+    found = torch.from_file(path, shared=False, size=math.prod(shape), dtype=dtype).view(*shape)
+    # torch keeps the attribute for as long as the storage; it knows the name of the file only if writing reached the file.
+    vars(found.untyped_storage())["file"] = path
+    return found
+
+
+def on_disk(images: Tensor) -> bool:
+    """Whether the values of a tensor lie in a file because they exceed the memory budget."""
+    return images.device.type == "cpu" and hasattr(images.untyped_storage(), "file")
+
+
+def give_back(images: Tensor) -> None:
+    """Gives the pages of a tensor in a file back to the system; what is read later comes from the file again."""
+    if on_disk(images) and hasattr(mmap, "MADV_DONTNEED"):
+        storage = images.untyped_storage()
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), mmap.MADV_DONTNEED)
+
+
+def blocks(images: Tensor, rows: int) -> Iterator[Tensor]:
+    """Yields consecutive blocks of at most `rows` rows of a tensor; of one in a file, pages are given back after each block."""
+    for part in images.split(rows):
+        yield part
+        give_back(images)
+
+
+def rows_of(images: Tensor, rows: Tensor) -> Tensor:
+    """Returns a copy of some rows, by index or mask; of a tensor in a file, pages are given back."""
+    if not on_disk(images) or rows.ndim == 0:
+        return images[rows]
+    rows = rows.nonzero().flatten() if rows.dtype == torch.bool else rows
+    found = images.new_empty((len(rows), *images.shape[1:]))
+    size = max(1, PART_BYTES // images[0].nbytes)
+    for part, chosen in zip(found.split(size), rows.split(size), strict=True):
+        part.copy_(images[chosen])
+        give_back(images)
+    return found
+
+
+def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
+    """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
+    if len(images) <= most:
+        return images
+    return rows_of(images, torch.linspace(0, len(images) - 1, most).round().long())
 
 
 class Kinds:
@@ -88,7 +138,7 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-STATISTICS_VALUES = 1000 * 3 * 32 * 32  # taken into account at once, in float64
+MOST_VALUES = 1000 * 3 * 32 * 32  # in float64 at once
 
 
 def channel_statistics(
@@ -99,7 +149,7 @@ def channel_statistics(
     Where these are a part of `rows` images, `total` returns a sum over all parts.
     """
     count = (images.shape[0] if rows is None else rows) * images.shape[2] * images.shape[3]
-    at_once = max(1, min(1000, STATISTICS_VALUES // max(1, images[:1].numel())))
+    at_once = max(1, min(1000, MOST_VALUES // max(1, images[:1].numel())))
     mean, squares = torch.zeros(2, images.shape[1], dtype=torch.float64)
     for part in blocks(images, at_once):
         mean = mean + to_unit(part).double().sum((0, 2, 3)) / count
@@ -182,87 +232,3 @@ class NormalisedRows:
 def most_classes(images: int) -> int:
     """Returns how many class names a set of so many images may have: some of its classes may have no image, but not most of very many."""
     return max(1000, 10 * images)
-
-
-def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
-    """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
-
-    Where the rows would make a tower they stand in several columns, and of very many classes the first are shown; a line says so. Names
-    in letters that Pillow's own font lacks are in a font of the system, and where it has none the class is called by its number.
-    """
-    from PIL import Image, ImageDraw
-
-    height, width = images.shape[2:]
-    rows = labels.unique().tolist()
-    scale = max(1, round((64 if len(rows) <= MANY_CLASSES else 32) / max(height, width)))
-    most = min(columns, int(labels.bincount().max()))
-    cell_h, cell_w = height * scale + 4, width * scale + 4
-    most_rows = MOST_PIXELS // (cell_h * cell_w) + 1
-    names = {label: _written(" ".join(printable(class_names[label]).split())[:LONGEST_NAME], label) for label in rows[:most_rows]}
-    margin = 12 + max(int(font.getlength(name)) for name, font in names.values())
-    row_w = margin + most * cell_w
-    shown = rows[: max(1, MOST_PIXELS // (row_w * cell_h))]
-    deep = _depth(len(shown), row_w, cell_h)
-    footer = 24 if len(shown) < len(rows) else 0
-    sheet = Image.new("RGB", (-(-len(shown) // deep) * row_w, min(deep, len(shown)) * cell_h + footer), "white")
-    draw = ImageDraw.Draw(sheet)
-    pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
-    for number, label in enumerate(shown):
-        left, top = number // deep * row_w, number % deep * cell_h
-        name, own = names[label]
-        draw.text((left + 6, top + cell_h // 2), name, fill="black", font=own, anchor="lm")
-        for x, image in enumerate(pixels[labels == label][:most]):
-            array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
-            tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + margin + x * cell_w, top + 2))
-    if footer:
-        draw.text(
-            (6, sheet.height - 12), f"The first {len(shown):,} of {len(rows):,} classes.", fill="black", font=_fonts()[0], anchor="lm"
-        )
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-FONTS = (
-    "DejaVuSans.ttf",
-    "NotoSansCJK-Regular.ttc",
-    "NotoSans-Regular.ttf",
-    "Arial Unicode.ttf",
-    "arial.ttf",
-    "msgothic.ttc",
-    "YuGothM.ttc",
-)
-
-
-@cache
-def _fonts() -> tuple[Any, ...]:
-    """Returns Pillow's own font, then those of the system that are there."""
-    from PIL import ImageFont
-
-    found = [ImageFont.load_default(size=14)]
-    for name in FONTS:
-        with suppress(OSError):
-            found.append(ImageFont.truetype(name, size=14))
-    return tuple(found)
-
-
-def _written(name: str, label: int) -> tuple[str, Any]:
-    """Returns (name, font) as it can be drawn: the first font that has all of its letters."""
-    for font in _fonts()[: 1 if name.isascii() else None]:
-        if all(_has(font, letter) for letter in set(name)):
-            return name, font
-    return f"class {label}", _fonts()[0]
-
-
-@cache
-def _has(font: Any, letter: str) -> bool:
-    """Whether a font has a letter: what it lacks is drawn as one and the same box."""
-    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
-
-
-def _depth(rows: int, width: int, height: int) -> int:
-    """Returns how many of `rows` rows, each of width x height pixels, stand below each other: all, or as many as make a square."""
-    if rows * height <= MOST_HEIGHT:
-        return rows
-    return -(-rows // max(2, round((rows * height / width) ** 0.5)))

@@ -1,29 +1,59 @@
-"""Loads images of a dataset as one tensor: block by block, in memory, or where they exceed `data.memory`, in a file."""
+"""Loads images of a dataset as one tensor: from the cache, or decoded in blocks, in memory or, if they exceed `data.memory`, in a file.
+
+The cache keeps decoded images between runs if there are so many that decoding takes half a second: one file of pixels for each set of
+image files that was asked for. Its name is a digest over the stamp of every file, in order, and over what else decides the pixels. So a
+changed file is another entry, and the old one goes when the folder is full. The record of an entry is kept apart, in the private part
+of the cache, with the stamp of the entry, so that no other file is taken for it. A stamp has the inode and the time of change, which
+nobody can set: of data that are unpacked over older ones, size and time of modification may be the same.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from math import prod
 from pathlib import Path
+from typing import IO, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ddkit import __version__
 from ddkit.components.base import Dataset
 from ddkit.components.observers import Report
-from ddkit.data.image_cache import Entry, Shape, entry_of
-from ddkit.data.images import Kinds, conform, to_unit
-from ddkit.data.memmap import mapped
+from ddkit.data.images import Kinds, conform, mapped, to_unit
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import cache_folder, make_folder
+from ddkit.files import (
+    cache_folder,
+    make_folder,
+    mark_of,
+    private_folder,
+    read_bytes,
+    replace_whole,
+    vouch,
+    vouched,
+    write_json,
+)
 
 log = logging.getLogger("ddkit")
 
 FIRST = 16  # images of the first block, which tells how large they are
 BLOCK_BYTES = 64 * 2**20  # of the others, at most; an eighth of data.memory where that is less
+FORMAT = 3  # of the cache: raised when the same files, shape and key give other pixels or another layout
+LIMIT_BYTES = 4 * 2**30  # of the cache's folder
+# Below both, decoding is too short to be worth a file: 5,000 images of 32 x 32, or 16 MiB of photographs, take half a second.
+FEW_IMAGES, FEW_BYTES = 5000, 16 * 2**20
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a common file system (FAT); in one tick of it a file can change unseen
 
+Shape = tuple[int, int, int]
 Block = Sequence[Tensor] | Tensor
 
 
@@ -35,15 +65,16 @@ def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: Sha
     `report(done, total)` is called while they are read. Warns of images that were resized. Raises InputError where there is no room for
     that file.
     """
-    entry = entry_of(dataset, split, indices, shape)
+    entry = _entry(dataset, split, indices, shape)
     limit = dataset.memory_mib * 2**20
-    found = None if entry is None else entry.read(limit)
+    found = None if entry is None else _cached(entry, limit)
     if found is None:
-        found = _in_memory(dataset, split, indices, shape, limit, report)
+        found = _held(dataset, split, indices, shape, limit, report)
         if found is None:
             found = _streamed(dataset, split, indices, shape, entry, report)
         elif entry is not None:
-            entry.write(*found)
+            images, resized = found
+            _keep(entry, [images], images.dtype, images.shape, lambda: resized)
     images, resized = found
     if resized:
         height, width = images.shape[2:]
@@ -67,41 +98,38 @@ def _bytes(block: Block) -> int:
     return block.nbytes if isinstance(block, Tensor) else sum(image.nbytes for image in block)
 
 
-def _in_memory(
+def _held(
     dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, limit: int, report: Report | None
 ) -> tuple[Tensor, int] | None:
     """Returns (images, how many were resized), or None where they take more than `limit` bytes as they come."""
-    kinds, before = Kinds(), dataset.resized
-    room: Tensor | None = None  # for all, as long as they are alike
-    filled, pending = 0, list[Tensor]()
+    kinds, before, size = Kinds(), dataset.resized, 0
+    room = torch.empty(0)  # for all images like the first ones
+    odd: dict[int, Tensor] = {}  # the others, by row
     for block in _blocks(dataset, split, indices, report):
+        start = len(kinds)
         kinds.add(block)
-        if len(kinds) == len(block) and _bytes(block) * len(indices) > limit * len(block):
-            return None  # as far as the first block tells
-        if isinstance(block, Tensor) and room is None and not pending:
-            room = block if len(block) == len(indices) else block.new_empty((len(indices), *block.shape[1:]))
-        if isinstance(block, Tensor) and room is not None and not pending and _alike(block, room):
-            room[filled : filled + len(block)] = block
-            filled += len(block)
-            continue
-        pending += block
-        if (0 if room is None else room[:filled].nbytes) + _bytes(pending) > limit:
+        size += _bytes(block)
+        if size > limit or (start == 0 and size * len(indices) > limit * len(block)):  # as far as the first block tells
             return None
-    resized = dataset.resized - before
-    if room is not None and not pending and (shape or kinds.shape) == room.shape[1:]:
+        if start == 0:
+            room = torch.empty((len(indices), *(shape or kinds.shape)), dtype=block[0].dtype)
+        if isinstance(block, Tensor) and block.shape[1:] == room.shape[1:] and block.dtype == room.dtype:
+            room[start : start + len(block)] = block
+            continue
+        for row, image in enumerate(block, start):
+            if image.shape == room.shape[1:] and image.dtype == room.dtype:
+                room[row] = image
+            else:
+                odd[row] = image
+    resized, shape = dataset.resized - before, shape or kinds.shape
+    if not odd and room.shape[1:] == shape:
         return room if room.dtype == torch.uint8 else to_unit(room), resized
-    pending = [*([] if room is None else room[:filled]), *pending]
-    del room  # `conform` frees one image after the other
-    shape = shape or kinds.shape
-    return conform(pending, shape), resized + kinds.others(shape)
-
-
-def _alike(block: Tensor, room: Tensor) -> bool:
-    return block.shape[1:] == room.shape[1:] and block.dtype == room.dtype
+    images = [odd[row] if row in odd else room[row] for row in range(len(kinds))]
+    return conform(images, shape), resized + kinds.others(shape)
 
 
 def _streamed(
-    dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, entry: Entry | None, report: Report | None
+    dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None, entry: Path | None, report: Report | None
 ) -> tuple[Tensor, int]:
     """Returns (images, how many were resized) in a file, or after all in memory, where they are small once they are resized."""
     kinds = surveyed(dataset, split, indices)
@@ -118,16 +146,11 @@ def _streamed(
     def resized() -> int:
         return kinds.others(shape) + dataset.resized - before
 
-    nbytes = prod(whole) * dtype.itemsize
-    if nbytes <= dataset.memory_mib * 2**20:
-        room, filled = torch.empty(whole, dtype=dtype), 0
-        for block in fitted():
-            room[filled : filled + len(block)] = block
-            filled += len(block)
-        return room, resized()
+    if prod(whole) * dtype.itemsize <= dataset.memory_mib * 2**20:
+        return torch.cat(list(fitted())), resized()
     log.info("%d images of %d x %d pixels exceed data.memory: they are read from the disk where they are needed.", len(indices), *shape[1:])
-    kept = None if entry is None else entry.stream(dtype, whole, fitted, resized)
-    return _in_file(dtype, whole, fitted) if kept is None else kept, resized()
+    kept = _cached(entry, 0) if entry is not None and _keep(entry, fitted(), dtype, whole, resized) else None
+    return kept or (_unnamed(fitted(), dtype, whole), resized())
 
 
 def surveyed(dataset: Dataset, split: str, indices: Sequence[int]) -> Kinds:
@@ -141,15 +164,23 @@ def surveyed(dataset: Dataset, split: str, indices: Sequence[int]) -> Kinds:
     return kinds
 
 
-def _in_file(dtype: torch.dtype, shape: Sequence[int], made: Callable[[], Iterator[Tensor]]) -> Tensor:
-    """Returns the blocks that `made()` yields as one tensor in a file without a name, which goes with the tensor."""
-    folder = _writable_folder()
+def _write(file: IO[bytes], made: Iterable[Tensor]) -> None:
+    """Writes the pixels of blocks of images into a file, one after the other."""
+    for block in made:
+        file.write(block.contiguous().numpy().data)
+    file.flush()
+
+
+def _unnamed(made: Iterable[Tensor], dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Returns blocks of images as one tensor in a file without a name, which goes with the tensor."""
+    folder: Path | None = None  # where there can be no cache, that for temporary files, which may lie in memory itself
+    with contextlib.suppress(OSError, RunFilesError):
+        folder = make_folder(cache_folder())
+        tempfile.TemporaryFile(dir=folder).close()
     try:
         with tempfile.TemporaryFile(prefix="ddkit-", dir=folder) as file:
-            for block in made():
-                file.write(block.contiguous().numpy().data)
-            file.flush()
-            return mapped(file, dtype, shape)
+            _write(file, made)
+            return mapped(f"/dev/fd/{file.fileno()}", dtype, shape)
     except OSError as error:
         where, needed = folder or tempfile.gettempdir(), prod(shape) * dtype.itemsize / 2**20
         raise InputError(
@@ -160,11 +191,153 @@ def _in_file(dtype: torch.dtype, shape: Sequence[int], made: Callable[[], Iterat
         ) from None
 
 
-def _writable_folder() -> Path | None:
-    """Returns the folder of the cache, None where there can be none: a folder for temporary files may lie in memory itself."""
+# The cache
+
+
+class Stamp(NamedTuple):
+    """What a file had when it was looked at: path, size in bytes, and what changes when it changes."""
+
+    path: str
+    size: int
+    modified_ns: int
+    changed_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> Stamp:
+        found = os.stat(path)
+        return cls(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+_writes: ContextVar[bool] = ContextVar("writes", default=True)
+
+
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Inside, the caches of images and fingerprints are read and not written."""
+    token = _writes.set(False)
     try:
-        folder = make_folder(cache_folder())
-        with tempfile.TemporaryFile(dir=folder):
-            return folder
-    except (OSError, RunFilesError):
+        yield
+    finally:
+        _writes.reset(token)
+
+
+def _stamps(dataset: Dataset, split: str, indices: Sequence[int]) -> list[Stamp] | None:
+    """Returns the stamp of each image's file, None where the dataset has no files or one cannot be looked at."""
+    files = dataset.files(split, indices)
+    try:
+        return None if files is None else [Stamp.of(file) for file in files]
+    except OSError:  # decoding it will say what is wrong
         return None
+
+
+def _worth_keeping(stamps: Sequence[Stamp]) -> bool:
+    """Whether what comes of these files is kept: there is much to read, and none was changed a moment ago."""
+    if len(stamps) < FEW_IMAGES and sum(stamp.size for stamp in stamps) < FEW_BYTES:
+        return False
+    return max(stamp.modified_ns for stamp in stamps) < time.time_ns() - SETTLED_NS
+
+
+def _key(dataset: Dataset, stamps: Sequence[Stamp], *what: object) -> str:
+    kind = type(dataset)
+    how = [FORMAT, __version__, str(torch.__version__), kind.__module__, kind.__qualname__, dataset.decoding_key(), *what]
+    digest = hashlib.sha256(json.dumps(how).encode() + b"\0")
+    digest.update(os.fsencode("".join(f"{part}\0" for stamp in stamps for part in stamp)))
+    return digest.hexdigest()
+
+
+def _entry(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None) -> Path | None:
+    """Returns where the decoded images `indices` of a split are kept, None where keeping them is not possible or no use."""
+    stamps = _stamps(dataset, split, indices)
+    if stamps is None or not _worth_keeping(stamps):
+        return None
+    with contextlib.suppress(RunFilesError):  # no folder can be written
+        return cache_folder() / "images" / f"{_key(dataset, stamps, shape)}.pixels"
+    return None
+
+
+def _cached(entry: Path, limit: int) -> tuple[Tensor, int] | None:
+    """Returns (images, how many were resized) of an entry, or None where there is none that can be trusted. It never fails a run.
+
+    Images of more than `limit` bytes stay on the disk.
+    """
+    record = vouched(entry)
+    if record is None:
+        return None
+    try:
+        known = json.loads(record)
+        dtype, shape = torch.uint8 if known["bytes"] else torch.float32, tuple(known["shape"])
+        if known["stamp"] != list(Stamp.of(str(entry))[1:]) or prod(shape) * dtype.itemsize != known["stamp"][0]:
+            raise ValueError("they are not what this user put there")
+        if prod(shape) * dtype.itemsize > limit:
+            images = mapped(str(entry), dtype, shape)
+        else:
+            images = torch.from_numpy(np.fromfile(entry, np.uint8 if known["bytes"] else np.float32)).view(shape)
+        os.utime(mark_of(entry))  # the least recently used go first
+        return images, int(known["resized"])
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
+        log.info("The cached images of %s are not used: %s.", entry, error)
+        return None
+
+
+def _keep(entry: Path, made: Iterable[Tensor], dtype: torch.dtype, shape: Sequence[int], resized: Callable[[], int]) -> bool:
+    """Keeps blocks of images, of `shape` (n, C, H, W) in all, without holding them; returns whether they could be kept.
+
+    `resized()` is asked afterwards how many were. They are not kept where they are too large for the cache, or it cannot be written.
+    """
+    if prod(shape) * dtype.itemsize > LIMIT_BYTES or not _writes.get():
+        return False
+
+    def write(name: str) -> None:
+        with open(name, "wb") as file:
+            _write(file, made)
+
+    try:
+        make_folder(entry.parent)
+        replace_whole(entry, write)
+        stamp = Stamp.of(str(entry))[1:]
+        vouch(entry, json.dumps({"stamp": stamp, "bytes": dtype == torch.uint8, "shape": list(shape), "resized": resized()}))
+        _make_room(entry)
+    except (OSError, RunFilesError) as error:
+        log.info("The decoded images could not be cached: %s", error)
+        return False
+    return True
+
+
+def _make_room(newest: Path) -> None:
+    """Removes the least recently used files until the folder is within its limit; `newest` stays."""
+    files = [file for file in newest.parent.iterdir() if file.is_file()]
+    excess = sum(file.stat().st_size for file in files) - LIMIT_BYTES
+    for file in sorted(files, key=_last_use):
+        if excess > 0 and file != newest:
+            excess -= file.stat().st_size
+            file.unlink(missing_ok=True)
+            mark_of(file).unlink(missing_ok=True)
+
+
+def _last_use(entry: Path) -> int:
+    """Returns when an entry was used, in nanoseconds; 0 for one that nobody vouches for."""
+    mark = mark_of(entry)
+    return mark.stat().st_mtime_ns if mark.exists() else 0
+
+
+def fingerprint(dataset: Dataset) -> str:
+    """Returns dataset.fingerprint(); of many files of which none has changed since, without reading them again."""
+    train, test = (_stamps(dataset, split, range(len(dataset.labels(split)))) for split in ("train", "test"))
+    if train is None or test is None or not _worth_keeping([*train, *test]):
+        return dataset.fingerprint()
+    try:
+        file = private_folder("fingerprints") / f"{_key(dataset, [*train, *test], list(dataset.class_names), len(train))}.json"
+    except RunFilesError:  # no folder can be written
+        return dataset.fingerprint()
+    with contextlib.suppress(OSError, ValueError):
+        kept = json.loads(read_bytes(file))
+        if isinstance(kept, dict) and kept.get("key") == file.stem and isinstance(kept.get("fingerprint"), str):
+            return str(kept["fingerprint"])
+    found = dataset.fingerprint()
+    if _writes.get():
+        try:
+            write_json(file, {"key": file.stem, "fingerprint": found})
+        except RunFilesError as error:
+            log.info("The fingerprint of the data could not be cached: %s", error)
+    return found

@@ -1,11 +1,14 @@
-"""The real data of a run: the accessible images, the test set, and nothing opened that need not be."""
+"""The real data of a run: its dataset, by name or passed in Python, the accessible images and the test set; no other image is opened."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,18 +17,63 @@ from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.guard import advice
 from ddkit.components.observers import Observers, Report
-from ddkit.data.images import Kinds
-from ddkit.data.loading import load_images, surveyed
-from ddkit.data.memmap import blocks, give_back, rows_of
-from ddkit.data.spectra import spread
+from ddkit.data.images import Kinds, blocks, give_back, rows_of, spread
+from ddkit.data.loading import Shape, load_images, surveyed
 from ddkit.distributed import ALONE, Ranks, class_rows
-from ddkit.errors import InputError, doubles, is_its_own, is_text, shown, told
+from ddkit.errors import FlagError, InputError, doubles, is_its_own, is_text, shown, told
 from ddkit.files import bytes_of
 from ddkit.recipes.tables import DataTable, Recipe
 from ddkit.seeding import generator
 
 log = logging.getLogger("ddkit")
 HASHED_ROWS = 100  # images that are hashed at once
+PYTHON = "python"  # the dataset that stands for objects
+
+
+class Passed(NamedTuple):
+    """Datasets that are Python objects: `train` and `test` (None: some of `train` is held out), and what was found out about them once."""
+
+    train: Any
+    test: Any
+    known: dict[str, Any]
+
+
+_PASSED: ContextVar[Passed | None] = ContextVar("ddkit_passed", default=None)
+
+
+def passed_dataset() -> Passed | None:
+    """Returns the datasets that the caller of ddkit.distill, evaluate or train passed as objects, None where there are none."""
+    return _PASSED.get()
+
+
+@contextmanager
+def passing(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Inside, `dataset` is the recipe's; yields the values of recipe paths (dots as double underscores) that say so.
+
+    `dataset` is a name or None, which are yielded as they are, a dataset, or (training, test). Raises FlagError for anything else,
+    InputError for a dataset that cannot be used.
+    """
+    if dataset is None or isinstance(dataset, str):
+        yield {"data__use": dataset}
+        return
+    pair = dataset if isinstance(dataset, tuple) else (dataset, None)
+    if len(pair) != 2:
+        raise FlagError(f"dataset: a tuple is (training, test), two datasets; got one of {len(pair)}.")
+    for each in pair:
+        if each is not None and not (hasattr(each, "__len__") and hasattr(each, "__getitem__")):
+            raise FlagError(
+                f"dataset: an object of the type {type(each).__name__} cannot be used. It is a name, such as 'imagefolder:PATH', or a "
+                "dataset with a length and an [index] that gives (image, label), such as torch's map-style datasets, or (training, test) "
+                "of these."
+            )
+    if pair[0] is None:
+        raise FlagError("dataset: the training dataset is None. Pass it, or (training, test).")
+    token = _PASSED.set(Passed(*pair, {}))
+    try:
+        made = registry.create("dataset", PYTHON)
+        yield {"data__use": PYTHON, "data__labels": made.options.labels}  # tells an evaluation whether it is the run's own data
+    finally:
+        _PASSED.reset(token)
 
 
 def open_dataset(table: DataTable) -> Dataset:
@@ -39,22 +87,17 @@ def open_dataset(table: DataTable) -> Dataset:
             raise
         helps = advice("dataset", dataset)
         raise InputError(f"The dataset '{table.use}' could not be opened: {told(error)}.{helps}") from error
-    check_names(names, table.use)
+    for twice in doubles(names):
+        raise InputError(f"The dataset '{table.use}' has two classes called '{twice}'. Rename one of them.")
+    for name in names:
+        if not is_text(name):
+            raise InputError(f"The dataset '{table.use}' has a class whose name is no UTF-8 text ({shown(name)}). Rename it.")
     if len(counts) > len(names):
         raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
     for name, count in zip(names, counts, strict=True):
         if count == 0:
             raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add some or remove the class.")
     return dataset
-
-
-def check_names(names: Sequence[str], use: str) -> None:
-    """Raises InputError where two classes of the dataset `use` have one name, or a name cannot be written to a file."""
-    for twice in doubles(names):
-        raise InputError(f"The dataset '{use}' has two classes called '{twice}'. Rename one of them.")
-    for name in names:
-        if not is_text(name):
-            raise InputError(f"The dataset '{use}' has a class whose name is no UTF-8 text ({shown(name)}). Rename it.")
 
 
 def data_info(dataset: Dataset, shape: Sequence[int]) -> DataInfo:
@@ -102,7 +145,7 @@ def _chosen_indices(labels: Tensor, classes: int, seed: int, part: slice) -> lis
     return torch.cat([order[:0], *chosen]).tolist()
 
 
-def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: tuple[int, int, int] | None, ranks: Ranks) -> tuple[int, int, int]:
+def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: Shape | None, ranks: Ranks) -> Shape:
     """Returns the shape of all processes' images, of which this one has `indices`: `shape`, or what a single process would find."""
     if shape is not None:
         return shape
@@ -113,7 +156,7 @@ def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: tuple[int, in
     return together.shape
 
 
-def colour(dataset: Dataset, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+def colour(dataset: Dataset, shape: Shape) -> Shape:
     """Returns the shape of a run's images, `shape` being that of the accessible ones: with 3 channels if others are in colour."""
     return (3, *shape[1:]) if shape[0] == 1 and not dataset.grey() else shape
 
@@ -150,7 +193,7 @@ class RealData:
         dataset: Dataset,
         pipc: int | str,
         seed: int,
-        shape: tuple[int, int, int] | None = None,
+        shape: Shape | None = None,
         *,
         held_out: int | None = None,
         ranks: Ranks = ALONE,
@@ -238,7 +281,7 @@ class RealData:
         cls,
         recipe: Recipe,
         dataset: Dataset,
-        shape: tuple[int, int, int] | None,
+        shape: Shape | None,
         ranks: Ranks = ALONE,
         watchers: Observers | None = None,
     ) -> RealData:

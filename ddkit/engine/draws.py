@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from ddkit.components.base import Augmenter, DataInfo, Model
 from ddkit.components.guard import blamed
-from ddkit.data.images import Normalisation
-from ddkit.data.memmap import on_disk, rows_of
+from ddkit.data.images import Normalisation, on_disk, rows_of
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import check_like
 from ddkit.errors import RunFailed

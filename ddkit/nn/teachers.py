@@ -20,12 +20,9 @@ from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.observers import Observers, Report
 from ddkit.components.options import written_options
-from ddkit.data.image_cache import fingerprint
-from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics
-from ddkit.data.loading import load_images
-from ddkit.data.memmap import rows_of
+from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics, rows_of, spread
+from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import RealData, data_info
-from ddkit.data.spectra import spread
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import (

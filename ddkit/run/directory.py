@@ -16,7 +16,7 @@ import msgspec
 import tomli_w
 
 from ddkit.components.base import Evaluation
-from ddkit.data.images import sheet_png
+from ddkit.data.pictures import sheet_png
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import (

@@ -14,8 +14,7 @@ from ddkit.components import trust
 from ddkit.components.base import DataInfo, Evaluation, EvaluationData, Evaluator
 from ddkit.components.guard import blamed
 from ddkit.components.observers import Observers
-from ddkit.data.objects import passing
-from ddkit.data.real import RealData, check_held_out, open_dataset
+from ddkit.data.real import RealData, check_held_out, open_dataset, passing
 from ddkit.distributed import ALONE, Ranks, group, own_device
 from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import json_bytes

@@ -17,7 +17,7 @@ from torch import Tensor
 from ddkit.components.base import Evaluation
 from ddkit.components.observers import Observers
 from ddkit.components.registry import watchers_of
-from ddkit.data.objects import passed_dataset
+from ddkit.data.real import passed_dataset
 from ddkit.distributed import Ranks
 from ddkit.engine.bank import Bank
 from ddkit.engine.loop import Engine

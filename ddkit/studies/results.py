@@ -11,8 +11,7 @@ import msgspec
 import torch
 
 from ddkit.components.registry import split_name
-from ddkit.data.images import sheet_png
-from ddkit.data.spectra import high_frequency_share, radial_spectrum
+from ddkit.data.pictures import high_frequency_share, radial_spectrum, sheet_png
 from ddkit.errors import DdkitError
 from ddkit.files import path_part, write_atomic
 from ddkit.run.artifact import load

@@ -26,7 +26,7 @@ from PIL import Image, ImageFile
 import ddkit
 from ddkit.cli.common import LogFormat
 from ddkit.data.arrays import check_declared
-from ddkit.data.images import sheet_png
+from ddkit.data.pictures import sheet_png
 from ddkit.errors import printable
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.markdown import markdown

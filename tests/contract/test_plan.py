@@ -81,7 +81,7 @@ def test_a_plan_trains_and_writes_nothing(
 ) -> None:
     cache = tmp_path / "cache"
     monkeypatch.setenv("DDKIT_CACHE", str(cache))
-    for count, name in (("FEW_IMAGES", "ddkit.data.image_cache.FEW_IMAGES"), ("SETTLED_NS", "ddkit.data.image_cache.SETTLED_NS")):
+    for count, name in (("FEW_IMAGES", "ddkit.data.loading.FEW_IMAGES"), ("SETTLED_NS", "ddkit.data.loading.SETTLED_NS")):
         monkeypatch.setattr(name, 0 if count == "FEW_IMAGES" else -(10**18))  # so that a run does keep its images
     flags = ("distill", "--losses", "dm,dkkt", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
     with monkeypatch.context() as patch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -9,7 +10,6 @@ import stat
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ddkit
 from ddkit.components.base import Dataset
-from ddkit.data import image_cache
+from ddkit.data import loading
 from ddkit.data.images import conform
-from ddkit.data.loading import load_images
+from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import RealData, accessible_indices, open_dataset
 from ddkit.files import write_tensors
 from ddkit.recipes.tables import DataTable
@@ -64,15 +64,16 @@ def write_classes(root: Path, *, each: int, test: int = 2, size: tuple[int, int]
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Returns the folder of the image cache, which does not exist yet."""
+    """Returns the folder of the image cache, which does not exist yet; 32 images are enough to be kept."""
     monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "FEW_IMAGES", 32)
     return tmp_path / "cache/images"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, cache: Path) -> Path:
-    """Returns an image folder of three classes of 12 old images, enough to be cached."""
-    return write_classes(tmp_path / "data", each=12)
+    """Returns an image folder of three classes of 12 old training images, and 11 to test."""
+    return write_classes(tmp_path / "data", each=12, test=11)
 
 
 @pytest.fixture
@@ -275,56 +276,47 @@ def test_conforming_gives_up_each_image_as_it_goes() -> None:
 
 
 def test_second_load_opens_no_image_and_gives_the_same(folder: Path, opens: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    first = everything(folder).clone()
-    assert len(opens) == 36
-    opens.clear()
-    second = everything(folder)
-    assert opens == []
-    assert torch.equal(first, second)
-    assert second.dtype == torch.uint8
+    write_old(folder / "train/dog/004.bmp", np.full((9, 5, 3), 99))
+    for split, count, read in (("train", 36, lambda: everything(folder)), ("test", 33, lambda: RealData(opened(folder), 1, 0).test_set[0])):
+        first = read().clone()
+        opens.clear()
+        second = read()
+        assert len(opens) == (0 if split == "train" else 3), "too few accessible images to keep"
+        assert torch.equal(first, second)
+        assert (len(second), second.dtype) == (count, torch.uint8)
     # negative control: another cache has to open them
     monkeypatch.setenv("DDKIT_CACHE", str(folder.parent / "other"))
-    assert torch.equal(everything(folder), first)
+    opens.clear()
+    everything(folder)
     assert len(opens) == 36
 
 
-def test_test_images_are_cached_too(tmp_path: Path, cache: Path, opens: list[str]) -> None:
-    folder = write_classes(tmp_path / "data", each=2, test=20)
-    first = RealData(opened(folder), 1, 0).test_set
+def test_the_notice_of_resized_images_is_repeated_from_the_cache(folder: Path, opens: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    write_old(folder / "train/dog/004.bmp", np.full((9, 5, 3), 99))
+    everything(folder)
     opens.clear()
-    second = RealData(opened(folder), 1, 0).test_set
-    assert len(opens) == 3  # too few accessible images to keep
-    assert torch.equal(first[0], second[0])
-    assert torch.equal(first[1], second[1])
+    everything(folder)
+    assert opens == []
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert said == ["1 of 36 images were resized to 6 x 5 pixels."] * 2
 
 
-@pytest.mark.parametrize("change", ["time", "size"])
-def test_a_changed_file_gives_fresh_pixels(folder: Path, cache: Path, change: str) -> None:
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "later": lambda file: write_old(file, np.full((6, 5, 3), 99), LONG_AGO_NS + 1),
+    "other size": lambda file: os.utime(write_old(file.with_suffix(".png"), np.full((6, 5, 3), 99)).replace(file), ns=(LONG_AGO_NS,) * 2),
+    "same time and size, in place": lambda file: write_old(file, np.full((6, 5, 3), 99)),
+    "same time and size, unpacked over it": lambda file: write_old(file.parents[1] / "new.bmp", np.full((6, 5, 3), 99)).replace(file),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_file_gives_fresh_pixels(folder: Path, opens: list[str], change: Callable[[Path], object]) -> None:
     stale = everything(folder).clone()
-    file = folder / "train/dog/004.bmp"
-    if change == "time":
-        write_old(file, np.full((6, 5, 3), 99), LONG_AGO_NS + 1)
-    else:
-        write_old(file.with_suffix(".png"), np.full((6, 5, 3), 99)).replace(file)
-        os.utime(file, ns=(LONG_AGO_NS, LONG_AGO_NS))
+    change(folder / "train/dog/004.bmp")
+    opens.clear()
     fresh = everything(folder)
     assert (fresh[16] == 99).all()
     assert torch.equal(fresh[torch.arange(36) != 16], stale[torch.arange(36) != 16])
-
-
-@pytest.mark.parametrize("how", ["in place", "unpacked over it"])
-def test_a_file_changed_under_the_same_time_and_size_is_seen(folder: Path, opens: list[str], how: str) -> None:
-    stale = everything(folder).clone()
-    opens.clear()
-    file = folder / "train/dog/004.bmp"
-    if how == "in place":
-        write_old(file, np.full((6, 5, 3), 99))
-    else:
-        write_old(folder / "new.bmp", np.full((6, 5, 3), 99)).replace(file)
-    fresh = everything(folder)
-    assert (fresh[16] == 99).all()
-    assert not torch.equal(fresh, stale)
-    assert len(opens) == 36
     everything(folder)
     assert len(opens) == 36, "and what is unchanged is not opened again"
 
@@ -336,15 +328,6 @@ def test_a_file_changed_a_moment_ago_is_not_cached(folder: Path, cache: Path) ->
     assert entries(cache) == []
     write_old(folder / "train/dog/004.bmp", np.full((6, 5, 3), 7), now)  # in the same tick of a coarse clock
     assert (everything(folder)[16] == 7).all()
-
-
-def test_replaced_added_and_reordered_files_are_other_entries(folder: Path, cache: Path) -> None:
-    first = everything(folder).clone()
-    (folder / "train/cat/000.bmp").rename(folder / "train/cat/zzz.bmp")
-    assert torch.equal(everything(folder)[11], first[0])
-    write_old(folder / "train/cat/zzzz.bmp", np.full((6, 5, 3), 1))
-    assert len(everything(folder)) == 37
-    assert len(entries(cache)) == 3
 
 
 def test_what_decides_the_pixels_makes_entries_of_its_own(folder: Path, cache: Path, opens: list[str]) -> None:
@@ -361,116 +344,64 @@ def test_what_decides_the_pixels_makes_entries_of_its_own(folder: Path, cache: P
     everything(folder, holdout=0.3)  # an option that decides no pixel
     assert opens == []
     assert torch.equal(everything(folder, size=[3, 4]), found[1])
-
-
-def test_the_notice_of_resized_images_is_repeated_from_the_cache(folder: Path, opens: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    write_old(folder / "train/dog/004.bmp", np.full((9, 5, 3), 99))
-    said = []
-    for _ in range(2):
-        caplog.clear()
-        opens.clear()
-        everything(folder)
-        said.append([record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING])
-    assert opens == []
-    assert said == [["1 of 36 images were resized to 6 x 5 pixels."]] * 2
+    (folder / "train/cat/000.bmp").rename(folder / "train/cat/zzz.bmp")
+    assert torch.equal(everything(folder)[11], found[0][0])
+    write_old(folder / "train/cat/zzzz.bmp", np.full((6, 5, 3), 1))
+    assert len(everything(folder)) == 37
+    assert len(entries(cache)) == 7
 
 
 def test_writing_into_loaded_images_changes_no_later_load(folder: Path, cache: Path) -> None:
     first = everything(folder).clone()
     content = entries(cache)[0].read_bytes()
-    mapped = everything(folder)
-    mapped.fill_(7)
+    everything(folder).fill_(7)
     assert torch.equal(everything(folder), first)
-    assert (mapped == 7).all()
     assert entries(cache)[0].read_bytes() == content
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells mappings on Linux only")
-def test_cached_images_are_a_mapping_of_the_file(folder: Path, cache: Path) -> None:
-    decoded = everything(folder)
-    name = entries(cache)[0].name
-    assert name not in Path("/proc/self/maps").read_text()
-    mapped = everything(folder)
-    assert name in Path("/proc/self/maps").read_text()
-    entries(cache)[0].unlink()  # another process makes room: what is mapped stays
-    assert torch.equal(mapped, decoded)
+def _exchange(file: Path) -> None:
+    file.write_bytes(bytes(len(file.read_bytes())))  # all is right but the pixels
 
 
-def _truncate(file: Path, other: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-9])
+def _put_a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
 
 
-def _flip(file: Path, other: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1000] ^= 255
-    file.write_bytes(content)
-
-
-def _strip(file: Path, other: Path) -> None:
-    save_file(load_file(file), file)
-
-
-def _retell(file: Path, other: Path) -> None:
-    images = load_file(file)["images"][1:].contiguous()
-    write_tensors(file, {"images": images}, {"key": file.stem, "resized": 0, "checksum": zlib.crc32(images.numpy())})
-
-
-DAMAGE: dict[str, Callable[[Path, Path], object]] = {
-    "empty": lambda file, other: file.write_bytes(b""),
-    "garbage": lambda file, other: file.write_bytes(b"\xff" * 400),
-    "truncated": _truncate,
-    "one byte": _flip,
-    "another entry": lambda file, other: file.write_bytes(other.read_bytes()),
-    "no metadata": _strip,
-    "no images": lambda file, other: write_tensors(file, {"x": torch.zeros(2)}, {"key": file.stem, "resized": 0, "checksum": None}),
-    "wrong shape": _retell,
-    "wrong record": lambda file, other: write_tensors(file, load_file(file), {"key": [], "resized": None, "checksum": {}}),
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "empty": lambda file: file.write_bytes(b""),
+    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-9]),
+    "exchanged": _exchange,
+    "gone": lambda file: file.unlink(),
+    "no record": lambda file: loading.mark_of(file).unlink(),
+    "empty record": lambda file: loading.mark_of(file).write_text(""),
+    "wrong record": lambda file: loading.mark_of(file).write_text('{"stamp": [], "bytes": 1, "shape": "?", "resized": null}'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_a_damaged_entry_is_decoded_again_and_replaced(
-    folder: Path, cache: Path, opens: list[str], damage: Callable[[Path, Path], object]
+    folder: Path, cache: Path, opens: list[str], damage: Callable[[Path], object]
 ) -> None:
     first = everything(folder).clone()
-    (file,) = entries(cache)
-    everything(folder, size=[6, 5])
-    (other,) = set(entries(cache)) - {file}
-    damage(file, other)
-    image_cache.vouch(file, image_cache._mark(file))  # so that its content is looked at
+    damage(entries(cache)[0])
     opens.clear()
-    assert torch.equal(everything(folder), first)
-    assert len(opens) == 36
-    assert torch.equal(everything(folder), first)
-    assert len(opens) == 36, "the entry is whole again"
-
-
-def test_an_exchanged_entry_is_decoded_again(folder: Path, cache: Path, opens: list[str]) -> None:
-    first = everything(folder).clone()
-    (file,) = entries(cache)
-    tensors, record = image_cache.read_tensors(file, verify=False)
-    dark = torch.zeros_like(tensors["images"])
-    write_tensors(file, {"images": dark}, record | {"checksum": zlib.crc32(dark.numpy())}, digest=False)  # all is right but the pixels
-    opens.clear()
-    assert torch.equal(everything(folder), first)
-    assert len(opens) == 36
-    everything(folder)
-    assert len(opens) == 36  # negative control: the new entry is used
+    for _ in range(2):
+        assert torch.equal(everything(folder), first)
+        assert len(opens) == 36, "the second time the entry is whole again"
 
 
 def test_an_entry_that_is_a_folder_is_in_nobodys_way(folder: Path, cache: Path) -> None:
     first = everything(folder).clone()
-    (file,) = entries(cache)
-    file.unlink()
-    file.mkdir()
+    _put_a_folder(entries(cache)[0])
     assert torch.equal(everything(folder), first)
 
 
 def _full_disk(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    def fail(*arguments: Any, **named: Any) -> None:
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    monkeypatch.setattr(loading, "_write", fail)
 
 
 def _no_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -499,8 +430,11 @@ def test_a_cache_that_cannot_be_written_fails_no_run(
 
 
 def test_a_tensor_file_that_cannot_be_written_is_an_error_and_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
     write_tensors(tmp_path / "a", {"x": torch.ones(3)}, {})
-    _full_disk(monkeypatch, tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(ddkit.RunFilesError, match=r"a cannot be written: .*No space left"):
         write_tensors(tmp_path / "a", {"x": torch.zeros(3)}, {})
     assert load_file(tmp_path / "a")["x"].tolist() == [1, 1, 1]
@@ -513,12 +447,12 @@ def test_the_least_recently_used_entries_make_room(folder: Path, cache: Path, mo
         before = set(entries(cache))
         everything(folder, size=[size, 8])
         (made[size],) = set(entries(cache)) - before
-        os.utime(image_cache.mark_of(made[size]), (time.time() - age, time.time() - age))
+        os.utime(loading.mark_of(made[size]), (time.time() - age, time.time() - age))
     opens.clear()
     everything(folder, size=[4, 8])  # used again
     assert opens == []
     total = sum(file.stat().st_size for file in entries(cache))
-    monkeypatch.setattr(image_cache, "LIMIT_BYTES", total)
+    monkeypatch.setattr(loading, "LIMIT_BYTES", total)
     everything(folder, size=[4, 8])  # a hit writes nothing, so nothing goes
     assert set(entries(cache)) == set(made.values())
     everything(folder, size=[5, 9])
@@ -528,19 +462,21 @@ def test_the_least_recently_used_entries_make_room(folder: Path, cache: Path, mo
 
 
 def test_images_larger_than_the_whole_cache_are_not_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_cache, "LIMIT_BYTES", 36 * 3 * 6 * 5 - 1)
-    everything(folder)
-    assert entries(cache) == []
-    monkeypatch.setattr(image_cache, "LIMIT_BYTES", 36 * 3 * 6 * 5)
-    everything(folder)
-    assert len(entries(cache)) == 1, "the newest stays"
+    for limit, count in ((-1, 0), (0, 1)):
+        monkeypatch.setattr(loading, "LIMIT_BYTES", 36 * 3 * 6 * 5 + limit)
+        everything(folder)
+        assert len(entries(cache)) == count, "the newest stays"
 
 
-def test_a_few_small_images_are_not_cached_and_a_few_large_ones_are(tmp_path: Path, cache: Path) -> None:
-    everything(write_classes(tmp_path / "small", each=3))
-    assert entries(cache) == []
-    everything(write_classes(tmp_path / "large", each=3, size=(200, 200)))
-    assert len(entries(cache)) == 1
+def test_many_images_are_cached_and_many_bytes_of_them_and_a_few_are_not(
+    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_of_all = sum(file.stat().st_size for file in folder.glob("train/*/*"))
+    monkeypatch.setattr(loading, "FEW_IMAGES", 37)
+    for few, count in ((bytes_of_all + 1, 0), (bytes_of_all, 1)):
+        monkeypatch.setattr(loading, "FEW_BYTES", few)
+        everything(folder)
+        assert len(entries(cache)) == count
 
 
 @pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
@@ -582,51 +518,18 @@ def test_any_data_set_with_files_is_cached_and_without_them_none(cache: Path, tm
     assert stranger.asked == 80
 
 
-def test_data_in_memory_is_not_cached(tmp_path: Path, cache: Path) -> None:
-    x = np.random.default_rng(0).integers(0, 256, (80, 4, 4), dtype=np.uint8)
-    np.savez(tmp_path / "a.npz", x_train=x, y_train=np.arange(80) % 2, x_test=x[:2], y_test=np.arange(2))
-    real = RealData(open_dataset(DataTable(use=f"npz:{tmp_path / 'a.npz'}")), "all", 0)
-    assert torch.equal(real.images, torch.from_numpy(np.concatenate([x[::2], x[1::2]]))[:, None])
-    assert entries(cache) == []
-
-
 # The fingerprint of all files
 
 
-def settled(folder: Path) -> None:
-    """Makes the files look as if nobody had touched them for a while."""
-    for file in folder.rglob("*.png"):
-        os.utime(file, (1_000_000_000, 1_000_000_000))
-
-
-def test_a_fingerprint_is_computed_once_for_unchanged_files(image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from ddkit.data.image_cache import fingerprint
-
-    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "own cache"))
-    settled(image_folder)
-
-    def dataset() -> ddkit.Dataset:
-        return open_dataset(DataTable(use=f"imagefolder:{image_folder}"))
-
-    right = dataset().fingerprint()
-    assert fingerprint(dataset()) == right
+def test_a_fingerprint_is_computed_once_for_unchanged_files(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = opened(folder).fingerprint()
+    assert fingerprint(opened(folder)) == right
     with monkeypatch.context() as patch:
-        patch.setattr(type(dataset()), "fingerprint", lambda self: pytest.fail("the files were read again"))
-        assert fingerprint(dataset()) == right
-    changed = next(image_folder.rglob("*.png"))
-    changed.write_bytes(changed.read_bytes() + b"more")
-    os.utime(changed, (1_000_000_001, 1_000_000_001))
-    assert fingerprint(dataset()) == dataset().fingerprint() != right
-
-
-def test_a_damaged_fingerprint_is_computed_again(image_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from ddkit.data.image_cache import fingerprint
-
-    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "own cache"))
-    settled(image_folder)
-    found = open_dataset(DataTable(use=f"imagefolder:{image_folder}"))
-    right = fingerprint(found)
-    (file,) = (tmp_path / "own cache" / "private" / "fingerprints").iterdir()
+        patch.setattr(type(opened(folder)), "fingerprint", lambda self: pytest.fail("the files were read again"))
+        assert fingerprint(opened(folder)) == right
+    (file,) = cache.parent.glob("private/fingerprints/*")
     for text in ("{", "[]", '{"key": "another", "fingerprint": "x"}'):
         file.write_text(text)
-        assert fingerprint(found) == right
+        assert fingerprint(opened(folder)) == right
+    write_old(folder / "train/cat/000.bmp", np.zeros((6, 5, 3)), LONG_AGO_NS + 10**9)
+    assert fingerprint(opened(folder)) == opened(folder).fingerprint() != right

@@ -18,8 +18,7 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from torchvision import transforms
 
 import ddkit
-from ddkit.data.objects import passing
-from ddkit.data.real import open_dataset
+from ddkit.data.real import open_dataset, passing
 from ddkit.recipes.tables import DataTable
 from tests.conftest import SMALL, Result
 

@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 import ddkit
-from ddkit.data import image_cache
-from ddkit.data.images import Normalisation, channel_statistics
+from ddkit.data import loading
+from ddkit.data.images import Normalisation, blocks, channel_statistics, give_back, mapped, on_disk, rows_of
 from ddkit.data.loading import load_images
-from ddkit.data.memmap import blocks, mapped, on_disk, rows_of
 from ddkit.data.real import RealData, open_dataset
 from ddkit.nn.training import Schedule, accuracy, fit
 from ddkit.recipes.tables import DataTable
@@ -50,6 +48,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loading, "FEW_IMAGES", 100)
     return tmp_path / "cache"
 
 
@@ -69,7 +68,7 @@ def test_streamed_images_are_the_same_and_lie_on_the_disk(
     pictures: Path, cache: Path, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not cached:
-        monkeypatch.setattr(image_cache, "_worth_keeping", lambda stamps: False)
+        monkeypatch.setattr(loading, "_worth_keeping", lambda stamps: False)
     first, again = images_of(pictures, 1), images_of(pictures, 1)
     assert on_disk(first)
     assert on_disk(again)
@@ -149,19 +148,12 @@ def test_large_images_that_are_small_once_resized_are_held(tmp_path: Path) -> No
 
 @pytest.mark.skipif(os.name != "posix", reason="a file without a name")
 def test_no_room_on_the_disk_is_an_error_that_says_what_helps(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_cache, "LIMIT_BYTES", 1)
+    monkeypatch.setattr(loading, "LIMIT_BYTES", 1)
 
-    class Full:
-        def __enter__(self) -> Full:
-            return self
+    def full(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __exit__(self, *_: object) -> None: ...
-
-        def write(self, content: object) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    original = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *a, prefix=None, dir=None: Full() if prefix else original(dir=dir))
+    monkeypatch.setattr(loading, "_write", full)
     with pytest.raises(ddkit.InputError, match=r"180 images take 2 MiB, more than data\.memory, .*\(No space left on device\)\. Make room"):
         images_of(pictures, 1)
 
@@ -294,11 +286,15 @@ def test_the_budget_is_a_setting_with_a_bound(cli: Callable[..., Result]) -> Non
     assert "data.memory = 0 is not possible" in " ".join(result.err.split())
 
 
-def test_a_mapped_tensor_outlives_its_file(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(bytes(range(24)))
-    with (tmp_path / "a").open("rb") as file:
-        found = mapped(file, torch.uint8, (2, 1, 2, 2), offset=16)
-    (tmp_path / "a").unlink()
-    assert found.flatten().tolist() == list(range(16, 24))
+def test_a_mapped_tensor_outlives_its_file_and_does_not_write_it(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(bytes(range(8)))
+    found = mapped(str(file), torch.uint8, (2, 1, 2, 2))
     assert on_disk(found)
     assert not on_disk(found.clone())
+    found[0] = 9
+    assert file.read_bytes() == bytes(range(8))
+    file.unlink()
+    assert found.flatten().tolist() == [9, 9, 9, 9, 4, 5, 6, 7]
+    give_back(found)
+    assert found.flatten().tolist() == list(range(8))

@@ -23,7 +23,8 @@ from torch import Tensor
 
 import ddkit
 from ddkit.components.base import Dataset
-from ddkit.data.images import Kinds, Normalisation, _fonts, _written, channel_statistics, conform, sheet_png
+from ddkit.data.images import Kinds, Normalisation, channel_statistics, conform
+from ddkit.data.pictures import _fonts, _written, sheet_png
 from ddkit.data.real import RealData, accessible_indices, open_dataset
 from ddkit.nn.teachers import read_teacher
 from ddkit.recipes.tables import DataTable
@@ -965,7 +966,7 @@ def test_sheet_has_a_row_per_class_and_takes_any_name() -> None:
 
 def test_names_are_drawn_in_a_font_that_has_their_letters_or_told_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _written("cat 1", 3) == ("cat 1", _fonts()[0])
-    monkeypatch.setattr("ddkit.data.images._fonts", lambda: (_fonts()[0],))
+    monkeypatch.setattr("ddkit.data.pictures._fonts", lambda: (_fonts()[0],))
     assert _written("два слова", 3) == ("class 3", _fonts()[0])
 
 
@@ -985,7 +986,7 @@ def test_many_classes_stand_side_by_side_and_of_very_many_the_first(monkeypatch:
     width, height = size(1000)
     assert width * height < 1000 * 36 * 200
     assert 0.5 < width / height < 2
-    monkeypatch.setattr("ddkit.data.images.MOST_PIXELS", 100 * 100 * 36)
+    monkeypatch.setattr("ddkit.data.pictures.MOST_PIXELS", 100 * 100 * 36)
     assert size(1000)[0] * size(1000)[1] < 150 * 100 * 36
 
 

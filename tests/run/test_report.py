@@ -22,7 +22,7 @@ from PIL import Image
 
 import ddkit
 from ddkit.api import resume
-from ddkit.data.spectra import radial_spectrum
+from ddkit.data.pictures import radial_spectrum
 from ddkit.run import report
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set

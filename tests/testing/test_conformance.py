@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddkit import testing
 from ddkit.components import registry
-from ddkit.data.objects import passing
+from ddkit.data.real import passing
 from ddkit.testing import (
     AugmenterConformance,
     DatasetConformance,

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ddkit.data.spectra import radial_spectrum, spread
+from ddkit.data.images import spread
+from ddkit.data.pictures import radial_spectrum
 from ddkit.errors import DdkitError, RunFilesError
 from ddkit.files import check_out, write_atomic
 from ddkit.run import snapshots, warnings

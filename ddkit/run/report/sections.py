@@ -10,7 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ddkit.data.spectra import radial_spectrum
+from ddkit.data.pictures import radial_spectrum
 from ddkit.run.artifact import Artifact
 from ddkit.run.manifest import SET
 from ddkit.run.report.charts import (

@@ -1,4 +1,4 @@
-"""Spectra: known images have known ones."""
+"""Pictures and spectra of a set: known images have known ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ddkit.data.spectra import high_frequency_share, power, radial_spectrum
+from ddkit.data.pictures import high_frequency_share, power, radial_spectrum
 from ddkit.errors import InputError
 
 

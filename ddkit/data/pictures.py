@@ -1,0 +1,145 @@
+"""What is shown of a set: its images in one picture, and its spectrum, how the images' power is spread over spatial frequencies."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddkit.data.images import MOST_VALUES, blocks, to_unit
+from ddkit.errors import InputError, printable
+
+LONGEST_NAME = 60  # characters of a class name in a picture
+MANY_CLASSES = 100  # whose rows, of 64 pixels, may stand below each other; more are drawn smaller
+MOST_HEIGHT, MOST_PIXELS = 7000, 10_000_000  # of a picture; viewers give up on towers
+HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
+
+
+def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
+    """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
+
+    Where the rows would make a tower they stand in several columns, and of very many classes the first are shown; a line says so. Names
+    in letters that Pillow's own font lacks are in a font of the system, and where it has none the class is called by its number.
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = images.shape[2:]
+    rows = labels.unique().tolist()
+    scale = max(1, round((64 if len(rows) <= MANY_CLASSES else 32) / max(height, width)))
+    most = min(columns, int(labels.bincount().max()))
+    cell_h, cell_w = height * scale + 4, width * scale + 4
+    most_rows = MOST_PIXELS // (cell_h * cell_w) + 1
+    names = {label: _written(" ".join(printable(class_names[label]).split())[:LONGEST_NAME], label) for label in rows[:most_rows]}
+    margin = 12 + max(int(font.getlength(name)) for name, font in names.values())
+    row_w = margin + most * cell_w
+    shown = rows[: max(1, MOST_PIXELS // (row_w * cell_h))]
+    deep = _depth(len(shown), row_w, cell_h)
+    footer = 24 if len(shown) < len(rows) else 0
+    sheet = Image.new("RGB", (-(-len(shown) // deep) * row_w, min(deep, len(shown)) * cell_h + footer), "white")
+    draw = ImageDraw.Draw(sheet)
+    pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    for number, label in enumerate(shown):
+        left, top = number // deep * row_w, number % deep * cell_h
+        name, own = names[label]
+        draw.text((left + 6, top + cell_h // 2), name, fill="black", font=own, anchor="lm")
+        for x, image in enumerate(pixels[labels == label][:most]):
+            array = image.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy()
+            tile = Image.fromarray(array).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + margin + x * cell_w, top + 2))
+    if footer:
+        draw.text(
+            (6, sheet.height - 12), f"The first {len(shown):,} of {len(rows):,} classes.", fill="black", font=_fonts()[0], anchor="lm"
+        )
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "NotoSans-Regular.ttf",
+    "Arial Unicode.ttf",
+    "arial.ttf",
+    "msgothic.ttc",
+    "YuGothM.ttc",
+)
+
+
+@cache
+def _fonts() -> tuple[Any, ...]:
+    """Returns Pillow's own font, then those of the system that are there."""
+    from PIL import ImageFont
+
+    found = [ImageFont.load_default(size=14)]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size=14))
+    return tuple(found)
+
+
+def _written(name: str, label: int) -> tuple[str, Any]:
+    """Returns (name, font) as it can be drawn: the first font that has all of its letters."""
+    for font in _fonts()[: 1 if name.isascii() else None]:
+        if all(_has(font, letter) for letter in set(name)):
+            return name, font
+    return f"class {label}", _fonts()[0]
+
+
+@cache
+def _has(font: Any, letter: str) -> bool:
+    """Whether a font has a letter: what it lacks is drawn as one and the same box."""
+    return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
+
+
+def _depth(rows: int, width: int, height: int) -> int:
+    """Returns how many of `rows` rows, each of width x height pixels, stand below each other: all, or as many as make a square."""
+    if rows * height <= MOST_HEIGHT:
+        return rows
+    return -(-rows // max(2, round((rows * height / width) ** 0.5)))
+
+
+def power(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns (frequency, power) of every Fourier coefficient of images (n, C, H, W), floats or uint8: two tensors (H, W // 2 + 1).
+
+    Frequencies are radial, in cycles per pixel, 0 to 0.71. The power is averaged over images and channels, after each
+    channel's mean was taken off; coefficients that stand for a mirrored one too count twice.
+    """
+    height, width = images.shape[-2:]
+    found = torch.zeros(height, width // 2 + 1, dtype=torch.float64)
+    for part in blocks(images, max(1, MOST_VALUES // max(1, images[:1].numel()))):
+        x = to_unit(part).double()
+        size = torch.fft.rfft2(x - x.mean((-2, -1), keepdim=True)).abs()
+        found = found + len(part) / max(1, len(images)) * size.square().flatten(0, 1).mean(0)
+    across = torch.fft.rfftfreq(width, dtype=torch.float64)
+    twice = 2.0 - ((across == 0) | (across == 0.5)).double()
+    frequency = (torch.fft.fftfreq(height, dtype=torch.float64)[:, None].square() + across.square()).sqrt()
+    return frequency, found * twice
+
+
+def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[float]]:
+    """Returns (frequencies, shares): the middle of `bins` equal bands from 0 to 0.5 cycles per pixel, and each band's share.
+
+    Shares are of all power but the mean's; what lies beyond 0.5 (diagonals) counts to the last band. Shares are 0 for
+    images without contrast. Raises InputError for images of one pixel.
+    """
+    frequency, found = power(images)
+    if frequency.numel() < 2:
+        raise InputError("A spectrum needs images of more than one pixel.")
+    band = (frequency * 2 * bins).long().clamp_max(bins - 1)
+    sums = torch.zeros(bins, dtype=torch.float64).index_add(0, band.flatten(), found.flatten())
+    total = float(sums.sum())
+    shares = [float(value) / total if total > 0 else 0.0 for value in sums]
+    return [(index + 0.5) / (2 * bins) for index in range(bins)], shares
+
+
+def high_frequency_share(images: Tensor) -> float:
+    """Returns the share of the power, without the mean's, at more than 0.25 cycles per pixel: 0 to 1."""
+    frequency, found = power(images)
+    total = float(found.sum())
+    return float(found[frequency > HIGH].sum()) / total if total > 0 else 0.0
