@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
-from ddkit_dkkt.invariance import THRESHOLD, scale_invariant_groups
-from ddkit_dkkt.stationarity import Stationarity
-from ddkit_models import ConvNet
+from ddkit_dkkt.invariance import THRESHOLD, module_groups, scale_invariant_groups
+from ddkit_dkkt.stationarity import included_parameters, negative_gradient, stationarity_distance
 from torch import Tensor, nn
 
 import ddkit
-from ddkit.engine.bank import Bank
-from ddkit.engine.draws import StepSource
-from ddkit.engine.loop import Engine
-from ddkit.engine.losses import WeightedLoss
+from ddkit.testing.world import Setting, World
 
-INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=2, size=(8, 8))
-CONVOLUTIONS = {"features.0", "features.4"}
+SETTING = Setting(channels=2, size=(8, 8), rows=(1, 1, 1))
+SHAPE = SETTING.info.shape
+INVARIANT = {"features.0", "features.1", "features.4"}  # the convolutions, and the norm that feeds another; not the last norm
 
 
 class HandNormalised(nn.Module):
@@ -41,175 +37,136 @@ class HandNormalised(nn.Module):
         return result
 
 
-def convnet(norm: str, *, seed: int = 0, depth: int = 2) -> nn.Module:
-    """Returns a ConvNet whose gamma, beta and running statistics are not those of a fresh network."""
-    options = ConvNet.Options(width=6, norm=norm, depth=depth)  # type: ignore[arg-type]
-    network = ddkit.build_network(ConvNet(options), INFO, seed, "teacher")
+def teacher(norm: str | nn.Module, *, seed: int = 0, depth: int = 2, fresh: bool = False) -> ddkit.Teacher:
+    """Returns a module, or a ConvNet whose gamma, beta and running statistics are (unless `fresh`) not those of a new network."""
+    if isinstance(norm, nn.Module):
+        return ddkit.Teacher(norm, mean=(0.5, 0.5), std=(0.25, 0.25))
+    model = ddkit.create("model", "convnet", {"width": 6, "norm": norm, "depth": depth}, data=SETTING.info)
+    network = ddkit.build_network(model, SETTING.info, seed, "teacher")
     draw = torch.Generator().manual_seed(seed)
     for layer in network.modules():
-        if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d):
+        if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d) and not fresh:
             with torch.no_grad():
-                layer.weight.copy_(torch.rand(layer.weight.shape, generator=draw) + 0.5)
-                layer.bias.copy_(0.3 * torch.randn(layer.bias.shape, generator=draw))
-        if isinstance(layer, nn.BatchNorm2d):
-            assert layer.running_mean is not None
-            assert layer.running_var is not None
-            layer.running_mean.copy_(0.5 * torch.randn(layer.weight.shape, generator=draw))
-            layer.running_var.copy_(torch.rand(layer.weight.shape, generator=draw) + 0.2)
-    return network
+                layer.weight.uniform_(0.5, 1.5, generator=draw)
+                layer.bias.normal_(0, 0.3, generator=draw)
+        if isinstance(layer, nn.BatchNorm2d) and not fresh:
+            layer.running_mean.normal_(0, 0.5, generator=draw)  # type: ignore[union-attr]
+            layer.running_var.uniform_(0.2, 1.2, generator=draw)  # type: ignore[union-attr]
+    return teacher(network)
 
 
-def teacher(module: nn.Module) -> ddkit.Teacher:
-    return ddkit.Teacher(module, mean=(0.5, 0.5), std=(0.25, 0.25))
-
-
-def groups(module: nn.Module, **options: int) -> dict[str, float]:
-    made = teacher(module)
-    return scale_invariant_groups(made.exact_logits, made.parameters, INFO.shape, **options)
+def groups(made: ddkit.Teacher) -> dict[str, float]:
+    return scale_invariant_groups(made.exact_logits, made.parameters, SHAPE)
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_instance_norm_makes_convolutions_invariant_and_the_norms_that_feed_another_but_not_the_classifier(seed: int) -> None:
-    assert set(groups(convnet("instance", seed=seed))) == CONVOLUTIONS | {"features.1"}
-
-
-def test_the_norm_of_every_block_but_the_last_is_invariant_in_a_deeper_network() -> None:
-    assert set(groups(convnet("instance", depth=3))) == {"features.0", "features.1", "features.4", "features.5", "features.8"}
+def test_instance_norm_makes_every_group_invariant_but_the_last_norm_and_the_classifier(seed: int) -> None:
+    assert set(groups(teacher("instance", seed=seed))) == INVARIANT
+    deeper = groups(teacher("instance", seed=seed, depth=3))
+    assert set(deeper) == INVARIANT | {"features.5", "features.8"}
+    assert max(deeper.values()) > THRESHOLD, "the normalisation's epsilon, which hides a group unless it is scaled up"
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("norm", ["batch", "none"])
-def test_evaluation_mode_batch_norm_and_no_norm_have_no_invariant_group(norm: str, seed: int) -> None:
-    assert groups(convnet(norm, seed=seed)) == {}
+def test_batch_norm_in_evaluation_mode_and_no_norm_have_no_invariant_group(norm: str, seed: int) -> None:
+    assert groups(teacher(norm, seed=seed)) == groups(teacher(norm, seed=seed, fresh=True)) == {}
 
 
-def test_batch_norm_with_the_statistics_of_a_fresh_network_has_none_either() -> None:
-    options = ConvNet.Options(width=6, norm="batch", depth=2)
-    assert groups(ddkit.build_network(ConvNet(options), INFO, 0, "fresh")) == {}
+@pytest.mark.parametrize(("standardised", "expected"), [(True, {""}), (False, set())])
+def test_a_users_own_standardisation_is_found_by_what_it_does_not_by_its_type(standardised: bool, expected: set[str]) -> None:
+    assert set(groups(teacher(HandNormalised(standardised=standardised)))) == expected
 
 
-def test_a_users_own_standardisation_is_found_by_what_it_does_not_by_its_type() -> None:
-    assert set(groups(HandNormalised(standardised=True))) == {""}
-    assert set(groups(HandNormalised(standardised=False))) == set()
-
-
-@pytest.mark.parametrize(("norm", "invariant"), [("instance", True), ("batch", False), ("none", False)])
-def test_what_is_found_agrees_with_scaling_the_weights_of_the_group(norm: str, invariant: bool) -> None:
-    made, x = teacher(convnet(norm).double()), torch.randn(5, *INFO.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    own = made.parameters
-    scaled = own | {name: 3 * own[name] for name in ("features.0.weight", "features.0.bias")}
-    change = (made.exact_logits(x, own) - made.exact_logits(x, scaled)).abs().max()
-    assert (float(change) < 1e-3) == invariant
-    assert ("features.0" in groups(made.module)) == invariant
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_the_epsilon_of_the_normalisation_hides_no_group(seed: int) -> None:
-    """Without scaling the group up, its |cosine| may lie above the threshold: what a plain test would miss."""
-    found = groups(convnet("instance", seed=seed, depth=3))
-    assert max(found.values()) > THRESHOLD
-
-
-def test_groups_that_are_not_invariant_lie_far_above_the_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    for norm in ("instance", "batch", "none"):
-        found = groups(convnet(norm))
-        with monkeypatch.context() as patch:
-            patch.setattr("ddkit_dkkt.invariance.CANDIDATE", 2.0)
-            patch.setattr("ddkit_dkkt.invariance.THRESHOLD", 2.0)
-            everything = groups(convnet(norm))
-        assert min(value for name, value in everything.items() if name not in found) > 100 * THRESHOLD
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+def test_found_are_the_groups_whose_scaling_changes_no_output_and_others_lie_far_above_the_threshold(
+    norm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, x = teacher(norm), torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    own = {name: value.double() for name, value in made.parameters.items()}
+    unmoved = set()
+    for group, names in module_groups(list(own)).items():
+        change = (made.exact_logits(x, own) - made.exact_logits(x, own | {name: 3 * own[name] for name in names})).abs().max()
+        unmoved |= {group} if float(change) < 1e-3 else set()
+    found = groups(made)
+    assert set(found) == unmoved
+    for limit in ("CANDIDATE", "THRESHOLD"):
+        monkeypatch.setattr(f"ddkit_dkkt.invariance.{limit}", 2.0)
+    assert min(value for name, value in groups(made).items() if name not in found) > 100 * THRESHOLD
 
 
 def test_detection_leaves_the_teacher_and_the_global_generator_untouched() -> None:
-    network = convnet("instance")
-    before, state = {key: value.clone() for key, value in network.state_dict().items()}, torch.get_rng_state()
-    groups(network)
-    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    made = teacher("instance")
+    before, state = {key: value.clone() for key, value in made.module.state_dict().items()}, torch.get_rng_state()
+    groups(made)
+    assert all(torch.equal(value, before[key]) for key, value in made.module.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in network.parameters())
-
-
-def stationarity_engine(module: nn.Module, loss: Stationarity) -> Engine:
-    labels = torch.arange(3)
-    images = torch.randn(3, *INFO.shape, generator=torch.Generator().manual_seed(0))
-    bank = Bank(images, labels, loss.requires.parameters, {})
-    source = StepSource(
-        seed=0, info=INFO, normalisation=ddkit.Normalisation((0.5, 0.5), (0.25, 0.25)), real_images=torch.zeros(0, *INFO.shape),
-        real_labels=torch.zeros(0, dtype=torch.int64), batch=1, augmenter=ddkit.create("augmenter", "none", {}, where="augmenter"),
-        views={}, model=None, renew_every=1, teacher=teacher(module), device=torch.device("cpu"),
-        arithmetic=ddkit.Arithmetic(compile=False, precision="float32"),
-    )  # fmt: skip
-    return Engine(bank, source, [WeightedLoss("dkkt-stationarity", loss, 1.0)])
-
-
-def included(engine: Engine) -> set[str]:
-    """Returns the parameters over which the first step measured a distance."""
-    logged = engine.evaluate(0).logged
-    return {name.split()[-1] for name in logged["dkkt-stationarity"] if name.startswith("distance")}
-
-
-def loss_of(**options: object) -> Stationarity:
-    return Stationarity(Stationarity.Options(**options))  # type: ignore[arg-type]
-
-
-def test_stationarity_leaves_invariant_groups_out_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
-    engine = stationarity_engine(convnet("instance"), loss_of())
-    with caplog.at_level(logging.WARNING, "ddkit"):
-        assert included(engine) == {"features.5.weight", "features.5.bias", "classifier.weight", "classifier.bias"}
-        engine.evaluate(1)
-        engine.evaluate(2)
-    assert len(caplog.records) == 1
-    text = caplog.records[0].getMessage()
-    assert all(layer in text for layer in ("features.0", "features.1", "features.4"))
-    assert "features.5" not in text
-    kept = sum(p.numel() for name, p in convnet("instance").named_parameters() if name.startswith(("features.5", "classifier")))
-    total = sum(p.numel() for p in convnet("instance").parameters())
-    assert f"{100 * kept / total:.1f} %" in text
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in made.module.parameters())
 
 
 @pytest.mark.parametrize(
-    ("norm", "options"),
-    [("instance", {"scale_invariant": "keep"}), ("batch", {}), ("none", {})],
-    ids=["kept by option", "batch norm", "no norm"],
-)
-def test_stationarity_includes_every_parameter_in_silence(norm: str, options: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
-    network = convnet(norm)
-    with caplog.at_level(logging.WARNING, "ddkit"):
-        assert included(stationarity_engine(network, loss_of(**options))) == {name for name, _ in network.named_parameters()}
-    assert not caplog.records
-
-
-def test_leaving_out_warns_of_nothing_where_no_selected_parameter_is_invariant(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "ddkit"):
-        assert included(stationarity_engine(convnet("instance"), loss_of(parameters="classifier"))) == {
-            "classifier.weight",
-            "classifier.bias",
-        }
-    assert not caplog.records
-
-
-@pytest.mark.parametrize(
-    ("module", "options"),
+    ("norm", "which", "skip", "kept"),
     [
-        (lambda: convnet("instance"), {"parameters": "features.0.*"}),
-        (lambda: nn.Sequential(HandNormalised(standardised=True), nn.LayerNorm(3, elementwise_affine=False)), {"parameters": "0.mixing"}),
+        ("instance", "all", True, ("features.5.", "classifier.")),
+        ("instance", "classifier", True, ("classifier.",)),
+        ("instance", "all", False, ("",)),
+        ("batch", "all", True, ("",)),
+        ("none", "all", True, ("",)),
     ],
-    ids=["convnet", "the user's own"],
 )
-def test_a_teacher_whose_selected_parameters_are_all_invariant_is_refused(module: Callable[[], nn.Module], options: dict[str, str]) -> None:
-    with pytest.raises(ddkit.InputError, match=r"every selected parameter .* scale-invariant"):
-        stationarity_engine(module(), loss_of(**options)).evaluate(0)
+def test_selected_parameters_are_included_but_for_invariant_groups_which_a_warning_names(
+    norm: str, which: str, skip: bool, kept: tuple[str, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = teacher(norm)
+    sizes = {name: value.numel() for name, value in made.parameters.items()}
+    with caplog.at_level(logging.WARNING, "ddkit"):
+        assert included_parameters(made, SHAPE, which, skip=skip, who="it") == [name for name in sizes if name.startswith(kept)]
+    if "features.5." not in kept:
+        assert not caplog.records, "nothing that was selected is left out"
+        return
+    (text,) = caplog.messages
+    assert {layer for layer in module_groups(list(sizes)) if layer in text} == INVARIANT
+    assert f"{100 * sum(sizes[name] for name in sizes if name.startswith(kept)) / sum(sizes.values()):.1f} %" in text
 
 
-def test_a_pattern_that_selects_nothing_is_refused_with_the_names_there_are() -> None:
-    with pytest.raises(ddkit.InputError, match=r"selects; it has features.0.weight, .*classifier.bias"):
-        stationarity_engine(convnet("none"), loss_of(parameters="layer*")).evaluate(0)
+@pytest.mark.parametrize(
+    ("made", "which", "words"),
+    [
+        (teacher("instance"), "features.0.*", r"every selected parameter .* scale-invariant"),
+        (teacher(nn.Sequential(HandNormalised(standardised=True))), "0.mixing", r"every selected parameter .* scale-invariant"),
+        (teacher("none"), "layer*", r"selects; it has features.0.weight, .*classifier.bias"),
+    ],
+    ids=["convnet", "the user's own", "a pattern that selects nothing"],
+)
+def test_a_selection_of_which_nothing_is_left_is_refused(made: ddkit.Teacher, which: str, words: str) -> None:
+    with pytest.raises(ddkit.InputError, match=words):
+        included_parameters(made, SHAPE, which, skip=True, who="it")
 
 
 def test_kept_invariant_groups_hold_a_cosine_distance_of_one_and_that_is_why_they_are_left_out() -> None:
-    engine = stationarity_engine(convnet("instance"), loss_of(scale_invariant="keep", distance="layer-cosine"))
-    logged = engine.evaluate(0).logged
-    distances = {name.split()[-1]: float(value) for name, value in logged["dkkt-stationarity"].items() if name.startswith("distance")}
+    made, draw = teacher("instance"), torch.Generator().manual_seed(0)
+    leaves = {name: value.detach().double().requires_grad_() for name, value in made.parameters.items()}
+    logits = made.exact_logits(torch.randn(3, *SHAPE, generator=draw, dtype=torch.float64), leaves)
+    found = negative_gradient(logits, torch.arange(3), torch.rand(3, generator=draw, dtype=torch.float64), list(leaves.values()))
+    distances = {name: stationarity_distance([(leaves[name], g)], "cosine").item() for name, g in zip(leaves, found, strict=True)}
     assert distances["features.0.weight"] == pytest.approx(1, abs=2e-4)
     assert distances["features.4.weight"] == pytest.approx(1, abs=2e-4)
     assert abs(distances["classifier.weight"] - 1) > 2e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "kept", "warnings"),
+    [({}, ("features.5.", "classifier."), 1), ({"parameters": "classifier"}, ("classifier.",), 0), ({"scale_invariant": "keep"}, ("",), 0)],
+    ids=str,
+)
+def test_the_loss_measures_the_included_parameters_and_says_so_once(
+    options: dict[str, str], kept: tuple[str, ...], warnings: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = teacher("instance")
+    monkeypatch.setattr("ddkit.testing.world.untrained_teacher", lambda *_: made)
+    with caplog.at_level(logging.WARNING, "ddkit"):
+        engine = World(ddkit.create("loss", "dkkt-stationarity", options), SETTING).engine()
+        logged = [engine.evaluate(index).logged["checked"] for index in range(3)][-1]
+    measured = {name.split()[-1] for name in logged if name.startswith("distance")}
+    assert measured == {name for name in made.parameters if name.startswith(kept)}
+    assert len(caplog.records) == warnings
