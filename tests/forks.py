@@ -20,7 +20,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-HEAVY = ("torch", "torch._dynamo", "numpy", "PIL.Image", "safetensors.torch")  # torch imports _dynamo at its first optimizer
+HEAVY = (
+    "torch",
+    "torch._dynamo",
+    "numpy",
+    "PIL.Image",
+    "safetensors.torch",
+    "matplotlib.figure",
+    "jinja2",
+)  # torch imports _dynamo at its first optimizer
 WORKS = sys.platform.startswith("linux")  # elsewhere what a library has started may not survive a fork
 
 SERVER = """

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
-import math
 import re
 import shutil
 import time
@@ -27,19 +27,20 @@ from ddkit.run import report
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.manifest import read_manifest
-from ddkit.run.report.charts import Dots, Line, dot_chart, line_chart, log_ticks, number, text, ticks, wants_log
+from ddkit.run.report import charts
+from ddkit.run.report.charts import Curves, Dots, Histogram, number, svg, wants_log
 from ddkit.run.report.pictures import picture, pictures, sides
 from ddkit.run.report.sections import spectrum_bins
 from ddkit.run.snapshots import MOST_BYTES, add_frame, begin_film, eight_bits, film_rows, is_frame, read_film
 from tests.conftest import SMALL, Result
 
 Cli = Callable[..., Result]
-VOID = {"meta", "link", "img", "br", "circle", "path", "rect", "polyline"}
+VOID = {"meta", "link", "img"}
 ODD = ["<script>alert(1)</script>", "a\"b' onerror=x", "line\nbreak\x1b[31m", "‮right", "ü&amp;"]
 ALLOWED = {
     "html", "head", "meta", "link", "title", "style", "body", "main", "section", "div", "h1", "h2", "h3", "p", "span", "b", "ul", "li",
-    "figure", "figcaption", "img", "svg", "polyline", "circle", "path", "rect", "text", "table", "thead", "tbody", "tr", "th", "td",
-    "details", "summary", "pre",
+    "figure", "figcaption", "img", "svg", "g", "defs", "clippath", "use", "path", "rect", "text", "table", "thead", "tbody", "tr", "th",
+    "td", "details", "summary", "pre",
 }  # fmt: skip
 
 
@@ -89,11 +90,16 @@ def check_self_contained(page: Page) -> None:
     """Asserts that nothing in a page is a script or comes from elsewhere."""
     assert set(page.tags) <= ALLOWED
     assert all(str(value).startswith("data:") for tag in ("img", "link") for key in ("src", "href") for value in page.values(tag, key))
-    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name in ("action", "srcset", "style")]
-    assert {name for tag, name, _ in page.attributes if name in ("src", "href")} <= {"src", "href"}
+    assert not [name for _, name, _ in page.attributes if name.startswith("on") or name in ("action", "srcset")]
     assert {tag for tag, name, _ in page.attributes if name in ("src", "href")} <= {"img", "link"}
-    style = page.words[next(i for i, words in enumerate(page.words) if "color-scheme" in words)]
-    assert not re.search(r"url\(|@import|https?:", style)
+    assert all(str(value).startswith("#") for value in page.values("use", "xlink:href"))
+    assert all(str(value).startswith("url(#") for _, name, value in page.attributes if name == "clip-path")
+    styles = [words for words in page.words if "color-scheme" in words] + [
+        str(value) for _, name, value in page.attributes if name == "style"
+    ]
+    assert not re.search(r"url\(|@import|https?:", " ".join(styles))
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +147,8 @@ def test_that_check_would_see_a_request_and_a_script() -> None:
     style = "<style>:root { color-scheme: light }</style>"
     check_self_contained(Page(style + '<img src="data:image/png;base64,x" alt="a">'))
     for bad in ('<img src="https://example.org/x.png" alt="">', "<script>1</script>", '<a href="x">x</a>', '<p onclick="x">x</p>',
-                '<p style="x">x</p>'):  # fmt: skip
+                '<p style="background: url(x)">x</p>', '<svg><use xlink:href="x.svg#a"/></svg>',
+                '<b id="a"></b><b id="a"></b>'):  # fmt: skip
         with pytest.raises(AssertionError):
             check_self_contained(Page(style + bad))
     with pytest.raises(AssertionError):
@@ -191,10 +198,6 @@ def test_names_paths_and_recipe_are_escaped(odd: Path) -> None:
     assert "<img src=https://example.org/x.png onerror=alert(2)>" in page.text
     assert "<b>&amp; d.npz" in page.text  # in the recipe
     assert any("a\"b' onerror=x" in str(alt) for alt in page.values("img", "alt"))
-
-
-def test_text_escapes_what_html_and_terminals_read() -> None:
-    assert text("<a href='x'>\"&\x1b") == "&lt;a href=&#x27;x&#x27;&gt;&quot;&amp;\\u001b"
 
 
 def test_the_accuracies_are_those_recorded_with_random_real_beside(finished: Path) -> None:
@@ -383,7 +386,7 @@ def test_a_blend_of_files_has_a_report(cli: Cli, run: Path) -> None:
 def test_a_report_that_cannot_be_drawn_costs_no_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(report, "page", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(report, "contents", lambda files: 1 / 0)
     run = ddkit.distill(losses="dm", pipc=2, evaluators="none", sets=SMALL, out=tmp_path / "run", device="cpu")
     assert "report.html could not be made (ZeroDivisionError" in caplog.text
     assert "report.html" not in read_manifest(run.path)["files"]
@@ -465,15 +468,19 @@ def test_a_frame_stays_small() -> None:
 # The charts
 
 
-def test_ticks_are_round_and_inside() -> None:
-    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
-    assert ticks(0, 299) == [0, 50, 100, 150, 200, 250]
-    assert log_ticks(0.5, 30) == [0.5, 1, 2, 5, 10, 20]
-    assert log_ticks(1e-6, 1.0) == [1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0]
-    for low, high in ((-3e-9, 7e-9), (1e6, 1e6 + 3), (-5.0, -4.9)):
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 10
-        assert all(low <= value <= high for value in found)
+def curves(lines: dict[str, list[tuple[float, float]]], log: bool = False) -> str:
+    return svg(Curves(file="f", title="t", what="w", x="step", y="raw", lines=lines, log=log))
+
+
+def line_of(drawn: str, colour: int = 0) -> list[tuple[float, float]]:
+    """Returns the places (x, y) of the only line of a colour; none where it is not drawn."""
+    found = re.findall(rf'<path d="([^"]*)"[^>]*stroke: var\(--c{colour}\)', drawn)
+    numbers = [float(value) for value in re.findall(r"[-\d.]+", found[-1] if found else "")]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def dots_of(drawn: str, colour: int) -> list[float]:
+    return [float(x) for x in re.findall(rf'<use [^>]*?x="([\d.]+)"[^>]*?style="fill: var\(--c{colour}\)', drawn)]
 
 
 def test_a_logarithmic_axis_is_for_positive_values_that_differ_much() -> None:
@@ -484,34 +491,112 @@ def test_a_logarithmic_axis_is_for_positive_values_that_differ_much() -> None:
 
 
 def test_a_line_goes_from_the_first_to_the_last_point_in_scale() -> None:
-    chart = line_chart([Line("a", [(0, 1.0), (5, 2.0), (10, 3.0)])], x="step", y="raw", what="w")
-    (points,) = re.findall(r'points="(.*?)"', chart)
-    (x0, y0), (x1, y1), (x2, y2) = (map(float, point.split(",")) for point in points.split())
+    (x0, y0), (x1, y1), (x2, y2) = line_of(curves({"a": [(0, 1.0), (5, 2.0), (10, 3.0)]}))
     assert x1 == pytest.approx((x0 + x2) / 2)
     assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
     assert y2 < y0
-    log = line_chart([Line("a", [(0, 1.0), (1, 10.0), (2, 100.0), (3, 0.0), (4, math.nan)])], x="s", y="r", log=True, what="w")
-    (points,) = re.findall(r'points="(.*?)"', log)
-    ys = [float(point.split(",")[1]) for point in points.split()]
-    assert len(ys) == 3
+    ys = [y for _, y in line_of(curves({"a": [(0, 1.0), (1, 10.0), (2, 100.0)]}, log=True))]
     assert ys[1] == pytest.approx((ys[0] + ys[2]) / 2, abs=0.1)
 
 
-@pytest.mark.parametrize("values", [[], [math.nan], [1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 1e30]])
-def test_any_values_make_a_chart_without_nan(values: list[float]) -> None:
-    chart = line_chart([Line("a", list(enumerate(values)))], x="x", y="y", what="w")
-    assert "nan" not in chart
-    assert "inf" not in chart.replace("info", "")
-    Page(chart)
+@pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 1e30], [1e-9, 2e-9], [1e6, 1e6 + 3]])
+def test_any_values_make_a_chart_without_nan_whose_text_is_large_enough(values: list[float]) -> None:
+    drawn = curves({"a": [(float(x), value) for x, value in enumerate(values)]})
+    assert "nan" not in drawn
+    assert "inf" not in drawn
+    Page(drawn)
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", drawn)]
+    assert min(sizes) * (400 - 2 * 16 - 2 * 12) / 420 >= 12  # on a page of 400 pixels, inside the frame of the chart
+    assert 3 <= len(sizes) <= 25
+
+
+def test_lines_have_the_colours_of_the_page_and_more_than_six_of_them_are_told_apart() -> None:
+    drawn = curves({str(index): [(0.0, float(index)), (1.0, 0.0)] for index in range(8)})
+    assert not re.search(r"#[0-9a-f]{6}\b", drawn)
+    assert {int(colour) for colour in re.findall(r"stroke: var\(--c(\d)\)", drawn)} == set(range(6))
+    assert len(re.findall(r"<path [^>]*stroke-dasharray", drawn)) == 2
+    assert "currentColor" in drawn
 
 
 def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
-    chart = dot_chart([Dots("convnet", [(50.0, 10.0), (40.0, None), None])], x="accuracy", what="w")
-    (bar,) = re.findall(r'<path d="M([\d.]+) [\d.]+v6m0-3H([\d.]+)m', chart)
-    centres = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', chart)]
-    assert len(centres) == 2
-    assert (float(bar[0]) + float(bar[1])) / 2 == pytest.approx(centres[0], abs=0.1)
-    assert centres[0] - float(bar[0]) == pytest.approx(centres[0] - centres[1], abs=0.2)
+    rows = [("convnet", [(50.0, 10.0), (40.0, None)]), ("<b>$x_{", [(50.0, 10.0), None])]
+    drawn = svg(Dots(file="f", title="t", what='a "chart"', x="accuracy", rows=rows, series=["set", "real"]))
+    assert "&lt;b&gt;$x_{" in drawn
+    assert 'aria-label="a &#34;chart&#34;"' in drawn
+    (left, _), (right, _) = line_of(drawn)
+    centres = dots_of(drawn, 0)
+    assert (left + right) / 2 == pytest.approx(centres[-1], abs=0.1)
+    (other,) = dots_of(drawn, 1)
+    assert centres[-1] - left == pytest.approx(centres[-1] - other, abs=0.2)
+
+
+def test_a_histogram_counts_every_value() -> None:
+    for values, bars in (([0.0] * 3 + [1.0, 0.999], {3: 1, 2: 1}), ([2.0, 2.0], {2: 1})):
+        chart = Histogram(file="f", title="t", what="w", x="value", y="how many", values=torch.tensor(values, dtype=torch.float64))
+        found = re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--c0\)', svg(chart))
+        heights = [abs(numbers[1] - numbers[5]) for path in found if (numbers := [float(n) for n in re.findall(r"[-\d.]+", path)])]
+        kept = [height for height in heights if height > 0.01]
+        assert len(heights) == 20
+        assert len(kept) == sum(bars.values())
+        assert max(kept) / min(kept) == pytest.approx(max(bars) / min(bars), rel=0.01)
+
+
+def test_charts_are_drawn_under_no_settings_of_the_user_and_leave_them() -> None:
+    import matplotlib
+
+    usual = curves({"a": [(0.0, 1.0), (1.0, 2.0)]})
+    with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
+        assert curves({"a": [(0.0, 1.0), (1.0, 2.0)]}) == usual
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def early_imports(code: str) -> set[str]:
+    """Returns which of matplotlib and jinja2 are imported where a module is, not in a function."""
+    statements = [each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.Import | ast.ImportFrom) and each.col_offset == 0]
+    names = {name.split(".")[0] for each in statements for name in [getattr(each, "module", None) or "", *(a.name for a in each.names)]}
+    return names & {"matplotlib", "jinja2", "markupsafe"}
+
+
+def test_matplotlib_and_jinja2_are_imported_when_a_report_is_made_and_not_before() -> None:
+    root = Path(__file__).parents[2]
+    assert early_imports("from matplotlib.figure import Figure\nimport jinja2\ndef f():\n import markupsafe") == {"matplotlib", "jinja2"}
+    assert not [file for top in ("ddkit", "plugins") for file in (root / top).rglob("*.py") if early_imports(file.read_text("utf-8"))]
+
+
+def test_figures_are_pdf_and_png_files_of_every_chart_with_the_same_bytes_again(cli: Cli, run: Path) -> None:
+    told = cli("report", run, "--figures", "a/paper", "--json")
+    names = [f"a/paper/{name}.{kind}" for name in ("accuracy-hard", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm", "losses",
+             "parameter-multipliers", "shares", "spectrum") for kind in ("pdf", "png")]  # fmt: skip
+    assert json.loads(told.out) == {"schema": 1, "run": str(run), "report": str(run / "report.html"), "figures": names}
+    assert len(names) == 2 * (run / "report.html").read_text().count("<svg ")
+    for name in names:
+        assert Path(name).read_bytes().startswith(b"%PDF-" if name.endswith("pdf") else b"\x89PNG")
+    chart = Curves(file="f", title="t", what="w", x="step", y="raw", lines={"$x_{": [(0.0, 1.0), (1.0, 2.0)], "中文": [(0.0, 2.0)]})
+    assert charts.files(chart) == charts.files(chart)
+
+
+def test_figures_are_all_there_or_none_is(cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (run / "report.html").stat().st_mtime_ns
+    monkeypatch.setattr(report, "files", lambda chart: {f"{chart.file}.pdf": b"%PDF-"})
+    for folder in ("full", "empty"):
+        Path(folder).mkdir()
+    Path("full/mine.txt").write_text("mine")
+    for place in ("full", "full/mine.txt"):
+        refused = cli("report", run, "--figures", place)
+        assert (refused.code, refused.out) == (5, "")
+        assert f"--figures {place} exists already" in " ".join(refused.err.split())
+    assert [entry.name for entry in Path("full").iterdir()] == ["mine.txt"]
+    told = cli("report", run, "--figures", "empty", "--out", "talk.html").out.splitlines()
+    assert told[:3] == ["report   talk.html", "figure   empty/accuracy-hard.pdf", "figure   empty/loss-dkkt-primal.pdf"]
+    monkeypatch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    failed = cli("report", run, "--figures", "new/paper", "--out", "again.html")
+    assert (failed.code, failed.out) == (5, "")
+    assert "--figures new/paper cannot be written: No space left on device" in " ".join(failed.err.split())
+    assert not Path("new").exists()
+    assert (run / "report.html").stat().st_mtime_ns == before
+
+
+# The pictures
 
 
 @pytest.mark.parametrize(
@@ -522,13 +607,13 @@ def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
 def test_images_are_enlarged_by_whole_pixels_and_large_ones_reduced(size: tuple[int, int], cell: int, shown: tuple[int, int]) -> None:
     images = torch.randint(0, 255, (7, 3, *size), dtype=torch.uint8)
     assert sides(images, cell) == shown
-    found = [tuple(map(int, pair)) for pair in re.findall(r'width="(\d+)" height="(\d+)"', pictures([images, images], "a", cell=cell))]
-    assert all(width <= 368 and height == 2 * shown[0] + 2 for width, height in found)
-    assert sum((width + 2) // (shown[1] + 2) for width, _ in found) == 7
+    found = pictures([images, images], "a", cell=cell)
+    assert all(made.width <= 368 and made.height == 2 * shown[0] + 2 for made in found)
+    assert sum((made.width + 2) // (shown[1] + 2) for made in found) == 7
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4])
 def test_pictures_of_any_number_of_channels(channels: int) -> None:
-    made: Any = picture([torch.zeros(2, channels, 4, 4, dtype=torch.uint8)], "alt", cell=64)
-    assert made.startswith('<img src="data:image/png;base64,')
-    assert 'width="130" height="64" alt="alt"' in made
+    made = picture([torch.zeros(2, channels, 4, 4, dtype=torch.uint8)], "alt", cell=64)
+    assert made.source.startswith("data:image/png;base64,")
+    assert made[1:] == (130, 64, "alt")

@@ -1,9 +1,17 @@
-"""The report of a run, report.html: one file that opens from the disk, made from the files of the run alone."""
+"""The report of a run, report.html: one file that opens from the disk, made from the files of the run alone; and its charts as files.
+
+`sections` says what the page shows, `charts` and `pictures` draw it, and the template page.html is the page. jinja2 and matplotlib are
+imported when a report is made, not before.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +19,26 @@ from torch import Tensor
 
 from ddkit.data.images import spread
 from ddkit.data.pictures import radial_spectrum
-from ddkit.errors import DdkitError, RunFilesError
-from ddkit.files import check_out, write_atomic
+from ddkit.errors import DdkitError, FlagError, RunFilesError, is_text, printable
+from ddkit.files import TEMPORARY, check_out, folders_of, write_atomic
 from ddkit.run import snapshots, warnings
 from ddkit.run.artifact import load
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
 from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, versions
 from ddkit.run.metrics import read_metrics
-from ddkit.run.report import making, sections
-from ddkit.run.report.page import page
-from ddkit.run.report.sections import Files, head, spectrum_bins
+from ddkit.run.report.charts import Chart, files, svg
+from ddkit.run.report.sections import Files, contents, spectrum_bins
 
 log = logging.getLogger("ddkit")
 
 
-def report(target: str | Path, *, out: str | Path | None = None) -> Path:
+def report(target: str | Path, *, out: str | Path | None = None, figures: str | Path | None = None) -> Path:
     """Makes the report of the finished run at `target` again from its files; returns the file.
 
-    It is the run's report.html, which the manifest lists, or the new file `out`, which leaves the run as it is. Raises
-    RunFilesError where a file of the run is missing or damaged, or the report cannot be written.
+    It is the run's report.html, which the manifest lists, or the new file `out`, which leaves the run as it is. With `figures`, the name
+    of an absent or empty folder, each chart is written there too, as a PDF and a PNG file. Raises RunFilesError where a file of the run is
+    missing or damaged, or something cannot be written.
     """
     directory = RunDirectory(Path(target))
     if not directory.path.is_dir():
@@ -39,12 +47,19 @@ def report(target: str | Path, *, out: str | Path | None = None) -> Path:
         check_out(Path(out))
         if Path(out).exists():
             raise RunFilesError(f"--out {out} exists already; name a new file.")
-        write_atomic(Path(out), report_html(directory.path, directory.read_manifest()))
-        return Path(out)
-    directory.read_manifest()
-    with directory.take(wait=LOCK_SECONDS):
-        _rewrite(directory)
-    return directory.path / REPORT
+    if figures is not None:
+        _check_figures(Path(figures))
+    if out is not None:
+        shown = _shown(directory.path, directory.read_manifest())
+        write_atomic(Path(out), _page(shown))
+    else:
+        directory.read_manifest()
+        with directory.take(wait=LOCK_SECONDS):
+            shown = _shown(directory.path, directory.read_manifest())
+            directory.rewrite(REPORT, _page(shown))
+    if figures is not None:
+        _write_figures(Path(figures), shown)
+    return directory.path / REPORT if out is None else Path(out)
 
 
 def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
@@ -71,13 +86,9 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
 def renew_report(directory: RunDirectory) -> None:
     """Makes the report of a finished run anew where that can be done; else a warning tells, and what was recorded stays."""
     try:
-        _rewrite(directory)
+        directory.rewrite(REPORT, report_html(directory.path, directory.read_manifest()))
     except Exception as error:
         log.warning("%s is not up to date: %s", directory.path / REPORT, error)
-
-
-def _rewrite(directory: RunDirectory) -> None:
-    directory.rewrite(REPORT, report_html(directory.path, directory.read_manifest()))
 
 
 def known_spectrum(real_images: Tensor) -> dict[str, list[float]]:
@@ -93,22 +104,41 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 
     It names neither the folder nor the time at which it was made, so the same run gives the same report, its times apart.
     """
-    files = _files(folder, facts)
-    title, summary, tiles = head(files)
-    return page(title, summary, [tiles, *(part(files) for part in (*sections.SECTIONS, *making.SECTIONS))]).encode()
+    return _page(_shown(folder, facts))
 
 
-def _files(folder: Path, facts: Mapping[str, Any]) -> Files:
+def _page(shown: Mapping[str, Any]) -> bytes:
+    return _environment().get_template("page.html").render(shown).encode()
+
+
+@cache
+def _environment() -> Any:
+    """Returns jinja2's environment: every word is escaped, and what acts on a terminal or hides is shown."""
+    import jinja2
+    from markupsafe import Markup
+
+    made = jinja2.Environment(
+        autoescape=True, loader=jinja2.PackageLoader(__name__, ""), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
+    )  # fmt: skip
+    made.filters["svg"] = svg
+    return made
+
+
+def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the page of the run in `folder` shows; raises RunFilesError naming a file that is missing or damaged."""
     directory = RunDirectory(folder)
     check_listed(folder, SET)
     artifact = load(folder / SET)
-    return Files(
-        artifact=artifact,
-        facts=facts,
-        recipe=directory.read_recipe() if (folder / RECIPE).is_file() else {},
-        metrics=read_metrics(folder),
-        evaluations=directory.read_evaluations(),
-        film=_film(folder, artifact.stored_images),
+    return contents(
+        Files(
+            artifact=artifact,
+            facts=facts,
+            recipe=directory.read_recipe() if (folder / RECIPE).is_file() else {},
+            metrics=read_metrics(folder),
+            evaluations=directory.read_evaluations(),
+            film=_film(folder, artifact.stored_images),
+        )
     )
 
 
@@ -122,3 +152,33 @@ def _film(folder: Path, stored: Tensor) -> snapshots.Film | None:
     if found is not None and (found.images.shape[2:] != stored.shape[1:] or (len(found.rows) and int(found.rows.max()) >= len(stored))):
         raise RunFilesError(f"{folder / FILM} is a film of another set than {folder / SET}.")
     return found
+
+
+def _check_figures(out: Path) -> None:
+    """Raises an error where charts cannot be written to the folder `out`, which is absent or empty."""
+    if not is_text(str(out)) or "\0" in str(out):
+        raise FlagError(f"--figures {printable(str(out))} is no name of a folder. Name another.")
+    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise RunFilesError(f"--figures {out} exists already and is no empty folder; name a new one.")
+
+
+def _write_figures(out: Path, shown: Mapping[str, Any]) -> None:
+    """Writes the charts as files into the folder `out`, all of them or none."""
+    charts: list[Chart] = [
+        chart
+        for section in (shown["losses"], shown["parameters"], shown["spectrum"], *shown["evaluation"]["groups"])
+        for chart in (section["charts"] if section else [])
+    ]
+    staged = out.with_name(f".{out.name}.{os.urandom(4).hex()}{TEMPORARY}")
+    try:
+        with folders_of(out), ExitStack() as after:
+            after.callback(shutil.rmtree, staged, ignore_errors=True)
+            staged.mkdir()
+            for chart in charts:
+                for name, content in files(chart).items():
+                    (staged / name).write_bytes(content)
+            if out.exists():
+                out.rmdir()
+            staged.rename(out)
+    except OSError as error:
+        raise RunFilesError(f"--figures {out} cannot be written: {error.strerror or error}.") from None

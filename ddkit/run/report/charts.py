@@ -1,58 +1,39 @@
-"""Charts as inline SVG: lines, bars and dots with error bars, drawn in the colours of the page around them."""
+"""The charts of a report: what each shows, as data, and its drawing by matplotlib for the page and as files for a paper."""
 
 from __future__ import annotations
 
-import html
+import io
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import re
+import threading
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
 
 from ddkit.errors import printable
 
-WIDTH, HEIGHT = 420, 280
-LEFT, RIGHT, TOP, BOTTOM = 74, 14, 14, 50  # margins of the plot
-ROW = 52  # of a chart of dots
-LONGEST = 48  # characters of a name in it
-COLOURS = 6  # of the page, --c0 to --c5
-
-
-class Line(NamedTuple):
-    """A named line through (x, y) points."""
-
-    name: str
-    points: Sequence[tuple[float, float]]
-
-
-class Dots(NamedTuple):
-    """A row of dots: (value, half of its error bar or None) each, in the order of the colours."""
-
-    name: str
-    values: Sequence[tuple[float, float | None] | None]
-
-
-class Axis(NamedTuple):
-    """Maps values to places on the page, from `start` (the place of `low`) to `end` (that of `high`)."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
-
-    def at(self, value: float) -> float:
-        low, high, value = (math.log10(each) for each in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
-        return round(self.start + (value - low) / (high - low) * (self.end - self.start), 1)
-
-
-class Html(str):
-    """What is HTML already, and is not escaped again."""
-
-
-def text(value: object) -> str:
-    """Returns `value` as text of an HTML page: escaped, control characters shown."""
-    if isinstance(value, Html):
-        return value
-    return html.escape(printable(str(value)))
+WIDTH, HEIGHT = 420, 280  # points, which are pixels of a wide page
+LEFT, RIGHT, TOP, BOTTOM = 88, 14, 14, 50  # margins of the plot
+ROW = 52  # height of a row of Dots
+LONGEST = 48  # characters of a name there
+BINS = 20  # of a histogram
+INK, GRID = "#1c2127", "#d9dde2"
+COLOURS = ("#0b6cb8", "#c8501b", "#0a8763", "#a6477f", "#96700a", "#4d5fc4")
+ON_THE_PAGE = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)}
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 15, "text.color": INK, "axes.labelcolor": INK,
+    "axes.facecolor": "none", "figure.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "grid.color": GRID,
+    "axes.spines.left": False, "axes.spines.right": False, "axes.spines.top": False, "axes.spines.bottom": False,
+    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "xtick.major.size": 0, "ytick.major.size": 0, "lines.linewidth": 2,
+    "lines.markersize": 5, "errorbar.capsize": 3, "legend.fontsize": 12, "legend.frameon": False, "svg.fonttype": "none",
+    "pdf.fonttype": 42, "savefig.dpi": 200,
+}  # fmt: skip
+_MATPLOTLIB = threading.Lock()  # its settings and fonts are those of the process
 
 
 def number(value: float) -> str:
@@ -74,122 +55,147 @@ def wants_log(values: Sequence[float]) -> bool:
     return bool(values) and min(values) > 0 and max(values) / min(values) > 20
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Returns round values from low to high, about `most` of them at most."""
-    raw = (high - low) / most
-    size = 10 ** math.floor(math.log10(raw))
-    step = next(factor * size for factor in (1, 2, 5, 10) if factor * size >= 0.75 * raw)
-    first = math.ceil(low / step - 1e-9)
-    return [index * step for index in range(first, math.floor(high / step + 1e-9) + 1)]
+class Chart(msgspec.Struct, frozen=True, kw_only=True):
+    """What a chart shows: `file` is its name as a file, `what` says it in words, `x` and `y` name the axes."""
+
+    file: str
+    title: str
+    what: str
+    x: str
+    y: str = ""
+    height = HEIGHT
+
+    @property
+    def legend(self) -> list[str]:
+        """The names of what is shown, in the order of the colours; [] where there is one thing, which needs none."""
+        return []
+
+    def draw(self, axes: Any) -> None:
+        """Draws into matplotlib's axes."""
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Returns powers of ten from low to high, with 2 and 5 times them where there are few."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1, 2, 5) if high < 300 * low else (1,)
-    skip = max(1, len(decades) // 6)
-    return [factor * 10.0**power for power in decades[::skip] for factor in factors if low <= factor * 10.0**power <= high]
+class Curves(Chart, frozen=True, kw_only=True):
+    """Named lines through (x, y) points, whose values can be drawn and with `log` are positive."""
+
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    log: bool = False
+
+    @property
+    def legend(self) -> list[str]:
+        return list(self.lines) if len(self.lines) > 1 else []
+
+    def draw(self, axes: Any) -> None:
+        for index, (name, points) in enumerate(self.lines.items()):
+            style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": "o" if len(points) <= 12 else ""}
+            style |= {} if index < len(COLOURS) else {"dashes": (2 * (index // len(COLOURS)), 2)}
+            axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
+        axes.margins(x=0)
+        if self.log:
+            from matplotlib.ticker import LogLocator, NullLocator
+
+            values = [value for points in self.lines.values() for _, value in points]
+            axes.set_yscale("log")
+            axes.set_ylim(min(values) / 1.2, max(values) * 1.2)
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,), numticks=7))
+            axes.yaxis.set_minor_locator(NullLocator())
 
 
-def line_chart(lines: Sequence[Line], *, x: str, y: str, log: bool = False, what: str) -> str:
-    """Returns a chart of lines; `x` and `y` name the axes, `what` says what it shows.
+class Histogram(Chart, frozen=True, kw_only=True):
+    """How many of `values` (n,), finite floats, lie in each of BINS equal parts of their range."""
 
-    Values that cannot be drawn are left out: those that are not finite, or with `log` not positive.
-    """
-    kept = [Line(line.name, [point for point in line.points if can_be_drawn(point[1]) and (point[1] > 0 or not log)]) for line in lines]
-    xs, ys = ([point[place] for line in kept for point in line.points] for place in (0, 1))
-    if not xs:
-        return '<p class="note">There is nothing to draw.</p>'
-    across = Axis(*_widened(min(xs), max(xs), share=0.0), LEFT, WIDTH - RIGHT)
-    up = Axis(*(_log_widened(min(ys), max(ys)) if log else _widened(min(ys), max(ys))), HEIGHT - BOTTOM, TOP, log)
-    parts = [*_frame(across, up, x, y), *(_line(line, index, across, up) for index, line in enumerate(kept))]
-    return _svg(parts, what)
+    values: Tensor
 
-
-def _line(line: Line, index: int, across: Axis, up: Axis) -> str:
-    places = [(across.at(x), up.at(y)) for x, y in line.points]
-    path = " ".join(f"{x},{y}" for x, y in places)
-    dash = f' stroke-dasharray="{2 + 2 * (index // COLOURS)} 3"' if index >= COLOURS else ""
-    dots = "".join(f'<circle cx="{x}" cy="{y}" r="2.5" class="f{index % COLOURS}"/>' for x, y in places) if len(places) <= 12 else ""
-    return f'<polyline points="{path}" class="l{index % COLOURS}"{dash}/>{dots}'
+    def draw(self, axes: Any) -> None:
+        low, high = float(self.values.min()), float(self.values.max())
+        if low == high:
+            low, high = low - max(0.5, abs(low) / 10), high + max(0.5, abs(high) / 10)
+        counts = torch.histc(self.values, BINS, low, high)
+        edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
+        axes.bar(edges[:-1].tolist(), counts.tolist(), width=0.9 * (high - low) / BINS, align="edge", color=COLOURS[0])
+        axes.set_xlim(low, high)
 
 
-def bar_chart(edges: Sequence[float], counts: Sequence[int], *, x: str, y: str, what: str) -> str:
-    """Returns a histogram: `counts[i]` values lie from edges[i] to edges[i + 1]."""
-    across = Axis(edges[0], edges[-1], LEFT, WIDTH - RIGHT)
-    up = Axis(0, max(*counts, 1) * 1.05, HEIGHT - BOTTOM, TOP)
-    bars = [
-        f'<rect x="{across.at(low) + 0.5:.1f}" y="{up.at(count)}" width="{max(1.0, across.at(high) - across.at(low) - 1):.1f}" '
-        f'height="{HEIGHT - BOTTOM - up.at(count):.1f}" class="f0"/>'
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-        if count
-    ]
-    return _svg([*_frame(across, up, x, y), *bars], what)
+class Dots(Chart, frozen=True, kw_only=True):
+    """Rows (name, (value, half of its error bar or None) or None for each of `series`)."""
+
+    rows: Sequence[tuple[str, Sequence[tuple[float, float | None] | None]]]
+    series: Sequence[str]
+
+    @property
+    def height(self) -> int:  # type: ignore[override]
+        return TOP + ROW * len(self.rows) + BOTTOM
+
+    @property
+    def legend(self) -> list[str]:
+        return list(self.series)
+
+    def draw(self, axes: Any) -> None:
+        for index, name in enumerate(self.series):
+            found = [(*pair, ROW * row + 26 + 12 * index) for row, (_, pairs) in enumerate(self.rows) if (pair := pairs[index])]
+            bars = [half or math.nan for _, half, _ in found]
+            style = {"fmt": "o", "color": COLOURS[index], "markersize": 8, "label": name}
+            axes.errorbar([value for value, _, _ in found], [y for _, _, y in found], xerr=bars, **style)
+        for row, (name, _) in enumerate(self.rows):
+            told = name if len(name) <= LONGEST else f"{name[: LONGEST - 4]} ..."
+            axes.text(0, ROW * row + 14, printable(told), transform=axes.get_yaxis_transform(), parse_math=False)
+        axes.margins(x=0.12)
+        axes.set_ylim(ROW * len(self.rows), 0)
+        axes.set_yticks([])
 
 
-def dot_chart(rows: Sequence[Dots], *, x: str, what: str) -> str:
-    """Returns a chart with a row of dots and error bars for each of `rows`, its name above it."""
-    ends = [end for row in rows for pair in row.values if pair for end in (pair[0] - (pair[1] or 0), pair[0] + (pair[1] or 0))]
-    if not ends:
-        return '<p class="note">There is nothing to draw.</p>'
-    height = TOP + ROW * len(rows) + BOTTOM
-    across = Axis(*_widened(min(ends), max(ends), share=0.12), 14, WIDTH - 20)
-    parts = _across(across, x, height, TOP)
-    for number_, row in enumerate(rows):
-        parts += _dots(row, TOP + ROW * number_, across)
-    return _svg(parts, what, height)
+def svg(chart: Chart) -> str:
+    """Returns a chart as an <svg> for the page, in the colours of the page around it and without words that were not escaped."""
+    from markupsafe import Markup
+
+    with _figure(chart) as figure:
+        drawn = _saved(figure, "svg", dict.fromkeys(("Date", "Creator", "Format", "Type"))).decode()
+    used = set(re.findall(r"#(\w+)", drawn))  # the page has several charts, and an id only once
+    drawn = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", drawn)
+    for colour, role in ON_THE_PAGE.items():
+        drawn = drawn.replace(colour, role)
+    head = Markup('<svg role="img" aria-label="{}" ').format(printable(chart.what))
+    return head + Markup(drawn.partition("<svg ")[2])
 
 
-def _dots(row: Dots, top: int, across: Axis) -> list[str]:
-    name = row.name if len(row.name) <= LONGEST else f"{row.name[: LONGEST - 4]} ..."
-    parts = [f'<text x="12" y="{top + 14}">{text(name)}</text>']
-    for index, pair in enumerate(row.values):
-        if pair is None:
-            continue
-        y, (mean, half) = top + 26 + 12 * index, pair
-        if half:
-            low, high = across.at(mean - half), across.at(mean + half)
-            parts.append(f'<path d="M{low} {y - 3}v6m0-3H{high}m0-3v6" class="l{index}"/>')
-        parts.append(f'<circle cx="{across.at(mean)}" cy="{y}" r="4" class="f{index}"/>')
-    return parts
+def files(chart: Chart) -> dict[str, bytes]:
+    """Returns a chart as files for a paper and a talk: {"losses.pdf": bytes, "losses.png": bytes}."""
+    with _figure(chart) as figure:
+        if chart.legend:
+            for words in figure.axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2).get_texts():
+                words.set_parse_math(False)
+                words.set_text(printable(words.get_text()))
+        return {
+            f"{chart.file}.pdf": _saved(figure, "pdf", {"CreationDate": None}, bbox_inches="tight"),
+            f"{chart.file}.png": _saved(figure, "png", {}, bbox_inches="tight", facecolor="white"),
+        }
 
 
-def _frame(across: Axis, up: Axis, x: str, y: str) -> list[str]:
-    """Returns grid, ticks and names of both axes."""
-    parts = _across(across, x, HEIGHT, TOP)
-    for value in log_ticks(up.low, up.high) if up.log else ticks(up.low, up.high):
-        place = up.at(value)
-        parts.append(f'<path d="M{LEFT} {place}H{WIDTH - RIGHT}" class="grid"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{place + 5}" text-anchor="end">{number(value)}</text>')
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    return [*parts, f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{text(y)}</text>']
+def _saved(figure: Any, form: str, metadata: Mapping[str, Any], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=form, metadata=metadata, **options)
+    return buffer.getvalue()
 
 
-def _across(across: Axis, name: str, height: float, top: float) -> list[str]:
-    bottom, parts = height - BOTTOM, []
-    for value in ticks(across.low, across.high):
-        place = across.at(value)
-        anchor = "end" if place > WIDTH - 20 else "middle"
-        parts.append(f'<path d="M{place} {top}V{bottom}" class="grid"/>')
-        parts.append(f'<text x="{place}" y="{bottom + 19}" text-anchor="{anchor}">{number(value)}</text>')
-    return [*parts, f'<text x="{(across.start + across.end) / 2}" y="{bottom + 41}" text-anchor="middle">{text(name)}</text>']
+@contextmanager
+def _figure(chart: Chart) -> Iterator[Any]:
+    """Yields a chart as matplotlib's figure, under settings that are neither the user's nor left behind."""
+    import matplotlib
+    from matplotlib.figure import Figure
 
-
-def _widened(low: float, high: float, share: float = 0.05) -> tuple[float, float]:
-    if high == low:
-        return low - (abs(low) * 0.1 or 1), high + (abs(high) * 0.1 or 1)
-    return low - share * (high - low), high + share * (high - low)
-
-
-def _log_widened(low: float, high: float) -> tuple[float, float]:
-    return low / 1.2, high * 1.2
-
-
-def _svg(parts: Sequence[str], what: str, height: float = HEIGHT) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{text(what)}">{"".join(parts)}</svg>'
-
-
-def legend(names: Sequence[str], shape: Callable[[int], str] = lambda index: f"s{index % COLOURS}") -> str:
-    """Returns the names of what a chart shows, each beside its colour."""
-    items = [f'<li><span class="swatch {shape(index)}"></span>{text(name)}</li>' for index, name in enumerate(names)]
-    return f'<ul class="legend">{"".join(items)}</ul>'
+    with _MATPLOTLIB, matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of letters that the font has not: the page has other fonts
+        matplotlib.rcdefaults()
+        settings: Any = matplotlib.rcParams
+        settings.update(STYLE | {"svg.hashsalt": chart.file})
+        width, height = WIDTH, chart.height
+        figure = Figure(figsize=(width / 72, height / 72))
+        left = LEFT if chart.y else RIGHT
+        axes = figure.add_axes((left / width, BOTTOM / height, (width - left - RIGHT) / width, (height - TOP - BOTTOM) / height))
+        chart.draw(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: number(value))
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(chart.x)
+        axes.set_ylabel(chart.y, rotation_mode="anchor")
+        axes.yaxis.set_label_coords(18 / width, 0.5 + (BOTTOM - TOP) / 2 / height, transform=figure.transFigure)
+        yield figure
