@@ -116,6 +116,26 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     warnings.show_from(logging.NOTSET)  # and before --quiet
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a run of two steps with the loss dm, evaluated; not to be changed."""
+    import ddkit
+
+    path = tmp_path_factory.mktemp("finished") / "run"
+    ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=path, device="cpu")
+    return path
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Returns every file in a folder and below, by its path in it."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def said(text: str) -> str:
+    """Returns what a command wrote as one line."""
+    return " ".join(text.split())
+
+
 def timeless(checkpoint: Path) -> str:
     """Returns a sha256 of all that a checkpoint holds but the seconds that it took."""
     from ddkit.files import read_tensors, tensors_digest

@@ -21,7 +21,6 @@ import pytest
 
 import ddkit
 from ddkit.api import resume
-from ddkit.files import write_json
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import CHECKPOINTS
@@ -106,15 +105,9 @@ class Disk:
 
         self.count, self.fails, self.before = 0, fails, before
         self.names: list[str] = []
-        for module, name in (
-            (os, "fsync"),
-            (os, "replace"),
-            (os, "open"),
-            (Path, "write_bytes"),
-            (Path, "open"),
-            (Path, "mkdir"),
-            (Path, "unlink"),
-        ):
+        operations: list[tuple[Any, str]] = [(os, name) for name in ("fsync", "replace", "open")]
+        operations += [(Path, name) for name in ("write_bytes", "open", "mkdir", "unlink")]
+        for module, name in operations:
             patch.setattr(module, name, self.wrapped(name, getattr(module, name)))
         patch.setattr(safetensors.torch, "save_file", self.wrapped("save_file", safetensors.torch.save_file, torn=True))
 
@@ -143,15 +136,6 @@ class Disk:
         return True
 
 
-def _fails_loudly(path: Path) -> bool:
-    """Begins a run; returns whether it ended with exit code 5 and one line that tells why."""
-    try:
-        begin(path)
-    except ddkit.RunFilesError as error:
-        return (error.exit_code, str(error).count("\n"), "No space left on device" in str(error)) == (5, 0, True)
-    return False
-
-
 def test_whatever_fails_the_newest_checkpoint_loads_and_the_run_continues_to_the_same_bytes(
     tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -164,7 +148,10 @@ def test_whatever_fails_the_newest_checkpoint_loads_and_the_run_continues_to_the
         path = tmp_path / f"run-{fails}"
         with pytest.MonkeyPatch.context() as patch:
             Disk(patch, fails=fails)
-            told += _fails_loudly(path)
+            try:
+                begin(path)
+            except ddkit.RunFilesError as error:
+                told += (error.exit_code, str(error).count("\n"), "No space left on device" in str(error)) == (5, 0, True)
         assert leftovers(path) == set() or counted.names[fails] == "unlink"
         if (path / CHECKPOINTS).is_dir() and any((path / CHECKPOINTS).iterdir()):
             assert RunDirectory(path).newest_checkpoint() is not None, fails
@@ -366,20 +353,14 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_process_is_dead
     assert (tmp_path / "run" / "manifest.json").is_file()
 
 
-def test_two_runs_of_one_process_do_not_share_a_folder_either(tmp_path: Path) -> None:
-    begin(tmp_path)
-    (tmp_path / "manifest.json").unlink()
-    with RunDirectory.existing(tmp_path).take(), pytest.raises(ddkit.RunFilesError, match="Another process is working"):
-        resume(tmp_path, device="cpu")
-    resume(tmp_path, device="cpu")
-
-
-def test_resuming_a_run_that_is_being_written_is_refused_on_the_command_line(cli: Cli, tmp_path: Path) -> None:
+def test_a_run_that_is_being_written_is_continued_by_nobody_else(cli: Cli, tmp_path: Path) -> None:
     begin(tmp_path / "run")
+    (tmp_path / "run" / "manifest.json").unlink()
     with RunDirectory.existing(tmp_path / "run").take():
         refused = cli("distill", "--resume", "--out", tmp_path / "run")
     assert (refused.code, refused.out) == (5, "")
     assert "Another process is working in" in refused.err
+    resume(tmp_path / "run", device="cpu")
 
 
 def test_figures_of_a_run_that_is_being_written_are_shown_and_not_recorded(
@@ -480,22 +461,6 @@ def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(fo
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["steps"] == 4
 
 
-def test_a_manifest_of_a_run_that_is_prolonged_is_gone_until_it_is_finished_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begin(tmp_path / "run")
-
-    def fail(*arguments: object, **named: object) -> None:
-        assert not (tmp_path / "run" / "manifest.json").exists()
-        raise ddkit.RunFilesError("stopped")
-
-    monkeypatch.setattr(RunDirectory, "write_recipe", fail)
-    with pytest.raises(ddkit.RunFilesError, match="stopped"):
-        resume(tmp_path / "run", steps=5, device="cpu")
-    monkeypatch.undo()
-    resume(tmp_path / "run", device="cpu")
-    assert (tmp_path / "run" / "manifest.json").is_file()
-    write_json(tmp_path / "probe.json", {})
-
-
 # What a run works with, and what it wrote, between its end and its going on
 
 
@@ -537,16 +502,6 @@ def test_another_teacher_or_other_data_than_the_run_began_with_is_refused(tmp_pa
     assert (tmp_path / "run" / "synthetic.safetensors").read_bytes() == whole
 
 
-def test_figures_of_the_shorter_run_are_gone_from_the_longer_one(cli: Cli) -> None:
-    quick = ["--losses", "dm", "--pipc", 2, "--evaluate", "none", "--set", "network.width=4"]
-    assert cli("distill", *quick, "--steps", 2, "--out", "run").code == 0
-    assert cli("evaluate", "run", "--evaluate", "spectrum").code == 0
-    assert Path("run/evaluation.json").exists()
-    assert cli("distill", "--resume", "--steps", 4, "--out", "run").code == 0
-    assert not Path("run/evaluation.json").exists()
-    assert "evaluation.json" not in json.loads(Path("run/manifest.json").read_text())["files"]
-
-
 def test_figures_of_a_set_that_has_changed_since_are_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -562,7 +517,7 @@ def test_figures_of_a_set_that_has_changed_since_are_not_recorded(
     ddkit.evaluate(tmp_path / "run", evaluators="spectrum", device="cpu")
     assert "its set has changed since they were begun" in caplog.text
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluations"]
-    assert [row["evaluator"] for row in rows] == ["accuracy"]
+    assert [row["evaluator"] for row in rows] == ["accuracy"], "those of the longer run alone"
 
 
 @pytest.mark.parametrize(
@@ -591,19 +546,20 @@ def test_a_damaged_film_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "film.safetensors" not in json.loads((tmp_path / "run" / "manifest.json").read_text())["files"]
 
 
-def test_a_prolongation_that_is_cut_off_goes_on_to_all_its_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["write_recipe", "cut_metrics"])
+def test_a_prolongation_that_is_cut_off_has_no_manifest_and_goes_on_to_all_its_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
     begin(tmp_path / "whole", steps=7, engine__log_every=3)
     begin(tmp_path / "run", steps=5, engine__log_every=3)
-    monkeypatch.setattr(RunDirectory, "cut_metrics", lambda *arguments: (_ for _ in ()).throw(ddkit.RunFilesError("stopped")))
+
+    def fail(*arguments: object, **named: object) -> None:
+        assert not (tmp_path / "run" / "manifest.json").exists()
+        raise ddkit.RunFilesError("stopped")
+
+    monkeypatch.setattr(RunDirectory, place, fail)
     with pytest.raises(ddkit.RunFilesError, match="stopped"):
         resume(tmp_path / "run", steps=7, device="cpu")
     monkeypatch.undo()
-    resume(tmp_path / "run", device="cpu")
+    resume(tmp_path / "run", steps=7 if place == "write_recipe" else None, device="cpu")
     assert result(tmp_path / "run")["metrics.jsonl"] == result(tmp_path / "whole")["metrics.jsonl"]
-
-
-def test_a_path_that_is_too_long_is_told_in_one_paragraph(cli: Cli) -> None:
-    for command in (["distill", "--resume", "--out"], ["evaluate"], ["report"]):
-        refused = cli(*command, "x" * 300)
-        assert (refused.code, refused.out) == (5, "")
-        assert "File name too long" in " ".join(refused.err.split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,28 @@ def own(kind: str) -> list[str]:
     return sorted(p.name for p in registry.plugins() if p.kind == kind and p.first_party)
 
 
-def recipes_that_distil() -> list[str]:
-    """Returns the recipes with a loss: those of a teacher alone make no set."""
-    built = {name: recipe_for(name) for name in own("recipe")}
-    return [name for name, recipe in built.items() if recipe.losses]
+def cases() -> dict[str, dict[str, Any]]:
+    """Returns what each run is given, by a name: every loss, initializer, augmenter, recipe and optimizer, and all losses at once."""
+    both = {"losses": "dm,dkkt"}
+    recipes = {name: recipe_for(name, ipc=2) for name in own("recipe")}
+    renewed = {"network.renew_every": 2, "network.inner_epochs": 1}
+    momentum = {"optimizer.images.kind": "sgd", "optimizer.images.momentum": 0.9}
+    return {
+        **{f"loss {name}": {"losses": name} for name in own("loss")},
+        **{f"initializer {name}": both | {"init": name} for name in own("initializer")},
+        "features of the teacher": {"losses": "dm", "init": "kmeans", "sets": {"initializer.features": "teacher"}},
+        **{f"augmenter {name}": both | {"augment": name} for name in own("augmenter")},
+        **{
+            f"recipe {name}": {"recipe": name, "sets": renewed if recipe.network.inner_epochs else {}}
+            for name, recipe in recipes.items() if recipe.losses
+        },
+        "adam": both | {"sets": {"optimizer.images.kind": "adam"}},
+        "sgd": both | {"sets": momentum},
+        "all losses": {"losses": ",".join(own("loss"))},
+    }  # fmt: skip
+
+
+CASES = cases()
 
 
 @pytest.fixture(scope="module")
@@ -78,31 +95,23 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-Make = Callable[..., Path]
-
-
-def cut_off(path: Path, step: int) -> None:
-    """Makes a finished run one that was killed right after the checkpoint of `step`."""
-    for name in ("manifest.json", "synthetic.safetensors", "preview.png"):
-        (path / name).unlink()
-    for file in (path / "checkpoints").iterdir():
-        if file.name > f"step-{step:08d}.safetensors":
-            file.unlink()
-
-
 class Copies:
     """An observer that keeps a copy of the run's folder as it is after every checkpoint."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.copies = path, {}  # type: ignore[var-annotated]
+        self.path = path
+        self.copies: dict[int, Path] = {}
 
     @ddkit.hookimpl
     def checkpoint_written(self, index: int) -> None:
         self.copies[index] = shutil.copytree(self.path, self.path.parent / f"{self.path.name}-{index}")
 
 
-def check(data: str, tmp_path: Path, **given: Any) -> None:
-    """Asserts that a run which is cut off after every k in CUTS and continued is the run that was not, and that a seed matters."""
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_that_is_cut_off_and_continued_is_the_run_that_was_not(data: str, tmp_path: Path, name: str) -> None:
+    given = CASES[name]
+    if name == "initializer file":
+        given = given | {"init": f"file:{run(data, tmp_path / 'earlier', steps=1, losses='dm')}"}
     copies = Copies(tmp_path / "whole")
     whole = state(run(data, tmp_path / "whole", observers=[copies], **given))
     assert any(name.startswith("checkpoints/") for name in whole)
@@ -114,41 +123,4 @@ def check(data: str, tmp_path: Path, **given: Any) -> None:
         assert differences(state(cut), whole) == [], f"cut off after step {step}"
     other = state(run(data, tmp_path / "other", seed=1, **given))
     assert other.keys() == whole.keys()
-    assert "synthetic.safetensors images" in differences(whole, other)
-
-
-@pytest.mark.parametrize("name", own("loss"))
-def test_every_loss(data: str, tmp_path: Path, name: str) -> None:
-    check(data, tmp_path, losses=name)
-
-
-@pytest.mark.parametrize("name", own("initializer"))
-def test_every_initializer(data: str, tmp_path: Path, name: str) -> None:
-    init = f"file:{run(data, tmp_path / 'earlier', steps=1, losses='dm')}" if name == "file" else name
-    check(data, tmp_path, losses="dm,dkkt", init=init)
-
-
-@pytest.mark.parametrize("name", ["kmeans", "herding", "k-center"])
-def test_every_initializer_on_the_teachers_features(data: str, tmp_path: Path, name: str) -> None:
-    check(data, tmp_path, losses="dm", init=name, sets={"initializer.features": "teacher"})
-
-
-@pytest.mark.parametrize("name", own("augmenter"))
-def test_every_augmenter(data: str, tmp_path: Path, name: str) -> None:
-    check(data, tmp_path, losses="dm,dkkt", augment=name)
-
-
-@pytest.mark.parametrize("name", recipes_that_distil())
-def test_every_recipe(data: str, tmp_path: Path, name: str) -> None:
-    network = {"network.renew_every": 2, "network.inner_epochs": 1} if recipe_for(name, ipc=2).network.inner_epochs else {}
-    check(data, tmp_path, recipe=name, sets=network)
-
-
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
-def test_every_optimizer(data: str, tmp_path: Path, kind: str) -> None:
-    sets = {"optimizer.images.kind": kind, "optimizer.images.momentum": 0.9} if kind == "sgd" else {"optimizer.images.kind": kind}
-    check(data, tmp_path, losses="dm,dkkt", sets=sets)
-
-
-def test_all_losses_at_once(data: str, tmp_path: Path) -> None:
-    check(data, tmp_path, losses=",".join(own("loss")))
+    assert "synthetic.safetensors images" in differences(whole, other), "a seed matters"

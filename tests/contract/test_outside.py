@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import socket
 import stat
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +17,12 @@ import numpy as np
 import pytest
 
 import ddkit
-from ddkit.files import json_digest, path_part, read_json, read_with_digest, with_digest, write_json
-from ddkit.run.directory import RunDirectory
+from ddkit.files import open_regular, path_part, read_bytes, read_json, read_with_digest, with_digest, write_json
 from ddkit.run.manifest import LISTED, file_entry
 from ddkit.studies.sharding import merge
-from tests.conftest import SMALL, SMALL_FLAGS, Result
+from tests.conftest import SMALL_FLAGS, Result, content
 
 Cli = Callable[..., Result]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("finished") / "run"
-    ddkit.distill(losses="dm", pipc=2, sets=SMALL, evaluators="none", out=path, device="cpu")
-    return path
 
 
 @pytest.fixture
@@ -65,16 +59,13 @@ def test_a_link_in_a_run_is_refused_by_every_command(cli: Cli, run: Path, tmp_pa
     else:
         original.write_bytes(b"")
     (run / name).symlink_to(original)
-    before = _content(outside), _content(run)
+    (outside / original / ".tmpabc123" if original.is_dir() else outside / ".tmpabc123").write_text("somebody's")  # as of a killed write
+    before = content(outside), content(run)
     result = cli(*COMMANDS[command].replace("RUN", str(run)).split())
     assert (result.code, result.out) == (5, ""), result
     assert f"{run / name} is a symbolic link" in " ".join(result.err.split())
-    assert (_content(outside), _content(run)) == before
+    assert (content(outside), content(run)) == before
     assert list(Path.cwd().iterdir()) == []
-
-
-def _content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", ".lock"])
@@ -103,13 +94,89 @@ def test_a_run_is_found_through_a_link_to_its_folder(cli: Cli, run: Path, tmp_pa
     assert (tmp_path / "link").is_symlink()
 
 
-def test_a_linked_folder_of_checkpoints_keeps_its_files(cut: Path, tmp_path: Path) -> None:
-    (cut / "checkpoints").rename(tmp_path / "outside")
-    (tmp_path / "outside" / ".tmpabc123").write_text("somebody's")
-    (cut / "checkpoints").symlink_to(tmp_path / "outside")
-    with pytest.raises(ddkit.RunFilesError, match="checkpoints is a symbolic link"):
-        RunDirectory(cut).take()
-    assert (tmp_path / "outside" / ".tmpabc123").exists()
+# What is no regular file, in the place of a file that a command reads
+
+KINDS = {"pipe": "a named pipe", "device": "a device", "folder": ""}
+
+
+def put(kind: str, path: Path) -> Path:
+    """Puts a pipe that nobody writes into, an endless device, a socket, or a folder at `path`."""
+    if path.is_file():
+        path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    else:
+        path.mkdir()
+    return path
+
+
+@pytest.fixture
+def at_once() -> Iterator[None]:
+    """Ends a test that waits."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "folder"])
+def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(OSError, match=r"pipe|device|directory"):
+        open_regular(put(kind, tmp_path / "x"))
+    with pytest.raises(ddkit.InputError, match="x"):
+        ddkit.read_arrays(tmp_path / "x")  # of which plugins are made
+
+
+def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(5000))
+    (tmp_path / "link").symlink_to("x")
+    assert len(read_bytes(tmp_path / "link", most=5000)) == 5000
+    with pytest.raises(OSError, match=r"x has more than 0 MiB, the most that is read of such a file"):
+        read_bytes(tmp_path / "x", most=4999)
+
+
+READING = {  # command -> exit code; X is what is no regular file
+    "distill --recipe X.toml": 4,
+    "distill --dataset npz:X.npz": 4,
+    "distill --losses dkkt --pipc 2 --teacher X.safetensors": 4,
+    "train --recipe X.toml --out new.safetensors": 4,
+    "reproduce X.toml --out new": 4,
+    "evaluate X.safetensors --dataset digits": 5,
+    "blend X.safetensors X.safetensors --out new": 5,
+    "export X.safetensors --to npz --out new": 5,
+    "import X.pt --out new --mean 0.5 --std 0.5": 4,
+}
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("command", READING)
+def test_a_command_refuses_it_in_the_place_of_its_file(cli: Cli, command: str, kind: str) -> None:
+    name = next(part.rpartition(":")[2] for part in command.split() if "X." in part)
+    put(kind, Path(name))
+    result = cli(*command.split())
+    assert (result.code, result.out) == (READING[command], ""), result
+    assert KINDS[kind] in " ".join(result.err.split())
+    assert name in result.err
+    assert {entry.name for entry in Path.cwd().iterdir()} == {name}
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_list_of_classes_without_an_end_is_refused(cli: Cli) -> None:
+    result = cli("import", "x.pt", "--out", "new", "--classes", "/dev/zero")
+    assert result.code == 2
+    assert "/dev/zero is a device" in " ".join(result.err.split())
 
 
 # Names
@@ -231,7 +298,6 @@ def test_a_manifest_that_lists_other_places_is_refused(store: Path, tmp_path: Pa
         merge(store, tmp_path / "out")
     with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is not what ddkit writes there"):
         ddkit.load(path.parent)
-    assert json_digest(manifest)
 
 
 def test_a_report_names_no_folder_of_the_users(cli: Cli, tmp_path: Path) -> None:
@@ -270,7 +336,7 @@ def test_what_users_put_into_a_folder_stays_where_the_run_never_begins(cli: Cli,
 
     monkeypatch.setattr("ddkit.run.setup.automatic_teacher", put)
     assert cli("distill", "--losses", "dkkt", "--pipc", 1, "--out", "run", *SMALL_FLAGS).code == 130
-    assert set(_content(Path("run"))) == {"notes.txt", "data/image.png", "checkpoints/mine.txt", "parts/mine.txt", ".hidden"}
+    assert set(content(Path("run"))) == {"notes.txt", "data/image.png", "checkpoints/mine.txt", "parts/mine.txt", ".hidden"}
 
 
 def test_writing_never_changes_the_umask_of_other_threads(tmp_path: Path) -> None:
