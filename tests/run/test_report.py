@@ -6,6 +6,7 @@ import ast
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import time
@@ -28,7 +29,7 @@ from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.manifest import read_manifest
 from ddkit.run.report import charts
-from ddkit.run.report.charts import Curves, Dots, Histogram, number, svg, wants_log
+from ddkit.run.report.charts import curves, dots, histogram, number, svg
 from ddkit.run.report.pictures import picture, pictures, sides
 from ddkit.run.report.sections import spectrum_bins
 from ddkit.run.snapshots import MOST_BYTES, add_frame, begin_film, eight_bits, film_rows, is_frame, read_film
@@ -468,8 +469,8 @@ def test_a_frame_stays_small() -> None:
 # The charts
 
 
-def curves(lines: dict[str, list[tuple[float, float]]], log: bool = False) -> str:
-    return svg(Curves(file="f", title="t", what="w", x="step", y="raw", lines=lines, log=log))
+def drawn_curves(lines: dict[str, list[tuple[float, float]]]) -> str:
+    return svg(curves("file", "title", lines, y="raw"))
 
 
 def line_of(drawn: str, colour: int = 0) -> list[tuple[float, float]]:
@@ -483,25 +484,23 @@ def dots_of(drawn: str, colour: int) -> list[float]:
     return [float(x) for x in re.findall(rf'<use [^>]*?x="([\d.]+)"[^>]*?style="fill: var\(--c{colour}\)', drawn)]
 
 
-def test_a_logarithmic_axis_is_for_positive_values_that_differ_much() -> None:
-    assert wants_log([1, 50])
-    assert not wants_log([1, 10])
-    assert not wants_log([0, 50])
-    assert not wants_log([])
+@pytest.mark.parametrize(("values", "log"), [([1, 50], True), ([1, 10], False), ([0, 50], False), ([1, math.nan, 50], True), ([], False)])
+def test_a_logarithmic_axis_is_for_positive_values_that_differ_much(values: list[float], log: bool) -> None:
+    assert ("(log scale)" in curves("file", "title", {"a": list(enumerate(values))}, y="raw").y) == log
 
 
 def test_a_line_goes_from_the_first_to_the_last_point_in_scale() -> None:
-    (x0, y0), (x1, y1), (x2, y2) = line_of(curves({"a": [(0, 1.0), (5, 2.0), (10, 3.0)]}))
+    (x0, y0), (x1, y1), (x2, y2) = line_of(drawn_curves({"a": [(0, 1.0), (5, 2.0), (10, 3.0)]}))
     assert x1 == pytest.approx((x0 + x2) / 2)
     assert y1 == pytest.approx((y0 + y2) / 2, abs=0.1)
     assert y2 < y0
-    ys = [y for _, y in line_of(curves({"a": [(0, 1.0), (1, 10.0), (2, 100.0)]}, log=True))]
+    ys = [y for _, y in line_of(drawn_curves({"a": [(0, 1.0), (1, 10.0), (2, 100.0)]}))]
     assert ys[1] == pytest.approx((ys[0] + ys[2]) / 2, abs=0.1)
 
 
 @pytest.mark.parametrize("values", [[], [1.0], [2.0, 2.0], [0.0, 0.0], [-1.0, 1e30], [1e-9, 2e-9], [1e6, 1e6 + 3]])
 def test_any_values_make_a_chart_without_nan_whose_text_is_large_enough(values: list[float]) -> None:
-    drawn = curves({"a": [(float(x), value) for x, value in enumerate(values)]})
+    drawn = drawn_curves({"a": [(float(x), value) for x, value in enumerate(values)]})
     assert "nan" not in drawn
     assert "inf" not in drawn
     Page(drawn)
@@ -511,7 +510,7 @@ def test_any_values_make_a_chart_without_nan_whose_text_is_large_enough(values: 
 
 
 def test_lines_have_the_colours_of_the_page_and_more_than_six_of_them_are_told_apart() -> None:
-    drawn = curves({str(index): [(0.0, float(index)), (1.0, 0.0)] for index in range(8)})
+    drawn = drawn_curves({str(index): [(0.0, float(index)), (1.0, 0.0)] for index in range(8)})
     assert not re.search(r"#[0-9a-f]{6}\b", drawn)
     assert {int(colour) for colour in re.findall(r"stroke: var\(--c(\d)\)", drawn)} == set(range(6))
     assert len(re.findall(r"<path [^>]*stroke-dasharray", drawn)) == 2
@@ -520,7 +519,7 @@ def test_lines_have_the_colours_of_the_page_and_more_than_six_of_them_are_told_a
 
 def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
     rows = [("convnet", [(50.0, 10.0), (40.0, None)]), ("<b>$x_{", [(50.0, 10.0), None])]
-    drawn = svg(Dots(file="f", title="t", what='a "chart"', x="accuracy", rows=rows, series=["set", "real"]))
+    drawn = svg(dots("file", 'a "chart"', rows, ["set", "real"]))
     assert "&lt;b&gt;$x_{" in drawn
     assert 'aria-label="a &#34;chart&#34;"' in drawn
     (left, _), (right, _) = line_of(drawn)
@@ -532,8 +531,8 @@ def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
 
 def test_a_histogram_counts_every_value() -> None:
     for values, bars in (([0.0] * 3 + [1.0, 0.999], {3: 1, 2: 1}), ([2.0, 2.0], {2: 1})):
-        chart = Histogram(file="f", title="t", what="w", x="value", y="how many", values=torch.tensor(values, dtype=torch.float64))
-        found = re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--c0\)', svg(chart))
+        drawn = svg(histogram("name", torch.tensor(values, dtype=torch.float64)))
+        found = re.findall(r'<path d="([^"]*)"[^>]*fill: var\(--c0\)', drawn)
         heights = [abs(numbers[1] - numbers[5]) for path in found if (numbers := [float(n) for n in re.findall(r"[-\d.]+", path)])]
         kept = [height for height in heights if height > 0.01]
         assert len(heights) == 20
@@ -544,9 +543,9 @@ def test_a_histogram_counts_every_value() -> None:
 def test_charts_are_drawn_under_no_settings_of_the_user_and_leave_them() -> None:
     import matplotlib
 
-    usual = curves({"a": [(0.0, 1.0), (1.0, 2.0)]})
+    usual = drawn_curves({"a": [(0.0, 1.0), (1.0, 2.0)]})
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
-        assert curves({"a": [(0.0, 1.0), (1.0, 2.0)]}) == usual
+        assert drawn_curves({"a": [(0.0, 1.0), (1.0, 2.0)]}) == usual
         assert matplotlib.rcParams["font.size"] == 30
 
 
@@ -571,7 +570,7 @@ def test_figures_are_pdf_and_png_files_of_every_chart_with_the_same_bytes_again(
     assert len(names) == 2 * (run / "report.html").read_text().count("<svg ")
     for name in names:
         assert Path(name).read_bytes().startswith(b"%PDF-" if name.endswith("pdf") else b"\x89PNG")
-    chart = Curves(file="f", title="t", what="w", x="step", y="raw", lines={"$x_{": [(0.0, 1.0), (1.0, 2.0)], "中文": [(0.0, 2.0)]})
+    chart = curves("file", "title", {"$x_{": [(0.0, 1.0), (1.0, 2.0)], "中文": [(0.0, 2.0)]}, y="raw")
     assert charts.files(chart) == charts.files(chart)
 
 

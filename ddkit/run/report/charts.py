@@ -7,15 +7,15 @@ import math
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
 from ddkit.errors import printable
+from ddkit.files import path_part
 
 WIDTH, HEIGHT = 420, 280  # points, which are pixels of a wide page
 LEFT, RIGHT, TOP, BOTTOM = 88, 14, 14, 50  # margins of the plot
@@ -50,97 +50,83 @@ def can_be_drawn(value: float) -> bool:
     return abs(value) < 1e100
 
 
-def wants_log(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis suits: all positive, over more than a factor of 20."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) > 20
+class Chart(NamedTuple):
+    """What a chart shows: `file` is its name as a file, `what` says it in words, `x` and `y` name the axes.
 
-
-class Chart(msgspec.Struct, frozen=True, kw_only=True):
-    """What a chart shows: `file` is its name as a file, `what` says it in words, `x` and `y` name the axes."""
+    `draw` draws it into matplotlib's axes; `legend` are the names of what is drawn in the order of the colours, none of one thing.
+    """
 
     file: str
     title: str
     what: str
+    draw: Callable[[Any], None]
     x: str
     y: str = ""
-    height = HEIGHT
-
-    @property
-    def legend(self) -> list[str]:
-        """The names of what is shown, in the order of the colours; [] where there is one thing, which needs none."""
-        return []
-
-    def draw(self, axes: Any) -> None:
-        """Draws into matplotlib's axes."""
+    legend: Sequence[str] = ()
+    height: int = HEIGHT
 
 
-class Curves(Chart, frozen=True, kw_only=True):
-    """Named lines through (x, y) points, whose values can be drawn and with `log` are positive."""
+def curves(
+    file: str, title: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str = "step", y: str, may_log: bool = True
+) -> Chart:
+    """Returns a chart of named lines through (x, y) points; values that cannot be drawn are left out.
 
-    lines: Mapping[str, Sequence[tuple[float, float]]]
-    log: bool = False
+    Its axis is logarithmic where that suits: all values are positive, over more than a factor of 20.
+    """
+    kept = {name: [point for point in points if can_be_drawn(point[1])] for name, points in lines.items()}
+    values = [value for points in kept.values() for _, value in points]
+    log = may_log and bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
-    @property
-    def legend(self) -> list[str]:
-        return list(self.lines) if len(self.lines) > 1 else []
-
-    def draw(self, axes: Any) -> None:
-        for index, (name, points) in enumerate(self.lines.items()):
+    def draw(axes: Any) -> None:
+        for index, (name, points) in enumerate(kept.items()):
             style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": "o" if len(points) <= 12 else ""}
             style |= {} if index < len(COLOURS) else {"dashes": (2 * (index // len(COLOURS)), 2)}
             axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
         axes.margins(x=0)
-        if self.log:
+        if log:
             from matplotlib.ticker import LogLocator, NullLocator
 
-            values = [value for points in self.lines.values() for _, value in points]
             axes.set_yscale("log")
             axes.set_ylim(min(values) / 1.2, max(values) * 1.2)
             axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 300 * min(values) else (1,), numticks=7))
             axes.yaxis.set_minor_locator(NullLocator())
 
+    what = f"{title}: {', '.join(lines)} over {x}"
+    return Chart(file, title, what, draw, x, f"{y} (log scale)" if log else y, list(lines) if len(lines) > 1 else ())
 
-class Histogram(Chart, frozen=True, kw_only=True):
-    """How many of `values` (n,), finite floats, lie in each of BINS equal parts of their range."""
 
-    values: Tensor
+def histogram(name: str, values: Tensor) -> Chart:
+    """Returns how many of `values` (n,), float64 that can be drawn, lie in each of BINS equal parts of their range."""
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        low, high = low - max(0.5, abs(low) / 10), high + max(0.5, abs(high) / 10)
+    counts = torch.histc(values, BINS, low, high).tolist()
 
-    def draw(self, axes: Any) -> None:
-        low, high = float(self.values.min()), float(self.values.max())
-        if low == high:
-            low, high = low - max(0.5, abs(low) / 10), high + max(0.5, abs(high) / 10)
-        counts = torch.histc(self.values, BINS, low, high)
-        edges = torch.linspace(low, high, BINS + 1, dtype=torch.float64)
-        axes.bar(edges[:-1].tolist(), counts.tolist(), width=0.9 * (high - low) / BINS, align="edge", color=COLOURS[0])
+    def draw(axes: Any) -> None:
+        width = (high - low) / BINS
+        axes.bar([low + width * index for index in range(BINS)], counts, width=0.9 * width, align="edge", color=COLOURS[0])
         axes.set_xlim(low, high)
 
+    return Chart(f"parameter-{path_part(name)}", name, f"Histogram of {name}", draw, "value", "how many")
 
-class Dots(Chart, frozen=True, kw_only=True):
-    """Rows (name, (value, half of its error bar or None) or None for each of `series`)."""
 
-    rows: Sequence[tuple[str, Sequence[tuple[float, float | None] | None]]]
-    series: Sequence[str]
+def dots(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[float, float | None] | None]]], legend: Sequence[str]) -> Chart:
+    """Returns a chart of rows (name, (percent, half of its error bar or None) or None for each name of the legend)."""
 
-    @property
-    def height(self) -> int:  # type: ignore[override]
-        return TOP + ROW * len(self.rows) + BOTTOM
-
-    @property
-    def legend(self) -> list[str]:
-        return list(self.series)
-
-    def draw(self, axes: Any) -> None:
-        for index, name in enumerate(self.series):
-            found = [(*pair, ROW * row + 26 + 12 * index) for row, (_, pairs) in enumerate(self.rows) if (pair := pairs[index])]
+    def draw(axes: Any) -> None:
+        for index, name in enumerate(legend):
+            found = [(*pair, ROW * row + 26 + 12 * index) for row, (_, pairs) in enumerate(rows) if (pair := pairs[index])]
             bars = [half or math.nan for _, half, _ in found]
             style = {"fmt": "o", "color": COLOURS[index], "markersize": 8, "label": name}
             axes.errorbar([value for value, _, _ in found], [y for _, _, y in found], xerr=bars, **style)
-        for row, (name, _) in enumerate(self.rows):
+        for row, (name, _) in enumerate(rows):
             told = name if len(name) <= LONGEST else f"{name[: LONGEST - 4]} ..."
             axes.text(0, ROW * row + 14, printable(told), transform=axes.get_yaxis_transform(), parse_math=False)
         axes.margins(x=0.12)
-        axes.set_ylim(ROW * len(self.rows), 0)
+        axes.set_ylim(ROW * len(rows), 0)
         axes.set_yticks([])
+
+    return Chart(file, "Accuracy", what, draw, "accuracy in %", legend=legend, height=TOP + ROW * len(rows) + BOTTOM)
 
 
 def svg(chart: Chart) -> str:
@@ -148,7 +134,7 @@ def svg(chart: Chart) -> str:
     from markupsafe import Markup
 
     with _figure(chart) as figure:
-        drawn = _saved(figure, "svg", dict.fromkeys(("Date", "Creator", "Format", "Type"))).decode()
+        drawn = _saved(figure, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))).decode()
     used = set(re.findall(r"#(\w+)", drawn))  # the page has several charts, and an id only once
     drawn = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", drawn)
     for colour, role in ON_THE_PAGE.items():
@@ -165,14 +151,14 @@ def files(chart: Chart) -> dict[str, bytes]:
                 words.set_parse_math(False)
                 words.set_text(printable(words.get_text()))
         return {
-            f"{chart.file}.pdf": _saved(figure, "pdf", {"CreationDate": None}, bbox_inches="tight"),
-            f"{chart.file}.png": _saved(figure, "png", {}, bbox_inches="tight", facecolor="white"),
+            f"{chart.file}.pdf": _saved(figure, format="pdf", metadata={"CreationDate": None}, bbox_inches="tight"),
+            f"{chart.file}.png": _saved(figure, format="png", bbox_inches="tight", facecolor="white"),
         }
 
 
-def _saved(figure: Any, form: str, metadata: Mapping[str, Any], **options: Any) -> bytes:
+def _saved(figure: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=form, metadata=metadata, **options)
+    figure.savefig(buffer, **options)
     return buffer.getvalue()
 
 

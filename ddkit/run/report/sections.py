@@ -17,7 +17,7 @@ from ddkit.data.pictures import radial_spectrum
 from ddkit.files import path_part, without_folders
 from ddkit.run.artifact import Artifact
 from ddkit.run.manifest import SET
-from ddkit.run.report.charts import Curves, Dots, Histogram, can_be_drawn, number, wants_log
+from ddkit.run.report.charts import can_be_drawn, curves, dots, histogram, number
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
 from ddkit.run.shares import shares, typical_shares
 from ddkit.run.snapshots import Film, eight_bits
@@ -171,30 +171,19 @@ def losses(files: Files) -> Found:
         for kind in ("raw", "weighted")
     )
     total = {"total": [(line["step"], line["total"]) for line in lines]}
-    charts = [_curves("losses", "Weighted, and their total", "weighted", total | weighted if len(labels) > 1 else total)]
+    charts = [curves("losses", "Weighted, and their total", total | weighted if len(labels) > 1 else total, y="weighted")]
     first, last = lines[0]["step"], lines[-1]["step"]
     columns = ["loss", f"raw, step {first}", f"raw, step {last}", f"weighted, step {first}", f"weighted, step {last}"]
     rows = [[label, *(number(points[label][place][1]) for points in (raw, weighted) for place in (0, -1))] for label in labels]
     typical = typical_shares(lines)
     if typical:
         found = [(line["step"], own) for line in lines if (own := shares(line))]
-        curves = {label: [(step, 100 * own[label]) for step, own in found if label in own] for label in labels}
-        title = "Shares of the gradient on the images"
-        charts.append(_curves("shares", title, "% of the sum of norms", curves, may_log=False))
+        lines_of = {label: [(step, 100 * own[label]) for step, own in found if label in own] for label in labels}
+        charts.append(curves("shares", "Shares of the gradient on the images", lines_of, y="% of the sum of norms", may_log=False))
         columns.append("share of the gradient, median")
         rows = [[*row, f"{100 * typical.get(row[0], 0.0):.1f} %"] for row in rows]
-    charts += [_curves(f"loss-{path_part(label)}", f"{label}, raw", "raw", {label: raw[label]}) for label in labels]
+    charts += [curves(f"loss-{path_part(label)}", f"{label}, raw", {label: raw[label]}, y="raw") for label in labels]
     return {"charts": charts, "columns": columns, "rows": rows}
-
-
-def _curves(
-    file: str, title: str, y: str, lines: Mapping[str, Sequence[tuple[float, float]]], *, x: str = "step", may_log: bool = True
-) -> Curves:
-    """Returns a chart of lines, on a logarithmic axis where that suits; values that cannot be drawn are left out."""
-    log = may_log and wants_log([value for points in lines.values() for _, value in points if can_be_drawn(value)])
-    kept = {name: [point for point in points if can_be_drawn(point[1])] for name, points in lines.items()}
-    what = f"{title}: {', '.join(lines)} over the {x}s" if x == "step" else title
-    return Curves(file=file, title=title, what=what, x=x, y=f"{y} (log scale)" if log else y, lines=kept, log=log)
 
 
 def parameters(files: Files) -> Found:
@@ -204,8 +193,7 @@ def parameters(files: Files) -> Found:
         if not value.is_floating_point() or not value.numel() or not can_be_drawn(float(value.abs().max())):
             continue
         values = value.flatten().double()
-        what = f"Histogram of {name}"
-        charts.append(Histogram(file=f"parameter-{path_part(name)}", title=name, what=what, x="value", y="how many", values=values))
+        charts.append(histogram(name, values))
         ends = [number(float(each)) for each in (values.min(), values.median(), values.max())]
         rows.append([name, f"{len(values):,}", *ends, f"{100 * float((values == 0).double().mean()):.1f} %"])
     return {"charts": charts, "rows": rows} if rows else None
@@ -228,10 +216,7 @@ def spectrum(files: Files) -> Found:
         shown["real"] = real
     kept = [place for place in range(bins) if any(values[place] for values in shown.values())]  # small images have no lowest frequency
     lines = {name: [(frequencies[place], values[place]) for place in kept] for name, values in shown.items()}
-    if wants_log([value for points in lines.values() for _, value in points if value > 0]):
-        lines = {name: [point for point in points if point[1] > 0] for name, points in lines.items()}
-    chart = _curves("spectrum", "Radial spectrum", "share of the power", lines, x="cycles per pixel")
-    return {"charts": [chart], "real": "real" in shown}
+    return {"charts": [curves("spectrum", "Radial spectrum", lines, x="cycles per pixel", y="share of the power")], "real": "real" in shown}
 
 
 def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
@@ -272,16 +257,15 @@ def evaluation(files: Files) -> dict[str, Any]:
     groups = []
     for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels: the teacher's probabilities")):
         found = _rows(files, labels)
-        lines, dots = [], []
+        lines, shown = [], []
         for row in found:
             pairs = [_pair(row, "accuracy"), _pair(row, "random_real")]
-            dots.append((_named(row), pairs))
+            shown.append((_named(row), pairs))
             difference = "-" if pairs[1] is None else f"{100 * (row['accuracy_mean'] - row['random_real_mean']):+.1f}"
             told = [row.get("evaluator", ""), _named(row), row.get("repeats", ""), _percent(row, "accuracy"), _random_real(row)]
             lines.append([*told, difference])
-        what = f"{title}: accuracies with error bars"
-        series = ["trained on the set", "random real"]
-        chart = Dots(file=f"accuracy-{labels}", title="Accuracy", what=what, x="accuracy in %", rows=dots, series=series)
+        what, legend = f"{title}: accuracies with error bars", ["trained on the set", "random real"]
+        chart = dots(f"accuracy-{labels}", what, shown, legend)
         groups += [{"title": title, "charts": [chart], "rows": lines}] if found else []
     findings = [
         [row.get("evaluator", ""), "" if row.get("model") == "-" else _named(row), words]
