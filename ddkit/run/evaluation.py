@@ -1,4 +1,10 @@
-"""Evaluates a synthetic set: a run's, or that of a file, with the evaluators of a recipe."""
+"""Evaluates a synthetic set: a run's, or that of a file, with the evaluators of a recipe.
+
+A row is made in `run_evaluators`, at the end of a run and for `ddkit evaluate` alike: each evaluator is called with the set as it was read
+back from its file, the real data and the teacher, and returns rows, to which ddkit adds the split that was tested on. `judged` makes these
+from a recipe; `evaluate` makes the recipe, and adds the rows to the files of a run, where a newer row replaces the one of the same
+`_identity`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,7 @@ import msgspec
 import torch
 
 from ddkit.components import trust
-from ddkit.components.base import DataInfo, Evaluation, EvaluationData, Evaluator
+from ddkit.components.base import Evaluation, EvaluationData, Evaluator
 from ddkit.components.guard import blamed
 from ddkit.components.observers import Observers
 from ddkit.data.real import RealData, check_held_out, open_dataset, passing
@@ -72,10 +78,15 @@ def evaluate(
         directory.read_evaluations()  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     with passing(dataset) as data, trust.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
-        recipe = _evaluation_recipe(
-            artifact, directory, list((sets or {}).items()), evaluators=evaluators, protocol=protocol,
-            data__dir=data_dir, teacher__use=teacher, seed=seed, pipc=pipc, **data,
-        )  # fmt: skip
+        base, own = (None if directory is None else directory.read_recipe()), list((sets or {}).items())
+        if base is None:
+            if data["data__use"] is None and not any(path == "data" or path.startswith("data.") for path, _ in own):
+                raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+            own = [(key, artifact.metadata[key]) for key in ("seed", "pipc") if key in artifact.metadata] + own
+        elif evaluators is None and not base.get("evaluators"):
+            evaluators = "accuracy"
+        recipe = recipe_for(base, evaluators=evaluators, sets=own, protocol=protocol, data__dir=data_dir, teacher__use=teacher, seed=seed,
+                            pipc=pipc, **data)  # fmt: skip
         check_used((sets or {}).items(), EVALUATING, NOT_EVALUATING, "the set is evaluated as it is.")
         recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
         ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
@@ -100,11 +111,18 @@ def run_evaluators(
     ranks: Ranks = ALONE,
 ) -> list[Evaluation]:
     """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first."""
+
+    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
+        own = slice(ranks.rank, None, ranks.size)
+        found = torch.zeros(len(tasks), dtype=torch.float64)
+        if tasks[own]:
+            found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
+        return ranks.sums([found], "evaluation")[0].tolist()
+
     images, labels = real.test_set
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
-        seed=seed, device=device, split=real.split, spread=_spread(ranks) if ranks.size > 1 else None,
-        report=lambda done, total: None,
+        seed=seed, device=device, split=real.split, spread=spread if ranks.size > 1 else None, report=lambda done, total: None,
     )  # fmt: skip
     rows: list[Evaluation] = []
     for label, evaluator in sorted(evaluators.items()):
@@ -121,34 +139,31 @@ def run_evaluators(
     return rows
 
 
-def _spread(ranks: Ranks) -> Callable[..., list[float]]:
-    """Returns what EvaluationData.shared() does in one of several processes."""
-
-    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
-        own = slice(ranks.rank, None, ranks.size)
-        found = torch.zeros(len(tasks), dtype=torch.float64)
-        if tasks[own]:
-            found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
-        return ranks.sums([found], "evaluation")[0].tolist()
-
-    return spread
-
-
 def judged(
     recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False, ranks: Ranks = ALONE
 ) -> list[Evaluation]:
     """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
     where = pick_device(device)
-    real = RealData.of(recipe, open_dataset(recipe.data), image_shape(artifact), watchers=watchers)
-    _check_fit(artifact, real.info)
+    channels, height, width = artifact.images.shape[1:]
+    real = RealData.of(recipe, open_dataset(recipe.data), (channels, height, width), watchers=watchers)
+    if list(artifact.class_names) != list(real.info.class_names):
+        raise InputError(
+            f"The synthetic set has the classes {artifact.class_names[:12]}, the data set {list(real.info.class_names)[:12]}: "
+            "it can only be tested on data of the same classes in the same order."
+        )
     _check_held_out(artifact, real)
     made = evaluators_of(recipe, real.info)
     real.check_test_set()
     required = any(evaluator.requires.teacher for evaluator in made.values())
-    guide = _guide(recipe, real, where, watchers, ranks) if required or (with_teacher and recipe.teacher.use != "auto") else None
-    if guide is not None:
-        tested(guide, real, where)  # warns
-    return run_evaluators(made, artifact, real, guide, recipe.seed, where, watchers, ranks)
+    teacher: Teacher | None = None
+    if recipe.teacher.use == "auto":
+        if required:
+            teacher = automatic_teacher(real.dataset, real.info.shape, recipe.teacher, recipe.train, where, watchers, ranks=ranks)
+    elif required or with_teacher:
+        teacher = load_teacher(recipe.teacher, real.info, where)
+    if teacher is not None:
+        tested(teacher, real, where)  # warns
+    return run_evaluators(made, artifact, real, teacher, recipe.seed, where, watchers, ranks)
 
 
 def _run_at(path: Path) -> RunDirectory | None:
@@ -158,40 +173,6 @@ def _run_at(path: Path) -> RunDirectory | None:
     if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {"blend", "imported"} & set(RunDirectory(path).read_manifest()):
         return None
     return RunDirectory.existing(path)
-
-
-def _evaluation_recipe(
-    artifact: Artifact, directory: RunDirectory | None, sets: list[tuple[str, Any]], *, evaluators: str | None, **flags: Any
-) -> Recipe:
-    """Returns the run's recipe, or for a file the default one with the seed and pipc that the file records."""
-    base = None if directory is None else directory.read_recipe()
-    if base is None:
-        if flags["data__use"] is None and not any(path == "data" or path.startswith("data.") for path, _ in sets):
-            raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
-        sets = [(key, artifact.metadata[key]) for key in ("seed", "pipc") if key in artifact.metadata] + sets
-    elif evaluators is None and not base.get("evaluators"):
-        evaluators = "accuracy"
-    return recipe_for(base, evaluators=evaluators, sets=sets, **flags)
-
-
-def _guide(recipe: Recipe, real: RealData, device: torch.device, watchers: Observers, ranks: Ranks) -> Teacher | None:
-    """Returns the recipe's teacher; an automatic one is read from the cache, or trained."""
-    if recipe.teacher.use != "auto":
-        return load_teacher(recipe.teacher, real.info, device)
-    return automatic_teacher(real.dataset, real.info.shape, recipe.teacher, recipe.train, device, watchers, ranks=ranks)
-
-
-def image_shape(artifact: Artifact) -> tuple[int, int, int]:
-    channels, height, width = artifact.images.shape[1:]
-    return channels, height, width
-
-
-def _check_fit(artifact: Artifact, info: DataInfo) -> None:
-    if list(artifact.class_names) != list(info.class_names):
-        raise InputError(
-            f"The synthetic set has the classes {artifact.class_names[:12]}, the data set {list(info.class_names)[:12]}: "
-            "it can only be tested on data of the same classes in the same order."
-        )
 
 
 def _check_held_out(artifact: Artifact, real: RealData) -> None:
