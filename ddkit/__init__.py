@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Model,
     )
     from ddkit.components.observers import hookimpl
-    from ddkit.components.options import Option, Options, Parameter, Requires
+    from ddkit.components.options import Parameter, Requires, option
     from ddkit.components.registry import add_plugin_file, create
     from ddkit.data.arrays import read_arrays
     from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
@@ -74,7 +74,7 @@ _HOMES = {
     "ddkit.data.images": ("Normalisation", "NormalisedRows", "blocks", "conform", "on_disk", "spread", "to_unit"),
     "ddkit.run.importing": ("import_file",),
     "ddkit.nn.networks": ("build_network", "redraw", "training_flops"),
-    "ddkit.components.options": ("Option", "Options", "Parameter", "Requires"),
+    "ddkit.components.options": ("Parameter", "Requires", "option"),
     "ddkit.data.pictures": ("high_frequency_share", "radial_spectrum", "sheet_png"),
     "ddkit.data.real": ("passed_dataset",),
     "ddkit.run.progress": ("ProgressBar", "ProgressLines"),
@@ -112,8 +112,6 @@ __all__ = [
     "Model",
     "Normalisation",
     "NormalisedRows",
-    "Option",
-    "Options",
     "Parameter",
     "PluginError",
     "ProgressBar",
@@ -154,6 +152,7 @@ __all__ = [
     "not_permitted",
     "on_disk",
     "open_regular",
+    "option",
     "passed_dataset",
     "pick_precision",
     "products",

@@ -77,7 +77,7 @@ def _component(plugin: registry.Plugin) -> str:
         parts.append(f"```bash\n{CHOSEN[plugin.kind].replace('NAME', name)}\n```\n")
     if plugin.kind == "loss-group":
         parts.append(f"Members: {', '.join(f'[`{name}`](loss-{name}.md)' for name in found.members)}.\n")
-    options = describe_options(found.Options) if hasattr(found, "Options") else []
+    options = describe_options(found) if inspect.isclass(found) else []
     if options:
         rows = [f"| `{o['name']}` | {_default(o)} | {_kind(o)} | {_cell(o['description'])} |" for o in options]
         head = f"## Options\n\nUnder {WHERE[plugin.kind]}." if plugin.kind in WHERE else "## Options"
@@ -110,7 +110,7 @@ def _asked(found: Any) -> dict[str, Any]:
     """Returns the requirements that ask for something, with default options."""
     if not hasattr(found, "requires"):
         return {}
-    requires = found.requires if not isinstance(found.requires, property) else found(found.Options()).requires
+    requires = found.requires if isinstance(found.requires, ddkit.Requires) else found().requires
     plain = {key: value for key, value in msgspec.to_builtins(requires).items() if value not in (False, None, [], {}, ())}
     return {
         key: "yes" if value is True else ", ".join(value) if isinstance(value, list | tuple | dict) else value
@@ -161,9 +161,9 @@ def _details(plugin: registry.Plugin) -> str:
     found = registry.load_plugin(plugin)
     if plugin.kind == "loss-group":
         return ", ".join(f"`{name}`" for name in found.members)
-    if not hasattr(found, "Options"):
+    if not inspect.isclass(found):
         return "none"
-    return "<br>".join(_option(option) for option in describe_options(found.Options)) or "none"
+    return "<br>".join(_option(option) for option in describe_options(found)) or "none"
 
 
 def _option(option: dict[str, Any]) -> str:

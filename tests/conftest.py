@@ -26,6 +26,7 @@ SMALL = {  # keeps every run in tests to a fraction of a second
     "evaluators.accuracy.repeats": 2,
     "evaluators.accuracy.model_options.width": 8,
 }
+CHECKOUT = os.pathsep.join(str(each) for each in (Path(__file__).parents[1], Path(__file__).parents[1] / "plugins"))
 SMALL_FLAGS = [part for path, value in SMALL.items() for part in ("--set", f"{path}={value}")]
 
 

@@ -149,7 +149,7 @@ def _facts(plugin: registry.Plugin) -> dict[str, Any]:
         return facts
     requires = msgspec.to_builtins(registry.required_by(plugin))
     asked = {key: value for key, value in requires.items() if value not in (False, None, [], {}, ())}
-    return facts | {"argument": found.argument, "options": describe_options(found.Options), "requires": asked}
+    return facts | {"argument": found.argument, "options": describe_options(found), "requires": asked}
 
 
 def _file_facts(plugin: registry.Plugin) -> dict[str, Any]:

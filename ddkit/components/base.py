@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import msgspec
 
-from ddkit.components.options import Option, Options, Requires, check_fields
+from ddkit.components.options import Count, Field, Option, Requires, check_fields, declared, options_type, parse_options
 from ddkit.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ class DataInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of the data before an image is used: `size` is (height, width) in pixels."""
 
     class_names: tuple[str, ...]
-    channels: Annotated[int, Option(ge=1)]
-    size: tuple[Annotated[int, Option(ge=1)], Annotated[int, Option(ge=1)]]
+    channels: Count
+    size: tuple[Count, Count]
     mirror: bool = True  # whether a mirrored image is still one of its class
 
     def __post_init__(self) -> None:
@@ -42,12 +44,38 @@ class DataInfo(msgspec.Struct, frozen=True, kw_only=True):
         return (self.channels, *self.size)
 
 
+class RequiresMethod:
+    """A method `requires(self)`: read from an instance it is what the method returns, called once; behind super() it is the method."""
+
+    def __init__(self, method: Callable[[Any], Any]) -> None:
+        self.method = method
+
+    def __get__(self, made: Any, owner: type) -> Any:
+        if made is None:
+            return self
+        if inspect.getattr_static(type(made), "requires") is not self:
+            return types.MethodType(self.method, made)
+        made.__dict__["requires"] = self.method(made)
+        return made.__dict__["requires"]
+
+
+def _taken(kind: type, name: str) -> str:
+    """Returns the class of ddkit's that has something else called `name` than a plain value, "" if there is none."""
+    for owner in kind.__mro__[1:]:
+        value = vars(owner).get(name)
+        ours = owner.__module__ == __name__
+        if ours and (name in ("name", "origin", "recipe_path", "directory", "requires") or callable(value) or hasattr(value, "__get__")):
+            return owner.__name__
+    return ""
+
+
 class Component:
-    """Base of every named component; `options` are validated before the component is built.
+    """Base of every named component. Its options are typed fields of the class, validated before it is built; see ddkit.option.
 
     `api` is the version of the plugin API that the class was written for; another number is refused on load.
     `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
-    option names Python code, which a file may not have run unless the user allows it. `deviations` maps a check of the conformance
+    option names Python code, which a file may not have run unless the user allows it. `requires`, a ddkit.Requires or a method that
+    returns one, is read once from each instance. `deviations` maps a check of the conformance
     suite that the component does not pass, on purpose, to the reason. `origin` is the distribution and version of a stranger's
     component, "" for ddkit's own; `recipe_path` the place of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
     """
@@ -56,19 +84,34 @@ class Component:
     argument: ClassVar[str | None] = None
     runs_code: ClassVar[bool] = False
     deviations: ClassVar[Mapping[str, str]] = {}
-    Options: type[Options] = Options
-    requires: Requires = Requires()
+    requires: Any = Requires()
     origin: str = ""
 
-    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
-        self.options: Any = self.Options() if options is None else options
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        for name, value in list(vars(cls).items()):
+            if isinstance(value, Field) and (owner := _taken(cls, name)):
+                raise TypeError(f"{cls.__name__}: ddkit.{owner} has {name} already. Write {name}_; the option is still called {name}.")
+        if inspect.isfunction(vars(cls).get("requires")):
+            cls.requires = RequiresMethod(vars(cls)["requires"])
+
+    def __init__(self, *, name: str | None = None, **options: Any) -> None:
         self.name = name or type(self).__name__
         self.recipe_path = self.name
+        values = parse_options(options_type(type(self)), options, self.name, self.name)
+        for attribute in declared(type(self)):
+            setattr(self, attribute, getattr(values, attribute.removesuffix("_")))
+
+    @property
+    def options(self) -> Any:
+        """The options as they are recorded: their values now, which __init__ may have changed."""
+        attributes = declared(type(self))
+        return options_type(type(self))(**{name.removesuffix("_"): getattr(self, name) for name in attributes})
 
     @classmethod
-    def resolve(cls, options: Any, data: DataInfo) -> Any:
-        """Returns the options with what depends on the data filled in; the resolved recipe records them."""
-        return options
+    def resolve(cls, options: Any, data: DataInfo) -> Mapping[str, Any]:
+        """Returns the options that the data decide, by name: those that `options.NAME` leaves open; the resolved recipe records them."""
+        return {}
 
     def nondeterministic(self, device: str) -> str:
         """Returns what keeps its gradients from being the same bit for bit on a `device` ("cpu", "cuda", "mps"), "" where nothing does.
@@ -317,8 +360,8 @@ class Dataset(Component):
     resized: int = 0
     memory_mib: int = 2048
 
-    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
-        super().__init__(options, name=name)
+    def __init__(self, *, name: str | None = None, directory: str | None = None, **options: Any) -> None:
+        super().__init__(name=name, **options)
         self.directory = directory
 
     @property

@@ -1,29 +1,121 @@
-"""Options of plugins: typed, bounded, validated without running plugin code."""
+"""Options of plugins: typed fields of a component's class, bounded, and validated without running plugin code."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+import sys
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
 
 from ddkit.errors import InputError, is_text, printable, shown, suggestion
 
 T = TypeVar("T", bound=msgspec.Struct)
+V = TypeVar("V")
+NUMERIC = ("gt", "ge", "lt", "le")
+
+
+class Field:
+    """An option as its class declares it. Read from the class it is its default; instances have values of their own."""
+
+    def __init__(self, default: Any, help: str, bounds: Mapping[str, Any], choices: Sequence[str] | None) -> None:
+        self.default = default
+        self.help = help
+        self.bounds = bounds
+        self.choices = choices
+
+    def __get__(self, made: Any, owner: type) -> Any:
+        return self.default
+
+
+def option(
+    default: V,
+    help: str = "",
+    *,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    le: float | None = None,
+    choices: Sequence[str] | None = None,
+    min_length: int | None = None,
+) -> V:
+    """Declares an option of a component: `power: float = ddkit.option(1.0, "exponent of the differences", ge=1)`.
+
+    Its type is that of the annotation, and instances have its value as an attribute (`self.power`). `gt`, `ge`, `lt` and `le` bound
+    numbers, in tuples, lists and tables those inside; `choices` are the words that a text may be, as `Literal["a", "b"]` says it too;
+    `min_length` is that of a text, list or table. An option whose name something else of the class has is written with an underscore
+    behind it: `labels_: str = ddkit.option("hard")` is the option `labels`, and `self.labels_`.
+    """
+    bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le, "min_length": min_length}
+    field: Any = Field(default, help, {key: value for key, value in bounds.items() if value is not None}, choices)
+    return field
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Base of a plugin's options: annotated fields with defaults.
-
-    An unknown option or a value outside its bounds is an error that names plugin, option and nearest name.
-    """
+    """Base of the values of a component's options, as they are validated, resolved and recorded."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+
+def declared(kind: type) -> dict[str, tuple[type, Field]]:
+    """Returns the options of a class, inherited ones first: attribute to (the class that declares it, its field)."""
+    found: dict[str, tuple[type, Field]] = {}
+    for owner in reversed(kind.__mro__):
+        for name, value in vars(owner).items():
+            if isinstance(value, Field):
+                found[name] = (owner, value)
+            else:
+                found.pop(name, None)
+    return found
+
+
+def _options_type(kind: type) -> type[Options]:
+    """Returns the struct of a component's options; built on first use, as importing a plugin should cost nothing."""
+    made = []
+    for attribute, (owner, field) in declared(kind).items():
+        annotation = inspect.get_annotations(owner).get(attribute)
+        if annotation is None:
+            raise TypeError(f"the option {attribute} has no type: write {attribute}: {type(field.default).__name__} = ddkit.option(...)")
+        holder = types.SimpleNamespace(__annotations__={attribute: annotation})  # of the options alone: others may not lead anywhere
+        hint = get_type_hints(holder, vars(sys.modules[owner.__module__]), dict(vars(owner)), include_extras=True)[attribute]
+        length = {key: value for key, value in field.bounds.items() if key == "min_length"}
+        numbers = {key: value for key, value in field.bounds.items() if key in NUMERIC}
+        meta = msgspec.Meta(description=field.help or None)
+        made.append((attribute.removesuffix("_"), Annotated[_bounded(hint, numbers, length, field.choices), meta], _default(field.default)))
+    found: Any = msgspec.defstruct("Options", made, bases=(Options,), module=kind.__module__, kw_only=True)
+    return found
+
+
+options_type: Callable[[Any], type[Options]] = cache(_options_type)
+
+
+def _default(value: Any) -> Any:
+    return msgspec.field(default_factory=lambda: copy.deepcopy(value)) if isinstance(value, dict | list | set) else value
+
+
+def _bounded(hint: Any, numbers: Mapping[str, Any], length: Mapping[str, Any], choices: Sequence[str] | None) -> Any:
+    """Returns a type with bounds on its numbers, on the length of the whole, and with `choices` in the place of any text."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return Union[tuple(_bounded(part, numbers, length, choices) for part in parts)]  # noqa: UP007
+    if hint in (int, float):
+        return Annotated[hint, msgspec.Meta(**numbers)] if numbers else hint
+    if hint is str and choices:
+        return Literal[tuple(choices)]
+    if isinstance(origin, type) and issubclass(origin, tuple | list | Mapping):
+        within = tuple(part if part is ... else _bounded(part, numbers, {}, choices) for part in parts)
+        hint = cast(Any, origin)[within]
+    elif hint is not str or not length:
+        return hint
+    return Annotated[hint, msgspec.Meta(**length)] if length else hint
 
 
 def Option(
@@ -35,9 +127,12 @@ def Option(
     le: float | None = None,
     min_length: int | None = None,
 ) -> msgspec.Meta:
-    """Returns the annotation of an option: `power: Annotated[float, Option("exponent", gt=0)] = 1.0`."""
+    """Returns the annotation of a key of one of ddkit's own tables: `lr: Annotated[float, Option("learning rate", gt=0)] = 1.0`."""
     bounds: dict[str, Any] = {"gt": gt, "ge": ge, "lt": lt, "le": le, "min_length": min_length}
     return msgspec.Meta(description=description or None, **bounds)
+
+
+Count = Annotated[int, Option(ge=1)]
 
 
 class Parameter(msgspec.Struct, frozen=True):
@@ -48,7 +143,7 @@ class Parameter(msgspec.Struct, frozen=True):
     `lr` is that of its Adam optimizer, unless the recipe has a table `[optimizer.NAME]`.
     """
 
-    shape: tuple[Annotated[int, Option(ge=1)], ...] = ()
+    shape: tuple[Count, ...] = ()
     per: Literal["sample", "set"] = "sample"
     init: float = 1.0
     constraint: Literal["nonnegative"] | None = None
@@ -223,10 +318,10 @@ def written_options(options: msgspec.Struct) -> dict[str, Any]:
     return {key: value for key, value in msgspec.to_builtins(options).items() if value is not None}
 
 
-def describe_options(kind: type[msgspec.Struct]) -> list[dict[str, Any]]:
-    """Returns name, type, default, bounds and description of every option, in order of declaration."""
-    definitions = msgspec.json.schema(kind).get("$defs", {})
-    properties = definitions[kind.__name__]["properties"] if kind.__name__ in definitions else {}
+def describe_options(component: type) -> list[dict[str, Any]]:
+    """Returns name, type, default, bounds and description of every option of a component's class, in order of declaration."""
+    kind = options_type(component)
+    properties = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
     return [_describe(name, schema, fields(kind)[name]) for name, schema in properties.items()]
 
 

@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, cached_property
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ import msgspec
 from ddkit.components import base as base
 from ddkit.components import plugin_file, source, trust
 from ddkit.components.observers import Observers
-from ddkit.components.options import Options, Requires, describe_options, fields, parse_options
+from ddkit.components.options import Requires, describe_options, fields, options_type, parse_options
 from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion, told
 
 log = logging.getLogger("ddkit")
@@ -283,15 +283,14 @@ def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
             f"The {plugin.label} is written for plugin API {found.api}, this ddkit has {base.API_VERSION}. "
             f"Install a version of {plugin.distribution} made for it."
         )
-    check("Options", isinstance(found.Options, type) and issubclass(found.Options, Options), "a subclass of ddkit.Options")
     try:
-        names = fields(found.Options)
-        if not plugin.first_party:
-            describe_options(found.Options)
-    except Exception as error:  # an annotation that leads nowhere, or to what no recipe can hold
-        raise PluginError(f"The {plugin.label} has Options that cannot be read: {told(error)}. {remedy}") from error
+        names = fields(options_type(found))
+        describe_options(found)
+        options_type(found)()
+    except Exception as error:  # an annotation that leads nowhere, or to what no recipe can hold; a default that is not possible
+        raise PluginError(f"The {plugin.label} has options that cannot be read: {told(error)}. {remedy}") from error
     check("argument", found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})")
-    check("requires", isinstance(found.requires, Requires | property | cached_property), "a ddkit.Requires(...), or a property")
+    check("requires", isinstance(found.requires, Requires | base.RequiresMethod), "a ddkit.Requires(...), or a method that returns one")
     check("deviations", isinstance(found.deviations, Mapping), "a mapping from checks to reasons")
     if plugin.kind == "loss-group":
         members = found.members
@@ -314,7 +313,7 @@ TABLE_OF = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "ini
 def _check_option_names(plugin: Plugin, found: Any) -> None:
     """Raises PluginError where an option has the name of a key of ddkit's in the same table of a recipe."""
     if plugin.kind in TABLE_OF:
-        taken = sorted(set(found.Options.__struct_fields__) & OWN_KEYS[TABLE_OF[plugin.kind]])
+        taken = sorted(set(fields(options_type(found))) & OWN_KEYS[TABLE_OF[plugin.kind]])
         if taken:
             names = " and ".join(f"'{name}'" for name in taken)
             raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
@@ -335,14 +334,14 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
         if found.argument is None:
             raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
         merged[found.argument] = argument
-    options = parse_options(found.Options, merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()))
+    options = parse_options(options_type(found), merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()))
     if found.runs_code and found.argument is not None:
         paths = (f"{where}.{found.argument}", f"{where}.{short}.{found.argument}")  # the second: in a table of that model, of several
         trust.check(kind, short, str(getattr(options, found.argument)), paths)
     if data is None:
         return options
     with _building(find(kind, short)):
-        return found.resolve(options, data)
+        return msgspec.structs.replace(options, **found.resolve(options, data))
 
 
 @contextmanager
@@ -374,10 +373,10 @@ def create(
     short = split_name(name)[0]
     plugin = find(kind, short)
     with _building(plugin):
-        made = load_plugin(plugin)(options, name=short, **arguments)
+        made = load_plugin(plugin)(name=short, **msgspec.structs.asdict(options), **arguments)
         made.origin, made.recipe_path = plugin.origin, where or short
-        if not hasattr(made, "options"):
-            raise PluginError(f"The {plugin.label} has an __init__ that does not call super().__init__(*args, **kwargs).{plugin.advice}")
+        if "name" not in vars(made):
+            raise PluginError(f"The {plugin.label} has an __init__ that does not call super().__init__(**options).{plugin.advice}")
         required_by(plugin, made)
     return made
 
@@ -387,7 +386,7 @@ def required_by(plugin: Plugin, made: Any = None) -> Requires:
     found = load_plugin(plugin)
     with _building(plugin):
         if made is None:
-            made = found if isinstance(found.requires, Requires) else found(found.Options(), name=plugin.name)
+            made = found if isinstance(found.requires, Requires) else found(name=plugin.name)
         requires = made.requires
     if not isinstance(requires, Requires):
         raise PluginError(f"The {plugin.label}: `requires` must be a ddkit.Requires(...).{plugin.advice}")

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from ddkit.components import registry
-from ddkit.components.options import fields, parse_struct
+from ddkit.components.options import fields, options_type, parse_struct
 from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
 from ddkit.files import MOST_TOML, read_text, with_home
 from ddkit.recipes.tables import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
@@ -343,7 +343,7 @@ def with_options(tables: Mapping[str, EvaluatorTable], optional: Collection[str]
     given = {key: value for key, value in values.items() if value is not None}
     if not given:
         return dict(tables)
-    known = {name: fields(registry.load("evaluator", table.use or name).Options) for name, table in tables.items()}
+    known = {name: fields(options_type(registry.load("evaluator", table.use or name))) for name, table in tables.items()}
     for key in given:
         if key not in optional and not any(key in names for names in known.values()):
             why = f"none of the chosen evaluators ({', '.join(tables)}) has that option" if tables else "nothing is evaluated"

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import msgspec
 
 from ddkit.components import registry
+from ddkit.components.options import options_type
 from ddkit.recipes.resolve import CHOOSING_KEYS
 from ddkit.recipes.tables import NAMED_TABLES, SHORTHAND, TABLES, PluginTable, Recipe, RuleTable, own_keys
 
@@ -66,7 +67,7 @@ def _options(kind: str) -> Schema:
     """Returns, by name of definition, the options of every component of ddkit's own of a kind, and of what they are made of."""
     found: Schema = {}
     for name in _own(kind):
-        options = registry.load(kind, f"ddkit/{name}").Options
+        options = options_type(registry.load(kind, f"ddkit/{name}"))
         prefix = _defined(kind, name)
         template = f"#/$defs/{prefix}, {{name}}".replace(" ", "%20")
         _, parts = msgspec.json.schema_components([options], ref_template=template)
@@ -92,7 +93,7 @@ def _case(key: str, kind: str, name: str, own: Sequence[str], *, by_default: boo
 
 def _taking(kind: str, name: str, own: Sequence[str]) -> Schema:
     """Returns a schema of tables whose keys are ddkit's `own` or options of a component."""
-    options = msgspec.structs.fields(registry.load(kind, f"ddkit/{name}").Options)
+    options = msgspec.structs.fields(options_type(registry.load(kind, f"ddkit/{name}")))
     return {**_reference(_defined(kind, name)), "propertyNames": {"enum": [*own, *(field.encode_name for field in options)]}}
 
 

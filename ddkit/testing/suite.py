@@ -117,8 +117,10 @@ class Conformance:
             with granting({self.kind: self.component}, {self.kind: self.options}):
                 return registry.create(self.kind, self.component, self.options, data=info, **arguments)
         found = self.component
-        options = msgspec.convert(dict(self.options), found.Options)
-        return found(options if info is None else found.resolve(options, info), name=found.__name__.lower(), **arguments)
+        options = dict(self.options)
+        if info is not None:
+            options |= found.resolve(found(**options).options, info)
+        return found(name=found.__name__.lower(), **options, **arguments)
 
     def found(self) -> type[Component]:
         """Returns the component's class."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -39,38 +38,33 @@ class SiameseAugmentation(ddkit.Augmenter):
 
     rowwise = True
 
-    class Options(ddkit.Options):
-        operations: Annotated[tuple[Operation, ...], ddkit.Option("the strategy: which operations to choose from", min_length=1)] = (
-            "color", "crop", "cutout", "flip", "scale", "rotate",
-        )  # fmt: skip
-        compose: (
-            Annotated[
-                int, ddkit.Option("distinct operations applied, in the strategy's order; auto: one for each 4 pixels of a side", ge=1)
-            ]
-            | Literal["auto"]
-        ) = 1
-        flip: Annotated[bool, ddkit.Option("whether flip is allowed; left out: as the dataset says (not for digits)")] | None = None
-        brightness: Annotated[float, ddkit.Option("width of the uniform shift", ge=0)] = 1.0
-        saturation: Annotated[float, ddkit.Option("largest factor", ge=0)] = 2.0
-        contrast: Annotated[float, ddkit.Option("smallest factor; the largest is 1 more", ge=0)] = 0.5
-        crop: Annotated[float, ddkit.Option("largest shift, as a fraction of the side", ge=0, le=1)] = 0.125
-        cutout: Annotated[float, ddkit.Option("side of the square, as a fraction of the image's", ge=0, le=1)] = 0.5
-        flip_probability: Annotated[float, ddkit.Option(ge=0, le=1)] = 0.5
-        scale: Annotated[float, ddkit.Option("largest factor of each axis; the smallest is its inverse", ge=1)] = 1.2
-        rotate: Annotated[float, ddkit.Option("largest angle in degrees", ge=0, le=180)] = 15.0
+    operations: tuple[Operation, ...] = ddkit.option(
+        ("color", "crop", "cutout", "flip", "scale", "rotate"), "the strategy: which operations to choose from", min_length=1
+    )
+    compose: int | Literal["auto"] = ddkit.option(
+        1, "distinct operations applied, in the strategy's order; auto: one for each 4 pixels of a side", ge=1
+    )
+    flip: bool | None = ddkit.option(None, "whether flip is allowed; left out: as the dataset says (not for digits)")
+    brightness: float = ddkit.option(1.0, "width of the uniform shift", ge=0)
+    saturation: float = ddkit.option(2.0, "largest factor", ge=0)
+    contrast: float = ddkit.option(0.5, "smallest factor; the largest is 1 more", ge=0)
+    crop: float = ddkit.option(0.125, "largest shift, as a fraction of the side", ge=0, le=1)
+    cutout: float = ddkit.option(0.5, "side of the square, as a fraction of the image's", ge=0, le=1)
+    flip_probability: float = ddkit.option(0.5, ge=0, le=1)
+    scale: float = ddkit.option(1.2, "largest factor of each axis; the smallest is its inverse", ge=1)
+    rotate: float = ddkit.option(15.0, "largest angle in degrees", ge=0, le=180)
 
     @classmethod
-    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
-        return msgspec.structs.replace(
-            options,
-            flip=data.mirror if options.flip is None else options.flip,
-            compose=max(1, min(min(data.size) // 4, len(operations.FUNCTIONS))) if options.compose == "auto" else options.compose,
-        )
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
+        return {
+            "flip": data.mirror if options.flip is None else options.flip,
+            "compose": max(1, min(min(data.size) // 4, len(operations.FUNCTIONS))) if options.compose == "auto" else options.compose,
+        }
 
     @property
     def strategy(self) -> list[str]:
         """The operations in use, in order."""
-        allowed = [name for name in self.options.operations if name != "flip" or self.options.flip is not False]
+        allowed = [name for name in self.operations if name != "flip" or self.flip is not False]
         return list(dict.fromkeys(allowed))
 
     def nondeterministic(self, device: str) -> str:
@@ -82,7 +76,7 @@ class SiameseAugmentation(ddkit.Augmenter):
         names = self.strategy
         ranks = torch.rand(groups, len(names), generator=generator).argsort(1).argsort(1)
         drawn = {name: torch.rand(groups, operations.NUMBERS[name], generator=generator) for name in names}
-        compose = len(names) if self.options.compose == "auto" else self.options.compose  # without data all are applied
+        compose = len(names) if self.compose == "auto" else self.compose  # without data all are applied
         return {"chosen": ranks < compose, **drawn}
 
     def sample_batch(self, generator: torch.Generator, rows: int) -> dict[str, Tensor]:
@@ -120,7 +114,7 @@ class SiameseAugmentation(ddkit.Augmenter):
         return self._operation(name, x[ddkit.to_device(rows, x.device)], numbers[rows.to(numbers.device)])
 
     def _operation(self, name: str, x: Tensor, numbers: Tensor) -> Tensor:
-        return operations.FUNCTIONS[name](x, ddkit.to_device(numbers, x.device), self.options)
+        return operations.FUNCTIONS[name](x, ddkit.to_device(numbers, x.device), self)
 
 
 class SupportVectorAugmentation(ddkit.Augmenter):
@@ -133,15 +127,14 @@ class SupportVectorAugmentation(ddkit.Augmenter):
 
     rowwise = True
 
-    class Options(ddkit.Options):
-        translation: Annotated[float, ddkit.Option("largest shift, as a fraction of the side", ge=0, le=1)] = 0.125
-        crop: Annotated[float, ddkit.Option("largest fraction of each side cut away", ge=0, lt=1)] = 0.2
-        flip_probability: Annotated[float, ddkit.Option(ge=0, le=1)] = 0.5
-        flip: Annotated[bool, ddkit.Option("whether flip is allowed; left out: as the dataset says")] | None = None
+    translation: float = ddkit.option(0.125, "largest shift, as a fraction of the side", ge=0, le=1)
+    crop: float = ddkit.option(0.2, "largest fraction of each side cut away", ge=0, lt=1)
+    flip_probability: float = ddkit.option(0.5, ge=0, le=1)
+    flip: bool | None = ddkit.option(None, "whether flip is allowed; left out: as the dataset says")
 
     @classmethod
-    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
-        return msgspec.structs.replace(options, flip=data.mirror if options.flip is None else options.flip)
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
+        return {"flip": data.mirror if options.flip is None else options.flip}
 
     def nondeterministic(self, device: str) -> str:
         return WARP if device == "cuda" else ""
@@ -150,12 +143,12 @@ class SupportVectorAugmentation(ddkit.Augmenter):
         return {"numbers": torch.rand(groups, 6, generator=generator)}
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        numbers, options = ddkit.to_device(parameters["numbers"], x.device).to(x.dtype), self.options
-        kept = 1 - options.crop * numbers[:, 0]
+        numbers = ddkit.to_device(parameters["numbers"], x.device).to(x.dtype)
+        kept = 1 - self.crop * numbers[:, 0]
         room = 1 - kept
-        centre_x = room * (2 * numbers[:, 1] - 1) + 2 * options.translation * (2 * numbers[:, 3] - 1)
-        centre_y = room * (2 * numbers[:, 2] - 1) + 2 * options.translation * (2 * numbers[:, 4] - 1)
-        mirrored = (numbers[:, 5] < options.flip_probability) & (options.flip is not False)
+        centre_x = room * (2 * numbers[:, 1] - 1) + 2 * self.translation * (2 * numbers[:, 3] - 1)
+        centre_y = room * (2 * numbers[:, 2] - 1) + 2 * self.translation * (2 * numbers[:, 4] - 1)
+        mirrored = (numbers[:, 5] < self.flip_probability) & (self.flip is not False)
         side = torch.where(mirrored, -kept, kept)
         zero = torch.zeros_like(kept)
         rows = [torch.stack([side, zero, centre_x], 1), torch.stack([zero, kept, centre_y], 1)]

@@ -7,9 +7,8 @@ import hashlib
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -46,8 +45,8 @@ class Digits(InMemory):
 
     mirror = False
 
-    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
-        super().__init__(options, name=name, directory=directory)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         pixels, targets = _digits()
         images = torch.from_numpy(pixels).float().div(16).unsqueeze(1)
         labels = torch.from_numpy(targets).long()
@@ -87,24 +86,23 @@ class Npz(InMemory):
     takes_directory = False
     argument = "path"
 
-    class Options(ddkit.Options):
-        path: Annotated[str, ddkit.Option("the .npz file")] = ""
-        holdout: Annotated[float, ddkit.Option("test share of each class, without x_test", gt=0, lt=1)] = 0.2
-        holdout_seed: Annotated[int, ddkit.Option("seed of that split", ge=0)] = 0
+    path: str = ddkit.option("", "the .npz file")
+    holdout: float = ddkit.option(0.2, "test share of each class, without x_test", gt=0, lt=1)
+    holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
 
-    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
-        super().__init__(options, name=name, directory=directory)
-        if not self.options.path:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.path:
             raise ddkit.InputError(f"The dataset '{self.name}' needs a file: --dataset {self.name}:PATH", "data.path")
-        path = Path(self.options.path).absolute()
-        self.options = msgspec.structs.replace(self.options, path=str(path))
+        path = Path(self.path).absolute()
+        self.path = str(path)
         arrays = _read(path)
         self.splits = {"train": _split(arrays, "train", path)}
         if "x_test" in arrays:
             self.splits["test"] = _split(arrays, "test", path)
         else:
             images, labels = self.splits["train"]
-            kept, held = holdout(labels, self.options.holdout, self.options.holdout_seed)
+            kept, held = holdout(labels, self.holdout, self.holdout_seed)
             self.splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
         self._names = _class_names(arrays, torch.cat([labels for _, labels in self.splits.values()]), path)
 

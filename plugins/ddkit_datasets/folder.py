@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import msgspec
 import PIL
 import torch
 from torch import Tensor
@@ -57,28 +56,25 @@ class ImageFolder(ddkit.Dataset):
     takes_directory = False
     argument = "path"
 
-    class Options(ddkit.Options):
-        path: Annotated[str, ddkit.Option("the folder")] = ""
-        size: Annotated[tuple[int, ...], ddkit.Option("height and width to resize to; left out: the most common size")] | None = None
-        channels: (
-            Annotated[Literal[1, 3], ddkit.Option("1 for grey or 3 for colour; left out: 1 if all training images are grey, else 3")] | None
-        ) = None
-        bits: Annotated[int, ddkit.Option("bits that hold the values of 16-bit grey files: 12 scales 0..4095 to 0..255", ge=8, le=16)] = 16
-        holdout: Annotated[float, ddkit.Option("test share of each class, without a test folder", gt=0, lt=1)] = 0.2
-        holdout_seed: Annotated[int, ddkit.Option("seed of that split", ge=0)] = 0
+    path: str = ddkit.option("", "the folder")
+    size: tuple[int, ...] | None = ddkit.option(None, "height and width to resize to; left out: the most common size")
+    channels: Literal[1, 3] | None = ddkit.option(None, "1 for grey or 3 for colour; left out: 1 if all training images are grey, else 3")
+    bits: int = ddkit.option(16, "bits that hold the values of 16-bit grey files: 12 scales 0..4095 to 0..255", ge=8, le=16)
+    holdout: float = ddkit.option(0.2, "test share of each class, without a test folder", gt=0, lt=1)
+    holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
 
-    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
-        super().__init__(options, name=name, directory=directory)
-        size = self.options.size
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        size = self.size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ddkit.InputError(f"data.size = {list(size)}: it is [height, width], both at least 1.", "data.size")
-        if not self.options.path:
+        if not self.path:
             raise ddkit.InputError(f"The dataset '{self.name}' needs a folder: --dataset {self.name}:PATH", "data.path")
-        self.root = Path(self.options.path).absolute()
-        self.options = msgspec.structs.replace(self.options, path=str(self.root))
+        self.root = Path(self.path).absolute()
+        self.path = str(self.root)
         if not self.root.is_dir():
             raise ddkit.InputError(_not_there(self.name, self.root))
-        self._how = Decoding(size, self.options.channels, self.options.bits)
+        self._how = Decoding(size, self.channels, self.bits)
         self.train_root, names, self.test_root, said = layout_of(self.root)
         check_case(self.train_root, names)
         self._names, self._listing, unread = _classes(self.train_root, names)
@@ -109,7 +105,7 @@ class ImageFolder(ddkit.Dataset):
             return {"train": self._listing, "test": self._test_listing}
         if self.train_root != self.root:
             return {"train": self._listing, "test": self._listing.rows(torch.arange(0))}
-        kept, held = holdout(self._listing.labels, self.options.holdout, self.options.holdout_seed)
+        kept, held = holdout(self._listing.labels, self.holdout, self.holdout_seed)
         return {"train": self._listing.rows(kept), "test": self._listing.rows(held)}
 
     def labels(self, split: str) -> Tensor:
@@ -125,8 +121,8 @@ class ImageFolder(ddkit.Dataset):
         return image_shapes(self._split_files[split].paths(indices), self._how)
 
     def grey(self) -> bool:
-        if self.options.channels is not None:
-            return bool(self.options.channels == 1)
+        if self.channels is not None:
+            return bool(self.channels == 1)
         count = len(self._listing.names)
         rows = [row * count // MOST_HEADERS for row in range(MOST_HEADERS)] if count > MOST_HEADERS else range(count)
         return not any_coloured(self._listing.paths(rows))

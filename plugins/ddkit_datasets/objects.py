@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -36,30 +35,29 @@ class Python(ddkit.Dataset):
 
     takes_directory = False
 
-    class Options(ddkit.Options):
-        holdout: Annotated[float, ddkit.Option("test share of each class, without a test dataset", gt=0, lt=1)] = 0.2
-        holdout_seed: Annotated[int, ddkit.Option("seed of that split", ge=0)] = 0
-        mirror: Annotated[bool, ddkit.Option("whether a mirrored image keeps its class")] = True
-        of: Annotated[str, ddkit.Option("what was passed: type and length, filled in")] = ""
-        labels: Annotated[str, ddkit.Option("sha256 of the labels and class names that were passed, filled in")] = ""
+    holdout: float = ddkit.option(0.2, "test share of each class, without a test dataset", gt=0, lt=1)
+    holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
+    mirror: bool = ddkit.option(True, "whether a mirrored image keeps its class")
+    of: str = ddkit.option("", "what was passed: type and length, filled in")
+    labels_: str = ddkit.option("", "sha256 of the labels and class names that were passed, filled in")
 
-    def __init__(self, options: Any = None, *, name: str | None = None, directory: str | None = None) -> None:
-        super().__init__(options, name=name, directory=directory)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         passed = ddkit.passed_dataset()
         if passed is None:
-            raise ddkit.InputError(_missing(self.options.of), "data.use")
+            raise ddkit.InputError(_missing(self.of), "data.use")
         if "python" not in passed.known:
             passed.known["python"] = [None if each is None else _Items(each) for each in (passed.train, passed.test)]
         self._train, self._test = passed.known["python"]
-        self.mirror = self.options.mirror
         self._rows = self._split()
-        self.options = msgspec.structs.replace(self.options, of=self._described(), labels=self._digest())
+        self.of = self._described()
+        self.labels_ = self._digest()
 
     def _split(self) -> dict[str, tuple[_Items, Tensor]]:
         """Returns of which items a split consists: whose they are, and which rows."""
         if self._test is not None:
             return {"train": (self._train, torch.arange(len(self._train))), "test": (self._test, torch.arange(len(self._test)))}
-        kept, held = holdout(self._train.labels, self.options.holdout, self.options.holdout_seed)
+        kept, held = holdout(self._train.labels, self.holdout, self.holdout_seed)
         return {"train": (self._train, kept), "test": (self._train, held)}
 
     def _described(self) -> str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import ddkit
-from ddkit_dkkt.views import Views
+
+VIEWS = "views it is evaluated on, with factors above 0"  # below 0 a loss would lead away from what it asks for
 
 
 def primal_loss(logits: Tensor, labels: Tensor, *, masked: bool) -> Tensor:
@@ -35,19 +33,17 @@ class Primal(ddkit.Loss):
     Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 7 (masked) and Algorithm 1 (plain).
     """
 
-    class Options(ddkit.Options):
-        masked: Annotated[bool, ddkit.Option("whether images already classified as their label count 0")] = False
-        views: Views = msgspec.field(default_factory=lambda: {"default": 1.0})
+    masked: bool = ddkit.option(False, "whether images already classified as their label count 0")
+    views: dict[str, float] = ddkit.option({"default": 1.0}, VIEWS, gt=0, min_length=1)
 
     order_invariant = True
 
-    @property
-    def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(teacher=True, views=tuple(self.options.views), reduce="mean")
+    def requires(self) -> ddkit.Requires:
+        return ddkit.Requires(teacher=True, views=tuple(self.views), reduce="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         terms = []
-        for name, factor in sorted(self.options.views.items()):
+        for name, factor in sorted(self.views.items()):
             view = step.view(name)
-            terms.append(factor * primal_loss(view.teacher_logits, view.labels, masked=self.options.masked))
+            terms.append(factor * primal_loss(view.teacher_logits, view.labels, masked=self.masked))
         return torch.stack(terms).sum()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Annotated, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -106,19 +106,13 @@ class Multiplier(ddkit.Initializer):
     requires = ddkit.Requires(real=True, teacher=True)
     deviations = {"a-class-does-not-depend-on-others": "the teacher's parameters are one sum over the images of all classes"}
 
-    class Options(ddkit.Options):
-        rank: Annotated[
-            Literal["multiplier", "share"],
-            ddkit.Option("by what images are chosen: lambda, or lambda |g|, the length of the image's part of the sum"),
-        ] = "multiplier"
-        parameters: Annotated[str, ddkit.Option("all, weights (no biases or norms), classifier (the last layer), or a name pattern")] = (
-            "all"
-        )
-        scale_invariant: Annotated[Literal["skip", "keep"], ddkit.Option("what to do with scale-invariant groups")] = "skip"
-        candidates: Annotated[
-            int, ddkit.Option("images a class that take part, at most, drawn by the seed; never fewer than ipc", ge=1)
-        ] = 100
-        sweeps: Annotated[int, ddkit.Option("passes over all multipliers, at most", ge=1)] = 2000
+    rank: Literal["multiplier", "share"] = ddkit.option(
+        "multiplier", "by what images are chosen: lambda, or lambda |g|, the length of the image's part of the sum"
+    )
+    parameters: str = ddkit.option("all", "all, weights (no biases or norms), classifier (the last layer), or a name pattern")
+    scale_invariant: Literal["skip", "keep"] = ddkit.option("skip", "what to do with scale-invariant groups")
+    candidates: int = ddkit.option(100, "images a class that take part, at most, drawn by the seed; never fewer than ipc", ge=1)
+    sweeps: int = ddkit.option(2000, "passes over all multipliers, at most", ge=1)
 
     def needed(self, ipc: int) -> int:
         return ipc
@@ -127,7 +121,7 @@ class Multiplier(ddkit.Initializer):
         rows = self._candidates(start)
         images, labels = start.real_images[rows], start.real_labels[rows]
         found = self._solution(start, images, labels)
-        score = found.multipliers if self.options.rank == "multiplier" else found.shares
+        score = found.multipliers if self.rank == "multiplier" else found.shares
         chosen = []
         for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
             own = (labels == label).nonzero().flatten().numpy()
@@ -140,14 +134,14 @@ class Multiplier(ddkit.Initializer):
         kept = []
         for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
             own = (start.real_labels == label).nonzero().flatten()
-            most = max(self.options.candidates, int(count))
+            most = max(self.candidates, int(count))
             order = torch.randperm(len(own), generator=start.generator(int(label)))[:most]
             kept.append(own[order.sort().values])
         return torch.cat(kept)
 
     def _solution(self, start: ddkit.InitContext, images: Tensor, labels: Tensor) -> Solution:
-        options, teacher = self.options, start.teacher
-        names = included_parameters(teacher, start.shape, options.parameters, skip=options.scale_invariant == "skip", who="multiplier")
+        teacher = start.teacher
+        names = included_parameters(teacher, start.shape, self.parameters, skip=self.scale_invariant == "skip", who="multiplier")
         theta = torch.cat([teacher.parameters[name].detach().flatten() for name in names])
         block = max(1, BLOCK_MIB * 2**20 // (4 * len(theta)))
 
@@ -156,7 +150,7 @@ class Multiplier(ddkit.Initializer):
             return negative_gradients(teacher, names, images[rows], labels[rows])
 
         gram, right = gram_matrix(gradients, theta, len(labels), block)
-        found = solve(gram, right, sweeps=options.sweeps)
+        found = solve(gram, right, sweeps=self.sweeps)
         self._tell(found, gram, right, float(theta.double().square().sum()))
         return found
 

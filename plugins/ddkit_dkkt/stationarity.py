@@ -6,16 +6,15 @@ import fnmatch
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Literal
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import ddkit
 from ddkit_dkkt.invariance import module_groups, scale_invariant_groups
-from ddkit_dkkt.views import Views
+from ddkit_dkkt.primal import VIEWS
 
 log = logging.getLogger("ddkit")
 
@@ -70,39 +69,29 @@ class Stationarity(ddkit.Loss):
     Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 8 and Algorithm 1.
     """
 
-    class Options(ddkit.Options):
-        distance: Annotated[
-            Literal["l1", "l2", "cosine", "layer-cosine"], ddkit.Option("the source writes l1 (Eq. 8) and l2 (Algorithm 1)")
-        ] = "cosine"
-        average: Annotated[bool, ddkit.Option("l1 and l2: per parameter, else the sum")] = True
-        parameters: Annotated[str, ddkit.Option("all, weights (no biases or norms), classifier (the last layer), or a name pattern")] = (
-            "all"
-        )
-        scale_invariant: Annotated[Literal["skip", "keep"], ddkit.Option("what to do with scale-invariant groups")] = "skip"
-        views: Views = msgspec.field(default_factory=lambda: {"default": 1.0})
-        init: Annotated[float, ddkit.Option("first multiplier", gt=0)] | Literal["least-squares"] = 1.0
-        lr: Annotated[float, ddkit.Option("learning rate of the multipliers (Adam)", ge=0)] = 0.01
-        constraint: Annotated[
-            Literal["project", "softplus"],
-            ddkit.Option("how multipliers stay >= 0: cut at 0, or softplus of a free value"),
-        ] = "project"
+    distance: Literal["l1", "l2", "cosine", "layer-cosine"] = ddkit.option("cosine", "the source writes l1 (Eq. 8) and l2 (Algorithm 1)")
+    average: bool = ddkit.option(True, "l1 and l2: per parameter, else the sum")
+    parameters: str = ddkit.option("all", "all, weights (no biases or norms), classifier (the last layer), or a name pattern")
+    scale_invariant: Literal["skip", "keep"] = ddkit.option("skip", "what to do with scale-invariant groups")
+    views: dict[str, float] = ddkit.option({"default": 1.0}, VIEWS, gt=0, min_length=1)
+    init: float | Literal["least-squares"] = ddkit.option(1.0, "first multiplier", gt=0)
+    lr: float = ddkit.option(0.01, "learning rate of the multipliers (Adam)", ge=0)
+    constraint: Literal["project", "softplus"] = ddkit.option("project", "how multipliers stay >= 0: cut at 0, or softplus of a free value")
 
     order_invariant = True
 
-    @property
-    def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        options = self.options
-        first = 1.0 if options.init == "least-squares" else options.init
+    def requires(self) -> ddkit.Requires:
+        first = 1.0 if self.init == "least-squares" else self.init
         return ddkit.Requires(
             teacher=True,
             second_order=True,
-            views=tuple(options.views),
+            views=tuple(self.views),
             reduce="global",
             parameters={
                 "multipliers": ddkit.Parameter(
-                    init=_inverse_softplus(first) if options.constraint == "softplus" else first,
-                    constraint="nonnegative" if options.constraint == "project" else None,
-                    lr=options.lr,
+                    init=_inverse_softplus(first) if self.constraint == "softplus" else first,
+                    constraint="nonnegative" if self.constraint == "project" else None,
+                    lr=self.lr,
                 )
             },
         )
@@ -110,28 +99,28 @@ class Stationarity(ddkit.Loss):
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         """Returns the least-squares multipliers, -<theta, G> / <G, G> with G = sum_i grad L_i, where they were asked for."""
         self._included(step)  # a selection that cannot work is told before the first step
-        if self.options.init != "least-squares":
+        if self.init != "least-squares":
             return {}
         free = step.parameters["multipliers"]
-        pairs = [pair for view in self.options.views for pair in self._pairs(step, view, torch.ones_like(free))]
+        pairs = [pair for view in self.views for pair in self._pairs(step, view, torch.ones_like(free))]
         scale = least_squares_scale(pairs)
         if not scale > 0:
             log.warning("dkkt-stationarity: the least-squares multiplier is %.3g; starting from 1 instead.", scale)
             return {}
-        value = _inverse_softplus(scale) if self.options.constraint == "softplus" else scale
+        value = _inverse_softplus(scale) if self.constraint == "softplus" else scale
         return {"multipliers": torch.full_like(free, value)}
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         free = step.parameters["multipliers"]
-        multipliers = functional.softplus(free) if self.options.constraint == "softplus" else free
+        multipliers = functional.softplus(free) if self.constraint == "softplus" else free
         mean = step.all_reduce(multipliers.sum()) / step.size
         step.log("multiplier mean", mean)
         # the scale of a cosine is undetermined: its multipliers are divided by their mean
-        scale = mean.clamp_min(1e-12) if "cosine" in self.options.distance else torch.ones_like(mean)
+        scale = mean.clamp_min(1e-12) if "cosine" in self.distance else torch.ones_like(mean)
         terms = []
-        for view, factor in sorted(self.options.views.items()):
+        for view, factor in sorted(self.views.items()):
             pairs = [(theta, g / scale) for theta, g in self._pairs(step, view, multipliers)]
-            terms.append(factor * stationarity_distance(pairs, self.options.distance, average=self.options.average))
+            terms.append(factor * stationarity_distance(pairs, self.distance, average=self.average))
             self._log_layers(step, view, pairs)
         return torch.stack(terms).sum()
 
@@ -146,7 +135,7 @@ class Stationarity(ddkit.Loss):
     def _log_layers(self, step: ddkit.Step, view: str, pairs: Pairs) -> None:
         with torch.no_grad():
             for name, pair in zip(self._included(step), pairs, strict=True):
-                step.log(f"distance {view} {name}", stationarity_distance([pair], self.options.distance))
+                step.log(f"distance {view} {name}", stationarity_distance([pair], self.distance))
 
     def _included(self, step: ddkit.Step) -> list[str]:
         if "_names" not in self.__dict__:
@@ -154,9 +143,8 @@ class Stationarity(ddkit.Loss):
         return self._names
 
     def _choose(self, step: ddkit.Step) -> list[str]:
-        options = self.options
         return included_parameters(
-            step.teacher, step.info.shape, options.parameters, skip=options.scale_invariant == "skip", who="dkkt-stationarity"
+            step.teacher, step.info.shape, self.parameters, skip=self.scale_invariant == "skip", who="dkkt-stationarity"
         )
 
 

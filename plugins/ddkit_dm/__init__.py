@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -43,10 +43,9 @@ class DistributionMatching(ddkit.Loss):
     Source: Zhao and Bilen, Dataset Condensation with Distribution Matching, arXiv 2110.04181, Eq. 4.
     """
 
-    class Options(ddkit.Options):
-        normalise: Annotated[
-            Literal["sum", "mean"], ddkit.Option("the published sum over classes and features, or their mean, whose scale no size changes")
-        ] = "sum"
+    normalise: Literal["sum", "mean"] = ddkit.option(
+        "sum", "the published sum over classes and features, or their mean, whose scale no size changes"
+    )
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, reduce="sum")
@@ -54,6 +53,6 @@ class DistributionMatching(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         real = step.real
         value = dm_loss(real.embeddings, real.labels, step.embeddings, step.labels, step.info.classes)
-        if self.options.normalise == "sum":
+        if self.normalise == "sum":
             return value
         return value / (step.info.classes * step.embeddings.shape[1])  # of the whole set, so that parts of it add up

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
@@ -61,35 +61,29 @@ class Accuracy(ddkit.Evaluator):
 
     shares = True
 
-    class Options(ddkit.Options):
-        protocol: Annotated[Literal["short", "dm-official", "dc-official", "practical-sam"], ddkit.Option("how networks are trained")] = (
-            "short"
-        )
-        model: Annotated[str, ddkit.Option("network, or several separated by commas")] = "convnet"
-        model_options: Annotated[
-            dict[str, Any], ddkit.Option("options, each for the models that have it; in a table of a model's name, for that one alone")
-        ] = msgspec.field(default_factory=dict)
-        repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
-        epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
-        synthetic: Annotated[bool, ddkit.Option("false: the baselines alone, not the set and the random real images beside it")] = True
-        random_real: Annotated[bool, ddkit.Option("whether random real images are evaluated beside the set")] = True
-        baselines: Annotated[
-            tuple[Literal["pipc-real", "class-mean"], ...], ddkit.Option("rows of their own: all accessible images, class means")
-        ] = ()
-        augment: Annotated[str, ddkit.Option("augmenter of the networks' training; auto: the protocol's")] = "auto"
-        ema: Annotated[float, ddkit.Option("decay of an average of the weights, which is tested in their place; 0: none", ge=0, lt=1)] = 0.0
-        labels: Annotated[Literal["hard", "soft", "both"], ddkit.Option("soft: the teacher's probabilities, in rows of their own")] = "hard"
-        temperature: Annotated[float, ddkit.Option("of soft labels", gt=0)] = 1.0
-        precision: Literal["auto", "float32", "bfloat16"] = "auto"
-        compile: Annotated[Literal["auto", "always", "never"], ddkit.Option("auto: where it pays back")] = "auto"
-        workers: Annotated[int, ddkit.Option("processes that train networks at the same time", ge=1)] | Literal["auto"] = "auto"
+    protocol: Literal["short", "dm-official", "dc-official", "practical-sam"] = ddkit.option("short", "how networks are trained")
+    model: str = ddkit.option("convnet", "network, or several separated by commas")
+    model_options: dict[str, Any] = ddkit.option(
+        dict(), "options, each for the models that have it; in a table of a model's name, for that one alone"
+    )
+    repeats: int | None = ddkit.option(None, "networks; left out: the protocol's", ge=1)
+    epochs: int | None = ddkit.option(None, "passes over the set; left out: the protocol's", ge=1)
+    synthetic: bool = ddkit.option(True, "false: the baselines alone, not the set and the random real images beside it")
+    random_real: bool = ddkit.option(True, "whether random real images are evaluated beside the set")
+    baselines: tuple[Literal["pipc-real", "class-mean"], ...] = ddkit.option((), "rows of their own: all accessible images, class means")
+    augment: str = ddkit.option("auto", "augmenter of the networks' training; auto: the protocol's")
+    ema: float = ddkit.option(0.0, "decay of an average of the weights, which is tested in their place; 0: none", ge=0, lt=1)
+    labels: Literal["hard", "soft", "both"] = ddkit.option("hard", "soft: the teacher's probabilities, in rows of their own")
+    temperature: float = ddkit.option(1.0, "of soft labels", gt=0)
+    precision: Literal["auto", "float32", "bfloat16"] = ddkit.option("auto")
+    compile: Literal["auto", "always", "never"] = ddkit.option("auto", "auto: where it pays back")
+    workers: int | Literal["auto"] = ddkit.option("auto", "processes that train networks at the same time", ge=1)
 
-    @property
-    def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(teacher=self.options.labels != "hard", real=not self.options.synthetic)
+    def requires(self) -> ddkit.Requires:
+        return ddkit.Requires(teacher=self.labels != "hard", real=not self.synthetic)
 
     def check(self, info: ddkit.DataInfo) -> None:
-        if not self.options.synthetic and not self.options.baselines:
+        if not self.synthetic and not self.baselines:
             path = f"{self.recipe_path}.synthetic"
             raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
         for model in self._models(info).values():
@@ -97,8 +91,8 @@ class Accuracy(ddkit.Evaluator):
         ddkit.create("augmenter", self.augmenter, data=info)
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
-        where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.options.model.split(",")]
-        found = split_options(names, self.options.model_options, where)
+        where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.model.split(",")]
+        found = split_options(names, self.model_options, where)
         return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
 
     def work(self, data: ddkit.EvaluationData) -> str:
@@ -109,7 +103,7 @@ class Accuracy(ddkit.Evaluator):
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         models, guides = self._models(data.info), self._guides(artifact, teacher)
         counts, words = real_counts(artifact, data.real_labels)
-        if self.options.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
+        if self.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
             log.warning(
                 "There are fewer accessible real images than the set has: random real is %s. A larger --pipc helps if they exist.",
                 words,
@@ -122,37 +116,37 @@ class Accuracy(ddkit.Evaluator):
 
     def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.Teacher | None) -> list[SoftLabels | None]:
         """Returns by what networks are taught, one mode after the other; None: by the labels."""
-        if self.options.labels == "hard":
+        if self.labels == "hard":
             return [None]
         if teacher is None:
             raise ddkit.InputError(
-                f"{self.recipe_path}.labels = {self.options.labels} needs a teacher: give --teacher FILE.",
+                f"{self.recipe_path}.labels = {self.labels} needs a teacher: give --teacher FILE.",
                 f"{self.recipe_path}.labels",
             )
-        soft = SoftLabels(teacher, artifact, self.options.temperature)
-        return [soft] if self.options.labels == "soft" else [None, soft]
+        soft = SoftLabels(teacher, artifact, self.temperature)
+        return [soft] if self.labels == "soft" else [None, soft]
 
     @property
     def _repeats(self) -> int:
-        return self.options.repeats or PROTOCOLS[self.options.protocol].repeats
+        return self.repeats or PROTOCOLS[self.protocol].repeats
 
     @property
     def schedule(self) -> ddkit.Schedule:
         """How a network is trained: the protocol's, with the passes that were asked for."""
-        own = PROTOCOLS[self.options.protocol].schedule
-        return msgspec.structs.replace(own, epochs=self.options.epochs or own.epochs, ema=self.options.ema)
+        own = PROTOCOLS[self.protocol].schedule
+        return msgspec.structs.replace(own, epochs=self.epochs or own.epochs, ema=self.ema)
 
     @property
     def augmenter(self) -> str:
         """The name of the augmenter under which networks are trained."""
-        return PROTOCOLS[self.options.protocol].augmenter if self.options.augment == "auto" else str(self.options.augment)
+        return PROTOCOLS[self.protocol].augmenter if self.augment == "auto" else str(self.augment)
 
     def operations(self, info: ddkit.DataInfo, *, rows: int, real: int, tests: int) -> float:
         """Returns the operations of all networks' training and testing, all kinds of images and labels counted."""
-        schedule, own = self.schedule, self.options.synthetic
-        kinds = [rows] * own + [min(rows, real)] * (own and self.options.random_real and real > 0)
-        kinds += [real if name == "pipc-real" else min(rows, real) for name in self.options.baselines if real]
-        networks = (self.options.repeats or PROTOCOLS[self.options.protocol].repeats) * (2 if self.options.labels == "both" else 1)
+        schedule, own = self.schedule, self.synthetic
+        kinds = [rows] * own + [min(rows, real)] * (own and self.random_real and real > 0)
+        kinds += [real if name == "pipc-real" else min(rows, real) for name in self.baselines if real]
+        networks = (self.repeats or PROTOCOLS[self.protocol].repeats) * (2 if self.labels == "both" else 1)
         modules = [ddkit.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
         epochs = schedule.epochs * schedule.passes
         each = [ddkit.training_flops(module, info, images=count, epochs=epochs, tests=tests) for module in modules for count in kinds]
@@ -169,31 +163,31 @@ class Accuracy(ddkit.Evaluator):
         module = ddkit.build_network(model, info, 0, "evaluate", "probe")
         work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs * schedule.passes, tests=tests)
         step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
-        compile_ = self.options.compile if self.options.compile == "auto" else self.options.compile == "always"
-        arithmetic = ddkit.decide_arithmetic(compile_, self.options.precision, device, work=work, step_work=step_work)
+        compile_ = self.compile if self.compile == "auto" else self.compile == "always"
+        arithmetic = ddkit.decide_arithmetic(compile_, self.precision, device, work=work, step_work=step_work)
         threads = 1 if device.type == "cpu" and not arithmetic.compile and step_work < SMALL_STEP else 0
         return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks), threads)
 
     def _workers(self, arithmetic: ddkit.Arithmetic, device: torch.device, batch: int, networks: int) -> int:
         """Returns how many processes train networks at the same time; 1: this one, in turn."""
-        if self.options.workers != "auto":
-            if self.options.workers > 1 and device.type != "cpu":
+        if self.workers != "auto":
+            if self.workers > 1 and device.type != "cpu":
                 raise ddkit.InputError(
-                    f"{self.recipe_path}.workers = {self.options.workers}: several processes train on the CPU only, not on "
+                    f"{self.recipe_path}.workers = {self.workers}: several processes train on the CPU only, not on "
                     f"{device}. Leave it at auto, or use --device cpu.",
                     f"{self.recipe_path}.workers",
                 )
-            return min(self.options.workers, networks)
+            return min(self.workers, networks)
         if device.type != "cpu" or not arithmetic.compile or batch > SMALL_BATCH or networks < FEW_NETWORKS:
             return 1
         return min(torch.get_num_threads(), MOST_WORKERS)
 
     def _kinds(self, data: ddkit.EvaluationData) -> list[str]:
         """Returns what networks are trained on: the set itself, then what stands beside it."""
-        own = ["synthetic", *(["random real"] if self.options.random_real else [])] if self.options.synthetic else []
+        own = ["synthetic", *(["random real"] if self.random_real else [])] if self.synthetic else []
         if len(data.real_images):
-            return [*own, *dict.fromkeys(self.options.baselines)]
-        if self.options.baselines:
+            return [*own, *dict.fromkeys(self.baselines)]
+        if self.baselines:
             log.warning("Without accessible real images there is nothing to compute the baselines from; they are left out.")
         return own[:1]
 
@@ -203,7 +197,7 @@ class Accuracy(ddkit.Evaluator):
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
         kinds = self._kinds(data)
         repeats = self._repeats
-        networks = repeats * (1 + (self.options.random_real and len(data.real_images) > 0))
+        networks = repeats * (1 + (self.random_real and len(data.real_images) > 0))
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.on_disk(data.real_images) or ddkit.on_disk(data.test_images)  # too large to be copied for other processes
         workers = plan.workers if soft is None and not on_disk else 1
@@ -225,11 +219,11 @@ class Accuracy(ddkit.Evaluator):
     @property
     def _changed(self) -> dict[str, Any]:
         """What is not the protocol's, and under "variant" the same in words: such figures are not those of the protocol."""
-        options, own = self.options, PROTOCOLS[self.options.protocol].schedule
+        own = PROTOCOLS[self.protocol].schedule
         changed = {
-            "epochs": None if options.epochs in (None, own.epochs) else options.epochs,
-            "ema": options.ema or None,
-            "augment": None if options.augment == "auto" else options.augment,
+            "epochs": None if self.epochs in (None, own.epochs) else self.epochs,
+            "ema": self.ema or None,
+            "augment": None if self.augment == "auto" else self.augment,
         }
         changed = {key: value for key, value in changed.items() if value is not None}
         words = [f"{value} epochs" if key == "epochs" else f"{key} {value}" for key, value in changed.items()]
@@ -239,7 +233,7 @@ class Accuracy(ddkit.Evaluator):
         return ddkit.Evaluation(
             evaluator=self.name,
             model=name,
-            protocol=self.options.protocol,
+            protocol=self.protocol,
             labels="soft" if "temperature" in facts else "hard",
             images=images,
             repeats=len(made),

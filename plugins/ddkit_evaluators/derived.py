@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
@@ -20,8 +20,7 @@ class Transfer(Accuracy):
     What a set teaches to an architecture that it was not made with is what its users get. Every option is that of `accuracy`.
     """
 
-    class Options(Accuracy.Options):
-        model: Annotated[str, ddkit.Option("networks, separated by commas")] = "convnet,mlp,lenet,resnet18,vgg11"
+    model: str = ddkit.option("convnet,mlp,lenet,resnet18,vgg11", "networks, separated by commas")
 
 
 class Ranking(ddkit.Evaluator):
@@ -40,21 +39,19 @@ class Ranking(ddkit.Evaluator):
 
     shares = True
 
-    class Options(ddkit.Options):
-        protocol: Annotated[str, ddkit.Option("of accuracy")] = "short"
-        model: Annotated[str, ddkit.Option("network")] = "convnet"
-        model_options: Annotated[dict[str, Any], ddkit.Option("options of that model")] = msgspec.field(default_factory=dict)
-        repeats: Annotated[int, ddkit.Option("networks; left out: the protocol's", ge=1)] | None = None
-        epochs: Annotated[int, ddkit.Option("passes over the set; left out: the protocol's", ge=1)] | None = None
-        full: Annotated[float, ddkit.Option("accuracy with all real data; left out: the teacher's", ge=0, le=1)] | None = None
+    protocol: str = ddkit.option("short", "of accuracy")
+    model: str = ddkit.option("convnet", "network")
+    model_options: dict[str, Any] = ddkit.option(dict(), "options of that model")
+    repeats: int | None = ddkit.option(None, "networks; left out: the protocol's", ge=1)
+    epochs: int | None = ddkit.option(None, "passes over the set; left out: the protocol's", ge=1)
+    full: float | None = ddkit.option(None, "accuracy with all real data; left out: the teacher's", ge=0, le=1)
 
-    @property
-    def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(real=True, teacher=self.options.full is None)
+    def requires(self) -> ddkit.Requires:
+        return ddkit.Requires(real=True, teacher=self.full is None)
 
     def check(self, info: ddkit.DataInfo) -> None:
-        if "," in self.options.model:
-            raise ddkit.InputError(f"{self.recipe_path}.model = {self.options.model!r}: its scores are those of one network.")
+        if "," in self.model:
+            raise ddkit.InputError(f"{self.recipe_path}.model = {self.model!r}: its scores are those of one network.")
         self._accuracy(info, "auto").check(info)
 
     def _accuracy(self, info: ddkit.DataInfo, augment: str) -> ddkit.Evaluator:
@@ -75,8 +72,8 @@ class Ranking(ddkit.Evaluator):
         return [msgspec.structs.replace(with_, evaluator=self.name, details=with_.details | details)]
 
     def _full(self, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> float:
-        if self.options.full is not None:
-            return float(self.options.full)
+        if self.full is not None:
+            return float(self.full)
         if teacher is None:
             raise ddkit.InputError(f"{self.recipe_path} needs a teacher, or --set {self.recipe_path}.full=ACCURACY.")
         if data.split != "test":

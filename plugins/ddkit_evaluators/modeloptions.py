@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
-
 import ddkit
 
 
@@ -29,7 +27,7 @@ def split_options(names: Sequence[str], options: Mapping[str, Any], where: str) 
 
 
 def _fields(name: str) -> set[str]:
-    return {field.encode_name for field in msgspec.structs.fields(ddkit.create("model", name).options)}
+    return set(ddkit.create("model", name).options.__struct_fields__)
 
 
 def _problem(key: str, value: Any, known: Mapping[str, set[str]]) -> str:

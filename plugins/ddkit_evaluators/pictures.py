@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,17 +30,16 @@ class Spectrum(ddkit.Evaluator):
     mean where they call images low-frequency (arXiv 2405.00348, Fig. 3). White noise has 80 % of it there at 32 x 32 pixels.
     """
 
-    class Options(ddkit.Options):
-        bins: Annotated[int, ddkit.Option("equal bands from 0 to 0.5 cycles per pixel", ge=2, le=256)] = 16
+    bins: int = ddkit.option(16, "equal bands from 0 to 0.5 cycles per pixel", ge=2, le=256)
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
-        frequencies, synthetic = ddkit.radial_spectrum(artifact.images, self.options.bins)
+        frequencies, synthetic = ddkit.radial_spectrum(artifact.images, self.bins)
         details: dict[str, Any] = {"frequencies": frequencies, "synthetic": synthetic}
         share = ddkit.high_frequency_share(artifact.images)
         details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
         if len(data.real_images):
             real = ddkit.spread(data.real_images)
-            details["real"] = ddkit.radial_spectrum(real, self.options.bins)[1]
+            details["real"] = ddkit.radial_spectrum(real, self.bins)[1]
             details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
             summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
         return looked_at(self.name, {"summary": summary, **details})
@@ -57,8 +56,7 @@ class Memorisation(ddkit.Evaluator):
 
     requires = ddkit.Requires(real=True)
 
-    class Options(ddkit.Options):
-        quantile: Annotated[float, ddkit.Option("of real images' distances, under which an image is close", gt=0, lt=1)] = 0.05
+    quantile: float = ddkit.option(0.05, "of real images' distances, under which an image is close", gt=0, lt=1)
 
     def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
         if len(data.real_images) < 2:
@@ -67,18 +65,18 @@ class Memorisation(ddkit.Evaluator):
         found = nearest(artifact.images, real, mirror=mirror)
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
         own = nearest(ddkit.to_unit(real[chosen]), real, mirror=mirror, without=chosen)
-        limit = float(own.quantile(self.options.quantile))
+        limit = float(own.quantile(self.quantile))
         close = int(((found < limit) | (found == 0)).sum())  # a copy is close also where real images have copies among themselves
         if close:
             log.warning(
                 "%d of %d synthetic images are nearer to an accessible real image than %g %% of the real ones are to another: "
                 "this set does not hide the images that it was made from.",
-                close, len(found), 100 * (1 - self.options.quantile),
+                close, len(found), 100 * (1 - self.quantile),
             )  # fmt: skip
         ratio = float(found.median() / own.median()) if float(own.median()) > 0 else None
         details = {
             "summary": f"{close} of {len(found)} images are close to a real one",
-            "close": close, "quantile": self.options.quantile, "close_below": limit, "nearest": found.tolist(),
+            "close": close, "quantile": self.quantile, "close_below": limit, "nearest": found.tolist(),
             "nearest_median": float(found.median()), "real_nearest_median": float(own.median()), "ratio": ratio,
         }  # fmt: skip
         return looked_at(self.name, details)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -66,12 +66,11 @@ class ImageFolder(ddkit.Exporter):
 class Sheet(ddkit.Exporter):
     """One PNG picture of the set to look at: a row for each class, its name at the left, enlarged by whole pixels."""
 
-    class Options(ddkit.Options):
-        columns: Annotated[int, ddkit.Option("images of a class, at most", ge=1)] = 20
+    columns: int = ddkit.option(20, "images of a class, at most", ge=1)
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
         _check_channels("png", artifact)
-        picture = ddkit.sheet_png(artifact.stored_images, artifact.stored_labels, artifact.class_names, columns=self.options.columns)
+        picture = ddkit.sheet_png(artifact.stored_images, artifact.stored_labels, artifact.class_names, columns=self.columns)
         Path(folder, SHEET).write_bytes(picture)
         write_card(artifact, folder, Layout((), files=[Path(folder, SHEET)], rounding=eight_bit(artifact.images)[1]))
 

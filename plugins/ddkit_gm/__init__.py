@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -56,8 +56,7 @@ class GradientMatching(ddkit.Loss):
     Source: Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021.
     """
 
-    class Options(ddkit.Options):
-        distance: Annotated[Literal["layer-cosine", "mse", "cosine"], ddkit.Option("layer-wise cosine is the original's")] = "layer-cosine"
+    distance: Literal["layer-cosine", "mse", "cosine"] = ddkit.option("layer-cosine", "layer-wise cosine is the original's")
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, second_order=True, reduce="sum")
@@ -83,5 +82,5 @@ class GradientMatching(ddkit.Loss):
                 parameters,
                 create_graph=True,
             )
-            terms.append(gradient_distance([g.detach() for g in wanted], found, self.options.distance))
+            terms.append(gradient_distance([g.detach() for g in wanted], found, self.distance))
         return torch.stack(terms).sum()

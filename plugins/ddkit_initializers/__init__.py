@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor
 
@@ -14,15 +12,14 @@ from ddkit_initializers.choosing import classes
 class Noise(ddkit.Initializer):
     """Gaussian noise in normalised units."""
 
-    class Options(ddkit.Options):
-        std: Annotated[float, ddkit.Option("standard deviation, normalised units", gt=0)] = 1.0
+    std: float = ddkit.option(1.0, "standard deviation, normalised units", gt=0)
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = [
             torch.randn((int(count), *start.shape), generator=start.generator(int(label)))
             for label, count in zip(*start.labels.unique(return_counts=True), strict=True)
         ]
-        return self.options.std * torch.cat(parts)
+        return self.std * torch.cat(parts)
 
 
 class Real(ddkit.Initializer):
@@ -30,15 +27,14 @@ class Real(ddkit.Initializer):
 
     requires = ddkit.Requires(real=True)
 
-    class Options(ddkit.Options):
-        reuse: Annotated[bool, ddkit.Option("where a class has too few: take them again, every second time mirrored")] = False
+    reuse: bool = ddkit.option(False, "where a class has too few: take them again, every second time mirrored")
 
     def needed(self, ipc: int) -> int:
-        return 1 if self.options.reuse else ipc
+        return 1 if self.reuse else ipc
 
     @property
     def remedy(self) -> str:
-        return "lower --ipc, use --init noise" + ("" if self.options.reuse else ", or --set initializer.reuse=true")
+        return "lower --ipc, use --init noise" + ("" if self.reuse else ", or --set initializer.reuse=true")
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = []

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, NamedTuple
 
-import msgspec
 import torch
 from torch import Tensor
 
@@ -18,7 +17,7 @@ log = logging.getLogger("ddkit")
 OF_A_RUN = ("synthetic.safetensors", "manifest.json", "recipe.toml")
 
 
-class Source(msgspec.Struct, frozen=True):
+class Source(NamedTuple):
     """A set to continue from: the images of each class name, `counts` known before one is opened, `images(name, n)` the first n."""
 
     counts: dict[str, int]
@@ -34,19 +33,18 @@ class File(ddkit.Initializer):
 
     argument = "path"
 
-    class Options(ddkit.Options):
-        path: Annotated[str, ddkit.Option("run directory, .safetensors file, or folder of class folders")] = ""
+    path: str = ddkit.option("", "run directory, .safetensors file, or folder of class folders")
 
-    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
-        super().__init__(options, name=name)
-        if not self.options.path:
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        if not self.path:
             raise ddkit.InputError("The initializer 'file' needs a path: --init file:PATH.", "initializer.path")
-        self.options = msgspec.structs.replace(self.options, path=str(Path(self.options.path).absolute()))
+        self.path = str(Path(self.path).absolute())
 
     @cached_property
     def source(self) -> Source:
         """The set; raises InputError where there is none, RunFilesError where a run or file is damaged."""
-        path = Path(self.options.path)
+        path = Path(self.path)
         if not path.exists():
             raise ddkit.InputError(f"The initializer cannot read {path}: there is no such file or folder.", "initializer.path")
         if path.is_file() or any((path / name).exists() for name in OF_A_RUN):
@@ -54,7 +52,7 @@ class File(ddkit.Initializer):
         return _of_folder(path)
 
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        counts, path = self.source.counts, self.options.path
+        counts, path = self.source.counts, self.path
         missing = [name for name in available if name not in counts]
         if missing:
             raise ddkit.InputError(
@@ -77,7 +75,7 @@ class File(ddkit.Initializer):
             channels, height, width = start.shape
             log.warning(
                 "%s: %d of %d images were made to fit: %d channel%s, %d x %d pixels.",
-                self.options.path, others, len(images), channels, "s" if channels > 1 else "", height, width,
+                self.path, others, len(images), channels, "s" if channels > 1 else "", height, width,
             )  # fmt: skip
         result: Tensor = start.normalisation.normalise(ddkit.conform(images, start.shape))
         return result

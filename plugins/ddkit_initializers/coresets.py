@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -75,14 +75,10 @@ def central(points: Points, count: int, seed: int, *, restarts: int) -> list[int
 class Coreset(ddkit.Initializer):
     """Base of those that choose accessible real images of a class by their features, in the images' own order."""
 
-    class Options(ddkit.Options):
-        features: Annotated[
-            Literal["pixels", "teacher"], ddkit.Option("what is compared: normalised pixels, or the teacher's features")
-        ] = "pixels"
+    features: Literal["pixels", "teacher"] = ddkit.option("pixels", "what is compared: normalised pixels, or the teacher's features")
 
-    @property
-    def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(real=True, teacher=self.options.features == "teacher")
+    def requires(self) -> ddkit.Requires:
+        return ddkit.Requires(real=True, teacher=self.features == "teacher")
 
     def needed(self, ipc: int) -> int:
         return ipc
@@ -100,7 +96,7 @@ class Coreset(ddkit.Initializer):
         return torch.cat(parts)
 
     def _points(self, start: ddkit.InitContext, images: Tensor) -> Tensor:
-        if self.options.features == "pixels":
+        if self.features == "pixels":
             return images.flatten(1)
         assert start.features is not None
         found: Tensor = start.features(images)
@@ -133,9 +129,8 @@ class KMeans(Coreset):
     scikit-learn's KMeans with as many clusters as the class gets images; the member nearest to its centre stands for a cluster.
     """
 
-    class Options(Coreset.Options):
-        restarts: Annotated[int, ddkit.Option("runs of k-means, of which the best is kept", ge=1)] = 10
+    restarts: int = ddkit.option(10, "runs of k-means, of which the best is kept", ge=1)
 
     def choose(self, points: Points, count: int, generator: Generator) -> list[int]:
         seed = int(torch.randint(2**31 - 1, (), generator=generator))
-        return central(points, count, seed, restarts=self.options.restarts)
+        return central(points, count, seed, restarts=self.restarts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
 
 import torch
 from torch import Generator, Tensor
@@ -21,11 +20,10 @@ class Mix(ddkit.Initializer):
 
     requires = ddkit.Requires(real=True)
 
-    class Options(ddkit.Options):
-        factor: Annotated[int, ddkit.Option("images side by side, and one below the other", ge=1)] = 2
+    factor: int = ddkit.option(2, "images side by side, and one below the other", ge=1)
 
     def needed(self, ipc: int) -> int:
-        found: int = self.options.factor**2
+        found: int = self.factor**2
         return found
 
     @property
@@ -33,7 +31,7 @@ class Mix(ddkit.Initializer):
         return "lower --set initializer.factor, or use --init noise"
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
-        factor, size = self.options.factor, start.shape[1:]
+        factor, size = self.factor, start.shape[1:]
         if min(size) < factor:
             raise ddkit.InputError(
                 f"initializer.factor = {factor}: images of {size[0]} x {size[1]} pixels have no room for {factor} in a row.",

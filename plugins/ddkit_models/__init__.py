@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-import msgspec
 from torch import nn
 
 import ddkit
@@ -25,29 +24,29 @@ class ConvNetModule(Classifier):
     Parameter names are those of the public DatasetCondensation code, so its state dicts load.
     """
 
-    def __init__(self, channels: int, size: tuple[int, int], classes: int, options: ConvNet.Options) -> None:
+    def __init__(self, channels: int, size: tuple[int, int], classes: int, model: ConvNet) -> None:
         height, width = size
+        depth = model.depth or depth_for(size)
         layers: list[nn.Module] = []
-        for block in range(options.depth or 1):
-            padding = options.one_channel_padding if block == 0 and channels == 1 else 1
+        for block in range(depth):
+            padding = model.one_channel_padding if block == 0 and channels == 1 else 1
             height, width = height + 2 * padding - 2, width + 2 * padding - 2
-            layers += _block(channels if block == 0 else options.width, options, padding, (height, width))
-            if options.pooling != "none":
+            layers += _block(channels if block == 0 else model.width, model, padding, (height, width))
+            if model.pooling != "none":
                 height, width = height // 2, width // 2
         if min(height, width) < 1:
             raise ddkit.InputError(
-                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {options.depth} poolings; "
-                "use a smaller depth, or pooling none."
+                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} poolings; use a smaller depth, or pooling none."
             )
-        super().__init__(nn.Sequential(*layers), options.width * height * width, classes)
+        super().__init__(nn.Sequential(*layers), model.width * height * width, classes)
 
 
-def _block(channels: int, options: ConvNet.Options, padding: int, size: tuple[int, int]) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.Conv2d(channels, options.width, kernel_size=3, padding=padding)]
-    layers += norm_layer(options.norm, options.width, size, model="convnet")
-    layers.append(ACTIVATIONS[options.activation]())
-    if options.pooling != "none":
-        layers.append(nn.AvgPool2d(2) if options.pooling == "avg" else nn.MaxPool2d(2))
+def _block(channels: int, model: ConvNet, padding: int, size: tuple[int, int]) -> list[nn.Module]:
+    layers: list[nn.Module] = [nn.Conv2d(channels, model.width, kernel_size=3, padding=padding)]
+    layers += norm_layer(model.norm, model.width, size, model="convnet")
+    layers.append(ACTIVATIONS[model.activation]())
+    if model.pooling != "none":
+        layers.append(nn.AvgPool2d(2) if model.pooling == "avg" else nn.MaxPool2d(2))
     return layers
 
 
@@ -60,27 +59,21 @@ def depth_for(size: tuple[int, int]) -> int:
 class ConvNet(ddkit.Model):
     """Convolutional network of the distillation literature: 3 blocks of 128 channels for 32x32 images."""
 
-    class Options(ddkit.Options):
-        depth: Annotated[int, ddkit.Option("blocks; left out: from the image size", ge=1, le=10)] | None = None
-        width: Annotated[int, ddkit.Option("channels of each block", ge=1)] = 128
-        norm: Annotated[
-            Literal["instance", "batch", "group", "layer", "none"],
-            ddkit.Option("normalisation; group: four groups of channels; layer: all values of an image"),
-        ] = "instance"
-        activation: Literal["relu", "leaky-relu", "sigmoid"] = "relu"
-        pooling: Annotated[Literal["avg", "max", "none"], ddkit.Option("2x2 pooling of each block")] = "avg"
-        one_channel_padding: Annotated[
-            int,
-            ddkit.Option("padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3),
-        ] = 1
+    depth: int | None = ddkit.option(None, "blocks; left out: from the image size", ge=1, le=10)
+    width: int = ddkit.option(128, "channels of each block", ge=1)
+    norm: Literal["instance", "batch", "group", "layer", "none"] = ddkit.option(
+        "instance", "normalisation; group: four groups of channels; layer: all values of an image"
+    )
+    activation: Literal["relu", "leaky-relu", "sigmoid"] = ddkit.option("relu")
+    pooling: Literal["avg", "max", "none"] = ddkit.option("avg", "2x2 pooling of each block")
+    one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
 
     @classmethod
-    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
-        return msgspec.structs.replace(options, depth=options.depth or depth_for(data.size))
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
+        return {"depth": options.depth or depth_for(data.size)}
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        options = msgspec.structs.replace(self.options, depth=self.options.depth or depth_for(size))
-        return ConvNetModule(channels, size, classes, options)
+        return ConvNetModule(channels, size, classes, self)
 
 
 class MlpModule(Classifier):
@@ -96,9 +89,8 @@ class MlpModule(Classifier):
 class Mlp(ddkit.Model):
     """Multilayer perceptron: hidden layers of equal width with ReLU."""
 
-    class Options(ddkit.Options):
-        width: Annotated[int, ddkit.Option("units of each hidden layer", ge=1)] = 128
-        depth: Annotated[int, ddkit.Option("hidden layers", ge=1)] = 2
+    width: int = ddkit.option(128, "units of each hidden layer", ge=1)
+    depth: int = ddkit.option(2, "hidden layers", ge=1)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        return MlpModule(channels * size[0] * size[1], classes, self.options.width, self.options.depth)
+        return MlpModule(channels * size[0] * size[1], classes, self.width, self.depth)

@@ -6,7 +6,7 @@ their description. For images too small for all of their halvings the first ones
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +43,10 @@ class LeNet(ddkit.Model):
 class AlexNet(ddkit.Model):
     """AlexNet for small images: five convolutions of 128 to 256 channels, three max poolings, one linear layer, no norm."""
 
-    class Options(ddkit.Options):
-        one_channel_padding: Annotated[
-            int, ddkit.Option("padding of the first convolution for one-channel images; the public code has 4", ge=2, le=4)
-        ] = 2
+    one_channel_padding: int = ddkit.option(2, "padding of the first convolution for one-channel images; the public code has 4", ge=2, le=4)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        padding = self.options.one_channel_padding if channels == 1 else 2
+        padding = self.one_channel_padding if channels == 1 else 2
         map_size = (size[0] + 2 * padding - 4, size[1] + 2 * padding - 4)
         left_out = 3 - halvings(map_size, 3)
         plan = ((128, 5, padding, True), (192, 5, 2, True), (256, 3, 1, False), (192, 3, 1, False), (192, 3, 1, True))
@@ -67,25 +64,21 @@ class AlexNet(ddkit.Model):
 class Vgg11(ddkit.Model):
     """VGG-11 for small images: eight 3x3 convolutions of 64 to 512 channels, five max poolings, one linear layer."""
 
-    class Options(ddkit.Options):
-        norm: Annotated[Norm, ddkit.Option("normalisation")] = "instance"
-        width: Annotated[int, ddkit.Option("channels of the first convolution; the last has eight times as many", ge=1)] = 64
-        one_channel_padding: Annotated[
-            int, ddkit.Option("padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
-        ] = 1
+    norm: Norm = ddkit.option("instance", "normalisation")
+    width: int = ddkit.option(64, "channels of the first convolution; the last has eight times as many", ge=1)
+    one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        options = self.options
-        padding = options.one_channel_padding if channels == 1 else 1
+        padding = self.one_channel_padding if channels == 1 else 1
         map_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
         left_out = 5 - halvings(map_size, 5)
         layers: list[nn.Module] = []
         before = channels
         for stage, factors in enumerate(((1,), (2,), (4, 4), (8, 8), (8, 8))):
             for factor in factors:
-                after = factor * options.width
+                after = factor * self.width
                 layers.append(nn.Conv2d(before, after, 3, padding=1 if layers else padding))
-                layers += [*norm_layer(options.norm, after, map_size, model="vgg11"), nn.ReLU()]
+                layers += [*norm_layer(self.norm, after, map_size, model="vgg11"), nn.ReLU()]
                 before = after
             if stage >= left_out:
                 layers.append(nn.MaxPool2d(2))
@@ -125,12 +118,11 @@ class ResNet18(ddkit.Model):
     would not, the first stages do not halve. torchvision's own is `torchvision:resnet18`.
     """
 
-    class Options(ddkit.Options):
-        norm: Annotated[Norm, ddkit.Option("normalisation")] = "instance"
-        width: Annotated[int, ddkit.Option("channels of the first stage; the last has eight times as many", ge=1)] = 64
+    norm: Norm = ddkit.option("instance", "normalisation")
+    width: int = ddkit.option(64, "channels of the first stage; the last has eight times as many", ge=1)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        norm, width = self.options.norm, self.options.width
+        norm, width = self.norm, self.width
         left_out = 3 - halvings(size, 3, least=2)
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False)]
         layers += [*norm_layer(norm, width, size, model="resnet18"), nn.ReLU()]

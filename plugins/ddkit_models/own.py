@@ -9,12 +9,11 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import msgspec
 from torch import nn
 
 import ddkit
@@ -34,16 +33,15 @@ class Python(ddkit.Model):
     argument = "factory"
     runs_code = True
 
-    class Options(ddkit.Options):
-        factory: Annotated[str, ddkit.Option("the callable, module.attribute")] = ""
-        sha256: Annotated[str, ddkit.Option("of the module's file, filled in: a warning tells where it is another one later")] | None = None
+    factory: str = ddkit.option("", "the callable, module.attribute")
+    sha256: str | None = ddkit.option(None, "of the module's file, filled in: a warning tells where it is another one later")
 
-    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
-        super().__init__(options, name=name)
-        self.factory = found(self.options.factory)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._build = found(self.factory)
 
     @classmethod
-    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
         file = getattr(sys.modules.get(found(options.factory).__module__), "__file__", None)
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
         if options.sha256 not in (None, digest):
@@ -51,11 +49,11 @@ class Python(ddkit.Model):
                 "python:%s: %s is not what it was when this was recorded (its sha256 began with %s).",
                 options.factory, file, options.sha256[:12],
             )  # fmt: skip
-        return msgspec.structs.replace(options, sha256=digest)
+        return {"sha256": digest}
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        path = self.options.factory
-        module = self.factory(channels, size, classes)
+        path = self.factory
+        module = self._build(channels, size, classes)
         if not isinstance(module, nn.Module):
             raise ddkit.PluginError(f"python:{path} returned {type(module).__name__}; it has to return a torch.nn.Module.")
         drops = [name for name, layer in module.named_modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0]

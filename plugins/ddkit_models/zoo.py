@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import MethodType
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -75,32 +74,30 @@ class Zoo(ddkit.Model):
     argument = "architecture"
     library: str
 
-    class Options(ddkit.Options):
-        architecture: Annotated[str, ddkit.Option("its name there")] = ""
-        weights: Annotated[str, ddkit.Option("safetensors file of a state dict; left out: fresh weights")] | None = None
-        weights_sha256: Annotated[str, ddkit.Option("of that file, filled in")] | None = None
-        stem: Annotated[
-            Literal["auto", "small", "original"],
-            ddkit.Option("small: a first 7x7/2 convolution is 3x3/1, without the max pooling; auto: so for images below 64 pixels"),
-        ] = "auto"
+    architecture: str = ddkit.option("", "its name there")
+    weights: str | None = ddkit.option(None, "safetensors file of a state dict; left out: fresh weights")
+    weights_sha256: str | None = ddkit.option(None, "of that file, filled in")
+    stem: Literal["auto", "small", "original"] = ddkit.option(
+        "auto", "small: a first 7x7/2 convolution is 3x3/1, without the max pooling; auto: so for images below 64 pixels"
+    )
 
-    def __init__(self, options: Any = None, *, name: str | None = None) -> None:
-        super().__init__(options, name=name)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self._fits: set[tuple[Any, ...]] = set()
-        if self.options.weights is not None:
-            self.options = msgspec.structs.replace(self.options, weights=str(Path(self.options.weights).absolute()))
-        self._check_name(self.options.architecture)
+        if self.weights is not None:
+            self.weights = str(Path(self.weights).absolute())
+        self._check_name(self.architecture)
 
     @classmethod
-    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Any:
+    def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
         digest = options.weights and hashlib.sha256(_existing(options.weights).read_bytes()).hexdigest()
         if options.weights_sha256 not in (None, digest):
             log.warning("The weights file %s is not what it was when this was recorded.", options.weights)
-        return msgspec.structs.replace(options, stem=_stem(options.stem, data.size), weights_sha256=digest)
+        return {"stem": _stem(options.stem, data.size), "weights_sha256": digest}
 
     @property
     def full_name(self) -> str:
-        return f"{self.library}:{self.options.architecture}"
+        return f"{self.library}:{self.architecture}"
 
     def known(self) -> Sequence[str]:
         """Returns the names of the library's classifiers; raises PluginError where it is not installed."""
@@ -130,14 +127,14 @@ class Zoo(ddkit.Model):
             raise
         except Exception as error:  # the library's own checks of size and channels
             raise self._unfit(channels, size, error) from error
-        if _stem(self.options.stem, size) == "small" and small_stem(module):
+        if _stem(self.stem, size) == "small" and small_stem(module):
             self._say(
                 (size,),
                 f"for {size[0]} x {size[1]} pixels its first convolution is 3x3 with stride 1 instead of 7x7 with stride 2, and the first "
                 "max pooling is left out (stem = original keeps them)",
             )
         without_dropout(module)
-        if self.options.weights is not None:
+        if self.weights is not None:
             self._load(module)
         self._check_fit(module, channels, size)
         return module
@@ -166,7 +163,8 @@ class Zoo(ddkit.Model):
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        path = _existing(self.options.weights)
+        assert self.weights is not None
+        path = _existing(self.weights)
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
@@ -176,7 +174,7 @@ class Zoo(ddkit.Model):
         own = module.state_dict()
         fitting = {key: value for key, value in self._weights.items() if key in own and own[key].shape == value.shape}
         if not fitting:
-            raise ddkit.InputError(f"Nothing in the weights file {self.options.weights} fits {self.full_name}: names or shapes are others.")
+            raise ddkit.InputError(f"Nothing in the weights file {self.weights} fits {self.full_name}: names or shapes are others.")
         module.load_state_dict(fitting, strict=False)
         fresh = [key for key in own if key not in fitting]
         if fresh:
@@ -222,7 +220,7 @@ class Torchvision(Zoo):
     def build(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         from torchvision import models
 
-        name = self.options.architecture
+        name = self.architecture
         extra: dict[str, Any] = {}
         if name in ("googlenet", "inception_v3"):
             extra = {"aux_logits": False, "init_weights": True}
@@ -256,7 +254,7 @@ class Timm(Zoo):
         return names
 
     def build(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        library, name = _timm(), self.options.architecture
+        library, name = _timm(), self.architecture
         fixed = getattr(library.models.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False)
         extra = {"img_size": size} if fixed else {}
         module: nn.Module = library.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **extra)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 import ddkit
@@ -25,14 +23,13 @@ def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
 class TotalVariation(ddkit.Loss):
     """Mean absolute difference of neighbouring pixels of the synthetic images, normalised units."""
 
-    class Options(ddkit.Options):
-        power: Annotated[float, ddkit.Option("exponent of the differences", ge=1)] = 1.0
+    power: float = ddkit.option(1.0, "exponent of the differences", ge=1)
 
     order_invariant = True
     requires = ddkit.Requires(reduce="mean")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        return total_variation(step.images, self.options.power)
+        return total_variation(step.images, self.power)
 
 
 class ImageNorm(ddkit.Loss):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -42,18 +42,16 @@ class FeatureRegression(ddkit.Loss):
     (`network.inner_epochs`), their kernel solve is in float32 and their labels are learned, which these are not.
     """
 
-    class Options(ddkit.Options):
-        ridge: Annotated[float, ddkit.Option("regularisation, relative to the mean squared feature norm", gt=0)] = 1e-3
-        augmenter: Annotated[str, ddkit.Option("of the synthetic images: one operation a step, parameters per image")] = "dsa"
-        real_augmenter: Annotated[str, ddkit.Option("of the real images: one operation a step, parameters per image")] = "dsv"
-        targets: Annotated[
-            Literal["labels", "teacher"], ddkit.Option("what the real images should get: their labels, or the teacher's probabilities")
-        ] = "labels"
-        mixup: Annotated[float, ddkit.Option("largest share of another real image that is blended into each", ge=0, le=1)] = 0.0
+    ridge: float = ddkit.option(0.001, "regularisation, relative to the mean squared feature norm", gt=0)
+    augmenter: str = ddkit.option("dsa", "of the synthetic images: one operation a step, parameters per image")
+    real_augmenter: str = ddkit.option("dsv", "of the real images: one operation a step, parameters per image")
+    targets: Literal["labels", "teacher"] = ddkit.option(
+        "labels", "what the real images should get: their labels, or the teacher's probabilities"
+    )
+    mixup: float = ddkit.option(0.0, "largest share of another real image that is blended into each", ge=0, le=1)
 
-    @property
-    def requires(self) -> ddkit.Requires:  # type: ignore[override]
-        return ddkit.Requires(real=True, network=True, teacher=self.options.targets == "teacher", reduce="global")
+    def requires(self) -> ddkit.Requires:
+        return ddkit.Requires(real=True, network=True, teacher=self.targets == "teacher", reduce="global")
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         self._augmenters(step.info)  # one that is not there is told before the first step
@@ -65,22 +63,22 @@ class FeatureRegression(ddkit.Loss):
             real, wanted = self._queries(step)
             queries, wanted = step.all_gather(step.embed(real), real=True), step.all_gather(wanted, real=True)
             answers = step.all_gather(centred(step.real.labels, classes), real=True).argmax(1)
-        features = step.all_gather(step.embed(self._augmented(step, self.options.augmenter, step.images)))
-        found = ridge_prediction(features, step.all_gather(centred(step.labels, classes)), queries, self.options.ridge)
+        features = step.all_gather(step.embed(self._augmented(step, self.augmenter, step.images)))
+        found = ridge_prediction(features, step.all_gather(centred(step.labels, classes)), queries, self.ridge)
         step.log("accuracy", (found.argmax(1) == answers).float().mean())
         return (found - wanted).square().sum(1).mean()
 
     def _queries(self, step: ddkit.Step) -> tuple[Tensor, Tensor]:
         """Returns augmented real images (m, C, H, W), blended where `mixup` says so, and what they should get (m, K)."""
-        real = self._augmented(step, self.options.real_augmenter, step.real.images, real=True)
+        real = self._augmented(step, self.real_augmenter, step.real.images, real=True)
         wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
-        if self.options.mixup:
+        if self.mixup:
             drawn = torch.randperm(step.real.size, generator=step.generator), torch.rand(step.real.size, generator=step.generator)
             other, share = (ddkit.to_device(step.local_rows(each, real=True), real.device) for each in drawn)
-            share = self.options.mixup * share.to(real.dtype)
+            share = self.mixup * share.to(real.dtype)
             partners, theirs = step.all_gather(real, real=True)[other], step.all_gather(wanted, real=True)[other]
             real, wanted = torch.lerp(real, partners, share[:, None, None, None]), torch.lerp(wanted, theirs, share[:, None])
-        if self.options.targets == "teacher":
+        if self.targets == "teacher":
             wanted = step.teacher.logits(real).softmax(1) - 1 / step.info.classes
         return real, wanted
 
@@ -92,6 +90,6 @@ class FeatureRegression(ddkit.Loss):
 
     def _augmenters(self, info: ddkit.DataInfo) -> dict[str, ddkit.Augmenter]:
         if "_made" not in self.__dict__:
-            names = {self.options.augmenter, self.options.real_augmenter}
+            names = {self.augmenter, self.real_augmenter}
             self._made = {name: ddkit.create("augmenter", name, data=info) for name in sorted(names)}
         return self._made

@@ -19,19 +19,16 @@ from tests.conftest import SMALL_FLAGS, forget_plugin_files
 
 LOSS = '''"""Mine."""
 
-from typing import Annotated
-
 import ddkit
 
 
 class ClassSpread(ddkit.Loss):
     """Spread of the pixels."""
 
-    class Options(ddkit.Options):
-        power: Annotated[float, ddkit.Option("exponent", ge=1)] = 2.0
+    power: float = ddkit.option(2.0, "exponent", ge=1)
 
     def __call__(self, step):
-        return step.images.abs().pow(self.options.power).mean()
+        return step.images.abs().pow(self.power).mean()
 
 
 class _Hidden(ddkit.Loss):

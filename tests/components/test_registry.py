@@ -20,8 +20,9 @@ import torch
 from ddkit.cli import cli as command_line
 from ddkit.components import registry
 from ddkit.components.globalstate import random_states
+from ddkit.components.options import options_type
 from ddkit.errors import FlagError, PluginError
-from tests.conftest import SMALL_FLAGS, Result
+from tests.conftest import CHECKOUT, SMALL_FLAGS, Result
 
 Install = Callable[..., None]
 FINE = '''
@@ -47,7 +48,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("PYTHONPATH", str(site))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), CHECKOUT]))
     before = set(sys.modules)
 
     def run(distribution: str, groups: dict[str, dict[str, str]], **modules: str) -> None:
@@ -145,7 +146,7 @@ def test_a_loss_that_hurts_in_mid_run_is_named_with_its_distribution_and_what_he
 
 
 def test_a_loss_that_cannot_be_built_is_told_with_exit_code_three(install: Install, cli: Callable[..., Result]) -> None:
-    _loss(install, FINE + "\n    def __init__(self, options, *, name=None):\n        raise OSError('no licence')\n")
+    _loss(install, FINE + "\n    def __init__(self, **options):\n        raise OSError('no licence')\n")
     result = cli("distill", "--losses", "odd", "--plan")
     assert (result.code, result.out) == (3, "")
     message = " ".join(result.err.split())
@@ -187,8 +188,8 @@ BROKEN = [
     ("def Fine():\n    '''A function.'''\n", "ok", "not a subclass of ddkit.Loss"),
     (FINE + "    api = 2\n", "ok", "written for plugin API 2, this ddkit has 1"),
     (FINE + "    api = '1'\n", "ok", "has api = '1'; it has to be a number, such as 1"),
-    (FINE + "    Options = 3\n", "ok", "has Options = 3; it has to be a subclass of ddkit.Options"),
-    (FINE + "    class Options(ddkit.Options):\n        x: 'Nowhere' = 1\n", "ok", "has Options that cannot be read: NameError"),
+    (FINE + "    x: int = ddkit.option('one')\n", "ok", "has options that cannot be read: ValueError: Options(x='one')"),
+    (FINE + "    x: 'Nowhere' = ddkit.option(1)\n", "ok", "has options that cannot be read: NameError"),
     (FINE + "    argument = 'size'\n", "ok", "has argument = 'size'; it has to be None or one of its options"),
     (FINE + "    requires = 'real'\n", "ok", "has requires = 'real'; it has to be a ddkit.Requires(...)"),
     (FINE + "    deviations = 1\n", "ok", "has deviations = 1; it has to be a mapping"),
@@ -201,7 +202,7 @@ BROKEN = [
     ("import torch\ntorch.nn.Conv2d.forward = lambda self, x: x\n" + FINE, "ok", "when it is imported: torch.nn.Conv2d.forward."),
     ("import os\nos.chdir('/')\n" + FINE, "ok", "when it is imported: the current folder."),
     ("class Mute(Exception):\n    def __str__(self):\n        raise ValueError\n\n\nraise Mute\n" + FINE, "ok", "Mute, whose text cannot"),
-    (FINE + "    class Options(ddkit.Options):\n        x: complex = 1j\n", "ok", "has Options that cannot be read: TypeError"),
+    (FINE + "    x: complex = ddkit.option(1j)\n", "ok", "has options that cannot be read: TypeError"),
     (PATCHING + FINE, "ok", "when it is imported: torch.manual_seed, torch.nn.functional.relu."),
 ]  # fmt: skip
 BROKEN_IDS = [
@@ -659,7 +660,7 @@ def test_info_describes_every_component_and_its_options(cli: Callable[..., Resul
     for option in found.get("options", []):
         assert set(option) == {"name", "type", "default", "bounds", "description"}
         assert f"{option['name']} = {json.dumps(option['default'])}" in page.out
-    own = registry.load(kind, name).Options.__struct_fields__ if kind not in ("loss-group", "observer") else ()
+    own = options_type(registry.load(kind, name)).__struct_fields__ if kind not in ("loss-group", "observer") else ()
     assert {option["name"] for option in found.get("options", [])} == set(own)
     if kind == "loss-group":
         assert ", ".join(found["members"]) in page.out

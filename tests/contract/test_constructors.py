@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 
 import ddkit
 
 
-class Power(ddkit.Options):
-    power: Annotated[float, ddkit.Option("exponent", gt=0)] = 1.0
+class Power(ddkit.Loss):
+    power: float = ddkit.option(1.0, "exponent", gt=0)
 
 
 def evaluation(**values: Any) -> ddkit.Evaluation:
@@ -46,13 +46,19 @@ def info(**values: Any) -> ddkit.DataInfo:
         (lambda: ddkit.Normalisation([0.5], [0.0]), "above 0"),
         (lambda: ddkit.Normalisation([0.5, 0.5], [0.2]), "for each channel"),
         (lambda: ddkit.Arithmetic(compile=False, precision="bf16"), "Did you mean 'bfloat16'?"),  # type: ignore[arg-type]
-        (lambda: Power(power=-1.0), "power=-1.0"),
     ],
 )
 def test_values_that_are_none_are_refused_where_they_are_given(make: Callable[[], Any], said: str) -> None:
     with pytest.raises(ValueError, match=r"\w+\(") as refused:
         make()
     assert said in str(refused.value)
+
+
+def test_options_of_a_component_are_held_to_what_its_class_says() -> None:
+    assert Power().power == Power.power == 1.0
+    for wrong in ({"power": -1.0}, {"power": "many"}, {"powr": 2.0}):
+        with pytest.raises(ddkit.InputError, match=r"Power: .*pow"):
+            Power(**wrong)  # type: ignore[arg-type]
 
 
 def test_values_that_are_right_are_kept_as_they_are() -> None:

@@ -21,7 +21,7 @@ import torch
 import ddkit
 from ddkit import testing
 from ddkit.cli import cli as command_line
-from ddkit.components import registry
+from ddkit.components import options, registry
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.studies.study import PublishedOn, Study, SystemTable, parse_study
 from ddkit.testing.suite import check as suite_check
@@ -224,13 +224,13 @@ def test_generated_pages_agree_with_the_code() -> None:
 def test_a_changed_option_or_flag_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddkit_priors import TotalVariation
 
-    generator = _generator()
+    generator, options_type = _generator(), options.options_type
     page = ROOT / "docs" / "components" / "loss-total-variation.md"
 
-    class Options(TotalVariation.Options):  # type: ignore[name-defined, misc]
-        extra: int = 3
+    class More(TotalVariation):
+        extra: int = ddkit.option(3)
 
-    monkeypatch.setattr(TotalVariation, "Options", Options)
+    monkeypatch.setattr(options, "options_type", lambda found: options_type(More if found is TotalVariation else found))
     assert "`extra` | 3" in generator.pages()[page]
     monkeypatch.setattr(command_line.commands["blend"].params[2], "help", "Another text.")
     assert "Another text." in generator.pages()[ROOT / "docs" / "cli.md"]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import SMALL_FLAGS
+from tests.conftest import CHECKOUT, SMALL_FLAGS
 from tests.forks import HEAVY, forking
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "third-party"
@@ -71,7 +71,7 @@ def processes(stranger: Path) -> Iterator[Any]:
 
 
 def _clean() -> dict[str, str]:
-    return {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "PYTHONPATH")}
+    return {key: value for key, value in os.environ.items() if key not in ("DDKIT_PLUGINS", "PYTHONPATH")} | {"PYTHONPATH": CHECKOUT}
 
 
 @pytest.fixture

@@ -488,15 +488,14 @@ def test_others_may_not_look_into_the_cache(folder: Path, cache: Path) -> None:
 class Stranger(ddkit.Dataset):
     """A third party's data: 40 images, of which `values` tell the pixels."""
 
-    class Options(ddkit.Options):
-        shade: int = 1
+    shade: int = ddkit.option(1)
 
     has_files = True
     asked = 0
 
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor]:
         self.asked += len(indices)
-        return [torch.full((1, 4, 4), index / 64 * self.options.shade) for index in indices]
+        return [torch.full((1, 4, 4), index / 64 * self.shade) for index in indices]
 
     def files(self, split: str, indices: Sequence[int]) -> Sequence[str] | None:
         return [f"{self.directory}/{index}" for index in indices] if self.has_files else None
@@ -511,7 +510,7 @@ def test_any_data_set_with_files_is_cached_and_without_them_none(cache: Path, tm
         images = load_images(stranger, "train", range(40), None)
         assert images[:, 0, 0, 0].tolist() == [index / 64 for index in range(40)]
     assert stranger.asked == 40
-    assert load_images(Stranger(Stranger.Options(shade=2), directory=str(tmp_path)), "train", range(32), None).max() == 31 / 32
+    assert load_images(Stranger(shade=2, directory=str(tmp_path)), "train", range(32), None).max() == 31 / 32
     assert len(entries(cache)) == 2
     stranger.has_files = False
     load_images(stranger, "train", range(40), None)

@@ -12,7 +12,7 @@ import signal
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -59,11 +59,10 @@ class SeparableSquare(Square):
 class Linear(ddkit.Loss):
     """A multiple of the sum of the images: its gradient is that multiple everywhere."""
 
-    class Options(ddkit.Options):
-        slope: float = 1.0
+    slope: float = ddkit.option(1.0)
 
     def __call__(self, step: Step) -> Tensor:
-        return self.options.slope * step.images.sum()
+        return self.slope * step.images.sum()
 
 
 class Rows(ddkit.Loss):
@@ -139,13 +138,12 @@ class FilledWrongShape(Weighted):
 class BadFrom(ddkit.Loss):
     """Becomes `value` at step `at`."""
 
-    class Options(ddkit.Options):
-        at: Annotated[int, ddkit.Option("step")] = 3
-        sign: int = 0
+    at: int = ddkit.option(3, "step")
+    sign: int = ddkit.option(0)
 
     def __call__(self, step: Step) -> Tensor:
         good = step.images.square().sum()
-        return good if step.index < self.options.at else good * (self.options.sign / torch.zeros(()))
+        return good if step.index < self.at else good * (self.sign / torch.zeros(()))
 
 
 class Steep(ddkit.Loss):
@@ -221,9 +219,9 @@ def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a teacher with batch norm and nobody's training: smooth enough, deterministic."""
     info = ddkit.DataInfo(class_names=tuple("01234"), channels=1, size=(8, 8))
-    options = ConvNet.Options(depth=2, width=8, norm="batch")
-    module = ddkit.build_network(ConvNet(options), info, 0, "teacher")
-    record = {"model": "convnet", "options": msgspec.to_builtins(options), "mean": [0.5], "std": [0.25]}
+    model = ConvNet(depth=2, width=8, norm="batch")
+    module = ddkit.build_network(model, info, 0, "teacher")
+    record = {"model": "convnet", "options": msgspec.to_builtins(model.options), "mean": [0.5], "std": [0.25]}
     file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
     save_teacher(file, ddkit.Teacher(module, mean=(0.5,), std=(0.25,), info=record))
     return file
@@ -463,7 +461,7 @@ def test_the_mean_of_dm_is_its_sum_over_classes_and_features_of_the_whole_set(re
 
 def test_the_norms_of_the_terms_gradients_are_those_of_each_weighted_term_alone(recipe: Maker) -> None:
     _, bank, engine = made(recipe({"square": {"weight": 2.0}, "linear": {"weight": 0.5, "slope": 3.0}}))
-    engine = with_terms(engine, ("square", Square(), 2.0), ("linear", Linear(Linear.Options(slope=3.0)), 0.5), ("off", Square(), 0.0))
+    engine = with_terms(engine, ("square", Square(), 2.0), ("linear", Linear(slope=3.0), 0.5), ("off", Square(), 0.0))
     norms = engine.evaluate(0, measured=True).norms
     images = bank.images.detach().double()
     assert float(norms["square"]) == pytest.approx(2 * float(images.norm()), rel=1e-6)

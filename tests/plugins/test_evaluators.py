@@ -578,7 +578,7 @@ def test_the_plan_counts_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_protocol_is_offered_everywhere(cli: CLI) -> None:
-    option = next(o for o in describe_options(Accuracy.Options) if o["name"] == "protocol")
+    option = next(o for o in describe_options(Accuracy) if o["name"] == "protocol")
     assert set(option["type"].split(" | ")) == set(PROTOCOLS)
     pages = [" ".join(cli(command, "--help").out.split()) for command in ("distill", "evaluate")]
     pages += [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("method.md", "getting-started.md")]

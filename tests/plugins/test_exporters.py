@@ -525,11 +525,10 @@ class Told(ddkit.Exporter):
 
     argument = "word"
 
-    class Options(ddkit.Options):
-        word: str = ""
+    word: str = ddkit.option("")
 
     def __call__(self, artifact, folder):
-        Path(folder, "word").write_text(f"{self.options.word} {artifact.provenance.manifest['steps']}")
+        Path(folder, "word").write_text(f"{self.word} {artifact.provenance.manifest['steps']}")
 '''
 
 

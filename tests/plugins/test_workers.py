@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_and_all_networks_are_trained_here(monkeypatch: pyte
 
 
 def test_several_processes_on_another_device_are_refused() -> None:
-    evaluator = Accuracy(Accuracy.Options(workers=2))
+    evaluator = Accuracy(workers=2)
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
     with pytest.raises(ddkit.InputError, match="on the CPU only"):
         evaluator.plan(INFO, torch.device("cuda"), rows=4, tests=4, networks=4, model=model)
@@ -127,7 +127,7 @@ def test_processes_are_used_for_many_networks_on_small_batches_only(monkeypatch:
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
 
     def decided(networks: int, compile_: str = "always", rows: int = 4) -> int:
-        evaluator = Accuracy(Accuracy.Options(compile=compile_))
+        evaluator = Accuracy(compile=compile_)
         return evaluator.plan(INFO, torch.device("cpu"), rows=rows, tests=4, networks=networks, model=model).workers
 
     assert decided(ddkit_evaluators.FEW_NETWORKS) == 2

@@ -15,6 +15,7 @@ import pytest
 
 from ddkit.components import registry
 from ddkit.testing import scaffold
+from tests.conftest import CHECKOUT
 from tests.contract.test_third_party import _environment
 from tests.forks import HEAVY, forking
 
@@ -34,7 +35,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path) -> Iterator[Run]:
     """Yields a function that runs `python ARGS...` in an environment in which all of them are installed; `fork` saves its start."""
     python = _environment(folder / "venv")
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DDKIT_PLUGIN", "PYTHONPATH", "PYTEST"))}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DDKIT_PLUGIN", "PYTHONPATH", "PYTEST"))} | {
+        "PYTHONPATH": CHECKOUT
+    }
 
     def call(*arguments: object, fork: bool = False) -> subprocess.CompletedProcess[str]:
         command, processes = [str(python), *map(str, arguments)], forks if fork else subprocess
@@ -144,7 +147,7 @@ def test_the_command_writes_beside_and_tells_how_to_go_on(cli: Callable[..., Any
         (["loss", "../x"], 2, "lower-case letters"),
         (["loss", "none"], 2, "would hide a name"),
         (["exporter", "path"], 2, "would hide a name"),
-        (["model", "annotated"], 2, "would hide a name"),
+        (["loss", "tensor"], 2, "would hide a name"),
         (["loss", "priors"], 2, "a package ddkit_priors here already"),
         (["loss", "dkkt"], 2, "has that name already"),
         (["loss", "dm"], 2, "has that name already"),

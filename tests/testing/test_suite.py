@@ -217,11 +217,15 @@ def test_a_component_without_a_docstring_or_of_another_kind_is_found() -> None:
 
 
 def test_options_that_a_recipe_cannot_hold_are_found() -> None:
-    class Options(ddkit.Options):
-        table: Any = None
+    class Odd(ddkit.Loss):
+        """Odd."""
 
-    odd = type("Odd", (ddkit.Loss,), {"__doc__": "Odd.", "Options": Options, "__call__": lambda self, step: _square(step)})
-    assert problem_of(suite_of("loss", odd, options={"table": {"a": (1, 2), "b": None}}), "options-survive-a-recipe")
+        table: Any = ddkit.option(None)
+
+        def __call__(self, step: ddkit.Step) -> Tensor:
+            return _square(step)
+
+    assert problem_of(suite_of("loss", Odd, options={"table": {"a": (1, 2), "b": None}}), "options-survive-a-recipe")
 
 
 HEAVY = "import time\nimport ddkit\n{}\n\n\nclass HeavyLoss(ddkit.Loss):\n    'Heavy.'\n\n    def __call__(self, step):\n        return step.images.sum()\n"

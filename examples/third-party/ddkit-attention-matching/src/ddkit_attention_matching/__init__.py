@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import torch
 from torch import Tensor, nn
 
@@ -41,14 +39,13 @@ def attention_maps(network: nn.Module, x: Tensor, power: float) -> list[Tensor]:
 class AttentionMatching(ddkit.Loss):
     """Squared distance of class-mean spatial attention maps, real to synthetic, over the layers of the step's network."""
 
-    class Options(ddkit.Options):
-        power: Annotated[float, ddkit.Option("exponent of the activations", gt=0)] = 4.0
+    power: float = ddkit.option(4.0, "exponent of the activations", gt=0)
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        real, images, power = step.real, step.augmented, self.options.power
+        real, images, power = step.real, step.augmented, self.power
         with torch.no_grad():
             theirs = attention_maps(step.network, real.augmented, power)
         total = 0.0 * images.sum()  # attached to the graph even where no class has real images

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from torch import Tensor
 
 import ddkit
@@ -26,8 +24,7 @@ def moment_gap(real: Tensor, synthetic: Tensor, *, central: bool = False) -> Ten
 class SecondMoment(ddkit.Loss):
     """Squared distance of class-wise second moments of features, real to synthetic: what dm's means leave out."""
 
-    class Options(ddkit.Options):
-        central: Annotated[bool, ddkit.Option("compare variances instead of mean squares; needs ipc of 2 or more")] = False
+    central: bool = ddkit.option(False, "compare variances instead of mean squares; needs ipc of 2 or more")
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, reduce="sum")
@@ -38,5 +35,5 @@ class SecondMoment(ddkit.Loss):
         for label in step.labels.unique():
             own = real[step.real.labels == label]
             if len(own):
-                total = total + moment_gap(own, synthetic[step.labels == label], central=self.options.central)
+                total = total + moment_gap(own, synthetic[step.labels == label], central=self.central)
         return total
