@@ -7,7 +7,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import torch
@@ -65,44 +65,30 @@ def import_file(
     given and has no effect on the file is refused. Raises DdkitError.
     """
     source, target = Path(path), Path(out)
-    found = _read(source)
-    recorded = _recorded(source, found)
-    mean, std = (mean or recorded.get("mean"), std or recorded.get("std")) if mean is None or std is None else (mean, std)
+    found, recorded = _read(source)
+    if mean is None or std is None:
+        mean, std = mean or recorded.get("mean"), std or recorded.get("std")
     settings = dict(flattened(dict(sets or {})))
     pair = _set_in(found, index or 0) if kind in ("auto", "set") else None
     if pair is not None:
         others = [f"--set {path}" for path in settings if path != "decode.factor"]
-        _check_used({"--size": size, "--model": model}, others, source, "a synthetic set, of which --set takes decode.factor alone")
-        decode = {"factor": settings["decode.factor"]} if settings else recorded.get("decode", {})
-        factor = parse_struct(DecodeTable, decode, "decode").factor
-        given = _Given(classes or recorded.get("classes"), pixels or recorded.get("pixels"), factor)
-        return _import_set(source, target, pair, _statistics(source, mean, std), given)
+        _check_used({"--size": size, "--model": model}, others, f"{source} is a synthetic set, of which --set takes decode.factor alone.")
+        factor = parse_struct(DecodeTable, {"factor": settings.get("decode.factor", recorded.get("factor", 1))}, "decode").factor
+        norm, names = _statistics(source, mean, std), classes or recorded.get("classes")
+        return _import_set(source, target, pair, norm, names, pixels or recorded.get("pixels"), factor)
     state = _state_in(found) if kind in ("auto", "teacher") else None
     if state is None:
         raise InputError(f"{source} holds {_content(found)}: that is {_wanted(kind)}.")
-    others = [
-        f"--set {path}" for path in settings if not path.startswith("teacher.") or path in ("teacher.use", "teacher.mean", "teacher.std")
-    ]
-    _check_used(
-        {"--pixels": pixels, "--index": index},
-        others,
-        source,
-        "a teacher, of which --set takes options of the model, for example teacher.norm=batch",
-    )
+    own = ("teacher.use", "teacher.mean", "teacher.std")
+    others = [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
+    why = f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch."
+    _check_used({"--pixels": pixels, "--index": index}, others, why)
     return _import_teacher(source, target, state, _statistics(source, mean, std), classes, size, model, settings)
 
 
-class _Given(NamedTuple):
-    """What is known of a set beside its images and labels: class names or their number, kind of pixels, images a side of a grid."""
-
-    classes: Classes
-    pixels: str | None
-    factor: int
-
-
-def _check_used(flags: Mapping[str, Any], others: Sequence[str], path: Path, kind: str) -> None:
-    """Raises FlagError for `flags` with a value, and `others`, which have no effect on a file of this `kind`."""
-    refuse_unused([*(flag for flag, value in flags.items() if value is not None), *others], f"{path} is {kind}.")
+def _check_used(flags: Mapping[str, Any], others: Sequence[str], why: str) -> None:
+    """Raises FlagError for `flags` with a value, and `others`, which have no effect, as `why` says."""
+    refuse_unused([*(flag for flag, value in flags.items() if value is not None), *others], why)
 
 
 def _wanted(kind: str) -> str:
@@ -120,8 +106,11 @@ def _content(found: Any) -> str:
 # Reading
 
 
-def _read(path: Path) -> Any:
-    """Returns the tensors of a file in their dicts and lists; raises InputError naming a file that is none of tensors alone."""
+def _read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns the tensors of a file in their dicts and lists, and what it records of a set; raises InputError for a file of other things.
+
+    A set may record "mean" and "std", and one of ddkit's own "classes", "pixels" and "factor".
+    """
     try:
         with open_regular(path) as stream:
             start = stream.read(9)
@@ -129,70 +118,60 @@ def _read(path: Path) -> Any:
         raise InputError(f"The file {path} does not exist.") from None
     except OSError as error:
         raise InputError(f"The file {path} cannot be read: {error}.") from None
-    if zipfile.is_zipfile(path):
-        names = _declared(path)
-        if not any(name.endswith("data.pkl") for name in names):
-            return {name: torch.from_numpy(array) for name, array in _numeric(path).items()}
-        return _read_torch(path)
-    if start[8:] == b"{":
-        try:
-            tensors, record = read_tensors(path)
-            return _OwnSet(tensors, msgspec.convert(record, Record)) if "images" in tensors and "class_names" in record else tensors
-        except msgspec.ValidationError:
-            return tensors
-        except ValueError as error:
-            raise InputError(f"{error}.") from None
-    if not start.startswith(b"\x80"):  # how a pickle begins, which torch.save wrote before it wrote archives
-        raise InputError(f"{path} is no file of torch.save, .npz or .safetensors that can be read (it begins as none of them does).")
-    return _read_torch(path)
-
-
-class _OwnSet(dict[str, Tensor]):
-    """The tensors of a set that ddkit wrote, and what its metadata `record`."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], record: Record) -> None:
-        super().__init__(tensors)
-        self.record = record
-
-
-def _recorded(path: Path, found: Any) -> dict[str, Any]:
-    """Returns what a file of a set records of "mean" and "std", and one of ddkit's own of "classes", "pixels" and "decode"."""
-    if isinstance(found, _OwnSet):
-        own = found.record
-        decode = {} if own.decode is None else {"decode": {"factor": own.decode.factor}}
-        return {"pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, **decode}
-    if not isinstance(found, Mapping) or not any(name in found for name in IMAGES):
-        return {}
-    values = {name: found[name] for name in ("mean", "std") if isinstance(found.get(name), Tensor) and found[name].ndim == 1}
-    known: dict[str, Any] = {name: value.double().tolist() for name, value in values.items() if len(values) == 2}
-    if zipfile.is_zipfile(path) and "x_train" in found:
-        arrays = read_arrays(path)
-        known |= {"pixels": "unit"} if "unclipped" in arrays else {}
+    if start[8:] == b"{" and not zipfile.is_zipfile(path):
+        return _read_safetensors(path)
+    arrays = _arrays(path) if zipfile.is_zipfile(path) else None
+    if arrays is not None:
+        found = {name: torch.from_numpy(each) for name, each in arrays.items() if each.dtype.kind in "fiu" and each.dtype.isnative}
+        recorded = _statistics_in(found)
         names = arrays.get("class_names")
-        known |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
-    return known
+        if "x_train" in found:
+            recorded |= {"pixels": "unit"} if "unclipped" in arrays else {}
+            recorded |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
+        return found, recorded
+    if not (zipfile.is_zipfile(path) or start.startswith(b"\x80")):  # how a pickle begins, which torch.save wrote before it wrote archives
+        raise InputError(f"{path} is no file of torch.save, .npz or .safetensors that can be read (it begins as none of them does).")
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a third-party file can raise anything
+        raise InputError(_refusal(path, str(error))) from None
+    return loaded, _statistics_in(loaded)
 
 
-def _declared(path: Path) -> list[str]:
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
+    if "images" not in tensors or "class_names" not in metadata:
+        return tensors, _statistics_in(tensors)
+    try:
+        own = msgspec.convert(metadata, Record)
+    except msgspec.ValidationError:
+        return tensors, _statistics_in(tensors)
+    factor = {} if own.decode is None else {"factor": own.decode.factor}
+    return tensors, {"pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, **factor}
+
+
+def _arrays(path: Path) -> dict[str, Any] | None:
+    """Returns the arrays of an archive of NumPy's, None for one of torch's; raises InputError for one that declares too much."""
     try:
         with zipfile.ZipFile(path) as archive:
             check_declared(archive, path)
-            return archive.namelist()
+            of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
     except DdkitError:
         raise
-    except Exception as error:  # a stranger's archive can raise anything
+    except Exception as error:  # a third-party archive can raise anything
         raise InputError(f"{path} cannot be read: {error}.") from None
+    return None if of_torch else read_arrays(path)
 
 
-def _numeric(path: Path) -> dict[str, Any]:
-    return {name: array for name, array in read_arrays(path).items() if array.dtype.kind in "fiu" and array.dtype.isnative}
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a stranger's file can raise anything
-        raise InputError(_refusal(path, str(error))) from None
+def _statistics_in(found: Any) -> dict[str, Any]:
+    """Returns "mean" and "std" of a set that records both as vectors."""
+    if not isinstance(found, Mapping) or not any(name in found for name in IMAGES):
+        return {}
+    values = {name: found[name] for name in ("mean", "std") if isinstance(found.get(name), Tensor) and found[name].ndim == 1}
+    return {name: value.double().tolist() for name, value in values.items() if len(values) == 2}
 
 
 def _refusal(path: Path, text: str) -> str:
@@ -212,34 +191,29 @@ def _refusal(path: Path, text: str) -> str:
 
 def _set_in(found: Any, index: int) -> Pair | None:
     """Returns (images, labels), number `index` of several; None where there is no set."""
+    pairs: list[Pair] | None = None
     if isinstance(found, Mapping):
         images, labels = (next((found[name] for name in names if name in found), None) for names in (IMAGES, LABELS))
         if isinstance(images, Tensor) and isinstance(labels, Tensor):
-            return _only(images, labels, index)
+            pairs = [(images, labels)]
         found = found.get("data")
-    if not isinstance(found, list | tuple):
+    if pairs is None and isinstance(found, list | tuple):
+        pairs = [(found[0], found[1])] if _is_pair(found) else [(item[0], item[1]) for item in found if _is_pair(item)]
+        if not _is_pair(found) and len(pairs) < len(found):
+            return None
+    if not pairs:
         return None
-    if _is_pair(found):
-        return _only(found[0], found[1], index)
-    pairs = [item for item in found if isinstance(item, list | tuple) and _is_pair(item)]
-    if not pairs or len(pairs) < len(found):
-        return None
+    if len(pairs) == 1 and index:
+        raise InputError(f"The file holds one set, so --index is 0; got {index}.")
     if not 0 <= index < len(pairs):
         raise InputError(f"The file holds {len(pairs)} sets, so --index is a number from 0 to {len(pairs) - 1}; got {index}.")
     if len(pairs) > 1:
         log.warning("The file holds %d sets; number %d is taken (--index).", len(pairs), index)
-    images, labels = pairs[index]
-    return images, labels
+    return pairs[index]
 
 
-def _is_pair(item: Sequence[Any]) -> bool:
-    return len(item) == 2 and all(isinstance(part, Tensor) for part in item)
-
-
-def _only(images: Tensor, labels: Tensor, index: int) -> Pair:
-    if index:
-        raise InputError(f"The file holds one set, so --index is 0; got {index}.")
-    return images, labels
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)
 
 
 def _state_in(found: Any) -> dict[str, Tensor] | None:
@@ -296,19 +270,20 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 # Sets
 
 
-def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, given: _Given) -> Artifact:
-    images, labels = _images(path, pair[0], norm, given.pixels), _labels(path, pair)
-    names = _names(given.classes, int(labels.max()) + 1, path)
+def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes: Classes, pixels: str | None, factor: int) -> Artifact:
+    images = _images(path, pair[0], norm, pixels)
+    labels = _labels(path, pair)
+    names = _names(classes, int(labels.max()) + 1, path)
     if len(names) > most_classes(len(images)):
         raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
-    check_factor(given.factor, images.shape[2:])
+    check_factor(factor, images.shape[2:])
     order = labels.argsort(stable=True)
     if not torch.equal(order, torch.arange(len(labels))):
         log.warning("The images were not in order of class; they are now, in each class in the order of the file.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     record: dict[str, Any] = {"class_names": names, "mean": list(norm.mean), "std": list(norm.std), "recipe": "imported"}
-    if given.factor > 1:
-        record["decode"] = {"factor": given.factor}
+    if factor > 1:
+        record["decode"] = {"factor": factor}
     if len(set(counts)) == 1:
         record["ipc"] = counts[0]
     else:
