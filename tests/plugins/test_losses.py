@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -89,16 +90,12 @@ def test_value_and_gradient_are_exactly_zero_where_nothing_is_to_do(function: Ca
 # Distribution matching
 
 
-def slow_dm(real: Tensor, real_labels: Sequence[int], synthetic: Tensor, labels: Sequence[int], classes: int) -> float:
+def slow_dm(real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor, classes: int) -> float:
     total = 0.0
     for label in range(classes):
-        theirs = [real[row].tolist() for row, found in enumerate(real_labels) if found == label]
-        ours = [synthetic[row].tolist() for row, found in enumerate(labels) if found == label]
-        if not theirs or not ours:
-            continue
-        for feature in range(real.shape[1]):
-            gap = sum(row[feature] for row in theirs) / len(theirs) - sum(row[feature] for row in ours) / len(ours)
-            total += gap * gap
+        theirs, ours = real[real_labels == label], synthetic[labels == label]
+        if len(theirs) and len(ours):
+            total += float((theirs.sum(0) / len(theirs) - ours.sum(0) / len(ours)).square().sum())
     return total
 
 
@@ -115,9 +112,9 @@ def slow_dm(real: Tensor, real_labels: Sequence[int], synthetic: Tensor, labels:
 )
 def test_dm_sums_squared_gaps_of_class_means_over_classes_and_features(real_labels: list[int], labels: list[int]) -> None:
     real, synthetic = normal(len(real_labels), 5), normal(len(labels), 5, seed=1)
-    value = dm_loss(real, torch.tensor(real_labels), synthetic, torch.tensor(labels), 3)
-    close(value, slow_dm(real, real_labels, synthetic, labels, 3))
-    assert float(value) > 0
+    both = (real, torch.tensor(real_labels), synthetic, torch.tensor(labels), 3)
+    close(dm_loss(*both), slow_dm(*both))
+    assert slow_dm(*both) > 0
 
 
 # Primal feasibility
@@ -141,22 +138,10 @@ def test_primal_is_the_cross_entropy_over_all_rows_of_all_or_of_misclassified_on
 # Stationarity
 
 
-class Tiny(nn.Module):
-    """A convolution and a linear layer with a smooth activation: every gradient is dense."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.convolution = nn.Conv2d(1, 2, 3)
-        self.classifier = nn.Linear(2 * 2 * 2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.convolution(x).tanh().flatten(1))
-        return result
-
-
 @pytest.fixture
-def tiny() -> Tiny:
-    network = Tiny().double()
+def tiny() -> nn.Module:
+    """Returns a convolution and a linear layer with a smooth activation between them: every gradient is dense."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Tanh(), nn.Flatten(), nn.Linear(2 * 2 * 2, 3)).double()
     with torch.no_grad():
         for number, parameter in enumerate(network.parameters()):
             parameter.copy_(0.5 * normal(*parameter.shape, seed=number))
@@ -166,7 +151,7 @@ def tiny() -> Tiny:
 IMAGES, LABELS = normal(4, 1, 4, 4, seed=9), torch.tensor([0, 1, 1, 2])
 
 
-def test_negative_gradient_is_the_weighted_sum_of_gradients_taken_one_image_at_a_time(tiny: Tiny) -> None:
+def test_negative_gradient_is_the_weighted_sum_of_gradients_taken_one_image_at_a_time(tiny: nn.Module) -> None:
     multipliers = torch.tensor([0.5, 2.0, 0.0, 1.25], dtype=F64)
     parameters = list(tiny.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -182,7 +167,7 @@ def test_negative_gradient_is_the_weighted_sum_of_gradients_taken_one_image_at_a
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
-def test_stationarity_gradient_through_the_teachers_gradient_agrees_with_finite_differences(tiny: Tiny, distance: str) -> None:
+def test_stationarity_gradient_through_the_teachers_gradient_agrees_with_finite_differences(tiny: nn.Module, distance: str) -> None:
     parameters = list(tiny.parameters())
 
     def value(x: Tensor, weights: Tensor) -> Tensor:
@@ -292,16 +277,12 @@ def test_gradient_distance_agrees_with_loops_and_finite_differences(distance: st
 
 
 def slow_total_variation(images: Tensor, power: float) -> float:
-    count, channels, height, width = images.shape
-    across, down = [], []
-    for n in range(count):
-        for c in range(channels):
-            for y in range(height):
-                for x in range(width):
-                    if x + 1 < width:
-                        across.append(abs(float(images[n, c, y, x + 1] - images[n, c, y, x])) ** power)
-                    if y + 1 < height:
-                        down.append(abs(float(images[n, c, y + 1, x] - images[n, c, y, x])) ** power)
+    across, down = list[float](), list[float]()
+    for n, c, y, x in itertools.product(*map(range, images.shape)):
+        if x > 0:
+            across.append(abs(float(images[n, c, y, x] - images[n, c, y, x - 1])) ** power)
+        if y > 0:
+            down.append(abs(float(images[n, c, y, x] - images[n, c, y - 1, x])) ** power)
     return sum(sum(part) / len(part) for part in (across, down) if part)
 
 
@@ -315,19 +296,14 @@ def test_total_variation_agrees_with_a_loop_over_pixels(size: tuple[int, int], p
 # Feature regression
 
 
-def slow_ridge(features: Tensor, targets: Tensor, queries: Tensor, ridge: float) -> Tensor:
-    """Returns the prediction of the weights w that minimise ||features w - targets||^2 + penalty ||w||^2."""
-    penalty = ridge * float(features.square().sum()) / len(features)
-    normal_matrix = features.T @ features + penalty * torch.eye(features.shape[1], dtype=F64)
-    return queries @ torch.linalg.inv(normal_matrix) @ features.T @ targets
-
-
 @pytest.mark.parametrize("shape", [(3, 5), (5, 3), (4, 4)], ids=str)
 @pytest.mark.parametrize("ridge", [1e-2, 1.0])
 def test_ridge_prediction_is_that_of_the_normal_equations_whatever_the_scale_of_the_features(shape: tuple[int, int], ridge: float) -> None:
     features, targets, queries = normal(*shape), normal(shape[0], 2, seed=1), normal(6, shape[1], seed=2)
     found = ridge_prediction(features, targets, queries, ridge)
-    close(found, slow_ridge(features, targets, queries, ridge), 1e-9)
+    penalty = ridge * float(features.square().sum()) / len(features)
+    matrix = features.T @ features + penalty * torch.eye(shape[1], dtype=F64)  # of min ||features w - targets||^2 + penalty ||w||^2
+    close(found, queries @ torch.linalg.inv(matrix) @ features.T @ targets, 1e-9)
     close(ridge_prediction(7 * features, targets, 7 * queries, ridge), found)
     assert not torch.allclose(ridge_prediction(features, targets, 7 * queries, ridge), found)
 
