@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,12 @@ import torch
 from torch import Tensor
 
 import ddkit
-from ddkit import markdown
 
 README = "README.md"
 LEVELS = 255
 FOLDED = 100  # classes; of more the table opens on a click
 REAL_STARTS = ("real", "kmeans", "herding", "k-center", "multiplier", "mix")  # initializers that begin with real images
+SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))  # of Hugging Face
 LOAD_SET = [
     "import ddkit",
     "",
@@ -27,7 +28,6 @@ LOAD_SET = [
     "images, labels = synthetic.images, synthetic.labels  # pixel units, 0 to 1, not clipped",
     "data = synthetic.as_dataset()  # a torch Dataset, normalised by the mean and std of the set",
 ]
-LOAD_HUB = ["from datasets import load_dataset", "", 'data = load_dataset("imagefolder", data_dir=".", split="train")']
 
 
 class Rounding(NamedTuple):
@@ -75,26 +75,57 @@ def eight_bit(images: Tensor) -> tuple[Tensor, Rounding]:
 
 def card(artifact: ddkit.Artifact, layout: Layout) -> str:
     """Returns the text of a card."""
-    parts = [
-        _front_matter(artifact, layout), f"# {markdown(_title(artifact))}", _summary(artifact), _loading(layout),
-        _classes(artifact, layout), _eight_bits(layout), _made(artifact), _accuracy(artifact), _closeness(artifact),
-        _licence(artifact), _files(artifact, layout), _recipe(artifact),
-    ]  # fmt: skip
-    return "\n\n".join(part for part in parts if part) + "\n"
+    found, source, start = artifact.provenance, _source(artifact), _start(artifact)
+    count, channels, height, width = artifact.images.shape
+    ipc = artifact.metadata.get("ipc")
+    files = {"synthetic.safetensors (the set that this was made from)": found.sha256}
+    files |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in layout.files}
+    recipe = tomli_w.dumps(ddkit.without_folders(found.recipe)).rstrip() if found.recipe else ""
+    text: str = _template().render(
+        title=f"{source or 'Images'}, distilled" + (f": {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else ""),
+        source=source,
+        size=next((text for most, text in SIZES if count < most), "n>1M"),
+        count=count,
+        stored=len(artifact.stored_labels),
+        channels=channels,
+        height=height,
+        width=width,
+        low=float(artifact.images.min()),
+        high=float(artifact.images.max()),
+        mean=", ".join(f"{value:.6g}" for value in artifact.mean),
+        std=", ".join(f"{value:.6g}" for value in artifact.std),
+        optimised=found.manifest.get("steps") != 0 or "blend" in found.manifest,
+        start=start,
+        load=layout.load,
+        folders=layout.folders,
+        folded=FOLDED,
+        classes=_classes(artifact, layout),
+        rounding=layout.rounding,
+        made=_made(artifact),
+        accuracies=_accuracies(found.evaluations),
+        findings=[(row.get("evaluator", ""), words) for row in found.evaluations if (words := row.get("details", {}).get("summary"))],
+        closeness=_closeness(found.evaluations),
+        files=[(name, digest) for name, digest in files.items() if digest],
+        versions=", ".join(f"{name} {version}" for name, version in found.manifest.get("versions", {}).items()),
+        recipe=recipe,
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", recipe)), default=0)),
+    )
+    return text.rstrip("\n") + "\n"
 
 
-def _front_matter(artifact: ddkit.Artifact, layout: Layout) -> str:
-    """Returns the YAML; strings are written as in JSON, which YAML reads."""
-    count = len(artifact.labels)
-    sizes = [(1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M")]
-    size = next((text for most, text in sizes if count < most), "n>1M")
-    lines = [
-        "license: unknown  # to be filled in", f"pretty_name: {json.dumps(_title(artifact))}", "task_categories:",
-        "- image-classification", "size_categories:", f"- {size}", "tags:", "- dataset-distillation", "- synthetic", "- ddkit",
-    ]  # fmt: skip
-    if layout.folders:
-        lines += ["configs:", "- config_name: default", "  data_files:", "  - split: train", '    path: "train/**"']
-    return "\n".join(["---", *lines, "---"])
+@cache
+def _template() -> Any:
+    """Returns the template card.md, every value of which is shown as plain text on a Markdown page; `as_is` excepts one."""
+    import jinja2
+    from markupsafe import Markup
+
+    made = jinja2.Environment(
+        autoescape=True, loader=jinja2.PackageLoader(__package__, ""), trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=lambda value: value if isinstance(value, Markup) else Markup(ddkit.markdown(value)),
+    )  # fmt: skip
+    made.filters |= {"as_is": Markup, "json": lambda value: Markup(json.dumps(value))}
+    return made.get_template("card.md")
 
 
 def _source(artifact: ddkit.Artifact) -> str:
@@ -105,39 +136,6 @@ def _source(artifact: ddkit.Artifact) -> str:
     return f"{name} ({Path(str(path)).name})" if path else str(name)
 
 
-def _title(artifact: ddkit.Artifact) -> str:
-    ipc = artifact.metadata.get("ipc")
-    return f"{_source(artifact) or 'Images'}, distilled" + (f": {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
-
-
-def _summary(artifact: ddkit.Artifact) -> str:
-    count, channels, height, width = artifact.images.shape
-    low, high = float(artifact.images.min()), float(artifact.images.max())
-    stored = len(artifact.stored_labels)
-    grids = f" They are decoded from {stored} stored images, each a grid of {count // stored}." if stored < count else ""
-    return (
-        f"A synthetic training set of {count} images in {len(artifact.class_names)} classes, {height} x {width} pixels, "
-        f"{channels} channel{'s' if channels > 1 else ''}.{grids} {_what_they_are(artifact)}\n\n"
-        f"In pixel units (0 black, 1 white, not clipped) the values of the set lie in {low:.4g} to {high:.4g}. Networks should see them "
-        f"normalised, (x - mean) / std a channel, with mean {_numbers(artifact.mean)} and std {_numbers(artifact.std)}; "
-        "normalise test images in the same way."
-    )
-
-
-def _what_they_are(artifact: ddkit.Artifact) -> str:
-    """Returns what the images are: optimised ones, unless the run took no step."""
-    manifest = artifact.provenance.manifest
-    if manifest.get("steps") == 0 and "blend" not in manifest:
-        return (
-            f"They are {_start(artifact) or 'the first images of a run'}, as a run of no steps took them: nothing was optimised. "
-            "Each is labelled by its class alone."
-        )
-    return (
-        "The images were optimised so that a network trained on them from scratch does well on real test images (dataset distillation), "
-        "and each is labelled by its class alone."
-    )
-
-
 def _start(artifact: ddkit.Artifact) -> str:
     """Returns what the run began with in words, "" where that is not known."""
     table = artifact.provenance.recipe.get("initializer", {})
@@ -146,147 +144,68 @@ def _start(artifact: ddkit.Artifact) -> str:
         return ""
     kinds = {"noise": "noise", "file": "images of an earlier set or folder"}
     kind = kinds.get(str(name), "real images" if name in REAL_STARTS else "images")
-    return f"{kind} (initializer {markdown(name)})"
+    return f"{kind} (initializer {name})"
 
 
-def _numbers(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.6g}" for value in values)
-
-
-def _loading(layout: Layout) -> str:
-    if not layout.load:
-        return ""
-    text = ["## Loading it", "", "```python", *layout.load, "```"]
-    if layout.folders:
-        text += [
-            "",
-            "With Hugging Face datasets (`label` is that of the table below, `class_name` its name):",
-            "",
-            "```python",
-            *LOAD_HUB,
-            "```",
-        ]
-    return "\n".join(text)
-
-
-def _classes(artifact: ddkit.Artifact, layout: Layout) -> str:
+def _classes(artifact: ddkit.Artifact, layout: Layout) -> list[list[Any]]:
+    """Returns (label, name, images) of every class, and its folder where there are some."""
     counts = artifact.labels.bincount(minlength=len(artifact.class_names)).tolist()
-    head, line = ["label", "class", "images"], "|---|---|---|"
-    rows = [[str(label), markdown(name), str(counts[label])] for label, name in enumerate(artifact.class_names)]
+    rows: list[list[Any]] = [[label, name, counts[label]] for label, name in enumerate(artifact.class_names)]
     if layout.folders:
-        head, line = [*head, "folder"], line + "---|"
-        rows = [
-            [*row, markdown(f"train/{folder}") if count else "none"]
-            for row, folder, count in zip(rows, layout.folders, counts, strict=True)
-        ]
-    table = [f"| {' | '.join(head)} |", line, *(f"| {' | '.join(row)} |" for row in rows)]
-    if len(rows) > FOLDED:
-        table = [f"<details><summary>{len(rows):,} classes</summary>", "", *table, "", "</details>"]
-    return "\n".join(["## Classes", "", *table])
+        return [[*row, f"train/{folder}" if row[2] else "none"] for row, folder in zip(rows, layout.folders, strict=True)]
+    return rows
 
 
-def _eight_bits(layout: Layout) -> str:
-    cost = layout.rounding
-    if cost is None:
-        return ""
-    clipped = "No value lay outside 0..1, so nothing was clipped."
-    if cost.outside:
-        clipped = (
-            f"{cost.outside:,} of {cost.values:,} values ({100 * cost.outside / cost.values:.2f} %) lay outside 0..1 and were clipped, the "
-            f"farthest by {cost.clipped:.1f} levels ({cost.clipped / LEVELS:.4f})."
-        )
-    return (
-        "## Eight bits\n\nThe files have 8 bits a value: the set was clipped to 0..1 and rounded to 256 grey levels, so they are not "
-        f"exactly the set. Rounding changed a value by {cost.rounded:.3f} levels at most (one level is 1/255). {clipped} "
-        "Accuracies below are those of the set itself; the exporter `npz` keeps it bit for bit."
-    )
-
-
-def _made(artifact: ddkit.Artifact) -> str:
+def _made(artifact: ddkit.Artifact) -> list[tuple[str, Any]]:
+    """Returns the rows (name, value) of what is known of how the set was made."""
     found, metadata = artifact.provenance, artifact.metadata
-    accessible = metadata.get("pipc", found.recipe.get("pipc"))
+    pipc = metadata.get("pipc", found.recipe.get("pipc", ""))
     teacher, losses = found.manifest.get("teacher"), found.recipe.get("losses", {})
-    weights = {label: table.get("weight", 1.0) for label, table in losses.items()}
     facts = {
-        "source data": markdown(_source(artifact)),
-        "accessible while distilling": "" if accessible is None else _access(accessible),
-        "recipe": markdown(metadata.get("recipe") or found.recipe.get("name", "")),
-        "losses and weights": ", ".join(f"{markdown(label)} {_figure(weight, '{:g}')}" for label, weight in weights.items()),
-        "steps": markdown(found.manifest.get("steps", found.recipe.get("steps", ""))),
-        "seed": markdown(metadata.get("seed", "")),
-        "trained model (teacher)": f"yes, sha256 {markdown(teacher.get('sha256'))}" if isinstance(teacher, Mapping) else "",
-        "device": markdown(found.manifest.get("device", "")),
-    }
-    rows = [f"| {key} | {value} |" for key, value in facts.items() if value]
-    return "\n".join(["## How it was made", "", "| | |", "|---|---|", *rows]) if rows else ""
+        "source data": _source(artifact),
+        "accessible while distilling": "all training images" if pipc == "all" else f"{pipc} real image{'s' if pipc != 1 else ''} of each class",
+        "recipe": metadata.get("recipe") or found.recipe.get("name", ""),
+        "losses and weights": ", ".join(f"{label} {_figure(table.get('weight', 1.0), '{:g}')}" for label, table in losses.items()),
+        "steps": found.manifest.get("steps", found.recipe.get("steps", "")),
+        "seed": metadata.get("seed", ""),
+        "trained model (teacher)": f"yes, sha256 {teacher.get('sha256')}" if isinstance(teacher, Mapping) else "",
+        "device": found.manifest.get("device", ""),
+    }  # fmt: skip
+    facts |= {} if pipc != "" else {"accessible while distilling": ""}
+    return [(name, value) for name, value in facts.items() if value != ""]
 
 
-def _access(pipc: int | str) -> str:
-    return "all training images" if pipc == "all" else f"{markdown(pipc)} real image{'s' if pipc != 1 else ''} of each class"
-
-
-def _accuracy(artifact: ddkit.Artifact) -> str:
-    rows = artifact.provenance.evaluations
-    if not rows:
-        return "## Accuracy\n\nNone is recorded. (`ddkit evaluate RUN` measures it.)"
-    parts = [
-        "## Accuracy\n\nOf networks trained from scratch on the set, after the last epoch, in %: mean ± sample standard deviation over n "
-        "networks. Random real is the same with as many random real images of each class, or as many as stands beside it, drawn from the "
-        "accessible ones. Figures under different protocols, or with hard and with soft labels, cannot be compared."
-    ]
+def _accuracies(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[Any]]]]:
+    """Returns (title, rows) of accuracies, hard and soft labels apart."""
+    groups = []
     for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels (the teacher's probabilities)")):
-        own = [row for row in rows if row.get("labels", "hard") == labels and row.get("accuracy_mean") is not None]
-        parts += [f"### {title}\n\n{_table(own)}"] if own else []
-    if len(parts) == 1:
-        parts = ["## Accuracy\n\nNone is recorded. (`ddkit evaluate RUN` measures it.)"]
-    return "\n\n".join([*parts, *filter(None, [_findings(rows)])])
+        lines = []
+        for row in rows:
+            if row.get("labels", "hard") != labels or row.get("accuracy_mean") is None:
+                continue
+            details = row.get("details", {})
+            epochs, variant = (f"{details['epochs']} epochs" if details.get("epochs") else ""), str(details.get("variant") or "")
+            told = [str(row.get("protocol", "")), "" if epochs and epochs in variant else epochs, variant]
+            protocol = ", ".join(part for part in told if part)
+            real = _percent(row, "random_real") + (f" ({details['random_real']})" if details.get("random_real") else "")
+            images, split = row.get("images", "synthetic"), row.get("split", "test")
+            lines.append([images, row.get("model", ""), protocol, split, row.get("repeats", ""), _percent(row, "accuracy"), real])
+        groups += [(title, lines)] if lines else []
+    return groups
 
 
-def _findings(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns what evaluators say in words, those too that have no accuracy, "" where none does."""
-    told = [(row, str(row.get("details", {}).get("summary", ""))) for row in rows]
-    lines = [f"| {markdown(row.get('evaluator', ''))} | {markdown(words)} |" for row, words in told if words]
-    return "\n".join(["### What else was found", "", "| evaluator | finding |", "|---|---|", *lines]) if lines else ""
+def _closeness(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns how many of the images are close to real ones, {} where nobody has looked."""
+    details = next((row.get("details", {}) for row in rows if row.get("evaluator") == "memorisation"), None)
+    if details is None:
+        return {}
+    quantile = details.get("quantile", 0.05)
+    share = f"{100 * (1 - quantile):g}" if isinstance(quantile, float) else "most"
+    return {"close": details.get("close", 0), "images": len(details.get("nearest", ())), "share": share}
 
 
-def _closeness(artifact: ddkit.Artifact) -> str:
-    """Returns how close the images are to real ones, with a warning where they are, or where nobody has looked."""
-    start = _start(artifact)
-    began = f"The set began with {start}." if start else ""
-    row = next((row for row in artifact.provenance.evaluations if row.get("evaluator") == "memorisation"), None)
-    if row is None:
-        words = "How close its images are to real ones was not measured (`ddkit evaluate RUN --evaluate memorisation` does it)."
-        words += " Do not claim that the set hides the images that it was made from." if "noise" not in start else ""
-        return f"## Closeness to real images\n\n{' '.join(part for part in (began, words) if part)}"
-    details = row.get("details", {})
-    close, quantile = details.get("close", 0), details.get("quantile", 0.05)
-    share = 100 * (1 - quantile) if isinstance(quantile, float) else "most"
-    measured = (
-        f"{markdown(close)} of {len(details.get('nearest', ()))} images are nearer to a real image that the run could see than "
-        f"{_figure(share, '{:g}')} % of those are to each other."
-    )
-    warning = (
-        f"**Warning: this set shows real images.** {measured} It does not hide the images that it was made from: "
-        "publish it only where those may be published."
-    )
-    calm = f"{measured} That is no proof that the set protects them: distances of pixels find copies, and little more."
-    return f"## Closeness to real images\n\n{' '.join(part for part in (warning if close else calm, began) if part)}"
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| trained on | model | protocol | tested on | n | accuracy | random real |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        told = [str(row.get(key, usual)) for key, usual in (("images", "synthetic"), ("model", ""), ("protocol", ""), ("split", "test"))]
-        details = row.get("details", {})
-        epochs, variant = (f"{details['epochs']} epochs" if details.get("epochs") else ""), str(details.get("variant") or "")
-        told[2] = ", ".join(part for part in (told[2], "" if epochs and epochs in variant else epochs, variant) if part)
-        figures = [_percent(row.get(f"{key}_mean"), row.get(f"{key}_std")) for key in ("accuracy", "random_real")]
-        figures[1] += f" ({markdown(details['random_real'])})" if details.get("random_real") else ""
-        lines.append(f"| {' | '.join([*map(markdown, [*told, row.get('repeats', '')]), *figures])} |")
-    return "\n".join(lines)
-
-
-def _percent(mean: Any, std: Any) -> str:
+def _percent(row: Mapping[str, Any], key: str) -> str:
+    mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
     if mean is None:
         return "not measured"
     return " ± ".join(_figure(100 * value if isinstance(value, float) else value, "{:.1f}") for value in (mean, std) if value is not None)
@@ -294,37 +213,4 @@ def _percent(mean: Any, std: Any) -> str:
 
 def _figure(value: Any, form: str) -> str:
     """Returns a number as `form` writes it; what else stands in its place in a file of a run, as text."""
-    return form.format(value) if isinstance(value, int | float) else markdown(value)
-
-
-def _licence(artifact: ddkit.Artifact) -> str:
-    source = markdown(_source(artifact)) or "the source data"
-    return (
-        f"## Licence\n\n**To be filled in.** The set is derived from {source}, and its licence has to agree with that of these data. "
-        "Replace this paragraph and the key `license` at the top of the file."
-    )
-
-
-def _files(artifact: ddkit.Artifact, layout: Layout) -> str:
-    digests = {"synthetic.safetensors (the set that this was made from)": artifact.provenance.sha256}
-    digests |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in layout.files}
-    versions = artifact.provenance.manifest.get("versions", {})
-    lines = [f"| {markdown(name)} | `{digest}` |" for name, digest in digests.items() if digest]
-    parts = [["| file | sha256 |", "|---|---|", *lines]] if lines else []
-    parts += (
-        [["Made with " + ", ".join(f"{markdown(name)} {markdown(version)}" for name, version in versions.items()) + "."]]
-        if versions
-        else []
-    )
-    return "\n\n".join(["## Files and versions", *("\n".join(part) for part in parts)]) if parts else ""
-
-
-def _recipe(artifact: ddkit.Artifact) -> str:
-    """Returns the resolved recipe, of absolute paths the last part alone."""
-    table = artifact.provenance.recipe
-    if not table:
-        return ""
-    text = tomli_w.dumps(ddkit.without_folders(table)).rstrip()
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    note = "Of absolute paths the last part is shown. `ddkit distill --recipe FILE` makes the set from such a file."
-    return f"## Recipe\n\n{note}\n\n{fence}toml\n{text}\n{fence}"
+    return form.format(value) if isinstance(value, int | float) else str(value)
