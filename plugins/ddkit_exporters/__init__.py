@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +15,18 @@ from torch import Tensor
 
 import ddkit
 from ddkit_exporters.card import Layout, eight_bit, write_card
-from ddkit_exporters.names import folder_names
 
 NPZ, SHEET, CLASSES, METADATA = "synthetic.npz", "sheet.png", "classes.json", "metadata.jsonl"
+LONGEST = 200  # bytes of a folder's name; file systems take 255
+WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
+SPLITS = re.compile(r"(?<![^-._ 0-9])(?=(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![^-._ 0-9]))")
+LOAD_NPZ = [
+    "import numpy as np",
+    "",
+    f'data = np.load("{NPZ}")',
+    'images, labels, names = data["x_train"], data["y_train"], data["class_names"]  # pixel units, 0 to 1, not clipped',
+    'inputs = (images - data["mean"].reshape(1, -1, 1, 1)) / data["std"].reshape(1, -1, 1, 1)',
+]
 
 
 class Npz(ddkit.Exporter):
@@ -56,11 +68,26 @@ class ImageFolder(ddkit.Exporter):
             mine = pixels[artifact.labels == label]
             for number, image in enumerate(mine, 1):
                 name = f"{folders[label]}/{number:0{max(4, len(str(len(mine))))}d}.png"
-                _picture(image).save(Path(folder, "train", name), format="PNG")
+                bytes_ = _array(image[0] if len(image) == 1 else image.permute(1, 2, 0))
+                Image.fromarray(bytes_).save(Path(folder, "train", name), format="PNG")
                 rows.append({"file_name": name, "label": label, "class_name": artifact.class_names[label]})
         Path(folder, "train", METADATA).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-        _write_classes(artifact, folder, folders)
-        write_card(artifact, folder, Layout(_load_images(artifact), folders=folders, rounding=rounding))
+        count = artifact.labels.bincount(minlength=len(folders)).tolist()
+        classes = [
+            {"label": label, "name": name, "folder": folders[label], "images": count[label]}
+            for label, name in enumerate(artifact.class_names)
+        ]  # fmt: skip
+        Path(folder, CLASSES).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+        mean, std = ([float(f"{value:.6g}") for value in values] for values in (artifact.mean, artifact.std))
+        grey = "t.Grayscale(), " if artifact.images.shape[1] == 1 else ""
+        load = [
+            "from torchvision import transforms as t",
+            "from torchvision.datasets import ImageFolder",
+            "",
+            f"transform = t.Compose([{grey}t.ToTensor(), t.Normalize({mean}, {std})])",
+            'data = ImageFolder("train", transform)  # labels in alphabetical order of the folders: data.classes',
+        ]
+        write_card(artifact, folder, Layout(load, folders=folders, rounding=rounding))
 
 
 class Sheet(ddkit.Exporter):
@@ -75,47 +102,46 @@ class Sheet(ddkit.Exporter):
         write_card(artifact, folder, Layout((), files=[Path(folder, SHEET)], rounding=eight_bit(artifact.images)[1]))
 
 
-LOAD_NPZ = [
-    "import numpy as np",
-    "",
-    f'data = np.load("{NPZ}")',
-    'images, labels, names = data["x_train"], data["y_train"], data["class_names"]  # pixel units, 0 to 1, not clipped',
-    'inputs = (images - data["mean"].reshape(1, -1, 1, 1)) / data["std"].reshape(1, -1, 1, 1)',
-]
-
-
-def _load_images(artifact: ddkit.Artifact) -> list[str]:
-    """Returns the code that reads the folders with torchvision, normalised."""
-    mean, std = ([float(f"{value:.6g}") for value in values] for values in (artifact.mean, artifact.std))
-    grey = "t.Grayscale(), " if artifact.images.shape[1] == 1 else ""
-    return [
-        "from torchvision import transforms as t",
-        "from torchvision.datasets import ImageFolder",
-        "",
-        f"transform = t.Compose([{grey}t.ToTensor(), t.Normalize({mean}, {std})])",
-        'data = ImageFolder("train", transform)  # labels in alphabetical order of the folders: data.classes',
-    ]
-
-
-def _write_classes(artifact: ddkit.Artifact, folder: str, folders: list[str]) -> None:
-    count = artifact.labels.bincount(minlength=len(folders)).tolist()
-    table = [
-        {"label": label, "name": name, "folder": folders[label], "images": count[label]}
-        for label, name in enumerate(artifact.class_names)
-    ]  # fmt: skip
-    Path(folder, CLASSES).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
-
-
 def _check_channels(name: str, artifact: ddkit.Artifact) -> None:
     channels = artifact.images.shape[1]
     if channels not in (1, 3):
         raise ddkit.InputError(f"The exporter '{name}' writes images of 1 or 3 channels, and this set has {channels}. Use --to npz.")
 
 
-def _picture(image: Tensor) -> Image.Image:
-    """Returns an image (C, H, W) of bytes as Pillow's: grey for one channel."""
-    return Image.fromarray(_array(image[0] if image.shape[0] == 1 else image.permute(1, 2, 0)))
-
-
 def _array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().numpy()
+
+
+def folder_names(names: Sequence[str]) -> list[str]:
+    """Returns a folder name for each class name, all different, also where capitals are not told apart.
+
+    Letters, digits, "-", "_", "." and spaces stay; anything else is %XX, its bytes in UTF-8. So are a first or last dot or
+    space, and the first letter of what Windows keeps for itself and of what Hugging Face takes for the name of a split.
+    """
+    found: list[str] = []
+    taken: set[str] = set()
+    for label, name in enumerate(names):
+        folder = _escaped(name)
+        if folder.casefold() in taken:
+            folder = f"{folder}~{label}"
+        taken.add(folder.casefold())
+        found.append(folder)
+    return found
+
+
+def _escaped(name: str) -> str:
+    text = "".join(char if char.isalnum() or char in "-_. " else _percent(char) for char in name)
+    if text[:1] in (".", " ") or WINDOWS.fullmatch(text):
+        text = _percent(text[0]) + text[1:]
+    if text[-1:] in (".", " "):
+        text = text[:-1] + _percent(text[-1])
+    while match := SPLITS.search(text):
+        text = text[: match.start()] + _percent(text[match.start()]) + text[match.start() + 1 :]
+    if len(text.encode()) > LONGEST:
+        cut = text.encode()[: LONGEST - 9].decode(errors="ignore")
+        text = f"{cut}~{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+    return text or "%"
+
+
+def _percent(char: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in char.encode(errors="surrogatepass"))

@@ -161,17 +161,17 @@ def _made(artifact: ddkit.Artifact) -> list[tuple[str, Any]]:
     found, metadata = artifact.provenance, artifact.metadata
     pipc = metadata.get("pipc", found.recipe.get("pipc", ""))
     teacher, losses = found.manifest.get("teacher"), found.recipe.get("losses", {})
+    accessible = "all training images" if pipc == "all" else f"{pipc} real image{'s' if pipc != 1 else ''} of each class"
     facts = {
         "source data": _source(artifact),
-        "accessible while distilling": "all training images" if pipc == "all" else f"{pipc} real image{'s' if pipc != 1 else ''} of each class",
+        "accessible while distilling": accessible if pipc != "" else "",
         "recipe": metadata.get("recipe") or found.recipe.get("name", ""),
         "losses and weights": ", ".join(f"{label} {_figure(table.get('weight', 1.0), '{:g}')}" for label, table in losses.items()),
         "steps": found.manifest.get("steps", found.recipe.get("steps", "")),
         "seed": metadata.get("seed", ""),
         "trained model (teacher)": f"yes, sha256 {teacher.get('sha256')}" if isinstance(teacher, Mapping) else "",
         "device": found.manifest.get("device", ""),
-    }  # fmt: skip
-    facts |= {} if pipc != "" else {"accessible while distilling": ""}
+    }
     return [(name, value) for name, value in facts.items() if value != ""]
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddkit_exporters import folder_names
 from ddkit_exporters.card import Layout, card, eight_bit
-from ddkit_exporters.names import folder_names
 from PIL import Image
 
 import ddkit
