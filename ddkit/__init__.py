@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from ddkit.engine.step import RealStep, Step, View
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
     from ddkit.files import cache_folder, not_permitted, open_regular, without_folders
-    from ddkit.nn.compute import Arithmetic, compiled, decide_arithmetic, is_compiled, pick_precision, products, to_device, tune_process
+    from ddkit.nn.compiling import Arithmetic, compiled, decide_arithmetic, is_compiled
+    from ddkit.nn.device import products, to_device, tune_process
     from ddkit.nn.networks import build_network, redraw, training_flops
     from ddkit.nn.teacher import Teacher
     from ddkit.nn.training import Schedule, accuracy, fit
@@ -60,9 +61,8 @@ _HOMES = {
         "API_VERSION", "Augmenter", "Component", "DataInfo", "Dataset", "Evaluation", "EvaluationData", "Evaluator",
         "Exporter", "Initializer", "Loss", "LossGroup", "Model", "InitContext",
     ),
-    "ddkit.nn.compute": (
-        "Arithmetic", "compiled", "decide_arithmetic", "is_compiled", "pick_precision", "products", "to_device", "tune_process",
-    ),
+    "ddkit.nn.compiling": ("Arithmetic", "compiled", "decide_arithmetic", "is_compiled"),
+    "ddkit.nn.device": ("products", "to_device", "tune_process"),
     "ddkit.engine.parametrization": ("grid",),
     "ddkit.run.markdown": ("markdown",),
     "ddkit.errors": (
@@ -154,7 +154,6 @@ __all__ = [
     "open_regular",
     "option",
     "passed_dataset",
-    "pick_precision",
     "products",
     "radial_spectrum",
     "read_arrays",

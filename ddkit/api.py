@@ -20,9 +20,9 @@ from ddkit.distributed import Ranks, group, own_device
 from ddkit.engine.loop import deterministic
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.files import check_out, check_writable, folders_of
-from ddkit.nn.compute import pick_device
-from ddkit.nn.teacher import Teacher
-from ddkit.nn.teachers import save_teacher, train_teacher
+from ddkit.nn.automatic_teacher import train_teacher
+from ddkit.nn.device import pick_device
+from ddkit.nn.teacher import Teacher, save_teacher
 from ddkit.recipes.resolve import check_used, flattened, recipe_for
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import run, warnings

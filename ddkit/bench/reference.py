@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from ddkit.components import registry
 from ddkit.components.base import Augmenter, DataInfo, Model
-from ddkit.nn.networks import build_network, embed
+from ddkit.nn.embedder import embed
+from ddkit.nn.networks import build_network
 
 
 class ReferenceStep:

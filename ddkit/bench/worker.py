@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.errors import DdkitError
-from ddkit.nn import compute
+from ddkit.nn.compiling import native_bfloat16
+from ddkit.nn.device import pick_device, product_rate, products, tune_process
 from ddkit.run.children import reply
 
 Measure = Callable[[], dict[str, Any]]
@@ -29,7 +30,7 @@ def main() -> None:
     """Reads a specification from the command line, prints what setting up cost, then measures at every line of stdin."""
     spec = json.loads(sys.argv[1])
     if spec["tuned"]:
-        compute.tune_process()
+        tune_process()
     logging.getLogger("ddkit").setLevel(logging.ERROR)
     try:
         facts, measure = KINDS[spec["kind"]](spec)
@@ -85,12 +86,12 @@ def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     """
     import torch
 
-    device = compute.pick_device(spec["device"])
+    device = pick_device(spec["device"])
     side, count = (8192, 20) if device.type == "cuda" else (2048, 5)
-    names = ["float32", *(["tf32"] if device.type == "cuda" else []), *(["bfloat16"] if compute.native_bfloat16(device) else [])]
+    names = ["float32", *(["tf32"] if device.type == "cuda" else []), *(["bfloat16"] if native_bfloat16(device) else [])]
 
     def measure() -> dict[str, Any]:
-        return {"flops_per_second": {name: compute.product_rate(device, name, side=side, count=count) for name in names}}
+        return {"flops_per_second": {name: product_rate(device, name, side=side, count=count) for name in names}}
 
     return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}, measure
 
@@ -125,7 +126,7 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 
     def advance(count: int) -> None:
         nonlocal index
-        with compute.products(job.device, job.decided.products):
+        with products(job.device, job.decided.products):
             engine.run(
                 index, index + count, observe=lambda number, record: None, save=lambda number: None, is_read=lambda number: number % 10 == 0
             )
@@ -193,8 +194,7 @@ def _random_teacher(info: Any, path: Path) -> Path:
     """Writes an untrained network as a teacher: its speed is that of a trained one."""
     from ddkit.components import registry
     from ddkit.nn.networks import build_network
-    from ddkit.nn.teacher import Teacher
-    from ddkit.nn.teachers import save_teacher
+    from ddkit.nn.teacher import Teacher, save_teacher
 
     model = registry.create("model", "convnet", {"norm": "batch"}, data=info)
     record = {
@@ -211,7 +211,7 @@ def _reference(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
 
     from ddkit.bench.reference import ReferenceStep, field_components
 
-    info, device = _info(spec), compute.pick_device(spec["device"])
+    info, device = _info(spec), pick_device(spec["device"])
     real = torch.randn((info.classes, spec["pipc"], *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
     model, augmenter = field_components(info)
     step = ReferenceStep(model, info, augmenter, real, ipc=spec["ipc"], batch=256)
@@ -234,7 +234,7 @@ def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     from ddkit.components import registry
 
     info, images, labels = _labelled(spec)
-    device, options = compute.pick_device(spec["device"]), {"protocol": "dm-official", "random_real": False} | spec.get("options", {})
+    device, options = pick_device(spec["device"]), {"protocol": "dm-official", "random_real": False} | spec.get("options", {})
     evaluator = registry.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
     plan = evaluator.plan(info, device, rows=len(labels), tests=PROTOCOL_TESTS, networks=spec["networks"])
     options |= {"compile": "always" if plan.arithmetic.compile else "never", "precision": plan.arithmetic.precision}
@@ -292,7 +292,7 @@ def _reference_evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure
     from ddkit.bench.reference import ReferenceEvaluation, field_components
 
     info, images, labels = _labelled(spec)
-    device = compute.pick_device(spec["device"])
+    device = pick_device(spec["device"])
     model, augmenter = field_components(info)
     tests = torch.randn((spec["tests"], *info.shape), generator=torch.Generator().manual_seed(1))
     test = TensorDataset(tests.to(device), (torch.arange(len(tests)) % info.classes).to(device))

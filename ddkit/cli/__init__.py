@@ -18,7 +18,7 @@ from ddkit.cli import benching, catalogue, checking, creating, evaluating, expor
 from ddkit.cli.common import LogFormat, trusted
 from ddkit.distributed import LastWords, ending_signals, follows, launched
 from ddkit.errors import DdkitError, out_of_memory, printable
-from ddkit.nn.compute import tune_process
+from ddkit.nn.device import tune_process
 
 ENDED_BY_TORCHRUN = (
     " torchrun asked this process to end: it was told to end all of them, or another one has ended, and it says below which. A run that "

@@ -98,7 +98,7 @@ def bench(parts: tuple[str, ...], **flags: Any) -> None:
 
 def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:
     from ddkit.bench import Settings
-    from ddkit.nn.compute import pick_device
+    from ddkit.nn.device import pick_device
     from ddkit.recipes.resolve import parse_set, recipe_for
 
     sets = tuple(parse_set(text) for text in flags["sets"])

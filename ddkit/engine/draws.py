@@ -14,7 +14,8 @@ from ddkit.data.images import Normalisation, on_disk, rows_of
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import check_like
 from ddkit.errors import RunFailed
-from ddkit.nn.compute import Arithmetic, to_device
+from ddkit.nn.compiling import Arithmetic
+from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network, network_tensors, redraw
 from ddkit.nn.teacher import Teacher

@@ -22,7 +22,7 @@ from ddkit.engine.draws import StepSource
 from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import SharedStep, Step
 from ddkit.errors import DdkitError, Interrupted, RunFailed, is_its_own, shown, told
-from ddkit.nn.compute import differentiable_attention
+from ddkit.nn.device import differentiable_attention
 
 Record = dict[str, Any]
 MOST_PASSES = 6  # ddkit's own losses need one or two

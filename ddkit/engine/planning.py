@@ -13,7 +13,7 @@ from ddkit.components.base import DataInfo
 from ddkit.components.options import Requires
 from ddkit.distributed import Ranks
 from ddkit.errors import InputError
-from ddkit.nn.compute import Arithmetic, decide_arithmetic
+from ddkit.nn.compiling import Arithmetic, decide_arithmetic
 from ddkit.nn.networks import couples_samples, forward_flops, saved_bytes
 from ddkit.recipes.tables import Recipe
 

@@ -19,7 +19,7 @@ from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Sums
 from ddkit.engine.draws import Parameters, StepSource, class_slices
 from ddkit.errors import RunFailed
-from ddkit.nn.compute import to_device
+from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.teacher import Teacher
 from ddkit.seeding import generator

@@ -1,14 +1,42 @@
-"""Features of images in a network that is re-drawn in place: plain, or compiled with the same code for every image."""
+"""Features of images in a network, as losses match them: plain, or compiled with the same code for every image."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddkit.nn.compute import Arithmetic, compiled, is_compiled
-from ddkit.nn.networks import embed
+from ddkit.errors import RunFailed
+from ddkit.nn.compiling import Arithmetic, compiled, is_compiled
+
+
+def embed(module: nn.Module, x: Tensor) -> Tensor:
+    """Returns features (n, d): `module.embed(x)` flattened where there is one, else the input of its last linear layer."""
+    if hasattr(module, "embed"):
+        return module.embed(x).flatten(1)  # type: ignore[operator]
+    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    if not linear:
+        raise RunFailed(f"The model {type(module).__name__} has neither an embed method nor a linear layer to embed with.")
+    seen: list[Tensor] = []
+
+    def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.append(inputs[0])
+
+    handle = linear[-1].register_forward_pre_hook(keep)
+    try:
+        module(x)
+    finally:
+        handle.remove()
+    return seen[-1].flatten(1)
+
+
+def features_of(module: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
+    """Returns features (n, d) on the CPU, without gradients, of normalised images (n, C, H, W) on any device."""
+    device = next(module.parameters(), images).device
+    with torch.no_grad():
+        return torch.cat([embed(module, part.to(device)).cpu() for part in images.split(batch)])
 
 
 class Embedder:

@@ -1,8 +1,9 @@
-"""Networks: built or re-drawn from a seed, and their features."""
+"""Networks: built or drawn anew from a seed, and what is found out about one by trying it: second derivatives, memory, work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from ddkit.components.base import DataInfo, Model
 from ddkit.components.guard import blamed
-from ddkit.errors import RunFailed
-from ddkit.nn.compute import differentiable_attention, to_device
+from ddkit.nn.device import differentiable_attention, to_device
+from ddkit.nn.embedder import embed
 from ddkit.seeding import drawn_from
 
 
@@ -75,33 +76,6 @@ def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose:
             value.copy_(to_device(drawn[name], value.device))
 
 
-def embed(module: nn.Module, x: Tensor) -> Tensor:
-    """Returns features (n, d): `module.embed(x)` flattened where there is one, else the input of its last linear layer."""
-    if hasattr(module, "embed"):
-        return module.embed(x).flatten(1)  # type: ignore[operator]
-    linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-    if not linear:
-        raise RunFailed(f"The model {type(module).__name__} has neither an embed method nor a linear layer to embed with.")
-    seen: list[Tensor] = []
-
-    def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-        seen.append(inputs[0])
-
-    handle = linear[-1].register_forward_pre_hook(keep)
-    try:
-        module(x)
-    finally:
-        handle.remove()
-    return seen[-1].flatten(1)
-
-
-def features_of(module: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
-    """Returns features (n, d) on the CPU, without gradients, of normalised images (n, C, H, W) on any device."""
-    device = next(module.parameters(), images).device
-    with torch.no_grad():
-        return torch.cat([embed(module, part.to(device)).cpu() for part in images.split(batch)])
-
-
 def couples_samples(module: nn.Module, info: DataInfo) -> bool:
     """Returns whether the features of an image depend on the others in its batch (batch norm in training mode)."""
     x = torch.randn((4, *info.shape), generator=torch.Generator().manual_seed(0))
@@ -125,11 +99,23 @@ def no_second_derivative(module: nn.Module, info: DataInfo, *, of_parameters: bo
     device = next(module.parameters(), torch.zeros(0)).device
     x = torch.randn((1, *info.shape), generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     cut: list[str] = []
+
+    def look(made: Sequence[Tensor | None], given: Sequence[Tensor | None], name: str) -> None:
+        depends = any(each is not None and each.requires_grad for each in given)
+        if depends and any(each is not None and not each.requires_grad and bool(each.any()) for each in made):
+            cut.append(name)
+
     try:
         with differentiable_attention(True):
             loss = nn.functional.cross_entropy(module(x), torch.zeros(1, dtype=torch.int64, device=device))
-            for node in _graph_of(loss):
-                node.register_hook(lambda made, given, node=node: cut.append(node.name()) if _is_cut(made, given) else None)
+            seen: set[Any] = set()
+            waiting = [loss.grad_fn]
+            while waiting:
+                node = waiting.pop()
+                if node is not None and node not in seen:
+                    seen.add(node)
+                    waiting += [before for before, _ in node.next_functions]
+                    node.register_hook(partial(look, name=node.name()))
             wanted = list(module.parameters()) if of_parameters else [x]
             first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
             torch.stack([each.square().sum() for each in first]).sum().backward()
@@ -138,24 +124,6 @@ def no_second_derivative(module: nn.Module, info: DataInfo, *, of_parameters: bo
             raise
         return str(error).strip().splitlines()[0]
     return f"the backward pass of {cut[0]} computes outside of torch's graph" if cut else ""
-
-
-def _is_cut(made: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> bool:
-    """Whether a node of the graph made, of gradients that can be differentiated, some that cannot, and are not 0."""
-    depends = any(each is not None and each.requires_grad for each in given)
-    return depends and any(each is not None and not each.requires_grad and bool(each.any()) for each in made)
-
-
-def _graph_of(value: Tensor) -> set[Any]:
-    """Returns the nodes of the graph that `value` comes from."""
-    found: set[Any] = set()
-    waiting = [value.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in found:
-            found.add(node)
-            waiting += [before for before, _ in node.next_functions]
-    return found
 
 
 def saved_bytes(module: nn.Module, info: DataInfo) -> int:

@@ -1,12 +1,29 @@
-"""The teacher: one trained classifier, never updated."""
+"""The teacher: one trained classifier that is never updated, its file, and how good it is on the accessible images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
+
+from ddkit.components import registry
+from ddkit.components.base import DataInfo
+from ddkit.data.images import Normalisation, NormalisedRows, rows_of, spread
+from ddkit.data.real import RealData
+from ddkit.errors import InputError
+from ddkit.files import not_permitted, open_regular, read_tensors, sha256, write_tensors
+from ddkit.nn.networks import build_network
+from ddkit.nn.training import predicted
+from ddkit.recipes.tables import TeacherTable
+
+log = logging.getLogger("ddkit")
+JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: evenly over the classes
 
 
 class Teacher:
@@ -48,3 +65,202 @@ class Teacher:
         }
         result: Tensor = torch.func.functional_call(self.module, {**buffers, **parameters}, (x,))
         return result
+
+
+Side = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class _Record(msgspec.Struct):
+    """What ddkit reads of a teacher's record; a bare state dict has none of it."""
+
+    model: str | msgspec.UnsetType = msgspec.UNSET
+    options: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET
+    mean: list[float] | msgspec.UnsetType = msgspec.UNSET
+    std: list[float] | msgspec.UnsetType = msgspec.UNSET
+    class_names: list[str] | msgspec.UnsetType = msgspec.UNSET
+    input_shape: tuple[Side, Side, Side] | msgspec.UnsetType = msgspec.UNSET
+
+
+def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns (state dict, record) of a teacher file, {} for a bare state dict; raises InputError naming a file that is unusable."""
+    if path.is_dir() or not path.exists():
+        what = f"The teacher {path} is a folder, not a file." if path.is_dir() else f"The teacher file {path} does not exist."
+        raise InputError(f"{what} `--teacher auto` trains one.", "teacher.use")
+    try:
+        open_regular(path).close()
+        tensors, record = read_tensors(path)
+        known = msgspec.convert(record, _Record)
+    except msgspec.ValidationError as error:
+        raise InputError(f"The teacher {path} has a record that is none: {error}.", "teacher.use") from None
+    except PermissionError as error:
+        raise InputError(f"The teacher {not_permitted(path, error)}", "teacher.use") from None
+    except (ValueError, OSError) as error:
+        hint = "ddkit reads safetensors state dicts only; `ddkit import` makes one of a file written by torch.save."
+        raise InputError(f"The teacher: {error}. {hint}", "teacher.use") from None
+    check_outputs(path, known.class_names or (), tensors)
+    return tensors, record
+
+
+def check_outputs(path: Path, class_names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    """Raises InputError where there are more class names than a network of these tensors can have outputs."""
+    most = max([1000, *(side for tensor in tensors.values() for side in tensor.shape)])
+    if len(class_names) > most:
+        raise InputError(f"The teacher {path} has {len(class_names):,} class names, and no tensor for more than {most:,}.", "teacher.use")
+
+
+def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> Teacher:
+    """Returns the teacher of a file; raises InputError with the difference where it does not fit the data."""
+    path = Path(table.use)
+    tensors, record = read_teacher(path)
+    _check_record(path, record, info)
+    mean, std = _statistics(table, record, info.channels, path)
+    model = record.get("model", table.model)
+    options = record.get("options", table.options)
+    factory = registry.create("model", model, options, data=info, where="teacher")
+    module = build_network(factory, info, 0, "teacher shape")
+    load_state(module, tensors, path, model, recorded=bool(record))
+    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path.absolute()))
+
+
+def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
+    names, shape = record.get("class_names"), record.get("input_shape")
+    if names is not None and len(names) != info.classes:
+        raise InputError(
+            f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}. "
+            "Distil the classes that it knows, or train one on this data with `ddkit train`."
+        )
+    if names is not None and list(names) != list(info.class_names):
+        if sorted(names) == sorted(info.class_names):
+            raise InputError(f"The teacher {path} has the data's classes in another order: {names}.")
+        log.warning("The teacher's class names differ from the data's: %s.", _difference(names, info.class_names))
+    if shape is not None and tuple(shape) != info.shape:
+        raise InputError(f"The teacher {path} takes images of shape {tuple(shape)} (C, H, W), the data has {info.shape}.")
+
+
+def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
+    """Returns in words which names one side alone has, the first five of each."""
+    said = []
+    for who, names, others in (("the teacher", theirs, ours), ("the data", ours, theirs)):
+        own = [f"'{name}'" for name in names if name not in others]
+        if own:
+            said.append(f"only {who} has {', '.join(own[:5])}{f' and {len(own) - 5} more' if len(own) > 5 else ''}")
+    return ", ".join(said)
+
+
+def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path: Path) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    mean, std = table.mean or record.get("mean"), table.std or record.get("std")
+    if mean is None or std is None:
+        raise InputError(
+            f"The teacher {path} is a bare state dict: say how its inputs were normalised, "
+            "for example --set 'teacher.mean=[0.49,0.48,0.45]' --set 'teacher.std=[0.2,0.2,0.2]'.",
+            "teacher.mean",
+        )
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise InputError(f"teacher.{name} has {len(values)} values for {channels} channels.", f"teacher.{name}")
+    if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
+        raise InputError("teacher.std must be positive in every channel, and teacher.mean finite.", "teacher.std")
+    if max(mean) > 1:
+        raise InputError(
+            "teacher.mean is that of pixels in 0..1, so at most 1. Divide mean and std of pixels in 0..255 by 255.", "teacher.mean"
+        )
+    return tuple(mean), tuple(std)
+
+
+def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, model: str, *, recorded: bool = False) -> None:
+    """Loads the state dict of the file `path` into a `model`; raises InputError with the difference where it does not fit.
+
+    `recorded`: whether the file itself says which model it is.
+    """
+    own = module.state_dict()
+    missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    shapes = [
+        f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()}, the model's {tuple(own[key].shape)}"
+        for key in sorted(own.keys() & tensors.keys())
+        if own[key].shape != tensors[key].shape or own[key].is_complex() != tensors[key].is_complex()
+    ]
+    lists = (("missing", missing), ("not in the model", surplus), ("of another shape", shapes))
+    problems = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in lists if keys]
+    if problems:
+        unlike = [(tensors[key].shape, own[key].shape) for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
+        heads = {(theirs[:1], ours[:1]) if theirs[1:] == ours[1:] else None for theirs, ours in unlike}
+        hint = ""
+        if not (recorded or missing or surplus) and len(heads) == 1 and None not in heads:
+            hint = f" Only the number of outputs differs: it has {unlike[0][0][0]} classes, and {unlike[0][1][0]} are asked for."
+        elif not recorded:
+            options = f"`ddkit info model {registry.split_name(model)[0]}`"
+            hint = f" Name its architecture with --model and its options with --set teacher.OPTION=VALUE ({options})."
+        raise InputError(f"The teacher {path} does not fit the model '{model}'; {'; '.join(problems)}.{hint}")
+    if not all_finite(tensors):
+        raise InputError(f"The teacher {path} holds values that are not finite.")
+    module.load_state_dict(tensors)
+
+
+def all_finite(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether every floating-point value of a state dict is finite."""
+    return all(bool(value.isfinite().all()) for value in tensors.values() if value.is_floating_point())
+
+
+def save_teacher(path: Path, teacher: Teacher) -> None:
+    """Writes a teacher file: its state dict, and its record as metadata."""
+    record = {key: value for key, value in teacher.info.items() if key != "schema"}
+    write_tensors(path, teacher.module.state_dict(), record)
+
+
+class Tested(msgspec.Struct, frozen=True):
+    """What fraction of how many accessible images a teacher classifies correctly."""
+
+    accuracy: float
+    images: int
+
+
+def tested(teacher: Teacher, real: RealData, device: torch.device) -> Tested | None:
+    """Returns how good a teacher is on the accessible images, 1,000 at most, None where there are none; warns of one that knows nothing.
+
+    Several processes test their own classes each, and all get the whole.
+    """
+    rows = spread(torch.arange(len(real.labels)), JUDGED_IMAGES)
+    if not len(rows):
+        return None
+    own = rows[(rows >= real.own.start) & (rows < real.own.stop)]
+    images = NormalisedRows(rows_of(real.images, own - real.own.start), Normalisation(teacher.mean, teacher.std), device)
+    labels, classes = real.labels[own], real.info.classes
+    found = predicted(teacher.module, images, batch=100).cpu() if len(own) else labels
+    counts = [labels[found == labels].bincount(minlength=classes), labels.bincount(minlength=classes)]
+    right, seen = real.ranks.sums([each.double() for each in counts], "control")
+    result = Tested(float(right.sum() / seen.sum()), int(seen.sum()))
+    if at_chance(right, seen):
+        log.warning(
+            "The teacher is right on %.1f %% of %d accessible images, no better than guessing among %d classes. %s",
+            100 * result.accuracy, result.images, classes, _remedy(teacher),
+        )  # fmt: skip
+    return result
+
+
+def at_chance(right: Tensor, seen: Tensor) -> bool:
+    """Whether a classifier that is `right` (K,) on `seen` (K,) images of each class does no better than guessing, as far as that shows.
+
+    The mean of the classes' accuracies, which a constant guess brings to 1/K, is at most two standard errors above it, and the images
+    are so many that a classifier half-way to perfection would be three of its own above that.
+
+    >>> from torch import tensor
+    >>> at_chance(tensor([50, 0]), tensor([50, 50])), at_chance(tensor([45, 25]), tensor([50, 50]))
+    (True, False)
+    >>> at_chance(tensor([1, 0]), tensor([1, 1]))
+    False
+    """
+    guess, known = 1 / len(seen), seen > 0
+    rate = float((right[known] / seen[known]).mean())
+    scatter = math.sqrt(float((1 / seen[known]).sum())) / int(known.sum())
+    bound, half_way = guess + 2 * scatter * math.sqrt(guess * (1 - guess)), (1 + guess) / 2
+    return rate <= bound < half_way - 3 * scatter * math.sqrt(half_way * (1 - half_way))
+
+
+def _remedy(teacher: Teacher) -> str:
+    """Returns what may be wrong with a teacher that knows nothing, and how to mend it."""
+    epochs = teacher.info.get("training", {}).get("epochs")
+    trained = f"If it was trained too short, train it longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
+    return (
+        f"{trained}Check how its inputs were normalised (--set teacher.mean and teacher.std), the order of its classes, its architecture "
+        "(--model), and whether it was trained at all."
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ddkit.components.base import Augmenter
 from ddkit.components.options import Option, check_fields
 from ddkit.data.images import NormalisedRows
-from ddkit.nn.compute import to_device
+from ddkit.nn.device import to_device
 
 Parameters = dict[str, Tensor]
 Targets = Callable[[Tensor, Tensor], Tensor]
@@ -78,10 +78,12 @@ def fit(
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.train().to(memory_format=layout)
     forward = forward or module
-    optimizer = _optimizer(module, schedule)
     count = -(-len(images) // schedule.batch)
-    average = _average(module, schedule.ema) if schedule.ema else None
-    scheduler = _scheduler(optimizer, schedule, count)
+    optimizer, scheduler = _optimizer(list(module.parameters()), schedule, count)
+    average = None
+    if schedule.ema:
+        moving = torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema)
+        average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=moving, use_buffers=True)
     for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
         x, wanted = x.contiguous(memory_format=layout), y if targets is None else targets(x, y)
 
@@ -90,7 +92,11 @@ def fit(
                 logits = forward(x)
             if on_batch is not None:
                 on_batch(logits.detach(), y)
-            loss = _loss(logits, wanted, temperature)
+            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+            if wanted.ndim == 1:
+                loss = nn.functional.cross_entropy(logits, wanted)
+            else:
+                loss = nn.functional.cross_entropy(logits / temperature, wanted) * temperature**2
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
 
@@ -108,9 +114,28 @@ def fit(
     module.eval()
 
 
-def _average(module: nn.Module, decay: float) -> torch.optim.swa_utils.AveragedModel:
-    """Returns a copy of `module` that follows its weights and buffers."""
-    return torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay), use_buffers=True)
+def _optimizer(
+    parameters: list[nn.Parameter], schedule: Schedule, batches: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+    """Returns the optimizer of a schedule, and the scheduler of its rate for so many batches an epoch."""
+    total = schedule.epochs * batches
+    warm = max(1, total // 5)
+
+    def factor(step: int) -> float:
+        if schedule.schedule == "constant":
+            return 1.0
+        if schedule.schedule == "step":
+            return 1.0 if step < -(-schedule.epochs // 2) * batches else 0.1
+        return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
+
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    chosen: dict[str, Any] = {"lr": schedule.lr, "weight_decay": schedule.weight_decay, "fused": fused}
+    optimizer: torch.optim.Optimizer
+    if schedule.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, **chosen)
+    else:
+        optimizer = torch.optim.SGD(parameters, **chosen, momentum=schedule.momentum)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> None:
@@ -129,14 +154,6 @@ def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> Non
     with torch.no_grad():
         for tensor, before in kept:
             tensor.copy_(before)
-
-
-def _loss(logits: Tensor, wanted: Tensor, temperature: float) -> Tensor:
-    """Returns the cross-entropy for labels (n,), or for probabilities (n, K) at a temperature; logits (n, K)."""
-    logits = logits.float() if logits.dtype == torch.bfloat16 else logits
-    if wanted.ndim == 1:
-        return nn.functional.cross_entropy(logits, wanted)
-    return nn.functional.cross_entropy(logits / temperature, wanted) * temperature**2
 
 
 AHEAD = 256  # images augmented in one call: small batches cost as much as one of this size
@@ -171,44 +188,9 @@ def _augmented(
     yield from zip(x.split(sizes), labels[rows].split(sizes), strict=True)
 
 
-def _optimizer(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
-    parameters = list(module.parameters())
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    if schedule.optimizer == "adam":
-        return torch.optim.Adam(parameters, lr=schedule.lr, weight_decay=schedule.weight_decay, fused=fused)
-    return torch.optim.SGD(parameters, lr=schedule.lr, momentum=schedule.momentum, weight_decay=schedule.weight_decay, fused=fused)
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: int) -> torch.optim.lr_scheduler.LambdaLR:
-    total = schedule.epochs * batches
-
-    def factor(step: int) -> float:
-        if schedule.schedule == "constant":
-            return 1.0
-        if schedule.schedule == "step":
-            return 1.0 if step < -(-schedule.epochs // 2) * batches else 0.1
-        warm = max(1, total // 5)
-        return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def accuracy(
-    module: nn.Module,
-    images: Tensor | NormalisedRows,
-    labels: Tensor,
-    *,
-    batch: int = 500,
-    precision: torch.dtype = torch.float32,
-    forward: Callable[[Tensor], Tensor] | None = None,
-    channels_last: bool = False,
-) -> float:
-    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,).
-
-    `forward` and `channels_last` are as in fit.
-    """
-    found = predicted(module, images, batch=batch, precision=precision, forward=forward, channels_last=channels_last)
-    return int((found == labels).sum()) / len(labels)
+def accuracy(module: nn.Module, images: Tensor | NormalisedRows, labels: Tensor, **how: Any) -> float:
+    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,); the rest is as in predicted."""
+    return int((predicted(module, images, **how) == labels).sum()) / len(labels)
 
 
 def predicted(
@@ -220,7 +202,10 @@ def predicted(
     forward: Callable[[Tensor], Tensor] | None = None,
     channels_last: bool = False,
 ) -> Tensor:
-    """Returns the classes (n,) int64 that `module` finds for normalised images (n, C, H, W); the rest is as in accuracy."""
+    """Returns the classes (n,) int64 that `module` finds for normalised images (n, C, H, W).
+
+    `forward` and `channels_last` are as in fit.
+    """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.eval().to(memory_format=layout)
     forward = forward or module

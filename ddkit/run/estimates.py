@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ddkit.data.images import on_disk
-from ddkit.nn.compute import product_rate
+from ddkit.nn.device import product_rate
 from ddkit.nn.networks import training_flops
 from ddkit.run.setup import RunSetup
 

@@ -24,9 +24,9 @@ from ddkit.data.real import RealData, check_held_out, open_dataset, passing
 from ddkit.distributed import ALONE, Ranks, group, own_device
 from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import json_bytes
-from ddkit.nn.compute import pick_device
-from ddkit.nn.teacher import Teacher
-from ddkit.nn.teachers import automatic_teacher, load_teacher, tested
+from ddkit.nn.automatic_teacher import automatic_teacher
+from ddkit.nn.device import pick_device
+from ddkit.nn.teacher import Teacher, load_teacher, tested
 from ddkit.recipes.resolve import check_used, flattened, recipe_for, with_options
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run.artifact import Artifact, load

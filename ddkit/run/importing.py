@@ -22,8 +22,7 @@ from ddkit.engine.parametrization import check_factor
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import check_out, open_regular, read_tensors, sha256
 from ddkit.nn.networks import build_network
-from ddkit.nn.teacher import Teacher
-from ddkit.nn.teachers import check_outputs, load_state, save_teacher
+from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
 from ddkit.recipes.resolve import flattened, recipe_for
 from ddkit.recipes.tables import DecodeTable
 from ddkit.run.artifact import Artifact, Record

@@ -22,7 +22,7 @@ from ddkit.distributed import Ranks
 from ddkit.engine.bank import Bank
 from ddkit.engine.loop import Engine
 from ddkit.files import write_json
-from ddkit.nn.compute import products
+from ddkit.nn.device import products
 from ddkit.nn.teacher import Teacher
 from ddkit.recipes.resolve import flattened
 from ddkit.recipes.tables import Recipe, recipe_dict

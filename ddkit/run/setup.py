@@ -28,10 +28,11 @@ from ddkit.engine.parametrization import check_factor, encoded
 from ddkit.engine.planning import ExecutionPlan
 from ddkit.errors import DdkitError, InputError, RunFailed
 from ddkit.files import machine_bytes
-from ddkit.nn.compute import pick_device
-from ddkit.nn.networks import build_network, features_of, no_second_derivative
-from ddkit.nn.teacher import Teacher
-from ddkit.nn.teachers import Tested, automatic_teacher, load_teacher, read_teacher, resolved_training, tested
+from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
+from ddkit.nn.device import pick_device
+from ddkit.nn.embedder import features_of
+from ddkit.nn.networks import build_network, no_second_derivative
+from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.nn.training import Schedule
 from ddkit.recipes.tables import Recipe
 from ddkit.seeding import generator

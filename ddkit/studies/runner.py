@@ -29,8 +29,8 @@ from ddkit.distributed import Ranks, group, own_device, plain_environment
 from ddkit.engine.losses import needing_real, terms_of
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.files import check_out, with_digest, write_atomic, write_json
-from ddkit.nn.compute import pick_device
-from ddkit.nn.teachers import read_teacher
+from ddkit.nn.device import pick_device
+from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, recipe_for
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run import children

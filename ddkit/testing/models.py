@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddkit.nn.networks import build_network, embed
+from ddkit.nn.embedder import embed
+from ddkit.nn.networks import build_network
 from ddkit.testing.samples import info_of, noise
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check
 

@@ -19,7 +19,7 @@ from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import SharedStep, Step
-from ddkit.nn.compute import Arithmetic
+from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher

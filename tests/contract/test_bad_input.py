@@ -239,7 +239,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in (
         "ddkit.nn.training.fit",
-        "ddkit.nn.teachers.fit",
+        "ddkit.nn.automatic_teacher.fit",
         "ddkit.engine.loop.Engine.run",
         "ddkit.engine.loop.Engine.start",
         "subprocess.Popen",

@@ -17,7 +17,7 @@ import ddkit
 from ddkit.api import resume
 from ddkit.components.base import DataInfo
 from ddkit.files import read_tensors, write_tensors
-from ddkit.nn.teachers import load_teacher
+from ddkit.nn.teacher import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set

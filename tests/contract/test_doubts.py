@@ -14,7 +14,7 @@ import torch
 
 import ddkit
 from ddkit.components.base import Evaluation
-from ddkit.nn.teachers import at_chance
+from ddkit.nn.teacher import at_chance
 from ddkit.run.doubts import below_random_real, constant_losses, outside
 from tests.conftest import SMALL_FLAGS, Result, write_image_folder
 

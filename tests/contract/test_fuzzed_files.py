@@ -17,7 +17,7 @@ import torch
 import ddkit
 from ddkit.api import resume
 from ddkit.files import json_bytes, read_json, read_tensors, read_with_digest, with_digest, write_json, write_tensors
-from ddkit.nn.teachers import load_teacher
+from ddkit.nn.teacher import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.directory import RunDirectory
 from ddkit.run.manifest import file_entry

@@ -159,7 +159,12 @@ def _no_training() -> Any:
     patch = pytest.MonkeyPatch()
     data = torch.rand(100, 8, 8, generator=torch.Generator().manual_seed(0)).mul(16).numpy()
     patch.setattr("ddkit_datasets.arrays._digits", lambda: (data, (torch.arange(100) % 10).numpy()))
-    for name in ("ddkit.nn.teachers.fit", "ddkit.nn.teachers.train_teacher", "ddkit.engine.loop.Engine.run", "subprocess.Popen"):
+    for name in (
+        "ddkit.nn.automatic_teacher.fit",
+        "ddkit.nn.automatic_teacher.train_teacher",
+        "ddkit.engine.loop.Engine.run",
+        "subprocess.Popen",
+    ):
         patch.setattr(name, lambda *arguments, **named: pytest.fail("something was run"))
     yield
     patch.undo()

@@ -13,7 +13,8 @@ from torch import Tensor
 import ddkit
 from ddkit.engine.bank import Bank
 from ddkit.engine.loop import Engine, _Guard
-from ddkit.nn.compute import Arithmetic, products
+from ddkit.nn.compiling import Arithmetic
+from ddkit.nn.device import products
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network, redraw
 from tests.conftest import SMALL_FLAGS, Result

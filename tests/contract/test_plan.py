@@ -48,7 +48,7 @@ def test_a_plan_refuses_what_the_run_refuses(cli: Cli, image_folder: Path, monke
     bare(10)
     if unfit == "no test images that can be read":
         (image_folder / "test" / "cat" / "000.png").write_bytes(b"garbage")
-        monkeypatch.setattr("ddkit.nn.teachers._test_accuracy", lambda *arguments: None)  # the teacher is not what reads them
+        monkeypatch.setattr("ddkit.nn.automatic_teacher._test_accuracy", lambda *arguments: None)  # the teacher is not what reads them
     flags = ("distill", "--losses", "dm,dkkt", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS, *UNFIT[unfit])
     planned = cli(*flags, "--plan")
     assert (planned.code in (4, 5), planned.out) == (True, ""), planned.out
@@ -85,7 +85,7 @@ def test_a_plan_trains_and_writes_nothing(
         monkeypatch.setattr(name, 0 if count == "FEW_IMAGES" else -(10**18))  # so that a run does keep its images
     flags = ("distill", "--losses", "dm,dkkt", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
     with monkeypatch.context() as patch:
-        patch.setattr("ddkit.nn.teachers.fit", lambda *arguments, **named: pytest.fail("a teacher is trained"))
+        patch.setattr("ddkit.nn.automatic_teacher.fit", lambda *arguments, **named: pytest.fail("a teacher is trained"))
         plan = plan_of(cli(*flags, "--plan", "--json"))
     assert plan["teacher_is_trained_first"]
     assert plan["teacher_accuracy"] is None

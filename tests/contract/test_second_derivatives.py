@@ -55,7 +55,7 @@ def test_fused_attention_is_given_up_for_second_derivatives_alone(monkeypatch: p
 def test_a_layer_without_second_derivative_is_refused_before_anything_is_trained(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, model: str, losses: str, where: str
 ) -> None:
-    monkeypatch.setattr("ddkit.nn.teachers.fit", lambda *arguments, **named: pytest.fail("a teacher is trained"))
+    monkeypatch.setattr("ddkit.nn.automatic_teacher.fit", lambda *arguments, **named: pytest.fail("a teacher is trained"))
     for plan in ((), ("--plan",)):
         result = cli("distill", "--losses", losses, "--model", f"python:tests.factories.{model}", *FLAGS, *plan)
         assert (result.code, result.out) == (4, "")

@@ -24,7 +24,8 @@ from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine, _Guard
 from ddkit.engine.losses import WeightedLoss
-from ddkit.nn.compute import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16, products, tune_process
+from ddkit.nn.compiling import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16
+from ddkit.nn.device import products, tune_process
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network, forward_flops, redraw, training_flops
 from ddkit.nn.training import Schedule, fit

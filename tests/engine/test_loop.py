@@ -31,7 +31,7 @@ from ddkit.engine.step import SharedStep, Step
 from ddkit.errors import DdkitError
 from ddkit.files import read_tensors
 from ddkit.nn.embedder import Embedder
-from ddkit.nn.teachers import save_teacher
+from ddkit.nn.teacher import save_teacher
 from ddkit.recipes.tables import OptimizerTable, parse_recipe
 from ddkit.run.setup import RunSetup
 from ddkit.testing.parts import in_parts, part_of

@@ -19,7 +19,8 @@ from ddkit.engine.loop import Engine
 from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import Step
 from ddkit.files import read_tensors, write_tensors
-from ddkit.nn.networks import build_network, embed, network_tensors
+from ddkit.nn.embedder import embed
+from ddkit.nn.networks import build_network, network_tensors
 from ddkit.recipes.resolve import recipe_for
 from ddkit.recipes.tables import Recipe, parse_recipe
 from ddkit.run.setup import RunSetup

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import ddkit
 from ddkit.components.trust import granting
 from ddkit.errors import RunFailed
-from ddkit.nn.networks import build_network, embed
+from ddkit.nn.embedder import embed
+from ddkit.nn.networks import build_network
 from ddkit.testing.samples import info_of, noise
 from tests.conftest import SMALL, Result
 

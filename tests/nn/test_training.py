@@ -28,8 +28,10 @@ from ddkit.data.images import Normalisation
 from ddkit.data.real import open_dataset
 from ddkit.errors import FlagError
 from ddkit.files import read_tensors, sha256
-from ddkit.nn import teachers
-from ddkit.nn.compute import compiled, pick_device, pick_precision
+from ddkit.nn.automatic_teacher import automatic_teacher
+from ddkit.nn.compiling import compiled
+from ddkit.nn.device import pick_device
+from ddkit.nn.teacher import load_teacher
 from ddkit.nn.training import Schedule, accuracy, fit
 from ddkit.recipes.tables import DataTable, TeacherTable, TrainTable
 from ddkit.run.report.sections import Files, evaluation
@@ -426,14 +428,11 @@ def test_compiling_that_fails_goes_on_without_and_says_so(monkeypatch: pytest.Mo
     assert compiled(module, wanted=False) is module
 
 
-def test_device_and_precision_are_checked() -> None:
+def test_the_device_is_checked() -> None:
     assert pick_device("cpu") == CPU
     for name in ("tpu", "cuda:x", "cuda:99", "gpu"):
         with pytest.raises(FlagError, match=f"--device {name}"):
             pick_device(name)
-    assert pick_precision("float32", CPU, automatic=True) == torch.float32
-    assert pick_precision("bfloat16", CPU, automatic=False) == torch.bfloat16
-    assert pick_precision("auto", CPU, automatic=False) == torch.float32
 
 
 # teachers
@@ -454,7 +453,7 @@ def folder_info(folder: Path) -> ddkit.DataInfo:
 def test_teacher_file_reads_back_with_identical_logits_and_record(tmp_path: Path, image_folder: Path, norm: str) -> None:
     path = tmp_path / "teacher.safetensors"
     teacher = make_teacher(path, image_folder, **{"teacher.norm": norm, "seed": 4, "train.augmenter": "none"})
-    read = teachers.load_teacher(TeacherTable(use=str(path)), folder_info(image_folder), CPU)
+    read = load_teacher(TeacherTable(use=str(path)), folder_info(image_folder), CPU)
     x = torch.randn(5, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     assert torch.equal(read.logits(x), teacher.logits(x))
     assert (read.mean, read.std) == (teacher.mean, teacher.std)
@@ -513,7 +512,7 @@ def automatic(folder: Path, caplog: pytest.LogCaptureFixture, **changed: Any) ->
     table = TeacherTable(model=changed.pop("model", "convnet"), options={"width": changed.pop("width", 8)})
     caplog.clear()
     with caplog.at_level(logging.WARNING, "ddkit"):
-        teacher = teachers.automatic_teacher(dataset, (3, 12, 12), table, TrainTable(epochs=1, **changed), CPU)
+        teacher = automatic_teacher(dataset, (3, 12, 12), table, TrainTable(epochs=1, **changed), CPU)
     said = "One is trained on all training images" in caplog.text
     assert said == bool(caplog.text)
     return teacher, said
@@ -564,7 +563,7 @@ def test_a_teacher_that_cannot_be_kept_is_used_all_the_same(
     def full(path: Path, *_: object) -> None:
         raise ddkit.RunFilesError(f"{path} cannot be written: No space left on device.")
 
-    monkeypatch.setattr(teachers, "write_tensors", full)
+    monkeypatch.setattr("ddkit.nn.teacher.write_tensors", full)
     found, _ = automatic(image_folder, caplog)
     assert "could not be kept for the next time" in caplog.text
     assert "No space left on device" in caplog.text
@@ -641,7 +640,7 @@ def test_renamed_classes_of_an_npz_train_anew(own_cache: Path, tmp_path: Path, c
     for names in (["a", "b", "c"], ["b", "a", "c"]):
         np.savez(tmp_path / "data.npz", x_train=x, y_train=np.arange(12) % 3, x_test=x, y_test=np.arange(12) % 3, class_names=names)
         dataset = open_dataset(DataTable(use=f"npz:{tmp_path / 'data.npz'}"))
-        found.append(teachers.automatic_teacher(dataset, (1, 4, 4), TeacherTable(options={"width": 8}), TrainTable(epochs=1), CPU))
+        found.append(automatic_teacher(dataset, (1, 4, 4), TeacherTable(options={"width": 8}), TrainTable(epochs=1), CPU))
     assert [teacher.info["class_names"] for teacher in found] == [["a", "b", "c"], ["b", "a", "c"]]
 
 
@@ -681,14 +680,14 @@ def test_state_dict_of_another_architecture_is_an_error_with_the_difference(
     path = bare_state(tmp_path / "bare.safetensors", **options)
     table = TeacherTable(use=str(path), options={"width": 8} | sets, mean=[0.5] * 3, std=[0.5] * 3)
     with pytest.raises(ddkit.InputError, match=message):
-        teachers.load_teacher(table, folder_info(image_folder), CPU)
+        load_teacher(table, folder_info(image_folder), CPU)
 
 
 def test_state_dict_of_other_classes_is_no_matter_of_architecture(tmp_path: Path, image_folder: Path) -> None:
     table = TeacherTable(use=str(bare_state(tmp_path / "bare.safetensors")), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3)
     info = msgspec.structs.replace(folder_info(image_folder), class_names=("cat", "dog"))
     with pytest.raises(ddkit.InputError, match=r"it has 3 classes, and 2 are asked for\.$"):
-        teachers.load_teacher(table, info, CPU)
+        load_teacher(table, info, CPU)
 
 
 @pytest.mark.parametrize(
@@ -705,7 +704,7 @@ def test_teacher_of_other_data_is_an_error(tmp_path: Path, image_folder: Path, c
     make_teacher(path, image_folder)
     info = msgspec.structs.replace(folder_info(image_folder), **changed)
     with pytest.raises(ddkit.InputError, match=message):
-        teachers.load_teacher(TeacherTable(use=str(path)), info, CPU)
+        load_teacher(TeacherTable(use=str(path)), info, CPU)
 
 
 @pytest.mark.parametrize(
@@ -720,7 +719,7 @@ def test_teacher_of_other_data_is_an_error(tmp_path: Path, image_folder: Path, c
 def test_impossible_statistics_are_an_error(tmp_path: Path, image_folder: Path, mean: list[float], std: list[float], message: str) -> None:
     path = bare_state(tmp_path / "bare.safetensors")
     with pytest.raises(ddkit.InputError, match=message):
-        teachers.load_teacher(TeacherTable(use=str(path), options={"width": 8}, mean=mean, std=std), folder_info(image_folder), CPU)
+        load_teacher(TeacherTable(use=str(path), options={"width": 8}, mean=mean, std=std), folder_info(image_folder), CPU)
 
 
 def test_text_missing_or_non_finite_teacher_is_an_error(tmp_path: Path, image_folder: Path) -> None:
@@ -728,13 +727,13 @@ def test_text_missing_or_non_finite_teacher_is_an_error(tmp_path: Path, image_fo
     (tmp_path / "text").write_text("not a model")
     for name, message in (("text", "safetensors"), ("absent", "does not exist")):
         with pytest.raises(ddkit.InputError, match=message):
-            teachers.load_teacher(TeacherTable(use=str(tmp_path / name)), info, CPU)
+            load_teacher(TeacherTable(use=str(tmp_path / name)), info, CPU)
     path = bare_state(tmp_path / "bare.safetensors")
     tensors = read_tensors(path)[0]
     tensors["classifier.bias"][0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(ddkit.InputError, match="not finite"):
-        teachers.load_teacher(TeacherTable(use=str(path), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3), info, CPU)
+        load_teacher(TeacherTable(use=str(path), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3), info, CPU)
 
 
 def test_run_is_normalised_as_its_teacher_was(tmp_path: Path, image_folder: Path) -> None:

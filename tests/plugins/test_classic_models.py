@@ -11,7 +11,8 @@ from ddkit_models.layers import halvings
 from torch import Tensor, nn
 
 import ddkit
-from ddkit.nn.networks import build_network, couples_samples, embed
+from ddkit.nn.embedder import embed
+from ddkit.nn.networks import build_network, couples_samples
 from ddkit.testing.samples import info_of, noise
 
 NEW = ["lenet", "alexnet", "vgg11", "resnet18"]

@@ -26,7 +26,7 @@ from ddkit.components.base import Dataset
 from ddkit.data.images import Kinds, Normalisation, channel_statistics, conform
 from ddkit.data.pictures import _fonts, _written, sheet_png
 from ddkit.data.real import RealData, accessible_indices, open_dataset
-from ddkit.nn.teachers import read_teacher
+from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.tables import DataTable
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
 
@@ -658,7 +658,7 @@ def test_an_image_that_may_not_be_read_is_told_as_that(image_folder: Path, monke
     monkeypatch.setattr("ddkit.data.arrays.open_regular", denied)
     with pytest.raises(ddkit.InputError, match=r"The data file .*x\.npz cannot be opened: Permission denied"):
         opened("npz:x.npz")
-    monkeypatch.setattr("ddkit.nn.teachers.open_regular", denied)
+    monkeypatch.setattr("ddkit.nn.teacher.open_regular", denied)
     with pytest.raises(ddkit.InputError, match=r"The teacher .*000\.png cannot be opened: Permission denied"):
         read_teacher(image_folder / "train/cat/000.png")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit.errors import RunFailed
-from ddkit.nn.networks import build_network, couples_samples, embed, redraw, saved_bytes
+from ddkit.nn.embedder import embed
+from ddkit.nn.networks import build_network, couples_samples, redraw, saved_bytes
 from ddkit.seeding import derived_seed, drawn_from, generator
 from tests.conftest import SMALL
 

@@ -21,7 +21,7 @@ from ddkit.components.base import DataInfo
 from ddkit.engine.parametrization import decoded
 from ddkit.files import write_tensors
 from ddkit.nn.networks import build_network
-from ddkit.nn.teachers import load_teacher, read_teacher
+from ddkit.nn.teacher import load_teacher, read_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
 from ddkit.run.manifest import read_manifest

@@ -1,0 +1,230 @@
+"""The automatic teacher: trained once on all of the training set, and kept in the cache. `ddkit train` trains one in the same way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from ddkit.components import registry
+from ddkit.components.base import DataInfo, Dataset
+from ddkit.components.observers import Observers, Report
+from ddkit.components.options import written_options
+from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.data.loading import fingerprint, load_images
+from ddkit.data.real import data_info
+from ddkit.distributed import ALONE, Ranks
+from ddkit.errors import RunFailed, RunFilesError
+from ddkit.files import SCHEMA, cache_folder, make_folder, path_part, read_tensors, sha256, tensors_bytes, vouch, vouched
+from ddkit.nn.compiling import compiled, decide_arithmetic
+from ddkit.nn.device import products
+from ddkit.nn.networks import build_network, training_flops
+from ddkit.nn.teacher import Teacher, all_finite, load_teacher, save_teacher
+from ddkit.nn.training import Schedule, accuracy, fit
+from ddkit.recipes.tables import TeacherTable, TrainTable
+from ddkit.seeding import generator
+
+log = logging.getLogger("ddkit")
+
+
+def train_teacher(
+    dataset: Dataset,
+    shape: tuple[int, int, int] | None,
+    table: TeacherTable,
+    train: TrainTable,
+    *,
+    seed: int,
+    device: torch.device,
+    watchers: Observers | None = None,
+) -> Teacher:
+    """Returns a teacher trained on all of the training split; its test accuracy, if there is a test split, is recorded.
+
+    Raises RunFailed where the training diverges.
+    """
+    labels, watchers = dataset.labels("train"), watchers or Observers()
+    count = f"{len(labels):,} images"
+    reading = watchers.begin("reading", f"Reading all {count} of the training split, for the teacher", total=len(labels))
+    images = load_images(dataset, "train", range(len(labels)), shape, reading)
+    norm = Normalisation(*channel_statistics(images))
+    info = data_info(dataset, images.shape[1:])
+    model = registry.create("model", table.model, table.options, data=info, where="teacher")
+    module = build_network(model, info, seed, "teacher").to(device)
+    name = registry.split_name(table.model)[0]
+    report = watchers.begin("teacher", f"Training a teacher ({name}, {train.epochs} epochs on {count})", total=train.epochs)
+    _fit(module, norm.lazily(images).to(device), labels.to(device), train, info, seed, report)
+    if not all_finite(module.state_dict()):
+        raise RunFailed(
+            f"The training of the teacher diverged: its weights are not finite after {train.epochs} epochs. Nothing is kept of it. "
+            f"Use a smaller rate (--set train.lr={min(train.lr / 10, TrainTable().lr):g}), or another schedule or optimizer."
+        )
+    options = written_options(model.options)
+    record = {
+        "model": name,
+        "options": {key: value for key, value in options.items() if not key.startswith("weights")},  # those of the file are newer
+        "mean": list(norm.mean),
+        "std": list(norm.std),
+        "class_names": list(info.class_names),
+        "input_shape": list(info.shape),
+        "test_accuracy": _test_accuracy(module, dataset, info, norm, device),
+        "training": {**msgspec.structs.asdict(train), "seed": seed},
+    }
+    return Teacher(module, mean=norm.mean, std=norm.std, info=record)
+
+
+def _fit(
+    module: nn.Module, images: Tensor | NormalisedRows, labels: Tensor, train: TrainTable, info: DataInfo, seed: int, report: Report
+) -> None:
+    """Trains `module` as `train` says, compiled if that pays back, and reports the accuracy of each epoch on its own batches."""
+    right, seen = torch.zeros((), dtype=torch.int64, device=images.device), 0
+
+    def count(logits: Tensor, labels: Tensor) -> None:
+        nonlocal seen
+        right.add_((logits.argmax(1) == labels).sum())
+        seen += len(labels)
+
+    def tell(epoch: int, epochs: int) -> None:
+        nonlocal seen
+        report(epoch, epochs, **{"training accuracy": int(right) / seen})
+        right.zero_()
+        seen = 0
+
+    made = decide_arithmetic("auto", "auto", images.device, work=training_flops(module, info, images=len(images), epochs=train.epochs))
+    with products(images.device, made.precision):
+        fit(
+            module,
+            images,
+            labels,
+            Schedule(**{key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule")}),
+            augmenter=registry.create("augmenter", train.augmenter, train.options, data=info, where="train"),
+            generator=generator(seed, "teacher training"),
+            forward=compiled(module, wanted=made.compile),
+            precision=made.dtype,
+            channels_last=made.compile,
+            report=tell,
+            on_batch=count,
+        )
+
+
+def _test_accuracy(module: nn.Module, dataset: Dataset, info: DataInfo, norm: Normalisation, device: torch.device) -> float | None:
+    labels = dataset.labels("test")
+    if len(labels) == 0:
+        return None
+    images = norm.lazily(load_images(dataset, "test", range(len(labels)), info.shape)).to(device)
+    return accuracy(module, images, labels.to(device))
+
+
+def resolved_training(table: TeacherTable, train: TrainTable, info: DataInfo) -> tuple[TeacherTable, TrainTable]:
+    """Returns both tables with every option of the model and of the training augmenter written out."""
+    model = registry.options_of("model", table.model, table.options, "teacher", info)
+    augmenter = registry.options_of("augmenter", train.augmenter, train.options, "train", info)
+    return (
+        msgspec.structs.replace(table, model=registry.split_name(table.model)[0], options=written_options(model)),
+        msgspec.structs.replace(train, options=written_options(augmenter)),
+    )
+
+
+def automatic_teacher(
+    dataset: Dataset,
+    shape: tuple[int, int, int],
+    table: TeacherTable,
+    train: TrainTable,
+    device: torch.device,
+    watchers: Observers | None = None,
+    *,
+    ranks: Ranks = ALONE,
+    train_it: bool = True,
+) -> Teacher | None:
+    """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so.
+
+    Where it is not to be trained (`train_it`), None is returned if it is not in the cache.
+
+    Of several processes the first trains it, and the others raise RunFilesError where they do not find it in the cache afterwards.
+    """
+    info, folder = data_info(dataset, shape), cache_folder() / "teachers"
+    if not ranks.first:
+        told = ranks.told(None)
+        if told is None:
+            return None
+        file, known = told
+        if not _is_whole(folder / file, known):
+            raise RunFilesError(
+                f"The first process of the run has trained a teacher, which is not in the cache of this one ({folder}). Give all "
+                "machines one cache with the environment variable DDKIT_CACHE, or give --teacher FILE."
+            )
+        return load_teacher(TeacherTable(use=str(folder / file), model=table.model), info, device)
+    table, train = resolved_training(table, train, info)
+    key = {
+        "dataset": fingerprint(dataset),
+        "classes": list(dataset.class_names),
+        "shape": shape,
+        "model": table.model,
+        "options": table.options,
+        "train": msgspec.structs.asdict(train),
+    }
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+    path = folder / f"{path_part(table.model)}-{digest}.safetensors"
+    if not _is_whole(path, vouched(path)):
+        if not train_it:
+            ranks.told(None)
+            return None
+        log.warning("No teacher was given. One is trained on all training images, and kept for the next time.", extra={"news": True})
+        try:  # before an hour of training whose result could not be kept
+            make_folder(folder)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise RunFilesError(
+                f"The cache folder {folder} cannot be written ({error.strerror or error}), so a teacher cannot be kept there. "
+                "Name another with the environment variable DDKIT_CACHE, or give --teacher FILE."
+            ) from None
+        made = train_teacher(dataset, shape, table, train, seed=0, device=device, watchers=watchers)
+        if not _kept(path, made):
+            if ranks.size > 1:
+                raise RunFilesError(f"The other processes of the run read the teacher from the cache, {folder}. Give --teacher FILE.")
+            return _as_if_kept(made)
+    ranks.told([path.name, sha256(path)])  # the others wait for this
+    return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)
+
+
+def _is_whole(path: Path, known: str | None) -> bool:
+    """Returns whether a teacher is kept at `path`, and is the one with the sha256 `known`; warns of another, which is as good as none."""
+    if not path.is_file():
+        return False
+    try:
+        read_tensors(path)
+        if sha256(path) == known:
+            return True
+        log.warning("The teacher in the cache is not used: %s is not the file that you trained there.", path)
+    except (ValueError, OSError) as error:
+        log.warning("The teacher in the cache is not used: %s.", error)
+    return False
+
+
+def _kept(path: Path, made: Teacher) -> bool:
+    """Puts a teacher into the cache; returns whether that could be done, and says what is in the way."""
+    try:
+        save_teacher(path, made)
+        vouch(path, sha256(path))
+    except (OSError, RunFilesError) as error:
+        log.warning(
+            "The teacher could not be kept for the next time: %s The run goes on with it. `ddkit train --out FILE` makes one for --teacher "
+            "FILE, and the environment variable DDKIT_CACHE names another cache.", error, extra={"news": True},
+        )  # fmt: skip
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _as_if_kept(made: Teacher) -> Teacher:
+    """Returns a teacher that was trained just now as it would be read from its file."""
+    module = made.module.to(memory_format=torch.contiguous_format)
+    digest = hashlib.sha256(tensors_bytes(module.state_dict(), made.info)).hexdigest()
+    info = json.loads(json.dumps({"schema": SCHEMA, **made.info}))
+    return Teacher(module, mean=made.mean, std=made.std, info=info, sha256=digest)

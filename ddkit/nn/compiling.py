@@ -1,0 +1,116 @@
+"""Compile or not: what is decided from the work ahead, and networks compiled if torch can."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from ddkit.components.options import check_fields
+from ddkit.errors import RunFilesError, out_of_memory
+from ddkit.files import passing_folder, private_folder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+log = logging.getLogger("ddkit")
+
+# Work, in floating-point operations, from which compiling pays back, by device. What it saves and costs was measured with
+# `ddkit bench` on 2 CPU cores (docs/performance.md). The figure for GPUs is an estimate: nobody has measured it yet.
+PAYS_BACK = {"cpu": 4e12, "cuda": 1e15}
+# Operations of one step below which a GPU waits for launches, so that CUDA graphs are recorded: an estimate too.
+LAUNCH_BOUND = 5e11
+
+
+class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
+    """What was decided: whether a network is compiled, its precision, and on a GPU whether CUDA graphs are recorded."""
+
+    compile: bool
+    precision: Literal["float32", "tf32", "bfloat16"]
+    graphs: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The autocast type of the network: bfloat16, or float32 for none."""
+        import torch
+
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+def decide_arithmetic(compile_: bool | str, precision: str, device: torch.device, *, work: float, step_work: float = 0.0) -> Arithmetic:
+    """Returns the arithmetic for `work` floating-point operations in all, `step_work` of them between two updates.
+
+    `compile_` is True, False or "auto": where the work pays compilation back. `precision` "auto" is bfloat16 where the
+    network is compiled and the hardware multiplies bfloat16 natively, else float32. Depends on nothing else: no timing.
+    """
+    compiles = work > PAYS_BACK.get(device.type, float("inf")) if compile_ == "auto" else bool(compile_)
+    if precision == "auto":
+        precision = "bfloat16" if compiles and native_bfloat16(device) else "float32"
+    graphs = compiles and device.type == "cuda" and step_work < LAUNCH_BOUND
+    return Arithmetic(compile=compiles, precision=precision, graphs=graphs)  # type: ignore[arg-type]  # another word is refused there
+
+
+def native_bfloat16(device: torch.device) -> bool:
+    """Returns whether bfloat16 products are faster than float32 ones on `device` by hardware."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
+
+
+def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs: bool = False) -> Callable[..., Tensor]:
+    """Returns a compiled `module` where wanted and possible, else `module`; says so when it is not possible.
+
+    What torch compiles is kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder. torch unpickles
+    what it finds there, and its own default is a folder that another user may have made. So where ddkit's is not private the code is
+    compiled for this process alone.
+    """
+    if not wanted:
+        return module
+    import torch
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells that there is no CUDA, to whom did not ask
+    if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        try:
+            folder = private_folder("compile")
+        except RunFilesError as error:
+            log.warning("Compiled code is not kept for the next time. %s", error, extra={"news": True})
+            folder = passing_folder()
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    return Compiled(module, torch.compile(module, mode="reduce-overhead") if graphs else torch.compile(module))
+
+
+class Compiled:
+    """A compiled function that goes on uncompiled, and says so once, where torch cannot compile it here.
+
+    `failed` tells whether that happened.
+    """
+
+    def __init__(self, plain: Callable[..., Tensor], fast: Callable[..., Tensor]) -> None:
+        self.plain, self.fast, self.failed = plain, fast, False
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        if self.failed:
+            return self.plain(*arguments)
+        try:
+            return self.fast(*arguments)
+        except Exception as error:  # torch.compile needs a C++ compiler and raises many kinds
+            if out_of_memory(error):
+                raise
+            result = self.plain(*arguments)  # an error of the module itself shows as such
+            log.warning("torch.compile did not work here (%s); going on without.", type(error).__name__)
+            self.failed = True
+            return result
+
+
+def is_compiled(forward: Callable[..., Tensor]) -> bool:
+    """Returns whether what compiled() returned runs compiled code: it was wanted, and torch could compile it."""
+    return isinstance(forward, Compiled) and not forward.failed
