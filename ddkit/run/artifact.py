@@ -61,6 +61,11 @@ class Artifact:
         return list(self.metadata["std"])
 
     @property
+    def seeds(self) -> list[int]:
+        """The seeds that chose its accessible images, as far as it records them; a blend has several."""
+        return list(self.metadata.get("seeds", [self.metadata["seed"]] if "seed" in self.metadata else []))
+
+    @property
     def normalised(self) -> Tensor:
         """(n, C, H, W) images as (x - mean) / std."""
         return Normalisation(self.mean, self.std).normalise(self.images)

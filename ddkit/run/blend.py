@@ -1,22 +1,26 @@
-"""Runs whose result is the average of two sets."""
+"""Blends: the average of two synthetic sets, image by image, and the run that it is written as."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from ddkit.errors import FlagError, InputError
 from ddkit.files import sha256
 from ddkit.recipes.tables import parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
-from ddkit.run.averaging import blended, partners
 from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.manifest import MANIFEST, RECIPE, SET
 from ddkit.run.report import close_run
-from ddkit.run.snapshots import write_parts
+from ddkit.run.snapshots import add_frame
+
+log = logging.getLogger("ddkit")
 
 
 def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str | Path) -> Run:
@@ -47,7 +51,8 @@ def _write_blend(places: tuple[Path, Path], parts: tuple[Artifact, Artifact], al
     if known:
         directory.write_recipe(recipe_dict(recipe))
     save_set(result, directory)
-    write_parts(directory.path, first.stored_images, second.stored_images[partners(first, second)], first.stored_labels)
+    add_frame(directory.path, 0, first.stored_images, first.stored_labels)
+    add_frame(directory.path, 1, second.stored_images[partners(first, second)], first.stored_labels)
     facts = _facts([place.absolute() for place in places], alpha)
     close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
@@ -67,3 +72,59 @@ def _facts(paths: Sequence[Path], alpha: float) -> dict[str, Any]:
         "real_files": sorted(set(real), key=str),
         "blend": {"alpha": alpha, "parts": [{"path": str(file), "sha256": sha256(file)} for file in files]},
     }
+
+
+def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
+    """Returns the set (1 - alpha) * first + alpha * second, in pixel units; alpha 0 is the first, 1 the second.
+
+    Images are matched by class name, and within a class by their order in each file. The result has the order, the
+    normalisation and the other metadata of the first, without its multipliers. Raises FlagError for an alpha outside
+    0..1, InputError where classes, images a class or shapes differ.
+    """
+    if not 0 <= alpha <= 1:
+        raise FlagError(f"--alpha {alpha}: it is the share of the second set, from 0 to 1.")
+    partner = partners(first, second)
+    if (first.mean, first.std) != (second.mean, second.std):
+        log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
+    images = torch.lerp(first.stored_images, second.stored_images[partner], alpha)
+    known = [part.metadata["pipc"] for part in (first, second) if part.metadata.get("pipc") is not None]
+    pipc = {} if not known else {"pipc": "all" if "all" in known else max(known)}  # that both together had access to
+    seeds = sorted({seed for part in (first, second) for seed in part.seeds})
+    metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | pipc
+    return Artifact(images, first.stored_labels, {key: value for key, value in metadata.items() if key != "schema"})
+
+
+def partners(first: Artifact, second: Artifact) -> Tensor:
+    """Returns (n,) int64: for each stored row of the first set the row of the second that it is averaged with.
+
+    Raises InputError where classes, images a class or shapes differ.
+    """
+    ours, theirs = first.class_names, second.class_names
+    if sorted(ours) != sorted(theirs):
+        raise InputError(
+            f"The two sets have different classes, so they cannot be averaged: only the first has {_some(ours, theirs)}, only the second "
+            f"has {_some(theirs, ours)}."
+        )
+    if first.images.shape[1:] != second.images.shape[1:]:
+        shapes = [tuple(each.images.shape[1:]) for each in (first, second)]
+        raise InputError(f"The first set has images of shape {shapes[0]} (C, H, W), the second of {shapes[1]}; they cannot be averaged.")
+    if first.metadata.get("decode") != second.metadata.get("decode"):
+        raise InputError("Images are decoded from those of one set and not in the same way from the other's; the two cannot be averaged.")
+    partner = torch.empty(len(first.stored_labels), dtype=torch.int64)
+    for label, name in enumerate(ours):
+        rows = (first.stored_labels == label).nonzero().flatten()
+        others = (second.stored_labels == theirs.index(name)).nonzero().flatten()
+        if len(rows) != len(others):
+            raise InputError(
+                f"The first set has {len(rows)} images of the class '{name}', the second {len(others)}: only sets of the same ipc "
+                "can be averaged."
+            )
+        partner[rows] = others
+    return partner
+
+
+def _some(names: Sequence[str], others: Sequence[str], most: int = 5) -> str:
+    """Returns the names that are not among the others, the first few of them."""
+    own = [name for name in names if name not in others]
+    more = f" and {len(own) - most} more" if len(own) > most else ""
+    return f"{', '.join(own[:most])}{more}" if own else "none of its own"

@@ -30,7 +30,6 @@ from ddkit.nn.teacher import Teacher, load_teacher, tested
 from ddkit.recipes.resolve import check_used, flattened, recipe_for, with_options
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run.artifact import Artifact, load
-from ddkit.run.averaging import seeds_of
 from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real
 from ddkit.run.lock import LOCK_SECONDS
@@ -179,7 +178,7 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
     """Raises InputError where a held-out image may have been accessible when the set was made."""
     if real.held_out is None:
         return
-    seeds = seeds_of(artifact)
+    seeds = artifact.seeds
     if any(seed != real.seed for seed in seeds):
         made_with = " and ".join(str(seed) for seed in seeds)
         fix = f"Use --seed {made_with}, or --set data.test=test." if len(seeds) == 1 else "Use --set data.test=test."

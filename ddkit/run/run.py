@@ -36,7 +36,7 @@ from ddkit.run.metrics import is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import RunSetup
 from ddkit.run.shares import silent
-from ddkit.run.snapshots import add_frame, begin_film, is_frame
+from ddkit.run.snapshots import add_frame, is_frame
 
 log = logging.getLogger("ddkit")
 
@@ -113,7 +113,7 @@ def begin(made: Made, directory: RunDirectory) -> None:
     directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
     images = _pixels(made.job, made.bank)
     if images is not None:
-        begin_film(directory.path, images, made.job.stored_labels)
+        add_frame(directory.path, 0, images, made.job.stored_labels)
     _keep(0, made.job, made.bank, made.engine, directory, 0.0)
 
 

@@ -65,38 +65,20 @@ def read_film(folder: Path) -> Film | None:
     return film
 
 
-def begin_film(folder: Path, images: Tensor, labels: Tensor) -> None:
-    """Writes a film of one frame, step 0, of images (n, C, H, W) in pixel units."""
-    channels, height, width = images.shape[1:]
-    rows = film_rows(labels, (channels, height, width))
-    _write(folder, Film(torch.zeros(1, dtype=torch.int64), rows, eight_bits(images[rows])[None]))
-
-
-def write_parts(folder: Path, first: Tensor, second: Tensor, labels: Tensor) -> None:
-    """Writes the film of a blend: the images (n, C, H, W) in pixel units of both sets, row by row those that were averaged."""
-    begin_film(folder, first, labels)
-    add_frame(folder, 1, second, labels)
-
-
 def add_frame(folder: Path, step: int, images: Tensor, labels: Tensor) -> None:
-    """Adds the frame of `step` and drops those of later steps, which a run had seen before it was cut off."""
+    """Adds the frame of `step`, of images (n, C, H, W) in pixel units, and drops those of later steps; the frame of step 0 begins a film.
+
+    A run that was cut off has seen later steps before.
+    """
     channels, height, width = images.shape[1:]
     rows = film_rows(labels, (channels, height, width))
-    frame = Film(torch.tensor([step]), rows, eight_bits(images[rows])[None])
-    before = _readable(folder)
-    if before is not None and torch.equal(before.rows, rows) and before.images.shape[2:] == frame.images.shape[2:]:
-        kept = before.steps < step
-        frame = Film(torch.cat([before.steps[kept], frame.steps]), rows, torch.cat([before.images[kept], frame.images]))
-    _write(folder, frame)
-
-
-def _readable(folder: Path) -> Film | None:
+    film = Film(torch.tensor([step]), rows, eight_bits(images[rows])[None])
     try:
-        return read_film(folder)
+        before = read_film(folder) if step else None
     except ValueError as error:
         log.warning("The frames of %s so far are lost for its report: %s.", folder, error)
-        return None
-
-
-def _write(folder: Path, film: Film) -> None:
+        before = None
+    if before is not None and torch.equal(before.rows, rows) and before.images.shape[2:] == film.images.shape[2:]:
+        kept = before.steps < step
+        film = Film(torch.cat([before.steps[kept], film.steps]), rows, torch.cat([before.images[kept], film.images]))
     write_tensors(folder / FILM, film._asdict(), {"content": "film"})

@@ -12,7 +12,7 @@ import torch
 import ddkit
 from ddkit.errors import FlagError, InputError
 from ddkit.run.artifact import Artifact
-from ddkit.run.averaging import blended
+from ddkit.run.blend import blended
 from ddkit.run.manifest import file_entry
 from tests.conftest import SMALL_FLAGS, Result
 

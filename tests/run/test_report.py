@@ -32,7 +32,7 @@ from ddkit.run.report import charts
 from ddkit.run.report.charts import curves, dots, histogram, number, svg
 from ddkit.run.report.pictures import picture, pictures, sides
 from ddkit.run.report.sections import spectrum_bins
-from ddkit.run.snapshots import MOST_BYTES, add_frame, begin_film, eight_bits, film_rows, is_frame, read_film
+from ddkit.run.snapshots import MOST_BYTES, add_frame, eight_bits, film_rows, is_frame, read_film
 from tests.conftest import SMALL, Result
 
 Cli = Callable[..., Result]
@@ -439,7 +439,7 @@ def test_a_film_is_the_same_after_a_cut_and_a_prolonged_run_keeps_its_frames(tmp
 def test_frames_of_steps_that_come_again_are_dropped(tmp_path: Path) -> None:
     labels = torch.tensor([0, 0, 1])
     frames = [torch.full((3, 1, 4, 4), value) for value in (0.0, 0.2, 0.4, 0.6)]
-    begin_film(tmp_path, frames[0], labels)
+    add_frame(tmp_path, 0, frames[0], labels)
     for step, frame in ((1, frames[1]), (4, frames[2])):
         add_frame(tmp_path, step, frame, labels)
     add_frame(tmp_path, 1, frames[3], labels)
