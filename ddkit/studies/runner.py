@@ -32,7 +32,7 @@ from ddkit.files import check_out, with_digest, write_atomic, write_json
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, recipe_for
-from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.recipes.tables import recipe_dict
 from ddkit.run import children
 from ddkit.run.manifest import MANIFEST, RECIPE
 from ddkit.run.progress import duration
@@ -82,42 +82,36 @@ def reproduce(
                 _work_together(ranks, own, out, settings, report, failures)
         except (Interrupted, KeyboardInterrupt) as stop:
             with suppress(DdkitError, OSError):  # what hinders a report is told by a call that is not interrupted
-                stop.args = (f"Interrupted. {_progress(own)} evaluations are finished and kept in {out}; the same command goes on.",)
+                wanted = {kept_file(task): kept_row(task) for task in own}  # cells may share one
+                done = f"{len(wanted) - list(wanted.values()).count(None)} of {len(wanted)}"
+                stop.args = (f"Interrupted. {done} evaluations are finished and kept in {out}; the same command goes on.",)
                 if ranks.first:
-                    _written(study, tasks, failures, out)
+                    _known(study, tasks, failures, out)
             raise
-    if run and ranks.first:
-        return _written(study, tasks, failures, out)
-    return _known(study, tasks, failures)
+    return _known(study, tasks, failures, out if run and ranks.first else None)
 
 
-def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> Report:
-    """Returns what is known of the study's figures; without pictures, which are files."""
-    return Report(
+def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], out: Path | None = None) -> Report:
+    """Returns what is known of the study's figures; with `out` it writes pictures, report.json and report.md there."""
+    result = Report(
         study=study.name, summary=study.summary, source=study.source, split="held-out" if study.held_out else "test",
-        published_on=study.published_on, figures=figures_of(study, tasks, failures), pictures=[],
+        published_on=study.published_on, figures=figures_of(study, tasks, failures),
+        pictures=[] if out is None else write_pictures(study, tasks, out),
     )  # fmt: skip
-
-
-def _written(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], out: Path) -> Report:
-    """Writes pictures, report.json and report.md into `out`, and returns what they tell."""
-    result = msgspec.structs.replace(_known(study, tasks, failures), pictures=write_pictures(study, tasks, out))
-    write_json(out / "report.json", report_json(result))
-    write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
+    if out is not None:
+        write_json(out / "report.json", report_json(result))
+        write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
     return result
-
-
-def _progress(tasks: Sequence[Task]) -> str:
-    """Returns "2 of 15": the evaluations that are there, of those of the tasks; cells may share one."""
-    done = {kept_file(task) for task in tasks if kept_row(task) is not None}
-    return f"{len(done)} of {len({kept_file(task) for task in tasks})}"
 
 
 def _work_together(
     ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None], failures: dict[Path, str]
 ) -> None:
     """Makes this process's share of the sets; `failures` has those of all processes, when all are done."""
-    _make(out / SETS)
+    try:
+        (out / SETS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFilesError(f"{out / SETS} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
     settings = msgspec.structs.replace(settings, device=own_device(settings.device))
     _work(share(tasks, ranks.rank, ranks.size), settings, report, failures)
     for part in ranks.heard({str(path): reason for path, reason in failures.items()}):
@@ -125,8 +119,16 @@ def _work_together(
 
 
 def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
-    """Raises a DdkitError where a set could not be made or evaluated, as far as that is seen before the first is made."""
-    _check_protocols(study, tasks, settings)
+    """Raises a DdkitError where a set could not be made or evaluated, as far as that is seen before the first is made.
+
+    It says which key of the study is at fault, where it is no flag.
+    """
+    for protocol, system in {task.evaluation.protocol: task.cell.system for task in reversed(tasks)}.items():
+        table = study.systems.get(system)  # None: a blend's, which has the study's protocol
+        key = f"systems.{system}.protocol" if table and table.protocol else "protocol"
+        options = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators["accuracy"].options
+        with _told_of("" if settings.protocol else key):
+            registry.options_of("evaluator", "accuracy", options, "evaluators.accuracy")
     for task in (task for task in tasks if task.seed == 0 and not task.parts):  # other seeds have the same recipes
         with _told_of(f"systems.{task.cell.system}"):
             check_options(task.recipe)
@@ -135,8 +137,12 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
         if teacher != "auto":
             with _told_of(_origin(study, system, settings)):
                 read_teacher(Path(teacher))
-    if study.held_out:
-        _check_held_out([task.recipe for task in tasks], study.held_out)
+    recipes = [task.recipe for task in tasks] if study.held_out else []
+    for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
+        dataset = open_dataset(data)
+        for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
+            remedy = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
+            check_held_out(dataset, pipc, study.held_out, remedy=remedy)
 
 
 def _origin(study: Study, system: str, settings: Settings) -> str:
@@ -158,25 +164,6 @@ def _told_of(key: str) -> Iterator[None]:
         raise
 
 
-def _check_protocols(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
-    """Raises InputError for a protocol that there is not, saying which key of the study names it."""
-    for protocol, system in {task.evaluation.protocol: task.cell.system for task in reversed(tasks)}.items():
-        table = study.systems.get(system)  # None: a blend's, which has the study's protocol
-        key = f"systems.{system}.protocol" if table and table.protocol else "protocol"
-        options = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators["accuracy"].options
-        with _told_of("" if settings.protocol else key):
-            registry.options_of("evaluator", "accuracy", options, "evaluators.accuracy")
-
-
-def _check_held_out(recipes: Sequence[Recipe], held_out: int) -> None:
-    """Raises InputError, with the keys of a study, where a class has too few images for accessible and held-out ones."""
-    for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
-        dataset = open_dataset(data)
-        for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
-            remedy = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
-            check_held_out(dataset, pipc, held_out, remedy=remedy)
-
-
 def _check_images(study: Study, task: Task) -> None:
     """Raises InputError where the cell has too few real images for the losses or the first images of the system."""
     recipe, table = task.recipe, task.recipe.initializer
@@ -195,13 +182,6 @@ def _check_images(study: Study, task: Task) -> None:
             f"Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its {changes} in the study.",
             f"systems.{task.cell.system}",
         )
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFilesError(f"{folder} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
 
 
 def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], None], failures: dict[Path, str]) -> None:
