@@ -17,7 +17,7 @@ import numpy as np  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from ddkit.engine.loop import Engine  # noqa: E402
-from ddkit.recipes.resolve import recipe_for  # noqa: E402
+from ddkit.recipes.resolve import resolve  # noqa: E402
 from ddkit.run.setup import RunSetup  # noqa: E402
 
 
@@ -25,9 +25,9 @@ def made(ipc: int, pipc: int, folder: Path) -> Engine:
     """Returns the engine of a long run of distribution matching on random images of CIFAR-10's size."""
     pixels = np.random.default_rng(0).integers(0, 256, (10 * pipc, 3, 32, 32), dtype=np.uint8)
     np.savez(folder / "random.npz", x_train=pixels, y_train=np.repeat(np.arange(10), pipc))
-    recipe = recipe_for(
-        "practical", losses="dm", evaluators="none", data__use=f"npz:{folder / 'random.npz'}", ipc=ipc, pipc=pipc, steps=5000,
-        initializer__use="noise",
+    recipe = resolve(
+        "practical", losses="dm", evaluators="none", dataset=f"npz:{folder / 'random.npz'}", ipc=ipc, pipc=pipc, steps=5000,
+        init="noise",
     )  # fmt: skip
     job = RunSetup(recipe)
     return job.engine(job.bank())

@@ -164,7 +164,7 @@ def _counted(engine: Any) -> float:
 def _recipe(spec: dict[str, Any], folder: Path) -> Any:
     import numpy as np
 
-    from ddkit.recipes.resolve import recipe_for
+    from ddkit.recipes.resolve import resolve
 
     random = np.random.default_rng(0)
     info, rows = _info(spec), spec["classes"] * spec["pipc"]
@@ -179,14 +179,14 @@ def _recipe(spec: dict[str, Any], folder: Path) -> Any:
     sets = {"data.use": f"npz:{folder / 'random.npz'}", "initializer.use": "noise"} | dict(spec["sets"])
     if spec["losses"] != "dm" and "teacher.use" not in sets:
         sets |= {"teacher.use": str(_random_teacher(info, folder / "teacher.safetensors"))}
-    return recipe_for(
+    return resolve(
         "practical",
         losses=spec["losses"],
         evaluators="none",
         ipc=spec["ipc"],
         pipc=spec["pipc"],
         steps=spec["run_steps"],
-        sets=list(sets.items()),
+        sets=sets,
     )
 
 

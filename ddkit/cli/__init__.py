@@ -1,4 +1,8 @@
-"""The command `ddkit`: parses, makes one typed call, prints. Importing it costs neither torch nor numpy."""
+"""The command `ddkit`: a module a command, which parses, makes one call and prints what comes back.
+
+The call is one of ddkit.api, or, for commands about more than one run or about plugins, of studies, bench, testing or the registry.
+Importing this package costs neither torch nor numpy.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import benching, catalogue, checking, creating, evaluating, exporting, importing, making, reporting, reproducing
-from ddkit.cli.common import LogFormat, trusted
+from ddkit.cli import bench, catalogue, check, distill, evaluate, export, importing, new, report, reproduce
+from ddkit.cli.common import LogFormat, prepared
 from ddkit.distributed import LastWords, ending_signals, follows, launched
 from ddkit.errors import DdkitError, out_of_memory, printable
 from ddkit.nn.device import tune_process
@@ -43,19 +47,23 @@ def cli(show_traceback: bool) -> None:
 
 
 for command in (
-    *making.COMMANDS,
-    *evaluating.COMMANDS,
-    *importing.COMMANDS,
-    *exporting.COMMANDS,
-    *reporting.COMMANDS,
-    *reproducing.COMMANDS,
-    *benching.COMMANDS,
-    *catalogue.COMMANDS,
-    *checking.COMMANDS,
-    *creating.COMMANDS,
+    distill.distill,
+    distill.train,
+    evaluate.evaluate,
+    importing.import_,
+    export.export,
+    report.report,
+    catalogue.schema,
+    reproduce.reproduce,
+    reproduce.blend,
+    bench.bench,
+    catalogue.list_components,
+    catalogue.info,
+    check.check,
+    new.new,
 ):
     assert command.callback is not None
-    command.callback = trusted(command.callback)
+    command.callback = prepared(command.callback)
     cli.add_command(command)
 
 

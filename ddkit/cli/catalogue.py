@@ -1,4 +1,4 @@
-"""The commands that tell what is installed: list and info."""
+"""The commands that tell what is installed and what a recipe may hold: list, info and schema."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
-from ddkit.cli.names import Names
+from ddkit.cli.common import Names, as_json, echo_json, plugin_files, refuse_given, show
 from ddkit.components import registry
 from ddkit.errors import PluginError
 
@@ -21,7 +20,7 @@ from ddkit.errors import PluginError
 @click.argument("kind", required=False)
 @plugin_files
 @click.option("--check", is_flag=True, help="Import each component, in another process, and say which fail.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@as_json
 def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     """List the installed components. KIND names one kind (losses, recipes, ...). None of them is imported."""
     wanted = registry.parse_kind(kind) if kind else None
@@ -93,7 +92,7 @@ def _check(found: list[registry.Plugin]) -> list[str]:
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
 @plugin_files
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@as_json
 def info(words: tuple[str, ...], as_json: bool) -> None:
     """Show what a component or recipe is. The manual page has its use, options, requirements, an example and its source."""
     if len(words) > 2:
@@ -194,4 +193,16 @@ def _page(facts: dict[str, Any]) -> str:
     return manual_page(facts, _settings_table(rows) if any(row["origin"] for row in rows) else "")
 
 
-COMMANDS = (list_components, info)
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The same on one line.")
+def schema(as_json: bool) -> None:
+    """Print the JSON schema of a recipe file. It has the options of ddkit's own components.
+
+    For editors that check TOML against a schema, and for programs that write recipes.
+    """
+    from ddkit.recipes.schema import recipe_schema
+
+    if as_json:
+        echo_json(recipe_schema())
+    else:
+        show(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""What several commands share: flags, flag errors, tables."""
+"""What several commands share: kinds of flags, the flags themselves, and how answers are printed."""
 
 from __future__ import annotations
 
@@ -7,23 +7,45 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
 from ddkit import output
-from ddkit.cli.names import Names
-from ddkit.components import trust
 from ddkit.distributed import follows
-from ddkit.errors import FlagError, InputError, RunFilesError, doubles, printable, refuse_unused
+from ddkit.errors import FlagError, RunFilesError, doubles, printable, refuse_unused
 from ddkit.files import with_home
 from ddkit.run.warnings import show_from
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Text that names components of `kinds`, several separated by commas where `many`; a shell completes the last of them.
+
+    The value stays as it is written: what is wrong with it is told where it is used.
+    """
+
+    name = "text"
+
+    def __init__(self, *kinds: str, many: bool = False, files: str = "") -> None:
+        """`files`: how the names of files end that may be given too."""
+        self.kinds, self.many, self.files = kinds, many, files
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Returns the names that begin as what was typed, with their summaries, and files; imports none of the components."""
+        from ddkit.components import registry
+
+        before, comma, last = incomplete.rpartition(",") if self.many else ("", "", incomplete)
+        known = sorted({(plugin.name, registry.status(plugin)[1]) for plugin in registry.plugins() if plugin.kind in self.kinds})
+        items = [CompletionItem(f"{before}{comma}{name}", help=summary) for name, summary in known if name.startswith(last)]
+        folder = Path(incomplete).parent if "/" in incomplete else Path(".")
+        files = sorted(folder.glob(f"*{self.files}")) if self.files else []
+        return items + [CompletionItem(str(path)) for path in files if str(path).startswith(incomplete.removeprefix("./"))]
 
 
 class Pipc(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -109,27 +131,37 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
-def trusted(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns what a command does, with stdout for its answer alone, its plugin files added, and the code that its flags name allowed."""
+def prepared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a command that has stdout for its answer alone, and the components of its plugin files."""
 
     @functools.wraps(command)
-    def run(*, plugin_files: Sequence[str] = (), allow_code: bool = False, **flags: Any) -> Any:
+    def run(*, plugin_files: Sequence[str] = (), **flags: Any) -> Any:
         output.answers()
-        if plugin_files or flags.get("sets"):
+        for file in plugin_files:
             from ddkit.components.registry import add_plugin_file
-            from ddkit.recipes.resolve import parse_set
 
-            for file in plugin_files:
-                add_plugin_file(Path(file))
-        named = {name: flags.get(name) for name in NAMING}
-        sets = [dict([parse_set(text)]) for text in flags.get("sets", ())]
-        with trust.granting(named, *sets, everything=allow_code):
-            return command(**flags)
+            add_plugin_file(Path(file))
+        return command(**flags)
 
     return run
 
 
-NAMING = ("model", "dataset", "init", "augment", "evaluate", "evaluators", "to")  # parameters whose NAME:ARGUMENT may be code
+def _as_table(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, Any]:
+    """Returns what --set PATH=VALUE gives, of a path that stands there twice the last."""
+    from ddkit.recipes.resolve import parse_set
+
+    table: dict[str, Any] = {}
+    for path, value in map(parse_set, texts):
+        table.pop(path, None)
+        table[path] = value
+    return table
+
+
+def set_option(help_: str, metavar: str = "PATH=VALUE") -> Callable[[F], F]:
+    """Returns the flag --set, whose parameter `sets` is a table."""
+    return click.option("--set", "sets", multiple=True, metavar=metavar, callback=_as_table, help=help_)
+
+
 plugin_files = click.option(
     "--plugin", "plugin_files", multiple=True, metavar="FILE",
     help="Python file whose components are available by name in this command, as its class in lower case with hyphens.",
@@ -138,6 +170,7 @@ allow_code = click.option(
     "--allow-code", is_flag=True,
     help="Run Python code that a recipe, run or teacher file names (python:module.factory). What you name yourself needs no leave.",
 )  # fmt: skip
+as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 shared = options(
     click.option(
         "--dataset", type=Names("dataset"), metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."
@@ -145,10 +178,10 @@ shared = options(
     click.option("--data-dir", metavar="DIR", help="Folder for datasets that download."),
     click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps", help="Where to compute."),
     click.option("--seed", type=click.IntRange(min=0, max=2**53), help="Seed of every random draw."),
-    click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value, e.g. losses.dm.weight=0.01."),
+    set_option("Set any recipe value, e.g. losses.dm.weight=0.01."),
     plugin_files,
     allow_code,
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout."),
+    as_json,
 )
 protocol = click.option(
     "--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official, practical-sam (of the evaluator accuracy)."
@@ -163,20 +196,6 @@ def set_verbosity(quiet: bool, verbose: bool = False) -> None:
         raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
     logging.getLogger("ddkit").setLevel(logging.INFO if verbose else logging.WARNING)
     show_from(logging.ERROR if quiet or follows() else logging.NOTSET)
-
-
-@contextmanager
-def blaming_flags(flags: Mapping[str, Any]) -> Iterator[None]:
-    """Turns an InputError about a recipe path that a flag set into a FlagError naming the flag (exit code 2)."""
-    try:
-        yield
-    except InputError as error:
-        for path, flag in (("ipc", "--ipc"), ("pipc", "--pipc"), ("steps", "--steps"), ("seed", "--seed")):
-            if error.path == path and flags.get(path) is not None and "is not possible" in str(error):
-                raise FlagError(f"{flag}: {error}") from None
-        if (error.path or "").endswith(".protocol") and flags.get("protocol") is not None:
-            raise FlagError(f"--protocol: {error}") from None
-        raise
 
 
 def refuse_given(names: Iterable[str], why: str) -> None:
@@ -223,16 +242,10 @@ def percent(mean: float | None, std: float | None) -> str:
     return f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %"
 
 
-def _result(row: Any) -> str:
+def _accuracy(row: Any) -> str:
     """Returns the accuracy of a row, and what its evaluator has to say beside it, or in its place."""
     said = str(row.details.get("summary", ""))
     return said if row.accuracy_mean is None and said else percent(row.accuracy_mean, row.accuracy_std) + (f" ({said})" if said else "")
-
-
-def _random_real(row: Any) -> str:
-    """Returns the accuracy of the random real images, and how many they are if that is not as many as the set has."""
-    said = str(row.details.get("random_real", ""))
-    return percent(row.random_real_mean, row.random_real_std) + (f" ({said})" if said else "")
 
 
 def evaluation_table(rows: Sequence[Any]) -> str:
@@ -244,7 +257,10 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     for key, usual in (("images", "synthetic"), ("split", "test")):
         values = [getattr(row, key) for row in rows]
         columns |= {key: values} if any(value != usual for value in values) else {}
-    columns["accuracy"] = [_result(row) for row in rows]
-    columns["random real"] = [_random_real(row) for row in rows]
+    columns["accuracy"] = [_accuracy(row) for row in rows]
+    more = [str(row.details.get("random_real", "")) for row in rows]  # how many they are, if not as many as the set has
+    columns["random real"] = [
+        percent(row.random_real_mean, row.random_real_std) + (f" ({said})" if said else "") for row, said in zip(rows, more, strict=True)
+    ]
     columns["networks"] = [row.repeats for row in rows]
     return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)

@@ -7,8 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Place, echo_json, plugin_files, quiet, set_verbosity, show
-from ddkit.cli.names import Names
+from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, quiet, set_option, set_verbosity, show
 from ddkit.files import MOST_TOML, read_text
 
 
@@ -58,17 +57,11 @@ class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # gene
 @click.option("--index", type=click.IntRange(min=0), help="Which set, if the file holds several (default: 0, the first).")
 @click.option("--size", type=Values(sides=True), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
-@click.option(
-    "--set",
-    "sets",
-    multiple=True,
-    metavar="PATH=VALUE",
-    help="Option of a teacher's model, e.g. teacher.norm=batch; decode.factor=2 if a set's images are grids of 2 x 2.",
-)
+@set_option("Option of a teacher's model, e.g. teacher.norm=batch; decode.factor=2 if a set's images are grids of 2 x 2.")
 @plugin_files
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@as_json
 @quiet
-def import_(file: Path, out: Path, **flags: Any) -> None:
+def import_(file: Path, out: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
     """Take over a set or a teacher of another project. FILE was written by torch.save, or is a .npz or .safetensors file.
 
     Only tensors are read, so that no code in the file can run. How images were normalised has to be told.
@@ -77,25 +70,17 @@ def import_(file: Path, out: Path, **flags: Any) -> None:
     ddkit import res_DM_CIFAR10_ConvNet_10ipc.pt --out dm-set --pixels normalised --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
     ddkit import convnet.pt --out teacher.safetensors --classes 10 --size 32 --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
     """
-    set_verbosity(flags["quiet"])
-    from ddkit.recipes.resolve import parse_set
+    set_verbosity(quiet)
+    from ddkit import api
 
-    sets = dict(parse_set(text) for text in flags["sets"])
-    from ddkit.run.artifact import Artifact
-    from ddkit.run.importing import import_file
-
-    names = ("mean", "std", "kind", "classes", "pixels", "index", "size", "model")
-    found = import_file(file, out, sets=sets, **{name: flags[name] for name in names})
-    if isinstance(found, Artifact):
+    found = api.import_file(file, out, **flags)
+    if isinstance(found, api.Artifact):
         facts = {"kind": "set", "images": list(found.images.shape), "classes": found.class_names}
         told = f"{len(found.images)} images of {len(found.class_names)} classes"
     else:
         facts = {"kind": "teacher", "model": found.info["model"], "classes": found.info["class_names"]}
         told = f"{found.info['model']} for {len(found.info['class_names'])} classes"
-    if flags["as_json"]:
+    if as_json:
         echo_json({"schema": 1, "out": str(out), **facts})
     else:
         show(f"{facts['kind']:8} {out}\n{told}")
-
-
-COMMANDS = (import_,)

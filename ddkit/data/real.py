@@ -48,13 +48,13 @@ def passed_dataset() -> Passed | None:
 
 @contextmanager
 def passing(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Inside, `dataset` is the recipe's; yields the values of recipe paths (dots as double underscores) that say so.
+    """Inside, `dataset` is the recipe's; yields the flags and recipe paths that say so.
 
     `dataset` is a name or None, which are yielded as they are, a dataset, or (training, test). Raises FlagError for anything else,
     InputError for a dataset that cannot be used.
     """
     if dataset is None or isinstance(dataset, str):
-        yield {"data__use": dataset}
+        yield {"dataset": dataset}
         return
     pair = dataset if isinstance(dataset, tuple) else (dataset, None)
     if len(pair) != 2:
@@ -71,7 +71,7 @@ def passing(dataset: Any) -> Iterator[dict[str, Any]]:
     token = _PASSED.set(Passed(*pair, {}))
     try:
         made = registry.create("dataset", PYTHON)
-        yield {"data__use": PYTHON, "data__labels": made.options.labels}  # tells an evaluation whether it is the run's own data
+        yield {"dataset": PYTHON, "data.labels": made.options.labels}  # tells an evaluation whether it is the run's own data
     finally:
         _PASSED.reset(token)
 

@@ -1,23 +1,36 @@
-"""Where a recipe comes from: files and names, rules, --set, flags, and which of them wins."""
+"""The one place where a recipe is put together and validated: files and names, rules, --set, flags, and which of them wins.
+
+Names and ddkit's own keys are checked first, and without torch; then the options of the components that the recipe names, whose
+classes are imported for that. What depends on the data is left to ddkit.run.setup.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import tomllib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from ddkit.components import registry
+from ddkit.components import registry, trust
 from ddkit.components.options import fields, options_type, parse_struct
 from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
 from ddkit.files import MOST_TOML, read_text, with_home
 from ddkit.recipes.tables import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
 
 Raw = dict[str, Any]
+FLAGS = {  # what a flag of the command line sets in the recipe, where it is not called alike
+    "dataset": "data.use",
+    "data_dir": "data.dir",
+    "teacher": "teacher.use",
+    "init": "initializer.use",
+    "augment": "augmenter.use",
+    "deterministic": "engine.deterministic",
+}
 CHOOSING_KEYS = {
     "data": "use",
     "teacher": "model",
@@ -59,33 +72,91 @@ def parse_toml(path: Path, kind: str = "recipe") -> Raw:
     return found
 
 
-def build_recipe(
+class Part(NamedTuple):
+    """What of a recipe a command uses: tables and values, those values of them that it does not use, and why, for the errors."""
+
+    used: Collection[str]
+    unused: Collection[str]
+    why: str
+
+
+def resolve(
     recipe: str | Path | Mapping[str, Any] | None = None,
     *,
     losses: str | None = None,
-    sets: Iterable[tuple[str, Any]] = (),
-    flags: Mapping[str, Any] | None = None,
+    evaluators: str | None = None,
+    model: str | None = None,
+    sets: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
+    evaluation: Mapping[str, Any] | None = None,
+    part: Part | None = None,
+    **flags: Any,
 ) -> Recipe:
-    """Returns the recipe of a run: flags > sets > recipe (its rules over its tables) > defaults of the plugins.
+    """Returns the recipe that flags describe: flags > sets > recipe (its rules over its tables) > defaults of the plugins.
 
-    `sets` and `flags` are (path, value): ("losses.dm.weight", 0.01). `losses` selects as on the command line.
+    `sets` are recipe paths and values: ("losses.dm.weight", 0.01). `losses` and `evaluators` select as on the command line, `model` is
+    that of teacher, network and evaluation, `evaluation` are options of the evaluators that have them, and `flags` are others of `ddkit
+    distill`; None is not given. With `part` only that of the recipe may be set, and only its options are checked. Raises a DdkitError.
     """
-    sets, flags = list(sets), dict(flags or {})
+    sets = list(sets.items() if isinstance(sets, Mapping) else sets)
+    given = {FLAGS.get(flag, flag): value for flag, value in flags.items() if value is not None}
+    if model is not None:
+        given |= {"teacher.model": model, "network.model": model}
+    override = [*sets, *given.items()]
     if isinstance(recipe, Mapping):
         check_depth(recipe, "The recipe")
-    if isinstance(recipe, Path):
-        raw = parse_toml(recipe)
+        raw = copy.deepcopy(dict(recipe))
     else:
-        raw = copy.deepcopy(dict(recipe)) if isinstance(recipe, Mapping) else read_recipe(recipe or "default")
-    override = [*sets, *flags.items()]
-    ipc, pipc = (_final(raw, override, key, default) for key, default in (("ipc", 1), ("pipc", 50)))
+        raw = parse_toml(recipe) if isinstance(recipe, Path) else read_recipe(recipe or "default")
+    ipc, pipc = (dict(override).get(key, raw.get(key, default)) for key, default in (("ipc", 1), ("pipc", 50)))
     raw = _with_rules(raw, ipc, pipc)
     if losses is not None:
-        fallback = _with_rules(read_recipe("default"), ipc, pipc) if _has_default() else {}
+        has_default = any(p.kind == "recipe" and p.name == "default" for p in registry.plugins())
+        fallback = _with_rules(read_recipe("default"), ipc, pipc) if has_default else {}
         raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
     assign_all(raw, override)
     check_depth(raw, "The recipe with what was set")
-    return parse_recipe({key: value if key in TOLD_APART else _with_home(value) for key, value in raw.items()})
+    with _blaming_flags(given, evaluation or {}):
+        built = parse_recipe({key: value if key in TOLD_APART else _with_home(value) for key, value in raw.items()})
+        if not built.name:
+            name = Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default"
+            built = msgspec.structs.replace(built, name=name)
+        if evaluators is not None:
+            names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
+            built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
+        for kind, name, _, _ in _components(built):
+            registry.find(kind, registry.split_name(name)[0])
+        dataset = registry.split_name(built.data.use)[0]
+        directories = [*(["--data-dir"] if "data.dir" in given else []), *(["--set data.dir"] if "data.dir" in dict(sets) else [])]
+        if directories and not registry.load("dataset", dataset).takes_directory:
+            refuse_unused(directories, f"the dataset '{dataset}' downloads nothing.")
+        if part is not None:
+            others = [path for path, _ in flattened(dict(sets)) if path.split(".")[0] not in part.used or path in part.unused]
+            refuse_unused([f"--set {path}" for path in others], part.why)
+        built = msgspec.structs.replace(built, evaluators=_with_options(built.evaluators, evaluation or {}, model))
+        with trust.granting(everything=True):  # to read options runs no code that they name; to build the component does
+            check_options(built, part)
+    return built
+
+
+def check_options(recipe: Recipe, part: Part | None = None) -> None:
+    """Raises InputError for an option that a component of the recipe does not have or allow, or that names code which may not run."""
+    for kind, name, options, where in _components(recipe):
+        if part is None or where.split(".")[0] in part.used:
+            registry.options_of(kind, name, options, where)
+
+
+@contextmanager
+def _blaming_flags(given: Mapping[str, Any], evaluation: Mapping[str, Any]) -> Iterator[None]:
+    """Turns an InputError about a value that a flag has set into a FlagError that names the flag."""
+    try:
+        yield
+    except InputError as error:
+        path = error.path or ""
+        if path in ("ipc", "pipc", "steps", "seed") and path in given and "is not possible" in str(error):
+            raise FlagError(f"--{path}: {error}") from None
+        if path.endswith(".protocol") and evaluation.get("protocol") is not None:
+            raise FlagError(f"--protocol: {error}") from None
+        raise
 
 
 def _with_home(value: Any) -> Any:
@@ -97,38 +168,20 @@ def _with_home(value: Any) -> Any:
     return [_with_home(item) for item in value] if isinstance(value, list) else value
 
 
-def _has_default() -> bool:
-    return any(p.kind == "recipe" and p.name == "default" for p in registry.plugins())
-
-
-def _final(raw: Raw, override: Iterable[tuple[str, Any]], key: str, default: Any) -> Any:
-    value = raw.get(key, default)
-    for path, replacement in override:
-        value = replacement if path == key else value
-    return value
-
-
 def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
     """Returns `raw` with the settings of every matching rule, in order, and without the rules."""
     result = copy.deepcopy(raw)
     rules = result.pop("rules", [])
     if not isinstance(rules, list):
         raise InputError("rules is an array of tables: [[rules]].", "rules")
+    values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
+    known = all(isinstance(value, int | float) for value in values.values())  # else the recipe's own check names the bad value
     for number, entry in enumerate(rules):
-        where = f"rules[{number}]"
-        rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, where)
-        if _matches(rule.when, ipc, pipc):
+        rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, f"rules[{number}]")
+        bounds = [(values[str(key)[:-4]], str(key)[-3:], bound) for key, bound in rule.when.items()] if known else []
+        if known and all(value >= bound if end == "min" else value <= bound for value, end, bound in bounds):
             assign_all(result, flattened(rule.set))
     return result
-
-
-def _matches(when: Mapping[Any, int], ipc: Any, pipc: Any) -> bool:
-    values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
-    if not all(isinstance(value, int | float) for value in values.values()):
-        return False  # the recipe's own check will name the bad value
-    least = all(values[key.removesuffix("_min")] >= bound for key, bound in when.items() if key.endswith("_min"))
-    most = all(values[key.removesuffix("_max")] <= bound for key, bound in when.items() if key.endswith("_max"))
-    return least and most
 
 
 def flattened(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
@@ -258,7 +311,8 @@ def _name_and_weight(item: str) -> tuple[str, float | None]:
 
 
 def _members(name: str, weight: float | None, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> list[tuple[str, Raw]]:
-    if name in tables or not _is_group(name):
+    is_group = any(p.kind == "loss-group" and p.name == name.rpartition("/")[2] for p in registry.plugins())
+    if name in tables or not is_group:
         table = _loss_table(name, tables, fallback)
         return [(name, table if weight is None else table | {"weight": weight})]
     members = [(member, _loss_table(member, tables, fallback)) for member in registry.load("loss-group", name).members]
@@ -281,10 +335,6 @@ def _loss_tables(raw: Raw) -> dict[str, Raw]:
     return dict(tables)
 
 
-def _is_group(name: str) -> bool:
-    return any(p.kind == "loss-group" and p.name == name.rpartition("/")[2] for p in registry.plugins())
-
-
 def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
     for source in (tables, fallback):
         if label in source:
@@ -295,75 +345,24 @@ def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, An
     return {}
 
 
-def recipe_for(
-    recipe: str | Path | Mapping[str, Any] | None = None,
-    *,
-    losses: str | None = None,
-    evaluators: str | None = None,
-    protocol: str | None = None,
-    model: str | None = None,
-    sets: Iterable[tuple[str, Any]] = (),
-    **values: Any,
-) -> Recipe:
-    """Returns the recipe that the arguments of `distill` describe, checked as far as that needs no torch.
+def _with_options(tables: Mapping[str, EvaluatorTable], asked: Mapping[str, Any], model: str | None) -> dict[str, EvaluatorTable]:
+    """Returns evaluator tables with each option of `asked` (None: not given), and the `model`, set if the evaluator has that option.
 
-    `values` are recipe paths with dots as double underscores (`data__use`); None means not given.
+    Raises FlagError for an option of `asked` that none of the evaluators has.
     """
-    sets = list(sets)
-    flags = {key.replace("__", "."): value for key, value in values.items() if value is not None}
-    directories = [*(["--data-dir"] if "data.dir" in flags else []), *(["--set data.dir"] if "data.dir" in dict(sets) else [])]
-    if model is not None:
-        flags |= {"teacher.model": model, "network.model": model}
-    built = build_recipe(recipe, losses=losses, sets=sets, flags=flags)
-    if not built.name:
-        built = msgspec.structs.replace(
-            built, name=Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default"
-        )
-    if evaluators is not None:
-        names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
-        built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
-    check_names(built)
-    dataset = registry.split_name(built.data.use)[0]
-    if directories and not registry.load("dataset", dataset).takes_directory:
-        refuse_unused(directories, f"the dataset '{dataset}' downloads nothing.")
-    return msgspec.structs.replace(built, evaluators=with_options(built.evaluators, ("model",), protocol=protocol, model=model))
-
-
-def check_used(sets: Iterable[tuple[str, Any]], used: Collection[str], unused: Collection[str], why: str) -> None:
-    """Raises FlagError for a path that is set and is not of the tables or values `used`, or is one of their values `unused`."""
-    paths = [path for path, _ in flattened(dict(sets))]
-    refuse_unused([f"--set {path}" for path in paths if path.split(".")[0] not in used or path in unused], why)
-
-
-def with_options(tables: Mapping[str, EvaluatorTable], optional: Collection[str] = (), **values: Any) -> dict[str, EvaluatorTable]:
-    """Returns evaluator tables with each of `values` (None: not given) set if the evaluator has that option.
-
-    Raises FlagError for one that is not `optional` and that none of the evaluators has.
-    """
-    given = {key: value for key, value in values.items() if value is not None}
-    if not given:
+    given = {key: value for key, value in asked.items() if value is not None}
+    if not given and model is None:
         return dict(tables)
     known = {name: fields(options_type(registry.load("evaluator", table.use or name))) for name, table in tables.items()}
     for key in given:
-        if key not in optional and not any(key in names for names in known.values()):
+        if not any(key in names for names in known.values()):
             why = f"none of the chosen evaluators ({', '.join(tables)}) has that option" if tables else "nothing is evaluated"
             raise FlagError(f"--{key} has no effect: {why}. Leave it out.")
+    given |= {} if model is None else {"model": model}
     return {
         name: msgspec.structs.replace(table, options=table.options | {k: v for k, v in given.items() if k in known[name]})
         for name, table in tables.items()
     }
-
-
-def check_names(recipe: Recipe) -> None:
-    """Raises PluginError for a component of the recipe that is not installed. Imports none of them."""
-    for kind, name, _, _ in _components(recipe):
-        registry.find(kind, registry.split_name(name)[0])
-
-
-def check_options(recipe: Recipe) -> None:
-    """Raises InputError for an option that a component of the recipe does not have or allow, as far as that needs no data."""
-    for kind, name, options, where in _components(recipe):
-        registry.options_of(kind, name, options, where)
 
 
 def _components(recipe: Recipe) -> list[tuple[str, str, Mapping[str, Any], str]]:

@@ -27,7 +27,7 @@ from ddkit.files import json_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import Teacher, load_teacher, tested
-from ddkit.recipes.resolve import check_used, flattened, recipe_for, with_options
+from ddkit.recipes.resolve import Part, flattened, resolve
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.directory import RunDirectory
@@ -38,8 +38,7 @@ from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
 log = logging.getLogger("ddkit")
-EVALUATING = ("data", "teacher", "train", "evaluators", "seed", "pipc")  # what of a recipe matters to an evaluation
-NOT_EVALUATING = ("data.batch",)
+EVALUATING = Part(("data", "teacher", "train", "evaluators", "seed", "pipc"), ("data.batch",), "the set is evaluated as it is.")
 
 
 def evaluate(
@@ -77,17 +76,18 @@ def evaluate(
         directory.read_evaluations()  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     with passing(dataset) as data, trust.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
-        base, own = (None if directory is None else directory.read_recipe()), list((sets or {}).items())
+        base, own = (None if directory is None else directory.read_recipe()), dict(sets or {})
         if base is None:
-            if data["data__use"] is None and not any(path == "data" or path.startswith("data.") for path, _ in own):
+            if data["dataset"] is None and not any(path == "data" or path.startswith("data.") for path in own):
                 raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
-            own = [(key, artifact.metadata[key]) for key in ("seed", "pipc") if key in artifact.metadata] + own
+            own = {key: artifact.metadata[key] for key in ("seed", "pipc") if key in artifact.metadata} | own
         elif evaluators is None and not base.get("evaluators"):
             evaluators = "accuracy"
-        recipe = recipe_for(base, evaluators=evaluators, sets=own, protocol=protocol, data__dir=data_dir, teacher__use=teacher, seed=seed,
-                            pipc=pipc, **data)  # fmt: skip
-        check_used((sets or {}).items(), EVALUATING, NOT_EVALUATING, "the set is evaluated as it is.")
-        recipe = msgspec.structs.replace(recipe, evaluators=with_options(recipe.evaluators, model=model, repeats=repeats))
+        asked = {"protocol": protocol, "model": model, "repeats": repeats}
+        recipe = resolve(
+            base, evaluators=evaluators, evaluation=asked, sets=own, part=EVALUATING, data_dir=data_dir, teacher=teacher, seed=seed,
+            pipc=pipc, **data,
+        )  # fmt: skip
         ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
         kept = "" if directory is None else f" {directory.path} is as it was."
         with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):

@@ -23,7 +23,7 @@ from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refus
 from ddkit.files import check_out, open_regular, read_tensors, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
-from ddkit.recipes.resolve import flattened, recipe_for
+from ddkit.recipes.resolve import flattened, resolve
 from ddkit.recipes.tables import DecodeTable
 from ddkit.run.artifact import Artifact, Record
 from ddkit.run.directory import RunDirectory, save_set
@@ -357,7 +357,7 @@ def _import_teacher(
     names = _names(classes, 2, path)
     check_outputs(path, names, state)
     info = DataInfo(class_names=tuple(names), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
-    table = recipe_for({"name": "import"}, model=model, sets=list(sets.items())).teacher
+    table = resolve({"name": "import"}, model=model, sets=sets).teacher
     with trust.granting({"model": model}, sets):
         factory = registry.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,27 +16,33 @@ import msgspec
 import torch
 from torch import Tensor
 
+from ddkit.components import registry
 from ddkit.components.base import Evaluation
 from ddkit.components.observers import Observers
+from ddkit.components.plugin_file import check_unchanged
 from ddkit.components.registry import watchers_of
+from ddkit.data.loading import left_alone
 from ddkit.data.real import passed_dataset
 from ddkit.distributed import Ranks
 from ddkit.engine.bank import Bank
-from ddkit.engine.loop import Engine
+from ddkit.engine.loop import Engine, deterministic
+from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.files import write_json
 from ddkit.nn.device import products
 from ddkit.nn.teacher import Teacher
 from ddkit.recipes.resolve import flattened
-from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
+from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.checkpoints import is_due
 from ddkit.run.directory import Follower, Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, outside
+from ddkit.run.estimates import estimated
 from ddkit.run.evaluation import run_evaluators
-from ddkit.run.manifest import EVALUATION, RECIPE, SET
+from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET, check_listed
 from ddkit.run.metrics import is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
-from ddkit.run.setup import RunSetup
+from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
 from ddkit.run.shares import silent
 from ddkit.run.snapshots import add_frame, is_frame
 
@@ -42,25 +50,11 @@ log = logging.getLogger("ddkit")
 
 
 class Place(NamedTuple):
-    """Where a run is made: on which device, by which processes, seen by whom. `whole` is the run that was asked for."""
+    """Where a run is made: on which device, by which processes, seen by whom."""
 
     device: str
     ranks: Ranks
     observers: Sequence[Any]
-    whole: Path | None = None
-
-    def watchers(self) -> Observers:
-        """Returns the observers, which only the first process has."""
-        return watchers_of(self.observers) if self.ranks.first else Observers([])
-
-    def going_on(self) -> str:
-        """Returns what an interrupted run says: what is kept, and the command that continues it."""
-        assert self.whole is not None
-        if not (self.whole / RECIPE).is_file():
-            return "The run had not begun, and nothing of it is kept: give the same command again."
-        if passed_dataset() is not None:
-            return f"What is done is kept. To go on: ddkit.resume({str(self.whole)!r}, dataset=...), with the same dataset."
-        return f"What is done is kept. To go on: ddkit distill --out {shlex.quote(str(self.whole))} --resume"
 
     def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
         """Returns what `claim` does in the first process, and in the others the same folder to follow."""
@@ -77,6 +71,22 @@ class Place(NamedTuple):
             raise
         return found
 
+    @contextmanager
+    def watching(self, directory: RunDirectory) -> Iterator[Observers]:
+        """Inside, warnings are kept for the manifest, and an interruption says how to go on; yields the observers, of the first process."""
+        watchers = watchers_of(self.observers) if self.ranks.first else Observers([])
+        with warnings.recording(), watchers.interruptible(lambda: _going_on(directory.path)):
+            yield watchers
+
+
+def _going_on(path: Path) -> str:
+    """Returns what an interrupted run says: what is kept, and the command that continues it."""
+    if not (path / RECIPE).is_file():
+        return "The run had not begun, and nothing of it is kept: give the same command again."
+    if passed_dataset() is not None:
+        return f"What is done is kept. To go on: ddkit.resume({str(path)!r}, dataset=...), with the same dataset."
+    return f"What is done is kept. To go on: ddkit distill --out {shlex.quote(str(path))} --resume"
+
 
 class Made(NamedTuple):
     """What a run works with: `recipe` is the resolved one."""
@@ -87,7 +97,139 @@ class Made(NamedTuple):
     recipe: Recipe
 
 
-def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False, plan: bool = False) -> Made:
+def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
+    """Returns what a run of `recipe` would do, as data, after all checks before its first step; trains no teacher and writes nothing."""
+    place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
+    with deterministic(recipe.engine.deterministic), left_alone():
+        made = _make(recipe, place, Observers([]), plan=True)
+        job = made.job
+        return {
+            "schema": 1,
+            "recipe": recipe_dict(made.recipe),
+            "device": str(job.device),
+            "processes": place.ranks.size,
+            "classes": list(job.info.class_names),
+            "image_shape": list(job.info.shape),
+            "accessible_images": len(job.real.indices),
+            "synthetic_images": job.info.classes * recipe.ipc,  # those that are stored
+            "teacher": recipe.teacher.use if job.needs_teacher else None,
+            "teacher_is_trained_first": job.teacher is not None and not job.teacher.path,
+            "teacher_accuracy": None if job.tested is None else msgspec.structs.asdict(job.tested),
+            "estimate": estimated(job),
+            "plugins": job.plugins_used,
+        }
+
+
+def run(recipe: Recipe, directory: RunDirectory, place: Place) -> Run:
+    """Makes a set of `recipe` in `directory`, evaluates it and returns the run; nothing stays of a run that took no step."""
+    with place.watching(directory) as watchers, deterministic(recipe.engine.deterministic):
+        try:
+            made = _make(recipe, place, watchers)
+            _begin(made, directory)
+        except BaseException:
+            directory.discard()
+            raise
+        try:
+            return _finish(made, directory, watchers, start=0)
+        except (Interrupted, KeyboardInterrupt):  # it can be continued
+            raise
+        except BaseException:
+            if not directory.has_stepped():
+                directory.discard()
+            raise
+
+
+def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Mapping[str, str]) -> Run:
+    """Continues the run in `directory` from its newest checkpoint; `moved` is where data and teacher are now, by flag."""
+    path, ranks = directory.path, place.ranks
+    with place.watching(directory) as watchers:
+        table = directory.read_recipe()
+        finished = ranks.told(steps in (None, parse_recipe(table).steps) and (path / MANIFEST).is_file())
+        refuse_unused(moved if finished else (), f"{path} is finished.")
+        if finished:
+            return _finished(directory, watchers)
+        table = _moved(table, moved, path) | ({} if steps is None else {"steps": steps})
+        recipe = parse_recipe(table)
+        with deterministic(recipe.engine.deterministic):
+            newest = directory.newest_checkpoint()
+            ranks.same("The newest checkpoint", None if newest is None else newest.step)
+            if newest is not None:
+                warnings.add(newest.warnings)
+                check_unchanged(newest.plugin_files, path)
+                if newest.step > recipe.steps:
+                    raise RunFilesError(f"{path} is at step {newest.step} already, past --steps {recipe.steps}.")
+            try:
+                made = _make(recipe, place, watchers, begun=newest is not None)
+            except InputError as error:
+                places = {f"--dataset {recipe.data.use}:PATH": recipe.data.options.get("path"), "--teacher FILE": recipe.teacher.use}
+                gone = [flag for flag, at in places.items() if at not in (None, "auto") and not Path(str(at)).exists()]
+                if gone:
+                    error.args = (f"{error} If it was moved: ddkit distill --resume --out {path} {' '.join(gone)}",)
+                raise
+            if newest is None:
+                directory.reopen()
+                _begin(made, directory)
+                return _finish(made, directory, watchers, start=0)
+            start = newest.step
+            _check_inputs(newest.inputs, made.job, path)
+            made.job.plugin_files = newest.plugin_files | made.job.plugin_files
+            try:
+                made.engine.load_state(start, made.bank.own_part(newest.state))
+            except (KeyError, ValueError) as error:
+                raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
+            directory.reopen()
+            directory.keep_checkpoints_until(start)
+            places_now = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
+            directory.write_recipe(table | places_now)
+            directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
+            return _finish(made, directory, watchers, start=start, spent=newest.seconds)
+
+
+def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[str, Any]:
+    """Returns the resolved recipe `table` with the places of data and teacher that are `given`; raises FlagError for other ones."""
+    table = copy.deepcopy(table)
+    if "--dataset" in given:
+        name, argument = registry.split_name(given["--dataset"])
+        own = table.get("data", {}).get("use", "digits")
+        key = registry.load("dataset", own).argument
+        if name != own or not argument or key is None:
+            now = f"--dataset {own}:PATH says where the same data are now" if key else "leave it out"
+            raise FlagError(
+                f"--dataset {given['--dataset']}: {path} is continued on its own data, which are of the dataset '{own}': {now}."
+            )
+        table["data"][key] = argument
+    if "--teacher" in given:
+        if given["--teacher"] == "auto" or table.get("teacher", {}).get("use", "auto") == "auto":
+            raise FlagError(f"--teacher {given['--teacher']}: only the file of a teacher can have been moved. Leave it out.")
+        table["teacher"]["use"] = given["--teacher"]
+    return table
+
+
+def _check_inputs(began: Mapping[str, str], job: RunSetup, path: Path) -> None:
+    """Raises RunFilesError where the run at `path` began with another teacher or other images; warns for an automatic teacher."""
+    renamed = next((digest for name, digest in began.items() if name.startswith(TEACHER_FILE)), None)
+    for name, digest in job.inputs.items():
+        then = began.get(name, renamed if name.startswith(TEACHER_FILE) else None)
+        if then in (None, digest):
+            continue
+        told = f"{name} is not what the run at {path} began with (sha256 {str(then)[:12]} then, {digest[:12]} now)"
+        if name != AUTOMATIC_TEACHER:
+            raise RunFilesError(f"{told}, so it cannot be continued exactly. Restore it, or start anew.")
+        log.warning("%s: it was trained again. The run goes on with this one, and is not the one that it would have been.", told)
+
+
+def _finished(directory: RunDirectory, watchers: Observers) -> Run:
+    """Returns a run that has all that it will have, from its files."""
+    facts = directory.read_manifest()
+    for name in facts["files"]:
+        check_listed(directory.path, name)
+    rows = msgspec.convert(directory.read_evaluations(), list[Evaluation])
+    log.warning("%s is finished: nothing was left to do.", directory.path)
+    watchers.call("run_finished", path=directory.path, evaluations=rows)
+    return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)
+
+
+def _make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False, plan: bool = False) -> Made:
     """Returns the objects of a run, after all checks that can be made before its first step; writes nothing but caches.
 
     `begun`: its set is to be read from a checkpoint. `plan`: no teacher is trained.
@@ -106,7 +248,7 @@ def make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = Fal
     return Made(job, bank, engine, resolved)
 
 
-def begin(made: Made, directory: RunDirectory) -> None:
+def _begin(made: Made, directory: RunDirectory) -> None:
     """Writes what a run that is cut off continues from."""
     directory.replace()
     directory.write_recipe(recipe_dict(made.recipe))
@@ -124,7 +266,7 @@ def _keep(index: int, job: RunSetup, bank: Bank, engine: Engine, directory: RunD
     directory.write_checkpoint(index, state, job.plugin_files, job.inputs, seconds, rowwise=rowwise, ranks=job.ranks)
 
 
-def finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int, spent: float = 0.0) -> Run:
+def _finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int, spent: float = 0.0) -> Run:
     """Takes the steps from `start` on, evaluates, and writes all files of the run; returns it. `spent`: seconds of the steps before."""
     job, bank, engine, recipe = made
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)

@@ -15,7 +15,7 @@ from ddkit.components.base import Fraction
 from ddkit.components.options import fields
 from ddkit.errors import DdkitError, FlagError, InputError, shown
 from ddkit.files import path_part, read_with_digest, sha256
-from ddkit.recipes.resolve import flattened, recipe_for
+from ddkit.recipes.resolve import flattened, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.manifest import MANIFEST, checked
 from ddkit.studies.study import Cell, Study
@@ -159,11 +159,11 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
         others = fields(Recipe).keys() - OF_REAL_IMAGES  # what is no key of a recipe stays, and is refused
         sets = [(path, value) for path, value in sets if path.split(".")[0] not in others]
     steps = None if "steps" in dict(own) else settings.steps  # a system may be there to try a number of them
-    return recipe_for(
+    return resolve(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
         losses=system.losses, evaluators="none", sets=sets,
         ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else steps,
-        data__use=settings.dataset, data__dir=settings.data_dir, teacher__use=settings.teacher,
+        dataset=settings.dataset, data_dir=settings.data_dir, teacher=settings.teacher,
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFile
 from ddkit.files import check_out, with_digest, write_atomic, write_json
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import read_teacher
-from ddkit.recipes.resolve import check_options, flattened, recipe_for
+from ddkit.recipes.resolve import check_options, flattened, resolve
 from ddkit.recipes.tables import recipe_dict
 from ddkit.run import children
 from ddkit.run.manifest import MANIFEST, RECIPE
@@ -126,9 +126,9 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
     for protocol, system in {task.evaluation.protocol: task.cell.system for task in reversed(tasks)}.items():
         table = study.systems.get(system)  # None: a blend's, which has the study's protocol
         key = f"systems.{system}.protocol" if table and table.protocol else "protocol"
-        options = recipe_for(REAL_IMAGES, evaluators="accuracy", protocol=protocol).evaluators["accuracy"].options
+        own = [] if settings.protocol else [("evaluators.accuracy.protocol", protocol)]
         with _told_of("" if settings.protocol else key):
-            registry.options_of("evaluator", "accuracy", options, "evaluators.accuracy")
+            resolve(REAL_IMAGES, evaluators="accuracy", evaluation={"protocol": settings.protocol}, sets=own)
     for task in (task for task in tasks if task.seed == 0 and not task.parts):  # other seeds have the same recipes
         with _told_of(f"systems.{task.cell.system}"):
             check_options(task.recipe)

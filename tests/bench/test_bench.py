@@ -124,7 +124,7 @@ def test_the_published_evaluation_learns() -> None:
 
 
 def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
-    from ddkit.cli.benching import _tables
+    from ddkit.cli.bench import _tables
 
     limits, steps, evaluation, loading = _tables(measured)
     assert "GFLOP/s" in limits

@@ -94,7 +94,7 @@ def test_commands_in_the_docs_parse(page: Path, command: str) -> None:
 
 def _check_names(flags: dict[str, Any]) -> None:
     """Raises where --losses, --set, --recipe and so on name what there is not (components of docs/ examples aside)."""
-    from ddkit.recipes.resolve import parse_set, recipe_for
+    from ddkit.recipes.resolve import resolve
 
     made_on_the_page = {
         "attention-matching",
@@ -104,11 +104,8 @@ def _check_names(flags: dict[str, Any]) -> None:
     words = {word for value in flags.values() for word in re.split(r"[,:]", str(value))}
     if words & made_on_the_page or "/" in str(flags.get("recipe") or "") or str(flags.get("recipe")).endswith(".toml"):
         return
-    recipe_for(
-        flags["recipe"], losses=flags.get("losses"), evaluators=flags.get("evaluate"), protocol=flags.get("protocol"),
-        model=flags.get("model"), sets=[parse_set(text) for text in flags["sets"]], ipc=flags.get("ipc"), pipc=flags.get("pipc"),
-        data__use=flags["dataset"], initializer__use=flags.get("init"), augmenter__use=flags.get("augment"),
-    )  # fmt: skip
+    names = ("losses", "evaluators", "model", "sets", "ipc", "pipc", "dataset", "init", "augment")
+    resolve(flags["recipe"], evaluation={"protocol": flags.get("protocol")}, **{name: flags[name] for name in names if flags.get(name)})
 
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))

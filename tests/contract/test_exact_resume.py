@@ -15,7 +15,7 @@ import ddkit
 from ddkit.api import resume
 from ddkit.components import registry
 from ddkit.files import read_tensors
-from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.resolve import resolve
 
 STEPS, CUTS = 5, (1, 2, 4)
 TINY = {
@@ -34,7 +34,7 @@ def own(kind: str) -> list[str]:
 def cases() -> dict[str, dict[str, Any]]:
     """Returns what each run is given, by a name: every loss, initializer, augmenter, recipe and optimizer, and all losses at once."""
     both = {"losses": "dm,dkkt"}
-    recipes = {name: recipe_for(name, ipc=2) for name in own("recipe")}
+    recipes = {name: resolve(name, ipc=2) for name in own("recipe")}
     renewed = {"network.renew_every": 2, "network.inner_epochs": 1}
     momentum = {"optimizer.images.kind": "sgd", "optimizer.images.momentum": 0.9}
     return {

@@ -190,12 +190,12 @@ def test_fields_that_ddkit_does_not_know_are_kept(runs: Path, tmp_path: Path) ->
 
 
 def test_a_kept_evaluation_of_a_study_is_read_with_its_figures_or_refused(tmp_path: Path) -> None:
-    from ddkit.recipes.resolve import recipe_for
+    from ddkit.recipes.resolve import resolve
     from ddkit.studies.grid import Evaluating, Task, kept_file, kept_row
     from ddkit.studies.study import Cell
 
     asked = Evaluating(protocol="short", labels="hard", images="synthetic", networks=None, teacher="")
-    task = Task(Cell(1, 1, "one"), 0, recipe_for("dm"), tmp_path / "one", asked)
+    task = Task(Cell(1, 1, "one"), 0, resolve("dm"), tmp_path / "one", asked)
     task.path.mkdir()
     (task.path / "manifest.json").touch()
     content = {"schema": 1, "row": ROW}

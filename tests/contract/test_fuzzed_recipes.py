@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import ddkit
 from ddkit import api
-from ddkit.recipes.resolve import parse_set, recipe_for
+from ddkit.recipes.resolve import parse_set, resolve
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, own_keys
 
 BASE: dict[str, Any] = tomllib.loads("""
@@ -171,18 +171,18 @@ def _no_training() -> Any:
 
 
 def test_the_recipe_that_is_mutated_is_valid() -> None:
-    assert _told(lambda: api.plan(recipe_for(BASE), device="cpu")) is None
+    assert _told(lambda: api.plan(BASE, device="cpu")) is None
 
 
 @settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(raw=recipes())
 def test_a_mutated_recipe_gives_a_plan_or_one_error(raw: dict[str, Any]) -> None:
-    _told(lambda: api.plan(recipe_for(raw), device="cpu"))
+    _told(lambda: api.plan(raw, device="cpu"))
 
 
 def test_among_mutated_recipes_are_plans_and_errors() -> None:
-    assert _told(lambda: api.plan(recipe_for(BASE | {"seed": 7}), device="cpu")) is None
-    told = _told(lambda: api.plan(recipe_for(BASE | {"seed": -7}), device="cpu"))
+    assert _told(lambda: api.plan(BASE | {"seed": 7}, device="cpu")) is None
+    told = _told(lambda: api.plan(BASE | {"seed": -7}, device="cpu"))
     assert told == "seed = -7 is not possible: expected int >= 0."
 
 
@@ -210,7 +210,7 @@ SET_VALUES = st.one_of(
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(path=SET_PATHS, value=SET_VALUES)
 def test_any_set_gives_a_recipe_or_one_error(path: str, value: str) -> None:
-    _told(lambda: recipe_for(None, sets=[parse_set(f"{path}={value}")]))
+    _told(lambda: resolve(None, sets=[parse_set(f"{path}={value}")]))
 
 
 NAMES = st.sampled_from([
@@ -222,7 +222,7 @@ NAMES = st.sampled_from([
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(losses=st.lists(st.one_of(SIGNS, NAMES), max_size=4).map(",".join))
 def test_any_losses_give_a_recipe_or_one_error(losses: str) -> None:
-    _told(lambda: recipe_for(None, losses=losses))
+    _told(lambda: resolve(None, losses=losses))
 
 
 # Files
@@ -250,7 +250,7 @@ def test_a_file_that_is_no_recipe_is_refused_and_runs_nothing(name: str, tmp_pat
     file = tmp_path / f"{name}.toml"
     text, said = FILES[name]
     file.write_text(text)
-    told = _told(lambda: api.plan(recipe_for(str(file)), device="cpu"))
+    told = _told(lambda: api.plan(str(file), device="cpu"))
     assert told is not None
     assert said in told
 
@@ -264,6 +264,6 @@ def test_what_set_reads_is_toml_else_text(text: str, value: Any) -> None:
 
 def test_more_images_than_the_machine_can_hold_are_refused() -> None:
     raw = BASE | {"ipc": 10**13, "initializer": {"use": "noise"}}
-    told = _told(lambda: api.plan(recipe_for(raw), device="cpu"))
+    told = _told(lambda: api.plan(raw, device="cpu"))
     assert told is not None
     assert told.startswith("ipc = 10000000000000 makes 23,841,858 GiB of images, and this machine has ")

@@ -23,13 +23,13 @@ import torch.distributed as distributed
 from torch import Tensor
 
 import ddkit
-from ddkit import api
 from ddkit import distributed as ddkit_distributed
 from ddkit.components import registry
 from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
-from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.resolve import resolve
 from ddkit.run.checkpoints import Checkpoints
+from ddkit.run.run import Place, planned
 from ddkit.run.setup import RunSetup
 from ddkit.testing import parts
 from ddkit.testing.parts import in_parts, part_of
@@ -236,16 +236,16 @@ def test_what_cannot_be_shared_is_refused_in_every_process(results: Path, size: 
 
 
 def test_a_plan_refuses_what_the_run_would(world: World) -> None:
-    loss = recipe_for("dm", data__use=f"npz:{world.data}", ipc=2, pipc=6)
-    plans = in_parts(2, lambda part: api._plan(loss, "cpu", part))
+    loss = resolve("dm", dataset=f"npz:{world.data}", ipc=2, pipc=6)
+    plans = in_parts(2, lambda part: planned(loss, Place("cpu", part, ())))
     rates = [plan["estimate"].pop("operations_per_second") * plan["estimate"].pop("seconds") for plan in plans]  # each measures its own
     assert rates[0] == pytest.approx(rates[1], rel=0.01)
     assert plans[0] == plans[1]
     assert (plans[0]["processes"], plans[0]["accessible_images"], len(plans[0]["classes"])) == (2, 30, 5), "of the whole, not of a part"
     with pytest.raises(InputError, match=r"6 processes were started for 5 classes"):
-        in_parts(6, lambda part: api._plan(loss, "cpu", part))
+        in_parts(6, lambda part: planned(loss, Place("cpu", part, ())))
     with pytest.raises(InputError, match=r"Use --set network\.norm=instance, or one process"):
-        in_parts(2, lambda part: api._plan(recipe_for("dm", sets=[("network.norm", "batch")]), "cpu", part))
+        in_parts(2, lambda part: planned(resolve("dm", sets=[("network.norm", "batch")]), Place("cpu", part, ())))
 
 
 def test_what_is_exchanged_is_what_the_losses_need(results: Path) -> None:
@@ -502,7 +502,7 @@ def test_more_processes_than_classes_are_refused() -> None:
 
 def test_the_chunks_of_a_run_do_not_depend_on_its_processes() -> None:
     """A run that was begun by many, each with few classes, may go on in one, which has them all to fit into engine.memory."""
-    recipe = recipe_for(None, losses="dm", ipc=10, pipc=10, evaluators="none", sets=[("engine.memory", 8)])
+    recipe = resolve(None, losses="dm", ipc=10, pipc=10, evaluators="none", sets=[("engine.memory", 8)])
     alone = RunSetup(recipe, device="cpu")
     assert 5 <= alone.decided.chunk < 10, "half of the classes would fit"
     half = RunSetup(recipe, device="cpu", ranks=Half())

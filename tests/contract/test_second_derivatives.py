@@ -13,7 +13,7 @@ from torch import nn
 
 from ddkit.components.trust import granting
 from ddkit.engine.loop import Engine
-from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.resolve import resolve
 from ddkit.run.setup import RunSetup
 from tests import factories
 from tests.conftest import Result
@@ -41,7 +41,7 @@ def test_fused_attention_is_given_up_for_second_derivatives_alone(monkeypatch: p
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", watched)
     with granting(everything=True):
         for losses, fused in (("dm", True), ("gm", False)):
-            recipe = recipe_for(None, losses=losses, evaluators="none", model="python:tests.factories.attentive", sets=[], steps=1)
+            recipe = resolve(None, losses=losses, evaluators="none", model="python:tests.factories.attentive", sets=[], steps=1)
             job = RunSetup(recipe, device="cpu")
             engine: Engine = job.engine(job.bank())
             seen.clear()

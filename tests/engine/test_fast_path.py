@@ -368,12 +368,12 @@ PEAK = """
 import re, sys
 import torch
 from ddkit.run.setup import RunSetup
-from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.resolve import resolve
 
 torch.set_num_threads(1)
 sets = {"engine.memory": int(sys.argv[2]), "network.width": 64, "network.depth": 3, "initializer.use": "noise"}
 sets |= {"teacher.use": sys.argv[4], "teacher.width": 64, "teacher.norm": "batch"}
-recipe = recipe_for(sys.argv[3], evaluators="none", data__use=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
+recipe = resolve(sys.argv[3], evaluators="none", dataset=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
 job = RunSetup(recipe, device="cpu")
 job.load_teacher()
 engine = job.engine(job.bank())

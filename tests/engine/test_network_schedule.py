@@ -21,7 +21,7 @@ from ddkit.engine.step import Step
 from ddkit.files import read_tensors, write_tensors
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network, network_tensors
-from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.resolve import resolve
 from ddkit.recipes.tables import Recipe, parse_recipe
 from ddkit.run.setup import RunSetup
 from tests.conftest import SMALL_FLAGS, Result
@@ -292,7 +292,7 @@ def test_a_bad_value_is_one_paragraph(cli: Callable[..., Result], setting: str, 
     [(1, 1, 1), (5, 10, 50), (10, 10, 50), (20, 20, 25), (30, 30, 20), (40, 40, 15), (50, 50, 10), (100, 50, 10)],
 )
 def test_the_recipe_dc_has_the_loops_of_the_public_code(ipc: int, outer: int, inner: int) -> None:
-    made: Recipe = recipe_for(str(DC), ipc=ipc)
+    made: Recipe = resolve(str(DC), ipc=ipc)
     assert (made.network.renew_every, made.network.inner_epochs, made.network.inner_lr) == (outer, inner, 0.01)
     assert made.steps == 1000 * outer
     assert (made.pipc, made.data.batch, made.augmenter.use, made.initializer.use) == ("all", 256, "none", "noise")

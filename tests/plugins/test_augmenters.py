@@ -15,7 +15,6 @@ from torch import Tensor
 import ddkit
 from ddkit import api
 from ddkit.components import registry
-from ddkit.recipes.resolve import recipe_for
 from ddkit.testing.world import Recorder, Setting, World
 
 Array = npt.NDArray[np.float64]
@@ -231,7 +230,7 @@ def test_no_flip_where_a_mirrored_image_changes_class() -> None:
         dsv = augmenter("dsv", mirror=mirror, flip_probability=1.0, crop=0.0, translation=0.0, **options)
         torch.testing.assert_close(dsv.apply(x, dsv.sample(draw(), 9)), x.flip(3) if flips else x)
     assert [registry.load("dataset", name).mirror for name in ("digits", "mnist", "cifar10")] == [False, False, True]
-    recipe = api.plan(recipe_for("default"))["recipe"]  # of digits
+    recipe = api.plan("default")["recipe"]  # of digits
     assert recipe["augmenter"]["flip"] is recipe["views"]["default"]["flip"] is False
 
 

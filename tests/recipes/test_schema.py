@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 
 import ddkit
 from ddkit.components import registry
-from ddkit.recipes.resolve import build_recipe, recipe_for
+from ddkit.recipes.resolve import resolve
 from ddkit.recipes.schema import recipe_schema
 from tests.conftest import SMALL, Result
 
@@ -116,7 +116,7 @@ def _alone(table: dict[str, Any]) -> dict[str, Any]:
 
 def _use(table: dict[str, Any]) -> None:
     """Reads a recipe as a run does, with the options of every component that it names."""
-    built = build_recipe(table, flags={"ipc": table["ipc"]})
+    built = resolve(table, ipc=table["ipc"])
     registry.options_of("dataset", built.data.use, built.data.options, "data")
     registry.options_of("model", built.teacher.model, built.teacher.options, "teacher")
     for label, loss in built.losses.items():
@@ -137,7 +137,7 @@ def test_every_table_and_component_of_ddkit_is_in_it() -> None:
     kinds = ("loss", "initializer", "augmenter", "evaluator", "model", "dataset")
     own = [(p.kind, p.name) for p in registry.plugins() if p.first_party and p.kind in kinds]
     assert [name for kind, name in own if f"options of the {kind} {name}" not in found["$defs"]] == []
-    assert set(found["$defs"]["Recipe"]["properties"]) == {*recipe_for("dm").__struct_fields__, "rules"}
+    assert set(found["$defs"]["Recipe"]["properties"]) == {*resolve("dm").__struct_fields__, "rules"}
 
 
 def test_the_command_prints_it_and_nothing_else(cli: Cli) -> None:

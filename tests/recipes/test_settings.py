@@ -12,7 +12,7 @@ import torch
 
 import ddkit
 from ddkit.engine.loop import deterministic
-from ddkit.recipes.resolve import recipe_for
+from ddkit.recipes.resolve import resolve
 from ddkit.run.setup import RunSetup
 from tests.conftest import SMALL_FLAGS, Result
 
@@ -41,7 +41,7 @@ def _on_a_gpu(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *arguments, **more: module)
     monkeypatch.setattr("ddkit.run.setup.ExecutionPlan", lambda *arguments, **more: SimpleNamespace(needs_network=True))
     sets = [("engine.deterministic", True), *given.pop("sets", [])]
-    RunSetup(recipe_for(losses="dm,dkkt", pipc=2, evaluators="none", sets=sets, **given))
+    RunSetup(resolve(losses="dm,dkkt", pipc=2, evaluators="none", sets=sets, **given))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_what_cannot_be_deterministic_on_a_gpu_is_refused_by_name_before_the_run
     monkeypatch: pytest.MonkeyPatch, augmenter: str, sets: list[tuple[str, Any]], named: list[str]
 ) -> None:
     with pytest.raises(ddkit.InputError) as caught:
-        _on_a_gpu(monkeypatch, initializer__use="real", augmenter__use=augmenter, sets=sets)
+        _on_a_gpu(monkeypatch, init="real", augment=augmenter, sets=sets)
     assert "on cuda these components cannot give the same bytes twice" in str(caught.value)
     for words in named:
         assert words in str(caught.value)
@@ -64,7 +64,7 @@ def test_what_cannot_be_deterministic_on_a_gpu_is_refused_by_name_before_the_run
 
 def test_a_view_that_cannot_be_is_named_with_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ddkit.InputError, match=r"augmenter 'dsa' of views\.default"):
-        _on_a_gpu(monkeypatch, augmenter__use="none")
+        _on_a_gpu(monkeypatch, augment="none")
 
 
 def test_what_can_be_deterministic_on_a_gpu_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:

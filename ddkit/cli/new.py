@@ -25,6 +25,3 @@ def new(kind: str, name: str, out: Path | None) -> None:
     wanted = registry.parse_kind(kind)
     folder = scaffold.new_package(wanted, name, out)
     show(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")
-
-
-COMMANDS = (new,)

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Alphas, Cells, Place, Shard, blaming_flags, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.cli.common import Alphas, Cells, Place, Shard, as_json, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.components import trust
 from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFailed, doubles
 
@@ -32,42 +33,40 @@ from ddkit.errors import FlagError, RunFailed, doubles
 @click.option("--show", is_flag=True, help="Only tell what is there; run nothing.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @quiet
-def reproduce(study: str, **flags: Any) -> None:
+def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: Any) -> None:
     """Run a study and show its figures beside the published ones. A study is systems times cells.
 
     What is finished is kept; a second call continues. `ddkit list studies` shows those that come along. Under torchrun the processes
     make a share of the sets each; machines that know nothing of one another take --shard I/N, and --merge puts their results together.
     """
-    set_verbosity(flags["quiet"])
-    if flags["markdown"] and flags["as_json"]:
+    set_verbosity(quiet)
+    if markdown and as_json:
         raise FlagError("--markdown and --json are two forms of one output; choose one.")
     if flags["seed"] is not None:
         raise FlagError("--seed: a study makes sets of seeds 0, 1, ...; say how many with --seeds.")
     if flags["show"]:
         refuse_given(("jobs", "shard", "device"), "--show runs nothing.")
-    from ddkit.recipes.resolve import parse_set
-    from ddkit.studies import runner as work
+    from ddkit.studies import runner
     from ddkit.studies.grid import Settings
     from ddkit.studies.results import report_json, report_table
     from ddkit.studies.study import read_study
 
     found = read_study(study)
     settings = Settings(
-        seeds=flags["seeds"], networks=flags["repeats"], protocol=flags["protocol"], steps=flags["steps"], dataset=flags["dataset"],
-        data_dir=flags["data_dir"], teacher=flags["teacher"], sets=tuple(parse_set(text) for text in flags["sets"]),
-        device=flags["device"], jobs=flags["jobs"], alphas=flags["alphas"],
+        networks=flags["repeats"], sets=tuple(flags["sets"].items()),
+        **{key: flags[key] for key in ("seeds", "protocol", "steps", "dataset", "data_dir", "teacher", "device", "jobs", "alphas")},
     )  # fmt: skip
-    names = None if flags["systems"] is None else _names(flags["systems"])
-    with blaming_flags(flags):
-        report = work.reproduce(
-            found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"], systems=names, run=not flags["show"],
-            report=lambda line: None if flags["quiet"] or follows() else click.echo(line, err=True), part=flags["shard"] or (0, 1),
+    with trust.granting({"dataset": flags["dataset"]}, flags["sets"], everything=flags["allow_code"]):
+        report = runner.reproduce(
+            found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"],
+            systems=None if flags["systems"] is None else _names(flags["systems"]), run=not flags["show"],
+            report=lambda line: None if quiet or follows() else click.echo(line, err=True), part=flags["shard"] or (0, 1),
             merged=flags["merged"], distributed=True,
         )  # fmt: skip
-    if flags["as_json"]:
+    if as_json:
         echo_json(report_json(report))
     else:
-        show(report_table(report, "pipe" if flags["markdown"] else "simple"))
+        show(report_table(report, "pipe" if markdown else "simple"))
         for picture in report.pictures:
             show(f"picture  {picture}")
     if any(figure.failed for figure in report.figures):
@@ -89,7 +88,7 @@ def _names(text: str) -> list[str]:
 @click.argument("second", metavar="B", type=click.Path())
 @click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of B: the result is (1 - alpha) A + alpha B.")
 @click.option("--out", required=True, metavar="DIR", type=Place(), help="Run directory, absent or empty.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@as_json
 def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> None:
     """Average two synthetic sets, image by image. Both have the same classes and ipc.
 
@@ -102,6 +101,3 @@ def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> No
         echo_json({"schema": 1, "run": str(run.path), "alpha": alpha, "first": first, "second": second})
     else:
         show(f"run      {run.path}\npicture  {run.path / 'preview.png'}\nreport   {run.path / 'report.html'}")
-
-
-COMMANDS = (reproduce, blend)

@@ -9,19 +9,18 @@ from typing import Any
 import click
 
 from ddkit.cli.catalogue import found_plugin, namesakes
-from ddkit.cli.common import echo_json, plugin_files, refuse_given, show
-from ddkit.cli.names import Names
+from ddkit.cli.common import Names, as_json, echo_json, plugin_files, refuse_given, set_option, show
 from ddkit.components import registry
 from ddkit.errors import DdkitError, FlagError
 
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
-@click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the component, where its default does not suit.")
+@set_option("An option of the component, where its default does not suit.", "OPTION=VALUE")
 @click.option("--data-dir", metavar="DIR", help="Folder for a dataset that downloads.")
 @plugin_files
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, as_json: bool) -> None:
+@as_json
+def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as_json: bool) -> None:
     """Check what a component promises. This runs the conformance suite of its kind, without pytest.
 
     Exit code 0 where every check holds or deviates as the component declares, 1 where one is broken.
@@ -34,11 +33,10 @@ def check(words: tuple[str, ...], sets: tuple[str, ...], data_dir: str | None, a
     plugin = found_plugin((*words[:-1], name), testing.SUITES)
     if plugin.kind != "dataset" or not registry.load_plugin(plugin).takes_directory:
         refuse_given(["data_dir"], f"the {plugin.kind} '{plugin.name}' downloads nothing.")
-    from ddkit.recipes.resolve import assign, parse_set
+    from ddkit.recipes.resolve import assign
 
     table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
-    for text in sets:
-        path, value = parse_set(text)
+    for path, value in sets.items():
         assign(table, f"evaluators.{name}.{path}", value)
     options = table["evaluators"][name]
     qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
@@ -66,6 +64,3 @@ def _show(plugin: registry.Plugin, outcomes: list[Any]) -> None:
     count = Counter(outcome.status for outcome in outcomes)
     deviating = f", {count['deviates']} deviate{'s' if count['deviates'] == 1 else ''} on purpose" if count["deviates"] else ""
     show(f"\n{plugin.label}: {count['ok']} of {len(outcomes)} checks hold{deviating}")
-
-
-COMMANDS = (check,)

@@ -6,7 +6,8 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, echo_json, quiet, refuse_given, show
+from ddkit.cli.common import Cells, as_json, echo_json, quiet, refuse_given, set_option, show
+from ddkit.components import trust
 from ddkit.errors import FlagError
 
 
@@ -65,10 +66,10 @@ USED_BY = {  # the parts that a flag matters to; all others matter to all
 @click.option("--networks", type=click.IntRange(min=1), default=10, show_default=True, help="Networks for which the evaluation decides.")
 @click.option("--files", type=NUMBERS, default="1000,5000,50000", show_default=True, help="Files of the image folders that are loaded.")
 @click.option("--plain/--no-plain", default=True, help="Whether to run the plain loops beside, for the ratios.")
-@click.option("--set", "sets", multiple=True, metavar="PATH=VALUE", help="Set any recipe value of the steps, e.g. engine.compile=false.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+@set_option("Set any recipe value of the steps, e.g. engine.compile=false.")
+@as_json
 @quiet
-def bench(parts: tuple[str, ...], **flags: Any) -> None:
+def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> None:
     """Measure speed and memory on this machine. The images are random; steps and evaluation are measured unless PARTS say otherwise.
 
     \b
@@ -79,6 +80,8 @@ def bench(parts: tuple[str, ...], **flags: Any) -> None:
     startup     seconds of --help, of list, and of a run of one step
     """
     from ddkit import bench as benching
+    from ddkit.nn.device import pick_device
+    from ddkit.recipes.resolve import resolve
 
     unknown = [part for part in parts if part not in benching.PARTS]
     if unknown:
@@ -86,35 +89,27 @@ def bench(parts: tuple[str, ...], **flags: Any) -> None:
     parts = parts or benching.Settings().parts
     unused = [name for name, users in USED_BY.items() if not set(users) & set(parts)]
     refuse_given(unused, f"only {' and '.join(dict.fromkeys(parts))} {'are' if len(set(parts)) > 1 else 'is'} measured.")
-    if flags["cells"]:
+    sets, cells, channels = flags.pop("sets"), flags.pop("cells"), int(flags.pop("channels"))
+    if cells:
         refuse_given(("ipc", "pipc"), "--cells has the pairs.")
-    settings = _settings(parts, flags)
-    result = benching.bench(settings, (lambda text: None) if flags["quiet"] else lambda text: click.echo(text, err=True))
-    if flags["as_json"]:
-        echo_json(result)
-    else:
-        show("\n\n".join(_tables(result)))
-
-
-def _settings(parts: tuple[str, ...], flags: dict[str, Any]) -> Any:
-    from ddkit.bench import Settings
-    from ddkit.nn.device import pick_device
-    from ddkit.recipes.resolve import parse_set, recipe_for
-
-    sets = tuple(parse_set(text) for text in flags["sets"])
     for losses in flags["losses"]:
-        recipe_for("practical", losses=losses, evaluators="none", sets=sets)
+        resolve("practical", losses=losses, evaluators="none", sets=sets)
     for device in flags["devices"]:
         if device not in ("auto", "cpu"):
             pick_device(device)
     if min(flags["files"]) < flags["classes"][0]:
         raise FlagError(f"--files {min(flags['files'])}: a folder of {flags['classes'][0]} classes needs an image for each of them.")
-    cells = flags["cells"] or tuple((ipc, pipc) for ipc in flags["ipc"] for pipc in flags["pipc"])
-    return Settings(
-        parts=parts, losses=flags["losses"], cells=cells, classes=flags["classes"], sizes=flags["size"],
-        channels=int(flags["channels"]), devices=flags["devices"], files=flags["files"], runs=flags["runs"], steps=flags["steps"],
-        run_steps=flags["run_steps"], networks=flags["networks"], plain=flags["plain"], sets=sets,
-    )  # fmt: skip
+    ipcs, pipcs = flags.pop("ipc"), flags.pop("pipc")
+    pairs = tuple((ipc, pipc) for ipc in ipcs for pipc in pipcs)
+    settings = benching.Settings(
+        parts=parts, cells=cells or pairs, sizes=flags.pop("size"), channels=channels, sets=tuple(sets.items()), **flags
+    )
+    with trust.granting(sets):
+        result = benching.bench(settings, (lambda text: None) if quiet else lambda text: click.echo(text, err=True))
+    if as_json:
+        echo_json(result)
+    else:
+        show("\n\n".join(_tables(result)))
 
 
 def _tables(result: dict[str, Any]) -> list[str]:
@@ -189,6 +184,3 @@ def _table(name: str, rows: list[dict[str, Any]], runs: int) -> str:
     used = [column for column in COLUMNS[name] if column[1] not in said and any(row.get(column[1]) is not None for row in rows)]
     lines = [["-" if row.get(key) is None else show(row[key]) for _, key, show in used] for row in rows]
     return f"{title}\n\n{tabulate(lines, [title for title, _, _ in used], tablefmt='github', disable_numparse=True)}"
-
-
-COMMANDS = (bench,)

@@ -7,9 +7,9 @@ from typing import Any
 import click
 
 from ddkit.cli.common import (
+    Names,
     Pipc,
     Place,
-    blaming_flags,
     echo_json,
     evaluation_table,
     options,
@@ -21,21 +21,7 @@ from ddkit.cli.common import (
     show,
     verbose,
 )
-from ddkit.cli.names import Names
 from ddkit.errors import FlagError
-
-FLAG_PATHS = {
-    "dataset": "data__use",
-    "data_dir": "data__dir",
-    "teacher": "teacher__use",
-    "init": "initializer__use",
-    "augment": "augmenter__use",
-    "ipc": "ipc",
-    "pipc": "pipc",
-    "steps": "steps",
-    "seed": "seed",
-    "deterministic": "engine__deterministic",
-}
 
 recipe_flags = options(
     click.option("--recipe", type=Names("recipe", files=".toml"), metavar="NAME|FILE", help="Recipe to start from (default: default)."),
@@ -56,7 +42,7 @@ recipe_flags = options(
     click.option(
         "--augment", type=Names("augmenter"), metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."
     ),
-    click.option("--evaluate", type=Names("evaluator", many=True), metavar="NAMES|none", help="Evaluators, or none."),
+    click.option("--evaluate", "evaluators", type=Names("evaluator", many=True), metavar="NAMES|none", help="Evaluators, or none."),
     protocol,
     click.option(
         "--deterministic",
@@ -80,109 +66,72 @@ recipe_flags = options(
 @click.option("--plan", is_flag=True, help="Show what would be done; train and write nothing.")
 @quiet
 @verbose
-def distill(**flags: Any) -> None:
+def distill(resume: bool, plan: bool, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Make a synthetic training set.
 
     Without flags: 1 image per class of the digits that come along, in a minute.
     """
-    set_verbosity(flags["quiet"], flags["verbose"])
-    _check_force(flags)
-    if flags["resume"]:
-        _show_run(_resumed(flags), flags["as_json"])
-        return
-    recipe = _recipe(flags)
+    set_verbosity(quiet, verbose)
+    _check_modes(resume, plan, flags)
     from ddkit import api
     from ddkit.cli.progress import watching
 
-    if flags["plan"]:
-        from ddkit.run.directory import check_claimable
-
-        with blaming_flags(flags):
-            if flags["out"] is not None:
-                check_claimable(flags["out"], force=False)
-            _show_plan(api.plan(recipe, device=flags["device"], distributed=True), flags["as_json"])
+    if plan:
+        del flags["force"]
+        planned = api.plan(flags.pop("recipe"), distributed=True, **flags)
+        echo_json(planned) if as_json else _show_plan(planned)
         return
-    with blaming_flags(flags), watching(flags["quiet"], flags["verbose"]) as observers:
-        run = api.run_recipe(
-            recipe,
-            losses=flags["losses"],
-            device=flags["device"],
-            out=flags["out"],
-            observers=observers,
-            distributed=True,
-            force=flags["force"],
-        )
-    _show_run(run, flags["as_json"])
+    with watching(quiet, verbose) as observers:
+        if resume:
+            kept = {name: flags[name] for name in ("dataset", "teacher", "steps", "device", "allow_code")}
+            run = api.resume(flags["out"], observers=observers, distributed=True, **kept)
+        else:
+            run = api.distill(observers=observers, distributed=True, **flags)
+    _show_run(run, as_json)
 
 
-def _check_force(flags: dict[str, Any]) -> None:
-    """Raises FlagError if --force has no run to replace."""
-    for name, why in (("resume", "continues the run that is there"), ("plan", "writes nothing")):
-        if flags["force"] and flags[name]:
+OF_THE_CALL = ("dataset", "teacher", "steps", "device", "out", "allow_code", "force")  # what --resume goes with, or is told of otherwise
+
+
+def _check_modes(resume: bool, plan: bool, flags: dict[str, Any]) -> None:
+    """Raises FlagError for flags that cannot go together with --force, --resume or --plan."""
+    for given, name, why in ((resume, "resume", "continues the run that is there"), (plan, "plan", "writes nothing")):
+        if flags["force"] and given:
             raise FlagError(f"--force replaces the run in --out, and --{name} {why}. Leave one of them out.")
     if flags["force"] and flags["out"] is None:
         raise FlagError("--force replaces the run in --out: name it, for example --out runs/dm-digits-1 --force.")
-
-
-def _recipe(flags: dict[str, Any]) -> Any:
-    from ddkit.recipes.resolve import parse_set, recipe_for
-
-    paths = {path: flags[name] for name, path in FLAG_PATHS.items()}
-    with blaming_flags(flags):
-        return recipe_for(
-            flags["recipe"], losses=flags["losses"], evaluators=flags["evaluate"], protocol=flags["protocol"], model=flags["model"],
-            sets=[parse_set(text) for text in flags["sets"]], **paths,
-        )  # fmt: skip
-
-
-def _resumed(flags: dict[str, Any]) -> Any:
-    own = {*FLAG_PATHS, "recipe", "losses", "model", "evaluate", "protocol"} - {"steps", "dataset", "teacher"}
-    given = [name for name in flags if name in own and flags[name] is not None]
-    if given or flags["sets"]:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given or ["set"])
-        raise FlagError(f"--resume takes the run's own recipe; {names} cannot change it. Start a new run, or leave it out.")
-    if flags["plan"]:
+    if not resume:
+        return
+    given_flags = [name for name, value in flags.items() if value not in (None, {}) and name not in OF_THE_CALL]
+    if given_flags:
+        names = {"sets": "set", "evaluators": "evaluate"}
+        told = ", ".join(f"--{names.get(name, name).replace('_', '-')}" for name in given_flags)
+        raise FlagError(f"--resume takes the run's own recipe; {told} cannot change it. Start a new run, or leave it out.")
+    if plan:
         raise FlagError("--resume continues a run at once; --plan goes with a new one. Leave one of them out.")
     if flags["out"] is None:
         raise FlagError("--resume continues the run in --out: name it, for example --out runs/dm-digits-1 --resume.")
-    from ddkit import api
-    from ddkit.cli.progress import watching
-
-    with watching(flags["quiet"], flags["verbose"]) as observers:
-        return api.resume(
-            flags["out"], dataset=flags["dataset"], teacher=flags["teacher"], steps=flags["steps"], device=flags["device"],
-            observers=observers, distributed=True,
-        )  # fmt: skip
 
 
-def _show_plan(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        echo_json(plan)
-        return
+def _show_plan(plan: dict[str, Any]) -> None:
     import tomli_w
 
     show(tomli_w.dumps(plan["recipe"]))
     in_processes = f" in {plan['processes']} processes" if plan["processes"] > 1 else ""
     height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
+    found, cost = plan["teacher_accuracy"], plan["estimate"]
+    known = "" if found is None else f" (right on {100 * found['accuracy']:.1f} % of {found['images']} accessible images)"
+    waits = ", which is trained first and kept for the next time" if plan["teacher_is_trained_first"] else ""
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
-        f"{plan['device']}{in_processes}; teacher: {_teacher_of(plan)}."
+        f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}{known}{waits}."
     )
-    cost = plan["estimate"]
     show(
         f"It takes {_about(cost['seconds'])} and {cost['memory_mib'] / 1024:.1f} GiB of memory here: "
         f"{sum(cost['operations'].values()):.1e} operations, and this machine multiplies matrices at "
         f"{cost['operations_per_second'] / 1e9:,.0f} GFLOP/s now."
     )
-
-
-def _teacher_of(plan: dict[str, Any]) -> str:
-    """Returns which teacher a plan has, whether it is trained first, and how good it is."""
-    found = plan.get("teacher_accuracy")
-    known = "" if found is None else f" (right on {100 * found['accuracy']:.1f} % of {found['images']} accessible images)"
-    waits = ", which is trained first and kept for the next time" if plan.get("teacher_is_trained_first") else ""
-    return f"{plan['teacher'] or 'none needed'}{known}{waits}"
 
 
 def _about(seconds: float) -> str:
@@ -200,17 +149,8 @@ def _show_run(run: Any, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        rows = msgspec.to_builtins(run.evaluations)
-        echo_json(
-            {
-                "schema": 1,
-                "run": str(run.path),
-                "steps": run.steps,
-                "seconds": round(run.seconds, 3),
-                "shares": run.shares,
-                "evaluations": rows,
-            }
-        )
+        facts = {"schema": 1, "run": str(run.path), "steps": run.steps, "seconds": round(run.seconds, 3), "shares": run.shares}
+        echo_json(facts | {"evaluations": msgspec.to_builtins(run.evaluations)})
         return
     if run.evaluations:
         show(evaluation_table(run.evaluations))
@@ -236,28 +176,19 @@ def _show_run(run: Any, as_json: bool) -> None:
 @click.option("--out", required=True, metavar="FILE", type=Place(), help="Teacher file to write, .safetensors.")
 @quiet
 @verbose
-def train(**flags: Any) -> None:
+def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Train a teacher on all training images and save it.
 
     Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8
     """
-    set_verbosity(flags["quiet"], flags["verbose"])
-    from ddkit.recipes.resolve import parse_set
-
-    sets = [parse_set(text) for text in flags["sets"]]
+    set_verbosity(quiet, verbose)
     from ddkit import api
     from ddkit.cli.progress import watching
 
-    with watching(flags["quiet"], flags["verbose"]) as observers:
-        teacher = api.train(
-            flags["out"], dataset=flags["dataset"], model=flags["model"], data_dir=flags["data_dir"], seed=flags["seed"],
-            recipe=flags["recipe"], sets=dict(sets), device=flags["device"], observers=observers,
-        )  # fmt: skip
+    with watching(quiet, verbose) as observers:
+        teacher = api.train(observers=observers, **flags)
     found = teacher.info["test_accuracy"]
-    if flags["as_json"]:
+    if as_json:
         echo_json({"schema": 1, "teacher": str(flags["out"]), "test_accuracy": found, "model": teacher.info["model"]})
     else:
         show(f"teacher  {flags['out']}\ntest accuracy  {percent(found, None)}")
-
-
-COMMANDS = (distill, train)

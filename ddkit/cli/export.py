@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Place, echo_json, plugin_files, show
+from ddkit.cli.common import Place, as_json, echo_json, plugin_files, set_option, show
 
 SHOWN = 12  # files that the text names; --json has all
 
@@ -16,18 +16,20 @@ SHOWN = 12  # files that the text names; --json has all
 @click.argument("target", metavar="RUN|FILE", type=click.Path())
 @click.option("--to", required=True, metavar="NAME[:ARG]", help="Exporter: imagefolder, npz, png, card, ...")
 @click.option("--out", required=True, metavar="DIR", type=Place(), help="Folder to write, absent or empty.")
-@click.option("--set", "sets", multiple=True, metavar="OPTION=VALUE", help="An option of the exporter, e.g. columns=10.")
+@set_option("An option of the exporter, e.g. columns=10.", "OPTION=VALUE")
 @plugin_files
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool) -> None:
+@as_json
+def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool) -> None:
     """Write a synthetic set in a format that others read. The card beside it says what it is.
 
     `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
     """
-    from ddkit.recipes.resolve import parse_set
-    from ddkit.run.exporting import export as write
+    from ddkit import api
+    from ddkit.run.manifest import file_entry
 
-    files = _files(write(target, to, out, options=dict(parse_set(text) for text in sets)))
+    folder = api.export(target, to, out, options=sets)
+    found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), path))
+    files = [{"name": path.relative_to(folder).as_posix(), **file_entry(path)} for path in found]
     if as_json:
         echo_json({"schema": 1, "exporter": to.partition(":")[0], "out": str(out), "files": files})
         return
@@ -35,14 +37,3 @@ def export(target: str, to: str, out: Path, sets: tuple[str, ...], as_json: bool
         show(f"{entry['bytes']:>12,}  {out / entry['name']}")
     if len(files) > SHOWN:
         show(f"{sum(entry['bytes'] for entry in files[SHOWN:]):>12,}  in {len(files) - SHOWN} more files")
-
-
-def _files(folder: Path) -> list[dict[str, Any]]:
-    """Returns name, size in bytes and sha256 of every file, those of the folder itself first."""
-    from ddkit.run.manifest import file_entry
-
-    found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), path))
-    return [{"name": path.relative_to(folder).as_posix(), **file_entry(path)} for path in found]
-
-
-COMMANDS = (export,)
