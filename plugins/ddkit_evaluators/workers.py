@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-import queue
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextvars import copy_context
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -29,90 +29,53 @@ TENSORS, SETTINGS = "tensors.safetensors", "settings.json"
 
 
 def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list[float]:
-    """Returns the accuracy of every task, from `workers` processes; what they could not do is done here, and said."""
+    """Returns the accuracy of every task, from `workers` processes; what they could not do is done here, and said.
+
+    The other processes start when the first has compiled: they find the code in the cache.
+    """
     found: dict[Task, float] = {}
-    with tempfile.TemporaryDirectory(prefix="ddkit-") as folder:
-        crew = _Crew(Path(folder), tasks)
+    waiting, compiled, problem = iter(tasks), True, ""
+    with tempfile.TemporaryDirectory(prefix="ddkit-") as place, ThreadPoolExecutor(workers) as pool, ExitStack() as children:
+        folder = Path(place)
+        running: dict[Future[dict[str, Any]], tuple[ddkit.Child, Task | None]] = {}  # a process that starts has no task
+
+        def start(number: int) -> None:
+            child = ddkit.Child(__name__, str(folder), errors=folder / f"errors-{number}.txt")
+            children.callback(child.stop)
+            running[pool.submit(child.answer)] = (child, None)
+
         try:
-            _write(trainer, Path(folder), tasks, threads=max(1, torch.get_num_threads() // workers))
-            crew.start(workers)
-            for task, accuracy in crew.results():
-                found[task] = accuracy
-                trainer.data.report(len(found), len(tasks))
+            _write(trainer, folder, tasks, threads=max(1, torch.get_num_threads() // workers))
+            start(0)
+            others = iter(range(1, workers))
+            while running:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    for number in others:
+                        start(number)
+                    child, task = running.pop(future)
+                    try:
+                        answer = future.result()
+                    except ddkit.ChildEnded as error:
+                        problem = str(error)
+                        continue
+                    if task is None:
+                        compiled &= bool(answer["compiled"])
+                    else:
+                        found[task] = float(answer["accuracy"])
+                        trainer.data.report(len(found), len(tasks))
+                    task = next(waiting, None)
+                    if task is not None:
+                        running[pool.submit(child.ask, task)] = (child, task)
         except (OSError, SafetensorError) as error:  # the temporary folder is full, or cannot be written
-            crew.problem = f"could not be started ({' '.join(str(error).split())})"
-        finally:
-            crew.stop()
-    if not crew.compiled:
+            problem = f"could not be started ({' '.join(str(error).split())})"
+    if not compiled:
         log.warning("torch.compile did not work in a process that trains networks; it went on without.")
         trainer.gave_up_compiling = True
     left = [task for task in tasks if task not in found]
     if left:
-        log.warning("A process that trained networks %s; %d networks are trained here instead.", crew.problem, len(left))
+        log.warning("A process that trained networks %s; %d networks are trained here instead.", problem, len(left))
         found |= dict(zip(left, trained_in_turn(trainer, left, done=len(found)), strict=True))
     return [found[task] for task in tasks]
-
-
-class _Crew:
-    """Processes that take tasks from one queue. The others start when the first has compiled: they find the code in the cache."""
-
-    def __init__(self, folder: Path, tasks: Sequence[Task]) -> None:
-        self.folder, self.problem, self.compiled = folder, "", True
-        self._waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
-        for task in tasks:
-            self._waiting.put(task)
-        self._done: queue.SimpleQueue[tuple[Task, float] | None] = queue.SimpleQueue()
-        self.children: list[ddkit.Child] = []
-        self._first_ready, self._lock, self._running, self._stopped = threading.Event(), threading.Lock(), 0, False
-
-    def start(self, workers: int) -> None:
-        self._running = workers
-        for number in range(workers):
-            # With the context of the call, as its children may run what it may.
-            threading.Thread(target=copy_context().run, args=(self._work, number), daemon=True).start()
-
-    def results(self) -> Iterator[tuple[Task, float]]:
-        """Yields (task, accuracy) as they come, until every thread is done."""
-        while self._running:
-            item = self._done.get()
-            if item is None:
-                self._running -= 1
-            else:
-                yield item
-
-    def stop(self) -> None:
-        self._first_ready.set()
-        with self._lock:
-            self._stopped = True
-            for child in self.children:
-                child.stop()
-
-    def _work(self, number: int) -> None:
-        try:
-            if number > 0:
-                self._first_ready.wait()
-            child = self._child(number)
-            if child is None:
-                return
-            self.compiled &= bool(child.answer()["compiled"])
-            self._first_ready.set()
-            while True:
-                task = self._waiting.get_nowait()
-                self._done.put((task, float(child.ask(task)["accuracy"])))
-        except queue.Empty:
-            pass
-        except (ddkit.ChildEnded, OSError) as error:
-            self.problem = str(error)
-        finally:
-            self._first_ready.set()
-            self._done.put(None)
-
-    def _child(self, number: int) -> ddkit.Child | None:
-        with self._lock:
-            if self._stopped:
-                return None
-            self.children.append(ddkit.Child(__name__, str(self.folder), errors=self.folder / f"errors-{number}.txt"))
-            return self.children[-1]
 
 
 def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: int) -> None:

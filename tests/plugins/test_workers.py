@@ -108,18 +108,27 @@ def test_several_processes_on_another_device_are_refused() -> None:
 
 @pytest.mark.usefixtures("forked_children")
 def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    crews: list[workers._Crew] = []
-    stop = workers._Crew.stop
-    monkeypatch.setattr(workers._Crew, "stop", lambda crew: (crews.append(crew), stop(crew))[1])  # type: ignore[func-returns-value]
+    children: list[ddkit.Child] = []
+    monkeypatch.setattr(ddkit, "Child", lambda *given, kind=ddkit.Child, **named: children.append(kind(*given, **named)) or children[-1])
 
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         evaluated(interrupt, workers=2)
-    (crew,) = crews
-    assert crew.children
-    assert not any(child.running for child in crew.children)
+    assert len(children) == 2
+    assert not any(child.running for child in children)
+
+
+@pytest.mark.usefixtures("forked_children")
+def test_the_networks_of_a_process_that_dies_are_trained_by_another_or_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    children: list[ddkit.Child] = []
+    monkeypatch.setattr(ddkit, "Child", lambda *given, kind=ddkit.Child, **named: children.append(kind(*given, **named)) or children[-1])
+    found = evaluated(lambda done, total: children[0]._process.kill() if done == 1 else None, workers=2)
+    assert "A process that trained networks ended with exit code -9" in caplog.text
+    assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
 
 
 def test_processes_are_used_for_many_networks_on_small_batches_only(monkeypatch: pytest.MonkeyPatch) -> None:
