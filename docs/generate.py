@@ -19,6 +19,7 @@ import ddkit
 from ddkit import testing
 from ddkit.cli import cli
 from ddkit.cli.manual import USED as CHOSEN
+from ddkit.cli.manual import facts, page
 from ddkit.components import observers, registry
 from ddkit.components.options import describe_options
 from ddkit.testing import scaffold
@@ -68,26 +69,10 @@ def _file(plugin: registry.Plugin) -> str:
 
 
 def _component(plugin: registry.Plugin) -> str:
-    """Returns the page of one component: docstring, options, what it requires."""
-    found = registry.load_plugin(plugin)
-    text = inspect.getdoc(found if inspect.isclass(found) else type(found)) or ""
-    parts = [f"# {plugin.kind.replace('-', ' ').capitalize()} `{plugin.name}`\n\n{_prose(text)}\n"]
-    if plugin.kind in CHOSEN:
-        name = f"{plugin.name}:{found.argument.upper()}" if getattr(found, "argument", None) else plugin.name
-        parts.append(f"```bash\n{CHOSEN[plugin.kind].replace('NAME', name)}\n```\n")
-    if plugin.kind == "loss-group":
-        parts.append(f"Members: {', '.join(f'[`{name}`](loss-{name}.md)' for name in found.members)}.\n")
-    options = describe_options(found) if inspect.isclass(found) else []
-    if options:
-        rows = [f"| `{o['name']}` | {_default(o)} | {_kind(o)} | {_cell(o['description'])} |" for o in options]
-        head = f"## Options\n\nUnder {WHERE[plugin.kind]}." if plugin.kind in WHERE else "## Options"
-        parts.append("\n".join([head, "", "| option | default | values | meaning |", "|---|---|---|---|", *rows, ""]))
-    asked = _asked(found)
-    if asked:
-        rows = [f"| `{key}` | {_cell(value)} |" for key, value in asked.items()]
-        parts.append("\n".join(["## What it requires", "", "| requirement | value |", "|---|---|", *rows, ""]))
-    parts.append(f"[All components](../components.md), [what every {plugin.kind} has to keep](../kinds/{plugin.kind}.md)\n")
-    return "\n".join(parts)
+    """Returns the page of one component, as `ddkit info` shows it."""
+    told = facts(plugin)
+    links = f"[All components](../components.md), [what every {plugin.kind} has to keep](../kinds/{plugin.kind}.md)"
+    return f"{_prose(page(told, 120))}\n\n{links}\n"
 
 
 def _prose(text: str) -> str:
@@ -96,26 +81,6 @@ def _prose(text: str) -> str:
 
 def _cell(value: Any) -> str:
     return str(value or "").replace("|", "\\|").replace("\n", " ")
-
-
-def _default(option: dict[str, Any]) -> str:
-    return _option(option).partition("` ")[2]
-
-
-def _kind(option: dict[str, Any]) -> str:
-    return _cell(", ".join(str(part) for part in (option["type"], option["bounds"]) if part))
-
-
-def _asked(found: Any) -> dict[str, Any]:
-    """Returns the requirements that ask for something, with default options."""
-    if not hasattr(found, "requires"):
-        return {}
-    requires = found.requires if isinstance(found.requires, ddkit.Requires) else found().requires
-    plain = {key: value for key, value in msgspec.to_builtins(requires).items() if value not in (False, None, [], {}, ())}
-    return {
-        key: "yes" if value is True else ", ".join(value) if isinstance(value, list | tuple | dict) else value
-        for key, value in plain.items()
-    }
 
 
 def _commands() -> str:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import difflib
 import json
-import textwrap
+import shutil
 from collections.abc import Collection
-from pathlib import Path
-from typing import Any
 
 import click
 
@@ -27,7 +25,11 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     if wanted in registry.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
     found = [p for p in registry.plugins() if wanted in (None, p.kind)]
-    rows = [_row(p) for p in found]
+    rows = []
+    for plugin in found:
+        status, summary = registry.status(plugin)
+        own = {key: getattr(plugin, key) for key in ("kind", "name", "distribution", "version")}
+        rows.append({**own, "summary": summary, "status": status})
     if check:
         for row, problem in zip(rows, _check(found), strict=True):
             row["status"] = problem if row["status"] == "ok" else row["status"]
@@ -38,14 +40,6 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
 
     table = [[r["kind"], r["name"], r["distribution"], r["status"], r["summary"]] for r in rows]
     show(tabulate(table, ["kind", "name", "from", "status", "summary"], tablefmt="simple", disable_numparse=True))
-
-
-def _row(plugin: registry.Plugin) -> dict[str, str]:
-    status, summary = registry.status(plugin)
-    return {
-        "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version,
-        "summary": summary, "status": status,
-    }  # fmt: skip
 
 
 _CHECKER = """
@@ -94,20 +88,23 @@ def _check(found: list[registry.Plugin]) -> list[str]:
 @plugin_files
 @as_json
 def info(words: tuple[str, ...], as_json: bool) -> None:
-    """Show what a component or recipe is. The manual page has its use, options, requirements, an example and its source."""
+    """Show what a component or recipe is. The page has its use, options, requirements and source."""
+    from ddkit.cli.manual import WIDEST, facts, page
+
     if len(words) > 2:
         raise click.UsageError("info takes [KIND] NAME.")
-    facts = _facts(found_plugin(words))
+    told = facts(found_plugin(words))
     if as_json:
-        echo_json({"schema": 1, **facts})
+        echo_json({"schema": 1, **told})
     else:
-        show(_page(facts))
+        width = max(40, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
+        show(f"{page(told, width)}\n\nFrom {told['distribution']} {told['version']}.")
 
 
 def found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROUPS) -> registry.Plugin:
     """Returns the plugin that the words [KIND] NAME mean; without a KIND it is of the first kind, of those `among`, that has the name.
 
-    Kinds are in the order of plugins.GROUPS: a loss or another component comes before a recipe.
+    Kinds are in the order of registry.GROUPS: a loss or another component comes before a recipe.
     """
     name = words[-1]
     if len(words) == 2:
@@ -121,76 +118,6 @@ def found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROUP
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise PluginError(f"There is no component '{name}'.{hint} `ddkit list` shows them all.")
     return registry.find(kinds[0], name)
-
-
-def namesakes(plugin: registry.Plugin, among: Collection[str] = registry.GROUPS) -> list[str]:
-    """Returns the other kinds, of those `among`, that have a component or recipe of the plugin's name."""
-    kinds = {p.kind for p in registry.plugins() if p.name == plugin.name} - {plugin.kind}
-    return [kind for kind in registry.GROUPS if kind in kinds and kind in among]
-
-
-def _facts(plugin: registry.Plugin) -> dict[str, Any]:
-    base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
-    base |= {"namesakes": namesakes(plugin)}
-    if plugin.kind in registry.DATA_KINDS:
-        return base | _file_facts(plugin)
-    import inspect
-
-    import msgspec
-
-    from ddkit.components.options import describe_options
-
-    found = registry.load_plugin(plugin)
-    facts: dict[str, Any] = base | {"description": inspect.getdoc(found) or ""}
-    if plugin.kind == "loss-group":
-        return facts | {"members": list(found.members)}
-    if plugin.kind == "observer":
-        return facts
-    requires = msgspec.to_builtins(registry.required_by(plugin))
-    asked = {key: value for key, value in requires.items() if value not in (False, None, [], {}, ())}
-    return facts | {"argument": found.argument, "options": describe_options(found), "requires": asked}
-
-
-def _file_facts(plugin: registry.Plugin) -> dict[str, Any]:
-    """Returns the text of a recipe or study, and what a recipe says of its settings."""
-    from ddkit.recipes.resolve import described, parse_toml
-
-    file = Path(plugin.value)
-    facts = {"text": file.read_text(encoding="utf-8")}
-    if plugin.kind == "study":
-        return facts
-    raw = parse_toml(file)
-    return facts | {"summary": raw.get("summary", ""), "source": raw.get("source", ""), "settings": described(raw)}
-
-
-def _settings_table(rows: list[dict[str, Any]]) -> str:
-    from tabulate import tabulate
-
-    cells = []
-    for row in rows:
-        rules = [f"{_shown(rule['value'])} if {_condition(rule['when'])}" for rule in row["rules"]]
-        value = [_shown(row["value"])] if row["value"] is not None else [] if rules else ["(default)"]
-        lines = [line for text in value + rules for line in textwrap.wrap(text, 34)]
-        cells.append([row["path"], "\n".join(lines), row["origin"], textwrap.fill(row["why"], 56)])
-    return tabulate(cells, ["setting", "value", "from", "why"], tablefmt="simple", disable_numparse=True)
-
-
-def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _condition(when: dict[str, int]) -> str:
-    """Returns {"ipc_min": 3, "pipc_max": 10} as "ipc >= 3 and pipc <= 10"."""
-    signs = {"min": ">=", "max": "<="}
-    return " and ".join(f"{key[:-4]} {signs[key[-3:]]} {bound}" for key, bound in when.items())
-
-
-def _page(facts: dict[str, Any]) -> str:
-    """Returns the page of a component, recipe or study; the settings of a recipe as a table where it says where they come from."""
-    from ddkit.cli.manual import manual_page
-
-    rows = facts.get("settings", [])
-    return manual_page(facts, _settings_table(rows) if any(row["origin"] for row in rows) else "")
 
 
 @click.command()

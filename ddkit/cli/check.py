@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.catalogue import found_plugin, namesakes
+from ddkit.cli.catalogue import found_plugin
 from ddkit.cli.common import Names, as_json, echo_json, plugin_files, refuse_given, set_option, show
 from ddkit.components import registry
 from ddkit.errors import DdkitError, FlagError
@@ -29,6 +29,7 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
         raise FlagError(f"ddkit check takes [KIND] NAME; got {' '.join(words)}.")
     name, _, argument = words[-1].partition(":")
     from ddkit import testing
+    from ddkit.cli.manual import namesakes
 
     plugin = found_plugin((*words[:-1], name), testing.SUITES)
     if plugin.kind != "dataset" or not registry.load_plugin(plugin).takes_directory:

@@ -1,16 +1,17 @@
-"""The page of a component, recipe or study as `ddkit info` shows it: in the order and manner of a manual page."""
+"""What is told of a component, recipe or study: as data, and as the page that `ddkit info` prints and docs/components holds."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 import textwrap
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-WIDEST, INDENT = 100, "    "
+from ddkit.components import registry
+
+WIDEST = 100
 USED = {  # the first command of each kind; NAME is the component's
     "loss": "ddkit distill --losses NAME",
     "loss-group": "ddkit distill --losses NAME",
@@ -20,31 +21,23 @@ USED = {  # the first command of each kind; NAME is the component's
     "model": "ddkit distill --model NAME",
     "dataset": "ddkit distill --dataset NAME",
     "exporter": "ddkit export my-run --to NAME --out exported",
+    "study": "ddkit reproduce NAME --show",
 }
 MORE_USES = {
-    "evaluator": ["ddkit evaluate RUN --evaluate NAME[,...]"],
-    "model": ["ddkit train --model NAME --out FILE", "ddkit evaluate RUN --model NAME[,...]"],
-    "dataset": ["ddkit train --dataset NAME --out FILE", "ddkit evaluate FILE --dataset NAME"],
+    "loss": ["ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"],
+    "loss-group": ["ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"],
+    "evaluator": ["ddkit evaluate my-run --evaluate NAME"],
+    "model": ["ddkit train --model NAME --out teacher.safetensors", "ddkit evaluate my-run --model convnet,NAME"],
+    "dataset": ["ddkit train --dataset NAME --out teacher.safetensors", "ddkit evaluate set.safetensors --dataset NAME"],
+    "study": ["ddkit reproduce NAME"],
 }
 PATHS = {  # where the options of a kind stand in a recipe
     "loss": ["losses.NAME"],
     "initializer": ["initializer"],
-    "augmenter": ["augmenter", "views.VIEW"],
+    "augmenter": ["augmenter", "views.VIEW", "train"],
     "evaluator": ["evaluators.NAME"],
     "model": ["network", "teacher", "evaluators.accuracy.model_options"],
     "dataset": ["data"],
-}
-EXAMPLES = {
-    "loss": "ddkit distill --losses NAME --ipc 1 --pipc 10",
-    "loss-group": "ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10",
-    "initializer": "ddkit distill --losses dm --ipc 10 --init NAME",
-    "augmenter": "ddkit distill --losses dm --augment NAME",
-    "evaluator": "ddkit evaluate my-run --evaluate NAME",
-    "model": "ddkit evaluate my-run --model convnet,NAME",
-    "dataset": "ddkit distill --losses dm --dataset NAME --ipc 1",
-    "exporter": "ddkit export my-run --to NAME --out exported",
-    "recipe": "ddkit distill --recipe NAME --plan",
-    "study": "ddkit reproduce NAME --show",
 }
 ASKS = {
     "real": "real images that the run may use (--pipc)",
@@ -57,125 +50,127 @@ ASKS = {
 }
 
 
-def manual_page(facts: Mapping[str, Any], settings: str = "") -> str:
-    """Returns the page; `facts` are those of `ddkit info --json`, `settings` is the table of a recipe's settings as text."""
-    kind, name = facts["kind"], facts["name"]
-    summary, description, source = _parts(facts)
+def namesakes(plugin: registry.Plugin, among: Collection[str] = registry.GROUPS) -> list[str]:
+    """Returns the other kinds, of those `among`, that have a component or recipe of the plugin's name."""
+    kinds = {p.kind for p in registry.plugins() if p.name == plugin.name} - {plugin.kind}
+    return [kind for kind in registry.GROUPS if kind in kinds and kind in among]
+
+
+def facts(plugin: registry.Plugin) -> dict[str, Any]:
+    """Returns what `ddkit info --json` tells: of a component its docstring, options and requirements, of a recipe or study its text."""
+    base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
+    base |= {"namesakes": namesakes(plugin)}
+    if plugin.kind in registry.DATA_KINDS:
+        from ddkit.recipes.resolve import described, parse_toml
+
+        base |= {"text": Path(plugin.value).read_text(encoding="utf-8")}
+        if plugin.kind == "study":
+            return base
+        raw = parse_toml(Path(plugin.value))
+        return base | {"summary": raw.get("summary", ""), "source": raw.get("source", ""), "settings": described(raw)}
+    import inspect
+
+    import msgspec
+
+    from ddkit.components.options import describe_options
+
+    found = registry.load_plugin(plugin)
+    base |= {"description": inspect.getdoc(found) or ""}
+    if plugin.kind == "loss-group":
+        return base | {"members": list(found.members)}
+    if plugin.kind == "observer":
+        return base
+    requires = msgspec.to_builtins(registry.required_by(plugin))
+    asked = {key: value for key, value in requires.items() if value not in (False, None, [], {}, ())}
+    return base | {"argument": found.argument, "options": describe_options(found), "requires": asked}
+
+
+def page(told: Mapping[str, Any], width: int = WIDEST) -> str:
+    """Returns the page of a component, recipe or study in Markdown, `told` being its facts; prose fits into `width`."""
+    kind, name = told["kind"], told["name"]
+    text = told.get("description", "")
+    if "text" in told:
+        table = tomllib.loads(told["text"])
+        text = str(table.get("summary") or table.get("title") or f"a {kind}")
+        text += f"\n\nSource: {table['source']}" if table.get("source") else ""
+    others = [f"`ddkit info {other} {name}` (the {other} of that name)" for other in told["namesakes"]]
+    others += [f"`ddkit info {member}`" for member in told.get("members", ())]
+    others += [f"`ddkit list {kind}`", f"`ddkit info {kind} {name} --json`" if "text" in told else f"`ddkit check {kind} {name}`"]
+    settings = told.get("settings", [])
+    noted = any(row["origin"] for row in settings)
     sections = {
-        "NAME": _wrapped(f"{name} - {summary}"),
-        "SYNOPSIS": _synopsis(facts),
-        "DESCRIPTION": _wrapped(description),
-        "LOSSES": ", ".join(facts.get("members", [])),
-        "OPTIONS": _options(facts),
-        "SETTINGS": settings,
-        "FILE": facts.get("text", "").rstrip() if "text" in facts and not settings else "",
-        "REQUIREMENTS": _requirements(facts.get("requires", {})),
-        "EXAMPLE": _example(facts),
-        "SOURCE": _wrapped(source),
-        "SEE ALSO": _wrapped(", ".join(_see_also(facts, bool(settings)))),
+        "Use": _fenced("bash", _commands(told)),
+        "Members": ", ".join(f"`{member}`" for member in told.get("members", ())),
+        "Options": "\n".join(_option(option, width) for option in told.get("options", ())),
+        "Settings": _fenced("text", _settings_table(settings)) if noted else "",
+        "File": _fenced("toml", told["text"].rstrip()) if "text" in told and not noted else "",
+        "What it requires": "\n".join(
+            _item(f"`{key}`: {json.dumps(value)}" + (f" - {ASKS[key]}" if key in ASKS else ""), width)
+            for key, value in told.get("requires", {}).items()
+        ),
+        "See also": _wrapped(", ".join(others), width),
     }
-    title = f"{name}({kind})"
-    made_by = f"{facts['distribution']} {facts['version']}".center(max(4, _width() - 2 * len(title)))
-    parts = [f"{title}{made_by}{title}"]
-    parts += [f"{head}\n{textwrap.indent(text, INDENT)}" for head, text in sections.items() if text]
-    return "\n\n".join(parts)
+    parts = [f"# {kind.replace('-', ' ').capitalize()} `{name}`", _wrapped(text, width)]
+    return "\n\n".join(parts + [f"## {title}\n\n{section}" for title, section in sections.items() if section])
 
 
-def _width() -> int:
-    return max(40, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
-
-
-def _parts(facts: Mapping[str, Any]) -> tuple[str, str, str]:
-    """Returns summary, description and source."""
-    if "text" in facts:
-        table = tomllib.loads(facts["text"])
-        summary = table.get("summary") or table.get("title") or f"a {facts['kind']}"
-        return " ".join(str(summary).split()), "", " ".join(str(table.get("source", "")).split())
-    text = facts["description"]
-    found = re.search(r"(?:(?<=\. )|^)Source: (.*?)(?:\n\n|\Z)", text, re.DOTALL | re.MULTILINE)
-    source = " ".join(found[1].split()) if found else ""
-    text = (text[: found.start()] + "\n\n" + text[found.end() :]).strip() if found else text
-    summary, _, description = text.partition("\n\n")
-    return " ".join(summary.split()), description.strip(), source
-
-
-def _named(facts: Mapping[str, Any], command: str) -> str:
-    """Returns a command with the name of the component in it, and the argument that it takes."""
-    argument = facts.get("argument")
-    return command.replace("NAME", f"{facts['name']}:{argument.upper()}" if argument else facts["name"])
-
-
-def _commands(facts: Mapping[str, Any]) -> list[str]:
-    """Returns the commands that use it."""
-    kind = facts["kind"]
+def _commands(told: Mapping[str, Any]) -> str:
+    """Returns the commands that use it, and --set for its options."""
+    kind, name, argument = told["kind"], told["name"], told.get("argument")
     if kind == "recipe":
-        return ["ddkit distill --recipe NAME"] if "losses" in tomllib.loads(facts["text"]) else ["ddkit train --recipe NAME --out FILE"]
-    if kind == "study":
-        return ["ddkit reproduce NAME"]
-    first = USED.get(kind)
-    first = first and first.replace("my-run", "RUN").replace("exported", "DIR")
-    return [] if first is None else [first + {"loss": "[:WEIGHT][,...]", "loss-group": "[:WEIGHT][,...]"}.get(kind, "")]
-
-
-def _synopsis(facts: Mapping[str, Any]) -> str:
-    kind = facts["kind"]
-    lines = [*_commands(facts), *MORE_USES.get(kind, ())]
-    if facts.get("options"):
-        lines += [f"--set {path}.OPTION=VALUE".replace("NAME", facts["name"]) for path in PATHS.get(kind, ())]
+        trains = "losses" not in tomllib.loads(told["text"])
+        return f"ddkit train --recipe {name} --out teacher.safetensors" if trains else f"ddkit distill --recipe {name} --plan"
+    lines = [*([USED[kind]] if kind in USED else []), *MORE_USES.get(kind, ())]
+    lines = [line.replace("NAME", f"{name}:{argument.upper()}" if argument else name) for line in lines]
+    if told.get("options"):
+        lines += [f"--set {path}.OPTION=VALUE".replace("NAME", name) for path in PATHS.get(kind, ())]
         lines += ["--set OPTION=VALUE"] if kind == "exporter" else []
-    return "\n".join(_named(facts, line) if "--set" not in line else line for line in lines) or "(at work wherever it is installed)"
+    return "\n".join(lines) or "# at work wherever it is installed"
 
 
-def _options(facts: Mapping[str, Any]) -> str:
-    lines: list[str] = []
-    for option in facts.get("options", []):
-        bounds = f", {option['bounds']}" if option["bounds"] else ""
-        lines += [f"{option['name']} = {json.dumps(option['default'], ensure_ascii=False)}    ({option['type']}{bounds})"]
-        lines += [textwrap.indent(_wrapped(option["description"], len(INDENT)), INDENT)] if option["description"] else []
-    return "\n".join(lines)
+def _option(option: Mapping[str, Any], width: int) -> str:
+    default = "left out" if option["default"] is None else json.dumps(option["default"], ensure_ascii=False)
+    values = ", ".join(filter(None, (option["type"], option["bounds"])))
+    told = f": {option['description']}" if option["description"] else ""
+    return _item(f"`{option['name']} = {default}` ({values}){told}", width)
 
 
-def _requirements(asked: Mapping[str, Any]) -> str:
-    lines = []
-    for key, value in asked.items():
-        lines += [f"{key}={json.dumps(value)}", *([INDENT + ASKS[key]] if key in ASKS else [])]
-    return "\n".join(lines)
+def _settings_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    from tabulate import tabulate
+
+    signs = {"min": ">=", "max": "<="}
+    cells = []
+    for row in rows:
+        rules = [
+            f"{json.dumps(rule['value'], ensure_ascii=False)} if "
+            + " and ".join(f"{key[:-4]} {signs[key[-3:]]} {bound}" for key, bound in rule["when"].items())
+            for rule in row["rules"]
+        ]
+        own = [json.dumps(row["value"], ensure_ascii=False)] if row["value"] is not None else [] if rules else ["(default)"]
+        lines = [line for text in own + rules for line in textwrap.wrap(text, 34)]
+        cells.append([row["path"], "\n".join(lines), row["origin"], textwrap.fill(row["why"], 56)])
+    return tabulate(cells, ["setting", "value", "from", "why"], tablefmt="simple", disable_numparse=True)
 
 
-def _example(facts: Mapping[str, Any]) -> str:
-    command = EXAMPLES.get(facts["kind"], "")
-    if facts["kind"] == "recipe" and "train" in _commands(facts)[0]:
-        command = "ddkit train --recipe NAME --out teacher.safetensors"
-    return _named(facts, command)
+def _fenced(language: str, text: str) -> str:
+    return f"```{language}\n{text}\n```"
 
 
-def _see_also(facts: Mapping[str, Any], settings: bool) -> list[str]:
-    kind, name = facts["kind"], facts["name"]
-    found = [f"ddkit info {other} {name} (the {other} of that name)" for other in facts["namesakes"]]
-    found += [*(f"ddkit info {member}" for member in facts.get("members", ())), f"ddkit list {kind}"]
-    if "text" in facts:
-        return [*found, f"ddkit info {kind} {name} --json (key text: the file)"] if settings else found
-    return [*found, f"ddkit check {kind} {name}"]
+def _item(text: str, width: int) -> str:
+    return textwrap.fill(f"- {text}", width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _wrapped(text: str, less: int = 0) -> str:
-    """Returns text in lines that fit; items of lists hang, and what is indented stays as it is."""
-    width = _width() - len(INDENT) - less
-    return "\n\n".join(_block(block, width) for block in text.split("\n\n")) if text else ""
-
-
-def _block(block: str, width: int) -> str:
-    if block.startswith(" "):
-        return block
-    items: list[str] = []
-    for line in block.splitlines():
-        if not items or line.startswith(("- ", "* ")):
-            items.append(line)
-        else:
-            items[-1] += f" {line.strip()}"
-    return "\n".join(_filled(item, width) for item in items)
-
-
-def _filled(item: str, width: int) -> str:
-    hanging: Sequence[str] = ("", "  ") if item.startswith(("- ", "* ")) else ("", "")
-    return textwrap.fill(item, width, subsequent_indent=hanging[1], break_long_words=False, break_on_hyphens=False)
+def _wrapped(text: str, width: int) -> str:
+    """Returns paragraphs in lines that fit; items of lists hang, and what is indented stays as it is."""
+    blocks = []
+    for block in text.split("\n\n"):
+        items: list[str] = []
+        for line in block.splitlines():
+            if not items or line.startswith(("- ", "* ")):
+                items.append(line)
+            else:
+                items[-1] += f" {line.strip()}"
+        hanging = [("  " if item.startswith(("- ", "* ")) else "", item) for item in items]
+        filled = [textwrap.fill(i, width, subsequent_indent=h, break_long_words=False, break_on_hyphens=False) for h, i in hanging]
+        blocks.append(block if block.startswith(" ") else "\n".join(filled))
+    return "\n\n".join(blocks)
