@@ -22,12 +22,12 @@ from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.manifest import read_manifest
-from tests.conftest import SMALL, Result
+from ddkit.run.metrics import read_metrics
+from tests.conftest import Result
 
 Cli = Callable[..., Result]
 INFO = DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))
 RECIPE = {"name": "small", "steps": 4, "seed": 3, "losses": {"dm": {"weight": 0.5}}}
-OPTIONS = {"depth": 1, "width": 2, "norm": "batch", "activation": "relu", "pooling": "avg", "one_channel_padding": 1}
 
 
 def _artifact(seed: int = 0) -> Artifact:
@@ -41,7 +41,7 @@ def _small_run(path: Path, seed: int = 0, *, finished: bool = True) -> Path:
     directory.write_recipe(RECIPE | {"seed": seed})
     for step in (2, 4):
         directory.write_checkpoint(step, {"images": torch.full((2, 1, 2, 2), float(step + seed))})
-    directory.append_metrics({"step": 0, "total": 0.25, "losses": {"dm": {"raw": 0.5, "weighted": 0.25}}, "seconds": 0.1})
+    directory.append_metrics({"step": 0, "total": 0.25 + seed, "losses": {"dm": {"raw": 0.5, "weighted": 0.25}}, "seconds": 0.1})
     if finished:
         save_set(_artifact(seed), directory)
         row = {"evaluator": "accuracy", "model": "mlp", "protocol": "short", "labels": "hard", "repeats": 1, "accuracy_std": None}
@@ -273,32 +273,25 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_for_the_older_one(cu
         assert "passed over" in caplog.text
 
 
-@pytest.mark.parametrize("found", ["of another step", "of another run"])
-def test_a_swapped_checkpoint_is_passed_over(small: Path, cut: Path, found: str, caplog: pytest.LogCaptureFixture) -> None:
-    folder = cut / "checkpoints"
-    source = folder / "step-00000002.safetensors" if found == "of another step" else small / "other/checkpoints/step-00000004.safetensors"
-    shutil.copyfile(source, folder / "step-00000004.safetensors")
+@pytest.mark.parametrize("source", ["cut/checkpoints/step-00000002.safetensors", "other/checkpoints/step-00000004.safetensors"])
+def test_a_checkpoint_of_another_step_or_run_is_passed_over(small: Path, cut: Path, source: str, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copyfile(small / source, cut / "checkpoints" / "step-00000004.safetensors")
     assert _read_checkpoint(cut)[0] == 2
     assert "step-00000004.safetensors" in caplog.text
 
 
-def test_a_run_whose_recipe_was_swapped_has_no_checkpoint_of_its_own(small: Path, cut: Path) -> None:
-    shutil.copyfile(small / "other" / "recipe.toml", cut / "recipe.toml")
-    with pytest.raises(ddkit.RunFilesError, match="step-00000004"):
-        _read_checkpoint(cut)
+@pytest.mark.parametrize("change", ["another run's", "edited"])
+def test_a_run_goes_on_with_its_own_recipe_alone(small: Path, cut: Path, change: str) -> None:
+    text = (small / "other" / "recipe.toml").read_text() if change != "edited" else (cut / "recipe.toml").read_text()
+    (cut / "recipe.toml").write_text(text.replace("weight = 0.5", "weight = 5.0") if change == "edited" else text)
+    with pytest.raises(ddkit.RunFilesError, match=r"step-00000004.* of another recipe than .*recipe.toml, which was damaged or edited"):
+        resume(cut)
 
 
 def test_a_run_without_a_readable_checkpoint_is_refused(cut: Path) -> None:
     for file in (cut / "checkpoints").iterdir():
         file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ddkit.RunFilesError, match=r"no readable checkpoint: .*step-00000004.* Start anew: ddkit distill --recipe"):
-        resume(cut)
-
-
-def test_a_recipe_that_was_edited_makes_no_other_run_of_the_same_checkpoints(cut: Path) -> None:
-    text = (cut / "recipe.toml").read_text()
-    (cut / "recipe.toml").write_text(text.replace("weight = 0.5", "weight = 5.0"))
-    with pytest.raises(ddkit.RunFilesError, match=r"of another recipe than .*recipe.toml, which was damaged or edited"):
         resume(cut)
 
 
@@ -313,24 +306,17 @@ def test_a_recipe_of_version_0_1_with_a_digest_in_its_first_line_is_read(cut: Pa
 
 
 @pytest.mark.parametrize("name", ["synthetic.safetensors", "recipe.toml", "evaluation.json", "metrics.jsonl"])
-def test_a_file_of_another_run_is_refused(small: Path, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("swapped", ["file", "manifest", "gone"])
+def test_a_file_or_the_manifest_of_another_run_is_refused(small: Path, tmp_path: Path, name: str, swapped: str) -> None:
     run = shutil.copytree(small / "run", tmp_path / "run")
-    other = small / "other" / name
-    shutil.copyfile(other, run / name)
-    if name == "metrics.jsonl":
-        (run / name).write_text('{"step": 0, "total": 9.5}\n')
-    reader = {"synthetic.safetensors": _read_set, "recipe.toml": _read_recipe, "evaluation.json": _read_rows}.get(
-        name, lambda path: RunDirectory(path).reopen()
-    )
-    with pytest.raises(ddkit.RunFilesError, match=f"{name} is not the file that .*manifest.json lists"):
-        reader(run)
-
-
-@pytest.mark.parametrize("reader", [_read_set, _read_recipe, _read_rows])
-def test_the_manifest_of_another_run_is_refused(small: Path, tmp_path: Path, reader: Callable[[Path], Any]) -> None:
-    run = shutil.copytree(small / "run", tmp_path / "run")
-    shutil.copyfile(small / "other" / "manifest.json", run / "manifest.json")
-    with pytest.raises(ddkit.RunFilesError, match=r"is not the file that .*manifest.json lists"):
+    reader = {"synthetic.safetensors": _read_set, "recipe.toml": _read_recipe, "evaluation.json": _read_rows}.get(name, read_metrics)
+    if swapped == "gone":
+        (run / name).unlink()
+    else:
+        other = "manifest.json" if swapped == "manifest" else name
+        shutil.copyfile(small / "other" / other, run / other)
+    said = "not the file" if name != "recipe.toml" or swapped != "gone" else "it has no recipe.toml"
+    with pytest.raises(ddkit.RunFilesError, match=rf"{said}|has no synthetic.safetensors"):
         reader(run)
 
 
@@ -341,56 +327,31 @@ def test_a_set_in_the_place_of_a_teacher_and_the_other_way_round(small: Path) ->
         _read_set(small / "teacher.safetensors")
 
 
-def test_a_listed_file_that_is_gone_is_told(small: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(small / "run", tmp_path / "run")
-    (run / "evaluation.json").unlink()
-    with pytest.raises(ddkit.RunFilesError, match=r"evaluation.json is not the file"):
-        _read_rows(run)
-
-
 # Through the commands
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("finished") / "run"
-    ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=path, device="cpu")
-    return path
-
-
-COMMANDS = {
-    "evaluate": ("evaluate", "RUN"),
-    "blend": ("blend", "RUN", "RUN", "--out", "new"),
-    "resume": ("distill", "--resume", "--out", "RUN"),
-}
-
-
-@pytest.mark.parametrize(
-    ("command", "name"),
-    [
-        *(("evaluate", name) for name in ("synthetic.safetensors", "recipe.toml", "evaluation.json", "manifest.json")),
-        *(("blend", name) for name in ("synthetic.safetensors", "recipe.toml", "manifest.json")),
-        *(("resume", name) for name in ("recipe.toml", "metrics.jsonl", "manifest.json")),
-    ],
-)
-def test_commands_refuse_a_run_with_a_flipped_bit(
-    cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
-) -> None:
-    monkeypatch.setattr("ddkit.nn.training.fit", lambda *arguments, **named: pytest.fail("a network was trained"))
-    run = shutil.copytree(finished, tmp_path / "copy")
-    whole = (run / name).read_bytes()
-    for place in (len(whole) // 3, len(whole) - 4):
-        (run / name).write_bytes(_flipped(whole, 8 * place))
-        result = cli(*(word.replace("RUN", str(run)) for word in COMMANDS[command]))
-        assert (result.code, result.out) == (5, ""), result
-        assert name in result.err
-        assert not Path("new").exists()
+COMMANDS = {"evaluate": "evaluate RUN", "blend": "blend RUN RUN --out new", "resume": "distill --resume --out RUN"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_take_the_run_that_is_whole(cli: Cli, finished: Path, tmp_path: Path, command: str) -> None:
+def test_commands_refuse_a_run_with_a_flipped_bit_and_take_the_whole_one(
+    cli: Cli, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     run = shutil.copytree(finished, tmp_path / "copy")
-    result = cli(*(word.replace("RUN", str(run)) for word in COMMANDS[command]))
+    words = COMMANDS[command].replace("RUN", str(run)).split()
+    with monkeypatch.context() as patch:
+        patch.setattr("ddkit.nn.training.fit", lambda *arguments, **named: pytest.fail("a network was trained"))
+        own = {"evaluate": ["evaluation.json", "synthetic.safetensors"], "blend": ["synthetic.safetensors"], "resume": ["metrics.jsonl"]}
+        for name in ("recipe.toml", "manifest.json", *own[command]):
+            whole = (run / name).read_bytes()
+            for place in (len(whole) // 3, len(whole) - 4):
+                (run / name).write_bytes(_flipped(whole, 8 * place))
+                result = cli(*words)
+                assert (result.code, result.out) == (5, ""), result
+                assert name in result.err
+                assert not Path("new").exists()
+            (run / name).write_bytes(whole)
+    result = cli(*words)
     assert result.code == 0, result.err
     assert ddkit.load(run).images.shape == (10, 1, 8, 8)
 

@@ -26,13 +26,12 @@ from PIL import Image, ImageFile
 import ddkit
 from ddkit.cli.common import LogFormat
 from ddkit.data.arrays import check_declared
-from ddkit.data.pictures import sheet_png
 from ddkit.errors import printable
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.markdown import markdown
 from ddkit.studies.results import Figure, Report, report_table
 from ddkit.studies.study import PublishedOn
-from tests.conftest import SMALL, SMALL_FLAGS, Result, png_of, write_image_folder
+from tests.conftest import SMALL_FLAGS, Result, png_of, said, write_image_folder
 
 Cli = Callable[..., Result]
 
@@ -47,20 +46,13 @@ class _Bomb:
         return os.mkdir, (str(self.marker),)
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "run"
-    ddkit.distill(losses="dm", pipc=2, sets=SMALL, evaluators="none", out=path, device="cpu")
-    return path
-
-
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
     return tmp_path / "code-ran"
 
 
 @pytest.fixture
-def hostile(run: Path, marker: Path, tmp_path: Path) -> Path:
+def hostile(finished: Path, marker: Path, tmp_path: Path) -> Path:
     """Returns a folder of files that make `marker` if anything unpickles them, under the names that ddkit reads."""
     root = tmp_path / "hostile"
     root.mkdir()
@@ -75,10 +67,10 @@ def hostile(run: Path, marker: Path, tmp_path: Path) -> Path:
     write_image_folder(root / "images")
     (root / "images" / "train" / "cat" / "000.png").write_bytes(content)
     for name in ("synthetic.safetensors", "recipe.toml", "manifest.json"):
-        folder = shutil.copytree(run, root / f"run-{name}")
+        folder = shutil.copytree(finished, root / f"run-{name}")
         (folder / "manifest.json").unlink(missing_ok=True)
         (folder / name).write_bytes(content)
-    folder = shutil.copytree(run, root / "run-checkpoints")
+    folder = shutil.copytree(finished, root / "run-checkpoints")
     (folder / "manifest.json").unlink()
     for file in (folder / "checkpoints").iterdir():
         file.write_bytes(content)
@@ -132,7 +124,7 @@ def _never(*arguments: object, **named: object) -> Any:
 
 @pytest.mark.parametrize("command", READING)
 def test_no_reading_command_unpickles_anything(
-    command: str, hostile: Path, run: Path, marker: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    command: str, hostile: Path, finished: Path, marker: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import _pickle
 
@@ -142,7 +134,7 @@ def test_no_reading_command_unpickles_anything(
     monkeypatch.setattr(pickle, "_Unpickler", _never)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
-    result = cli(*command.replace("GOOD", str(run)).replace("H/", f"{hostile}/").split())
+    result = cli(*command.replace("GOOD", str(finished)).replace("H/", f"{hostile}/").split())
     assert result.code in (2, 4, 5), result
     assert (result.code == 2) == ("classes.txt" in command)
     assert result.out == ""
@@ -193,27 +185,22 @@ def test_a_large_archive_may_be_ten_times_its_file(tmp_path: Path, size: int, de
         check_declared(archive, tmp_path / "x.npz")
 
 
-def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = _claiming(_npz(tmp_path / "x.npz", "x_train.npy", _npy((4,), data=b"abcd")), 2**31)
+    of_torch = _claiming(_npz(tmp_path / "x.pt", "x/data.pkl", b"abcd"), 2**31)
     monkeypatch.setattr(zipfile.ZipFile, "open", _never)
-    with pytest.raises(ddkit.InputError) as caught:
-        ddkit.read_arrays(path)
-    assert str(caught.value) == (
-        f"{path} has 0.0 MiB and declares 2,048 MiB when unpacked; of a file of its size 1,024 MiB are unpacked at most. If it is yours, "
-        "save it uncompressed, with np.savez."
-    )
-
-
-def test_the_same_is_refused_as_a_file_of_torch(tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _claiming(_npz(tmp_path / "x.pt", "x/data.pkl", b"abcd"), 2**31)
     monkeypatch.setattr("torch.load", _never)
-    result = cli("import", path, *IMPORT.split())
+    with pytest.raises(ddkit.InputError, match=r"x\.npz .* declares 2,048 MiB when unpacked; .* 1,024 MiB are unpacked at most"):
+        ddkit.read_arrays(path)
+    result = cli("import", of_torch, *IMPORT.split())
     assert result.code == 4
-    assert "declares 2,048 MiB when unpacked" in " ".join(result.err.split())
+    assert "declares 2,048 MiB when unpacked" in said(result.err)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "told"),
     [
         (_npy((10**12,)), "declares an array of shape (1000000000000,)"),
         (_npy((-1,)), "declares an array of shape (-1,)"),
@@ -224,11 +211,11 @@ def test_the_same_is_refused_as_a_file_of_torch(tmp_path: Path, cli: Cli, monkey
         (b"hello", "cannot be read as a NumPy .npz archive"),
     ],
 )
-def test_an_array_whose_header_lies_is_refused_before_it_is_made(tmp_path: Path, content: bytes, said: str) -> None:
+def test_an_array_whose_header_lies_is_refused_before_it_is_made(tmp_path: Path, content: bytes, told: str) -> None:
     path = _npz(tmp_path / "x.npz", "x_train.npy", content)
     with pytest.raises(ddkit.InputError, match=r"x\.npz") as caught:
         ddkit.read_arrays(path)
-    assert said in str(caught.value)
+    assert told in str(caught.value)
 
 
 def test_an_archive_that_holds_more_than_its_directory_says_gives_no_more(tmp_path: Path) -> None:
@@ -263,18 +250,11 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     monkeypatch.setattr(ImageFile.ImageFile, "load_prepare", note)
     result = cli("distill", "--losses", "dm", "--pipc", "all", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
     assert (result.code, result.out) == (4, "")
-    assert " ".join(result.err.split()).endswith(
+    assert said(result.err).endswith(
         f"ddkit: The image {bad} declares {shown} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused before they are decoded. "
         "Scale it down or remove it."
     )
     assert set(prepared) == {(12, 12)}, "the others are decoded, this one is not"
-
-
-def test_an_image_within_the_limit_but_torn_is_told_apart(cli: Cli, image_folder: Path) -> None:
-    (image_folder / "train" / "owl" / "000.png").write_bytes(png_of(50, 50))
-    result = cli("distill", "--losses", "dm", "--pipc", "all", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
-    assert result.code == 4
-    assert "owl/000.png cannot be decoded" in " ".join(result.err.split())
 
 
 def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> None:
@@ -305,7 +285,7 @@ def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "told"),
     [
         ({"class_names": "abcdefghij"}, "its metadata lacks class_names"),
         ({"class_names": [1] * 10}, "Expected `str`, got `int` - at `$.class_names[0]`"),
@@ -322,18 +302,18 @@ def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> Non
         ({"schema": "1" * 3000}, "this ddkit reads 1"),
     ],
 )
-def test_a_set_whose_record_cannot_be_used_is_refused(run: Path, tmp_path: Path, change: dict[str, Any], said: str) -> None:
+def test_a_set_whose_record_cannot_be_used_is_refused(finished: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
     from safetensors.torch import save_file
 
-    tensors, record = read_tensors(run / "synthetic.safetensors")
+    tensors, record = read_tensors(finished / "synthetic.safetensors")
     save_file(tensors, tmp_path / "x.safetensors", {"ddkit": json.dumps({**record, **change})})
     with pytest.raises(ddkit.RunFilesError, match=r"x\.safetensors") as caught:
         ddkit.load(tmp_path / "x.safetensors")
-    assert said in str(caught.value)
+    assert told in str(caught.value)
 
 
 @pytest.mark.parametrize("header", ["[]", "3", "null", "{", "[" * 100_000, '{"a":' * 100_000, "\udcff", "9" * 5000])
-def test_metadata_that_is_no_record_is_refused(run: Path, tmp_path: Path, header: str) -> None:
+def test_metadata_that_is_no_record_is_refused(tmp_path: Path, header: str) -> None:
     path = tmp_path / "x.safetensors"
     table = json.dumps({"__metadata__": {"ddkit": header}, "images": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
     path.write_bytes(struct.pack("<Q", len(table)) + table + bytes(4))
@@ -347,15 +327,17 @@ def test_a_teacher_whose_record_cannot_be_used_is_refused(cli: Cli, tmp_path: Pa
     write_tensors(tmp_path / "t.safetensors", {"x": torch.ones(1)}, record | change)
     result = cli("distill", "--losses", "dkkt", "--pipc", 2, "--teacher", tmp_path / "t.safetensors")
     assert (result.code, result.out) == (4, "")
-    assert f"The teacher {tmp_path / 't.safetensors'} has a record that is none: Expected" in " ".join(result.err.split())
+    assert f"The teacher {tmp_path / 't.safetensors'} has a record that is none: Expected" in said(result.err)
 
 
 # What is shown
 
 
-def test_printable_leaves_text_and_escapes_what_acts() -> None:
+def test_what_acts_on_a_terminal_is_escaped() -> None:
     assert printable("chat é 猫\t\n") == "chat é 猫\t\n"
     assert printable("\x1b[31m\x07\r\x9b\u202e\u2028\udcff") == "\\u001b[31m\\u0007\\r\\u009b\\u202e\\u2028\\udcff"
+    record = logging.LogRecord("ddkit", logging.WARNING, "x.py", 1, "class %s", ("\x1b[2J",), None)
+    assert LogFormat().format(record) == "class \\u001b[2J"
 
 
 NAMES = ["\x1b[31mred\x1b[0m", "a\nb", "c|d <script>`", "\u202eexe", "x" * 5000]
@@ -382,17 +364,8 @@ def test_class_names_of_any_kind_make_a_run_and_never_reach_the_terminal(cli: Cl
         if "--json" in command:
             json.loads(result.out)
     assert ddkit.load("run").class_names == NAMES
-    assert (Path("run") / "preview.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_picture_cuts_long_names_and_takes_any() -> None:
-    content = sheet_png(torch.rand(5, 1, 4, 4), torch.arange(5), NAMES)
-    assert Image.open(io.BytesIO(content)).width < 1200
-
-
-def test_a_log_line_is_printable() -> None:
-    record = logging.LogRecord("ddkit", logging.WARNING, "x.py", 1, "class %s", ("\x1b[2J",), None)
-    assert LogFormat().format(record) == "class \\u001b[2J"
+    with Image.open("run/preview.png") as picture:
+        assert picture.width < 1200, "long names are cut"
 
 
 @pytest.mark.parametrize(
