@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -33,7 +32,17 @@ class ChildEnded(RunFailed):
 
 
 _BEGIN = "import sys\nfrom ddkit.run import children\nchildren.begin(sys.argv.pop(1))\n"
-COMMAND = "import runpy\nrunpy.run_module('ddkit', run_name='__main__', alter_sys=True)"  # the code of `ddkit ARGUMENTS...`
+
+
+def of_module(name: str) -> str:
+    """Returns the code that runs a module as `python -m NAME` does."""
+    return f"import runpy\nrunpy.run_module({name!r}, run_name='__main__', alter_sys=True)"
+
+
+def _started(code: str, arguments: Sequence[str], environment: Mapping[str, str] | None, stdout: Any, stderr: Any) -> Process[str]:
+    words = [sys.executable, "-P", "-c", _BEGIN + code, handed_over(), *arguments]
+    env = dict(os.environ if environment is None else environment)
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, text=True, env=env)
 
 
 def run(
@@ -43,17 +52,61 @@ def run(
 
     `begun` is called with the process.
     """
-    words = [sys.executable, "-P", "-c", _BEGIN + code, handed_over(), *arguments]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        env = dict(os.environ if environment is None else environment)
-        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=out, stderr=err, text=True, env=env)
+        process = _started(code, arguments, environment, out, err)
         assert process.stdin is not None
         with process.stdin:  # closed if this process is interrupted, which ends the child
             begun(process)
             ended = process.wait()
         out.seek(0)
         err.seek(0)
-        return CompletedProcess(words, ended, out.read(), err.read())
+        return CompletedProcess(process.args, ended, out.read(), err.read())
+
+
+class Child:
+    """`python -m MODULE ARGUMENT`, which calls ddkit.reply with a JSON object when it is ready, and for each line on its stdin.
+
+    What it prints goes to its stderr, into the file `errors`; `environment` replaces this process's own. It ends when stop() is called, or
+    with this process.
+    """
+
+    def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
+        self._errors = errors
+        with errors.open("w") as stream:
+            self._process = _started(of_module(module), [argument], environment, subprocess.PIPE, stream)
+
+    def ask(self, question: Any) -> dict[str, Any]:
+        """Returns the answer to `question`; raises ChildEnded where there is none."""
+        with suppress(OSError, ValueError):  # the answer, or its absence, tells why it is gone
+            print(json.dumps(question), file=self._process.stdin, flush=True)
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Returns its next reply; raises ChildEnded if it ends first."""
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed by another thread's stop()
+            if line := self._process.stdout.readline():
+                return dict(json.loads(line))
+        ended, words = self._process.wait(), ["what it said is gone"]
+        with suppress(OSError):
+            words = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+        raise ChildEnded(f"ended with exit code {ended}: {words[-1]}")
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def stop(self) -> None:
+        """Ends it at once, if it still runs."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout):
+            assert stream is not None
+            with suppress(OSError):  # a process that is gone leaves an unsent line
+                stream.close()
+
+
+# What the two hand each other
 
 
 def handed_over() -> str:
@@ -71,87 +124,22 @@ def take_over(text: str) -> None:
 
 
 def reply(value: Mapping[str, Any]) -> None:
-    """Answers the process that started this one as a Child."""
+    """Answers the process that started this one."""
     print(json.dumps(value), file=output.answers(), flush=True)
-
-
-class Child:
-    """`python -m MODULE ARGUMENT`, which calls ddkit.reply with a JSON object when it is ready, and for each line on its stdin.
-
-    What it prints goes to its stderr, into the file `errors`; `environment` replaces this process's own. It ends when stop() is called, or
-    with this process.
-    """
-
-    def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
-        self._errors = errors
-        with errors.open("w") as stream:
-            words = [sys.executable, "-P", "-m", "ddkit.run.children", handed_over(), module, argument]
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
-                env=dict(os.environ if environment is None else environment),
-            )  # fmt: skip
-
-    def ask(self, question: Any) -> dict[str, Any]:
-        """Returns the answer to `question`; raises ChildEnded where there is none."""
-        assert self._process.stdin is not None
-        with suppress(OSError, ValueError):  # the answer, or its absence, tells why it is gone
-            print(json.dumps(question), file=self._process.stdin, flush=True)
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """Returns its next reply; raises ChildEnded if it ends first."""
-        if line := self._line():
-            found: dict[str, Any] = json.loads(line)
-            return found
-        raise ChildEnded(f"ended with exit code {self._process.wait()}: {self._last_words()}")
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        with suppress(ValueError):  # closed by another thread's stop()
-            return self._process.stdout.readline()
-        return ""
-
-    def _last_words(self) -> str:
-        with suppress(OSError):
-            return (self._errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"])[-1]
-        return "what it said is gone"
-
-    @property
-    def running(self) -> bool:
-        return self._process.poll() is None
-
-    def stop(self) -> None:
-        """Ends it at once, if it still runs."""
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            with suppress(OSError):  # a process that is gone leaves an unsent line
-                stream.close()
 
 
 def begin(text: str) -> None:
     """Makes this process a child: it ends with its parent, and knows what its parent handed over in `text`."""
-    _end_with_parent()
-    take_over(text)
-
-
-def _end_with_parent() -> None:
-    """Passes on what the parent writes to stdin; at its end SIGTERM ends this process."""
     source = os.dup(0)
     read, write = os.pipe()
     os.dup2(read, 0)
     os.close(read)
 
     def pass_on() -> None:
+        """Passes on what the parent writes to stdin; at its end SIGTERM ends this process."""
         while data := os.read(source, 65536):
             os.write(write, data)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=pass_on, daemon=True).start()
-
-
-if __name__ == "__main__":
-    begin(sys.argv[1])
-    del sys.argv[:2]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    take_over(text)

@@ -317,7 +317,7 @@ class _Crew:
         environment = plain_environment()  # a set is made by one process, whoever started this one
         if self.settings.jobs > 1:
             environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.settings.jobs))
-        done = children.run(children.COMMAND, *arguments, environment=environment, begun=self._begun)
+        done = children.run(children.of_module("ddkit"), *arguments, environment=environment, begun=self._begun)
         with self._lock:
             self.children = {child for child in self.children if child.poll() is None}
         if done.returncode:
