@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import torch
 
 import ddkit
-from ddkit_evaluators.modeloptions import split_options
 from ddkit_evaluators.trainer import SoftLabels, Trainer, real_counts, trained_in_turn
 from ddkit_evaluators.workers import trained_apart
 
@@ -86,14 +85,16 @@ class Accuracy(ddkit.Evaluator):
         if not self.synthetic and not self.baselines:
             path = f"{self.recipe_path}.synthetic"
             raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
-        for model in self._models(info).values():
-            ddkit.build_network(model, info, 0, "evaluate", "probe")  # images too small for it are told before the run
+        self._modules(info)  # images too small for a network are told before the run
         ddkit.create("augmenter", self.augmenter, data=info)
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
         where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.model.split(",")]
         found = split_options(names, self.model_options, where)
         return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
+
+    def _modules(self, info: ddkit.DataInfo) -> list[torch.nn.Module]:
+        return [ddkit.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
 
     def work(self, data: ddkit.EvaluationData) -> str:
         networks = " and ".join([f"{self._repeats} on {kind} images" for kind in self._kinds(data)])
@@ -146,9 +147,9 @@ class Accuracy(ddkit.Evaluator):
         schedule, own = self.schedule, self.synthetic
         kinds = [rows] * own + [min(rows, real)] * (own and self.random_real and real > 0)
         kinds += [real if name == "pipc-real" else min(rows, real) for name in self.baselines if real]
-        networks = (self.repeats or PROTOCOLS[self.protocol].repeats) * (2 if self.labels == "both" else 1)
-        modules = [ddkit.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
+        networks = self._repeats * (2 if self.labels == "both" else 1)
         epochs = schedule.epochs * schedule.passes
+        modules = self._modules(info)
         each = [ddkit.training_flops(module, info, images=count, epochs=epochs, tests=tests) for module in modules for count in kinds]
         return networks * sum(each)
 
@@ -166,21 +167,17 @@ class Accuracy(ddkit.Evaluator):
         compile_ = self.compile if self.compile == "auto" else self.compile == "always"
         arithmetic = ddkit.decide_arithmetic(compile_, self.precision, device, work=work, step_work=step_work)
         threads = 1 if device.type == "cpu" and not arithmetic.compile and step_work < SMALL_STEP else 0
-        return Plan(arithmetic, self._workers(arithmetic, device, min(rows, schedule.batch), networks), threads)
-
-    def _workers(self, arithmetic: ddkit.Arithmetic, device: torch.device, batch: int, networks: int) -> int:
-        """Returns how many processes train networks at the same time; 1: this one, in turn."""
-        if self.workers != "auto":
-            if self.workers > 1 and device.type != "cpu":
-                raise ddkit.InputError(
-                    f"{self.recipe_path}.workers = {self.workers}: several processes train on the CPU only, not on "
-                    f"{device}. Leave it at auto, or use --device cpu.",
-                    f"{self.recipe_path}.workers",
-                )
-            return min(self.workers, networks)
-        if device.type != "cpu" or not arithmetic.compile or batch > SMALL_BATCH or networks < FEW_NETWORKS:
-            return 1
-        return min(torch.get_num_threads(), MOST_WORKERS)
+        if self.workers == "auto":
+            batch = min(rows, schedule.batch)
+            alone = device.type != "cpu" or not arithmetic.compile or batch > SMALL_BATCH or networks < FEW_NETWORKS
+            return Plan(arithmetic, 1 if alone else min(torch.get_num_threads(), MOST_WORKERS), threads)
+        if self.workers > 1 and device.type != "cpu":
+            raise ddkit.InputError(
+                f"{self.recipe_path}.workers = {self.workers}: several processes train on the CPU only, not on {device}. "
+                "Leave it at auto, or use --device cpu.",
+                f"{self.recipe_path}.workers",
+            )
+        return Plan(arithmetic, min(self.workers, networks), threads)
 
     def _kinds(self, data: ddkit.EvaluationData) -> list[str]:
         """Returns what networks are trained on: the set itself, then what stands beside it."""
@@ -213,12 +210,22 @@ class Accuracy(ddkit.Evaluator):
         counts, words = real_counts(artifact, data.real_labels)
         beside = {"random_real_images": counts} | ({"random_real": words} if words else {}) if real else {}
         fewer = {"summary": words} if sum(counts) < len(artifact.stored_labels) else {}
-        own = {"synthetic": facts | beside, "class-mean": facts | fewer}
-        return [self._row(name, kind, made, real if kind == "synthetic" else [], own.get(kind, facts)) for kind, made in by_kind.items()]
+        own: dict[str, dict[str, Any]] = {"synthetic": beside, "class-mean": fewer}
+        rows = []
+        for kind, made in by_kind.items():
+            drawn = real if kind == "synthetic" else []
+            figures = {"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": drawn}
+            row = ddkit.Evaluation(
+                evaluator=self.name, model=name, protocol=self.protocol, labels="hard" if soft is None else "soft", images=kind,
+                repeats=repeats, accuracy_mean=_mean(made), accuracy_std=_std(made), random_real_mean=_mean(drawn) if drawn else None,
+                random_real_std=_std(drawn), details=figures | facts | own.get(kind, {}),
+            )  # fmt: skip
+            rows.append(row)
+        return rows
 
     @property
     def _changed(self) -> dict[str, Any]:
-        """What is not the protocol's, and under "variant" the same in words: such figures are not those of the protocol."""
+        """The options that override the protocol, e.g. {"epochs": 100, "variant": "100 epochs"}; {} if it is used unchanged."""
         own = PROTOCOLS[self.protocol].schedule
         changed = {
             "epochs": None if self.epochs in (None, own.epochs) else self.epochs,
@@ -228,21 +235,6 @@ class Accuracy(ddkit.Evaluator):
         changed = {key: value for key, value in changed.items() if value is not None}
         words = [f"{value} epochs" if key == "epochs" else f"{key} {value}" for key, value in changed.items()]
         return changed | ({"variant": ", ".join(words)} if words else {})
-
-    def _row(self, name: str, images: str, made: list[float], real: list[float], facts: dict[str, Any]) -> ddkit.Evaluation:
-        return ddkit.Evaluation(
-            evaluator=self.name,
-            model=name,
-            protocol=self.protocol,
-            labels="soft" if "temperature" in facts else "hard",
-            images=images,
-            repeats=len(made),
-            accuracy_mean=_mean(made),
-            accuracy_std=_std(made),
-            random_real_mean=_mean(real) if real else None,
-            random_real_std=_std(real),
-            details={"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": real, **facts},
-        )
 
 
 def _round(data: ddkit.EvaluationData, number: int, of: int) -> ddkit.EvaluationData:
@@ -265,3 +257,28 @@ def _mean(values: Sequence[float]) -> float:
 def _std(values: Sequence[float]) -> float | None:
     """Returns the sample standard deviation, None for fewer than two values."""
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else None
+
+
+def split_options(names: Sequence[str], options: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    """Returns the options of each model by its name.
+
+    A table under a model's name holds options of that model alone, and wins; any other option goes to the models that have it.
+    Raises InputError for an option that none of several models has (of one model it is passed on, and refused there), and for a
+    table of a model that is not in the list. `where` is the recipe path, for messages.
+    """
+    own = {name: options[name] for name in names if isinstance(options.get(name), Mapping)}
+    shared = {key: value for key, value in options.items() if key not in own}
+    if len(names) == 1:
+        return {names[0]: {**shared, **own.get(names[0], {})}}
+    known = {name: set(ddkit.create("model", name).options.__struct_fields__) for name in names}
+    for key, value in shared.items():
+        if not any(key in fields for fields in known.values()):
+            raise ddkit.InputError(f"{where}.{key}: {_problem(key, value, known)}", f"{where}.{key}")
+    return {name: {key: value for key, value in shared.items() if key in known[name]} | dict(own.get(name, {})) for name in names}
+
+
+def _problem(key: str, value: Any, known: Mapping[str, set[str]]) -> str:
+    if isinstance(value, Mapping):
+        return f"the models of this evaluation are {', '.join(known)}. Name one of them, or take the table out."
+    have = "; ".join(f"{name} has {', '.join(sorted(fields)) or 'none'}" for name, fields in known.items())
+    return f"none of the models {', '.join(known)} has that option: {have}."

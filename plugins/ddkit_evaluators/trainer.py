@@ -89,9 +89,6 @@ class Trainer:
             self._tests = images, self.data.test_labels.to(self.data.device)
         return self._tests
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        return units(self.artifact).normalise(images)
-
     def accuracy(self, kind: str, repeat: int, report: Callable[[int, int], None] | None = None) -> float:
         """Returns the test accuracy of network `repeat`; whatever it is trained on, it starts from the same weights.
 
@@ -142,13 +139,11 @@ class Trainer:
 
     def training_set(self, kind: str, repeat: int) -> Labelled:
         """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is."""
-        makers: dict[str, Callable[[int], Labelled]] = {
-            "synthetic": lambda _: (self.artifact.normalised, self.artifact.labels),
-            "random real": self._random_real,
-            "pipc-real": lambda _: (units(self.artifact).lazily(self.data.real_images), self.data.real_labels),
-            "class-mean": self._class_mean,
-        }
-        return makers[kind](repeat)
+        if kind == "synthetic":
+            return self.artifact.normalised, self.artifact.labels
+        if kind == "pipc-real":
+            return units(self.artifact).lazily(self.data.real_images), self.data.real_labels
+        return self._random_real(repeat) if kind == "random real" else self._class_mean(repeat)
 
     def _shuffled(self, purpose: str, repeat: int) -> Iterator[tuple[Tensor, int]]:
         """Yields for each class its accessible rows in an order drawn anew per repeat, and how many images of it the set stores."""
@@ -160,7 +155,7 @@ class Trainer:
     def _random_real(self, repeat: int) -> Labelled:
         """Returns as many accessible real images of each class as the set stores, or all where there are fewer; see real_counts."""
         chosen = torch.cat([rows[:count] for rows, count in self._shuffled("random real", repeat)])
-        return self._normalised(self.data.real_images[chosen]), self.data.real_labels[chosen]
+        return units(self.artifact).normalise(self.data.real_images[chosen]), self.data.real_labels[chosen]
 
     def _class_mean(self, repeat: int) -> Labelled:
         """Returns means of disjoint groups of accessible images: as many a class as the set has, or fewer for want of images.
@@ -170,7 +165,7 @@ class Trainer:
         images, labels = [], []
         for rows, count in self._shuffled("class-mean", repeat):
             for group in rows.tensor_split(max(1, min(count, len(rows)))) if len(rows) else ():
-                images.append(self._normalised(self.data.real_images[group]).mean(0))
+                images.append(units(self.artifact).normalise(self.data.real_images[group]).mean(0))
                 labels.append(self.data.real_labels[group[0]])
         return torch.stack(images), torch.stack(labels)
 

@@ -48,10 +48,7 @@ class TensorBoard:
         if self._writer is None or record is None:
             return
         self._writer.add_scalar("total", record["total"], index)
-        for label, values in record["losses"].items():
-            for name, value in values.items():
-                self._writer.add_scalar(f"{label}/{name}", value, index)
-        for label, values in record.get("logged", {}).items():
+        for label, values in [*record["losses"].items(), *record.get("logged", {}).items()]:
             for name, value in values.items():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(f"{label}/{name}", value, index)

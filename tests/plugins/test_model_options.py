@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ddkit_evaluators.modeloptions import split_options
+from ddkit_evaluators import split_options
 
 import ddkit
 from tests.conftest import SMALL_FLAGS, Result
