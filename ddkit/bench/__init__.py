@@ -12,15 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed, RunFilesError
-from ddkit.run.children import Child, ChildEnded
+from ddkit.run.children import handed_over
 
 PARTS = ("steps", "evaluation", "loading", "startup")
 Row = dict[str, Any]
@@ -62,92 +62,120 @@ class Case(NamedTuple):
 def bench(settings: Settings, report: Report = lambda text: None) -> Row:
     """Returns every measurement as data (schema 1); raises DdkitError for what cannot be measured. `report` tells progress."""
     result: Row = {"schema": 1, "cores": os.cpu_count(), "runs": settings.runs}
-    with _Workers() as workers:
-        if {"steps", "evaluation"} & set(settings.parts):
-            result |= {"limits": [_limit(workers, device, settings) for device in settings.devices]}
-        if "steps" in settings.parts:
-            result["steps"] = _with_exponents([_step_row(workers, case, settings, result, report) for case in cases(settings)])
-        if "evaluation" in settings.parts:
-            result["evaluation"] = [
-                _evaluation_row(workers, case, settings, report)
-                for case in dict.fromkeys(case._replace(losses="", pipc=0) for case in cases(settings))
-            ]
-        if "loading" in settings.parts:
-            result["loading"] = _loading_rows(workers, settings, report)
-        if "startup" in settings.parts:
-            result["startup"] = _startup_rows(settings, report)
+    if {"steps", "evaluation"} & set(settings.parts):
+        result["limits"] = [_limit(device, settings) for device in settings.devices]
+    if "steps" in settings.parts:
+        result["steps"] = _with_exponents([_step_row(case, settings, result, report) for case in cases(settings)])
+    if "evaluation" in settings.parts:
+        wanted = dict.fromkeys(case._replace(losses="", pipc=0) for case in cases(settings))
+        result["evaluation"] = [_evaluation_row(case, settings, report) for case in wanted]
+    if "loading" in settings.parts:
+        result["loading"] = _loading_rows(settings, report)
+    if "startup" in settings.parts:
+        result["startup"] = _startup_rows(settings, report)
     return result
 
 
 def cases(settings: Settings) -> list[Case]:
     """Returns the rows of the table of steps, in order."""
-    return [
-        Case(losses, ipc, pipc, classes, size, device)
-        for device in settings.devices
-        for losses in settings.losses
-        for classes in settings.classes
-        for size in settings.sizes
-        for ipc, pipc in settings.cells
-    ]
+    kinds = itertools.product(settings.devices, settings.losses, settings.classes, settings.sizes, settings.cells)
+    return [Case(losses, ipc, pipc, classes, size, device) for device, losses, classes, size, (ipc, pipc) in kinds]
 
 
-def _limit(workers: _Workers, device: str, settings: Settings) -> Row:
-    worker = workers.start({"kind": "limit", "device": device, "tuned": True})
-    found = [worker.measure()["flops_per_second"] for _ in range(settings.runs)]
-    worker.stop()
-    rates = {name: statistics.median(run[name] for run in found) for name in found[0]}
-    return {"device": device, "name": worker.facts["device"], **{key: worker.facts[key] for key in ("threads", "torch")}, "rates": rates}
+def _measured(
+    specs: dict[str, Row], runs: int, environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, Row], dict[str, list[Row]]]:
+    """Returns, by name of a specification, what setting up cost, and `runs` measurements, taken in turn, each in a process of its own.
+
+    Raises the error that a process tells, RunFailed where one ends.
+    """
+    with ExitStack() as stack:
+        processes = {name: stack.enter_context(_process(spec, environment or {})) for name, spec in specs.items()}
+        facts = {name: ask(None) for name, ask in processes.items()}
+        found: dict[str, list[Row]] = {name: [] for name in specs}
+        for _ in range(runs):
+            for name, ask in processes.items():
+                found[name].append(ask("run"))
+    return facts, found
 
 
-def _rate(result: Row, device: str, precision: str) -> float:
-    rates: dict[str, float] = next(limit["rates"] for limit in result["limits"] if limit["device"] == device)
-    return rates.get(precision, rates["float32"])
+TUNING = ("THP_MEM_ALLOC_ENABLE", "TORCHINDUCTOR_CACHE_DIR")  # what ddkit's command sets in its own process
+_ERRORS = {kind.exit_code: kind for kind in (FlagError, PluginError, InputError, RunFilesError)}
 
 
-def _step_row(workers: _Workers, case: Case, settings: Settings, result: Row, report: Report) -> Row:
+@contextmanager
+def _process(spec: Row, environment: Mapping[str, str]) -> Iterator[Callable[[str | None], Row]]:
+    """Yields what asks a measuring process, which ends with this block or this process; None only waits until it is set up."""
+    inherited = {key: value for key, value in os.environ.items() if spec["tuned"] or key not in TUNING}
+    words = [sys.executable, "-P", "-m", "ddkit.bench.worker", json.dumps(spec), handed_over()]
+    with tempfile.TemporaryFile("w+") as errors:
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=errors, text=True, env={**inherited, **environment})
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(question: str | None) -> Row:
+            with suppress(OSError):  # that it is gone shows in its answer
+                print(question or "", end="\n" if question else "", file=process.stdin, flush=True)
+            line = process.stdout.readline()  # type: ignore[union-attr]
+            if not line:
+                ended = process.wait()
+                errors.seek(0)
+                raise RunFailed(f"Measuring {spec['kind']} ended with exit code {ended}: {_last_line(errors.read())}")
+            answer: Row = json.loads(line)
+            if "error" in answer:
+                raise _ERRORS.get(answer["exit_code"], RunFailed)(answer["error"])
+            return answer
+
+        try:
+            yield ask
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(OSError):  # a line that it has not read
+                process.stdin.close()
+            process.stdout.close()
+
+
+def _limit(device: str, settings: Settings) -> Row:
+    facts, found = _measured({"": {"kind": "limit", "device": device, "tuned": True}}, settings.runs)
+    rates = {name: statistics.median(run["flops_per_second"][name] for run in found[""]) for name in found[""][0]["flops_per_second"]}
+    return {"device": device, "name": facts[""]["device"], **{key: facts[""][key] for key in ("threads", "torch")}, "rates": rates}
+
+
+def _step_row(case: Case, settings: Settings, result: Row, report: Report) -> Row:
     report(f"steps: {case.losses}, ipc {case.ipc}, pipc {case.pipc}, {case.classes} classes, {case.size} pixels, {case.device}")
     spec = {
         "kind": "steps", **case._asdict(), "channels": settings.channels, "sets": list(settings.sets), "steps": settings.steps,
         "run_steps": settings.run_steps, "tuned": True, "count": False,
     }  # fmt: skip
-    ours = workers.start(spec)
-    beside: dict[str, _Worker] = {}
+    specs = {"ours": spec}
     if settings.plain:
         plain = [["engine.compile", False], ["engine.precision", "float32"], ["engine.block", 0]]
-        beside["plain"] = workers.start(spec | {"tuned": False, "count": True, "sets": [*settings.sets, *plain]})
+        specs["plain"] = spec | {"tuned": False, "count": True, "sets": [*settings.sets, *plain]}
         if case.losses == "dm" and not any(path.split(".")[0] in ("network", "augmenter", "data") for path, _ in settings.sets):
-            beside["reference"] = workers.start(spec | {"kind": "reference", "tuned": False})
-    rounds = _rounds({"ours": ours, **beside}, settings.runs)
+            specs["reference"] = spec | {"kind": "reference", "tuned": False}
+    facts, rounds = _measured(specs, settings.runs)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in rounds.items()}
     row = {
         **case._asdict(), "seconds_per_step": statistics.median(seconds["ours"]), "runs": seconds["ours"],
         "steps_per_second": 1 / statistics.median(seconds["ours"]), "peak_mib": rounds["ours"][-1]["peak_mib"],
-        **{key: ours.facts[key] for key in ("first_step_seconds", "precision", "compiled", "chunk", "block", "start_mib", "work")},
+        **{key: facts["ours"][key] for key in ("first_step_seconds", "precision", "compiled", "chunk", "block", "start_mib", "work")},
     }  # fmt: skip
-    for name in beside:
+    for name in list(specs)[1:]:
         row[f"{name}_seconds_per_step"] = statistics.median(seconds[name])
         row[f"{name}_peak_mib"] = rounds[name][-1]["peak_mib"]
         row[f"ratio_to_{name}"] = _ratio(seconds[name], seconds["ours"])
-    if "plain" in beside:
-        row["flops"] = beside["plain"].facts["flops"]
-        row["limit_fraction"] = row["flops"] / row["seconds_per_step"] / _rate(result, case.device, row["precision"])
+    if "plain" in specs:
+        rates: dict[str, float] = next(limit["rates"] for limit in result["limits"] if limit["device"] == case.device)
+        row["flops"] = facts["plain"]["flops"]
+        row["limit_fraction"] = row["flops"] / row["seconds_per_step"] / rates.get(row["precision"], rates["float32"])
     return row
 
 
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:
     """Returns the median over the runs of their seconds over ours, measured one after the other."""
     return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
-
-
-def _rounds(workers: dict[str, _Worker], runs: int) -> dict[str, list[Row]]:
-    """Returns `runs` measurements of each worker, taken in turn, and ends the workers."""
-    found: dict[str, list[Row]] = {name: [] for name in workers}
-    for _ in range(runs):
-        for name, worker in workers.items():
-            found[name].append(worker.measure())
-    for worker in workers.values():
-        worker.stop()
-    return found
 
 
 AXES = ("ipc", "pipc", "classes", "size")
@@ -171,16 +199,15 @@ def _with_exponents(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def _evaluation_row(workers: _Workers, case: Case, settings: Settings, report: Report) -> Row:
+def _evaluation_row(case: Case, settings: Settings, report: Report) -> Row:
     where = {"ipc": case.ipc, "classes": case.classes, "size": case.size, "device": case.device}
     report(f"evaluation: ipc {case.ipc}, {case.classes} classes, {case.size} pixels, {case.device}")
     spec = {
         "kind": "evaluation", **where, "channels": settings.channels, "networks": settings.networks, "tests": settings.tests,
         "epochs": max(10, settings.images_trained // (case.classes * case.ipc)), "tuned": True,
     }  # fmt: skip
-    ours = workers.start(spec)
-    beside = {"reference": workers.start(spec | {"kind": "reference-evaluation", "tuned": False})} if settings.plain else {}
-    rounds = _rounds({"ours": ours, **beside}, settings.runs)
+    specs = {"ours": spec} | ({"reference": spec | {"kind": "reference-evaluation", "tuned": False}} if settings.plain else {})
+    facts, rounds = _measured(specs, settings.runs)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in rounds.items()}
     median = {name: statistics.median(values) for name, values in seconds.items()}
     row: Row = {
@@ -189,9 +216,9 @@ def _evaluation_row(workers: _Workers, case: Case, settings: Settings, report: R
         "epoch_seconds": statistics.median(run["epoch_seconds"] for run in rounds["ours"]),
         "test_seconds": statistics.median(run["test_seconds"] for run in rounds["ours"]),
         "peak_mib": rounds["ours"][-1]["peak_mib"],
-        **{key: ours.facts[key] for key in ("first_network_seconds", "precision", "compiled", "workers")},
+        **{key: facts["ours"][key] for key in ("first_network_seconds", "precision", "compiled", "workers")},
     }  # fmt: skip
-    for name in beside:
+    for name in list(specs)[1:]:
         row[f"{name}_seconds_per_network"] = median[name]
         for part in ("epoch_seconds", "test_seconds"):
             row[f"{name}_{part}"] = statistics.median(run[part] for run in rounds[name])
@@ -199,29 +226,21 @@ def _evaluation_row(workers: _Workers, case: Case, settings: Settings, report: R
     return row
 
 
-def _loading_rows(workers: _Workers, settings: Settings, report: Report) -> list[Row]:
+def _loading_rows(settings: Settings, report: Report) -> list[Row]:
     rows = []
-    for files in settings.files:
-        for pipc in dict.fromkeys(pipc for _, pipc in settings.cells):
-            report(f"loading: {files} files, pipc {pipc}")
-            with _image_folder(files, settings.classes[0], settings.sizes[0]) as (folder, cache):
-                found = []
-                for _ in range(settings.runs):
-                    shutil.rmtree(cache, ignore_errors=True)
-                    first, second = (_loaded(workers, folder, cache, pipc) for _ in range(2))
-                    found.append((first["seconds"], second["seconds"], second["peak_mib"]))
-            middle = [statistics.median(column) for column in zip(*found, strict=True)]
-            names = ("first_seconds", "second_seconds", "peak_mib")
-            rows.append({"files": files, "pipc": pipc, **dict(zip(names, middle, strict=True)), "runs": found})
+    for files, pipc in itertools.product(settings.files, dict.fromkeys(pipc for _, pipc in settings.cells)):
+        report(f"loading: {files} files, pipc {pipc}")
+        with _image_folder(files, settings.classes[0], settings.sizes[0]) as (folder, cache):
+            spec = {"kind": "loading", "folder": str(folder), "pipc": pipc, "tuned": True}
+            found = []
+            for _ in range(settings.runs):
+                shutil.rmtree(cache, ignore_errors=True)
+                first, second = (_measured({"": spec}, 1, {"DDKIT_CACHE": str(cache)})[1][""][0] for _ in range(2))
+                found.append((first["seconds"], second["seconds"], second["peak_mib"]))
+        middle = [statistics.median(column) for column in zip(*found, strict=True)]
+        names = ("first_seconds", "second_seconds", "peak_mib")
+        rows.append({"files": files, "pipc": pipc, **dict(zip(names, middle, strict=True)), "runs": found})
     return rows
-
-
-def _loaded(workers: _Workers, folder: Path, cache: Path, pipc: int) -> Row:
-    """Returns one loading in a new process."""
-    worker = workers.start({"kind": "loading", "folder": str(folder), "pipc": pipc, "tuned": True}, {"DDKIT_CACHE": str(cache)})
-    found = worker.measure()
-    worker.stop()
-    return found
 
 
 @contextmanager
@@ -273,51 +292,3 @@ def _whole_command(arguments: list[str]) -> float:
 
 def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["it said nothing"])[-1]
-
-
-TUNING = ("THP_MEM_ALLOC_ENABLE", "TORCHINDUCTOR_CACHE_DIR")  # what ddkit's command sets in its own process
-_ERRORS = {kind.exit_code: kind for kind in (FlagError, PluginError, InputError, RunFilesError)}
-
-
-class _Worker:
-    """One measuring process: `facts` is what setting up told, measure() takes one more run."""
-
-    def __init__(self, spec: Row, environment: dict[str, str], errors: Path) -> None:
-        self.kind = spec["kind"]
-        inherited = {key: value for key, value in os.environ.items() if spec["tuned"] or key not in TUNING}
-        self._child = Child("ddkit.bench.worker", json.dumps(spec), errors=errors, environment=inherited | environment)
-        self.stop = self._child.stop
-        self.facts: Row = {}
-
-    def begin(self) -> None:
-        """Waits until setting up is done."""
-        self.facts = self._checked(self._child.answer)
-
-    def measure(self) -> Row:
-        return self._checked(lambda: self._child.ask("run"))
-
-    def _checked(self, call: Callable[[], Row]) -> Row:
-        try:
-            found = call()
-        except ChildEnded as ended:
-            raise RunFailed(f"Measuring {self.kind} {ended}") from None
-        if "error" in found:
-            raise _ERRORS.get(found["exit_code"], RunFailed)(found["error"])
-        return found
-
-
-class _Workers(ExitStack):
-    """Ends every measuring process at the end, whatever happens."""
-
-    def __enter__(self) -> _Workers:
-        super().__enter__()
-        self._folder = Path(self.enter_context(tempfile.TemporaryDirectory(prefix="ddkit-bench-")))
-        self._count = 0
-        return self
-
-    def start(self, spec: Row, environment: dict[str, str] | None = None) -> _Worker:
-        self._count += 1
-        worker = _Worker(spec, environment or {}, self._folder / f"{self._count}.txt")
-        self.callback(worker.stop)
-        worker.begin()
-        return worker

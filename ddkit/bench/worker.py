@@ -8,35 +8,40 @@ from __future__ import annotations
 
 import json
 import logging
+import platform
 import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ddkit.errors import DdkitError
 from ddkit.nn.compiling import native_bfloat16
 from ddkit.nn.device import pick_device, product_rate, products, tune_process
-from ddkit.run.children import reply
+from ddkit.run.children import reply, take_over
 
-Measure = Callable[[], dict[str, Any]]
+Spec = dict[str, Any]
+Measuring = Iterator[dict[str, Any]]  # first what setting up cost, then a measurement each time
 PROTOCOL_EPOCHS, PROTOCOL_TESTS = 1000, 10_000  # of dm-official on CIFAR-10
 MEASURED_NETWORKS = 8
 
 
 def main() -> None:
     """Reads a specification from the command line, prints what setting up cost, then measures at every line of stdin."""
+    take_over(sys.argv[2])
     spec = json.loads(sys.argv[1])
     if spec["tuned"]:
         tune_process()
     logging.getLogger("ddkit").setLevel(logging.ERROR)
     try:
-        facts, measure = KINDS[spec["kind"]](spec)
+        measuring = KINDS[spec["kind"]](spec)
+        facts = next(measuring)
         reply(facts)
         for _ in sys.stdin:
-            reply(measure() | {"peak_mib": _peak_mib(children=facts.get("workers", 1))})
+            reply(next(measuring) | {"peak_mib": _peak_mib(children=facts.get("workers", 1))})
     except DdkitError as error:
         reply({"error": str(error), "exit_code": error.exit_code})
 
@@ -72,14 +77,14 @@ def _timed(call: Callable[[], Any], count: int) -> float:
     return (_synchronised() - began) / count
 
 
-def _info(spec: dict[str, Any]) -> Any:
+def _info(spec: Spec) -> Any:
     from ddkit.components.base import DataInfo
 
     names = tuple(str(label) for label in range(spec["classes"]))
     return DataInfo(class_names=names, channels=spec["channels"], size=(spec["size"], spec["size"]))
 
 
-def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def _limit(spec: Spec) -> Measuring:
     """Square matrix products, 2,048 a side on a CPU and 8,192 on a GPU: what the machine can do.
 
     bfloat16 is measured where the hardware has it: elsewhere it is some 20 times slower than float32, and ddkit leaves it alone.
@@ -89,29 +94,17 @@ def _limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     device = pick_device(spec["device"])
     side, count = (8192, 20) if device.type == "cuda" else (2048, 5)
     names = ["float32", *(["tf32"] if device.type == "cuda" else []), *(["bfloat16"] if native_bfloat16(device) else [])]
-
-    def measure() -> dict[str, Any]:
-        return {"flops_per_second": {name: product_rate(device, name, side=side, count=count) for name in names}}
-
-    return {"device": _device_name(device), "threads": torch.get_num_threads(), "torch": torch.__version__}, measure
-
-
-def _device_name(device: Any) -> str:
-    import platform
-
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    if device.type != "cuda":
+        with suppress(OSError):
+            lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    yield {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    while True:
+        yield {"flops_per_second": {name: product_rate(device, name, side=side, count=count) for name in names}}
 
 
-def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def _steps(spec: Spec) -> Measuring:
     """Steps of a run: the engine as `ddkit distill` builds it, on random images."""
     from ddkit.run.setup import RunSetup
 
@@ -132,36 +125,30 @@ def _steps(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
             )
         index += count
 
-    flops = _counted(engine) if spec["count"] else None
+    flops = None
+    if spec["count"]:  # of the products and convolutions of one step, counted while it runs
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            engine.evaluate(0)
+        flops = float(counter.get_total_flops())
     began = _synchronised()
     advance(1)
     first = _synchronised() - began
     advance(2)
     embedder = engine.source.embedder(index) if job.decided.needs_embedder else None
     decided = job.decided
-    facts = {
+    yield {
         "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,
         "compiled": embedder is not None and embedder.compiled, "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,
     }  # fmt: skip
-
-    def measure() -> dict[str, Any]:
+    while True:
         began = _synchronised()
         advance(spec["steps"])
-        return {"seconds": (_synchronised() - began) / spec["steps"]}
-
-    return facts, measure
+        yield {"seconds": (_synchronised() - began) / spec["steps"]}
 
 
-def _counted(engine: Any) -> float:
-    """Returns the floating-point operations of the products and convolutions of one step, counted while it runs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as counter:
-        engine.evaluate(0)
-    return float(counter.get_total_flops())
-
-
-def _recipe(spec: dict[str, Any], folder: Path) -> Any:
+def _recipe(spec: Spec, folder: Path) -> Any:
     import numpy as np
 
     from ddkit.recipes.resolve import resolve
@@ -179,15 +166,8 @@ def _recipe(spec: dict[str, Any], folder: Path) -> Any:
     sets = {"data.use": f"npz:{folder / 'random.npz'}", "initializer.use": "noise"} | dict(spec["sets"])
     if spec["losses"] != "dm" and "teacher.use" not in sets:
         sets |= {"teacher.use": str(_random_teacher(info, folder / "teacher.safetensors"))}
-    return resolve(
-        "practical",
-        losses=spec["losses"],
-        evaluators="none",
-        ipc=spec["ipc"],
-        pipc=spec["pipc"],
-        steps=spec["run_steps"],
-        sets=sets,
-    )
+    asked = {name: spec[name] for name in ("losses", "ipc", "pipc")}
+    return resolve("practical", evaluators="none", steps=spec["run_steps"], sets=sets, **asked)
 
 
 def _random_teacher(info: Any, path: Path) -> Path:
@@ -205,7 +185,7 @@ def _random_teacher(info: Any, path: Path) -> Path:
     return path
 
 
-def _reference(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def _reference(spec: Spec) -> Measuring:
     """The plain loop of distribution matching."""
     import torch
 
@@ -217,10 +197,12 @@ def _reference(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     step = ReferenceStep(model, info, augmenter, real, ipc=spec["ipc"], batch=256)
     first = _timed(step, 1)
     step()
-    return {"first_step_seconds": first}, lambda: {"seconds": _timed(step, spec["steps"])}
+    yield {"first_step_seconds": first}
+    while True:
+        yield {"seconds": _timed(step, spec["steps"])}
 
 
-def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
+def _labelled(spec: Spec) -> tuple[Any, Any, Any]:
     import torch
 
     info = _info(spec)
@@ -229,9 +211,13 @@ def _labelled(spec: dict[str, Any]) -> tuple[Any, Any, Any]:
     return info, images, torch.arange(info.classes).repeat_interleave(spec["ipc"])
 
 
-def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def _evaluation(spec: Spec) -> Measuring:
     """Networks of the evaluator `accuracy` under dm-official, computed as it plans for the whole protocol."""
+    import torch
+
     from ddkit.components import registry
+    from ddkit.components.base import EvaluationData
+    from ddkit.run.artifact import Artifact
 
     info, images, labels = _labelled(spec)
     device, options = pick_device(spec["device"]), {"protocol": "dm-official", "random_real": False} | spec.get("options", {})
@@ -239,52 +225,32 @@ def _evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
     plan = evaluator.plan(info, device, rows=len(labels), tests=PROTOCOL_TESTS, networks=spec["networks"])
     options |= {"compile": "always" if plan.arithmetic.compile else "never", "precision": plan.arithmetic.precision}
     options["repeats"] = max(MEASURED_NETWORKS, 4 * plan.workers)
-    evaluate = _timed_evaluator(info, images, labels, device, tests=spec["tests"])
+    units = {"mean": [0.5] * info.channels, "std": [0.25] * info.channels}
+    artifact = Artifact(images, labels, {"class_names": list(info.class_names), **units})
+    pixels = (torch.rand((spec["tests"], *info.shape), generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
+    times: list[float] = []
+    data = EvaluationData(
+        info=info, test_images=pixels, test_labels=torch.arange(len(pixels)) % info.classes, real_images=pixels[:0],
+        real_labels=labels[:0], seed=0, device=device, report=lambda done, total: times.append(_synchronised()),
+    )  # fmt: skip
     facts = {"precision": plan.arithmetic.precision, "workers": plan.workers}
 
     def train(epochs: int, workers: int) -> float:
         """Returns the seconds of a network once all workers are at it; their start is told apart."""
-        times, facts["compiled"] = evaluate(options | {"epochs": epochs, "workers": workers})
+        own = options | {"epochs": epochs, "workers": workers}
+        times[:] = [_synchronised()]
+        (row,) = registry.create("evaluator", "accuracy", own, data=info, where="evaluators.accuracy")(artifact, data, None)
+        facts["compiled"] = bool(row.details["compiled"])
         first = 2 * workers  # by then the last of them has begun its second network
         return (times[-1] - times[first]) / (len(times) - 1 - first)
 
-    def measure() -> dict[str, Any]:
-        """Testing, which fills all cores in one process, is timed there; training as the evaluator does it."""
-        return _protocol_seconds(train(1, 1), train(1 + spec["epochs"], plan.workers), spec)
-
-    times, facts["compiled"] = evaluate(options | {"epochs": 1, "workers": plan.workers})
-    return facts | {"first_network_seconds": times[1] - times[0]}, measure
+    train(1, plan.workers)
+    yield facts | {"first_network_seconds": times[1] - times[0]}
+    while True:  # testing, which fills all cores in one process, is timed there; training as the evaluator does it
+        yield _protocol_seconds(train(1, 1), train(1 + spec["epochs"], plan.workers), spec)
 
 
-def _timed_evaluator(
-    info: Any, images: Any, labels: Any, device: Any, *, tests: int
-) -> Callable[[dict[str, Any]], tuple[list[float], bool]]:
-    """Returns a function that evaluates once: (the time at the start and after each network, whether compiled code ran)."""
-    import torch
-
-    from ddkit.components import registry
-    from ddkit.components.base import EvaluationData
-    from ddkit.run.artifact import Artifact
-
-    units = {"mean": [0.5] * info.channels, "std": [0.25] * info.channels}
-    artifact = Artifact(images, labels, {"class_names": list(info.class_names), **units})
-    pixels = (torch.rand((tests, *info.shape), generator=torch.Generator().manual_seed(1)) * 255).to(torch.uint8)
-    times: list[float] = []
-    data = EvaluationData(
-        info=info, test_images=pixels, test_labels=torch.arange(tests) % info.classes, real_images=pixels[:0], real_labels=labels[:0],
-        seed=0, device=device, report=lambda done, total: times.append(_synchronised()),
-    )  # fmt: skip
-
-    def evaluate(options: dict[str, Any]) -> tuple[list[float], bool]:
-        evaluator = registry.create("evaluator", "accuracy", options, data=info, where="evaluators.accuracy")
-        times[:] = [_synchronised()]
-        (row,) = evaluator(artifact, data, None)
-        return list(times), bool(row.details["compiled"])
-
-    return evaluate
-
-
-def _reference_evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def _reference_evaluation(spec: Spec) -> Measuring:
     """Networks of the plain evaluation loop."""
     import torch
     from torch.utils.data import TensorDataset
@@ -297,33 +263,30 @@ def _reference_evaluation(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure
     tests = torch.randn((spec["tests"], *info.shape), generator=torch.Generator().manual_seed(1))
     test = TensorDataset(tests.to(device), (torch.arange(len(tests)) % info.classes).to(device))
     loop = ReferenceEvaluation(model, info, augmenter, images.to(device), labels.to(device), test)
-    first = _timed(lambda: loop(0, 1), 1)
-
-    def train(epochs: int) -> float:
-        return _timed(lambda: loop(0, epochs), 1)
-
-    return {"first_network_seconds": first}, lambda: _protocol_seconds(train(1), train(1 + spec["epochs"]), spec)
+    yield {"first_network_seconds": _timed(lambda: loop(0, 1), 1)}
+    while True:
+        short, long = (_timed(lambda epochs=epochs: loop(0, epochs), 1) for epochs in (1, 1 + spec["epochs"]))  # type: ignore[misc]
+        yield _protocol_seconds(short, long, spec)
 
 
-def _protocol_seconds(short: float, long: float, spec: dict[str, Any]) -> dict[str, Any]:
+def _protocol_seconds(short: float, long: float, spec: Spec) -> dict[str, Any]:
     """Returns the seconds of a network under the whole protocol from those of one epoch and a test, and of more epochs and a test."""
     epoch = (long - short) / spec["epochs"]
     test = max(0.0, short - epoch) / spec["tests"] * PROTOCOL_TESTS
     return {"epoch_seconds": epoch, "test_seconds": test, "seconds": PROTOCOL_EPOCHS * epoch + test}
 
 
-def _loading(spec: dict[str, Any]) -> tuple[dict[str, Any], Measure]:
+def _loading(spec: Spec) -> Measuring:
     """The accessible images of an image folder, first without and then with ddkit's image cache."""
     from ddkit.data.real import RealData, open_dataset
     from ddkit.recipes.tables import DataTable
 
-    def load() -> Any:
-        return RealData(open_dataset(DataTable(use=f"imagefolder:{spec['folder']}")), spec["pipc"], 0)
+    yield {}
+    while True:
+        yield {"seconds": _timed(lambda: RealData(open_dataset(DataTable(use=f"imagefolder:{spec['folder']}")), spec["pipc"], 0), 1)}
 
-    return {}, lambda: {"seconds": _timed(load, 1)}
 
-
-KINDS: dict[str, Callable[[dict[str, Any]], tuple[dict[str, Any], Measure]]] = {
+KINDS: dict[str, Callable[[Spec], Measuring]] = {
     "limit": _limit,
     "steps": _steps,
     "reference": _reference,

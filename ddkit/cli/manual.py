@@ -24,7 +24,7 @@ USED = {  # the first command of each kind; NAME is the component's
     "study": "ddkit reproduce NAME --show",
 }
 MORE_USES = {
-    "loss": ["ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"],
+    "loss": ["ddkit distill --losses NAME:0.5 --ipc 1 --pipc 10"],
     "loss-group": ["ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"],
     "evaluator": ["ddkit evaluate my-run --evaluate NAME"],
     "model": ["ddkit train --model NAME --out teacher.safetensors", "ddkit evaluate my-run --model convnet,NAME"],

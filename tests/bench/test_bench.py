@@ -24,6 +24,7 @@ def measured(forks: Any) -> dict[str, Any]:
     """Returns a whole measurement of the smallest kind: real steps in real processes; those of the other parts are forks."""
     steps = bench(Settings(**SMALL, parts=("steps",)))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.bench.subprocess", forks)
         patch.setattr("ddkit.run.children.subprocess", forks)
         return bench(Settings(**SMALL, parts=("evaluation", "loading"), files=(20,))) | steps  # type: ignore[arg-type]
 
@@ -134,7 +135,6 @@ def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
     assert "again s" in loading
 
 
-@pytest.mark.usefixtures("forked_children")
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
@@ -151,7 +151,10 @@ def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
         (("steps", "--size", "1", "--no-plain", "--runs", "1"), 4, "too small"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(cli: Callable[..., Result], arguments: tuple[str, ...], code: int, words: str) -> None:
+def test_what_cannot_be_measured_is_refused(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, forks: Any, arguments: tuple[str, ...], code: int, words: str
+) -> None:
+    monkeypatch.setattr("ddkit.bench.subprocess", forks)
     result = cli("bench", *arguments)
     assert (result.code, result.out) == (code, ""), result.err
     assert words in result.err
@@ -164,13 +167,10 @@ def test_a_start_is_a_whole_command_and_one_that_fails_is_told() -> None:
         benching._whole_command(["info", "nothing"])
 
 
-@pytest.mark.usefixtures("forked_children")
-def test_a_measuring_process_that_dies_is_told_with_its_last_words() -> None:
-    with (
-        pytest.raises(ddkit.RunFailed, match=r"Measuring loading ended with exit code 1: KeyError: 'folder'"),
-        benching._Workers() as workers,
-    ):
-        workers.start({"kind": "loading", "tuned": False}).measure()
+def test_a_measuring_process_that_dies_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
+    monkeypatch.setattr("ddkit.bench.subprocess", forks)
+    with pytest.raises(ddkit.RunFailed, match=r"Measuring loading ended with exit code 1: KeyError: 'folder'"):
+        benching._measured({"": {"kind": "loading", "tuned": False}}, 1)
 
 
 @pytest.mark.slow
@@ -181,6 +181,6 @@ def test_evaluation_is_measured_with_more_threads_than_usual(monkeypatch: pytest
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     spec = {"ipc": 1, "classes": 2, "size": 8, "channels": 1, "device": "cpu", "networks": 10, "epochs": 1, "tests": 4}
     options = {"compile": "never", "precision": "float32", "workers": 4, "model": "mlp"}
-    facts, measure = worker._evaluation(spec | {"options": options})
-    assert facts["workers"] == 4
-    assert measure()["seconds"] > 0
+    measuring = worker._evaluation(spec | {"options": options})
+    assert next(measuring)["workers"] == 4
+    assert next(measuring)["seconds"] > 0
