@@ -20,8 +20,9 @@ from ddkit import testing
 from ddkit.cli import cli
 from ddkit.cli.manual import USED as CHOSEN
 from ddkit.cli.manual import facts, page
-from ddkit.components import observers, registry
+from ddkit.components import base, observers, registry
 from ddkit.components.options import describe_options
+from ddkit.run import artifact
 from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
@@ -169,7 +170,7 @@ def _facts(kind: str) -> str:
 
 def _reference(name: str) -> str:
     """Returns what a public class says of itself: docstring, attributes, fields, methods with their signatures."""
-    found = getattr(ddkit, name)
+    found = next(getattr(module, name) for module in (ddkit, ddkit.data, base, artifact) if hasattr(module, name))
     parts = [_prose(inspect.getdoc(found) or "")]
     if issubclass(found, msgspec.Struct):
         fields = [f"{field.name}: {_type(found, field.name)}{_field_default(field)}" for field in msgspec.structs.fields(found)]
@@ -255,8 +256,19 @@ def _kinds(_: str) -> str:
     return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
 
 
+def _names(_: str) -> str:
+    """Returns the table of all public names, each with its first line."""
+    rows = ["| name | what it is |", "|---|---|"]
+    for module in (ddkit, ddkit.nn, ddkit.data):
+        for name in module.__all__:
+            found = getattr(module, name)
+            if inspect.isclass(found) or inspect.isfunction(found):
+                rows.append(f"| `{module.__name__}.{name}` | {_cell((inspect.getdoc(found) or '').partition(chr(10))[0])} |")
+    return "\n".join(rows)
+
+
 PARTS: dict[str, Callable[[str], str]] = {
-    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds,
+    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names,
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import ddkit
 
-ddkit.tune_process()  # as the command does, before torch is imported
+ddkit.nn.tune_process()  # as the command does, before torch is imported
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -58,7 +58,7 @@ def milliseconds(forward: Callable[[], Tensor], parameters: list[Tensor], labels
 
 def vmapped(x: Tensor, labels: Tensor) -> float:
     model = ddkit.create("model", "convnet", data=INFO)
-    networks = [ddkit.build_network(model, INFO, 0, number) for number in range(NETWORKS)]
+    networks = [ddkit.nn.build_network(model, INFO, 0, number) for number in range(NETWORKS)]
     stacked = {name: value.detach().requires_grad_() for name, value in stack_module_state(networks)[0].items()}
     forward = torch.compile(lambda parameters: vmap(lambda p: functional_call(networks[0], p, (x,)))(parameters).flatten(0, 1))
     return milliseconds(lambda: forward(stacked), list(stacked.values()), labels)
@@ -76,7 +76,7 @@ def evaluated(x: Tensor, labels: Tensor, workers: int) -> float:
     options = {"protocol": "dc-official", "epochs": epochs, "repeats": NETWORKS, "random_real": False, "compile": "always"}
     artifact = ddkit.Artifact(x, labels, {"class_names": list(INFO.class_names), "mean": [0.5] * 3, "std": [0.25] * 3})
     times: list[float] = []
-    data = ddkit.EvaluationData(
+    data = ddkit.data.EvaluationData(
         info=INFO, test_images=x[:10], test_labels=labels[:10], real_images=x[:0], real_labels=labels[:0], seed=0,
         device=torch.device("cpu"), report=lambda done, total: times.append(time.perf_counter()),
     )  # fmt: skip

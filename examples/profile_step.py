@@ -11,7 +11,7 @@ from pathlib import Path
 
 import ddkit
 
-ddkit.tune_process()  # as the command does, before torch is imported
+ddkit.nn.tune_process()  # as the command does, before torch is imported
 
 import numpy as np  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ddkit.nn.teacher import Teacher
     from ddkit.run.artifact import Artifact
 
-API_VERSION = 1
 Fraction = Annotated[float, Option(ge=0, le=1)]
 Spread = Annotated[float, Option(ge=0)]
 
@@ -72,7 +71,6 @@ def _taken(kind: type, name: str) -> str:
 class Component:
     """Base of every named component. Its options are typed fields of the class, validated before it is built; see ddkit.option.
 
-    `api` is the version of the plugin API that the class was written for; another number is refused on load.
     `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
     option names Python code, which a file may not have run unless the user allows it. `requires`, a ddkit.Requires or a method that
     returns one, is read once from each instance. `deviations` maps a check of the conformance
@@ -80,7 +78,6 @@ class Component:
     component, "" for ddkit's own; `recipe_path` the place of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
     """
 
-    api: ClassVar[int] = 1
     argument: ClassVar[str | None] = None
     runs_code: ClassVar[bool] = False
     deviations: ClassVar[Mapping[str, str]] = {}

@@ -232,7 +232,7 @@ def load(kind: str, name: str) -> type[Any]:
 
 @cache
 def load_plugin(plugin: Plugin) -> type[Any]:
-    """Returns the class of `plugin`, imported once and checked against its kind's base class and API number."""
+    """Returns the class of `plugin`, imported once and checked against its kind's base class."""
     remedy = f"Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
     if plugin.file:
         remedy = f"Mend {plugin.file}."
@@ -277,12 +277,6 @@ def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
         if not fits:
             raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}; it has to be {must}. {remedy}")
 
-    check("api", type(found.api) is int, f"a number, such as {base.API_VERSION}")
-    if found.api != base.API_VERSION:
-        raise PluginError(
-            f"The {plugin.label} is written for plugin API {found.api}, this ddkit has {base.API_VERSION}. "
-            f"Install a version of {plugin.distribution} made for it."
-        )
     try:
         names = fields(options_type(found))
         describe_options(found)

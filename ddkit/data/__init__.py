@@ -1,4 +1,40 @@
 """Real images: which of them a run may use, reading and resizing them, keeping them decoded, normalisation, pictures, spectra.
 
 The datasets themselves are plugins. The synthetic images are in ddkit.engine while they are optimised, and in ddkit.run as files.
+
+The names of `__all__` are for plugins; they are loaded on first use, so that importing this package costs no torch.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ddkit.components.base import EvaluationData
+    from ddkit.data.arrays import read_arrays
+    from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
+    from ddkit.data.pictures import grid, high_frequency_share, radial_spectrum, sheet_png
+    from ddkit.data.real import passed_dataset
+    from ddkit.files import cache_folder, not_permitted, open_regular, without_folders
+
+_HOMES = {
+    "ddkit.components.base": "EvaluationData",
+    "ddkit.data.arrays": "read_arrays",
+    "ddkit.data.images": "Normalisation NormalisedRows blocks conform on_disk spread to_unit",
+    "ddkit.data.pictures": "grid high_frequency_share radial_spectrum sheet_png",
+    "ddkit.data.real": "passed_dataset",
+    "ddkit.files": "cache_folder not_permitted open_regular without_folders",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+__all__ = [
+    "EvaluationData", "Normalisation", "NormalisedRows", "blocks", "cache_folder", "conform", "grid", "high_frequency_share",
+    "not_permitted", "on_disk", "open_regular", "passed_dataset", "radial_spectrum", "read_arrays", "sheet_png", "spread",
+    "to_unit", "without_folders",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ddkit.data.images import MOST_VALUES, blocks, to_unit
 from ddkit.errors import InputError, printable
@@ -18,6 +19,21 @@ LONGEST_NAME = 60  # characters of a class name in a picture
 MANY_CLASSES = 100  # whose rows, of 64 pixels, may stand below each other; more are drawn smaller
 MOST_HEIGHT, MOST_PIXELS = 7000, 10_000_000  # of a picture; viewers give up on towers
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
+
+
+def grid(images: Tensor, factor: int) -> Tensor:
+    """Returns one picture (C, H, W) of factor * factor images (n, C, H, W), row by row, each resized to its cell.
+
+    Cells differ by a pixel where a side is no multiple of `factor`. Bilinear, antialiased.
+    """
+    rows, columns = (torch.linspace(0, side, factor + 1).round().int().tolist() for side in images.shape[2:])
+    picture = torch.empty_like(images[0])
+    for number in range(factor**2):
+        top, bottom = rows[number // factor], rows[number // factor + 1]
+        left, right = columns[number % factor], columns[number % factor + 1]
+        cell = functional.interpolate(images[number : number + 1], (bottom - top, right - left), mode="bilinear", antialias=True)
+        picture[:, top:bottom, left:right] = cell[0]
+    return picture
 
 
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:

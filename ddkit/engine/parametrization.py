@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ddkit.data.pictures import grid
 from ddkit.errors import InputError
 
 
@@ -42,18 +43,3 @@ def decoded(images: Tensor, factor: int) -> Tensor:
 def encoded(images: Tensor, factor: int) -> Tensor:
     """Returns (n, C, H, W), each the `grid` of factor x factor of the images (n * factor², C, H, W)."""
     return images if factor == 1 else torch.stack([grid(parts, factor) for parts in images.split(factor**2)])
-
-
-def grid(images: Tensor, factor: int) -> Tensor:
-    """Returns one picture (C, H, W) of factor * factor images (n, C, H, W), row by row, each resized to its cell.
-
-    Cells differ by a pixel where a side is no multiple of `factor`. Bilinear, antialiased.
-    """
-    rows, columns = (torch.linspace(0, side, factor + 1).round().int().tolist() for side in images.shape[2:])
-    picture = torch.empty_like(images[0])
-    for number in range(factor**2):
-        top, bottom = rows[number // factor], rows[number // factor + 1]
-        left, right = columns[number % factor], columns[number % factor + 1]
-        cell = functional.interpolate(images[number : number + 1], (bottom - top, right - left), mode="bilinear", antialias=True)
-        picture[:, top:bottom, left:right] = cell[0]
-    return picture

@@ -16,7 +16,7 @@ UNITS = {"reading": "image", "teacher": "epoch", "distilling": "step", "evaluati
 class ProgressLines:
     """Tells on stderr what each stage does, at its start, and then every `every` seconds how far it is and how long it will take.
 
-        ddkit.distill(losses="dm", observers=[ddkit.ProgressLines()])
+        ddkit.distill(losses="dm", observers=[ProgressLines()])
 
     A command shows these by itself where stderr is no terminal. `clock()` returns seconds.
     """

@@ -30,7 +30,7 @@ class ObserverConformance(Conformance):
         return self.make()
 
     @check
-    def test_is_of_its_kind_and_api(self) -> None:
+    def test_is_of_its_kind(self) -> None:
         """It has at least one hook: a function of a hook's name, marked `@ddkit.hookimpl`, with arguments that the hook has."""
         observers = Observers([("checked", self.make())])
         if not any(observers.has(hook) for hook in HOOKS):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddkit.components import registry
-from ddkit.components.base import API_VERSION, Component, DataInfo
+from ddkit.components.base import Component, DataInfo
 from ddkit.components.globalstate import random_states
 from ddkit.components.options import written_options
 from ddkit.components.trust import granting
@@ -153,15 +153,13 @@ class Conformance:
         self._check_names(getattr(self.found(), "deviations", {}), f" of '{self.label}'")
 
     @check
-    def test_is_of_its_kind_and_api(self) -> None:
-        """It is a subclass of the kind's base class, with a docstring, written for this plugin API."""
+    def test_is_of_its_kind(self) -> None:
+        """It is a subclass of the kind's base class, with a docstring."""
         found, base = self.found(), registry.BASES[self.kind]
         if not issubclass(found, base):
             raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
         if not (found.__doc__ or "").strip():
             raise Broken(f"'{self.label}' has no docstring: its first line is the summary that `ddkit list` shows.")
-        if found.api != API_VERSION:
-            raise Broken(f"'{self.label}' is written for plugin API {found.api}, this ddkit has {API_VERSION}.")
 
     @check
     def test_options_survive_a_recipe(self) -> None:

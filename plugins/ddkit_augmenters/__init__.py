@@ -93,7 +93,7 @@ class SiameseAugmentation(ddkit.Augmenter):
             if len(rows) == len(x):
                 x = self._operation(name, x, parameters[name])
             elif len(rows):
-                x = x.index_copy(0, ddkit.to_device(rows, x.device), self._on_rows(rows, name, x, parameters[name]))
+                x = x.index_copy(0, ddkit.nn.to_device(rows, x.device), self._on_rows(rows, name, x, parameters[name]))
         return x
 
     def _apply_one_each(self, x: Tensor, column: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -107,14 +107,14 @@ class SiameseAugmentation(ddkit.Augmenter):
             if count:
                 parts.append(self._on_rows(order[start : start + count], name, x, parameters[name]))
                 start += count
-        return torch.cat(parts)[ddkit.to_device(order.argsort(), x.device)]
+        return torch.cat(parts)[ddkit.nn.to_device(order.argsort(), x.device)]
 
     def _on_rows(self, rows: Tensor, name: str, x: Tensor, numbers: Tensor) -> Tensor:
         """Returns rows of x (rows on the CPU) under operation `name`."""
-        return self._operation(name, x[ddkit.to_device(rows, x.device)], numbers[rows.to(numbers.device)])
+        return self._operation(name, x[ddkit.nn.to_device(rows, x.device)], numbers[rows.to(numbers.device)])
 
     def _operation(self, name: str, x: Tensor, numbers: Tensor) -> Tensor:
-        return operations.FUNCTIONS[name](x, ddkit.to_device(numbers, x.device), self)
+        return operations.FUNCTIONS[name](x, ddkit.nn.to_device(numbers, x.device), self)
 
 
 class SupportVectorAugmentation(ddkit.Augmenter):
@@ -143,7 +143,7 @@ class SupportVectorAugmentation(ddkit.Augmenter):
         return {"numbers": torch.rand(groups, 6, generator=generator)}
 
     def apply(self, x: Tensor, parameters: Mapping[str, Tensor]) -> Tensor:
-        numbers = ddkit.to_device(parameters["numbers"], x.device).to(x.dtype)
+        numbers = ddkit.nn.to_device(parameters["numbers"], x.device).to(x.dtype)
         kept = 1 - self.crop * numbers[:, 0]
         room = 1 - kept
         centre_x = room * (2 * numbers[:, 1] - 1) + 2 * self.translation * (2 * numbers[:, 3] - 1)

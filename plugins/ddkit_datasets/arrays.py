@@ -124,7 +124,7 @@ def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    arrays = ddkit.read_arrays(path)
+    arrays = ddkit.data.read_arrays(path)
     if "x_train" not in arrays or "y_train" not in arrays:
         raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
     return arrays

@@ -161,7 +161,7 @@ def _decode(file: str, how: Decoding, resized: list[str]) -> Any:
 def _opened(file: str) -> Iterator[Image.Image]:
     """Inside, the image of a file; what cannot be done with it is an InputError that names the file."""
     try:
-        with ddkit.open_regular(file) as stream, Image.open(stream) as image:
+        with ddkit.data.open_regular(file) as stream, Image.open(stream) as image:
             yield image
     except TooManyBits as error:
         raise ddkit.InputError(f"The image {file} cannot be used: {error}.", "data.bits") from None
@@ -172,7 +172,7 @@ def _opened(file: str) -> Iterator[Image.Image]:
             "Scale it down or remove it."
         ) from None
     except PermissionError as error:
-        raise ddkit.InputError(f"The image {ddkit.not_permitted(file, error)}") from None
+        raise ddkit.InputError(f"The image {ddkit.data.not_permitted(file, error)}") from None
     except UnidentifiedImageError:
         raise ddkit.InputError(f"The image {file} cannot be decoded (no image format that is known). Repair or remove it.") from None
     except OSError as error:  # of the system, with a number; a decoder's own has none

@@ -43,7 +43,7 @@ class Torchvision(InMemory):
     def _load(self, *, train: bool) -> tuple[Tensor, Tensor]:
         import torchvision.datasets
 
-        folder = Path(self.directory) if self.directory else ddkit.cache_folder() / "datasets"
+        folder = Path(self.directory) if self.directory else ddkit.data.cache_folder() / "datasets"
         try:
             folder.mkdir(mode=0o777 if self.directory else 0o700, parents=True, exist_ok=True)
             found: Any = getattr(torchvision.datasets, self.source)(str(folder), download=True, **self._split(train))

@@ -148,7 +148,7 @@ class ImageFolder(ddkit.Dataset):
             paths = self._split_files[split].paths(range(len(labels)))
             for path, name, label in zip(paths, self._relative(paths), labels, strict=True):
                 digest.update(f"{split} {label} {name}\n".encode())
-                with ddkit.open_regular(path) as stream:
+                with ddkit.data.open_regular(path) as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 

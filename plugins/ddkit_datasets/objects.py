@@ -43,7 +43,7 @@ class Python(ddkit.Dataset):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        passed = ddkit.passed_dataset()
+        passed = ddkit.data.passed_dataset()
         if passed is None:
             raise ddkit.InputError(_missing(self.of), "data.use")
         if "python" not in passed.known:

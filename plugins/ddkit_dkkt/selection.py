@@ -82,7 +82,7 @@ def gram_matrix(gradients: Callable[[range], Tensor], target: Tensor, count: int
     return gram, right
 
 
-def negative_gradients(teacher: ddkit.Teacher, names: Sequence[str], images: Tensor, labels: Tensor) -> Tensor:
+def negative_gradients(teacher: ddkit.nn.Teacher, names: Sequence[str], images: Tensor, labels: Tensor) -> Tensor:
     """Returns -grad_theta L(Phi(x_i; theta), y_i), (n, P), of normalised images (n, C, H, W) one by one, theta being `names`."""
     leaves = {name: value.detach().requires_grad_() for name, value in teacher.parameters.items()}
     wanted, device = [leaves[name] for name in names], next(iter(leaves.values())).device

@@ -148,7 +148,7 @@ class Stationarity(ddkit.Loss):
         )
 
 
-def included_parameters(teacher: ddkit.Teacher, shape: tuple[int, int, int], which: str, *, skip: bool, who: str) -> list[str]:
+def included_parameters(teacher: ddkit.nn.Teacher, shape: tuple[int, int, int], which: str, *, skip: bool, who: str) -> list[str]:
     """Returns the names of the teacher's parameters that `which` selects; with `skip` without those of scale-invariant layers.
 
     Raises InputError where none is left. `who` asks, for messages; images are of `shape` (C, H, W).

@@ -19,7 +19,7 @@ log = logging.getLogger("ddkit")
 class Protocol(NamedTuple):
     """How networks are trained on a synthetic set, and how many."""
 
-    schedule: ddkit.Schedule
+    schedule: ddkit.nn.Schedule
     augmenter: str
     repeats: int
 
@@ -27,17 +27,17 @@ class Protocol(NamedTuple):
 # SGD 0.01, momentum 0.9, weight decay 5e-4, batch 256, rate x 0.1 after half: the public DC, DSA and DM code.
 # practical-sam: epochs, rate and rho are published (arXiv 2405.00348), the rest is ours.
 PROTOCOLS = {
-    "dm-official": Protocol(ddkit.Schedule(epochs=1000), "dsa", 20),
-    "dc-official": Protocol(ddkit.Schedule(epochs=300), "none", 20),
-    "practical-sam": Protocol(ddkit.Schedule(epochs=5000, lr=0.1, rho=0.001), "dsa", 5),
-    "short": Protocol(ddkit.Schedule(epochs=300), "dsa", 3),
+    "dm-official": Protocol(ddkit.nn.Schedule(epochs=1000), "dsa", 20),
+    "dc-official": Protocol(ddkit.nn.Schedule(epochs=300), "none", 20),
+    "practical-sam": Protocol(ddkit.nn.Schedule(epochs=5000, lr=0.1, rho=0.001), "dsa", 5),
+    "short": Protocol(ddkit.nn.Schedule(epochs=300), "dsa", 3),
 }
 
 
 class Plan(NamedTuple):
     """How networks are computed, in how many processes at a time, and in how many threads a process trains them; 0: all it has."""
 
-    arithmetic: ddkit.Arithmetic
+    arithmetic: ddkit.nn.Arithmetic
     workers: int
     threads: int = 0
 
@@ -94,14 +94,16 @@ class Accuracy(ddkit.Evaluator):
         return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
 
     def _modules(self, info: ddkit.DataInfo) -> list[torch.nn.Module]:
-        return [ddkit.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
+        return [ddkit.nn.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
 
-    def work(self, data: ddkit.EvaluationData) -> str:
+    def work(self, data: ddkit.data.EvaluationData) -> str:
         networks = " and ".join([f"{self._repeats} on {kind} images" for kind in self._kinds(data)])
         names = ", ".join(self._models(data.info))
         return f"{names}: {networks}, {self.schedule.epochs} epochs each"
 
-    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+    def __call__(
+        self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
+    ) -> list[ddkit.Evaluation]:
         models, guides = self._models(data.info), self._guides(artifact, teacher)
         counts, words = real_counts(artifact, data.real_labels)
         if self.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
@@ -115,7 +117,7 @@ class Accuracy(ddkit.Evaluator):
             rows += self._evaluations(name, model, artifact, _round(data, number, len(rounds)), soft)
         return rows
 
-    def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.Teacher | None) -> list[SoftLabels | None]:
+    def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.nn.Teacher | None) -> list[SoftLabels | None]:
         """Returns by what networks are taught, one mode after the other; None: by the labels."""
         if self.labels == "hard":
             return [None]
@@ -132,7 +134,7 @@ class Accuracy(ddkit.Evaluator):
         return self.repeats or PROTOCOLS[self.protocol].repeats
 
     @property
-    def schedule(self) -> ddkit.Schedule:
+    def schedule(self) -> ddkit.nn.Schedule:
         """How a network is trained: the protocol's, with the passes that were asked for."""
         own = PROTOCOLS[self.protocol].schedule
         return msgspec.structs.replace(own, epochs=self.epochs or own.epochs, ema=self.ema)
@@ -150,7 +152,7 @@ class Accuracy(ddkit.Evaluator):
         networks = self._repeats * (2 if self.labels == "both" else 1)
         epochs = schedule.epochs * schedule.passes
         modules = self._modules(info)
-        each = [ddkit.training_flops(module, info, images=count, epochs=epochs, tests=tests) for module in modules for count in kinds]
+        each = [ddkit.nn.training_flops(module, info, images=count, epochs=epochs, tests=tests) for module in modules for count in kinds]
         return networks * sum(each)
 
     def plan(
@@ -161,11 +163,11 @@ class Accuracy(ddkit.Evaluator):
         `model`: None is the first of the option. Depends on no timing.
         """
         model, schedule = model or next(iter(self._models(info).values())), self.schedule
-        module = ddkit.build_network(model, info, 0, "evaluate", "probe")
-        work = networks * ddkit.training_flops(module, info, images=rows, epochs=schedule.epochs * schedule.passes, tests=tests)
-        step_work = ddkit.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
+        module = ddkit.nn.build_network(model, info, 0, "evaluate", "probe")
+        work = networks * ddkit.nn.training_flops(module, info, images=rows, epochs=schedule.epochs * schedule.passes, tests=tests)
+        step_work = ddkit.nn.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
         compile_ = self.compile if self.compile == "auto" else self.compile == "always"
-        arithmetic = ddkit.decide_arithmetic(compile_, self.precision, device, work=work, step_work=step_work)
+        arithmetic = ddkit.nn.decide_arithmetic(compile_, self.precision, device, work=work, step_work=step_work)
         threads = 1 if device.type == "cpu" and not arithmetic.compile and step_work < SMALL_STEP else 0
         if self.workers == "auto":
             batch = min(rows, schedule.batch)
@@ -179,7 +181,7 @@ class Accuracy(ddkit.Evaluator):
             )
         return Plan(arithmetic, min(self.workers, networks), threads)
 
-    def _kinds(self, data: ddkit.EvaluationData) -> list[str]:
+    def _kinds(self, data: ddkit.data.EvaluationData) -> list[str]:
         """Returns what networks are trained on: the set itself, then what stands beside it."""
         own = ["synthetic", *(["random real"] if self.random_real else [])] if self.synthetic else []
         if len(data.real_images):
@@ -189,14 +191,14 @@ class Accuracy(ddkit.Evaluator):
         return own[:1]
 
     def _evaluations(
-        self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.EvaluationData, soft: SoftLabels | None
+        self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, soft: SoftLabels | None
     ) -> list[ddkit.Evaluation]:
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
         kinds = self._kinds(data)
         repeats = self._repeats
         networks = repeats * (1 + (self.random_real and len(data.real_images) > 0))
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
-        on_disk = ddkit.on_disk(data.real_images) or ddkit.on_disk(data.test_images)  # too large to be copied for other processes
+        on_disk = ddkit.data.on_disk(data.real_images) or ddkit.data.on_disk(data.test_images)  # too large to be copied for other processes
         workers = plan.workers if soft is None and not on_disk else 1
         trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft, threads=plan.threads)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
@@ -237,7 +239,7 @@ class Accuracy(ddkit.Evaluator):
         return changed | ({"variant": ", ".join(words)} if words else {})
 
 
-def _round(data: ddkit.EvaluationData, number: int, of: int) -> ddkit.EvaluationData:
+def _round(data: ddkit.data.EvaluationData, number: int, of: int) -> ddkit.data.EvaluationData:
     """Returns the data for one of several rounds of as many networks each, which reports what all of them have done."""
 
     def report(done: int, total: int) -> None:

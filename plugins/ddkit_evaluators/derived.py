@@ -59,7 +59,9 @@ class Ranking(ddkit.Evaluator):
         made: ddkit.Evaluator = ddkit.create("evaluator", "accuracy", own | {"augment": augment}, data=info, where=self.recipe_path)
         return made
 
-    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+    def __call__(
+        self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
+    ) -> list[ddkit.Evaluation]:
         if not len(data.real_images):
             raise ddkit.InputError(f"{self.recipe_path} compares with random real images, and none are accessible.")
         full = self._full(data, teacher)
@@ -71,15 +73,15 @@ class Ranking(ddkit.Evaluator):
         details |= {"unaugmented": {"accuracy_mean": without.accuracy_mean, "random_real_mean": without.random_real_mean}}
         return [msgspec.structs.replace(with_, evaluator=self.name, details=with_.details | details)]
 
-    def _full(self, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> float:
+    def _full(self, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None) -> float:
         if self.full is not None:
             return float(self.full)
         if teacher is None:
             raise ddkit.InputError(f"{self.recipe_path} needs a teacher, or --set {self.recipe_path}.full=ACCURACY.")
         if data.split != "test":
             log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.recipe_path)
-        images = ddkit.Normalisation(teacher.mean, teacher.std).lazily(data.test_images).to(data.device)
-        return ddkit.accuracy(teacher.module, images, data.test_labels.to(data.device))
+        images = ddkit.data.Normalisation(teacher.mean, teacher.std).lazily(data.test_images).to(data.device)
+        return ddkit.nn.accuracy(teacher.module, images, data.test_labels.to(data.device))
 
 
 def _pair(row: ddkit.Evaluation) -> tuple[float, float]:

@@ -32,15 +32,17 @@ class Spectrum(ddkit.Evaluator):
 
     bins: int = ddkit.option(16, "equal bands from 0 to 0.5 cycles per pixel", ge=2, le=256)
 
-    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
-        frequencies, synthetic = ddkit.radial_spectrum(artifact.images, self.bins)
+    def __call__(
+        self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
+    ) -> list[ddkit.Evaluation]:
+        frequencies, synthetic = ddkit.data.radial_spectrum(artifact.images, self.bins)
         details: dict[str, Any] = {"frequencies": frequencies, "synthetic": synthetic}
-        share = ddkit.high_frequency_share(artifact.images)
+        share = ddkit.data.high_frequency_share(artifact.images)
         details["high_frequency_share"], summary = share, f"{100 * share:.1f} % of power is high-frequency"
         if len(data.real_images):
-            real = ddkit.spread(data.real_images)
-            details["real"] = ddkit.radial_spectrum(real, self.bins)[1]
-            details["real_high_frequency_share"] = ddkit.high_frequency_share(real)
+            real = ddkit.data.spread(data.real_images)
+            details["real"] = ddkit.data.radial_spectrum(real, self.bins)[1]
+            details["real_high_frequency_share"] = ddkit.data.high_frequency_share(real)
             summary += f", of real images {100 * details['real_high_frequency_share']:.1f} %"
         return looked_at(self.name, {"summary": summary, **details})
 
@@ -58,13 +60,15 @@ class Memorisation(ddkit.Evaluator):
 
     quantile: float = ddkit.option(0.05, "of real images' distances, under which an image is close", gt=0, lt=1)
 
-    def __call__(self, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: ddkit.Teacher | None) -> list[ddkit.Evaluation]:
+    def __call__(
+        self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
+    ) -> list[ddkit.Evaluation]:
         if len(data.real_images) < 2:
             raise ddkit.InputError(f"{self.recipe_path} compares with accessible real images, and there are {len(data.real_images)}.")
         real, mirror = data.real_images, data.info.mirror
         found = nearest(artifact.images, real, mirror=mirror)
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
-        own = nearest(ddkit.to_unit(real[chosen]), real, mirror=mirror, without=chosen)
+        own = nearest(ddkit.data.to_unit(real[chosen]), real, mirror=mirror, without=chosen)
         limit = float(own.quantile(self.quantile))
         close = int(((found < limit) | (found == 0)).sum())  # a copy is close also where real images have copies among themselves
         if close:
@@ -95,8 +99,8 @@ def nearest(images: Tensor, others: Tensor, *, mirror: bool, without: Tensor | N
 
 def _nearest(queries: Tensor, others: Tensor, without: Tensor | None) -> Tensor:
     best, start = torch.full((len(queries),), torch.inf), 0
-    for block in ddkit.blocks(others, max(1, min(AT_ONCE, MOST_VALUES // others[0].numel()))):
-        found = torch.cdist(queries, ddkit.to_unit(block).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    for block in ddkit.data.blocks(others, max(1, min(AT_ONCE, MOST_VALUES // others[0].numel()))):
+        found = torch.cdist(queries, ddkit.data.to_unit(block).flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
         if without is not None:
             own = (without >= start) & (without < start + found.shape[1])
             found[own.nonzero().flatten(), without[own] - start] = torch.inf

@@ -12,13 +12,13 @@ from torch import Tensor
 import ddkit
 
 Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
-Images = Tensor | ddkit.NormalisedRows
+Images = Tensor | ddkit.data.NormalisedRows
 Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,)
 
 
-def units(of: ddkit.Artifact | ddkit.Teacher) -> ddkit.Normalisation:
+def units(of: ddkit.Artifact | ddkit.nn.Teacher) -> ddkit.data.Normalisation:
     """Returns the channel statistics of a set's or a teacher's images."""
-    return ddkit.Normalisation(of.mean, of.std)
+    return ddkit.data.Normalisation(of.mean, of.std)
 
 
 def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int], str]:
@@ -40,7 +40,7 @@ def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int
 class SoftLabels:
     """What a teacher says of images in the units of a set: softmax(logits / temperature), without gradients."""
 
-    def __init__(self, teacher: ddkit.Teacher, artifact: ddkit.Artifact, temperature: float) -> None:
+    def __init__(self, teacher: ddkit.nn.Teacher, artifact: ddkit.Artifact, temperature: float) -> None:
         self.teacher, self.temperature = teacher, temperature
         self._from, self._to = units(artifact), units(teacher)
 
@@ -63,10 +63,10 @@ class Trainer:
         name: str,
         model: ddkit.Model,
         artifact: ddkit.Artifact,
-        data: ddkit.EvaluationData,
-        schedule: ddkit.Schedule,
+        data: ddkit.data.EvaluationData,
+        schedule: ddkit.nn.Schedule,
         augmenter: str,
-        arithmetic: ddkit.Arithmetic,
+        arithmetic: ddkit.nn.Arithmetic,
         soft: SoftLabels | None = None,
         *,
         threads: int = 0,
@@ -76,8 +76,8 @@ class Trainer:
         self.name, self.model, self.artifact, self.data = name, model, artifact, data
         self.schedule, self.arithmetic, self.augmenter_name = schedule, arithmetic, augmenter
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
-        self.module = ddkit.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
-        self.forward: Callable[[Tensor], Tensor] = ddkit.compiled(self.module, wanted=arithmetic.compile, graphs=arithmetic.graphs)
+        self.module = ddkit.nn.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
+        self.forward: Callable[[Tensor], Tensor] = ddkit.nn.compiled(self.module, wanted=arithmetic.compile, graphs=arithmetic.graphs)
         self.gave_up_compiling = False
         self._tests: Labelled | None = None
 
@@ -95,10 +95,10 @@ class Trainer:
         `report(epoch, epochs)` is called after each epoch of its training.
         """
         images, labels = self.training_set(kind, repeat)
-        ddkit.redraw(self.module, self.model, self.data.info, self.data.seed, "evaluate", self.name, repeat)
-        with ddkit.products(self.data.device, self.arithmetic.precision):
+        ddkit.nn.redraw(self.module, self.model, self.data.info, self.data.seed, "evaluate", self.name, repeat)
+        with ddkit.nn.products(self.data.device, self.arithmetic.precision):
             self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat), report)
-            return ddkit.accuracy(self.module, *self.tests, batch=self._test_batch, **self._how)
+            return ddkit.nn.accuracy(self.module, *self.tests, batch=self._test_batch, **self._how)
 
     @property
     def _test_batch(self) -> int:
@@ -108,14 +108,14 @@ class Trainer:
     @property
     def compiled(self) -> bool:
         """Whether compiled code runs, here and in the processes that train for this one."""
-        return ddkit.is_compiled(self.forward) and not self.gave_up_compiling
+        return ddkit.nn.is_compiled(self.forward) and not self.gave_up_compiling
 
     def warm_up(self) -> None:
         """Compiles what accuracy() runs; the network is drawn anew afterwards."""
-        schedule = ddkit.Schedule(epochs=1, batch=self.schedule.batch)
+        schedule = ddkit.nn.Schedule(epochs=1, batch=self.schedule.batch)
         self._fit(self.artifact.normalised, self.artifact.labels, schedule, ddkit.generator(0, "warm up"))
         images, labels = self.tests
-        ddkit.accuracy(self.module, images[:50], labels[:50], batch=self._test_batch, **self._how)
+        ddkit.nn.accuracy(self.module, images[:50], labels[:50], batch=self._test_batch, **self._how)
 
     @property
     def _how(self) -> dict[str, Any]:
@@ -125,14 +125,14 @@ class Trainer:
         self,
         images: Images,
         labels: Tensor,
-        schedule: ddkit.Schedule,
+        schedule: ddkit.nn.Schedule,
         generator: torch.Generator,
         report: Callable[[int, int], None] | None = None,
     ) -> None:
         device = self.data.device
         how = self._how if self.soft is None else self._how | {"targets": self.soft, "temperature": self.soft.temperature}
         with _threads(self.threads):
-            ddkit.fit(
+            ddkit.nn.fit(
                 self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, report=report,
                 **how,
             )  # fmt: skip

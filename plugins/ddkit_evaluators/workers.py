@@ -102,12 +102,15 @@ def _read(folder: Path) -> Trainer:
     torch.set_num_threads(settings["threads"])
     tensors = load_file(folder / TENSORS)
     info = msgspec.convert(settings["info"], ddkit.DataInfo)
-    data = ddkit.EvaluationData(
+    data = ddkit.data.EvaluationData(
         info=info, test_images=tensors["test_images"], test_labels=tensors["test_labels"], real_images=tensors["real_images"],
         real_labels=tensors["real_labels"], seed=settings["seed"], device=torch.device("cpu"), report=lambda done, total: None,
     )  # fmt: skip
     artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"])
-    schedule, arithmetic = msgspec.convert(settings["schedule"], ddkit.Schedule), msgspec.convert(settings["arithmetic"], ddkit.Arithmetic)
+    schedule, arithmetic = (
+        msgspec.convert(settings["schedule"], ddkit.nn.Schedule),
+        msgspec.convert(settings["arithmetic"], ddkit.nn.Arithmetic),
+    )
     model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])
     threads = settings["threads_of_a_network"]
     return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic, threads=threads)
@@ -115,7 +118,7 @@ def _read(folder: Path) -> Trainer:
 
 def main() -> None:
     """Reads the folder on the command line, says when it is ready, then trains the network of every line on stdin."""
-    ddkit.tune_process()
+    ddkit.nn.tune_process()
     trainer = _read(Path(sys.argv[1]))
     if trainer.arithmetic.compile:
         trainer.warm_up()

@@ -97,7 +97,7 @@ class Sheet(ddkit.Exporter):
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
         _check_channels("png", artifact)
-        picture = ddkit.sheet_png(artifact.stored_images, artifact.stored_labels, artifact.class_names, columns=self.columns)
+        picture = ddkit.data.sheet_png(artifact.stored_images, artifact.stored_labels, artifact.class_names, columns=self.columns)
         Path(folder, SHEET).write_bytes(picture)
         write_card(artifact, folder, Layout((), files=[Path(folder, SHEET)], rounding=eight_bit(artifact.images)[1]))
 

@@ -80,7 +80,7 @@ def card(artifact: ddkit.Artifact, layout: Layout) -> str:
     ipc = artifact.metadata.get("ipc")
     files = {"synthetic.safetensors (the set that this was made from)": found.sha256}
     files |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in layout.files}
-    recipe = tomli_w.dumps(ddkit.without_folders(found.recipe)).rstrip() if found.recipe else ""
+    recipe = tomli_w.dumps(ddkit.data.without_folders(found.recipe)).rstrip() if found.recipe else ""
     text: str = _template().render(
         title=f"{source or 'Images'}, distilled" + (f": {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else ""),
         source=source,

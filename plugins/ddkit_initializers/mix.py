@@ -38,7 +38,7 @@ class Mix(ddkit.Initializer):
                 "initializer.factor",
             )
         pictures = [
-            ddkit.grid(each.take(chosen), factor)
+            ddkit.data.grid(each.take(chosen), factor)
             for each in classes(start)
             for chosen in _drawn(len(each.rows), factor**2, each.ipc, start.generator(each.label))
         ]

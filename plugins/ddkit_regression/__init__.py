@@ -74,7 +74,7 @@ class FeatureRegression(ddkit.Loss):
         wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
         if self.mixup:
             drawn = torch.randperm(step.real.size, generator=step.generator), torch.rand(step.real.size, generator=step.generator)
-            other, share = (ddkit.to_device(step.local_rows(each, real=True), real.device) for each in drawn)
+            other, share = (ddkit.nn.to_device(step.local_rows(each, real=True), real.device) for each in drawn)
             share = self.mixup * share.to(real.dtype)
             partners, theirs = step.all_gather(real, real=True)[other], step.all_gather(wanted, real=True)[other]
             real, wanted = torch.lerp(real, partners, share[:, None, None, None]), torch.lerp(wanted, theirs, share[:, None])

@@ -107,7 +107,7 @@ def test_the_published_loop_is_distribution_matching() -> None:
     none = ddkit.create("augmenter", "none", data=info)
     real = torch.randn((2, 3, *info.shape), generator=torch.Generator().manual_seed(1))
     step = ReferenceStep(model, info, none, real, ipc=2, batch=256)
-    network = ddkit.build_network(model, info, 0, "reference", 0)
+    network = ddkit.nn.build_network(model, info, 0, "reference", 0)
     before = step.images.detach().clone()
     network.requires_grad_(False)
     gaps = [network.embed(real[c]).mean(0) - network.embed(before[2 * c : 2 * c + 2]).mean(0) for c in range(2)]

@@ -186,8 +186,6 @@ BROKEN = [
     ("import ddkit\n", "odd_module has no Fine", "has no attribute 'Fine'"),
     (FINE.replace("ddkit.Loss", "ddkit.Initializer"), "ok", "not a subclass of ddkit.Loss"),
     ("def Fine():\n    '''A function.'''\n", "ok", "not a subclass of ddkit.Loss"),
-    (FINE + "    api = 2\n", "ok", "written for plugin API 2, this ddkit has 1"),
-    (FINE + "    api = '1'\n", "ok", "has api = '1'; it has to be a number, such as 1"),
     (FINE + "    x: int = ddkit.option('one')\n", "ok", "has options that cannot be read: ValueError: Options(x='one')"),
     (FINE + "    x: 'Nowhere' = ddkit.option(1)\n", "ok", "has options that cannot be read: NameError"),
     (FINE + "    argument = 'size'\n", "ok", "has argument = 'size'; it has to be None or one of its options"),
@@ -206,8 +204,8 @@ BROKEN = [
     (PATCHING + FINE, "ok", "when it is imported: torch.manual_seed, torch.nn.functional.relu."),
 ]  # fmt: skip
 BROKEN_IDS = [
-    "import error", "exit on import", "syntax error", "null byte", "missing class", "wrong base", "function", "api number", "api text",
-    "options", "annotation", "argument", "requires", "deviations", "base exception", "dtype", "threads", "seed", "numpy's seed", "method",
+    "import error", "exit on import", "syntax error", "null byte", "missing class", "wrong base", "function", "options", "annotation",
+    "argument", "requires", "deviations", "base exception", "dtype", "threads", "seed", "numpy's seed", "method",
     "a layer's method", "folder", "mute", "type of an option", "functions",
 ]  # fmt: skip
 
@@ -581,12 +579,12 @@ def test_check_imports_each_in_another_process_and_says_which_fail(install: Inst
         bad_module="import no_such_module_anywhere\n" + FINE,
         dead_module="import os\nos._exit(9)\n" + FINE,
         fine_module="print('noise')\n" + FINE,
-        wrong_module=FINE + "    api = 3\n",
+        wrong_module=FINE + "    deviations = 3\n",
     )
     status = {key: row["status"] for key, row in _rows(cli, "losses", "--check").items()}
     assert "no_such_module_anywhere" in status["loss odd-dist/bad"]
     assert "ended the process (exit 9)" in status["loss odd-dist/dead"]
-    assert "API 3" in status["loss odd-dist/wrong"]
+    assert "has deviations = 3" in status["loss odd-dist/wrong"]
     assert status["loss odd-dist/fine"] == status["loss ddkit/dm"] == status["loss ddkit/gm"] == "ok"
     assert "bad_module" not in sys.modules
 

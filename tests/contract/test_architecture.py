@@ -1,10 +1,9 @@
-"""The shape of the house: who imports whom, what importing costs, what the source must not contain, what is shipped."""
+"""The shape of the house: public names, what the source must not contain, what is shipped. Who imports whom is import-linter's."""
 
 from __future__ import annotations
 
 import ast
-import subprocess
-import sys
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,83 +17,52 @@ from ddkit.components import source
 ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 WHEEL: list[str] = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
-PLUGIN_PACKAGES = [Path(folder).name for folder in WHEEL if folder.startswith("plugins/")]
-CORE_FILES = sorted((ROOT / "ddkit").rglob("*.py"))
-PLUGIN_FILES = sorted((ROOT / "plugins").rglob("*.py"))
-ENTRY_POINTS = [
-    (group, name, value)
-    for group, points in PROJECT["project"]["entry-points"].items()
-    for name, value in points.items()
-    if group not in ("ddkit.recipes", "ddkit.studies")
-]
+PLUGIN_PACKAGES = {Path(folder).name for folder in WHEEL if folder.startswith("plugins/")}
+CORE, PLUGINS = ({file: file.read_text(encoding="utf-8") for file in sorted((ROOT / part).rglob("*.py"))} for part in ("ddkit", "plugins"))
+ENTRY_POINTS: dict[str, dict[str, str]] = PROJECT["project"]["entry-points"]
+PUBLIC = {"ddkit": ddkit, "ddkit.nn": ddkit.nn, "ddkit.data": ddkit.data}
+UNPICKLERS = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
 
 
-def _label(file: Path) -> str:
-    return file.relative_to(ROOT).as_posix()
-
-
-def _imports(text: str) -> Iterator[str]:
+def _imports(tree: ast.Module) -> Iterator[str]:
     """Yields the dotted name of every import, `from a import b` as "a.b"."""
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def _core_names(text: str) -> Iterator[str]:
-    """Yields every NAME of `ddkit.NAME` and `from ddkit import NAME`, whole where it is a module of ddkit."""
-    yield from (name.removeprefix("ddkit.") for name in _imports(text) if name.startswith("ddkit."))
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "ddkit":
-            yield node.attr
+def _private(text: str) -> set[str]:
+    """Returns the names of ddkit that a source uses and that are not public."""
+    tree = ast.parse(text)
+    used = {name for name in _imports(tree) if name.startswith("ddkit.")}
+    used |= {
+        text for node in ast.walk(tree) if isinstance(node, ast.Attribute) and re.fullmatch(r"ddkit(\.\w+)+", text := ast.unparse(node))
+    }
+    public = [f"{module}.{name}." for module, found in PUBLIC.items() for name in found.__all__ if name not in ("nn", "data")]
+    return {name for name in used if name not in PUBLIC and not f"{name}.".startswith(tuple(public))}
 
 
-@pytest.mark.parametrize("file", PLUGIN_FILES, ids=_label)
-def test_plugins_use_public_names_of_ddkit_only(file: Path) -> None:
-    used = set(_core_names(file.read_text(encoding="utf-8")))
-    assert used <= set(ddkit.__all__), f"not in ddkit.__all__: {sorted(used - set(ddkit.__all__))}"
+def test_plugins_use_public_names_alone() -> None:
+    assert {file.name: names for file, text in PLUGINS.items() if (names := _private(text))} == {}
+    assert _private("import ddkit\nddkit.engine\nddkit.nn.fit\nfrom ddkit.engine.bank import Bank") == {
+        "ddkit.engine",
+        "ddkit.engine.bank.Bank",
+    }
 
 
-def test_no_public_name_is_that_of_a_module_which_would_take_its_place_when_it_is_imported() -> None:
-    modules = {file.stem if file.stem != "__init__" else file.parent.name for file in (ROOT / "ddkit").glob("*.py")}
-    assert set(ddkit.__all__) & (modules | {file.parent.name for file in (ROOT / "ddkit").glob("*/__init__.py")}) == set()
+@pytest.mark.parametrize("module", PUBLIC.values(), ids=PUBLIC)
+def test_every_public_name_is_there_and_documented(module: Any) -> None:
+    homes = {*module._HOME_OF, *({"__version__", "data", "nn"} if module is ddkit else ())}
+    assert module.__all__ == sorted(homes)
+    assert [name for name in module.__all__ if not getattr(module, name).__doc__] == []
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018
 
 
-def test_the_check_of_public_names_sees_private_ones() -> None:
-    assert list(_core_names("import ddkit\nddkit.engine\nfrom ddkit.engine.bank import Bank")) == ["engine.bank.Bank", "engine"]
-
-
-@pytest.mark.parametrize("file", PLUGIN_FILES, ids=_label)
-def test_plugins_import_no_other_plugin(file: Path) -> None:
-    own = file.relative_to(ROOT / "plugins").parts[0]
-    others = {name.split(".")[0] for name in _imports(file.read_text(encoding="utf-8"))} & set(PLUGIN_PACKAGES)
-    assert others <= {own}
-
-
-@pytest.mark.parametrize("file", CORE_FILES, ids=_label)
-def test_the_core_names_no_plugin_package(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert [name for name in PLUGIN_PACKAGES if name in text] == []
-
-
-def _heavy_modules_after(code: str) -> list[str]:
-    """Returns which of torch and numpy a fresh interpreter has imported after `code`."""
-    report = "\nimport sys\nprint('\\nheavy:', *[m for m in ('torch', 'numpy') if m in sys.modules], file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
-    return done.stderr.rpartition("heavy:")[2].split()
-
-
-LIST = "import ddkit.cli; ddkit.cli.cli.main(['list'], standalone_mode=False)"
-
-
-@pytest.mark.parametrize("code", ["import ddkit", "import ddkit.cli", LIST], ids=["ddkit", "cli", "list"])
-def test_importing_and_listing_cost_neither_torch_nor_numpy(code: str) -> None:
-    assert _heavy_modules_after(code) == []
-
-
-def test_the_check_of_import_cost_can_fail() -> None:
-    assert _heavy_modules_after("import numpy") == ["numpy"]
+def test_the_core_names_no_plugin_package() -> None:
+    assert [(file.name, name) for file, text in CORE.items() for name in PLUGIN_PACKAGES if name in text] == []
 
 
 def _forbidden(text: str) -> Iterator[str]:
@@ -108,11 +76,7 @@ def _forbidden(text: str) -> Iterator[str]:
             yield ast.unparse(node)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False":
             yield "allow_pickle"
-    yield from (name for name in _imports(text) if name.split(".")[0] in UNPICKLERS)
-    yield from (name for name in _imports(text) if name in ("torch.load", "numpy.load"))
-
-
-UNPICKLERS = ("pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve")
+    yield from (name for name in _imports(tree) if name.split(".")[0] in UNPICKLERS or name in ("torch.load", "numpy.load"))
 
 
 def _loads_tensors_alone(call: ast.Call) -> bool:
@@ -120,41 +84,38 @@ def _loads_tensors_alone(call: ast.Call) -> bool:
     return ast.unparse(call.func) == "torch.load" and [ast.unparse(value) for value in only] == ["True"]
 
 
-@pytest.mark.parametrize("file", [*CORE_FILES, *PLUGIN_FILES], ids=_label)
-def test_nothing_is_unpickled_or_evaluated(file: Path) -> None:
-    assert list(_forbidden(file.read_text(encoding="utf-8"))) == []
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    assert {file.name: found for file, text in {**CORE, **PLUGINS}.items() if (found := list(_forbidden(text)))} == {}
 
 
-def test_the_check_of_forbidden_calls_can_fail() -> None:
-    assert list(_forbidden("import pickle\neval('1')")) == ["eval", "pickle"]
-    assert list(_forbidden("torch.load(f)")) == ["torch.load"]
-    assert list(_forbidden("torch.load(f, weights_only=False)")) == ["torch.load"]
-    assert list(_forbidden("torch.load(f, weights_only=flag)")) == ["torch.load"]
-    assert list(_forbidden("load = torch.load; load(f, weights_only=True)")) == ["torch.load"]
-    assert list(_forbidden("torch.load(f, weights_only=True)")) == []
-    assert list(_forbidden("import joblib")) == ["joblib"]
-    assert list(_forbidden("np.load(f, allow_pickle=True)")) == ["allow_pickle"]
-    assert list(_forbidden("np.load(f)")) == []
-    assert list(_forbidden("network.eval()")) == []
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import pickle\neval('1')", ["eval", "pickle"]),
+        ("torch.load(f)", ["torch.load"]),
+        ("torch.load(f, weights_only=False)", ["torch.load"]),
+        ("torch.load(f, weights_only=flag)", ["torch.load"]),
+        ("load = torch.load; load(f, weights_only=True)", ["torch.load"]),
+        ("torch.load(f, weights_only=True)", []),
+        ("import joblib", ["joblib"]),
+        ("np.load(f, allow_pickle=True)", ["allow_pickle"]),
+        ("np.load(f)", []),
+        ("network.eval()", []),
+    ],
+)
+def test_the_check_of_forbidden_calls_can_fail(text: str, found: list[str]) -> None:
+    assert list(_forbidden(text)) == found
 
 
-@pytest.mark.parametrize(("group", "name", "value"), ENTRY_POINTS, ids=[f"{group}:{name}" for group, name, _ in ENTRY_POINTS])
-def test_every_component_has_a_summary_and_ships(group: str, name: str, value: str) -> None:
-    status, summary = source.summary(value)
-    assert status == "ok"
-    assert summary.endswith("."), "the first line of the docstring is one sentence"
-    assert value.partition(":")[0].split(".")[0] in {"ddkit", *PLUGIN_PACKAGES}
-
-
-def test_every_plugin_folder_ships() -> None:
-    folders = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
-    assert folders == set(PLUGIN_PACKAGES)
-
-
-@pytest.mark.parametrize("group", ["ddkit.recipes", "ddkit.studies"])
-def test_every_package_of_recipes_or_studies_holds_some(group: str) -> None:
-    for package in PROJECT["project"]["entry-points"][group].values():
-        folder = source.package_folder(package)
-        assert folder is not None
-        assert list(folder.glob("*.toml"))
-        assert folder.relative_to(ROOT / "plugins").parts[0] in PLUGIN_PACKAGES
+def test_every_component_has_a_summary_and_ships() -> None:
+    assert {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")} == PLUGIN_PACKAGES
+    for group, points in ENTRY_POINTS.items():
+        for name, value in points.items():
+            assert value.partition(":")[0].split(".")[0] in PLUGIN_PACKAGES
+            if group in ("ddkit.recipes", "ddkit.studies"):
+                folder = source.package_folder(value)
+                assert folder is not None
+                assert list(folder.glob("*.toml"))
+            else:
+                status, summary = source.summary(value)
+                assert (status, summary[-1:]) == ("ok", "."), f"{name}: the first line of the docstring is one sentence"

@@ -27,12 +27,12 @@ def info(**values: Any) -> ddkit.DataInfo:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: ddkit.Schedule(epochs=1, optimizer="adamw"), "Did you mean 'adam'?"),  # type: ignore[arg-type]
-        (lambda: ddkit.Schedule(epochs=1, schedule="one_cycle"), "Did you mean 'one-cycle'?"),  # type: ignore[arg-type]
-        (lambda: ddkit.Schedule(epochs=0), "epochs=0"),
-        (lambda: ddkit.Schedule(epochs=1, batch=0), "batch=0"),
-        (lambda: ddkit.Schedule(epochs=1, lr=-0.1), "lr=-0.1"),
-        (lambda: ddkit.Schedule(epochs=1, weight_decay=math.inf), "weight_decay"),
+        (lambda: ddkit.nn.Schedule(epochs=1, optimizer="adamw"), "Did you mean 'adam'?"),  # type: ignore[arg-type]
+        (lambda: ddkit.nn.Schedule(epochs=1, schedule="one_cycle"), "Did you mean 'one-cycle'?"),  # type: ignore[arg-type]
+        (lambda: ddkit.nn.Schedule(epochs=0), "epochs=0"),
+        (lambda: ddkit.nn.Schedule(epochs=1, batch=0), "batch=0"),
+        (lambda: ddkit.nn.Schedule(epochs=1, lr=-0.1), "lr=-0.1"),
+        (lambda: ddkit.nn.Schedule(epochs=1, weight_decay=math.inf), "weight_decay"),
         (lambda: ddkit.Parameter(per="samples"), "Did you mean 'sample'?"),  # type: ignore[arg-type]
         (lambda: ddkit.Parameter(shape=(0,)), "shape"),
         (lambda: ddkit.Parameter(lr=-1), "lr=-1"),
@@ -43,9 +43,9 @@ def info(**values: Any) -> ddkit.DataInfo:
         (lambda: evaluation(accuracy_mean=81.2), "accuracy_mean=81.2"),
         (lambda: evaluation(accuracy_mean=math.nan), "accuracy_mean=nan"),
         (lambda: evaluation(random_real_std=-0.1), "random_real_std=-0.1"),
-        (lambda: ddkit.Normalisation([0.5], [0.0]), "above 0"),
-        (lambda: ddkit.Normalisation([0.5, 0.5], [0.2]), "for each channel"),
-        (lambda: ddkit.Arithmetic(compile=False, precision="bf16"), "Did you mean 'bfloat16'?"),  # type: ignore[arg-type]
+        (lambda: ddkit.data.Normalisation([0.5], [0.0]), "above 0"),
+        (lambda: ddkit.data.Normalisation([0.5, 0.5], [0.2]), "for each channel"),
+        (lambda: ddkit.nn.Arithmetic(compile=False, precision="bf16"), "Did you mean 'bfloat16'?"),  # type: ignore[arg-type]
     ],
 )
 def test_values_that_are_none_are_refused_where_they_are_given(make: Callable[[], Any], said: str) -> None:
@@ -62,7 +62,7 @@ def test_options_of_a_component_are_held_to_what_its_class_says() -> None:
 
 
 def test_values_that_are_right_are_kept_as_they_are() -> None:
-    assert ddkit.Schedule(epochs=2, optimizer="adam", lr=1).optimizer == "adam"
+    assert ddkit.nn.Schedule(epochs=2, optimizer="adam", lr=1).optimizer == "adam"
     assert ddkit.Parameter((2, 3), per="set", constraint="nonnegative").shape == (2, 3)
     assert info().shape == (3, 8, 8)
     assert evaluation(accuracy_mean=None, details={"any": object}).accuracy_mean is None

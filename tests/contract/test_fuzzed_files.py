@@ -215,7 +215,7 @@ def test_a_kept_evaluation_of_a_study_is_read_with_its_figures_or_refused(tmp_pa
 def test_a_teacher_of_another_kind_is_refused_or_gives_logits(tmp_path: Path) -> None:
     info = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))
     options = {"width": 2, "depth": 1}
-    module = ddkit.build_network(ddkit.create("model", "convnet", options, data=info), info, 0, "test")
+    module = ddkit.nn.build_network(ddkit.create("model", "convnet", options, data=info), info, 0, "test")
     record = {"model": "convnet", "options": options, "mean": [0.4], "std": [0.2], "class_names": ["a", "b"], "input_shape": [1, 4, 4]}
     variants = [*hostile_tensors(module.state_dict(), record)]
     variants += [(module.state_dict(), mutated(record, mutation)) for mutation in mutations(record)]

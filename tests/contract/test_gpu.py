@@ -42,7 +42,7 @@ def refusing_to_wait() -> Iterator[None]:
 
 def engine_on(device: torch.device, *names: str, arithmetic: Arithmetic = PLAIN) -> Engine:
     module = build_network(model(norm="batch"), INFO, 0, "teacher").to(device)
-    teacher = ddkit.Teacher(module, mean=(0.5,) * 3, std=(0.25,) * 3)
+    teacher = ddkit.nn.Teacher(module, mean=(0.5,) * 3, std=(0.25,) * 3)
     made = terms(*names)
     declared = {name: spec for term in made for name, spec in term.loss.requires.parameters.items()}
     labels = torch.arange(3).repeat_interleave(2)

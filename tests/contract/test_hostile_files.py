@@ -193,7 +193,7 @@ def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(
     monkeypatch.setattr(zipfile.ZipFile, "open", _never)
     monkeypatch.setattr("torch.load", _never)
     with pytest.raises(ddkit.InputError, match=r"x\.npz .* declares 2,048 MiB when unpacked; .* 1,024 MiB are unpacked at most"):
-        ddkit.read_arrays(path)
+        ddkit.data.read_arrays(path)
     result = cli("import", of_torch, *IMPORT.split())
     assert result.code == 4
     assert "declares 2,048 MiB when unpacked" in said(result.err)
@@ -214,20 +214,20 @@ def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(
 def test_an_array_whose_header_lies_is_refused_before_it_is_made(tmp_path: Path, content: bytes, told: str) -> None:
     path = _npz(tmp_path / "x.npz", "x_train.npy", content)
     with pytest.raises(ddkit.InputError, match=r"x\.npz") as caught:
-        ddkit.read_arrays(path)
+        ddkit.data.read_arrays(path)
     assert told in str(caught.value)
 
 
 def test_an_archive_that_holds_more_than_its_directory_says_gives_no_more(tmp_path: Path) -> None:
     path = _claiming(_npz(tmp_path / "x.npz", "x_train.npy", _npy((10**6,), data=bytes(10**6))), 200)
     with pytest.raises(ddkit.InputError, match=r"x\.npz cannot be read"):
-        ddkit.read_arrays(path)
+        ddkit.data.read_arrays(path)
 
 
 def test_a_well_packed_archive_of_honest_size_is_read(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "x.npz", x=np.zeros((1000, 32, 32), np.uint8))
     assert (tmp_path / "x.npz").stat().st_size < 1000 * 32 * 32 / 100
-    assert ddkit.read_arrays(tmp_path / "x.npz")["x"].shape == (1000, 32, 32)
+    assert ddkit.data.read_arrays(tmp_path / "x.npz")["x"].shape == (1000, 32, 32)
 
 
 # Images that declare too much

@@ -135,7 +135,7 @@ def test_what_is_no_regular_file_is_not_opened(tmp_path: Path, kind: str) -> Non
     with pytest.raises(OSError, match=r"pipe|device|directory"):
         open_regular(put(kind, tmp_path / "x"))
     with pytest.raises(ddkit.InputError, match="x"):
-        ddkit.read_arrays(tmp_path / "x")  # of which plugins are made
+        ddkit.data.read_arrays(tmp_path / "x")  # of which plugins are made
 
 
 def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 import ddkit
 from ddkit.files import read_tensors, write_tensors
+from ddkit.run.progress import ProgressLines
 from ddkit.studies.runner import _Told
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
@@ -45,7 +46,7 @@ def record(**raw: float) -> dict[str, Any]:
 
 def test_lines_tell_how_far_a_stage_is_and_what_is_left_every_thirty_seconds(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    lines = ddkit.ProgressLines(clock=clock)
+    lines = ProgressLines(clock=clock)
     lines.stage_started("distilling", "Distilling 10 images")
     clock.now = 50  # what is compiled in the first step is no pace
     lines.step_finished(0, 101, record(dm=3.25))
@@ -61,7 +62,7 @@ def test_lines_tell_how_far_a_stage_is_and_what_is_left_every_thirty_seconds(cap
 
 def test_steps_before_a_resume_count_for_no_pace(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    lines = ddkit.ProgressLines(clock=clock)
+    lines = ProgressLines(clock=clock)
     lines.stage_started("distilling", "Distilling")
     for index in (900, 910):
         clock.now += 40
@@ -78,7 +79,7 @@ def test_steps_before_a_resume_count_for_no_pace(capsys: pytest.CaptureFixture[s
 
 def test_networks_in_work_count_in_parts_and_a_teacher_shows_its_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
     clock = Clock()
-    lines = ddkit.ProgressLines(clock=clock)
+    lines = ProgressLines(clock=clock)
     lines.stage_started("evaluation", "Evaluating")
     lines.stage_progress("evaluation", 0, 4, 0.25, {})
     clock.now = 60

@@ -259,7 +259,7 @@ def most(memory):
     channel_statistics(real.images)
     grown.append(resident() - before)
     for start in range(0, 500, 100):
-        ddkit.NormalisedRows(real.images, ddkit.Normalisation([0.5] * 3, [0.2] * 3))[torch.arange(start, start + 100)]
+        ddkit.data.NormalisedRows(real.images, ddkit.data.Normalisation([0.5] * 3, [0.2] * 3))[torch.arange(start, start + 100)]
         grown.append(resident() - before)
     return max(grown)
 """

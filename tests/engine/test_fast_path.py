@@ -58,7 +58,7 @@ def source(
     counts: tuple[int, ...] = (6, 6, 6),
     batch: int = 256,
     block: int = 0,
-    teacher: ddkit.Teacher | None = None,
+    teacher: ddkit.nn.Teacher | None = None,
     device: torch.device = CPU,
 ) -> StepSource:
     images, labels = real(counts)
@@ -187,7 +187,7 @@ def test_a_compiled_network_trains_as_the_plain_one() -> None:
     results = []
     for fast in (False, True):
         module = build_network(model(), INFO, 0, "trained")
-        forward = ddkit.compiled(module, wanted=fast)
+        forward = ddkit.nn.compiled(module, wanted=fast)
         fit(module, images, labels, schedule, augmenter=None, generator=draw(), forward=forward, channels_last=fast)
         results.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
     assert not torch.equal(*results)
@@ -418,7 +418,7 @@ def on_meta(*names: str) -> Engine:
     """Returns an engine whose tensors have no data: whatever would read a value back raises."""
     meta = torch.device("meta")
     module = build_network(model(norm="batch"), INFO, 0, "teacher")
-    loaded = ddkit.Teacher(module, mean=(0.5,) * 3, std=(0.25,) * 3)
+    loaded = ddkit.nn.Teacher(module, mean=(0.5,) * 3, std=(0.25,) * 3)
     made = terms(*names)
     declared = {name: spec for term in made for name, spec in term.loss.requires.parameters.items()}
     labels = torch.arange(3).repeat_interleave(2)

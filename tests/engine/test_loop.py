@@ -220,10 +220,10 @@ def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a teacher with batch norm and nobody's training: smooth enough, deterministic."""
     info = ddkit.DataInfo(class_names=tuple("01234"), channels=1, size=(8, 8))
     model = ConvNet(depth=2, width=8, norm="batch")
-    module = ddkit.build_network(model, info, 0, "teacher")
+    module = ddkit.nn.build_network(model, info, 0, "teacher")
     record = {"model": "convnet", "options": msgspec.to_builtins(model.options), "mean": [0.5], "std": [0.25]}
     file = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
-    save_teacher(file, ddkit.Teacher(module, mean=(0.5,), std=(0.25,), info=record))
+    save_teacher(file, ddkit.nn.Teacher(module, mean=(0.5,), std=(0.25,), info=record))
     return file
 
 
@@ -408,7 +408,7 @@ def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: py
     names = ("curious", "dm", "dkkt-primal", "dkkt-stationarity")
     _, _, engine = made(recipe({"again": {"use": "curious"}} | {name: {} for name in names}, views=views))
     counting("embed", Embedder, "__call__")
-    counting("logits", ddkit.Teacher, "logits")
+    counting("logits", ddkit.nn.Teacher, "logits")
     counting("real", engine.source, "real_rows")
     counting("network", engine.source, "embedder")
     engine.evaluate(0)

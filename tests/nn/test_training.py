@@ -51,7 +51,7 @@ def sample(rows: int = 12, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def network(seed: int = 0, **options: Any) -> nn.Module:
-    return ddkit.build_network(ddkit.create("model", "convnet", {"width": 8} | options, data=INFO), INFO, seed, "test")
+    return ddkit.nn.build_network(ddkit.create("model", "convnet", {"width": 8} | options, data=INFO), INFO, seed, "test")
 
 
 def augmenter(name: str = "dsa") -> ddkit.Augmenter:
@@ -223,17 +223,17 @@ def artifact(per_class: int = 2) -> ddkit.Artifact:
     return ddkit.Artifact(images[order] * 0.1, (torch.arange(3 * per_class) % 3)[order], metadata)
 
 
-def evaluation_data(real_rows: int = 12, seed: int = 0, report: Callable[[int, int], None] = lambda *_: None) -> ddkit.EvaluationData:
+def evaluation_data(real_rows: int = 12, seed: int = 0, report: Callable[[int, int], None] = lambda *_: None) -> ddkit.data.EvaluationData:
     test, test_labels = sample(30, seed=2)
     real, real_labels = sample(real_rows, seed=3)
     order = real_labels.argsort(stable=True)
-    return ddkit.EvaluationData(
+    return ddkit.data.EvaluationData(
         info=INFO, test_images=test * 0.1, test_labels=test_labels, real_images=real[order] * 0.1, real_labels=real_labels[order],
         seed=seed, device=CPU, report=report,
     )  # fmt: skip
 
 
-def evaluated(data: ddkit.EvaluationData | None = None, **options: Any) -> list[ddkit.Evaluation]:
+def evaluated(data: ddkit.data.EvaluationData | None = None, **options: Any) -> list[ddkit.Evaluation]:
     table = {"epochs": 2, "repeats": 3, "model_options": {"width": 8}} | options
     evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO)
     return evaluator(artifact(), data or evaluation_data(), None)
@@ -362,7 +362,7 @@ def test_last_epoch_is_reported_not_the_best(monkeypatch: pytest.MonkeyPatch) ->
             module.classifier.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # type: ignore[union-attr, operator]
 
     calls = []
-    original = ddkit.accuracy
+    original = ddkit.nn.accuracy
 
     def counted(*arguments: Any, **options: Any) -> float:
         calls.append(1)
@@ -440,7 +440,7 @@ def test_the_device_is_checked() -> None:
 TEACHER_SETS = {"train.epochs": 2, "teacher.width": 8}
 
 
-def make_teacher(path: Path, folder: Path, **sets: Any) -> ddkit.Teacher:
+def make_teacher(path: Path, folder: Path, **sets: Any) -> ddkit.nn.Teacher:
     return ddkit.train(path, dataset=f"imagefolder:{folder}", sets=TEACHER_SETS | sets)
 
 
@@ -506,7 +506,7 @@ def test_a_teacher_whose_training_diverges_is_told_and_not_kept(own_cache: Path,
     assert list(own_cache.glob("teachers/*")) == []
 
 
-def automatic(folder: Path, caplog: pytest.LogCaptureFixture, **changed: Any) -> tuple[ddkit.Teacher, bool]:
+def automatic(folder: Path, caplog: pytest.LogCaptureFixture, **changed: Any) -> tuple[ddkit.nn.Teacher, bool]:
     """Returns an automatic teacher, and whether it was said to be trained now."""
     dataset = open_dataset(DataTable(use="imagefolder", options={"path": str(folder)}))
     table = TeacherTable(model=changed.pop("model", "convnet"), options={"width": changed.pop("width", 8)})
@@ -606,7 +606,7 @@ def test_without_a_home_everything_works_with_one_line(
 def test_a_temporary_cache_whose_name_another_has_taken_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     taken = no_home(monkeypatch, tmp_path) / f"ddkit-{os.getuid()}"
     taken.mkdir(mode=0o755)
-    found = ddkit.cache_folder()
+    found = ddkit.data.cache_folder()
     assert found not in (taken, *taken.parents)
     assert stat.S_IMODE(found.stat().st_mode) == 0o700
 
@@ -614,9 +614,9 @@ def test_a_temporary_cache_whose_name_another_has_taken_is_not_used(monkeypatch:
 def test_a_home_that_can_be_written_is_used_and_a_cache_may_be_named_from_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     no_home(monkeypatch, tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert ddkit.cache_folder() == tmp_path / ".cache/ddkit"
+    assert ddkit.data.cache_folder() == tmp_path / ".cache/ddkit"
     monkeypatch.setenv("DDKIT_CACHE", "~/mine")
-    assert ddkit.cache_folder() == tmp_path / "mine"
+    assert ddkit.data.cache_folder() == tmp_path / "mine"
 
 
 def test_changed_option_recipe_model_or_pixel_trains_anew(own_cache: Path, image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -646,7 +646,7 @@ def test_renamed_classes_of_an_npz_train_anew(own_cache: Path, tmp_path: Path, c
 
 def bare_state(path: Path, **options: Any) -> Path:
     info = ddkit.DataInfo(class_names=("cat", "dog", "owl"), channels=3, size=(12, 12))
-    module = ddkit.build_network(ddkit.create("model", "convnet", {"width": 8} | options, data=info), info, 0, "bare")
+    module = ddkit.nn.build_network(ddkit.create("model", "convnet", {"width": 8} | options, data=info), info, 0, "bare")
     save_file(module.state_dict(), path)
     return path
 

@@ -651,7 +651,7 @@ def test_an_image_that_may_not_be_read_is_told_as_that(image_folder: Path, monke
     def denied(path: Any, *_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr("ddkit.open_regular", denied)
+    monkeypatch.setattr("ddkit.data.open_regular", denied)
     with pytest.raises(ddkit.InputError, match=r"The image .*000\.png cannot be opened: Permission denied.*chmod") as caught:
         opened(f"imagefolder:{image_folder}").images("train", [0])
     assert "decoded" not in str(caught.value)

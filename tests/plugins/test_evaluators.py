@@ -166,27 +166,30 @@ def artifact(counts: tuple[int, int] = (2, 2)) -> ddkit.Artifact:
     return ddkit.Artifact(pixels, torch.arange(2).repeat_interleave(torch.tensor(counts)), metadata)
 
 
-def data(real_rows: int = 20, seed: int = 3) -> ddkit.EvaluationData:
+def data(real_rows: int = 20, seed: int = 3) -> ddkit.data.EvaluationData:
     tests, test_labels = images(100, 1)
     real_images, real_labels = images(real_rows, 2)
-    return ddkit.EvaluationData(
+    return ddkit.data.EvaluationData(
         info=INFO, test_images=tests, test_labels=test_labels, real_images=real_images, real_labels=real_labels, seed=seed,
         device=torch.device("cpu"), report=lambda done, total: None,
     )  # fmt: skip
 
 
 def evaluated(
-    made: ddkit.Artifact | None = None, given: ddkit.EvaluationData | None = None, teacher: ddkit.Teacher | None = None, **options: Any
+    made: ddkit.Artifact | None = None,
+    given: ddkit.data.EvaluationData | None = None,
+    teacher: ddkit.nn.Teacher | None = None,
+    **options: Any,
 ) -> list[ddkit.Evaluation]:
     table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
     evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
     return list(evaluator(made or artifact(), given or data(), teacher))
 
 
-def trainer(made: ddkit.Artifact, given: ddkit.EvaluationData) -> Trainer:
+def trainer(made: ddkit.Artifact, given: ddkit.data.EvaluationData) -> Trainer:
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
-    arithmetic = ddkit.Arithmetic(compile=False, precision="float32")
-    return Trainer("mlp", model, made, given, ddkit.Schedule(epochs=1), "none", arithmetic)
+    arithmetic = ddkit.nn.Arithmetic(compile=False, precision="float32")
+    return Trainer("mlp", model, made, given, ddkit.nn.Schedule(epochs=1), "none", arithmetic)
 
 
 BASELINES = ["pipc-real", "class-mean"]
@@ -285,7 +288,7 @@ def test_baselines_alone_have_the_rows_that_they_have_beside_the_set(monkeypatch
     monkeypatch.setattr(Accuracy, "plan", lambda self, *given, **how: (planned.append(how["networks"]), plan(self, *given, **how))[1])
     both = evaluated(baselines=BASELINES)
     trained: list[Any] = []
-    fit = ddkit.fit
+    fit = ddkit.nn.fit
     monkeypatch.setattr(ddkit, "fit", lambda *given, **options: (trained.append(1), fit(*given, **options)), raising=False)
     assert evaluated(baselines=BASELINES, synthetic=False) == both[1:]
     assert len(trained) == 4  # two networks on each
@@ -344,9 +347,9 @@ def test_an_unknown_baseline_is_refused(cli: CLI) -> None:
 # Soft labels
 
 
-def taught(mean: float = 0.5, std: float = 0.25, seed: int = 0) -> ddkit.Teacher:
+def taught(mean: float = 0.5, std: float = 0.25, seed: int = 0) -> ddkit.nn.Teacher:
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
-    return ddkit.Teacher(ddkit.build_network(model, INFO, seed, "teacher"), mean=(mean,), std=(std,), sha256="abc")
+    return ddkit.nn.Teacher(ddkit.nn.build_network(model, INFO, seed, "teacher"), mean=(mean,), std=(std,), sha256="abc")
 
 
 def test_soft_labels_are_rows_of_their_own_beside_unchanged_hard_ones() -> None:
@@ -507,7 +510,7 @@ def test_both_passes_see_the_same_batch_and_running_statistics_move_once() -> No
     x, labels = images(8, 0)
     states, seen = [], []
     for rho in (0.0, 0.05):
-        module = ddkit.build_network(model, INFO, 0, "test")
+        module = ddkit.nn.build_network(model, INFO, 0, "test")
 
         def forward(batch: torch.Tensor, module: torch.nn.Module = module) -> torch.Tensor:
             seen.append(batch)
@@ -551,20 +554,20 @@ def test_a_compiled_network_is_trained_sharpness_aware_as_a_plain_one() -> None:
     x, labels = images(8, 0)
     weights = []
     for wanted in (False, True):
-        module = ddkit.build_network(model, INFO, 0, "test")
-        forward = ddkit.compiled(module, wanted=wanted)
+        module = ddkit.nn.build_network(model, INFO, 0, "test")
+        forward = ddkit.nn.compiled(module, wanted=wanted)
         fit(module, x.float() / 255, labels, Schedule(epochs=3, rho=0.5), augmenter=None, generator=torch.Generator(), forward=forward)
-        assert ddkit.is_compiled(forward) == wanted
+        assert ddkit.nn.is_compiled(forward) == wanted
         weights.append(torch.cat([value.flatten() for value in module.parameters()]).detach())
     torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
-    plain = ddkit.build_network(model, INFO, 0, "test")
+    plain = ddkit.nn.build_network(model, INFO, 0, "test")
     fit(plain, x.float() / 255, labels, Schedule(epochs=3), augmenter=None, generator=torch.Generator())
     assert not torch.allclose(weights[0], torch.cat([value.flatten() for value in plain.parameters()]), rtol=1e-4, atol=1e-6)
 
 
 def test_the_plan_counts_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     epochs: list[int] = []
-    original = ddkit.training_flops
+    original = ddkit.nn.training_flops
 
     def counted(*arguments: Any, **options: Any) -> float:
         epochs.append(options["epochs"])

@@ -28,7 +28,7 @@ from PIL import Image
 import ddkit
 from ddkit.components import registry
 from ddkit.run import exporting
-from ddkit.run.artifact import Artifact
+from ddkit.run.artifact import Artifact, Provenance
 from ddkit.run.manifest import read_manifest
 from tests.conftest import SMALL, Result
 
@@ -392,7 +392,7 @@ def test_no_word_of_a_run_is_more_than_text_on_its_card(run: Path) -> None:
     def page(told: dict[str, Any]) -> str:
         artifact = Artifact(made.images, made.labels, made.metadata | told["metadata"])
         parts = {key: told[key] for key in ("evaluations", "recipe", "manifest")}
-        artifact.provenance = ddkit.Provenance(sha256="34", **parts)
+        artifact.provenance = Provenance(sha256="34", **parts)
         front, text = card(artifact, layout).removeprefix("---\n").split("\n---\n", 1)
         assert len(front.splitlines()) == 15
         return text.partition("\n## Recipe")[0]

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import ddkit
-from ddkit import grid
 from ddkit.api import resume
+from ddkit.data import grid
 from ddkit.testing import InitializerConformance
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 

@@ -37,12 +37,12 @@ class HandNormalised(nn.Module):
         return result
 
 
-def teacher(norm: str | nn.Module, *, seed: int = 0, depth: int = 2, fresh: bool = False) -> ddkit.Teacher:
+def teacher(norm: str | nn.Module, *, seed: int = 0, depth: int = 2, fresh: bool = False) -> ddkit.nn.Teacher:
     """Returns a module, or a ConvNet whose gamma, beta and running statistics are (unless `fresh`) not those of a new network."""
     if isinstance(norm, nn.Module):
-        return ddkit.Teacher(norm, mean=(0.5, 0.5), std=(0.25, 0.25))
+        return ddkit.nn.Teacher(norm, mean=(0.5, 0.5), std=(0.25, 0.25))
     model = ddkit.create("model", "convnet", {"width": 6, "norm": norm, "depth": depth}, data=SETTING.info)
-    network = ddkit.build_network(model, SETTING.info, seed, "teacher")
+    network = ddkit.nn.build_network(model, SETTING.info, seed, "teacher")
     draw = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d) and not fresh:
@@ -55,7 +55,7 @@ def teacher(norm: str | nn.Module, *, seed: int = 0, depth: int = 2, fresh: bool
     return teacher(network)
 
 
-def groups(made: ddkit.Teacher) -> dict[str, float]:
+def groups(made: ddkit.nn.Teacher) -> dict[str, float]:
     return scale_invariant_groups(made.exact_logits, made.parameters, SHAPE)
 
 
@@ -138,7 +138,7 @@ def test_selected_parameters_are_included_but_for_invariant_groups_which_a_warni
     ],
     ids=["convnet", "the user's own", "a pattern that selects nothing"],
 )
-def test_a_selection_of_which_nothing_is_left_is_refused(made: ddkit.Teacher, which: str, words: str) -> None:
+def test_a_selection_of_which_nothing_is_left_is_refused(made: ddkit.nn.Teacher, which: str, words: str) -> None:
     with pytest.raises(ddkit.InputError, match=words):
         included_parameters(made, SHAPE, which, skip=True, who="it")
 

@@ -23,18 +23,18 @@ def info(size: int = 16, mirror: bool = False) -> ddkit.DataInfo:
     return ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(size, size), mirror=mirror)
 
 
-def given(images: torch.Tensor, real: torch.Tensor, *, mirror: bool = False) -> tuple[ddkit.Artifact, ddkit.EvaluationData]:
+def given(images: torch.Tensor, real: torch.Tensor, *, mirror: bool = False) -> tuple[ddkit.Artifact, ddkit.data.EvaluationData]:
     """Returns a set of images of two classes, and real images beside it."""
     labels, real_labels = torch.arange(len(images)) % 2, torch.arange(len(real)) % 2
     artifact = ddkit.Artifact(images, labels.sort().values, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
-    data = ddkit.EvaluationData(
+    data = ddkit.data.EvaluationData(
         info=info(images.shape[-1], mirror), test_images=real, test_labels=real_labels, real_images=real, real_labels=real_labels, seed=0,
         device=torch.device("cpu"), report=lambda done, total: None,
     )  # fmt: skip
     return artifact, data
 
 
-def judged(name: str, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: Any = None, **options: Any) -> ddkit.Evaluation:
+def judged(name: str, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: Any = None, **options: Any) -> ddkit.Evaluation:
     evaluator = ddkit.create("evaluator", name, options, data=data.info)
     evaluator.check(data.info)
     (row,) = evaluator(artifact, data, teacher)
@@ -168,14 +168,14 @@ def test_all_of_them_stand_in_one_table(cli: Cli) -> None:
 def test_the_average_of_weights_follows_its_recursion() -> None:
     torch.manual_seed(0)
     images, labels = torch.rand(6, 1, 2, 2), torch.arange(6) % 2
-    schedule = ddkit.Schedule(epochs=3, batch=6, lr=0.5, schedule="constant")
+    schedule = ddkit.nn.Schedule(epochs=3, batch=6, lr=0.5, schedule="constant")
     start = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
     weights = {name: value.clone() for name, value in start.state_dict().items()}
 
     def after(epochs: int, ema: float) -> torch.Tensor:
         start.load_state_dict(weights)
-        changed = ddkit.Schedule(epochs=epochs, batch=6, lr=0.5, schedule="constant", ema=ema)
-        ddkit.fit(start, images, labels, changed, augmenter=None, generator=torch.Generator().manual_seed(0))
+        changed = ddkit.nn.Schedule(epochs=epochs, batch=6, lr=0.5, schedule="constant", ema=ema)
+        ddkit.nn.fit(start, images, labels, changed, augmenter=None, generator=torch.Generator().manual_seed(0))
         return start[1].weight.detach().clone()
 
     steps = [after(epochs, 0.0) for epochs in (1, 2, 3)]

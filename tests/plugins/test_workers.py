@@ -31,10 +31,10 @@ def artifact() -> ddkit.Artifact:
     return ddkit.Artifact(pixels.float() / 255, labels, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
 
 
-def data(report: Callable[[int, int], None] = lambda done, total: None) -> ddkit.EvaluationData:
+def data(report: Callable[[int, int], None] = lambda done, total: None) -> ddkit.data.EvaluationData:
     tests, test_labels = images(40, 1)
     real, real_labels = images(20, 2)
-    return ddkit.EvaluationData(
+    return ddkit.data.EvaluationData(
         info=INFO, test_images=tests, test_labels=test_labels, real_images=real, real_labels=real_labels, seed=3,
         device=torch.device("cpu"), report=report,
     )  # fmt: skip

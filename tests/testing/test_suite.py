@@ -105,7 +105,7 @@ LOSSES: dict[str, tuple[type[ddkit.Loss], str]] = {
 }  # fmt: skip
 
 
-SHARED = {"imports-without-a-gpu", "import-is-cheap", "is-of-its-kind-and-api", "options-survive-a-recipe", "deviations-are-of-checks"}
+SHARED = {"imports-without-a-gpu", "import-is-cheap", "is-of-its-kind", "options-survive-a-recipe", "deviations-are-of-checks"}
 
 
 def suite_of(kind: str, component: Any, **members: Any) -> Conformance:
@@ -209,11 +209,8 @@ def test_a_zero_gradient_and_a_declared_graph_that_is_none_are_found() -> None:
 
 def test_a_component_without_a_docstring_or_of_another_kind_is_found() -> None:
     silent = type("Silent", (ddkit.Loss,), {"__call__": lambda self, step: _square(step), "__doc__": None})
-    assert "docstring" in problem_of(suite_of("loss", silent), "is-of-its-kind-and-api")
-    assert "subclass" in problem_of(suite_of("loss", ddkit.Model), "is-of-its-kind-and-api")
-    assert "plugin API 99" in problem_of(
-        suite_of("loss", _bad("Newer", lambda self, step: _square(step), api=99)), "is-of-its-kind-and-api"
-    )
+    assert "docstring" in problem_of(suite_of("loss", silent), "is-of-its-kind")
+    assert "subclass" in problem_of(suite_of("loss", ddkit.Model), "is-of-its-kind")
 
 
 def test_options_that_a_recipe_cannot_hold_are_found() -> None:
@@ -403,7 +400,7 @@ def _evaluator(call: Callable[..., Any]) -> type[ddkit.Evaluator]:
 
 
 def _evaluator_fails_where(condition: Callable[[ddkit.Artifact], bool]) -> type[ddkit.Evaluator]:
-    def call(self: Any, artifact: ddkit.Artifact, data: ddkit.EvaluationData, teacher: Any) -> list[ddkit.Evaluation]:
+    def call(self: Any, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: Any) -> list[ddkit.Evaluation]:
         if condition(artifact):
             raise ValueError("cannot do that")
         return [_row()]
@@ -551,7 +548,7 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("exporter", "same-set-same-files"): (_exporter(lambda self, artifact, folder: _write(folder, str(random.random()).encode())), "other bytes"),
     ("loss-group", "members-are-losses"): (_group("dm", "no-such-loss"), "There is no loss 'no-such-loss'"),
     ("loss-group", "members-are-named-once"): (_group("dm", "image-norm", "ddkit/dm"), "names dm more than once"),
-    ("observer", "is-of-its-kind-and-api"): (_Observer(), "no hook"),
+    ("observer", "is-of-its-kind"): (_Observer(), "no hook"),
     ("observer", "every-hook-can-be-called"): (_Observer(step_finished=_fails_without_record), "NoneType"),
 }  # fmt: skip
 
@@ -597,9 +594,7 @@ def test_every_check_of_every_kind_has_a_broken_component() -> None:
 def test_a_group_of_nothing_of_a_word_or_of_groups_is_found(members: Any) -> None:
     group = type("Broken", (ddkit.LossGroup,), {"__doc__": "Broken.", "members": members})
     assert "'Broken'" in problem_of(suite_of("loss-group", group), "members-are-losses")
-    assert "docstring" in problem_of(
-        suite_of("loss-group", type("Silent", (ddkit.LossGroup,), {"members": ("dm",)})), "is-of-its-kind-and-api"
-    )
+    assert "docstring" in problem_of(suite_of("loss-group", type("Silent", (ddkit.LossGroup,), {"members": ("dm",)})), "is-of-its-kind")
 
 
 def test_a_dataset_whose_test_images_cannot_be_had_is_found() -> None:
@@ -642,7 +637,7 @@ def test_the_command_says_what_is_broken_and_ends_with_one(cli: Callable[..., An
     assert result.code == 1
     assert "broken    returns-a-finite-scalar" in result.out
     assert "detached" in result.out
-    assert "ok        is-of-its-kind-and-api" in result.out
+    assert "ok        is-of-its-kind" in result.out
 
 
 DEVIATES = '''"""Mine."""
