@@ -118,9 +118,22 @@ class Multiplier(ddkit.Initializer):
         return ipc
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
-        rows = self._candidates(start)
+        teacher, rows = start.teacher, self._candidates(start)
         images, labels = start.real_images[rows], start.real_labels[rows]
-        found = self._solution(start, images, labels)
+        names = included_parameters(teacher, start.shape, self.parameters, skip=self.scale_invariant == "skip", who="multiplier")
+        theta = torch.cat([teacher.parameters[name].detach().flatten() for name in names])
+
+        def gradients(part: range) -> Tensor:
+            return negative_gradients(teacher, names, images[part.start : part.stop], labels[part.start : part.stop])
+
+        gram, right = gram_matrix(gradients, theta, len(labels), max(1, BLOCK_MIB * 2**20 // (4 * len(theta))))
+        found = solve(gram, right, sweeps=self.sweeps)
+        norm = math.sqrt(max(float(found.multipliers @ gram @ found.multipliers), 0.0)) * float(theta.double().norm())
+        cosine = float(found.multipliers @ right) / norm if norm > 0 else 0.0
+        log.info(
+            "multiplier: %d of %d multipliers are positive; cosine of the sum and the teacher's parameters %.3f.",
+            int((found.multipliers > 0).sum()), len(labels), cosine,
+        )  # fmt: skip
         score = found.multipliers if self.rank == "multiplier" else found.shares
         chosen = []
         for label, count in zip(*start.labels.unique(return_counts=True), strict=True):
@@ -138,30 +151,3 @@ class Multiplier(ddkit.Initializer):
             order = torch.randperm(len(own), generator=start.generator(int(label)))[:most]
             kept.append(own[order.sort().values])
         return torch.cat(kept)
-
-    def _solution(self, start: ddkit.InitContext, images: Tensor, labels: Tensor) -> Solution:
-        teacher = start.teacher
-        names = included_parameters(teacher, start.shape, self.parameters, skip=self.scale_invariant == "skip", who="multiplier")
-        theta = torch.cat([teacher.parameters[name].detach().flatten() for name in names])
-        block = max(1, BLOCK_MIB * 2**20 // (4 * len(theta)))
-
-        def gradients(part: range) -> Tensor:
-            rows = slice(part.start, part.stop)
-            return negative_gradients(teacher, names, images[rows], labels[rows])
-
-        gram, right = gram_matrix(gradients, theta, len(labels), block)
-        found = solve(gram, right, sweeps=self.sweeps)
-        self._tell(found, gram, right, float(theta.double().square().sum()))
-        return found
-
-    def _tell(self, found: Solution, gram: Vector, right: Vector, square: float) -> None:
-        """Says, at --verbose, how far the images carry the teacher."""
-        x = found.multipliers
-        norm = math.sqrt(max(float(x @ gram @ x), 0.0) * square)
-        cosine = float(x @ right) / norm if norm > 0 else 0.0
-        log.info(
-            "multiplier: %d of %d multipliers are positive; cosine of the sum and the teacher's parameters %.3f.",
-            int((x > 0).sum()),
-            len(x),
-            cosine,
-        )

@@ -81,19 +81,10 @@ class Stationarity(ddkit.Loss):
     order_invariant = True
 
     def requires(self) -> ddkit.Requires:
-        first = 1.0 if self.init == "least-squares" else self.init
+        first = self._free(1.0 if self.init == "least-squares" else self.init)
+        multipliers = ddkit.Parameter(init=first, constraint="nonnegative" if self.constraint == "project" else None, lr=self.lr)
         return ddkit.Requires(
-            teacher=True,
-            second_order=True,
-            views=tuple(self.views),
-            reduce="global",
-            parameters={
-                "multipliers": ddkit.Parameter(
-                    init=_inverse_softplus(first) if self.constraint == "softplus" else first,
-                    constraint="nonnegative" if self.constraint == "project" else None,
-                    lr=self.lr,
-                )
-            },
+            teacher=True, second_order=True, views=tuple(self.views), reduce="global", parameters={"multipliers": multipliers}
         )
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
@@ -107,8 +98,7 @@ class Stationarity(ddkit.Loss):
         if not scale > 0:
             log.warning("dkkt-stationarity: the least-squares multiplier is %.3g; starting from 1 instead.", scale)
             return {}
-        value = _inverse_softplus(scale) if self.constraint == "softplus" else scale
-        return {"multipliers": torch.full_like(free, value)}
+        return {"multipliers": torch.full_like(free, self._free(scale))}
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         free = step.parameters["multipliers"]
@@ -121,8 +111,14 @@ class Stationarity(ddkit.Loss):
         for view, factor in sorted(self.views.items()):
             pairs = [(theta, g / scale) for theta, g in self._pairs(step, view, multipliers)]
             terms.append(factor * stationarity_distance(pairs, self.distance, average=self.average))
-            self._log_layers(step, view, pairs)
+            with torch.no_grad():
+                for name, pair in zip(self._included(step), pairs, strict=True):
+                    step.log(f"distance {view} {name}", stationarity_distance([pair], self.distance))
         return torch.stack(terms).sum()
+
+    def _free(self, multiplier: float) -> float:
+        """Returns the value of the free parameter at which the multiplier is `multiplier` > 0."""
+        return multiplier + math.log(-math.expm1(-multiplier)) if self.constraint == "softplus" else multiplier
 
     def _pairs(self, step: ddkit.Step, view: str, multipliers: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Returns (theta, negative gradient of the whole set) for each included parameter: the sums are exchanged once a view."""
@@ -132,20 +128,11 @@ class Stationarity(ddkit.Loss):
         sums = step.all_reduce(negative_gradient(found.teacher_logits, found.labels, multipliers, theta))
         return list(zip([t.detach() for t in theta], sums, strict=True))
 
-    def _log_layers(self, step: ddkit.Step, view: str, pairs: Pairs) -> None:
-        with torch.no_grad():
-            for name, pair in zip(self._included(step), pairs, strict=True):
-                step.log(f"distance {view} {name}", stationarity_distance([pair], self.distance))
-
     def _included(self, step: ddkit.Step) -> list[str]:
         if "_names" not in self.__dict__:
-            self._names = self._choose(step)
+            skip = self.scale_invariant == "skip"
+            self._names = included_parameters(step.teacher, step.info.shape, self.parameters, skip=skip, who="dkkt-stationarity")
         return self._names
-
-    def _choose(self, step: ddkit.Step) -> list[str]:
-        return included_parameters(
-            step.teacher, step.info.shape, self.parameters, skip=self.scale_invariant == "skip", who="dkkt-stationarity"
-        )
 
 
 def included_parameters(teacher: ddkit.nn.Teacher, shape: tuple[int, int, int], which: str, *, skip: bool, who: str) -> list[str]:
@@ -188,7 +175,3 @@ def selected_parameters(module: nn.Module, names: Sequence[str], which: str) -> 
         linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
         return [name for name in names if linear and name.rpartition(".")[0] == linear[-1]]
     return [name for name in names if fnmatch.fnmatchcase(name, which)]
-
-
-def _inverse_softplus(value: float) -> float:
-    return value + math.log(-math.expm1(-value))

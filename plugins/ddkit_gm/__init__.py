@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import ddkit
 
@@ -53,7 +54,7 @@ class GradientMatching(ddkit.Loss):
 
     A network that is trained on the set is to take the steps that it would take on the real images.
 
-    Source: Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021.
+    Source: Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021, arXiv 2006.05929, Algorithm 1.
     """
 
     distance: Literal["layer-cosine", "mse", "cosine"] = ddkit.option("layer-cosine", "layer-wise cosine is the original's")
@@ -62,25 +63,16 @@ class GradientMatching(ddkit.Loss):
     requires = ddkit.Requires(real=True, network=True, second_order=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
+        terms, real = [], step.real
         with _evaluating(step.network) as network:  # the running statistics of batch norm stay as they are
-            return self._matched(step, network)
-
-    def _matched(self, step: ddkit.Step, network: nn.Module) -> Tensor:
-        parameters = list(network.parameters())
-        real = step.real
-        terms = []
-        for label, ours in step.class_slices.items():
-            theirs = real.class_slices.get(label)
-            if theirs is None:  # nothing to match: 0, as in distribution matching
-                terms.append(step.images[ours].sum() * 0)
-                continue
-            wanted = torch.autograd.grad(
-                nn.functional.cross_entropy(network(real.augmented[theirs].detach()), real.labels[theirs]), parameters
-            )
-            found = torch.autograd.grad(
-                nn.functional.cross_entropy(network(step.augmented[ours]), step.labels[ours]),
-                parameters,
-                create_graph=True,
-            )
-            terms.append(gradient_distance([g.detach() for g in wanted], found, self.distance))
+            parameters = list(network.parameters())
+            for label, ours in step.class_slices.items():
+                theirs = real.class_slices.get(label)
+                if theirs is None:  # nothing to match: 0, as in distribution matching
+                    terms.append(step.images[ours].sum() * 0)
+                    continue
+                loss = functional.cross_entropy(network(real.augmented[theirs].detach()), real.labels[theirs])
+                wanted = torch.autograd.grad(loss, parameters)
+                loss = functional.cross_entropy(network(step.augmented[ours]), step.labels[ours])
+                terms.append(gradient_distance(wanted, torch.autograd.grad(loss, parameters, create_graph=True), self.distance))
         return torch.stack(terms).sum()
