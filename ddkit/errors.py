@@ -118,11 +118,11 @@ def printable(text: str) -> str:
     >>> printable("cat\x1b[31m"), printable("chat é")
     ('cat\\u001b[31m', 'chat é')
     """
-    return "".join(char if _shows(char) else json.dumps(char)[1:-1] for char in text)
 
+    def shows(char: str) -> bool:
+        return " " <= char <= "~" or char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
-def _shows(char: str) -> bool:
-    return " " <= char <= "~" or char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(char if shows(char) else json.dumps(char)[1:-1] for char in text)
 
 
 def is_text(text: str) -> bool:

@@ -77,7 +77,10 @@ def import_file(
         return _import_set(source, target, pair, norm, names, pixels or recorded.get("pixels"), factor)
     state = _state_in(found) if kind in ("auto", "teacher") else None
     if state is None:
-        raise InputError(f"{source} holds {_content(found)}: that is {_wanted(kind)}.")
+        no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
+        no_teacher = "no teacher (a state dict of tensors by name)"
+        wanted = {"set": no_set, "teacher": no_teacher}.get(kind, f"{no_set}, and {no_teacher}")
+        raise InputError(f"{source} holds {_content(found)}: that is {wanted}.")
     own = ("teacher.use", "teacher.mean", "teacher.std")
     others = [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
     why = f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch."
@@ -88,12 +91,6 @@ def import_file(
 def _check_used(flags: Mapping[str, Any], others: Sequence[str], why: str) -> None:
     """Raises FlagError for `flags` with a value, and `others`, which have no effect, as `why` says."""
     refuse_unused([*(flag for flag, value in flags.items() if value is not None), *others], why)
-
-
-def _wanted(kind: str) -> str:
-    set_ = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
-    teacher = "no teacher (a state dict of tensors by name)"
-    return {"set": set_, "teacher": teacher}.get(kind, f"{set_}, and {teacher}")
 
 
 def _content(found: Any) -> str:

@@ -205,16 +205,12 @@ def check_listed(folder: Path, name: str) -> None:
     """
     if not (folder / MANIFEST).is_file():
         return
-    listed = read_manifest(folder)["files"].get(name)
-    if listed is not None and listed != _entry_or_none(folder / name):
+    listed, file = read_manifest(folder)["files"].get(name), folder / name
+    there = None
+    with suppress(OSError):
+        there = file_entry(file) if stat.S_ISREG(os.lstat(file).st_mode) else None
+    if listed not in (None, there):
         raise RunFilesError(
-            f"{folder / name} is not the file that {folder / MANIFEST} lists: it was damaged, edited or replaced (its size or sha256 "
+            f"{file} is not the file that {folder / MANIFEST} lists: it was damaged, edited or replaced (its size or sha256 "
             "differs). Restore it from a copy, or make the run again."
         )
-
-
-def _entry_or_none(path: Path) -> dict[str, Any] | None:
-    try:
-        return file_entry(path) if stat.S_ISREG(os.lstat(path).st_mode) else None
-    except OSError:
-        return None

@@ -75,25 +75,19 @@ class Task(NamedTuple):
 
 def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
     """Returns the sets of `cells`, all cells of one seed before the next seed; a set that cells share comes with each of them."""
-    _check_alphas(study, settings.alphas or ())
+    known = [] if study.blends is None else study.blends.alphas
+    for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
+        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
+        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
     tasks = []
     for seed in range(settings.seeds or study.seeds):
-        for cell in cells:
-            tasks.append(_task(study, cell, seed, out, settings))
+        tasks += [_task(study, cell, seed, out, settings) for cell in cells]
         tasks += _blends(study, [task for task in tasks if task.seed == seed], out, settings)
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
         assert study.blends is not None
         both = f"{study.blends.first} and {study.blends.second}"
         raise InputError(f"--alphas: blends need the systems {both}, which are not both chosen. Add them to --systems.", "alphas")
     return tasks
-
-
-def _check_alphas(study: Study, alphas: Sequence[float]) -> None:
-    """Raises InputError for one of `alphas` that the study has no blend at."""
-    known = [] if study.blends is None else study.blends.alphas
-    for alpha in (alpha for alpha in alphas if alpha not in known):
-        what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
-        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
 
 
 def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) -> Task:

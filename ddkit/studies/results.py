@@ -99,7 +99,8 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     done = [(task, row) for task in tasks if (row := kept_row(task)) is not None]
     networks = [accuracy for _, row in done for accuracy in row["details"]["accuracies"]]
     means = [row["accuracy_mean"] for _, row in done]
-    spectra = _spectra([task.path for task, _ in done]) if study.blends is not None and done else (None, [])
+    images = [load(task.path).images for task, _ in done] if study.blends is not None else []
+    spectra = [radial_spectrum(each)[1] for each in images]
     comparable, warnings = _told_by([task for task, _ in done], study, first)
     warnings += dict.fromkeys(f"{first.label}: {row['details']['summary']}" for _, row in done if row["details"].get("summary"))
     return Figure(
@@ -107,7 +108,9 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
         steps=first.recipe.steps, wanted=len(tasks), alpha=first.alpha, published=known, published_std=known_std,
         mean=statistics.fmean(networks) if networks else None, std=_std(networks), std_of_sets=_std(means),
-        sets=len(done), networks=len(networks) // len(done) if done else 0, high_frequency=spectra[0], spectrum=spectra[1],
+        sets=len(done), networks=len(networks) // len(done) if done else 0,
+        high_frequency=statistics.fmean(map(high_frequency_share, images)) if images else None,
+        spectrum=[statistics.fmean(values) for values in zip(*spectra, strict=True)],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
         dataset=":".join(filter(None, _data(first))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
         comparable=comparable, warnings=warnings,
@@ -144,14 +147,6 @@ def _told_by(done: Sequence[Task], study: Study, first: Task) -> tuple[bool, lis
 def _std(values: Sequence[float]) -> float | None:
     """Returns the sample standard deviation, None for fewer than two values."""
     return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _spectra(paths: Sequence[Path]) -> tuple[float, list[float]]:
-    """Returns the share of power at high frequencies and the radial spectrum, averaged over the sets at `paths`."""
-    images = [load(path).images for path in paths]
-    shares = [radial_spectrum(each)[1] for each in images]
-    mean = [statistics.fmean(values) for values in zip(*shares, strict=True)]
-    return statistics.fmean(high_frequency_share(each) for each in images), mean
 
 
 def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:

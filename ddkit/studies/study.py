@@ -122,7 +122,10 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         raise InputError(f"blends.alphas has {alpha:g} twice. Name it once.", "blends.alphas")
     for number, cell in enumerate(study.cells):
         for column, values in cell.published.items():
-            _check_published(values, f"cells[{number}].published.{column}")
+            if len(values) > 2 or not 0 <= values[0] <= 100 or not all(0 <= value <= 100 for value in values[1:]):
+                where = f"cells[{number}].published.{column}"
+                what = "an accuracy in percent, from 0 to 100, and if it is published its standard deviation: [25.3, 0.5]."
+                raise InputError(f"{where} = {values}: {what}", where)
     named = [(f"cells[{number}].published", list(cell.published)) for number, cell in enumerate(study.cells)]
     named += [(f"cells[{number}].systems", cell.systems) for number, cell in enumerate(study.cells)]
     shown = [("pictures", study.pictures)]
@@ -138,21 +141,6 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     return study
 
 
-def _check_published(values: list[float], where: str) -> None:
-    """Raises InputError where `values` are no accuracy in percent, with or without its standard deviation."""
-    if len(values) > 2 or not 0 <= values[0] <= 100 or not all(0 <= value <= 100 for value in values[1:]):
-        raise InputError(
-            f"{where} = {values}: an accuracy in percent, from 0 to 100, and if it is published its standard deviation: [25.3, 0.5].", where
-        )
-
-
-def cells_of(study: Study) -> list[Cell]:
-    """Returns every figure of the study, row by row, each row's in the order of the systems."""
-    return [
-        Cell(cell.ipc, cell.pipc, system) for cell in study.cells for system in study.systems if not cell.systems or system in cell.systems
-    ]
-
-
 def published(study: Study, cell: Cell) -> tuple[float | None, float | None]:
     """Returns the published accuracy and its standard deviation as fractions, None where there is none."""
     row = next(each for each in study.cells if (each.ipc, each.pipc) == (cell.ipc, cell.pipc))
@@ -161,7 +149,7 @@ def published(study: Study, cell: Cell) -> tuple[float | None, float | None]:
 
 
 def chosen_cells(study: Study, wanted: list[tuple[int, int | str]] | None, systems: list[str] | None) -> list[Cell]:
-    """Returns the figures in rows `wanted` and columns `systems` (None: all); raises InputError for one that it lacks."""
+    """Returns the figures in rows `wanted` and columns `systems` (None: all), row by row; raises InputError for one that it lacks."""
     rows = {(cell.ipc, cell.pipc) for cell in study.cells}
     for row in wanted or []:
         if row not in rows:
@@ -171,8 +159,10 @@ def chosen_cells(study: Study, wanted: list[tuple[int, int | str]] | None, syste
         if name not in study.systems:
             raise InputError(f"The study '{study.name}' has no system '{name}'. It has {', '.join(study.systems)}.", "systems")
     found = [
-        cell for cell in cells_of(study) if (not wanted or (cell.ipc, cell.pipc) in wanted) and (not systems or cell.system in systems)
-    ]
+        Cell(row.ipc, row.pipc, system)
+        for row in study.cells if not wanted or (row.ipc, row.pipc) in wanted
+        for system in study.systems if (not row.systems or system in row.systems) and (not systems or system in systems)
+    ]  # fmt: skip
     if not found:
         raise InputError(f"No chosen system of the study '{study.name}' has a figure in the chosen cells.", "cells")
     return found

@@ -26,7 +26,7 @@ from ddkit.recipes.tables import parse_recipe
 from ddkit.run.manifest import write_manifest
 from ddkit.studies import grid, runner
 from ddkit.studies.sharding import share
-from ddkit.studies.study import Cell, cells_of, chosen_cells, parse_study, published, read_study
+from ddkit.studies.study import Cell, chosen_cells, parse_study, published, read_study
 from tests.conftest import SMALL as SETTINGS
 from tests.conftest import SMALL_FLAGS, Result, said
 
@@ -521,7 +521,7 @@ def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
     study = read_study(name)
     assert study.summary
     assert study.source
-    for cell in cells_of(study):
+    for cell in chosen_cells(study, None, None):
         recipe = grid.recipe_of(study, cell, 0, grid.Settings(dataset="digits"))
         assert set(recipe.losses) or recipe.blend
         assert recipe.pipc in (cell.pipc, 0, 1, cell.ipc)
