@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -28,14 +27,6 @@ Cli = Callable[..., Result]
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run")
-
-
-@pytest.fixture
-def cut(run: Path) -> Path:
-    """Returns a run that was cut off after its last step."""
-    for name in ("manifest.json", "synthetic.safetensors"):
-        (run / name).unlink()
-    return run
 
 
 COMMANDS = {
@@ -66,15 +57,6 @@ def test_a_link_in_a_run_is_refused_by_every_command(cli: Cli, run: Path, tmp_pa
     assert f"{run / name} is a symbolic link" in " ".join(result.err.split())
     assert (content(outside), content(run)) == before
     assert list(Path.cwd().iterdir()) == []
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "checkpoints", ".lock"])
-def test_a_link_to_nothing_makes_nothing_outside(cli: Cli, cut: Path, tmp_path: Path, name: str) -> None:
-    shutil.rmtree(cut / name, ignore_errors=True)
-    (cut / name).unlink(missing_ok=True)
-    (cut / name).symlink_to(tmp_path / "outside")
-    assert cli("distill", "--resume", "--out", cut).code == 5
-    assert not (tmp_path / "outside").exists()
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.toml", "manifest.json", "checkpoints/step-00000002.safetensors"])
@@ -194,30 +176,6 @@ def test_any_name_is_one_part_of_a_path(tmp_path: Path, name: str) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == [part]
     assert part[0] not in ".-"
     assert path_part(part) == part
-
-
-@pytest.mark.parametrize("name", [name for name in HOSTILE if name.isprintable() or "\0" in name])
-def test_a_study_writes_into_its_own_folder_whatever_its_recipes_are_called(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    from ddkit.studies.grid import Settings, planned
-    from ddkit.studies.study import Cell, Study, SystemTable
-
-    monkeypatch.chdir(tmp_path)
-    recipe = {"name": name or "x", "losses": {"dm": {}}}
-    monkeypatch.setattr("ddkit.recipes.resolve.read_recipe", lambda given: recipe if given == "mine" else pytest.fail(given))
-    study = Study(name="s", systems={"one": SystemTable(recipe="mine")}, cells=[])
-    (task,) = planned(study, [Cell(1, 1, "one")], Path("so"), Settings(seeds=1))
-    assert task.path.parent == Path("so/sets")
-    assert "/" not in task.path.name
-    assert "\0" not in task.path.name
-
-
-def test_a_recipe_of_400_letters_makes_a_run(cli: Cli) -> None:
-    Path("long.toml").write_text(f'name = "{"x" * 400}"\n[losses.dm]\n')
-    result = cli("distill", "--recipe", "long.toml", "--pipc", 1, "--evaluate", "none", "--json", *SMALL_FLAGS)
-    assert result.code == 0, result.err
-    assert len(Path(json.loads(result.out)["run"]).name) <= 102
 
 
 # Stores

@@ -237,18 +237,12 @@ def test_default_folders_are_numbered_and_never_clash(cli: Cli) -> None:
 def test_default_folders_of_runs_that_start_together_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(16) as pool:
-        claimed = list(pool.map(lambda _: RunDirectory.numbered("same"), range(64)))
+        claimed = list(pool.map(lambda _: RunDirectory.numbered("../../a b"), range(64)))
     assert len({directory.path for directory in claimed}) == 64
+    assert {directory.path.resolve().parent for directory in claimed} == {tmp_path / "runs"}
     for directory in claimed[1:]:
         directory.discard()
     assert list(Path("runs").iterdir()) == [claimed[0].path]
-
-
-@pytest.mark.parametrize("stem", ["../../up", "a/b:c d", "...", "é"])
-def test_a_default_folder_lies_in_runs_whatever_its_stem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stem: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    directory = RunDirectory.numbered(stem)
-    assert directory.path.resolve().parent == tmp_path / "runs"
 
 
 # Whole or absent
