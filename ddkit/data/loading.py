@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from math import prod
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 import numpy as np
 import torch
@@ -65,7 +65,10 @@ def load_images(dataset: Dataset, split: str, indices: Sequence[int], shape: Sha
     `report(done, total)` is called while they are read. Warns of images that were resized. Raises InputError where there is no room for
     that file.
     """
-    entry = _entry(dataset, split, indices, shape)
+    entry: Path | None = None
+    with contextlib.suppress(RunFilesError):  # no folder can be written
+        key = _key(dataset, [dataset.files(split, indices)], shape)
+        entry = None if key is None else cache_folder() / "images" / f"{key}.pixels"
     limit = dataset.memory_mib * 2**20
     found = None if entry is None else _cached(entry, limit)
     if found is None:
@@ -194,19 +197,10 @@ def _unnamed(made: Iterable[Tensor], dtype: torch.dtype, shape: Sequence[int]) -
 # The cache
 
 
-class Stamp(NamedTuple):
-    """What a file had when it was looked at: path, size in bytes, and what changes when it changes."""
-
-    path: str
-    size: int
-    modified_ns: int
-    changed_ns: int
-    inode: int
-
-    @classmethod
-    def of(cls, path: str) -> Stamp:
-        found = os.stat(path)
-        return cls(path, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+def _stamp(path: str) -> tuple[int, int, int, int]:
+    """Returns what changes when a file does: its size, times of modification and of change, and inode."""
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 _writes: ContextVar[bool] = ContextVar("writes", default=True)
@@ -222,38 +216,24 @@ def left_alone() -> Iterator[None]:
         _writes.reset(token)
 
 
-def _stamps(dataset: Dataset, split: str, indices: Sequence[int]) -> list[Stamp] | None:
-    """Returns the stamp of each image's file, None where the dataset has no files or one cannot be looked at."""
-    files = dataset.files(split, indices)
+def _key(dataset: Dataset, files: Sequence[Sequence[str] | None], *what: object) -> str | None:
+    """Returns the key of what comes of some files and of `what`, None where keeping it is not possible or no use.
+
+    It is of use if there is much to read, and no file was changed a moment ago.
+    """
     try:
-        return None if files is None else [Stamp.of(file) for file in files]
+        stamps = [(file, *_stamp(file)) for part in files for file in part or ()]
     except OSError:  # decoding it will say what is wrong
         return None
-
-
-def _worth_keeping(stamps: Sequence[Stamp]) -> bool:
-    """Whether what comes of these files is kept: there is much to read, and none was changed a moment ago."""
-    if len(stamps) < FEW_IMAGES and sum(stamp.size for stamp in stamps) < FEW_BYTES:
-        return False
-    return max(stamp.modified_ns for stamp in stamps) < time.time_ns() - SETTLED_NS
-
-
-def _key(dataset: Dataset, stamps: Sequence[Stamp], *what: object) -> str:
+    if None in files or (len(stamps) < FEW_IMAGES and sum(size for _, size, *_ in stamps) < FEW_BYTES):
+        return None
+    if max(modified for _, _, modified, *_ in stamps) >= time.time_ns() - SETTLED_NS:
+        return None
     kind = type(dataset)
     how = [FORMAT, __version__, str(torch.__version__), kind.__module__, kind.__qualname__, dataset.decoding_key(), *what]
     digest = hashlib.sha256(json.dumps(how).encode() + b"\0")
     digest.update(os.fsencode("".join(f"{part}\0" for stamp in stamps for part in stamp)))
     return digest.hexdigest()
-
-
-def _entry(dataset: Dataset, split: str, indices: Sequence[int], shape: Shape | None) -> Path | None:
-    """Returns where the decoded images `indices` of a split are kept, None where keeping them is not possible or no use."""
-    stamps = _stamps(dataset, split, indices)
-    if stamps is None or not _worth_keeping(stamps):
-        return None
-    with contextlib.suppress(RunFilesError):  # no folder can be written
-        return cache_folder() / "images" / f"{_key(dataset, stamps, shape)}.pixels"
-    return None
 
 
 def _cached(entry: Path, limit: int) -> tuple[Tensor, int] | None:
@@ -267,7 +247,7 @@ def _cached(entry: Path, limit: int) -> tuple[Tensor, int] | None:
     try:
         known = json.loads(record)
         dtype, shape = torch.uint8 if known["bytes"] else torch.float32, tuple(known["shape"])
-        if known["stamp"] != list(Stamp.of(str(entry))[1:]) or prod(shape) * dtype.itemsize != known["stamp"][0]:
+        if known["stamp"] != list(_stamp(str(entry))) or prod(shape) * dtype.itemsize != known["stamp"][0]:
             raise ValueError("they are not what this user put there")
         if prod(shape) * dtype.itemsize > limit:
             images = mapped(str(entry), dtype, shape)
@@ -295,8 +275,7 @@ def _keep(entry: Path, made: Iterable[Tensor], dtype: torch.dtype, shape: Sequen
     try:
         make_folder(entry.parent)
         replace_whole(entry, write)
-        stamp = Stamp.of(str(entry))[1:]
-        vouch(entry, json.dumps({"stamp": stamp, "bytes": dtype == torch.uint8, "shape": list(shape), "resized": resized()}))
+        vouch(entry, json.dumps({"stamp": _stamp(str(entry)), "bytes": dtype == torch.uint8, "shape": list(shape), "resized": resized()}))
         _make_room(entry)
     except (OSError, RunFilesError) as error:
         log.info("The decoded images could not be cached: %s", error)
@@ -323,21 +302,22 @@ def _last_use(entry: Path) -> int:
 
 def fingerprint(dataset: Dataset) -> str:
     """Returns dataset.fingerprint(); of many files of which none has changed since, without reading them again."""
-    train, test = (_stamps(dataset, split, range(len(dataset.labels(split)))) for split in ("train", "test"))
-    if train is None or test is None or not _worth_keeping([*train, *test]):
+    files = [dataset.files(split, range(len(dataset.labels(split)))) for split in ("train", "test")]
+    key = _key(dataset, files, list(dataset.class_names), len(files[0] or ()))
+    if key is None:
         return dataset.fingerprint()
     try:
-        file = private_folder("fingerprints") / f"{_key(dataset, [*train, *test], list(dataset.class_names), len(train))}.json"
+        file = private_folder("fingerprints") / f"{key}.json"
     except RunFilesError:  # no folder can be written
         return dataset.fingerprint()
     with contextlib.suppress(OSError, ValueError):
         kept = json.loads(read_bytes(file))
-        if isinstance(kept, dict) and kept.get("key") == file.stem and isinstance(kept.get("fingerprint"), str):
+        if isinstance(kept, dict) and kept.get("key") == key and isinstance(kept.get("fingerprint"), str):
             return str(kept["fingerprint"])
     found = dataset.fingerprint()
     if _writes.get():
         try:
-            write_json(file, {"key": file.stem, "fingerprint": found})
+            write_json(file, {"key": key, "fingerprint": found})
         except RunFilesError as error:
             log.info("The fingerprint of the data could not be cached: %s", error)
     return found

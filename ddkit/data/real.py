@@ -16,8 +16,8 @@ from torch import Tensor
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.guard import advice
-from ddkit.components.observers import Observers, Report
-from ddkit.data.images import Kinds, blocks, give_back, rows_of, spread
+from ddkit.components.observers import Observers
+from ddkit.data.images import Kinds, blocks, rows_of, spread
 from ddkit.data.loading import Shape, load_images, surveyed
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.errors import FlagError, InputError, doubles, is_its_own, is_text, shown, told
@@ -117,43 +117,17 @@ def class_counts(labels: Tensor, classes: int) -> list[int]:
     return torch.bincount(labels, minlength=classes).tolist()
 
 
-def accessible_indices(labels: Tensor, classes: int, pipc: int | str, seed: int) -> list[int]:
-    """Returns the indices of at most `pipc` rows of each class, class by class, each class's in ascending order.
+def class_indices(labels: Tensor, classes: int, seed: int, part: slice) -> list[int]:
+    """Returns `part` of each class's rows in an order of (seed, class) alone, class by class, each class's in ascending order.
 
-    The choice for a class depends on (seed, class) alone.
+    Accessible are the first `pipc` of that order. Held out are the last ones, so they do not depend on pipc.
     """
-    if pipc == "all":
-        return labels.argsort(stable=True).tolist()
-    return _chosen_indices(labels, classes, seed, slice(int(pipc)))
-
-
-def held_out_indices(labels: Tensor, classes: int, count: int, seed: int) -> list[int]:
-    """Returns the indices of at most `count` rows of each class, none accessible while pipc + count fit into the class.
-
-    They are the other end of the order in which rows become accessible, so they do not depend on pipc.
-    """
-    return _chosen_indices(labels, classes, seed, slice(-count, None))
-
-
-def _chosen_indices(labels: Tensor, classes: int, seed: int, part: slice) -> list[int]:
-    """Returns `part` of each class's rows in an order of (seed, class), class by class, each class's ascending."""
     chosen = []
     order = labels.argsort(stable=True)  # stable: each class's rows ascend
     for label, rows in enumerate(order.split(class_counts(labels, classes))):
         shuffled = torch.randperm(len(rows), generator=generator(seed, "accessible", label))
         chosen.append(rows[shuffled[part].sort().values])
     return torch.cat([order[:0], *chosen]).tolist()
-
-
-def _agreed_shape(dataset: Dataset, indices: Sequence[int], shape: Shape | None, ranks: Ranks) -> Shape:
-    """Returns the shape of all processes' images, of which this one has `indices`: `shape`, or what a single process would find."""
-    if shape is not None:
-        return shape
-    own, together = surveyed(dataset, "train", indices), Kinds()
-    for part in ranks.heard([own.grey, [[list(size), count] for size, count in own.sizes.items()]]):
-        together.grey &= part[0]
-        together.sizes.update({(size[0], size[1]): count for size, count in part[1]})
-    return together.shape
 
 
 def colour(dataset: Dataset, shape: Shape) -> Shape:
@@ -203,32 +177,34 @@ class RealData:
         self.dataset, self.pipc, self.seed, self.held_out, self.ranks = dataset, pipc, seed, held_out, ranks
         self.split = "test" if held_out is None else "held-out"
         self._watchers = watchers or Observers()
-        labels = dataset.labels("train")
-        self.indices = accessible_indices(labels, len(dataset.class_names), pipc, seed)
+        labels, classes = dataset.labels("train"), len(dataset.class_names)
+        self.indices = class_indices(labels, classes, seed, slice(None if pipc == "all" else int(pipc)))
         if not self.indices and shape is None:
             raise InputError(
                 "With --pipc 0 and no test images nothing tells the image shape: give a teacher made by ddkit, which records it "
                 "(--teacher FILE)."
             )
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
-        self.own = class_rows(self.labels, ranks.classes(len(dataset.class_names)))
-        agreed = _agreed_shape(dataset, self.indices[self.own], shape, ranks) if ranks.size > 1 and self.indices else shape
-        report = self._reading(len(labels))
-        self.images = load_images(dataset, "train", self.indices[self.own], agreed, report)
-        found = self.images.shape[1:]
-        if shape is None and (coloured := colour(dataset, (found[0], found[1], found[2]))) != found:
-            self.images = load_images(dataset, "train", self.indices[self.own], coloured, report)
+        self.own = class_rows(self.labels, ranks.classes(classes))
+        own = self.indices[self.own]
+        agreed = shape
+        if shape is None and ranks.size > 1:  # that which a single process would find
+            kinds, together = surveyed(dataset, "train", own), Kinds()
+            for grey, sizes in ranks.heard([kinds.grey, [[*size, count] for size, count in kinds.sizes.items()]]):
+                together.grey &= grey
+                together.sizes.update({(height, width): count for height, width, count in sizes})
+            agreed = together.shape
+        report = None
+        if own:
+            shared = f", {len(own):,} in this process" if len(own) < len(self.indices) else ""
+            of = f"{len(self.indices):,} of {len(labels):,} training images, {classes} classes"
+            report = self._watchers.begin("reading", f"Reading the data ({dataset.name}: {of}{shared})", total=len(own))
+        self.images = load_images(dataset, "train", own, agreed, report)
+        channels, height, width = self.images.shape[1:]
+        if shape is None and (coloured := colour(dataset, (channels, height, width))) != self.images.shape[1:]:
+            self.images = load_images(dataset, "train", own, coloured, report)
         self._warn_of_darkness()
         self.info = data_info(dataset, self.images.shape[1:])
-
-    def _reading(self, images: int) -> Report | None:
-        """Tells that the accessible ones of all `images` of the training split are read, if there are any."""
-        own = len(self.labels[self.own])
-        if not own:
-            return None
-        shared = f", {own:,} in this process" if own < len(self.labels) else ""
-        of = f"{len(self.labels):,} of {images:,} training images, {len(self.dataset.class_names)} classes"
-        return self._watchers.begin("reading", f"Reading the data ({self.dataset.name}: {of}{shared})", total=own)
 
     def _warn_of_darkness(self) -> None:
         """Warns if the accessible images use an eighth of their range or less, as those of files with fewer bits than they declare do."""
@@ -237,7 +213,7 @@ class RealData:
         if any(self.ranks.heard(bright)):
             return
         highest = max(float(part.max()) for part in blocks(self.images, HASHED_ROWS))
-        bits = getattr(self.dataset.options, "bits", None)
+        bits = getattr(self.dataset, "bits", None)
         fix = "Check how they were made, and scale them."
         if bits:
             needed = int(max(highest - 0.5, 0) * (2**bits - 1) / 255).bit_length()
@@ -260,31 +236,20 @@ class RealData:
     def digest(self) -> str:
         """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
         counts = class_counts(self.labels, self.info.classes)
-        images_by_class = self.images.split([counts[label] for label in self.ranks.classes(self.info.classes)])
-        own = [self._digest_of(images) for images in images_by_class]
+        own = []
+        for images in self.images.split([counts[label] for label in self.ranks.classes(self.info.classes)]):
+            of_class = hashlib.sha256()
+            for part in blocks(images, HASHED_ROWS):
+                of_class.update(bytes_of(part))
+            own.append(of_class.hexdigest())
         digest = hashlib.sha256(repr(self.info.shape).encode())
         digest.update(bytes_of(self.labels))
         for part in self.ranks.heard(own):
             digest.update("".join(part).encode())
         return digest.hexdigest()
 
-    def _digest_of(self, images: Tensor) -> str:
-        """Returns the sha256 of some of the images; what lies on the disk does not stay in memory."""
-        digest = hashlib.sha256()
-        for part in images.split(HASHED_ROWS):
-            digest.update(bytes_of(part))
-            give_back(self.images)
-        return digest.hexdigest()
-
     @classmethod
-    def of(
-        cls,
-        recipe: Recipe,
-        dataset: Dataset,
-        shape: Shape | None,
-        ranks: Ranks = ALONE,
-        watchers: Observers | None = None,
-    ) -> RealData:
+    def of(cls, recipe: Recipe, dataset: Dataset, shape: Shape | None, ranks: Ranks = ALONE, watchers: Observers | None = None) -> RealData:
         """Returns the real data that `recipe` asks for."""
         held_out = (recipe.data.held_out or held_out_count(dataset, recipe.pipc)) if recipe.data.test == "held-out" else None
         return cls(dataset, recipe.pipc, recipe.seed, shape, held_out=held_out, ranks=ranks, watchers=watchers)
@@ -303,7 +268,11 @@ class RealData:
         if self.held_out is not None:
             check_held_out(self.dataset, self.pipc, self.held_out)
         elif len(self.dataset.labels("test")) == 0:
-            raise _no_test_images(self.dataset, self.pipc)
+            least, held_out = _fewest(self.dataset)[1], held_out_count(self.dataset, self.pipc)
+            fits = self.pipc != "all" and int(self.pipc) + held_out <= least
+            flags = f"--set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
+            helps = f", or hold out training images: {flags}" if least > 1 else ""
+            raise InputError(f"The dataset has no test images, so nothing can be evaluated. Use --evaluate none{helps}.")
 
     @cached_property
     def test_set(self) -> tuple[Tensor, Tensor]:
@@ -313,14 +282,20 @@ class RealData:
         labels = self.dataset.labels(split)
         indices: Sequence[int] = range(len(labels))
         if self.held_out is not None:
-            indices = held_out_indices(labels, self.info.classes, self.held_out, self.seed)
+            indices = class_indices(labels, self.info.classes, self.seed, slice(-self.held_out, None))
         report = self._watchers.begin("reading", f"Reading {len(indices):,} {self.split} images", total=len(indices))
         return load_images(self.dataset, split, indices, self.info.shape, report), labels[torch.tensor(indices, dtype=torch.int64)]
 
 
+def _fewest(dataset: Dataset) -> tuple[str, int]:
+    """Returns the first class with the fewest training images, and how many."""
+    counts = class_counts(dataset.labels("train"), len(dataset.class_names))
+    return dataset.class_names[counts.index(min(counts))], min(counts)
+
+
 def held_out_count(dataset: Dataset, pipc: int | str) -> int:
     """Returns how many images of each class are held out unless told: a fifth of the smallest class, at most 200 and what pipc leaves."""
-    least = min(class_counts(dataset.labels("train"), len(dataset.class_names)))
+    least = _fewest(dataset)[1]
     left = least - int(pipc) if pipc != "all" else 0
     fifth = min(200, least // 5)
     return max(1, min(fifth, left) if left > 0 else fifth)
@@ -328,8 +303,7 @@ def held_out_count(dataset: Dataset, pipc: int | str) -> int:
 
 def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: str = "") -> None:
     """Raises InputError where a class has fewer than pipc + held_out training images. `remedy` ends the message; "": flags of a run."""
-    counts = dict(zip(dataset.class_names, class_counts(dataset.labels("train"), len(dataset.class_names)), strict=True))
-    name, least = min(counts.items(), key=lambda item: item[1])
+    name, least = _fewest(dataset)
     if pipc != "all" and int(pipc) + held_out <= least:
         return
     fits = held_out if held_out < least else held_out_count(dataset, "all")
@@ -344,12 +318,3 @@ def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: 
         f"(pipc {pipc}), but the class '{name}' has {least} in all. {remedy or f'{flags}, or --set data.test=test.'}",
         "data.held_out",
     )
-
-
-def _no_test_images(dataset: Dataset, pipc: int | str) -> InputError:
-    """Returns the error of data without test images, with flags that work as printed."""
-    least, held_out = min(class_counts(dataset.labels("train"), len(dataset.class_names))), held_out_count(dataset, pipc)
-    fits = pipc != "all" and int(pipc) + held_out <= least
-    flags = f"--set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
-    helps = f", or hold out training images: {flags}" if least > 1 else ""
-    return InputError(f"The dataset has no test images, so nothing can be evaluated. Use --evaluate none{helps}.")

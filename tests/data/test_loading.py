@@ -31,7 +31,7 @@ from ddkit.components.base import Dataset
 from ddkit.data import loading
 from ddkit.data.images import conform
 from ddkit.data.loading import fingerprint, load_images
-from ddkit.data.real import RealData, accessible_indices, open_dataset
+from ddkit.data.real import RealData, class_indices, open_dataset
 from ddkit.files import write_tensors
 from ddkit.recipes.tables import DataTable
 from ddkit.seeding import generator
@@ -175,7 +175,8 @@ def obvious_accessible(labels: Tensor, classes: int, pipc: int | str, seed: int)
 )
 def test_accessible_rows_are_those_of_the_obvious_version(labels: list[int], pipc: int | str, seed: int) -> None:
     rows = torch.tensor(labels, dtype=torch.int64)
-    assert accessible_indices(rows, 5, pipc, seed) == obvious_accessible(rows, 5, pipc, seed)
+    part = slice(None if pipc == "all" else int(pipc))
+    assert class_indices(rows, 5, seed, part) == obvious_accessible(rows, 5, pipc, seed)
 
 
 @given(labels=st.lists(st.integers(0, 4), min_size=1, max_size=60), share=st.floats(0.05, 0.95), seed=st.integers(0, 3))

@@ -25,7 +25,7 @@ import ddkit
 from ddkit.components.base import Dataset
 from ddkit.data.images import Kinds, Normalisation, channel_statistics, conform
 from ddkit.data.pictures import _fonts, _written, sheet_png
-from ddkit.data.real import RealData, accessible_indices, open_dataset
+from ddkit.data.real import RealData, class_indices, open_dataset
 from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.tables import DataTable
 from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
@@ -700,24 +700,12 @@ def test_a_leading_tilde_is_the_home_folder(
 # practical access
 
 
-@pytest.mark.parametrize("pipc", [0, 1, 4, 5, 100, "all"])
-def test_accessible_rows_are_ascending_per_class_and_at_most_pipc(pipc: int | str) -> None:
-    labels = torch.tensor([2, 0, 1, 0, 2, 2, 0, 2, 0, 2, 0])
-    chosen = accessible_indices(labels, 3, pipc, seed=0)
-    found = [labels[row].item() for row in chosen]
-    assert found == sorted(found)
-    for label, size in enumerate((5, 1, 5)):
-        rows = [row for row in chosen if labels[row] == label]
-        assert rows == sorted(set(rows))
-        assert len(rows) == (size if pipc == "all" else min(size, int(pipc)))
-
-
 def test_choice_of_a_class_depends_on_the_seed_and_that_class_alone() -> None:
     labels = torch.arange(60) % 3
-    chosen = accessible_indices(labels, 3, 5, seed=0)
-    assert accessible_indices(labels, 3, 5, seed=0) == chosen
-    assert accessible_indices(labels, 3, 5, seed=1) != chosen
-    grown = accessible_indices(torch.cat([labels, torch.tensor([2, 2, 2])]), 3, 5, seed=0)
+    chosen = class_indices(labels, 3, 0, slice(5))
+    assert class_indices(labels, 3, 0, slice(5)) == chosen
+    assert class_indices(labels, 3, 1, slice(5)) != chosen
+    grown = class_indices(torch.cat([labels, torch.tensor([2, 2, 2])]), 3, 0, slice(5))
     assert grown[:10] == chosen[:10]
     assert grown[10:] != chosen[10:]
     places = [[row // 3 for row in chosen[5 * label : 5 * label + 5]] for label in range(3)]
@@ -728,7 +716,7 @@ def test_manifest_lists_the_accessible_images_and_only_these_are_counted(tmp_pat
     run = ddkit.distill(losses="dm", dataset=f"imagefolder:{image_folder}", ipc=1, pipc=2, seed=3, sets=SMALL, out=tmp_path / "run")
     listed = json.loads((run.path / "manifest.json").read_text())["real_files"]
     labels = opened(f"imagefolder:{image_folder}").labels("train")
-    expected = opened(f"imagefolder:{image_folder}").sources("train", accessible_indices(labels, 3, 2, 3))
+    expected = opened(f"imagefolder:{image_folder}").sources("train", class_indices(labels, 3, 3, slice(2)))
     assert listed == expected
     assert len(listed) == 6
 
