@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ddkit_datasets.arrays import Digits, Npz
-from ddkit_datasets.downloads import Cifar10, Cifar100, FashionMnist, Mnist, Svhn
+from ddkit_datasets.arrays import Cifar10, Cifar100, Digits, FashionMnist, Mnist, Npz, Svhn
 from ddkit_datasets.folder import ImageFolder
 from ddkit_datasets.objects import Python
 

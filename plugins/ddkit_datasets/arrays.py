@@ -1,10 +1,11 @@
-"""Datasets that are arrays in memory: scikit-learn's digits, the user's npz files."""
+"""Datasets that are arrays in memory: scikit-learn's digits, those of torchvision, downloaded on first use, and the user's npz files."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,15 @@ from torch import Tensor
 import ddkit
 
 Splits = dict[str, tuple[Tensor, Tensor]]
+FINE_LABELS = (  # of CIFAR-100, in the order of its labels
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
+    "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish "
+    "forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle "
+    "mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine "
+    "possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar "
+    "sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree "
+    "wolf woman worm"
+)
 
 
 class InMemory(ddkit.Dataset):
@@ -74,6 +84,79 @@ def _digits() -> tuple[Any, Any]:
     return data.images, data.target
 
 
+class Torchvision(InMemory):
+    """Base of the downloaded datasets; `source` is the name of torchvision's class."""
+
+    source: str
+    names: tuple[str, ...]
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.names
+
+    @cached_property
+    def splits(self) -> Splits:  # type: ignore[override]
+        """Both splits, downloaded into `directory` (default: ddkit's cache) if they are not there."""
+        return {"train": self._load(train=True), "test": self._load(train=False)}
+
+    def _load(self, *, train: bool) -> tuple[Tensor, Tensor]:
+        import torchvision.datasets
+
+        folder = Path(self.directory) if self.directory else ddkit.data.cache_folder() / "datasets"
+        part: dict[str, Any] = {"split": "train" if train else "test"} if self.source == "SVHN" else {"train": train}
+        try:
+            folder.mkdir(mode=0o777 if self.directory else 0o700, parents=True, exist_ok=True)
+            found: Any = getattr(torchvision.datasets, self.source)(str(folder), download=True, **part)
+        except (OSError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise ddkit.InputError(
+                f"The dataset '{self.name}' is not in {folder} and could not be downloaded ({reason}). Without a network "
+                "use --dataset digits, which is installed with ddkit, or your own images with --dataset imagefolder:PATH; "
+                "--data-dir names a folder that holds the download already."
+            ) from None
+        images = torch.as_tensor(found.data)
+        images = images.unsqueeze(1) if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
+        labels = found.labels if self.source == "SVHN" else found.targets
+        return images.contiguous(), torch.as_tensor(labels, dtype=torch.int64)
+
+
+class Mnist(Torchvision):
+    """MNIST: 70,000 handwritten digits, 28 x 28 grey (torchvision, downloaded on first use)."""
+
+    source = "MNIST"
+    mirror = False
+    names = tuple(str(digit) for digit in range(10))
+
+
+class FashionMnist(Torchvision):
+    """Fashion-MNIST: 70,000 garments, 28 x 28 grey (torchvision, downloaded on first use)."""
+
+    source = "FashionMNIST"
+    names = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+
+
+class Cifar10(Torchvision):
+    """CIFAR-10: 60,000 photographs, 32 x 32 RGB (torchvision, downloaded on first use)."""
+
+    source = "CIFAR10"
+    names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+class Svhn(Torchvision):
+    """SVHN: 99,289 house numbers in photographs, 32 x 32 RGB (torchvision, downloaded on first use); without the extra images."""
+
+    source = "SVHN"
+    mirror = False
+    names = tuple(str(digit) for digit in range(10))
+
+
+class Cifar100(Torchvision):
+    """CIFAR-100: 60,000 photographs of 100 classes, 32 x 32 RGB (torchvision, downloaded on first use)."""
+
+    source = "CIFAR100"
+    names = tuple(FINE_LABELS.split())
+
+
 class Npz(InMemory):
     """A NumPy .npz file of the user's: arrays x_train, y_train, x_test, y_test (and class_names, if you like).
 
@@ -96,7 +179,9 @@ class Npz(InMemory):
             raise ddkit.InputError(f"The dataset '{self.name}' needs a file: --dataset {self.name}:PATH", "data.path")
         path = Path(self.path).absolute()
         self.path = str(path)
-        arrays = _read(path)
+        arrays = ddkit.data.read_arrays(path)
+        if "x_train" not in arrays or "y_train" not in arrays:
+            raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
         self.splits = {"train": _split(arrays, "train", path)}
         if "x_test" in arrays:
             self.splits["test"] = _split(arrays, "test", path)
@@ -123,13 +208,6 @@ def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
-def _read(path: Path) -> dict[str, Any]:
-    arrays = ddkit.data.read_arrays(path)
-    if "x_train" not in arrays or "y_train" not in arrays:
-        raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
-    return arrays
-
-
 def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tensor]:
     x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}")
     images = _images(x, split, path, unclipped="unclipped" in arrays)
@@ -149,17 +227,12 @@ def _images(x: Any, split: str, path: Path, *, unclipped: bool) -> Tensor:
         x = x.transpose(0, 3, 1, 2)
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ddkit.InputError(f"{path}: x_{split} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1 or 3.")
-    if x.dtype == np.uint8:
-        return _plain(np.ascontiguousarray(x))
-    outside = bool(x.size) and not unclipped and (x.min() < 0 or x.max() > 1)
-    if x.dtype.kind != "f" or not np.isfinite(x).all() or outside:
-        raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
-    return _plain(np.ascontiguousarray(x, dtype=np.float32))
-
-
-def _plain(x: Any) -> Tensor:
-    """Returns an array as a tensor with the usual strides: with one channel at the end they would choose another convolution."""
-    return torch.from_numpy(x).view(-1).view(x.shape)
+    if x.dtype != np.uint8:
+        outside = bool(x.size) and not unclipped and (x.min() < 0 or x.max() > 1)
+        if x.dtype.kind != "f" or not np.isfinite(x).all() or outside:
+            raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
+    x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
+    return torch.from_numpy(x).view(-1).view(x.shape)  # with one channel at the end its strides would choose another convolution
 
 
 def _class_names(arrays: dict[str, Any], labels: Tensor, path: Path) -> list[str]:

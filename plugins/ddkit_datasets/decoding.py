@@ -60,8 +60,32 @@ def decode_images(files: Sequence[str], how: Decoding, resized: list[str] | None
     """
     if not files:
         return []
+    told = [] if resized is None else resized
+
+    def decode(file: str) -> Any:
+        return _decode(file, how, told)
+
     with _strict_pillow():
-        return _decoded(files, how, [] if resized is None else resized)
+        first = decode(files[0])
+        workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
+        sample = [first, *_each(decode, files[1:SAMPLE], workers)]
+        if any(image.shape != first.shape for image in sample):
+            rest = _each(lambda file: _tensor(decode(file)), files[SAMPLE:], workers)
+            return [*map(_tensor, sample), *rest]
+        batch = torch.empty((len(files), *first.shape), dtype=torch.uint8)
+        rows = batch.numpy()
+        rows[: len(sample)] = sample
+        others: dict[int, Tensor] = {}  # those that have another shape after all, by row
+
+        def fill(row: int) -> None:
+            image = decode(files[row])
+            if image.shape == first.shape:
+                rows[row] = image
+            else:
+                others[row] = _tensor(image)
+
+        _each(fill, range(len(sample), len(files)), workers)
+    return [others.get(row, image) for row, image in enumerate(batch)] if others else batch
 
 
 def image_shapes(files: Sequence[str], how: Decoding) -> list[tuple[int, int, int]]:
@@ -94,37 +118,6 @@ def _strict_pillow() -> Iterator[None]:
         warnings.simplefilter("ignore", UserWarning)
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
-
-
-def _decoded(files: Sequence[str], how: Decoding, resized: list[str]) -> list[Tensor] | Tensor:
-    def decode(file: str) -> Any:
-        return _decode(file, how, resized)
-
-    first = decode(files[0])
-    workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
-    sample = [first, *_each(decode, files[1:SAMPLE], workers)]
-    if any(image.shape != first.shape for image in sample):
-        rest = _each(lambda file: _tensor(decode(file)), files[SAMPLE:], workers)
-        return [*map(_tensor, sample), *rest]
-    return _filled(sample, files, decode, workers)
-
-
-def _filled(sample: Sequence[Any], files: Sequence[str], decode: Callable[[str], Any], workers: int) -> list[Tensor] | Tensor:
-    """Returns the images in one tensor, the first being `sample`; a list after all if a later one has another shape."""
-    batch = torch.empty((len(files), *sample[0].shape), dtype=torch.uint8)
-    rows = batch.numpy()
-    rows[: len(sample)] = sample
-    others: dict[int, Tensor] = {}
-
-    def fill(row: int) -> None:
-        image = decode(files[row])
-        if image.shape == rows.shape[1:]:
-            rows[row] = image
-        else:
-            others[row] = _tensor(image)
-
-    _each(fill, range(len(sample), len(files)), workers)
-    return [others.get(row, image) for row, image in enumerate(batch)] if others else batch
 
 
 def _each(function: Callable[[Item], Result], items: Sequence[Item], workers: int) -> list[Result]:

@@ -45,38 +45,38 @@ class Python(ddkit.Dataset):
         super().__init__(**options)
         passed = ddkit.data.passed_dataset()
         if passed is None:
-            raise ddkit.InputError(_missing(self.of), "data.use")
+            told = f" (then: {self.of})" if self.of else ""
+            raise ddkit.InputError(
+                f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and no command or file can hold it. "
+                "Pass it again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, dataset=...). Or "
+                "keep the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
+                "data.use",
+            )
         if "python" not in passed.known:
-            passed.known["python"] = [None if each is None else _Items(each) for each in (passed.train, passed.test)]
-        self._train, self._test = passed.known["python"]
-        self._rows = self._split()
-        self.of = self._described()
+            passed.known["python"] = [_Items(each) for each in (passed.train, passed.test) if each is not None]
+        self._passed: list[_Items] = passed.known["python"]
+        train, test = self._passed[0], self._passed[-1]
+        kept, held = torch.arange(len(train)), torch.arange(len(test))
+        if test is train:
+            kept, held = holdout(train.labels, self.holdout, self.holdout_seed)
+        self._rows = {"train": (train, kept), "test": (test, held)}  # whose items a split consists of, and which rows
+        self.of = " and ".join(f"{each.title} of {len(each):,}" for each in self._passed)
         self.labels_ = self._digest()
-
-    def _split(self) -> dict[str, tuple[_Items, Tensor]]:
-        """Returns of which items a split consists: whose they are, and which rows."""
-        if self._test is not None:
-            return {"train": (self._train, torch.arange(len(self._train))), "test": (self._test, torch.arange(len(self._test)))}
-        kept, held = holdout(self._train.labels, self.holdout, self.holdout_seed)
-        return {"train": (self._train, kept), "test": (self._train, held)}
-
-    def _described(self) -> str:
-        return " and ".join(f"{each.title} of {len(each):,}" for each in (self._train, self._test) if each is not None)
 
     def _digest(self) -> str:
         digest = hashlib.sha256(repr(list(self.class_names)).encode())
-        for each in (self._train, self._test):
-            digest.update(b"" if each is None else each.labels.numpy().tobytes())
+        for each in self._passed:
+            digest.update(each.labels.numpy().tobytes())
         return digest.hexdigest()
 
     @cached_property
-    def _names(self) -> list[str]:
-        classes = 1 + max(int(each.labels.max()) for each in (self._train, self._test) if each is not None and len(each))
-        return _distinct(self._train.names or [], classes)
-
-    @property
     def class_names(self) -> Sequence[str]:
-        return self._names
+        """At least as many as there are labels: those that are missing by number, those that are there twice with their number."""
+        names = self._passed[0].names or []
+        classes = 1 + max(int(each.labels.max()) for each in self._passed)
+        whole = [*names, *(str(label) for label in range(len(names), classes))]
+        often = Counter(whole)
+        return [f"{name} ({label})" if often[name] > 1 else name for label, name in enumerate(whole)]
 
     def labels(self, split: str) -> Tensor:
         items, rows = self._rows[split]
@@ -97,15 +97,6 @@ class Python(ddkit.Dataset):
                 digest.update(f"{split} {tuple(image.shape)} {image.dtype}".encode())
                 digest.update(image.contiguous().numpy().data)
         return digest.hexdigest()
-
-
-def _missing(of: str) -> str:
-    told = f" (then: {of})" if of else ""
-    return (
-        f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and no command or file can hold it. Pass it "
-        "again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, dataset=...). Or keep the images "
-        "as files, and use --dataset imagefolder:PATH or npz:PATH."
-    )
 
 
 class _Items:
@@ -226,13 +217,6 @@ def _names_of(dataset: Any) -> list[str] | None:
     return [", ".join(map(str, each)) if isinstance(each, tuple | list) else str(each) for each in found]
 
 
-def _distinct(names: Sequence[str], classes: int) -> list[str]:
-    """Returns at least `classes` names, those that are missing by number, those that are there twice with their number."""
-    whole = [*names, *(str(label) for label in range(len(names), classes))]
-    often = Counter(whole)
-    return [f"{name} ({label})" if often[name] > 1 else name for label, name in enumerate(whole)]
-
-
 def _pixels(image: Any) -> Tensor:
     """Returns (1 or 3, H, W), uint8 or float32 in 0..1; without alpha; a PIL image is turned upright. Raises ValueError saying why not."""
     if isinstance(image, Image.Image):
@@ -257,10 +241,6 @@ def _pixels(image: Any) -> Tensor:
         return found.clone()
     if found.dtype == torch.bool:
         return found.to(torch.uint8) * 255
-    return _of_floats(found)
-
-
-def _of_floats(found: Tensor) -> Tensor:
     if not found.is_floating_point():
         raise ValueError(f"its pixels are {str(found.dtype).removeprefix('torch.')}, not uint8, uint16, or floats in 0..1")
     low, high = float(found.min()), float(found.max())

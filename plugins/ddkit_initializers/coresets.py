@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 import ddkit
-from ddkit_initializers.choosing import classes
+from ddkit_initializers import classes
 
 Points = NDArray[np.float64]  # (m, d): a row an image
 

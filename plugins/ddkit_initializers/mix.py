@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 import ddkit
-from ddkit_initializers.choosing import classes
+from ddkit_initializers import classes
 
 
 class Mix(ddkit.Initializer):

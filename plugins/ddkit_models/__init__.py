@@ -1,4 +1,4 @@
-"""Classifiers: `convnet`, the field's standard network, and `mlp`; the others have modules of their own."""
+"""Classifiers: `convnet`, the field's standard network, and `mlp`, with what the others share, which have modules of their own."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 import ddkit
-from ddkit_models.layers import Classifier, norm_layer
 
+GROUPS = 4  # of norm = group, as in the public DatasetCondensation code
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "leaky-relu": lambda: nn.LeakyReLU(0.01),
@@ -18,36 +18,49 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-class ConvNetModule(Classifier):
-    """`features` (blocks of 3x3 convolution, normalisation, activation, 2x2 pooling) and a linear `classifier`.
+class Classifier(nn.Module):
+    """`features`, whose output is flattened, and a linear `classifier`."""
 
-    Parameter names are those of the public DatasetCondensation code, so its state dicts load.
+    def __init__(self, features: nn.Sequential, width: int, classes: int) -> None:
+        super().__init__()
+        self.features = features
+        self.classifier = nn.Linear(width, classes)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Returns the input (n, width) of the classifier."""
+        result: Tensor = self.features(x).flatten(1)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.classifier(self.embed(x))
+        return result
+
+
+def norm_layer(norm: str, channels: int, size: tuple[int, int], *, model: str) -> list[nn.Module]:
+    """Returns the normalisation of maps (channels, *size) as a list of no layer or one.
+
+    instance: each channel of each image; batch: each channel over the batch; group: GROUPS groups of channels of each image;
+    layer: all values of each image, with a scale and a shift for each value; none. Raises InputError where `channels` cannot be
+    grouped.
     """
-
-    def __init__(self, channels: int, size: tuple[int, int], classes: int, model: ConvNet) -> None:
-        height, width = size
-        depth = model.depth or depth_for(size)
-        layers: list[nn.Module] = []
-        for block in range(depth):
-            padding = model.one_channel_padding if block == 0 and channels == 1 else 1
-            height, width = height + 2 * padding - 2, width + 2 * padding - 2
-            layers += _block(channels if block == 0 else model.width, model, padding, (height, width))
-            if model.pooling != "none":
-                height, width = height // 2, width // 2
-        if min(height, width) < 1:
-            raise ddkit.InputError(
-                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} poolings; use a smaller depth, or pooling none."
-            )
-        super().__init__(nn.Sequential(*layers), model.width * height * width, classes)
+    if norm == "instance":
+        return [nn.GroupNorm(channels, channels)]
+    if norm == "batch":
+        return [nn.BatchNorm2d(channels)]
+    if norm == "group":
+        if channels % GROUPS:
+            raise ddkit.InputError(f"{model}: norm = group needs a width that is a multiple of {GROUPS}, not {channels}.")
+        return [nn.GroupNorm(GROUPS, channels)]
+    return [nn.LayerNorm([channels, *size])] if norm == "layer" else []
 
 
-def _block(channels: int, model: ConvNet, padding: int, size: tuple[int, int]) -> list[nn.Module]:
-    layers: list[nn.Module] = [nn.Conv2d(channels, model.width, kernel_size=3, padding=padding)]
-    layers += norm_layer(model.norm, model.width, size, model="convnet")
-    layers.append(ACTIVATIONS[model.activation]())
-    if model.pooling != "none":
-        layers.append(nn.AvgPool2d(2) if model.pooling == "avg" else nn.MaxPool2d(2))
-    return layers
+def halvings(size: tuple[int, int], most: int, *, least: int = 1) -> int:
+    """Returns how often a map of `size` can be halved before its shorter side is below `least` pixels, at most `most` times.
+
+    >>> halvings((32, 32), 5), halvings((28, 28), 5), halvings((8, 8), 5), halvings((8, 8), 3, least=2)
+    (5, 4, 3, 2)
+    """
+    return min(most, max(0, int(math.log2(max(1, min(size) // least)))))
 
 
 def depth_for(size: tuple[int, int]) -> int:
@@ -57,7 +70,11 @@ def depth_for(size: tuple[int, int]) -> int:
 
 
 class ConvNet(ddkit.Model):
-    """Convolutional network of the distillation literature: 3 blocks of 128 channels for 32x32 images."""
+    """Convolutional network of the distillation literature: 3 blocks of 128 channels for 32x32 images.
+
+    A block is a 3x3 convolution, normalisation, activation and 2x2 pooling. Parameter names are those of the public DatasetCondensation
+    code, so its state dicts load.
+    """
 
     depth: int | None = ddkit.option(None, "blocks; left out: from the image size", ge=1, le=10)
     width: int = ddkit.option(128, "channels of each block", ge=1)
@@ -73,17 +90,23 @@ class ConvNet(ddkit.Model):
         return {"depth": options.depth or depth_for(data.size)}
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        return ConvNetModule(channels, size, classes, self)
-
-
-class MlpModule(Classifier):
-    """`features` (hidden layers with ReLU) and a linear `classifier`."""
-
-    def __init__(self, inputs: int, classes: int, width: int, depth: int) -> None:
-        layers: list[nn.Module] = [nn.Flatten()]
-        for layer in range(depth):
-            layers += [nn.Linear(inputs if layer == 0 else width, width), nn.ReLU()]
-        super().__init__(nn.Sequential(*layers), width, classes)
+        height, width = size
+        depth = self.depth or depth_for(size)
+        layers: list[nn.Module] = []
+        for block in range(depth):
+            padding = self.one_channel_padding if block == 0 and channels == 1 else 1
+            height, width = height + 2 * padding - 2, width + 2 * padding - 2
+            layers.append(nn.Conv2d(channels if block == 0 else self.width, self.width, kernel_size=3, padding=padding))
+            layers += norm_layer(self.norm, self.width, (height, width), model="convnet")
+            layers.append(ACTIVATIONS[self.activation]())
+            if self.pooling != "none":
+                layers.append(nn.AvgPool2d(2) if self.pooling == "avg" else nn.MaxPool2d(2))
+                height, width = height // 2, width // 2
+        if min(height, width) < 1:
+            raise ddkit.InputError(
+                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} poolings; use a smaller depth, or pooling none."
+            )
+        return Classifier(nn.Sequential(*layers), self.width * height * width, classes)
 
 
 class Mlp(ddkit.Model):
@@ -93,4 +116,7 @@ class Mlp(ddkit.Model):
     depth: int = ddkit.option(2, "hidden layers", ge=1)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        return MlpModule(channels * size[0] * size[1], classes, self.width, self.depth)
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs in [channels * size[0] * size[1], *[self.width] * (self.depth - 1)]:
+            layers += [nn.Linear(inputs, self.width), nn.ReLU()]
+        return Classifier(nn.Sequential(*layers), self.width, classes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ddkit
-from ddkit_models.layers import Classifier, halvings, norm_layer
+from ddkit_models import Classifier, halvings, norm_layer
 
 Norm = Literal["instance", "batch", "none"]
 

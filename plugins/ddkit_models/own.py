@@ -9,8 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -76,28 +75,20 @@ def found(path: str) -> Callable[[int, tuple[int, int], int], Any]:
             f"--model python:{path} names no function of yours. It is python:MODULE.FUNCTION, such as python:my_models.small."
         )
     name, _, attribute = path.rpartition(".")
+    folder = os.getcwd()
+    sys.path.insert(0, folder)  # the current folder first, as `python -m` does
     try:
-        with _current_folder_first():
-            module = importlib.import_module(name)
+        module = importlib.import_module(name)
     except Exception as error:  # the user's module can raise anything
         raise ddkit.PluginError(
-            f"python:{path}: the module {name} could not be imported from {os.getcwd()} or from what is installed: "
+            f"python:{path}: the module {name} could not be imported from {folder} or from what is installed: "
             f"{type(error).__name__}: {error}."
         ) from error
+    finally:
+        sys.path.remove(folder)
     made = getattr(module, attribute, None)
     if not callable(made):
         near = difflib.get_close_matches(attribute, [each for each, value in vars(module).items() if callable(value)], 1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise ddkit.PluginError(f"python:{path}: {getattr(module, '__file__', name)} has no callable '{attribute}'.{hint}")
     return made
-
-
-@contextmanager
-def _current_folder_first() -> Iterator[None]:
-    """Inside, modules are looked for in the current folder first, as `python -m` does."""
-    folder = os.getcwd()
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path.remove(folder)

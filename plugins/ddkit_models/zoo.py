@@ -83,10 +83,17 @@ class Zoo(ddkit.Model):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
+        self.full_name = f"{self.library}:{self.architecture}"
         self._fits: set[tuple[Any, ...]] = set()
         if self.weights is not None:
             self.weights = str(Path(self.weights).absolute())
-        self._check_name(self.architecture)
+        names = self.known()
+        if not self.architecture:
+            raise ddkit.InputError(f"{self.library} is a library of models: name one, for example --model {self.library}:resnet18.")
+        if self.architecture not in names:
+            near = [f"{self.library}:{each}" for each in difflib.get_close_matches(self.architecture, names, 3)]
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"For example: {', '.join(names[:8])}."
+            raise ddkit.InputError(f"{self.library} has no classifier '{self.architecture}'. {hint}")
 
     @classmethod
     def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
@@ -95,10 +102,6 @@ class Zoo(ddkit.Model):
             log.warning("The weights file %s is not what it was when this was recorded.", options.weights)
         return {"stem": _stem(options.stem, data.size), "weights_sha256": digest}
 
-    @property
-    def full_name(self) -> str:
-        return f"{self.library}:{self.architecture}"
-
     def known(self) -> Sequence[str]:
         """Returns the names of the library's classifiers; raises PluginError where it is not installed."""
         raise NotImplementedError
@@ -106,19 +109,6 @@ class Zoo(ddkit.Model):
     def build(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         """Returns the library's network with fresh weights."""
         raise NotImplementedError
-
-    def _check_name(self, architecture: str) -> None:
-        names = self.known()
-        if not architecture:
-            raise ddkit.InputError(f"{self.library} is a library of models: name one, for example --model {self.library}:resnet18.")
-        if architecture not in names:
-            near = difflib.get_close_matches(architecture, names, 3)
-            hint = (
-                f"Did you mean {' or '.join(f'{self.library}:{each}' for each in near)}?"
-                if near
-                else f"For example: {', '.join(names[:8])}."
-            )
-            raise ddkit.InputError(f"{self.library} has no classifier '{architecture}'. {hint}")
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         try:
@@ -136,20 +126,15 @@ class Zoo(ddkit.Model):
         without_dropout(module)
         if self.weights is not None:
             self._load(module)
-        self._check_fit(module, channels, size)
+        if (channels, size) not in self._fits:  # whether images of this size get through it
+            try:
+                with torch.no_grad():
+                    module.eval()(torch.zeros(1, channels, *size))
+            except Exception as error:
+                raise self._unfit(channels, size, error) from error
+            module.train()
+            self._fits.add((channels, size))
         return module
-
-    def _check_fit(self, module: nn.Module, channels: int, size: tuple[int, int]) -> None:
-        """Raises InputError, when the first network is built, where images of this size do not get through it."""
-        if (channels, size) in self._fits:
-            return
-        try:
-            with torch.no_grad():
-                module.eval()(torch.zeros(1, channels, *size))
-        except Exception as error:
-            raise self._unfit(channels, size, error) from error
-        module.train()
-        self._fits.add((channels, size))
 
     def _unfit(self, channels: int, size: tuple[int, int], error: Exception) -> ddkit.InputError:
         reason = " ".join(str(error).split())[:200]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ddkit_models.layers import halvings
+from ddkit_models import halvings
 from torch import Tensor, nn
 
 import ddkit

@@ -536,7 +536,7 @@ def test_folders_inside_of_a_class_belong_to_it_in_the_order_of_torchvision(tmp_
     )
     make(tmp_path, "a/.hidden/1.png", "a/@eaDir/1.png")
     theirs = [path for path, label in ImageFolder(str(tmp_path)).samples if label == 0 and "/." not in path and "@" not in path]
-    from ddkit_datasets.layout import walk
+    from ddkit_datasets.folder import walk
 
     assert walk(tmp_path / "a").names == [Path(path).relative_to(tmp_path / "a").as_posix() for path in theirs]
 
@@ -822,7 +822,7 @@ def md5(file: Path) -> str:
 
 def test_cifar100_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of the published layout, a few rows long; torchvision is told their md5."""
-    from ddkit_datasets.downloads import FINE_LABELS
+    from ddkit_datasets.arrays import FINE_LABELS
     from torchvision.datasets import CIFAR100
 
     folder = tmp_path / "cifar-100-python"
