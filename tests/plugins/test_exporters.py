@@ -33,22 +33,8 @@ from ddkit.run.manifest import read_manifest
 from tests.conftest import SMALL, Result
 
 Cli = Callable[..., Result]
-ODD = [
-    "a/b",
-    "..",
-    "test",
-    "my train",
-    "Cat",
-    "cat",
-    "CON",
-    "",
-    "<script>|`x`",
-    "line\nbreak\x1b[31m",
-    "ü 中",
-    ".hidden",
-    "x" * 300,
-    "a%2Fb",
-]
+ODD = ["a/b", "..", "test", "my train", "Cat", "cat", "CON", "", "<script>|`x`", "line\nbreak\x1b[31m", "ü 中", ".hidden", "x" * 300,
+       "a%2Fb"]  # fmt: skip
 OWN = sorted(p.name for p in registry.plugins() if p.kind == "exporter" and p.first_party)
 
 
@@ -60,9 +46,18 @@ def a_set(names: list[str], *, ipc: int = 2, channels: int = 3, spread: float = 
     return Artifact(images, labels, {"class_names": names, "mean": mean, "std": std, "ipc": ipc, "pipc": 5, "seed": 0})
 
 
-def saved(artifact: Artifact, path: Path) -> Path:
-    artifact.save(path)
-    return path
+def exported(artifact: Artifact, exporter: str, out: Path) -> Path:
+    """Returns the folder that an exporter wrote from a file of the set."""
+    artifact.save(out.parent / "set.safetensors")
+    return ddkit.export(out.parent / "set.safetensors", exporter, out)
+
+
+def card_of(run: Path, out: Path) -> str:
+    return (ddkit.export(run, "card", out) / "README.md").read_text()
+
+
+def part(text: str, heading: str) -> str:
+    return text.partition(heading)[2].partition("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +74,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_npz_holds_the_floats_bit_for_bit_and_reads_without_pickle(tmp_path: Path) -> None:
     made = a_set(["b", "a", "ü c"])
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "npz", tmp_path / "out")
+    made.parameters["soft_labels"] = torch.rand(6, 3)
+    out = exported(made, "npz", tmp_path / "out")
     with np.load(out / "synthetic.npz", allow_pickle=False) as data:
         assert {name: data[name].dtype.str for name in ("x_train", "y_train", "mean", "std")} == {
             "x_train": "<f4", "y_train": "<i8", "mean": "<f4", "std": "<f4",
         }  # fmt: skip
         assert data["x_train"].tobytes() == made.images.numpy().tobytes()
         assert data["y_train"].tolist() == made.labels.tolist()
+        assert data["soft_labels"].tobytes() == made.parameters["soft_labels"].numpy().tobytes()
         assert data["class_names"].tolist() == ["b", "a", "ü c"]
         assert torch.equal(torch.from_numpy((data["x_train"] - data["mean"].reshape(1, -1, 1, 1)) / data["std"].reshape(1, -1, 1, 1)),
                            made.normalised)  # fmt: skip
@@ -94,7 +91,7 @@ def test_npz_holds_the_floats_bit_for_bit_and_reads_without_pickle(tmp_path: Pat
 def test_npz_is_a_data_set_of_ddkit_with_the_same_floats(tmp_path: Path) -> None:
     made = a_set(["b", "a", "c"], ipc=5)
     assert float(made.images.min()) < 0 < 1 < float(made.images.max())
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "npz", tmp_path / "out")
+    out = exported(made, "npz", tmp_path / "out")
     data = ddkit.create("dataset", f"npz:{out / 'synthetic.npz'}")
     assert list(data.class_names) == ["b", "a", "c"]
     kept = [row for row in range(15) if any(torch.equal(made.images[row], image) for image in data.splits["train"][0])]
@@ -103,28 +100,13 @@ def test_npz_is_a_data_set_of_ddkit_with_the_same_floats(tmp_path: Path) -> None
     assert torch.equal(data.splits["train"][1], made.labels[kept])
 
 
-def test_an_npz_file_of_others_with_values_outside_is_still_refused(tmp_path: Path) -> None:
-    made = a_set(["a", "b"])
-    np.savez(tmp_path / "x.npz", x_train=made.images.numpy(), y_train=made.labels.numpy())
-    with pytest.raises(ddkit.InputError, match=r"floats in 0\.\.1"):
-        ddkit.create("dataset", f"npz:{tmp_path / 'x.npz'}")
-
-
-def test_soft_labels_are_exported_where_there_are_some(tmp_path: Path) -> None:
-    made = a_set(["a", "b"])
-    made.parameters["soft_labels"] = torch.rand(4, 2)
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "npz", tmp_path / "out")
-    with np.load(out / "synthetic.npz") as data:
-        assert data["soft_labels"].tobytes() == made.parameters["soft_labels"].numpy().tobytes()
-
-
 # imagefolder
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_png_files_are_within_half_a_grey_level_except_where_clipped(tmp_path: Path, channels: int) -> None:
     made = a_set(["b", "a"], channels=channels)
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    out = exported(made, "imagefolder", tmp_path / "out")
     rows = [json.loads(line) for line in (out / "train" / "metadata.jsonl").read_text().splitlines()]
     assert [row["label"] for row in rows] == made.labels.tolist()
     assert [row["file_name"] for row in rows] == ["b/0001.png", "b/0002.png", "a/0001.png", "a/0002.png"]
@@ -141,7 +123,7 @@ def test_png_files_are_within_half_a_grey_level_except_where_clipped(tmp_path: P
 def test_a_set_of_grey_levels_survives_exactly(tmp_path: Path) -> None:
     made = a_set(["a", "b"])
     made.images = made.stored_images = (made.images.clamp(0, 1) * 255).round() / 255
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    out = exported(made, "imagefolder", tmp_path / "out")
     data = ddkit.create("dataset", f"imagefolder:{out}")
     images = torch.stack([image.float() / 255 for image in data.images("train", range(4))])
     assert torch.equal(images, made.images)
@@ -152,7 +134,7 @@ def test_torchvision_reads_the_folders(tmp_path: Path) -> None:
     from torchvision.datasets import ImageFolder
 
     made = a_set(ODD)
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    out = exported(made, "imagefolder", tmp_path / "out")
     data = ImageFolder(str(out / "train"))
     table = json.loads((out / "classes.json").read_text())
     label_of = {row["folder"]: row["label"] for row in table}
@@ -180,7 +162,7 @@ print(json.dumps({"features": sorted(data.features), "rows": rows}))
 @pytest.mark.parametrize(("names", "channels"), [(ODD, 3), (["1", "0"], 1)])
 def test_hugging_face_reads_the_folders_with_names_counts_and_pixels(tmp_path: Path, names: list[str], channels: int) -> None:
     made = a_set(names, channels=channels)
-    out = ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    out = exported(made, "imagefolder", tmp_path / "out")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, "-c", READ_BY_HUGGING_FACE, str(out), str(tmp_path / "cache")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
@@ -211,9 +193,6 @@ def test_no_folder_is_taken_for_a_split(name: str) -> None:
     pattern = rf"(^|.*[{separators}])(train|training|validation|valid|val|dev|test|testing|eval|evaluation)([{separators}].*)?$"
     assert re.match(pattern, folder_names([name])[0]) is None
     assert re.match(pattern, "x-test") is not None
-
-
-def test_names_that_only_look_like_a_split_stay() -> None:
     assert folder_names(["trainer", "contest", "Test", "valley"]) == ["trainer", "contest", "Test", "valley"]
 
 
@@ -221,12 +200,11 @@ def test_a_set_of_four_channels_has_no_png(tmp_path: Path) -> None:
     made = a_set(["a", "b"], channels=3)
     made.images = made.stored_images = torch.rand(4, 4, 5, 5)
     made.metadata |= {"mean": [0.5] * 4, "std": [0.2] * 4}
-    file = saved(made, tmp_path / "s.safetensors")
     for name in ("imagefolder", "png"):
         with pytest.raises(ddkit.InputError, match="1 or 3 channels, and this set has 4"):
-            ddkit.export(file, name, tmp_path / name)
+            exported(made, name, tmp_path / name)
         assert not (tmp_path / name).exists()
-    assert ddkit.export(file, "npz", tmp_path / "npz").is_dir()
+    assert exported(made, "npz", tmp_path / "npz").is_dir()
 
 
 # png
@@ -256,7 +234,7 @@ def test_every_exporter_writes_a_card(tmp_path: Path, run: Path, name: str) -> N
 
 
 def test_its_accuracies_are_those_recorded_hard_and_soft_apart_random_real_beside(tmp_path: Path, run: Path) -> None:
-    text = (ddkit.export(run, "card", tmp_path / "out") / "README.md").read_text()
+    text = card_of(run, tmp_path / "out")
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
     assert [row["labels"] for row in rows] == ["hard", "soft"]
     hard, soft = text.partition("### Hard labels")[2].split("### Soft labels")
@@ -267,17 +245,12 @@ def test_its_accuracies_are_those_recorded_hard_and_soft_apart_random_real_besid
 
 
 def test_the_card_of_a_file_says_that_nothing_was_measured(tmp_path: Path) -> None:
-    text = (ddkit.export(saved(a_set(["a", "b"]), tmp_path / "s.safetensors"), "card", tmp_path / "out") / "README.md").read_text()
-    assert "None is recorded." in text
-    assert "## Recipe" not in text
-
-
-def card_of(run: Path, out: Path) -> str:
-    return (ddkit.export(run, "card", out) / "README.md").read_text()
+    text = (exported(a_set(["a", "b"]), "card", tmp_path / "out") / "README.md").read_text()
+    assert ("None is recorded." in text, "## Recipe" in text) == (True, False)
 
 
 def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, run: Path, cli: Cli) -> None:
-    before = card_of(run, tmp_path / "before").partition("## Closeness to real images")[2].partition("\n## ")[0]
+    before = part(card_of(run, tmp_path / "before"), "## Closeness to real images")
     assert "The set began with real images (initializer real). How close its images are to real ones was not measured" in before
     assert "Do not claim that the set hides the images that it was made from." in before
     copy = shutil.copytree(run, tmp_path / "copy")
@@ -286,31 +259,29 @@ def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, 
     close = next(row["details"]["close"] for row in json.loads((copy / "evaluation.json").read_text())["evaluations"]
                  if row["evaluator"] == "memorisation")  # fmt: skip
     assert close > 0
-    found = text.partition("## Closeness to real images")[2].partition("\n## ")[0]
+    found = part(text, "## Closeness to real images")
     assert "**Warning: this set shows real images.**" in found
     assert f"{close} of 20 images are nearer to a real image that the run could see than 95 % of those are to each other." in found
-    table = text.partition("## Accuracy")[2].partition("\n## ")[0]
+    table = part(text, "## Accuracy")
     assert table.count("not measured") == 0  # rows without an accuracy are no rows of accuracies
     assert f"| memorisation | {close} of 20 images are close to a real one |" in table
 
 
-def test_the_card_claims_nothing_where_images_began_as_noise_and_stayed_far(tmp_path: Path, cli: Cli) -> None:
-    path = tmp_path / "noise"
-    ddkit.distill(losses="dm", init="noise", pipc=5, evaluators="memorisation", sets=SMALL, out=path, device="cpu")
-    found = card_of(path, tmp_path / "out").partition("## Closeness to real images")[2].partition("\n## ")[0]
-    assert "Warning" not in found
-    assert "0 of 10 images are nearer" in found
-    assert "no proof that the set protects them" in found
-    assert "The set began with noise (initializer noise)." in found
-
-
-def test_the_card_of_a_coreset_says_that_its_images_are_real_ones(tmp_path: Path, run: Path) -> None:
-    path = tmp_path / "coreset"
-    ddkit.distill(losses="dm", init="herding", pipc=5, evaluators="memorisation", sets=SMALL | {"steps": 0}, out=path, device="cpu")
+@pytest.mark.parametrize(
+    ("init", "steps", "phrases"),
+    [
+        ("noise", 2, ["The set began with noise (initializer noise).", "0 of 10 images are nearer", "no proof that the set protects them",
+                      "The images were optimised"]),
+        ("herding", 0, ["They are real images (initializer herding), as a run of no steps took them: nothing was optimised.",
+                        "10 of 10 images are nearer", "**Warning: this set shows real images.**"]),
+    ],
+)  # fmt: skip
+def test_the_card_says_what_images_began_as_and_how_close_they_stayed(tmp_path: Path, init: str, steps: int, phrases: list[str]) -> None:
+    path = tmp_path / "run"
+    ddkit.distill(losses="dm", init=init, pipc=5, evaluators="memorisation", sets=SMALL | {"steps": steps}, out=path, device="cpu")
     text = card_of(path, tmp_path / "out")
-    assert "They are real images (initializer herding), as a run of no steps took them: nothing was optimised." in text
-    assert "10 of 10 images are nearer" in text
-    assert "The images were optimised" in card_of(run, tmp_path / "other")
+    assert [phrase for phrase in phrases if phrase not in text] == []
+    assert ("Warning" in text) == (steps == 0)
 
 
 def test_the_card_measures_what_eight_bits_cost(tmp_path: Path) -> None:
@@ -321,7 +292,7 @@ def test_the_card_measures_what_eight_bits_cost(tmp_path: Path) -> None:
     assert cost.rounded == pytest.approx(0.5, abs=0.02)
     assert cost.clipped == pytest.approx(max(100, float((-made.images.min()) * 255)), abs=0.01)
     assert cost.outside == int(((made.images < 0) | (made.images > 1)).sum())
-    text = (ddkit.export(saved(made, tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out") / "README.md").read_text()
+    text = (exported(made, "imagefolder", tmp_path / "out") / "README.md").read_text()
     assert f"{cost.outside:,} of {cost.values:,} values" in text
     assert f"farthest by {cost.clipped:.1f} levels" in text
 
@@ -347,9 +318,9 @@ def test_the_code_of_the_cards_loads_the_set(tmp_path: Path, run: Path, monkeypa
 
 
 def test_class_names_break_neither_the_tables_nor_the_page(tmp_path: Path) -> None:
-    out = ddkit.export(saved(a_set(ODD), tmp_path / "s.safetensors"), "imagefolder", tmp_path / "out")
+    out = exported(a_set(ODD), "imagefolder", tmp_path / "out")
     text = (out / "README.md").read_text(encoding="utf-8")
-    table = text.partition("## Classes")[2].partition("\n## ")[0].strip().splitlines()
+    table = part(text, "## Classes").strip().splitlines()
     assert len(table) == 2 + len(ODD)
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in table} == {5}
     assert "<script>" not in text
@@ -421,7 +392,7 @@ def test_no_word_of_a_run_is_more_than_text_on_its_card(run: Path) -> None:
 def test_no_folder_of_this_machine_is_told(tmp_path: Path, image_folder: Path) -> None:
     ddkit.distill(dataset=f"imagefolder:{image_folder}", losses="dm", pipc=2, evaluators="none", sets={"steps": 1, "network.width": 4},
                   out=tmp_path / "run", device="cpu")  # fmt: skip
-    text = (ddkit.export(tmp_path / "run", "card", tmp_path / "out") / "README.md").read_text()
+    text = card_of(tmp_path / "run", tmp_path / "out")
     assert "imagefolder (images)" in text
     assert str(tmp_path) not in text
     assert str(tmp_path) in (tmp_path / "run" / "recipe.toml").read_text()
@@ -454,8 +425,6 @@ def test_the_command_lists_the_first_files_and_counts_the_others(cli: Cli, run: 
         (["--to", "npy", "--out", "out"], 3, "There is no exporter 'npy'. Did you mean 'npz'?"),
         (["--to", "npz:x", "--out", "out"], 2, "takes no argument after a colon"),
         (["--to", "png", "--out", "out", "--set", "colums=3"], 4, "Did you mean 'columns'?"),
-        (["--to", "png", "--out", "out", "--set", "columns=0"], 4, "columns = 0 is not possible"),
-        (["--to", "png", "--out", "out", "--set", "columns"], 2, "PATH=VALUE"),
         (["--to", "npz", "--out", "full"], 5, "already holds something"),
         (["--to", "npz", "--out", "full/file"], 5, "is a file"),
     ],

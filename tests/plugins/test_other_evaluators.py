@@ -61,9 +61,11 @@ def test_a_wave_has_its_power_in_its_own_band_and_noise_in_all() -> None:
     assert sum(row.details["real"]) == pytest.approx(1.0)
 
 
-def test_a_spectrum_needs_no_real_image() -> None:
-    row = judged("spectrum", *given(noise(2), noise(0)))
-    assert "real" not in row.details
+def test_a_spectrum_looks_at_real_images_of_all_classes_and_needs_none() -> None:
+    flat = torch.full((1500, 1, 16, 16), 0.5)
+    flat[750:] = noise(750)
+    assert judged("spectrum", *given(noise(2), flat)).details["real_high_frequency_share"] > 0.7
+    assert "real" not in judged("spectrum", *given(noise(2), noise(0))).details
 
 
 # Memorisation
@@ -93,17 +95,8 @@ def test_copies_of_real_images_are_called_close_with_a_warning_and_others_are_no
     fresh = judged("memorisation", *given(noise(4, seed=1) * 3, real))
     assert fresh.details["close"] == 0
     assert caplog.text == ""
-
-
-def test_a_copy_is_close_also_where_real_images_have_copies_of_their_own() -> None:
-    real = torch.cat([noise(20), noise(20)])
-    assert judged("memorisation", *given(real[:4], real)).details["close"] == 4
-
-
-def test_a_spectrum_looks_at_real_images_of_all_classes() -> None:
-    flat = torch.full((1500, 1, 16, 16), 0.5)
-    flat[750:] = noise(750)
-    assert judged("spectrum", *given(noise(2), flat)).details["real_high_frequency_share"] > 0.7
+    twice = torch.cat([noise(20), noise(20)])  # real images have copies of their own
+    assert judged("memorisation", *given(twice[:4], twice)).details["close"] == 4
 
 
 def test_what_compares_with_real_images_is_refused_before_a_run_without_any(cli: Cli) -> None:
@@ -111,9 +104,6 @@ def test_what_compares_with_real_images_is_refused_before_a_run_without_any(cli:
         refused = cli("distill", "--losses", "dkkt", "--init", "noise", "--pipc", 0, "--evaluate", name)
         assert refused.code == 4
         assert f"the evaluator {name} needs some" in " ".join(refused.err.split())
-
-
-def test_without_two_real_images_there_is_nothing_to_compare_with() -> None:
     with pytest.raises(ddkit.InputError, match="there are 1"):
         judged("memorisation", *given(noise(2), noise(1)))
 
@@ -186,24 +176,16 @@ def test_the_average_of_weights_follows_its_recursion() -> None:
     assert not torch.equal(after(3, 0.8), steps[-1])
 
 
-def test_accuracy_tells_its_average_and_its_augmentation(cli: Cli) -> None:
-    flags = [*SMALL_FLAGS, "--set", "evaluators.accuracy.ema=0.9", "--set", "evaluators.accuracy.augment=none"]
-    made = cli("distill", "--losses", "dm", "--pipc", 3, *flags, "--json")
-    assert made.code == 0, made.err
-    details = json.loads(made.out)["evaluations"][0]["details"]
-    assert (details["ema"], details["augment"]) == (0.9, "none")
-    refused = cli("distill", "--losses", "dm", "--set", "evaluators.accuracy.augment=dsaa")
-    assert refused.code == 3
-    assert "Did you mean 'dsa'" in " ".join(refused.err.split())
-
-
 def test_a_variant_of_a_protocol_is_a_row_of_its_own_and_says_so(tmp_path: Path, cli: Cli) -> None:
     run = tmp_path / "run"
     ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=run, device="cpu")
+    refused = cli("evaluate", run, "--set", "evaluators.accuracy.augment=dsaa")
+    assert (refused.code, "Did you mean 'dsa'" in " ".join(refused.err.split())) == (3, True)
     told = cli("evaluate", run, "--set", "evaluators.accuracy.ema=0.5", "--set", "evaluators.accuracy.augment=none")
     assert told.code == 0, told.err
     assert "short, 2 epochs, ema 0.5, augment none" in told.out
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert (rows[1]["details"]["ema"], rows[1]["details"]["augment"]) == (0.5, "none")
     assert [row["details"].get("variant") for row in rows] == ["2 epochs", "2 epochs, ema 0.5, augment none"]
     assert "convnet, short, 2 epochs, ema 0.5, augment none" in (run / "report.html").read_text()
     card = (ddkit.export(run, "card", tmp_path / "card") / "README.md").read_text()
