@@ -255,7 +255,7 @@ def test_baselines_start_from_the_weights_of_the_other_networks(monkeypatch: pyt
     def fit(module: torch.nn.Module, *_: Any, **__: Any) -> None:
         states.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
 
-    monkeypatch.setattr(ddkit, "fit", fit, raising=False)
+    monkeypatch.setattr(ddkit.nn, "fit", fit, raising=False)
     evaluated(baselines=BASELINES)
     assert len(states) == 8
     assert all(torch.equal(state, states[number % 2]) for number, state in enumerate(states))
@@ -285,7 +285,7 @@ def test_baselines_alone_have_the_rows_that_they_have_beside_the_set(monkeypatch
     both = evaluated(baselines=BASELINES)
     trained: list[Any] = []
     fit = ddkit.nn.fit
-    monkeypatch.setattr(ddkit, "fit", lambda *given, **options: (trained.append(1), fit(*given, **options)), raising=False)
+    monkeypatch.setattr(ddkit.nn, "fit", lambda *given, **options: (trained.append(1), fit(*given, **options)), raising=False)
     assert evaluated(baselines=BASELINES, synthetic=False) == both[1:]
     assert len(trained) == 4  # two networks on each
     assert planned == [4, 4]  # how they are computed does not depend on what else is
@@ -348,7 +348,7 @@ def test_soft_labels_are_rows_of_their_own_beside_unchanged_hard_ones() -> None:
 
 def test_random_real_and_baselines_are_taught_softly_too(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(ddkit, "fit", lambda *_, **options: seen.append(options.get("targets")), raising=False)
+    monkeypatch.setattr(ddkit.nn, "fit", lambda *_, **options: seen.append(options.get("targets")), raising=False)
     rows = evaluated(labels="both", baselines=BASELINES, teacher=taught())
     assert [row.labels for row in rows] == ["hard"] * 3 + ["soft"] * 3
     assert [soft is not None for soft in seen] == [False] * 8 + [True] * 8
