@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 import ddkit
 from ddkit.api import resume
 from ddkit.components.base import DataInfo
-from ddkit.files import read_tensors, write_tensors
+from ddkit.files import read_tensors, sha256, with_digest, write_json, write_tensors
 from ddkit.nn.teacher import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
-from ddkit.run.manifest import read_manifest
+from ddkit.run.manifest import file_entry, read_manifest
 from ddkit.run.metrics import read_metrics
 from tests.conftest import Result
 
@@ -295,11 +295,20 @@ def test_a_run_without_a_readable_checkpoint_is_refused(cut: Path) -> None:
         resume(cut)
 
 
-def test_a_recipe_of_version_0_1_with_a_digest_in_its_first_line_is_read(cut: Path) -> None:
-    text = (cut / "recipe.toml").read_text()
-    (cut / "recipe.toml").write_text(f"# sha256 of the lines below: {'0' * 64}\n{text}")
-    assert _read_recipe(cut) == RECIPE | {"seed": 0}
-    assert _read_checkpoint(cut)[0] == 4
+def test_files_of_version_0_1_that_were_sealed_are_read_and_damage_is_found(small: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(small / "run", tmp_path / "run")
+    line = f"# sha256 of the lines below: {sha256(run / 'recipe.toml')}\n"
+    for recipe in (run / "recipe.toml", shutil.copytree(small / "cut", tmp_path / "cut") / "recipe.toml"):
+        recipe.write_text(line + recipe.read_text())
+    manifest = read_manifest(run) | {"sealed": True}
+    manifest["files"]["recipe.toml"] = file_entry(run / "recipe.toml")
+    write_json(run / "manifest.json", with_digest(manifest))
+    assert _read_recipe(run) == RECIPE | {"seed": 0}
+    assert _read_manifest(run)[:3] == [0, 4, 1.5]
+    assert _read_checkpoint(tmp_path / "cut")[0] == 4
+    write_json(run / "manifest.json", manifest)  # its digest is gone
+    with pytest.raises(ddkit.RunFilesError, match=r"manifest\.json is damaged"):
+        read_manifest(run)
 
 
 # Files of another run
