@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         InitContext,
         Initializer,
         Loss,
-        LossGroup,
         Model,
     )
     from ddkit.components.observers import hookimpl
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 _HOMES = {
     "ddkit.api": "blend distill evaluate resume train",
-    "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss LossGroup Model",
+    "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss Model",
     "ddkit.components.observers": "hookimpl",
     "ddkit.components.options": "Parameter Requires option",
     "ddkit.components.registry": "add_plugin_file create",
@@ -59,7 +58,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [
     "Artifact", "Augmenter", "Child", "ChildEnded", "DataInfo", "Dataset", "DdkitError", "Evaluation", "Evaluator", "Exporter",
-    "FlagError", "InitContext", "Initializer", "InputError", "Interrupted", "Loss", "LossGroup", "Model", "Parameter",
+    "FlagError", "InitContext", "Initializer", "InputError", "Interrupted", "Loss", "Model", "Parameter",
     "PluginError", "ProgressBar", "Requires", "RunFailed", "RunFilesError", "Step", "__version__", "add_plugin_file", "blend",
     "create", "data", "distill", "evaluate", "export", "generator", "hookimpl", "import_file", "load", "markdown", "nn", "option",
     "reply", "report", "resume", "train",

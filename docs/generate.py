@@ -26,6 +26,7 @@ from ddkit.run import artifact
 from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
+PAGES = {"loss-group": "recipe"}  # the kinds that are described on another kind's page
 KINDS = DOCS / "kinds"
 MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# Components
@@ -108,8 +109,8 @@ def _section(kind: str, found: list[registry.Plugin]) -> Iterator[str]:
     yield f"## {_plural(kind)}\n"
     where = f"Options go under {WHERE[kind]}. " if kind in WHERE else ""
     named = f"{'an' if kind[0] in 'aeio' else 'a'} {kind.replace('-', ' ')}"
-    yield f"{where}What {named} is and how to write one: [the page of the kind](kinds/{kind}.md).\n"
-    last = {"loss-group": "members", "recipe": "", "study": ""}.get(kind, "options and defaults")
+    yield f"{where}What {named} is and how to write one: [the page of the kind](kinds/{PAGES.get(kind, kind)}.md).\n"
+    last = "" if kind in registry.DATA_KINDS else "options and defaults"
     yield f"| name | what it is |{f' {last} |' if last else ''}"
     yield f"|---|---|{'---|' if last else ''}"
     for plugin in found:
@@ -125,8 +126,6 @@ def _plural(kind: str) -> str:
 
 def _details(plugin: registry.Plugin) -> str:
     found = registry.load_plugin(plugin)
-    if plugin.kind == "loss-group":
-        return ", ".join(f"`{name}`" for name in found.members)
     if not inspect.isclass(found):
         return "none"
     return "<br>".join(_option(option) for option in describe_options(found)) or "none"
@@ -251,7 +250,7 @@ def _kinds(_: str) -> str:
     for kind in registry.GROUPS:
         base = registry.BASES.get(kind)
         suite = testing.SUITES.get(kind)
-        cells = [f"[{kind}]({kind}.md)", f"`ddkit.{base.__name__}`" if base else "", f"`{registry.GROUPS[kind]}`"]
+        cells = [f"[{kind}]({PAGES.get(kind, kind)}.md)", f"`ddkit.{base.__name__}`" if base else "", f"`{registry.GROUPS[kind]}`"]
         rows.append(f"| {' | '.join([*cells, f'`{suite.__name__}`' if suite else ''])} |")
     return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
 

@@ -60,6 +60,8 @@ def facts(plugin: registry.Plugin) -> dict[str, Any]:
     """Returns what `ddkit info --json` tells: of a component its docstring, options and requirements, of a recipe or study its text."""
     base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
     base |= {"namesakes": namesakes(plugin)}
+    if plugin.kind == "loss-group":
+        return base | {"description": registry.status(plugin)[1], "members": list(registry.members(plugin))}
     if plugin.kind in registry.DATA_KINDS:
         from ddkit.recipes.resolve import described, parse_toml
 
@@ -76,8 +78,6 @@ def facts(plugin: registry.Plugin) -> dict[str, Any]:
 
     found = registry.load_plugin(plugin)
     base |= {"description": inspect.getdoc(found) or ""}
-    if plugin.kind == "loss-group":
-        return base | {"members": list(found.members)}
     if plugin.kind == "observer":
         return base
     requires = msgspec.to_builtins(registry.required_by(plugin))
@@ -95,7 +95,7 @@ def page(told: Mapping[str, Any], width: int = WIDEST) -> str:
         text += f"\n\nSource: {table['source']}" if table.get("source") else ""
     others = [f"`ddkit info {other} {name}` (the {other} of that name)" for other in told["namesakes"]]
     others += [f"`ddkit info {member}`" for member in told.get("members", ())]
-    others += [f"`ddkit list {kind}`", f"`ddkit info {kind} {name} --json`" if "text" in told else f"`ddkit check {kind} {name}`"]
+    others += [f"`ddkit list {kind}`", f"`ddkit check {kind} {name}`" if kind in registry.CHECKED else f"`ddkit info {kind} {name} --json`"]
     settings = told.get("settings", [])
     noted = any(row["origin"] for row in settings)
     sections = {

@@ -144,15 +144,6 @@ class Loss(Component):
         return {}
 
 
-class LossGroup(Component):
-    """A name for several losses, chosen together; their weights stay the recipe's.
-
-    `members` are their names, each once.
-    """
-
-    members: ClassVar[tuple[str, ...]] = ()
-
-
 class InitContext(msgspec.Struct, frozen=True, kw_only=True):
     """What an initializer sees. Images are normalised.
 

@@ -27,7 +27,7 @@ log = logging.getLogger("ddkit")
 
 GROUPS = {
     "loss": "ddkit.losses",
-    "loss-group": "ddkit.loss_groups",
+    "loss-group": "ddkit.recipes",
     "initializer": "ddkit.initializers",
     "augmenter": "ddkit.augmenters",
     "evaluator": "ddkit.evaluators",
@@ -38,10 +38,10 @@ GROUPS = {
     "study": "ddkit.studies",
     "observer": "ddkit.hooks",
 }
-DATA_KINDS = ("recipe", "study")  # TOML files of a package, located without importing it
+DATA_KINDS = ("loss-group", "recipe", "study")  # TOML files of a package, located without importing it
+GROUPS_FILE = "groups.toml"  # beside recipes: names of several losses that are chosen together
 BASES: dict[str, type[base.Component]] = {
     "loss": base.Loss,
-    "loss-group": base.LossGroup,
     "initializer": base.Initializer,
     "augmenter": base.Augmenter,
     "evaluator": base.Evaluator,
@@ -103,7 +103,8 @@ def plugins() -> tuple[Plugin, ...]:
     """Returns every installed component, in order of kind and name, first-party ones first. One metadata scan a process."""
     installed = metadata.entry_points()
     owners: dict[Any, tuple[str, str]] = {}  # a distribution's metadata is parsed once, whatever it brings
-    found = [_plugin(kind, point, owners) for kind, group in GROUPS.items() for point in installed.select(group=group)]
+    groups = {kind: group for kind, group in GROUPS.items() if kind != "loss-group"}  # these stand in files of a package of recipes
+    found = [_plugin(kind, point, owners) for kind, group in groups.items() for point in installed.select(group=group)]
     allowed = os.environ.get("DDKIT_PLUGINS")
     if allowed is not None:
         names = {_canonical(name) for name in allowed.split(",") if name.strip()}
@@ -181,7 +182,20 @@ def _canonical(name: str) -> str:
 def _files(package: Plugin) -> list[Plugin]:
     folder = source.package_folder(package.value)
     files = sorted(folder.glob("*.toml")) if folder else []
-    return [msgspec.structs.replace(package, name=file.stem, value=str(file)) for file in files]
+    kinds = {file: "loss-group" if package.kind == "recipe" and file.name == GROUPS_FILE else package.kind for file in files}
+    return [
+        msgspec.structs.replace(package, kind=kind, name=name, value=str(file))
+        for file, kind in kinds.items()
+        for name in (source.group_names(file) if kind == "loss-group" else [file.stem])
+    ]
+
+
+def members(plugin: Plugin) -> tuple[str, ...]:
+    """Returns the losses of a loss group; raises PluginError where its file has none for it."""
+    status, names = source.group(Path(plugin.value), plugin.name)
+    if status != "ok":
+        raise PluginError(f"The {plugin.label} cannot be used: {plugin.value}: {status}.")
+    return names
 
 
 def find(kind: str, name: str) -> Plugin:
@@ -212,6 +226,9 @@ def _use_of_path(name: str) -> str:
 
 def status(plugin: Plugin) -> tuple[str, str]:
     """Returns (status, summary) of a plugin from metadata and source alone; status "ok" means found and parses."""
+    if plugin.kind == "loss-group":
+        found, names = source.group(Path(plugin.value), plugin.name)
+        return found, f"The losses {' and '.join(names)}, chosen together." if names else ""
     if plugin.kind in DATA_KINDS:
         return source.toml_summary(Path(plugin.value))
     if not NAME.fullmatch(plugin.name):
@@ -286,10 +303,6 @@ def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
     check("argument", found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})")
     check("requires", isinstance(found.requires, Requires | base.RequiresMethod), "a ddkit.Requires(...), or a method that returns one")
     check("deviations", isinstance(found.deviations, Mapping), "a mapping from checks to reasons")
-    if plugin.kind == "loss-group":
-        members = found.members
-        fits = isinstance(members, list | tuple) and len(members) > 0 and all(isinstance(each, str) for each in members)
-        check("members", fits, "a tuple of names of losses")
 
 
 OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside them, which ddkit.recipes.tables declares

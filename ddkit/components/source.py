@@ -112,3 +112,26 @@ def toml_summary(file: Path) -> tuple[str, str]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         return f"{type(error).__name__}: {error}", ""
     return "ok", str(table.get("summary", ""))
+
+
+def group_names(file: Path) -> list[str]:
+    """Returns the names of the loss groups of a file of groups; of one that cannot be read its own, which stands for them."""
+    try:
+        table = tomllib.loads(read_text(file, most=MOST_TOML)).get("groups")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
+        table = None
+    return list(table) if isinstance(table, dict) else [file.stem]
+
+
+def group(file: Path, name: str) -> tuple[str, tuple[str, ...]]:
+    """Returns (status, members) of the loss group `name` of a file of groups."""
+    try:
+        table = tomllib.loads(read_text(file, most=MOST_TOML)).get("groups", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return f"{type(error).__name__}: {error}", ()
+    names = table.get(name) if isinstance(table, dict) else None
+    if not (isinstance(names, list) and names and all(isinstance(each, str) for each in names)):
+        names = []
+    if names and len({each.rpartition("/")[2] for each in names}) == len(names):
+        return "ok", tuple(names)
+    return f"a line {name} = [...] of its table [groups] has to list losses, each once", ()

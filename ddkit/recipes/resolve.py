@@ -315,7 +315,7 @@ def _members(name: str, weight: float | None, tables: Mapping[str, Any], fallbac
     if name in tables or not is_group:
         table = _loss_table(name, tables, fallback)
         return [(name, table if weight is None else table | {"weight": weight})]
-    members = [(member, _loss_table(member, tables, fallback)) for member in registry.load("loss-group", name).members]
+    members = [(member, _loss_table(member, tables, fallback)) for member in registry.members(registry.find("loss-group", name))]
     return [(member, table if weight is None else _scaled(table, weight)) for member, table in members]
 
 

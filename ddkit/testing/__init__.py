@@ -21,7 +21,6 @@ from ddkit.testing.augmenters import AugmenterConformance
 from ddkit.testing.datasets import DatasetConformance
 from ddkit.testing.evaluators import EvaluatorConformance
 from ddkit.testing.exporters import ExporterConformance
-from ddkit.testing.groups import LossGroupConformance
 from ddkit.testing.initializers import InitializerConformance
 from ddkit.testing.losses import LossConformance
 from ddkit.testing.models import ModelConformance
@@ -38,7 +37,6 @@ __all__ = [
     "ExporterConformance",
     "InitializerConformance",
     "LossConformance",
-    "LossGroupConformance",
     "ModelConformance",
     "ObserverConformance",
     "Outcome",
@@ -48,7 +46,7 @@ __all__ = [
 SUITES: dict[str, type[Conformance]] = {
     suite.kind: suite
     for suite in (
-        LossConformance, LossGroupConformance, InitializerConformance, AugmenterConformance, EvaluatorConformance, ModelConformance,
+        LossConformance, InitializerConformance, AugmenterConformance, EvaluatorConformance, ModelConformance,
         DatasetConformance, ExporterConformance, ObserverConformance,
     )
 }  # fmt: skip

@@ -22,6 +22,7 @@ from ddkit.components import registry
 from ddkit.components.globalstate import random_states
 from ddkit.components.options import options_type
 from ddkit.errors import FlagError, PluginError
+from ddkit.recipes.resolve import select_losses
 from tests.conftest import CHECKOUT, SMALL_FLAGS, Result
 
 Install = Callable[..., None]
@@ -653,10 +654,29 @@ def test_info_describes_every_component_and_its_options(cli: Callable[..., Resul
         assert set(option) == {"name", "type", "default", "bounds", "description"}
         default = "left out" if option["default"] is None else json.dumps(option["default"])
         assert f"`{option['name']} = {default}`" in flat(page.out)
-    own = options_type(registry.load(kind, name)).__struct_fields__ if kind not in ("loss-group", "observer") else ()
-    assert {option["name"] for option in found.get("options", [])} == set(own)
     if kind == "loss-group":
         assert ", ".join(f"`{member}`" for member in found["members"]) in page.out
+        return
+    own = options_type(registry.load(kind, name)).__struct_fields__ if kind != "observer" else ()
+    assert {option["name"] for option in found.get("options", [])} == set(own)
+
+
+def test_groups_of_losses_stand_in_a_file_beside_recipes(install: Install, cli: Callable[..., Result], tmp_path: Path) -> None:
+    folder = tmp_path / "site" / "odd_recipes"
+    folder.mkdir()
+    groups = {"both": ["dm", "total-variation"], "empty": [], "odd-dist-twice": ["dm", "ddkit/dm"]}
+    (folder / "groups.toml").write_text("[groups]\n" + "".join(f"{name} = {json.dumps(names)}\n" for name, names in groups.items()))
+    install("odd-dist", {"ddkit.recipes": {"odd": "odd_recipes"}})
+    rows = {name: _rows(cli, "loss-groups")[f"loss-group odd-dist/{name}"] for name in groups}
+    assert (rows["both"]["status"], rows["both"]["summary"]) == ("ok", "The losses dm and total-variation, chosen together.")
+    chosen = select_losses("both:0.5", {}, {"dm": {"weight": 200.0}})
+    assert chosen == {"dm": {"weight": 100.0}, "total-variation": {"weight": 0.5}}
+    for name in ("empty", "odd-dist-twice"):
+        assert "has to list losses, each once" in rows[name]["status"]
+        assert cli("distill", "--losses", name, "--plan").code == 3
+    (folder / "groups.toml").write_text("[groups")
+    registry.plugins.cache_clear()
+    assert "TOMLDecodeError" in _rows(cli, "loss-groups")["loss-group odd-dist/groups"]["status"]
 
 
 def test_info_names_requirements_and_bounds(cli: Callable[..., Result]) -> None:

@@ -18,7 +18,6 @@ from ddkit.testing import (
     ExporterConformance,
     InitializerConformance,
     LossConformance,
-    LossGroupConformance,
     ModelConformance,
     ObserverConformance,
 )
@@ -75,10 +74,6 @@ class TestTotalVariation(LossConformance):
 
 class TestImageNorm(LossConformance):
     component = "image-norm"
-
-
-class TestDkkt(LossGroupConformance):
-    component = "dkkt"
 
 
 class TestFeatureRegression(LossConformance):

@@ -103,18 +103,10 @@ def test_a_run_uses_all_of_them_at_once(run: Run, folder: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     used = {(each["kind"], each["name"]) for each in json.loads((folder / "run" / "manifest.json").read_text())["plugins"]}
-    assert {(kind, f"my-{kind}") for kind in scaffold.KINDS if kind not in ("exporter", "observer", "loss-group")} <= used
+    assert {(kind, f"my-{kind}") for kind in scaffold.KINDS if kind not in ("exporter", "observer")} <= used
     assert "step 1 of 2: total" in done.stderr, "the observer is called"
     line = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["losses"]["my-loss"]["raw"] > 0
-
-
-def test_a_run_uses_the_group_of_losses(run: Run, folder: Path) -> None:
-    flags = ("--losses", "my-loss-group:0.5", "--evaluate", "none", "--pipc", 5, "--steps", 1, "--set", "network.width=8")
-    done = run("-m", "ddkit", "distill", *flags, "--out", "grouped", fork=True)
-    assert done.returncode == 0, done.stderr
-    line = json.loads((folder / "grouped" / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(line["losses"]) == {"dm", "total-variation"}
 
 
 @pytest.mark.parametrize("kind", scaffold.KINDS)

@@ -490,10 +490,6 @@ def _write(folder: str, content: bytes = b"x") -> None:
     (Path(folder) / "set.bin").write_bytes(content)
 
 
-def _group(*members: str) -> type[ddkit.LossGroup]:
-    return type("Broken", (ddkit.LossGroup,), {"__doc__": "Broken.", "members": members})
-
-
 class _Observer:
     def __init__(self, **hooks: Callable[..., Any]) -> None:
         for name, hook in hooks.items():
@@ -546,8 +542,6 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("dataset", "global-random-state-is-untouched"): (_dataset(images=lambda self, split, indices: [torch.rand(1, 4, 4) for _ in indices]), "global state of torch"),
     ("exporter", "writes-into-the-folder-and-changes-nothing"): (_exporter(lambda self, artifact, folder: None), "no file"),
     ("exporter", "same-set-same-files"): (_exporter(lambda self, artifact, folder: _write(folder, str(random.random()).encode())), "other bytes"),
-    ("loss-group", "members-are-losses"): (_group("dm", "no-such-loss"), "There is no loss 'no-such-loss'"),
-    ("loss-group", "members-are-named-once"): (_group("dm", "image-norm", "ddkit/dm"), "names dm more than once"),
     ("observer", "is-of-its-kind"): (_Observer(), "no hook"),
     ("observer", "every-hook-can-be-called"): (_Observer(step_finished=_fails_without_record), "NoneType"),
 }  # fmt: skip
@@ -573,7 +567,6 @@ GOOD: dict[str, Any] = {
     "model": _model(_linear),
     "dataset": _dataset(),
     "exporter": _exporter(lambda self, artifact, folder: _write(folder)),
-    "loss-group": _group("dm", "image-norm"),
     "observer": _Observer(step_finished=lambda index, record: None),
 }
 
@@ -588,13 +581,6 @@ def test_every_check_of_every_kind_has_a_broken_component() -> None:
     for kind, suite in testing.SUITES.items():
         if kind != "loss":
             assert set(suite.checks()) - SHARED == {check for known, check in BROKEN if known == kind} - SHARED, kind
-
-
-@pytest.mark.parametrize("members", [(), "dm", ("dkkt",)], ids=str)
-def test_a_group_of_nothing_of_a_word_or_of_groups_is_found(members: Any) -> None:
-    group = type("Broken", (ddkit.LossGroup,), {"__doc__": "Broken.", "members": members})
-    assert "'Broken'" in problem_of(suite_of("loss-group", group), "members-are-losses")
-    assert "docstring" in problem_of(suite_of("loss-group", type("Silent", (ddkit.LossGroup,), {"members": ("dm",)})), "is-of-its-kind")
 
 
 def test_a_dataset_whose_test_images_cannot_be_had_is_found() -> None:

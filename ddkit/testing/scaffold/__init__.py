@@ -13,10 +13,9 @@ from ddkit.components import registry
 from ddkit.errors import FlagError, RunFilesError, suggestion
 from ddkit.files import write_atomic
 
-KINDS = ("loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "observer")
+KINDS = ("loss", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "observer")
 USES = {
     "loss": "ddkit distill --losses dm,$name --steps 20",
-    "loss-group": "ddkit distill --losses $name:0.5 --steps 20",
     "initializer": "ddkit distill --init $name --steps 20",
     "augmenter": "ddkit distill --augment $name --steps 20",
     "evaluator": "ddkit distill --evaluate $name --steps 20",
