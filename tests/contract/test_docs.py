@@ -345,7 +345,7 @@ def test_documented_errors_are_what_one_gets(cli: CLI, arguments: list[str], mes
 
 
 KINDS = ROOT / "docs" / "kinds"
-PAGES = {kind: group for kind, group in registry.GROUPS.items() if kind != "loss-group"}  # groups are on the page of recipes
+OWN_PAGE = {kind: group for kind, group in registry.GROUPS.items() if kind != "loss-group"}  # groups are on the page of recipes
 MADE = [kind for kind in registry.GROUPS if kind not in registry.DATA_KINDS]
 
 
@@ -370,21 +370,21 @@ def _lacking(kinds: Mapping[str, str], suites: Mapping[str, type[testing.Conform
 
 
 def test_every_kind_has_a_page_with_all_parts_and_a_suite() -> None:
-    assert _lacking(PAGES, testing.SUITES) == []
-    assert {page.stem for page in KINDS.glob("*.md")} == {*PAGES, "index"}
+    assert _lacking(OWN_PAGE, testing.SUITES) == []
+    assert {page.stem for page in KINDS.glob("*.md")} == {*OWN_PAGE, "index"}
 
 
 def test_a_kind_without_a_page_suite_or_check_on_it_would_be_noticed() -> None:
-    assert _lacking({**PAGES, "widget": "ddkit.widgets"}, testing.SUITES) == ["widget: no page"]
+    assert _lacking({**OWN_PAGE, "widget": "ddkit.widgets"}, testing.SUITES) == ["widget: no page"]
     suites = {kind: suite for kind, suite in testing.SUITES.items() if kind != "model"}
-    assert _lacking(PAGES, suites) == ["model: no suite"]
+    assert _lacking(OWN_PAGE, suites) == ["model: no suite"]
 
     class More(testing.ModelConformance):
         @suite_check
         def test_something_new(self) -> None:
             """Is new."""
 
-    assert _lacking(PAGES, {**testing.SUITES, "model": More}) == ["model: | `something-new` |"]
+    assert _lacking(OWN_PAGE, {**testing.SUITES, "model": More}) == ["model: | `something-new` |"]
 
 
 def test_every_check_and_every_method_of_a_base_class_says_what_it_is() -> None:
