@@ -16,7 +16,7 @@ ddkit.nn.tune_process()  # as the command does, before torch is imported
 import numpy as np  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
-from ddkit.engine.loop import Engine  # noqa: E402
+from ddkit.engine.loop import Engine, Hooks, distill  # noqa: E402
 from ddkit.recipes.resolve import resolve  # noqa: E402
 from ddkit.run.setup import RunSetup  # noqa: E402
 
@@ -34,7 +34,7 @@ def made(ipc: int, pipc: int, folder: Path) -> Engine:
 
 
 def advance(engine: Engine, start: int, stop: int) -> None:
-    engine.run(start, stop, observe=lambda index, record: None, save=lambda index: None, is_read=lambda index: False)
+    distill(engine, start, stop, Hooks(is_read=lambda index: False))
 
 
 def main() -> None:

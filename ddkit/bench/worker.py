@@ -106,6 +106,7 @@ def _limit(spec: Spec) -> Measuring:
 
 def _steps(spec: Spec) -> Measuring:
     """Steps of a run: the engine as `ddkit distill` builds it, on random images."""
+    from ddkit.engine.loop import Hooks, distill
     from ddkit.run.setup import RunSetup
 
     start_mib = _peak_mib()
@@ -120,9 +121,7 @@ def _steps(spec: Spec) -> Measuring:
     def advance(count: int) -> None:
         nonlocal index
         with products(job.device, job.decided.products):
-            engine.run(
-                index, index + count, observe=lambda number, record: None, save=lambda number: None, is_read=lambda number: number % 10 == 0
-            )
+            distill(engine, index, index + count, Hooks(is_read=lambda number: number % 10 == 0))
         index += count
 
     flops = None

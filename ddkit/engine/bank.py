@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -168,16 +168,11 @@ class Bank:
             elif value.numel() != 1 or not value.is_floating_point() or float(value) < 1:
                 raise ValueError(f"{prefix}step is no number of steps")
 
-    def finite(self) -> Tensor:
-        """Returns whether every value of every parameter, and of its optimizer's state, is finite: a boolean scalar on the device."""
-        kept = [value for o in self.optimizers.values() for state in o.state.values() for value in state.values()]
-        tensors = [value for value in kept if isinstance(value, Tensor) and value.ndim]  # the count of updates is a scalar
-        return all_finite([*self.tensors().values(), *tensors])
-
-
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """Returns whether every value of `tensors` is finite, as a boolean scalar on their device: nothing is read back."""
-    return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+    def kept(self, name: str) -> list[Tensor]:
+        """Returns the tensor of a parameter, and those that its optimizer keeps for it."""
+        tensor = self.tensors()[name]
+        state = self.optimizers[name].state.get(tensor, {}).values()
+        return [tensor, *(value for value in state if isinstance(value, Tensor) and value.ndim)]  # the count of updates is a scalar
 
 
 def check_like(name: str, value: Tensor, other: Tensor) -> None:

@@ -1,9 +1,13 @@
-"""What the steps of a run are made of: its real images, networks and teacher, and the random draws of each step."""
+"""What a step draws: its real images, its network, its augmentations and noise, each a function of seed and index.
+
+A network that is trained between steps depends on the updates since it was fresh, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,7 @@ from ddkit.nn.teacher import Teacher
 from ddkit.nn.training import Schedule, fit
 from ddkit.seeding import generator
 
-Parameters = dict[str, Tensor]
+T = TypeVar("T")
 NORM_IMAGES = 16  # real images a class that set the statistics of batch norm, as in the public code of gradient matching
 
 
@@ -31,66 +35,57 @@ class ViewSpec(NamedTuple):
     noise: float
 
 
+@dataclass(kw_only=True)
 class StepSource:
-    """What does not change between the steps of a run, and the draws of the step at hand."""
+    """The parts of a run that do not change between its steps, and what a step draws from them.
 
-    def __init__(
-        self,
-        *,
-        seed: int,
-        info: DataInfo,
-        normalisation: Normalisation,
-        real_images: Tensor,
-        real_labels: Tensor,
-        batch: int,
-        augmenter: Augmenter,
-        views: Mapping[str, ViewSpec],
-        model: Model | None,
-        renew_every: int,
-        teacher: Teacher | None,
-        device: torch.device,
-        arithmetic: Arithmetic,
-        block: int = 0,
-        inner: Schedule | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        """`real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8).
+    `real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8), those that lie
+    on the disk stay there. In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
+    `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not).
+    """
 
-        Those that lie on the disk stay there. `inner` says how the network is trained on the synthetic set between the steps that share it
-        (None: it is not). In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
-        """
-        self.ranks, self.own_classes = ranks, ranks.classes(info.classes)
-        self.own_real = class_rows(real_labels, self.own_classes)
-        self.seed, self.info, self.normalisation, self.device = seed, info, normalisation, device
-        self.real_images, self.real_labels = real_images if on_disk(real_images) else real_images.to(device), real_labels
-        self.counts = torch.bincount(real_labels, minlength=info.classes)
-        self.batch, self.augmenter, self.views = batch, augmenter, dict(views)
-        self.model, self.renew_every, self.teacher = model, renew_every, teacher
-        self.arithmetic, self.block, self.inner = arithmetic, block, inner
-        self._embedder: Embedder | None = None
-        self._network_index = self._graph_index = -1
-        self._network_step = -1  # where the network is trained: the step that its weights are of
-        self._draws: tuple[int, dict[str, Any]] = (-1, {})
+    seed: int
+    info: DataInfo
+    normalisation: Normalisation
+    real_images: Tensor
+    real_labels: Tensor
+    batch: int
+    augmenter: Augmenter
+    views: Mapping[str, ViewSpec]
+    model: Model | None
+    renew_every: int
+    teacher: Teacher | None
+    device: torch.device
+    arithmetic: Arithmetic
+    block: int = 0
+    inner: Schedule | None = None
+    ranks: Ranks = ALONE
+    _embedder: Embedder | None = None
+    _network_index: int = -1  # the draw that the network is of
+    _graph_index: int = -1
+    _network_step: int = -1  # where the network is trained: the step that its weights are of
+    _draws: tuple[int, dict[str, Any]] = field(default_factory=lambda: (-1, {}))
 
-    def _once(self, index: int, purpose: str, make: Callable[[], Any]) -> Any:
+    def __post_init__(self) -> None:
+        self.own_classes = self.ranks.classes(self.info.classes)
+        self.own_real = class_rows(self.real_labels, self.own_classes)
+        self.counts = torch.bincount(self.real_labels, minlength=self.info.classes)
+        if not on_disk(self.real_images):
+            self.real_images = self.real_images.to(self.device)
+
+    def _once(self, index: int, purpose: str, make: Callable[[], T]) -> T:
         """Returns what `make` gives for `purpose` at step `index`, made once a step, whatever its chunks."""
         if self._draws[0] != index:
             self._draws = (index, {})
         drawn = self._draws[1]
         if purpose not in drawn:
             drawn[purpose] = make()
-        return drawn[purpose]
+        found: T = drawn[purpose]
+        return found
 
     def real_rows(self, index: int) -> Tensor:
         """Returns the rows of the real images of this step, ascending, at most `batch` of each class, drawn anew where there are more."""
-        rows: Tensor = self._once(index, "real", lambda: self._drawn_rows(index, "real", self.batch))
-        return rows
-
-    def real_pixels(self, rows: Tensor) -> Tensor:
-        """Returns rows of the real images, in pixel units, on the device; `rows` is on the CPU."""
-        if on_disk(self.real_images):
-            return to_device(rows_of(self.real_images, rows), self.device)
-        return self.real_images if len(rows) == len(self.real_images) else self.real_images[to_device(rows, self.device)]
+        return self._once(index, "real", lambda: self._drawn_rows(index, "real", self.batch))
 
     def _drawn_rows(self, index: int, purpose: str, batch: int) -> Tensor:
         count = len(self.real_labels)
@@ -101,31 +96,47 @@ class StepSource:
         place = torch.arange(count) - (self.counts.cumsum(0) - self.counts)[self.real_labels]
         return shuffled[place < batch].sort().values
 
-    def augmentation(self, index: int, purpose: str, augmenter: Augmenter) -> Parameters:
-        """Returns one parameter set per class for `purpose` at step `index`, drawn once for all classes."""
+    def real_of(self, rows: Tensor) -> Tensor:
+        """Returns `rows` (on the CPU) of the real images, which are of this process's classes, normalised, on the device."""
+        rows = rows - self.own_real.start
+        if on_disk(self.real_images):
+            pixels = to_device(rows_of(self.real_images, rows), self.device)
+        else:
+            pixels = self.real_images if len(rows) == len(self.real_images) else self.real_images[to_device(rows, self.device)]
+        return self.normalisation.normalise(pixels)
 
-        def draw() -> Parameters:
-            with blamed("augmenter", augmenter):
-                return augmenter.sample(generator(self.seed, purpose, index), self.info.classes)
+    def all_real(self, index: int) -> Tensor:
+        """Returns the real images of this step of all processes, exchanged once a step."""
+        drawn = self.real_rows(index)
+        own = drawn[class_rows(self.real_labels[drawn], self.own_classes)]
+        return self._once(index, "all real", lambda: self.ranks.whole(self.real_of(own), "real images"))
 
-        drawn: Parameters = self._once(index, purpose, draw)
-        return drawn
+    def augmented(self, index: int, x: Tensor, labels: Tensor, *, view: str = "") -> Tensor:
+        """Returns x (n, C, H, W) under the augmentation of step `index`, or of a view; what is drawn for a class is drawn once a step."""
+        augmenter = self.views[view].augmenter if view else self.augmenter
+        purpose = f"view {view}" if view else "augmentation"
+        with blamed("augmenter", augmenter):
+            drawn = self._once(index, purpose, lambda: augmenter.sample(generator(self.seed, purpose, index), self.info.classes))
+            return augmenter.apply(x, {key: value[labels] for key, value in drawn.items()})
 
-    def noise(self, index: int, name: str, labels: Tensor) -> Tensor:
-        """Returns standard normal noise (n, C, H, W) on the CPU for ascending labels (n,) in view `name` at step `index`.
-
-        It is drawn class by class.
-        """
-        parts = [
+    def viewed(self, index: int, name: str, images: Tensor, labels: Tensor) -> Tensor:
+        """Returns images (n, C, H, W), of ascending labels (n,) on the CPU, in view `name`: augmented, with noise drawn class by class."""
+        spec = self.views.get(name)
+        if spec is None:
+            return images  # "raw", and "default" where the recipe defines no other
+        images = self.augmented(index, images, labels, view=name)
+        if spec.noise == 0:
+            return images
+        noise = [
             torch.randn((rows.stop - rows.start, *self.info.shape), generator=generator(self.seed, "view noise", name, index, label))
             for label, rows in class_slices(labels).items()
         ]
-        return torch.cat(parts)
+        return images + spec.noise * to_device(torch.cat(noise), images.device).to(images.dtype)
 
-    def embedder(self, index: int) -> Embedder:
+    def embedder(self, index: int, *, gradients: bool = False) -> Embedder:
         """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every.
 
-        Where the network is trained, they are those that `advance` made of them.
+        Where the network is trained, they are those that `advance` made of them. `gradients`: whether they require gradients.
         """
         if self.model is None:
             raise RunFailed("This run has no network.")
@@ -138,13 +149,13 @@ class StepSource:
         if self.arithmetic.graphs and self._graph_index != index:
             torch.compiler.cudagraph_mark_step_begin()
         self._network_index, self._graph_index = draw, index
+        self._embedder.module.requires_grad_(gradients)
         return self._embedder
 
     def advance(self, index: int, synthetic: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Makes the network, where it is trained, that of step `index`; `synthetic()` is its whole set: images (n, C, H, W), labels (n,).
 
-        It is a fresh one, or that of the step before trained on this set: the network of a step depends on all updates
-        since it was fresh. Nothing happens where it is of step `index` already.
+        It is a fresh one, or that of the step before trained on this set. Nothing happens where it is of step `index` already.
         """
         if self.inner is None or self._network_step == index:
             return
@@ -152,32 +163,23 @@ class StepSource:
             self._network_index = -1  # also where it is this draw's, but trained
         elif self._network_step != index - 1:
             raise RunFailed(f"The network of step {index} is trained from that of step {index - 1}, which is not here.")
-        embedder = self.embedder(index)
-        if index % self.renew_every:
-            self._train(index, embedder, *synthetic())
-        self._measure(index, embedder.module)
-        self._network_step = index
-
-    def _train(self, index: int, embedder: Embedder, images: Tensor, labels: Tensor) -> None:
-        assert self.inner is not None
+        embedder = self.embedder(index, gradients=True)
         module = embedder.module
-        modes = {each: each.training for each in module.modules()}
-        wanted = {each: each.requires_grad for each in module.parameters()}
-        fit(
-            module.requires_grad_(), images.detach(), labels, self.inner, augmenter=self.augmenter,
-            generator=generator(self.seed, "inner training", index), channels_last=embedder.layout == torch.channels_last,
-        )  # fmt: skip
-        for each, mode in modes.items():
-            each.training = mode
-        for parameter, gradients in wanted.items():
-            parameter.requires_grad_(gradients).grad = None
-
-    def _measure(self, index: int, module: nn.Module) -> None:
-        """Sets the running statistics of batch norm: one pass in training mode over a few real images of every class."""
+        if index % self.renew_every:
+            modes = {each: each.training for each in module.modules()}
+            images, labels = synthetic()
+            fit(
+                module, images.detach(), labels, self.inner, augmenter=self.augmenter,
+                generator=generator(self.seed, "inner training", index), channels_last=embedder.layout == torch.channels_last,
+            )  # fmt: skip
+            for each, mode in modes.items():
+                each.training = mode
+            for parameter in module.parameters():
+                parameter.grad = None
         if len(self.real_labels) and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules()):
-            rows = self._drawn_rows(index, "batch norm", NORM_IMAGES)
-            with torch.no_grad():
-                module(self.normalisation.normalise(self.real_pixels(rows)))
+            with torch.no_grad():  # sets the running statistics of batch norm, in training mode
+                module(self.real_of(self._drawn_rows(index, "batch norm", NORM_IMAGES)))
+        self._network_step = index
 
     def network_state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of what the network of step `index` and later depends on beside the synthetic set; {} where it is only drawn."""

@@ -1,25 +1,39 @@
-"""The terms of a run: its losses, each with its label and weight, and what has to hold of all of them."""
+"""The losses of a run, each with its label and weight, and what has to hold of all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.base import Loss
-from ddkit.components.guard import advice, called
-from ddkit.components.options import Parameter
+from ddkit.components.globalstate import random_states
+from ddkit.components.guard import advice, called, check_random_states
+from ddkit.components.options import Parameter, Requires
 from ddkit.distributed import Ranks
-from ddkit.errors import FlagError, InputError
+from ddkit.errors import FlagError, InputError, RunFailed, is_its_own, shown, told
 from ddkit.recipes.tables import Recipe
 
+if TYPE_CHECKING:
+    from ddkit.engine.step import Step
 
-class WeightedLoss(NamedTuple):
-    """One weighted loss of a recipe."""
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """One loss of a recipe, with its label and weight there."""
 
     label: str
     loss: Loss
     weight: float
+
+    @property
+    def requires(self) -> Requires:
+        found: Requires = self.loss.requires
+        return found
 
     def __str__(self) -> str:
         return called("loss", self.loss, self.label)
@@ -29,50 +43,102 @@ class WeightedLoss(NamedTuple):
         """What to add to a message about it."""
         return advice("loss", self.loss)
 
+    def value(self, step: Step, *, watched: bool = False) -> Tensor:
+        """Returns the loss at `step`, its share where that is a part of the set: a scalar attached to the graph of the set.
 
-def terms_of(recipe: Recipe) -> list[WeightedLoss]:
+        Raises RunFailed naming the loss where it raises or returns something else; if `watched` also where it writes to what losses share,
+        or to a global random state. (Tensors are told by their version counters: code that goes around them, such as `x.data`, is found
+        by the conformance suite alone.)
+        """
+        before = random_states() if watched else {}
+        if watched:
+            step._watch.written()  # what was written before is not the fault of this loss
+        with self.blamed():
+            value = self.loss(step)
+        if watched:
+            written = step._watch.written()
+            if written:
+                names = " and ".join(written)
+                raise RunFailed(f"The {self} writes to {names}, which other losses use too. It has to compute with copies.{self.advice}")
+            check_random_states(before, str(self), self.advice)
+        if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad or value.is_complex():
+            what = shown(value)
+            if isinstance(value, Tensor):
+                what = f"{'complex values of ' * value.is_complex()}shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
+            raise RunFailed(f"The {self} must return a scalar tensor attached to the graph of the images; got {what}.{self.advice}")
+        if self.requires.reduce == "mean" and len(step.labels) < step.size:
+            return value * (len(step.labels) / step.size)
+        return value
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Inside runs code of the loss: what it raises becomes a RunFailed that names it."""
+        try:
+            yield
+        except BaseException as error:
+            if not is_its_own(error):
+                raise
+            raise RunFailed(f"The {self} raised {told(error)}.{self.advice}") from error
+
+
+@contextmanager
+def differentiated(losses: Sequence[WeightedLoss]) -> Iterator[None]:
+    """Inside the gradient of the sum of `losses` is taken: an error becomes a RunFailed that names them."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
+        labels = ", ".join(each.label for each in losses)
+        if "is not implemented" not in str(error):
+            raise RunFailed(f"The gradient of the losses ({labels}) raised {told(error)}.") from error
+        raise RunFailed(
+            f"The losses ({labels}) have no gradient here: {error}. A layer of the teacher or "
+            "network has no second derivative in torch, and one of the losses takes it. Choose another model, or another loss."
+        ) from error
+
+
+def losses_of(recipe: Recipe) -> list[WeightedLoss]:
     """Returns the losses of `recipe`, built; raises InputError or PluginError."""
     if not recipe.losses:
         raise InputError("The recipe has no loss. Choose some: --losses dm,dkkt (Recipes of a teacher alone are for `ddkit train`.)")
-    terms = []
-    for label, table in recipe.losses.items():
-        name = recipe.loss_name(label)
-        loss: Loss = registry.create("loss", name, table.options, where=f"losses.{label}")
-        terms.append(WeightedLoss(label, loss, table.weight))
-    return terms
+    return [
+        WeightedLoss(label, registry.create("loss", recipe.loss_name(label), table.options, where=f"losses.{label}"), table.weight)
+        for label, table in recipe.losses.items()
+    ]
 
 
-def check_access(terms: Sequence[WeightedLoss], pipc: int | str) -> None:
+def needing_real(losses: Sequence[WeightedLoss]) -> list[str]:
+    """Returns the labels of the losses that need real images."""
+    return [each.label for each in losses if each.requires.real]
+
+
+def check_access(losses: Sequence[WeightedLoss], pipc: int | str) -> None:
     """Raises InputError where no real images are accessible and a loss needs some."""
-    needing = needing_real(terms)
+    needing = needing_real(losses)
     if pipc == 0 and needing:
         need = "needs" if len(needing) == 1 else "need"
         raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Give --pipc 1 or more.", "pipc")
 
 
-def needing_real(terms: Sequence[WeightedLoss]) -> list[str]:
-    """Returns the labels of the losses that need real images."""
-    return [term.label for term in terms if term.loss.requires.real]
-
-
-def check_separable(terms: Sequence[WeightedLoss], ranks: Ranks) -> None:
+def check_reduce(losses: Sequence[WeightedLoss], ranks: Ranks) -> None:
     """Raises InputError where the run has several processes and a loss that has to see the whole set."""
-    whole = [term for term in terms if term.loss.requires.reduce is None]
-    if whole and ranks.size > 1:
-        raise InputError(
-            f"The {whole[0]} sees the whole synthetic set at once (its ddkit.Requires says nothing of `reduce`), so its classes cannot "
-            f"be dealt out to {ranks.size} processes. Run it in one process, or leave it out.{whole[0].advice}",
-            f"losses.{whole[0].label}",
-        )
+    for each in losses:
+        if each.requires.reduce is None and ranks.size > 1:
+            raise InputError(
+                f"The {each} sees the whole synthetic set at once (its ddkit.Requires says nothing of `reduce`), so its classes cannot "
+                f"be dealt out to {ranks.size} processes. Run it in one process, or leave it out.{each.advice}",
+                f"losses.{each.label}",
+            )
 
 
-def declared_by(terms: Sequence[WeightedLoss]) -> Mapping[str, Parameter]:
+def declared_by(losses: Sequence[WeightedLoss]) -> Mapping[str, Parameter]:
     """Returns the extra parameters that the losses declare, by name; two may share one that they declare alike."""
     declared: dict[str, Parameter] = {}
-    for term in terms:
-        for name, spec in term.loss.requires.parameters.items():
+    for each in losses:
+        for name, spec in each.requires.parameters.items():
             if name in ("images", "labels", "soft_labels"):
-                raise FlagError(f"The loss '{term.label}' declares a parameter '{name}', a name that the set itself uses.")
+                raise FlagError(f"The loss '{each.label}' declares a parameter '{name}', a name that the set itself uses.")
             if declared.setdefault(name, spec) != spec:
-                raise InputError(f"Two losses declare the parameter '{name}' differently; '{term.label}' is one of them.")
+                raise InputError(f"Two losses declare the parameter '{name}' differently; '{each.label}' is one of them.")
     return declared

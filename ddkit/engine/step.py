@@ -1,28 +1,52 @@
-"""One step as losses see it: everything they declared, each thing built once and shared."""
+"""One step as losses see it: everything they declared, each thing built when it is first used, once, and shared."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import Any, NamedTuple, overload
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Self, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from ddkit.components.base import Augmenter, DataInfo
-from ddkit.components.guard import blamed
-from ddkit.components.options import Requires
+from ddkit.components.base import DataInfo
 from ddkit.components.watch import Watch
 from ddkit.distributed import class_rows
 from ddkit.engine.bank import Bank
-from ddkit.engine.chunking import Sums
-from ddkit.engine.draws import Parameters, StepSource, class_slices
+from ddkit.engine.chunking import Exchange
+from ddkit.engine.draws import StepSource, class_slices
+from ddkit.engine.losses import WeightedLoss
 from ddkit.errors import RunFailed
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.teacher import Teacher
 from ddkit.seeding import generator
+
+T = TypeVar("T")
+
+
+def _member(needs: str = "", watched: str = "") -> Callable[[Callable[[Any], T]], T]:
+    """Makes a read-only member of a step of the function that builds it: on first use, once, whatever the number of losses.
+
+    A loss that does not declare `needs` gets an error. What losses may not write to is watched under the name `watched`.
+    """
+
+    def member(build: Callable[[Any], T]) -> property:
+        name = build.__name__
+
+        def get(step: Any) -> T:
+            step._declared(needs, name)
+            if name not in step._built:
+                step._built[name] = made = build(step)
+                if watched:
+                    step._watch.note(watched, made)
+            found: T = step._built[name]
+            return found
+
+        return property(get, doc=build.__doc__)
+
+    return member  # type: ignore[return-value]  # for who reads a member it is what is built
 
 
 class View(NamedTuple):
@@ -34,211 +58,164 @@ class View(NamedTuple):
 
 
 class RealStep:
-    """The real images of a step: `images` (m, C, H, W) normalised, `labels` (m,), `augmented`, `embeddings`.
+    """The real images of a step, of this part of the set; `size` is their number in all parts."""
 
-    Labels are ascending; `class_slices` has the rows of each class as a slice, without asking the device. `size` is the number of
-    real images of the step in all parts of the set.
-    """
+    def __init__(self, source: StepSource, index: int, classes: range, embedder: Callable[[], Embedder], watch: Watch) -> None:
+        drawn = source.real_rows(index)
+        labels = source.real_labels[drawn]
+        self.size, self.part = len(drawn), class_rows(labels, classes)
+        self._rows, self._host_labels = drawn[self.part], labels[self.part]
+        self._source, self._index, self._embedder, self._watch = source, index, embedder, watch
+        self._built: dict[str, Any] = {}
+        self._check: Callable[[str, str], None] = lambda needs, member: None
 
-    def __init__(self, step: SharedStep) -> None:
-        self._step = weakref.proxy(step)  # which has this: in a circle both, and their graphs, would wait for the garbage collector
-        source = step.source
-        drawn = source.real_rows(step.index)
-        self.size, self.part = len(drawn), class_rows(source.real_labels[drawn], step.classes or source.own_classes)
-        rows = drawn[self.part]
-        labels = source.real_labels[rows]
-        self.labels, self.class_slices = step.on_device(labels), class_slices(labels)
-        self.images = source.normalisation.normalise(source.real_pixels(rows - source.own_real.start))
-        step.watch.note("the real images", self.images)
-        step.watch.note("the real labels", self.labels)
+    def for_loss(self, check: Callable[[str, str], None]) -> Self:
+        """Returns them as a loss sees them: `check(needs, member)` raises where it does not declare what a member needs."""
+        seen = copy.copy(self)
+        seen._check = check
+        return seen
 
-    @cached_property
+    def _declared(self, needs: str, member: str) -> None:
+        self._check(needs, f"real.{member}")
+
+    @_member(watched="the real images")
+    def images(self) -> Tensor:
+        """(m, C, H, W) normalised."""
+        return self._source.real_of(self._rows)
+
+    @_member(watched="the real labels")
+    def labels(self) -> Tensor:
+        """(m,) int64, ascending."""
+        return to_device(self._host_labels, self._source.device)
+
+    @_member()
+    def class_slices(self) -> Mapping[int, slice]:
+        """The rows of each class as a slice, without asking the device."""
+        return class_slices(self._host_labels)
+
+    @_member(watched="the augmented real images")
     def augmented(self) -> Tensor:
-        return self._step.watch.noted("the augmented real images", self._step.augment(self.images, self.labels))
+        """The real images under the step's augmentation."""
+        return self._source.augmented(self._index, self.images, self._host_labels)
 
-    @cached_property
+    @_member(needs="network", watched="the real images' embeddings")
     def embeddings(self) -> Tensor:
+        """(m, d) features of the augmented real images, without a graph (declare network)."""
         with torch.no_grad():
-            return self._step.watch.noted("the real images' embeddings", self._step.embed(self.augmented))
+            return self._embedder()(self.augmented)
 
+    @_member(watched="the real images of all parts")
+    def all_images(self) -> Tensor:
+        """(size, C, H, W) the real images of all parts of the set, in order of class."""
+        return self.images if len(self._rows) == self.size else self._source.all_real(self._index)
 
-class SharedStep:
-    """All members of one step for the classes `classes` (None: all); every member is built once, on first use."""
-
-    def __init__(self, source: StepSource, bank: Bank, index: int, classes: range | None = None) -> None:
-        self.source, self.bank, self.index, self.classes = source, bank, index, classes
-        self.rows = bank.rows(classes)
-        self.images, self.labels, self.size = bank.decoded(self.rows), bank.decoded_labels[self.rows], bank.size
-        self._host_labels = [(self.labels, bank.host_labels[self.rows])]  # labels on the device, and the same on the CPU
-        self.network_gradients = self.teacher_gradients = False  # whether their parameters require gradients
-        self.logged: dict[str, dict[str, Tensor]] = {}
-        self.totals: dict[str, Sums] = {}  # by label of a loss: what adds up its totals over the chunks of the set
-        self._views: dict[str, View] = {}
-        self.watch = Watch()
-        self.watch.note("the images", self.images)  # a view of the bank's shares its counter
-        self.watch.note("the labels", self.labels)
-        for name, value in bank.parameters.items():
-            self.watch.note(f"the parameter '{name}'", value)
-        if source.teacher is not None:
-            self.watch.note("the teacher", source.teacher.module)
-
-    def anew(self) -> SharedStep:
-        """Returns this step with nothing built but what has no graph: the network, and the real images with their features."""
-        found = SharedStep(self.source, self.bank, self.index, self.classes)
-        found.network_gradients, found.teacher_gradients = self.network_gradients, self.teacher_gradients
-        vars(found).update({name: value for name, value in vars(self).items() if name in ("embedder", "real")})
-        return found
-
-    def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        drawn = self.source.augmentation(self.index, "augmentation", self.source.augmenter)
-        return self._apply(self.source.augmenter, drawn, x, self.labels if labels is None else labels)
-
-    def _apply(self, augmenter: Augmenter, drawn: Parameters, x: Tensor, labels: Tensor) -> Tensor:
-        host = self._on_host(labels)
-        with blamed("augmenter", augmenter):
-            return augmenter.apply(x, {key: value[host] for key, value in drawn.items()})
-
-    def on_device(self, labels: Tensor) -> Tensor:
-        """Returns labels (CPU) on the run's device; augment knows them again without asking the device."""
-        moved = to_device(labels, self.source.device)
-        self._host_labels.append((moved, labels))
-        return moved
-
-    def _on_host(self, labels: Tensor) -> Tensor:
-        for known, host in self._host_labels:
-            if known is labels:
-                return host
-        return labels.cpu()  # a loss's own labels
-
-    @cached_property
-    def class_slices(self) -> dict[int, slice]:
-        return class_slices(self._on_host(self.labels))
-
-    @cached_property
-    def augmented(self) -> Tensor:
-        return self.watch.noted("the augmented images", self.augment(self.images))
-
-    @cached_property
-    def real(self) -> RealStep:
-        return RealStep(self)
-
-    @cached_property
-    def network(self) -> nn.Module:
-        return self.embedder.module
-
-    @cached_property
-    def embedder(self) -> Embedder:
-        found = self.source.embedder(self.index)
-        found.module.requires_grad_(self.network_gradients)
-        self.watch.note("the network", found.module)
-        return found
-
-    def embed(self, x: Tensor) -> Tensor:
-        return self.embedder(x)
-
-    @cached_property
-    def embeddings(self) -> Tensor:
-        return self.watch.noted("the embeddings", self.embed(self.augmented))
-
-    @property
-    def teacher(self) -> Teacher:
-        if self.source.teacher is None:
-            raise RunFailed("This run has no teacher.")
-        return self.source.teacher
-
-    @cached_property
-    def teacher_parameters(self) -> Parameters:
-        own = self.teacher.parameters
-        return {name: value.detach().requires_grad_(self.teacher_gradients) for name, value in own.items()}
-
-    def view(self, name: str) -> View:
-        if name not in self._views:
-            images = self._view_images(name)
-            if images is not self.images and images is not vars(self).get("augmented"):
-                self.watch.note(f"the view '{name}'", images)
-            self._views[name] = View(images, self.labels, self.teacher.logits(images, self.teacher_parameters))
-        return self._views[name]
-
-    def _view_images(self, name: str) -> Tensor:
-        if name == "augmented":
-            return self.augmented
-        spec = self.source.views.get(name)
-        if spec is None:
-            return self.images  # "raw", and "default" where the recipe defines no other
-        drawn = self.source.augmentation(self.index, f"view {name}", spec.augmenter)
-        images = self._apply(spec.augmenter, drawn, self.images, self.labels)
-        if spec.noise == 0:
-            return images
-        noise = self.source.noise(self.index, name, self._on_host(self.labels))
-        return images + spec.noise * to_device(noise, images.device).to(images.dtype)
+    @_member(watched="the real labels of all parts")
+    def all_labels(self) -> Tensor:
+        """(size,) int64, ascending: the labels of `all_images`."""
+        source = self._source
+        return to_device(source.real_labels[source.real_rows(self._index)], source.device)
 
 
 class Step:
-    """One step as one loss sees it: read-only, holding exactly what the loss declared in `requires`.
+    """One step, for all classes of this process or for some. A loss sees it through `for_loss`: read-only, and what the loss declares.
 
-    Touching an undeclared member raises an error that names the loss and the member.
+    Touching a member that it does not declare raises an error that names the loss and the member.
     """
 
-    def __init__(self, shared: SharedStep, label: str, requires: Requires) -> None:
-        self._shared, self._label, self._requires = shared, label, requires
+    def __init__(
+        self,
+        source: StepSource,
+        bank: Bank,
+        index: int,
+        classes: range | None = None,
+        losses: Sequence[WeightedLoss] = (),
+        *,
+        exchanges: Mapping[str, Callable[[], Exchange]] | None = None,
+        logged: dict[str, dict[str, Tensor]] | None = None,
+        like: Step | None = None,
+    ) -> None:
+        """`losses` are to see it; `exchanges` begin, by label of a loss, one evaluation in chunks; `logged` takes what they log.
 
-    def _declared(self, requirement: str, member: str) -> SharedStep:
-        if not getattr(self._requires, requirement):
+        What has no graph, the network and the real images, is taken from the step `like`.
+        """
+        self._source, self._bank, self._index, self._losses, self._exchanges = source, bank, index, losses, exchanges or {}
+        self._classes, self._rows = source.own_classes if classes is None else classes, bank.rows(classes)
+        self._host_labels = bank.host_labels[self._rows]
+        kept = ("real", "_embedder", "network")
+        self._built: dict[str, Any] = {} if like is None else {name: made for name, made in like._built.items() if name in kept}
+        self._logged = {} if logged is None else logged
+        self._watch = Watch()
+        for name, tensor in bank.parameters.items():
+            self._watch.note(f"the parameter '{name}'", tensor)
+        self._loss: WeightedLoss | None = None  # that sees it
+        self._exchange: Exchange | None = None
+
+    def for_loss(self, weighted: WeightedLoss) -> Self:
+        """Returns the step as one loss sees it in one evaluation; what is built is shared with the other losses."""
+        seen, ranks = copy.copy(self), self._source.ranks
+        seen._loss = weighted
+        if weighted.label in self._exchanges:
+            seen._exchange = self._exchanges[weighted.label]()
+        elif ranks.size > 1:
+            seen._exchange = lambda tensors: ranks.sums(tensors, weighted.label)
+        return seen
+
+    def _declared(self, needs: str, member: str) -> None:
+        """Raises RunFailed where the loss uses `member` and does not declare what it `needs`."""
+        if needs and self._loss is not None and not getattr(self._loss.requires, needs):
             raise RunFailed(
-                f"The loss '{self._label}' uses step.{member}, which it does not declare: "
-                f"add {requirement}=True to its ddkit.Requires(...)."
+                f"The loss '{self._loss.label}' uses step.{member}, which it does not declare: add {needs}=True to its ddkit.Requires(...)."
             )
-        return self._shared
-
-    @property
-    def images(self) -> Tensor:
-        """(n, C, H, W) synthetic images, normalised, differentiable."""
-        return self._shared.images
-
-    @property
-    def labels(self) -> Tensor:
-        """(n,) int64, rows grouped by ascending class."""
-        return self._shared.labels
-
-    @cached_property
-    def targets(self) -> Tensor:
-        """(n, K) the labels as rows of probabilities, one-hot, of the images' type."""
-        classes = torch.arange(self.info.classes, device=self.labels.device)
-        return (self.labels[:, None] == classes).to(self.images.dtype)
-
-    @property
-    def class_slices(self) -> Mapping[int, slice]:
-        """The rows of each class as a slice, without asking the device."""
-        return self._shared.class_slices
 
     @property
     def size(self) -> int:
         """Rows in the whole synthetic set (n is fewer in a part of it)."""
-        return self._shared.size
+        return self._bank.size
 
     @property
     def index(self) -> int:
         """The number of this step, from 0."""
-        return self._shared.index
+        return self._index
 
     @property
     def info(self) -> DataInfo:
         """Class names, channels and size of the data."""
-        return self._shared.source.info
+        return self._source.info
+
+    @_member(watched="the images")
+    def images(self) -> Tensor:
+        """(n, C, H, W) synthetic images, normalised, differentiable."""
+        return self._bank.decoded(self._rows)
+
+    @_member(watched="the labels")
+    def labels(self) -> Tensor:
+        """(n,) int64, rows grouped by ascending class."""
+        return self._bank.decoded_labels[self._rows]
+
+    @_member(watched="the targets")
+    def targets(self) -> Tensor:
+        """(n, K) the labels as rows of probabilities, one-hot, of the images' type."""
+        return (self.labels[:, None] == torch.arange(self.info.classes, device=self.labels.device)).to(self.images.dtype)
+
+    @_member()
+    def class_slices(self) -> Mapping[int, slice]:
+        """The rows of each class as a slice, without asking the device."""
+        return class_slices(self._host_labels)
 
     def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Returns x under the step's siamese augmentation: one operation and parameter set per class (None: `labels`)."""
-        return self._shared.augment(x, labels)
+        return self._source.augmented(self._index, x, self._host_labels if labels is None else labels.cpu())
 
-    @property
+    @_member(watched="the augmented images")
     def augmented(self) -> Tensor:
         """The synthetic images under `augment`."""
-        return self._shared.augmented
+        return self.augment(self.images)
 
     @cached_property
     def generator(self) -> torch.Generator:
         """A CPU generator keyed by the loss's label and the step."""
-        return generator(self._shared.source.seed, "loss", self._label, self.index)
+        assert self._loss is not None
+        return generator(self._source.seed, "loss", self._loss.label, self._index)
 
     @overload
     def all_reduce(self, t: Tensor) -> Tensor: ...
@@ -251,9 +228,9 @@ class Step:
 
         Gradients flow into this part's t alone, which is what a value that every part computes needs (declare reduce="global").
         """
+        self._may_exchange("all_reduce")
         tensors = [t] if isinstance(t, Tensor) else list(t)
-        sums = self._parted("all_reduce")
-        found = tensors if sums is None else list(_Total.apply(sums, *tensors))
+        found = tensors if self._exchange is None else list(_Summed.apply(self._exchange, *tensors))
         return found[0] if isinstance(t, Tensor) else found
 
     def all_gather(self, t: Tensor, *, real: bool = False) -> Tensor:
@@ -261,7 +238,8 @@ class Step:
 
         In a plain run t itself. Gradients flow into this part's rows alone, as in `all_reduce`.
         """
-        if self._parted("all_gather") is None:
+        self._may_exchange("all_gather")
+        if self._exchange is None:
             return t
         size, part = self._place(real)
         return self.all_reduce(torch.cat([t.new_zeros((part.start, *t.shape[1:])), t, t.new_zeros((size - part.stop, *t.shape[1:]))]))
@@ -276,115 +254,112 @@ class Step:
     def _place(self, real: bool) -> tuple[int, slice]:
         """Returns the number of rows in all parts, and which of them are this part's."""
         if real:
-            return self._shared.real.size, self._shared.real.part
-        first = self._shared.bank.start
-        return self.size, slice(first + self._shared.rows.start, first + self._shared.rows.stop)
+            return self.real.size, self.real.part
+        first = self._bank.start
+        return self.size, slice(first + self._rows.start, first + self._rows.stop)
 
-    def _parted(self, member: str) -> Sums | None:
-        """Returns what adds up the parts of the set, None where this is the whole of it.
-
-        Raises RunFailed where the loss would add up but a part of them.
-        """
-        shared = self._shared
-        if self._requires.reduce != "global" and len(shared.labels) < shared.size:
+    def _may_exchange(self, member: str) -> None:
+        """Raises RunFailed where the loss would add up some of the parts alone."""
+        if self._loss is not None and self._loss.requires.reduce != "global" and len(self._host_labels) < self.size:
             raise RunFailed(
-                f"The loss '{self._label}' uses step.{member}, and it is evaluated on parts of the set: "
+                f"The loss '{self._loss.label}' uses step.{member}, and it is evaluated on parts of the set: "
                 'declare reduce="global" in its ddkit.Requires(...).'
             )
-        if self._label in shared.totals:
-            return shared.totals[self._label]
-        ranks = shared.source.ranks
-        return (lambda tensors: ranks.sums(tensors, self._label)) if ranks.size > 1 else None
 
     def log(self, name: str, value: Tensor) -> None:
         """Records a diagnostic scalar or short vector beside the loss's value in metrics.jsonl."""
-        self._shared.logged.setdefault(self._label, {})[name] = value.detach()
+        assert self._loss is not None
+        self._logged.setdefault(self._loss.label, {})[name] = value.detach()
+
+    def _differentiates(self, needs: str) -> bool:
+        """Whether a loss asks for gradients by the parameters of what it `needs`, the network or the teacher."""
+        return any(getattr(each.requires, needs) and each.requires.second_order for each in self._losses)
 
     @property
     def real(self) -> RealStep:
         """This step's real images, their labels, augmentation and (declare network) embeddings (declare real)."""
-        return _DeclaredReal(self, self._declared("real", "real").real)
+        self._declared("real", "real")
+        if "real" not in self._built:
+            embedder = partial(self._source.embedder, self._index, gradients=self._differentiates("network"))
+            self._built["real"] = RealStep(self._source, self._index, self._classes, embedder, self._watch)
+        real: RealStep = self._built["real"]
+        return real.for_loss(self._declared)
+
+    @_member(needs="network")
+    def _embedder(self) -> Embedder:
+        return self._source.embedder(self._index, gradients=self._differentiates("network"))
+
+    @_member(needs="network", watched="the network")
+    def network(self) -> nn.Module:
+        """This step's network (declare network); its parameters require gradients where second_order is declared."""
+        return self._embedder.module
 
     def embed(self, x: Tensor) -> Tensor:
         """Returns features (n, d) of this step's network (declare network)."""
-        return self._declared("network", "embed").embed(x)
+        self._declared("network", "embed")
+        return self._embedder(x)
 
-    @property
+    @_member(needs="network", watched="the embeddings")
     def embeddings(self) -> Tensor:
         """(n, d) features of the augmented synthetic images (declare network)."""
-        return self._declared("network", "embeddings").embeddings
+        return self.embed(self.augmented)
 
-    @property
-    def network(self) -> nn.Module:
-        """This step's network (declare network); its parameters require gradients where second_order is declared."""
-        return self._declared("network", "network").network
-
-    @property
+    @_member(needs="teacher")
     def teacher(self) -> Teacher:
         """The teacher; its module is never updated (declare teacher)."""
-        return self._declared("teacher", "teacher").teacher
+        if self._source.teacher is None:
+            raise RunFailed("This run has no teacher.")
+        self._watch.note("the teacher", self._source.teacher.module)
+        return self._source.teacher
 
-    @property
+    @_member(needs="teacher")
     def teacher_parameters(self) -> Mapping[str, Tensor]:
         """The teacher's parameters by name; they require gradients where second_order is declared."""
-        return self._declared("teacher", "teacher_parameters").teacher_parameters
+        gradients = self._differentiates("teacher")
+        return {name: value.detach().requires_grad_(gradients) for name, value in self.teacher.parameters.items()}
 
     def view(self, name: str) -> View:
         """Returns images, labels and teacher logits of a named view (declare teacher and the view's name in views)."""
-        shared = self._declared("teacher", "view")
-        if name not in self._requires.views:
-            raise RunFailed(f"The loss '{self._label}' uses view '{name}', which it does not declare in ddkit.Requires(views=...).")
-        return shared.view(name)
+        self._declared("teacher", "view")
+        if self._loss is not None and name not in self._loss.requires.views:
+            raise RunFailed(f"The loss '{self._loss.label}' uses view '{name}', which it does not declare in ddkit.Requires(views=...).")
+        key = f"the view '{name}'"
+        if key not in self._built:
+            viewed = self._source.viewed
+            images = self.augmented if name == "augmented" else viewed(self._index, name, self.images, self._host_labels)
+            self._watch.note(key, images)
+            self._built[key] = View(images, self.labels, self.teacher.logits(images, self.teacher_parameters))
+        found: View = self._built[key]
+        return found
 
-    @cached_property
+    @property
     def parameters(self) -> Mapping[str, Tensor]:
         """The extra parameters that this loss declared, by name."""
-        shared, declared = self._shared, self._requires.parameters
-        return _DeclaredOnly(
-            self._label,
-            {
-                name: shared.bank.parameters[name][shared.rows] if spec.per == "sample" else shared.bank.parameters[name]
-                for name, spec in declared.items()
-            },
-        )
+        assert self._loss is not None
+        found = _Declared(self._loss.label)
+        for name, spec in self._loss.requires.parameters.items():
+            tensor = self._bank.parameters[name]
+            found[name] = tensor[self._rows] if spec.per == "sample" else tensor
+        return found
 
 
-class _Total(torch.autograd.Function):
+class _Summed(torch.autograd.Function):
     """The sum over all parts of the set; the gradient is that of this part's summand, and is not summed again."""
 
     @staticmethod
-    def forward(ctx: Any, sums: Sums, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(sums(tensors))
+    def forward(ctx: Any, exchange: Exchange, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(exchange(tensors))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *gradients)
 
 
-class _DeclaredReal(RealStep):
-    """The shared RealStep as one loss sees it."""
-
-    def __init__(self, step: Step, shared: RealStep) -> None:
-        self._own, self._shared = step, shared
-        self.images, self.labels, self.class_slices = shared.images, shared.labels, shared.class_slices
-        self.size, self.part = shared.size, shared.part
-
-    @property
-    def augmented(self) -> Tensor:
-        return self._shared.augmented
-
-    @property
-    def embeddings(self) -> Tensor:
-        self._own._declared("network", "real.embeddings")
-        return self._shared.embeddings
-
-
-class _DeclaredOnly(dict[str, Tensor]):
-    def __init__(self, label: str, values: Mapping[str, Tensor]) -> None:
-        super().__init__(values)
-        self._label = label
+class _Declared(dict[str, Tensor]):
+    def __init__(self, label: str) -> None:
+        self.label = label
 
     def __missing__(self, name: str) -> Any:
         raise RunFailed(
-            f"The loss '{self._label}' uses step.parameters['{name}'], which it does not declare in ddkit.Requires(parameters=...)."
+            f"The loss '{self.label}' uses step.parameters['{name}'], which it does not declare: ddkit.Requires(parameters=...)."
         )

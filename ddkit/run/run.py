@@ -25,7 +25,8 @@ from ddkit.data.loading import left_alone
 from ddkit.data.real import passed_dataset
 from ddkit.distributed import Ranks
 from ddkit.engine.bank import Bank
-from ddkit.engine.loop import Engine, deterministic
+from ddkit.engine.guards import deterministic
+from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.files import write_json
 from ddkit.nn.device import products
@@ -353,7 +354,7 @@ def _iterate(
 
     show(start)
     logs = functools.partial(is_logged, steps=recipe.steps, log_every=every.log_every)
-    engine.run(start, recipe.steps, observe=observe, save=keep, is_read=is_read, is_logged=logs)
+    distill(engine, start, recipe.steps, Hooks(observe=observe, save=keep, is_read=is_read, is_logged=logs))
     if recipe.steps > start and not is_due(recipe.steps, every.checkpoint_every):
         keep(recipe.steps)
 

@@ -23,7 +23,7 @@ from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine
-from ddkit.engine.losses import check_access, check_separable, declared_by, terms_of
+from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.parametrization import check_factor, encoded
 from ddkit.engine.planning import ExecutionPlan
 from ddkit.errors import DdkitError, InputError, RunFailed
@@ -61,13 +61,13 @@ class RunSetup:
         self.recipe, self.begun, self.ranks = recipe, begun, ranks
         self.watchers = watchers or Observers()
         self.device = pick_device(device)
-        self.terms = terms_of(recipe)
-        self.requires = [term.loss.requires for term in self.terms]
-        check_access(self.terms, recipe.pipc)
+        self.losses = losses_of(recipe)
+        self.requires = [each.requires for each in self.losses]
+        check_access(self.losses, recipe.pipc)
         self.dataset = self._without_data() or open_dataset(recipe.data)
         check_classes(self.dataset)
         ranks.check(len(self.dataset.class_names))
-        check_separable(self.terms, ranks)
+        check_reduce(self.losses, ranks)
         self._check_room()
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
@@ -150,11 +150,11 @@ class RunSetup:
             "augmenter", recipe.augmenter.use, recipe.augmenter.options, data=info, where="augmenter"
         )
         self.views = {name: self._view(name) for name in recipe.views}
-        for term in self.terms:
-            for name in term.loss.requires.views:
+        for each in self.losses:
+            for name in each.requires.views:
                 if name not in self.views and name not in BUILT_IN_VIEWS:
                     known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
-                    raise InputError(f"The loss '{term.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
+                    raise InputError(f"The loss '{each.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
         self.evaluators = evaluators_of(recipe, info)
         if self.evaluators:
             self.real.check_test_set()
@@ -169,7 +169,7 @@ class RunSetup:
     def _check_deterministic(self) -> None:
         """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
         named: list[tuple[str, Component]] = [
-            *((str(term), term.loss) for term in self.terms),
+            *((str(each), each.loss) for each in self.losses),
             (called("augmenter", self.augmenter), self.augmenter),
             *((f"{called('augmenter', view.augmenter)} of views.{name}", view.augmenter) for name, view in sorted(self.views.items())),
             (called("model", self.model), self.model),
@@ -194,16 +194,16 @@ class RunSetup:
 
     def _check_second_order(self) -> None:
         """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
-        for term in self.terms:
-            asked = term.loss.requires
+        for each in self.losses:
+            asked = each.requires
             probes = (("teacher", asked.teacher, self._teacher_probe), ("network", asked.network, self._network_probe))
-            for name, _, probe in (each for each in probes if asked.second_order and each[1]):
+            for name, _, probe in (one for one in probes if asked.second_order and one[1]):
                 reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=True)
                 if reason:
                     raise InputError(
-                        f"The {term} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "
-                        f"leave the loss out.{term.advice}",
-                        f"losses.{term.label}",
+                        f"The {each} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "
+                        f"leave the loss out.{each.advice}",
+                        f"losses.{each.label}",
                     )
 
     def _network_probe(self) -> nn.Module:
@@ -288,7 +288,7 @@ class RunSetup:
         images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
         stored, labels = encoded(images, factor), rows[:: factor**2]
         return Bank(
-            stored.to(self.device), labels.to(self.device), declared_by(self.terms), self.recipe.optimizer, factor=factor,
+            stored.to(self.device), labels.to(self.device), declared_by(self.losses), self.recipe.optimizer, factor=factor,
             start=own.start * self.recipe.ipc, size=self.info.classes * self.recipe.ipc,
         )  # fmt: skip
 
@@ -354,7 +354,7 @@ class RunSetup:
             inner=self._inner(),
             ranks=self.ranks,
         )
-        return Engine(bank, source, self.terms, chunk=self.decided.chunk)
+        return Engine(bank, source, self.losses, chunk=self.decided.chunk)
 
     def _inner(self) -> Schedule | None:
         """Returns how the network is trained between steps, None where it is not."""
@@ -376,8 +376,8 @@ class RunSetup:
         else:
             teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
         losses = {
-            term.label: replace(recipe.losses[term.label], use=recipe.loss_name(term.label), options=written_options(term.loss.options))
-            for term in self.terms
+            each.label: replace(recipe.losses[each.label], use=recipe.loss_name(each.label), options=written_options(each.loss.options))
+            for each in self.losses
         }
         return replace(
             recipe,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from ddkit.components.base import Loss
+from ddkit.engine.loop import distill
 from ddkit.files import read_tensors, write_tensors
 from ddkit.testing.parts import in_parts, part_of
 from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
@@ -142,7 +143,7 @@ class LossConformance(ShapeConformance):
         world = self.world(DOUBLE)
         if not world.loss.order_invariant:
             return
-        turned = torch.cat([torch.arange(rows.stop - 1, rows.start - 1, -1) for rows in world.shared().class_slices.values()])
+        turned = torch.cat([torch.arange(rows.stop - 1, rows.start - 1, -1) for rows in world.step().class_slices.values()])
         tensors = world.bank.tensors()
         spec = {"images": "sample"} | {name: each.per for name, each in world.loss.requires.parameters.items()}
         other = {name: tensor[turned] if spec[name] == "sample" else tensor for name, tensor in tensors.items()}
@@ -262,7 +263,7 @@ def _modes(modules: list[torch.nn.Module]) -> list[Any]:
 
 
 def _advance(world: World, start: int, stop: int) -> None:
-    world.engine().run(start, stop, observe=lambda index, record: None, save=lambda index: None)
+    distill(world.engine(), start, stop)
 
 
 @contextmanager

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Loss, Model
-from ddkit.components.options import Requires
 from ddkit.data.images import Normalisation
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import WeightedLoss
-from ddkit.engine.step import SharedStep, Step
+from ddkit.engine.step import Step
 from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network
@@ -48,8 +47,8 @@ class _Source(StepSource):
 
     dtype: torch.dtype = torch.float32
 
-    def embedder(self, index: int) -> Embedder:
-        found = super().embedder(index)
+    def embedder(self, index: int, *, gradients: bool = False) -> Embedder:
+        found = super().embedder(index, gradients=gradients)
         found.module.to(self.dtype)
         return found
 
@@ -57,18 +56,18 @@ class _Source(StepSource):
 class Recorder(Step):
     """A step that remembers which declared members were used."""
 
-    def __init__(self, shared: SharedStep, label: str, requires: Requires) -> None:
-        super().__init__(shared, label, requires)
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
         self.used: set[str] = set()
         self.views: set[str] = set()
 
-    def _declared(self, requirement: str, member: str) -> SharedStep:
-        self.used.add(requirement)
-        return super()._declared(requirement, member)
+    def _declared(self, needs: str, member: str) -> None:
+        self.used.add(needs)
+        super()._declared(needs, member)
 
     def written(self) -> list[str]:
         """Returns the names of what was written to since it was built."""
-        return self._shared.watch.written()
+        return self._watch.written()
 
     def view(self, name: str) -> Any:
         self.views.add(name)
@@ -77,7 +76,7 @@ class Recorder(Step):
     @property
     def parameters(self) -> Any:
         self.used.add("parameters")
-        return vars(Step)["parameters"].func(self)
+        return super().parameters
 
 
 class World:
@@ -107,13 +106,9 @@ class World:
         for name, value in self.loss.initial(self.step()).items():
             self.bank.fill(name, value)
 
-    def shared(self, *, index: int = 0, classes: range | None = None, bank: Bank | None = None) -> SharedStep:
-        found = SharedStep(self.source, bank or self.bank, index, classes)
-        found.network_gradients = found.teacher_gradients = self.loss.requires.second_order
-        return found
-
-    def step(self, *, index: int = 0, classes: range | None = None, bank: Bank | None = None) -> Recorder:
-        return Recorder(self.shared(index=index, classes=classes, bank=bank), "checked", self.loss.requires)
+    def step(self, *, index: int = 0, bank: Bank | None = None) -> Recorder:
+        checked = WeightedLoss("checked", self.loss, 1.0)
+        return Recorder(self.source, bank or self.bank, index, None, [checked]).for_loss(checked)
 
     def with_tensors(self, tensors: Mapping[str, Tensor]) -> Bank:
         """Returns the bank with other tensors in the place of its images and parameters, for functions of them."""

@@ -63,30 +63,35 @@ class FeatureRegression(ddkit.Loss):
             real, wanted = self._queries(step)
             queries, wanted = step.all_gather(step.embed(real), real=True), step.all_gather(wanted, real=True)
             answers = step.all_gather(centred(step.real.labels, classes), real=True).argmax(1)
-        features = step.all_gather(step.embed(self._augmented(step, self.augmenter, step.images)))
-        found = ridge_prediction(features, step.all_gather(centred(step.labels, classes)), queries, self.ridge)
+        drawn = self._augmenters(step.info)[self.augmenter]
+        augmented = drawn.apply(step.images, self._rows(step, drawn.sample_batch(step.generator, step.size)))
+        targets = step.all_gather(step.targets) - 1 / classes
+        found = ridge_prediction(step.all_gather(step.embed(augmented)), targets, queries, self.ridge)
         step.log("accuracy", (found.argmax(1) == answers).float().mean())
         return (found - wanted).square().sum(1).mean()
 
     def _queries(self, step: ddkit.Step) -> tuple[Tensor, Tensor]:
         """Returns augmented real images (m, C, H, W), blended where `mixup` says so, and what they should get (m, K)."""
-        real = self._augmented(step, self.real_augmenter, step.real.images, real=True)
-        wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
-        if self.mixup:
-            drawn = torch.randperm(step.real.size, generator=step.generator), torch.rand(step.real.size, generator=step.generator)
-            other, share = (ddkit.nn.to_device(step.local_rows(each, real=True), real.device) for each in drawn)
-            share = self.mixup * share.to(real.dtype)
-            partners, theirs = step.all_gather(real, real=True)[other], step.all_gather(wanted, real=True)[other]
-            real, wanted = torch.lerp(real, partners, share[:, None, None, None]), torch.lerp(wanted, theirs, share[:, None])
+        augmenter, size = self._augmenters(step.info)[self.real_augmenter], step.real.size
+        drawn = augmenter.sample_batch(step.generator, size)
+        if not self.mixup:
+            real = augmenter.apply(step.real.images, self._rows(step, drawn, real=True))
+            wanted = centred(step.real.labels, step.info.classes).to(real.dtype)
+        else:  # with images of other parts, which all have: what is blended is not exchanged
+            every = augmenter.apply(step.real.all_images, drawn)
+            targets = centred(step.real.all_labels, step.info.classes).to(every.dtype)
+            mixed = torch.randperm(size, generator=step.generator), torch.rand(size, generator=step.generator)
+            other, share = (ddkit.nn.to_device(step.local_rows(each, real=True), every.device) for each in mixed)
+            share = self.mixup * share.to(every.dtype)
+            real = torch.lerp(step.local_rows(every, real=True), every[other], share[:, None, None, None])
+            wanted = torch.lerp(step.local_rows(targets, real=True), targets[other], share[:, None])
         if self.targets == "teacher":
             wanted = step.teacher.logits(real).softmax(1) - 1 / step.info.classes
         return real, wanted
 
-    def _augmented(self, step: ddkit.Step, name: str, x: Tensor, *, real: bool = False) -> Tensor:
-        """Returns x augmented; what is drawn for an image does not depend on how the set is parted."""
-        augmenter = self._augmenters(step.info)[name]
-        drawn = augmenter.sample_batch(step.generator, step.real.size if real else step.size)
-        return augmenter.apply(x, {key: step.local_rows(value, real=real) for key, value in drawn.items()})
+    def _rows(self, step: ddkit.Step, drawn: Mapping[str, Tensor], *, real: bool = False) -> dict[str, Tensor]:
+        """Returns what was drawn for the images of this part; what is drawn for an image does not depend on how the set is parted."""
+        return {key: step.local_rows(value, real=real) for key, value in drawn.items()}
 
     def _augmenters(self, info: ddkit.DataInfo) -> dict[str, ddkit.Augmenter]:
         if "_made" not in self.__dict__:

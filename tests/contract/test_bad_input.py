@@ -240,7 +240,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (
         "ddkit.nn.training.fit",
         "ddkit.nn.automatic_teacher.fit",
-        "ddkit.engine.loop.Engine.run",
+        "ddkit.run.run.distill",
         "ddkit.engine.loop.Engine.start",
         "subprocess.Popen",
     ):

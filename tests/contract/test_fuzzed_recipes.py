@@ -162,7 +162,7 @@ def _no_training() -> Any:
     for name in (
         "ddkit.nn.automatic_teacher.fit",
         "ddkit.nn.automatic_teacher.train_teacher",
-        "ddkit.engine.loop.Engine.run",
+        "ddkit.run.run.distill",
         "subprocess.Popen",
     ):
         patch.setattr(name, lambda *arguments, **named: pytest.fail("something was run"))

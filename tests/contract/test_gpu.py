@@ -12,7 +12,8 @@ from torch import Tensor
 
 import ddkit
 from ddkit.engine.bank import Bank
-from ddkit.engine.loop import Engine, _Guard
+from ddkit.engine.guards import Finiteness
+from ddkit.engine.loop import Engine
 from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.embedder import Embedder
@@ -72,14 +73,14 @@ COMPILED = {
 @pytest.mark.parametrize("name", LOOP_LOSSES)
 def test_the_loop_never_waits_for_the_device(name: str, kind: str) -> None:
     engine = engine_on(CUDA, name, arithmetic=COMPILED[kind])
-    guard = _Guard(engine, 0, lambda index: None)
+    guard = Finiteness(engine, 0, lambda index: None)
     for index in range(4):  # what is made once, compiled or recorded may wait
         engine.evaluate(index)
     with refusing_to_wait():
         for index in range(4, 7):
             found = engine.evaluate(index, measured=True)
             engine.bank.update(found.gradients)
-            guard.note(found)
+            guard.note(index, found)
     guard.check(7)
 
 
@@ -124,7 +125,7 @@ def test_a_set_that_equals_its_real_images_stays_there() -> None:
     engine = engine_on(CUDA, "dm", arithmetic=Arithmetic(compile=True, precision="bfloat16"))
     steps = engine.source
     start: Tensor = steps.normalisation.normalise(steps.real_images)
-    own = Engine(bank(start, steps.real_labels.to(CUDA)), source(arithmetic=steps.arithmetic, block=4, device=CUDA), engine.terms)
+    own = Engine(bank(start, steps.real_labels.to(CUDA)), source(arithmetic=steps.arithmetic, block=4, device=CUDA), engine.losses)
     for index in range(3):
         values, gradients, _ = own.evaluate(index)
         own.bank.update(gradients)

@@ -22,7 +22,8 @@ from ddkit.components import registry
 from ddkit.data.images import Normalisation
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
-from ddkit.engine.loop import Engine, _Guard
+from ddkit.engine.guards import Finiteness
+from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
 from ddkit.nn.compiling import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16
 from ddkit.nn.device import products, tune_process
@@ -172,7 +173,7 @@ def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedder
         steps._embedder, found = embedder, []
         for index in range(4):
             steps.advance(index, lambda: (x, labels))
-            found.append(embedder(x).detach())
+            found.append(steps.embedder(index)(x).detach())
         assert not any(parameter.requires_grad for parameter in embedder.module.parameters())
         redraw(embedder.module, model(), INFO, 0, "network")
         features.append(found)
@@ -438,12 +439,12 @@ LOOP_LOSSES = tuple(plugin.name for plugin in registry.plugins() if plugin.kind 
 @pytest.mark.parametrize("name", [*LOOP_LOSSES, ",".join(LOOP_LOSSES)])
 def test_the_loop_asks_the_device_for_nothing(name: str) -> None:
     engine = on_meta(*name.split(","))
-    guard = _Guard(engine, 0, lambda index: None)
+    guard = Finiteness(engine, 0, lambda index: None)
     for index in range(3):
         with guard.around(index):
             found = engine.evaluate(index, measured=index == 1)
             engine.bank.update(found.gradients)
-            guard.note(found)
+            guard.note(index, found)
     with pytest.raises((RuntimeError, NotImplementedError)):
         guard.check(3)  # the negative control: here values are read back, and without data that fails
 
@@ -470,17 +471,19 @@ class BadFrom(ddkit.Loss):
 
 
 @pytest.mark.parametrize(
-    "read", [lambda index: True, lambda index: index % 4 == 0, lambda index: False], ids=["each", "every 4th", "never"]
+    ("read", "kept"),
+    [(lambda index: True, 5), (lambda index: index % 3 == 0, 4), (lambda index: False, 0)],
+    ids=["each", "every 3rd", "never"],
 )
-def test_what_went_wrong_between_two_looks_is_found_and_the_last_good_state_kept(read: Callable[[int], bool]) -> None:
+def test_what_went_wrong_between_two_looks_is_found_and_the_state_of_the_last_look_kept(read: Callable[[int], bool], kept: int) -> None:
     good = Engine(started_at_real(source(), lr=0.1), source(), [WeightedLoss("bad", BadFrom(), 1.0)])
-    for index in range(5):
+    for index in range(kept):
         good.bank.update(good.evaluate(index).gradients)
     engine = Engine(started_at_real(source(), lr=0.1), source(), [WeightedLoss("bad", BadFrom(), 1.0)])
     saved: list[int] = []
     with pytest.raises(ddkit.RunFailed, match="'bad' became nan at step 5"):
-        engine.run(0, 9, observe=lambda index, record: None, save=saved.append, is_read=read)
-    assert saved == [5]
+        distill(engine, 0, 9, Hooks(save=saved.append, is_read=read))
+    assert saved == [kept]
     right = good.bank.state()
     assert all(torch.equal(value, right[key]) for key, value in engine.bank.state().items())
 
@@ -491,7 +494,7 @@ def test_looking_seldom_changes_no_bit() -> None:
         engine = Engine(
             bank(torch.randn((6, *INFO.shape), generator=draw()), torch.arange(3).repeat_interleave(2), 0.1), source(), terms("dm")
         )
-        engine.run(0, 4, observe=lambda index, record: None, save=lambda index: None, is_read=read)
+        distill(engine, 0, 4, Hooks(is_read=read))
         states.append(engine.bank.state())
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 

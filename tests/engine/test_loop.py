@@ -25,9 +25,9 @@ import ddkit
 from ddkit.components import registry
 from ddkit.components.observers import Observers
 from ddkit.engine.bank import Bank
-from ddkit.engine.loop import Engine
+from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
-from ddkit.engine.step import SharedStep, Step
+from ddkit.engine.step import Step
 from ddkit.errors import DdkitError
 from ddkit.files import read_tensors
 from ddkit.nn.embedder import Embedder
@@ -259,7 +259,7 @@ def with_terms(engine: Engine, *terms: tuple[str, ddkit.Loss, float], chunk: int
 
 
 def advance(engine: Engine, start: int, stop: int) -> None:
-    engine.run(start, stop, observe=lambda index, record: None, save=lambda index: None)
+    distill(engine, start, stop)
 
 
 def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
@@ -285,7 +285,7 @@ def test_the_gradient_is_that_of_the_weighted_sum_and_the_update_follows_it(reci
 def test_every_term_is_recorded_raw_and_weighted_in_order_of_label(recipe: Maker) -> None:
     _, _, engine = made(recipe({"z": {"use": "linear", "weight": 2.0}, "a": {"use": "square", "weight": 0.25}}))
     records: list[dict[str, Any]] = []
-    engine.run(0, 2, observe=lambda index, record: records.append(record()), save=lambda index: None)
+    distill(engine, 0, 2, Hooks(observe=lambda index, record: records.append(record())))
     assert [record["step"] for record in records] == [0, 1]
     for record in records:
         assert list(record["losses"]) == ["a", "z"]
@@ -371,7 +371,7 @@ def test_an_undeclared_view_or_parameter_is_an_error_that_names_both(recipe: Mak
 
 def test_the_members_of_a_step_are_those_that_the_tests_know() -> None:
     free = {"images", "labels", "class_slices", "size", "index", "info", "augment", "augmented", "generator", "log"}
-    free |= {"targets", "all_reduce", "all_gather", "local_rows", "parameters"}
+    free |= {"targets", "all_reduce", "all_gather", "local_rows", "parameters", "for_loss"}
     public = {name for name, _ in inspect.getmembers(Step) if not name.startswith("_")}
     assert public == free | {name for name in MEMBERS if "." not in name}
 
@@ -393,7 +393,7 @@ def test_images_cannot_be_written_to_or_replaced(recipe: Maker) -> None:
 
 
 def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    counts = dict.fromkeys(("embed", "logits", "real", "network"), 0)
+    counts = dict.fromkeys(("embed", "logits", "real"), 0)
 
     def counting(name: str, owner: Any, attribute: str) -> None:
         original = getattr(owner, attribute)
@@ -409,10 +409,9 @@ def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: py
     _, _, engine = made(recipe({"again": {"use": "curious"}} | {name: {} for name in names}, views=views))
     counting("embed", Embedder, "__call__")
     counting("logits", ddkit.nn.Teacher, "logits")
-    counting("real", engine.source, "real_rows")
-    counting("network", engine.source, "embedder")
+    counting("real", engine.source, "real_of")
     engine.evaluate(0)
-    assert counts == {"embed": 2, "logits": 4, "real": 1, "network": 1}, "real and synthetic; one pass a view"
+    assert counts == {"embed": 2, "logits": 4, "real": 1}, "real and synthetic; one pass a view"
 
 
 def test_one_augmentation_a_class_is_shared_by_its_real_and_synthetic_images(recipe: Maker) -> None:
@@ -503,7 +502,6 @@ def test_two_parts_of_the_set_find_the_norms_of_the_whole() -> None:
 # Chunks of classes
 
 SEPARABLE = ("dm", "dkkt-primal", "dkkt-stationarity", "feature-regression", "gm", "total-variation", "image-norm")
-PASSES = {"feature-regression": 2}  # mixed images are built from those of other chunks, their features from these
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3])
@@ -522,8 +520,6 @@ def test_a_separable_loss_in_chunks_has_the_value_and_gradient_of_the_whole(reci
     scale = float(whole[1]["images"].abs().max())
     assert scale > 0
     torch.testing.assert_close(parts[1]["images"], whole[1]["images"], rtol=1e-4, atol=1e-5 * scale)
-    assert engine._passes == PASSES.get(name, 1)
-    assert torch.equal(engine.evaluate(3)[1]["images"], parts[1]["images"]), "whether the number of passes is known or found"
 
 
 def totalling(given: Callable[[ddkit.Step], Tensor]) -> ddkit.Loss:
@@ -533,49 +529,17 @@ def totalling(given: Callable[[ddkit.Step], Tensor]) -> ddkit.Loss:
     return loss
 
 
-def test_a_total_may_build_on_a_few_earlier_ones(recipe: Maker) -> None:
-    def third(step: ddkit.Step) -> Tensor:
-        mean = step.all_reduce(step.images.detach().sum()) / step.size
-        spread = step.all_reduce((step.images.detach() - mean).square().sum()) / step.size
-        return (step.images.detach() / spread).abs().sum() + 0 * step.images.sum()
-
-    engine = made(recipe(["square"]))[2]
-    whole, parts = (with_terms(engine, ("mine", totalling(third), 1.0), chunk=chunk) for chunk in (0, 1))
-    torch.testing.assert_close(parts.evaluate(0)[0]["mine"], whole.evaluate(0)[0]["mine"])
-    assert parts._passes == 3
-
-
-def partly(step: ddkit.Step) -> Tensor:
-    """Means of class 0 alone: without the others' totals they are 0 / 0 elsewhere."""
-    picked = (step.labels == 0).float()
-    count = step.all_reduce(picked.sum())
-    count *= 1.0  # in place
-    mean = step.all_reduce((step.images.detach().mean((1, 2, 3)) * picked).sum() / count)
-    return (step.images.detach() - mean).square().sum() * step.all_reduce(torch.tensor(len(step.labels))) + 0 * step.images.sum()
-
-
-def from_step_three_on(step: ddkit.Step) -> Tensor:
+def dependent(step: ddkit.Step) -> Tensor:
+    """From step 3 on a sum that depends on another one, which two passes do not suffice for."""
     mean = step.all_reduce(step.images.detach().sum()) * (step.index >= 3)
     return (step.images.detach() - mean).abs().sum() + 0 * step.images.sum()
-
-
-@pytest.mark.parametrize("given", [partly, from_step_three_on])
-def test_totals_are_right_whatever_they_are_without_the_others_and_whenever_they_depend(
-    recipe: Maker, given: Callable[[ddkit.Step], Tensor]
-) -> None:
-    engine = made(recipe(["square"]))[2]
-    whole, parts = (with_terms(engine, ("mine", totalling(given), 1.0), chunk=chunk) for chunk in (0, 1))
-    for index in (0, 3):
-        torch.testing.assert_close(parts.evaluate(index)[0]["mine"], whole.evaluate(index)[0]["mine"])
-    resumed = with_terms(engine, ("mine", totalling(given), 1.0), chunk=1)
-    assert torch.equal(resumed.evaluate(3)[1]["images"], parts.evaluate(3)[1]["images"])
 
 
 def test_the_chunks_of_a_pass_do_not_wait_for_the_garbage_collector(recipe: Maker) -> None:
     kept: list[weakref.ref[Any]] = []
 
     def given(step: ddkit.Step) -> Tensor:
-        kept.append(weakref.ref(step._shared))
+        kept.append(weakref.ref(step))
         return step.images.mean() + step.real.augmented.mean()
 
     loss = totalling(given)
@@ -600,15 +564,16 @@ def test_totals_that_are_not_finite_are_told_as_such(recipe: Maker) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (lambda step: step.images.sum() * torch.rand(()), "did not settle in 6 passes"),
+        (dependent, "'mine' cannot be evaluated in chunks .*its sums depend on one another.*engine.chunk=0"),
         (lambda step: step.images[: len(step.labels)], "shapes differ between parts of the set"),
     ],
-    ids=["random", "rows"],
+    ids=["dependent", "rows"],
 )
 def test_what_cannot_be_totalled_in_chunks_is_told(recipe: Maker, given: Callable[[ddkit.Step], Tensor], said: str) -> None:
     engine = with_terms(made(recipe(["square"]))[2], ("mine", totalling(given), 1.0), chunk=2)
     with pytest.raises(ddkit.RunFailed, match=said):
-        engine.evaluate(0)
+        advance(engine, 3, 4)
+    advance(with_terms(engine, ("mine", totalling(given), 1.0)), 3, 4)  # at once it can
 
 
 def test_a_separable_mean_that_is_not_one_is_caught_by_that_comparison(recipe: Maker) -> None:
@@ -625,7 +590,7 @@ def test_a_loss_that_is_not_separable_always_sees_the_whole_set(recipe: Maker) -
     table["engine"] |= {"chunk": 2}
     engine = made(table)[2]
     engine.evaluate(0)
-    seen = {term.label: term.loss.seen for term in engine.terms if isinstance(term.loss, Rows)}
+    seen = {term.label: term.loss.seen for term in engine.losses if isinstance(term.loss, Rows)}
     assert seen == {"rows": [(10, 10)], "separable-rows": [(4, 10), (4, 10), (2, 10)]}
 
 
@@ -668,9 +633,8 @@ def test_an_update_that_overflows_is_refused_and_the_bank_restored(recipe: Maker
     advance(engine, 0, 2)
     before = bank.state()
     saved: list[int] = []
-    assert bank.finite()
     with pytest.raises(ddkit.RunFailed, match=r"update of step 2 .*steep"):
-        engine.run(2, 5, observe=lambda index, record: None, save=saved.append)
+        distill(engine, 2, 5, Hooks(save=saved.append))
     assert saved == [2]
     assert same(before, bank.state())
 
@@ -816,7 +780,7 @@ def stationary(recipe: Maker, constraint: str) -> tuple[Bank, Engine, Engine]:
     """Returns a bank, an engine of stationarity with least-squares multipliers, and one of primal feasibility."""
     options = {"init": "least-squares", "distance": "l2", "constraint": constraint}
     job, bank, engine = made(recipe({"dkkt-stationarity": options, "dkkt-primal": {}}, optimizer={"images": {"lr": 0.3}}))
-    apart = {term.label: Engine(bank, engine.source, [term]) for term in job.terms}
+    apart = {term.label: Engine(bank, engine.source, [term]) for term in job.losses}
     return bank, apart["dkkt-stationarity"], apart["dkkt-primal"]
 
 
@@ -875,7 +839,7 @@ def test_every_draw_of_a_step_depends_on_the_seed(recipe: Maker) -> None:
     table = recipe(["dm", "gm", "dkkt-primal", "draws"], views={"default": {"noise": 0.1}})
     table["data"]["batch"] = 4
     (_, bank, first), (_, _, second) = made(table), made(table | {"seed": 1})
-    found = [Engine(bank, engine.source, engine.terms).evaluate(0)[0] for engine in (first, second)]
+    found = [Engine(bank, engine.source, engine.losses).evaluate(0)[0] for engine in (first, second)]
     assert all(not torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
@@ -960,7 +924,7 @@ def test_a_state_is_a_copy(recipe: Maker) -> None:
 
 def test_rows_of_a_chunk_are_those_of_its_classes(recipe: Maker) -> None:
     engine = made(recipe(["dm"]))[2]
-    shared = SharedStep(engine.source, engine.bank, 0, range(1, 3))
+    shared = Step(engine.source, engine.bank, 0, range(1, 3))
     assert shared.labels.tolist() == [1, 1, 2, 2]
     assert torch.equal(shared.images, engine.bank.images[2:6])
     assert sorted(set(shared.real.labels.tolist())) == [1, 2]

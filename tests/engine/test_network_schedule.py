@@ -15,7 +15,7 @@ import ddkit
 from ddkit import api
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import NORM_IMAGES
-from ddkit.engine.loop import Engine
+from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import Step
 from ddkit.files import read_tensors, write_tensors
@@ -67,19 +67,6 @@ class Watch(ddkit.Loss):
         return step.images.sum() * 0
 
 
-class Flaky(ddkit.Loss):
-    """Is infinite the first time that step `at` is taken, as on a device that fails once."""
-
-    def __init__(self, at: int) -> None:
-        self.at, self.failed = at, 0
-
-    def __call__(self, step: Step) -> Tensor:
-        if step.index != self.at or self.failed:
-            return step.images.sum() * 0
-        self.failed += 1
-        return step.images.square().sum() / torch.zeros(())
-
-
 def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
     job = RunSetup(parse_recipe(table), device="cpu")
     bank = job.bank()
@@ -87,14 +74,14 @@ def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
 
 
 def advance(engine: Engine, start: int, stop: int, **keys: Any) -> None:
-    engine.run(start, stop, observe=lambda index, record: None, **({"save": lambda index: None} | keys))
+    distill(engine, start, stop, Hooks(**keys))
 
 
 def watched(table: Mapping[str, Any]) -> tuple[RunSetup, list[tuple[dict[str, Tensor], Tensor, Tensor]]]:
     """Returns the job of a recipe and, for each step of its run, the network's tensors, the set's features, and the set."""
     job, bank, engine = made(table)
     watch = Watch()
-    advance(Engine(bank, engine.source, [*engine.terms, WeightedLoss("watch", watch, 1.0)]), 0, STEPS)
+    advance(Engine(bank, engine.source, [*engine.losses, WeightedLoss("watch", watch, 1.0)]), 0, STEPS)
     return job, watch.__dict__["seen"]
 
 
@@ -229,25 +216,6 @@ def test_a_checkpoint_inside_a_draw_needs_the_network_and_one_at_its_border_does
         api.resume(tmp_path / "2", steps=STEPS, device="cpu")
     assert caught.value.exit_code == 5
     api.resume(tmp_path / str(SHARED), steps=STEPS, device="cpu")
-
-
-@pytest.mark.parametrize("at", [2, 3, 4])
-@pytest.mark.parametrize("good", [1, 2, 3])
-def test_steps_taken_again_after_a_failure_give_the_run_without_it(recipe: Maker, at: int, good: int) -> None:
-    """`good`: the last step before which all is known to be finite, inside a draw or at its border."""
-    states = []
-    for fails in (-1, at):
-        _, bank, engine = made(recipe("gm"))
-        flaky = Flaky(fails)
-        advance(
-            Engine(bank, engine.source, [*engine.terms, WeightedLoss("flaky", flaky, 1.0)]),
-            0,
-            STEPS,
-            is_read=lambda index: index == good - 1,
-        )
-        assert flaky.failed == (fails == at)
-        states.append(engine.state(STEPS - 1) | {"images": bank.images.detach().clone()})
-    assert same(*states)
 
 
 def test_a_rate_that_makes_the_network_overflow_is_told_and_the_state_before_kept(recipe: Maker) -> None:

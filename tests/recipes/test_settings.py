@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddkit
-from ddkit.engine.loop import deterministic
+from ddkit.engine.guards import deterministic
 from ddkit.recipes.resolve import resolve
 from ddkit.run.setup import RunSetup
 from tests.conftest import SMALL_FLAGS, Result
