@@ -6,7 +6,6 @@ import copy
 import datetime
 import tomllib
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -223,47 +222,3 @@ NAMES = st.sampled_from([
 @given(losses=st.lists(st.one_of(SIGNS, NAMES), max_size=4).map(",".join))
 def test_any_losses_give_a_recipe_or_one_error(losses: str) -> None:
     _told(lambda: resolve(None, losses=losses))
-
-
-# Files
-
-FILES = {
-    "deep-key": ("data." + ".".join("a" * 3000) + " = 1", "nested more than 32 levels deep"),
-    "deep-table": ("[data." + ".".join("a" * 3000) + "]", "nested more than 32 levels deep"),
-    "deep-array": ("steps = " + "[" * 3000, "cannot be read as TOML"),
-    "long-number": ("ipc = " + "9" * 5000, "cannot be read as TOML"),
-    "long-hexadecimal": ("ipc = 0x" + "f" * 5000, "ipc is a number of more than 64 bits; it must be smaller."),
-    "yaml-tag": ("summary: !!python/object/apply:os.system [echo]", "cannot be read as TOML: Expected '=' after a key"),
-    "yaml-tag-as-value": ("summary = !!python/object:os.system", "cannot be read as TOML: Invalid value (at line 1, column 11)."),
-    "byte-order-mark": ("\ufeffipc = 1", "cannot be read as TOML: Invalid statement (at line 1, column 1)."),
-    "code-as-model": ('[network]\nmodel = "python:os.system"\n[losses.dm]', "runs Python code of that name, and a file asks for it"),
-    "code-as-loss": ('[losses.x]\nuse = "python:os.system"', "There is no loss 'python'"),
-    "code-as-data": ('data = "python:os.system"\n[losses.dm]', "The dataset 'python' takes no argument after a colon"),
-    "code-as-initializer": ('initializer = "python:os.system"', "There is no initializer 'python'"),
-    "a-plugin-file": ('plugin = "mine.py"', "the recipe has no key 'plugin'"),
-}
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_no_recipe_is_refused_and_runs_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.system", lambda command: pytest.fail("code from a recipe ran"))
-    file = tmp_path / f"{name}.toml"
-    text, said = FILES[name]
-    file.write_text(text)
-    told = _told(lambda: api.plan(str(file), device="cpu"))
-    assert told is not None
-    assert said in told
-
-
-@pytest.mark.parametrize(
-    ("text", "value"), [("steps=3", 3), ("steps=three", "three"), ("name=1\nb = 2", "1\nb = 2"), ("losses.dm.weight=1e-3", 0.001)]
-)
-def test_what_set_reads_is_toml_else_text(text: str, value: Any) -> None:
-    assert parse_set(text)[1] == value
-
-
-def test_more_images_than_the_machine_can_hold_are_refused() -> None:
-    raw = BASE | {"ipc": 10**13, "initializer": {"use": "noise"}}
-    told = _told(lambda: api.plan(raw, device="cpu"))
-    assert told is not None
-    assert told.startswith("ipc = 10000000000000 makes 23,841,858 GiB of images, and this machine has ")

@@ -106,7 +106,7 @@ def test_what_is_wrong_is_refused_by_the_schema_and_by_ddkit(path: str, value: A
     if path == "network/model":
         return  # that one needs the component, which a run builds
     with pytest.raises(ddkit.DdkitError):
-        _use(_alone(table))
+        resolve(_alone(table))
 
 
 def _alone(table: dict[str, Any]) -> dict[str, Any]:
@@ -114,22 +114,8 @@ def _alone(table: dict[str, Any]) -> dict[str, Any]:
     return table | {"losses": {label: loss for label, loss in table["losses"].items() if label != "theirs"}, "network": {}}
 
 
-def _use(table: dict[str, Any]) -> None:
-    """Reads a recipe as a run does, with the options of every component that it names."""
-    built = resolve(table, ipc=table["ipc"])
-    registry.options_of("dataset", built.data.use, built.data.options, "data")
-    registry.options_of("model", built.teacher.model, built.teacher.options, "teacher")
-    for label, loss in built.losses.items():
-        registry.options_of("loss", built.loss_name(label), loss.options, f"losses.{label}")
-    for label, view in built.views.items():
-        made = registry.create("augmenter", view.augmenter, view.options, where=f"views.{label}")
-        made.sample(ddkit.generator(0, "schema"), 1)
-    for label, evaluator in built.evaluators.items():
-        registry.options_of("evaluator", evaluator.use or label, evaluator.options, f"evaluators.{label}")
-
-
 def test_that_reading_takes_the_recipe_that_nothing_is_wrong_with() -> None:
-    _use(_alone(WHOLE))
+    resolve(_alone(WHOLE))
 
 
 def test_every_table_and_component_of_ddkit_is_in_it() -> None:
