@@ -139,7 +139,8 @@ def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[...
     ("fish", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "practical-"}, "plain,practical-plus\tThis project's own"),
 ])  # fmt: skip
 def test_every_shell_gets_names_and_its_script(shell: str, asked: dict[str, str], begins: str, tmp_path: Path) -> None:
-    code = "import atexit, sys; sys.argv = ['ddkit']; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\nimport ddkit.cli"
+    tells = "import atexit, sys; sys.argv = ['ddkit']; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"
+    code = f"{tells}; import ddkit.cli"
     command = [sys.executable, "-c", f"{code}; ddkit.cli.main()"]
     for variables, wanted in (({**asked, "_DDKIT_COMPLETE": f"{shell}_complete"}, begins), ({"_DDKIT_COMPLETE": f"{shell}_source"}, "")):
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **variables}, cwd=tmp_path)
