@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 
 import pytest
 import torch
+from PIL import Image
 
-from ddkit.data.pictures import high_frequency_share, power, radial_spectrum
+from ddkit.data.pictures import _fonts, _written, high_frequency_share, power, radial_spectrum, sheet_png
 from ddkit.errors import InputError
 
 
@@ -49,3 +51,37 @@ def test_white_noise_has_the_share_of_the_plane_beyond_the_bound() -> None:
 def test_one_pixel_has_no_spectrum() -> None:
     with pytest.raises(InputError, match="more than one pixel"):
         radial_spectrum(torch.ones(1, 1, 1, 1))
+
+
+def test_sheet_has_a_row_per_class_and_takes_any_name() -> None:
+    labels = torch.tensor([0, 0, 1])
+    png = sheet_png(torch.rand(3, 1, 8, 8), labels, ["猫 Katze", "b"])
+    sheet = Image.open(io.BytesIO(png))
+    assert sheet.height == 2 * (64 + 4)
+    assert sheet.width > 2 * (64 + 4)
+
+
+def test_names_are_drawn_in_a_font_that_has_their_letters_or_told_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _written("cat 1", 3) == ("cat 1", _fonts()[0])
+    monkeypatch.setattr("ddkit.data.pictures._fonts", lambda: (_fonts()[0],))
+    assert _written("два слова", 3) == ("class 3", _fonts()[0])
+
+
+@pytest.mark.skipif(len(_fonts()) < 2, reason="no font of the system")
+def test_a_font_of_the_system_has_what_pillows_own_lacks() -> None:
+    name, font = _written("Größe, два слова", 3)
+    assert name == "Größe, два слова"
+    assert font is not _fonts()[0]
+
+
+def test_many_classes_stand_side_by_side_and_of_very_many_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(classes: int) -> tuple[int, int]:
+        names = [f"number {label}" for label in range(classes)]
+        return Image.open(io.BytesIO(sheet_png(torch.rand(classes, 1, 8, 8), torch.arange(classes), names))).size
+
+    assert size(100)[1] == 100 * 68
+    width, height = size(1000)
+    assert width * height < 1000 * 36 * 200
+    assert 0.5 < width / height < 2
+    monkeypatch.setattr("ddkit.data.pictures.MOST_PIXELS", 100 * 100 * 36)
+    assert size(1000)[0] * size(1000)[1] < 150 * 100 * 36

@@ -54,22 +54,14 @@ def network(seed: int = 0, **options: Any) -> nn.Module:
     return ddkit.nn.build_network(ddkit.create("model", "convnet", {"width": 8} | options, data=INFO), INFO, seed, "test")
 
 
-def augmenter(name: str = "dsa") -> ddkit.Augmenter:
-    made: ddkit.Augmenter = ddkit.create("augmenter", name, data=INFO)
+def augmenter() -> ddkit.Augmenter:
+    made: ddkit.Augmenter = ddkit.create("augmenter", "dsa", data=INFO)
     return made
 
 
-def trained(seed: int = 0, *, schedule: Schedule | None = None, with_augmenter: str = "dsa") -> dict[str, Tensor]:
+def trained(seed: int = 0) -> dict[str, Tensor]:
     module = network()
-    images, labels = sample()
-    fit(
-        module,
-        images,
-        labels,
-        schedule or Schedule(epochs=3, batch=5),
-        augmenter=augmenter(with_augmenter),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    fit(module, *sample(), Schedule(epochs=3, batch=5), augmenter=augmenter(), generator=torch.Generator().manual_seed(seed))
     return module.state_dict()
 
 
@@ -104,10 +96,22 @@ def test_an_epoch_visits_each_image_once_in_random_order() -> None:
     assert epochs[0] != epochs[1]
 
 
-def rates(schedule: Schedule, monkeypatch: pytest.MonkeyPatch, rows: int = 8) -> list[float]:
-    """Returns the learning rate of each update."""
-    kind = torch.optim.Adam if schedule.optimizer == "adam" else torch.optim.SGD
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"schedule": "step", "epochs": 1}, [0.1] * 2),
+        ({"schedule": "step", "epochs": 4}, [0.1] * 4 + [0.01] * 4),
+        ({"schedule": "step", "epochs": 5}, [0.1] * 6 + [0.01] * 4),
+        ({"schedule": "constant", "epochs": 3, "optimizer": "adam"}, [0.1] * 6),
+        ({"schedule": "one-cycle", "epochs": 10}, [0.025, 0.05, 0.075, 0.1, *(0.1 * left / 16 for left in range(16, 0, -1))]),
+    ],
+)
+def test_rate_of_each_update_is_that_of_the_schedule(
+    schedule: dict[str, Any], expected: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """step: a tenth after half of the epochs; one-cycle: warms up over a fifth, and ends near 0."""
     found: list[float] = []
+    kind = torch.optim.Adam if "optimizer" in schedule else torch.optim.SGD
     original = kind.step
 
     def step(self: Any, *arguments: Any) -> Any:
@@ -115,26 +119,8 @@ def rates(schedule: Schedule, monkeypatch: pytest.MonkeyPatch, rows: int = 8) ->
         return original(self, *arguments)
 
     monkeypatch.setattr(kind, "step", step)
-    module, (images, labels) = network(), sample(rows)
-    fit(module, images, labels, schedule, augmenter=None, generator=torch.Generator())
-    return found
-
-
-@pytest.mark.parametrize(("epochs", "high", "low"), [(1, 2, 0), (2, 2, 2), (4, 4, 4), (5, 6, 4)])
-def test_step_schedule_drops_to_a_tenth_after_half_of_the_epochs(epochs: int, high: int, low: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rates(Schedule(epochs=epochs, batch=4, lr=0.02, schedule="step"), monkeypatch)
-    assert found == pytest.approx([0.02] * high + [0.002] * low)
-
-
-def test_constant_schedule_is_constant(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rates(Schedule(epochs=3, batch=4, lr=0.02, schedule="constant", optimizer="adam"), monkeypatch) == [0.02] * 6
-
-
-def test_one_cycle_warms_up_over_a_fifth_and_ends_near_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = rates(Schedule(epochs=10, batch=4, lr=0.1, schedule="one-cycle"), monkeypatch)
-    assert len(found) == 20
-    assert found[:4] == pytest.approx([0.025, 0.05, 0.075, 0.1])
-    assert found[4:] == pytest.approx([0.1 * left / 16 for left in range(16, 0, -1)])
+    fit(network(), *sample(8), Schedule(batch=4, lr=0.1, **schedule), augmenter=None, generator=torch.Generator())
+    assert found == pytest.approx(expected)
 
 
 def test_sgd_has_the_published_momentum_and_the_asked_for_decay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,19 +136,14 @@ def test_sgd_has_the_published_momentum_and_the_asked_for_decay(monkeypatch: pyt
     assert made == [{"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "fused": True}]
 
 
-def test_training_learns_and_ends_in_evaluation_mode() -> None:
-    module, (images, labels) = network(), sample(60)
+def test_training_learns_reports_every_epoch_and_ends_in_evaluation_mode() -> None:
+    module, (images, labels), seen = network(), sample(60), list[tuple[int, int]]()
     before = accuracy(module, images, labels)
-    fit(module, images, labels, Schedule(epochs=20, batch=16, lr=0.05), augmenter=None, generator=torch.Generator())
+    schedule = Schedule(epochs=20, batch=16, lr=0.05)
+    fit(module, images, labels, schedule, augmenter=None, generator=torch.Generator(), report=lambda *at: seen.append(at))
     assert accuracy(module, images, labels) > max(0.9, before)
     assert not module.training
-
-
-def test_training_reports_every_epoch() -> None:
-    seen: list[tuple[int, int]] = []
-    images, labels = sample()
-    fit(network(), images, labels, Schedule(epochs=3), augmenter=None, generator=torch.Generator(), report=lambda *at: seen.append(at))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [(epoch, 20) for epoch in range(1, 21)]
 
 
 # accuracy
@@ -204,14 +185,10 @@ def test_protocol_has_the_published_numbers(name: str, epochs: int, augmentation
     assert (schedule, augmenter_name, networks) == (published, augmentation, repeats)
 
 
-def test_practical_sam_has_the_published_numbers_and_what_is_ours_as_dm_has_it() -> None:
+def test_practical_sam_has_the_published_numbers_and_there_are_no_other_protocols() -> None:
     schedule, augmenter_name, networks = PROTOCOLS["practical-sam"]
-    published = {"epochs": 5000, "lr": 0.1, "rho": 0.001}
-    assert schedule == msgspec.structs.replace(PROTOCOLS["dm-official"].schedule, **published)
+    assert schedule == msgspec.structs.replace(PROTOCOLS["dm-official"].schedule, epochs=5000, lr=0.1, rho=0.001)
     assert (augmenter_name, networks) == ("dsa", 5)
-
-
-def test_there_are_no_other_protocols_and_short_says_that_it_is() -> None:
     assert set(PROTOCOLS) == {"dm-official", "dc-official", "practical-sam", "short"}
     assert "cut from 1,000 to 300 epochs" in (ddkit_evaluators.Accuracy.__doc__ or "")
 
@@ -251,10 +228,11 @@ def test_mean_and_sample_deviation_are_over_the_repeats() -> None:
     assert (row.evaluator, row.model, row.protocol, row.labels) == ("accuracy", "mlp", "short", "hard")
 
 
-def test_one_repeat_has_no_deviation() -> None:
+def test_one_repeat_has_no_deviation_and_random_real_can_be_left_out() -> None:
     (row,) = evaluated(repeats=1)
-    assert row.accuracy_std is None
-    assert row.random_real_std is None
+    assert (row.accuracy_std, row.random_real_std) == (None, None)
+    for (without,) in (evaluated(random_real=False), evaluated(evaluation_data(real_rows=0))):
+        assert (without.random_real_mean, without.random_real_std) == (None, None)
 
 
 def test_evaluation_is_repeatable_and_follows_the_seed() -> None:
@@ -267,7 +245,7 @@ class Recorder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[dict[str, Any]] = []
-        monkeypatch.setattr(ddkit, "fit", self, raising=False)
+        monkeypatch.setattr(ddkit.nn, "fit", self, raising=False)
 
     def __call__(self, module: nn.Module, images: Tensor, labels: Tensor, schedule: Schedule, **options: Any) -> None:
         state = {name: value.clone() for name, value in module.state_dict().items()}
@@ -305,9 +283,10 @@ def test_fewer_random_real_images_than_the_set_has_are_counted_and_said(
     assert (f"% ({words})" in group["rows"][0][4].replace("\u00a0", " ")) == bool(words)
 
 
-def test_synthetic_and_random_real_networks_start_alike_and_repeats_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_set_is_trained_on_as_recorded_by_networks_that_start_as_those_of_random_real(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Recorder(monkeypatch)
     evaluated()
+    assert torch.equal(recorder.calls[0]["images"], (artifact().images - 0.5) / 0.25)
     states = [call["state"] for call in recorder.calls]
     assert all(same(states[repeat], states[3 + repeat]) for repeat in range(3))
     assert not same(states[0], states[1])
@@ -319,9 +298,9 @@ def test_small_steps_are_computed_in_one_thread_and_others_in_all(
 ) -> None:
     seen = set()
     monkeypatch.setattr(ddkit_evaluators, "SMALL_STEP", small)
-    monkeypatch.setattr(ddkit, "fit", lambda *_, **__: seen.add(torch.get_num_threads()), raising=False)
-    monkeypatch.setattr(ddkit, "accuracy", lambda *_, **__: float(torch.get_num_threads() == 3), raising=False)
-    monkeypatch.setattr(ddkit, "compiled", lambda module, **_: module, raising=False)
+    monkeypatch.setattr(ddkit.nn, "fit", lambda *_, **__: seen.add(torch.get_num_threads()), raising=False)
+    monkeypatch.setattr(ddkit.nn, "accuracy", lambda *_, **__: float(torch.get_num_threads() == 3), raising=False)
+    monkeypatch.setattr(ddkit.nn, "compiled", lambda module, **_: module, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
@@ -331,25 +310,17 @@ def test_small_steps_are_computed_in_one_thread_and_others_in_all(
         torch.set_num_threads(before)
 
 
-def test_synthetic_set_is_trained_on_whole_and_normalised_as_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    evaluated()
-    assert torch.equal(recorder.calls[0]["images"], (artifact().images - 0.5) / 0.25)
-
-
 @pytest.mark.parametrize(("protocol", "kind"), [("dm-official", "SiameseAugmentation"), ("dc-official", "Identity")])
-def test_protocol_decides_epochs_repeats_and_augmentation(protocol: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_protocol_decides_epochs_repeats_and_augmentation_and_options_replace_them(
+    protocol: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recorder = Recorder(monkeypatch)
     (row,) = evaluated(protocol=protocol, epochs=None, repeats=None)
-    assert len(recorder.calls) == 40
-    assert row.repeats == 20
+    assert (len(recorder.calls), row.repeats) == (40, 20)
     assert {call["schedule"] for call in recorder.calls} == {PROTOCOLS[protocol].schedule}
     assert {type(call["augmenter"]).__name__ for call in recorder.calls} == {kind}
-
-
-def test_options_replace_repeats_and_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    (row,) = evaluated(repeats=2, epochs=7)
+    recorder.calls.clear()
+    (row,) = evaluated(protocol=protocol, repeats=2, epochs=7)
     assert [call["schedule"].epochs for call in recorder.calls] == [7] * 4
     assert row.details["epochs"] == 7
 
@@ -368,18 +339,11 @@ def test_last_epoch_is_reported_not_the_best(monkeypatch: pytest.MonkeyPatch) ->
         calls.append(1)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(ddkit, "fit", spoil, raising=False)
-    monkeypatch.setattr(ddkit, "accuracy", counted, raising=False)
+    monkeypatch.setattr(ddkit.nn, "fit", spoil, raising=False)
+    monkeypatch.setattr(ddkit.nn, "accuracy", counted, raising=False)
     (row,) = evaluated()
     assert row.accuracy_mean == pytest.approx(1 / 3)
     assert len(calls) == 6  # the test set is looked at once per network, after its training
-
-
-def test_random_real_can_be_left_out_and_is_without_real_images() -> None:
-    (row,) = evaluated(random_real=False)
-    assert (row.random_real_mean, row.random_real_std) == (None, None)
-    (row,) = evaluated(evaluation_data(real_rows=0))
-    assert row.random_real_mean is None
 
 
 def test_several_models_give_a_row_each_and_do_not_influence_each_other() -> None:
@@ -479,20 +443,14 @@ def test_recorded_statistics_and_accuracy_are_those_of_the_data(tmp_path: Path, 
     test = torch.stack(list(dataset.images("test", range(9))))
     logits = teacher.logits(Normalisation(teacher.mean, teacher.std).normalise(test))
     assert teacher.info["test_accuracy"] == float((logits.argmax(1) == dataset.labels("test")).double().mean())
+    without = write_image_folder(tmp_path / "without", test=0)
+    assert make_teacher(tmp_path / "w.safetensors", without).info["test_accuracy"] is None
 
 
 def test_training_a_teacher_twice_gives_the_same_bytes(tmp_path: Path, image_folder: Path) -> None:
-    for name in ("a", "b"):
-        make_teacher(tmp_path / name, image_folder)
-    make_teacher(tmp_path / "c", image_folder, seed=1)
-    first, second, other = ((tmp_path / name).read_bytes() for name in "abc")
-    assert first == second
-    assert first != other
-
-
-def test_teacher_without_test_images_has_no_accuracy(tmp_path: Path) -> None:
-    folder = write_image_folder(tmp_path / "images", test=0)
-    assert make_teacher(tmp_path / "t.safetensors", folder).info["test_accuracy"] is None
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        make_teacher(tmp_path / name, image_folder, seed=seed)
+    assert sha256(tmp_path / "a") == sha256(tmp_path / "b") != sha256(tmp_path / "c")
 
 
 @pytest.mark.parametrize("command", [("train", "--out", "new/t.safetensors"), ("distill", "--losses", "dkkt", "--out", "new/run")])
@@ -592,7 +550,7 @@ def test_without_a_home_everything_works_with_one_line(
     assert done.code == 0, done.err
     assert caplog.text.count("You have no home folder") == 1
     assert f"{folder} is used instead" in caplog.text
-    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no/home/.cache/ddkit").exists()  # matplotlib has a folder of its own
     assert {stat.S_IMODE(each.stat().st_mode) for each in (folder, *folder.rglob("*")) if each.is_dir()} == {0o700}
     os.environ.pop("DDKIT_CACHE")  # the next command is a process of its own
     judged = cli("evaluate", "run", "--repeats", 1)
@@ -667,27 +625,38 @@ def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(cli: Cl
 
 
 @pytest.mark.parametrize(
-    ("options", "sets", "message"),
+    ("made", "asked", "message"),
     [
         ({"norm": "batch"}, {}, r"not in the model: features\.1\.num_batches_tracked.*--model.*teacher\.OPTION"),
-        ({}, {"norm": "batch"}, r"missing: features\.1\.num_batches_tracked"),
+        ({}, {"options": {"width": 8, "norm": "batch"}}, r"missing: features\.1\.num_batches_tracked"),
         ({"width": 9}, {}, r"of another shape: classifier\.weight is \(3, 81\), the model's \(3, 72\)"),
+        ({}, {"mean": [0.5]}, "1 values for 3 channels"),
+        ({}, {"std": [0.5] * 2}, "2 values"),
+        ({}, {"std": [0.5, 0.0, 0.5]}, "must be positive"),
+        ({}, {"mean": [127.5] * 3, "std": [51.0] * 3}, "at most 1"),
+        ({}, {"class_names": ("cat", "dog")}, r"it has 3 classes, and 2 are asked for\.$"),
+        ({"nan": True}, {}, "not finite"),
+        ("text", {}, "safetensors"),
+        (None, {}, "does not exist"),
     ],
 )
-def test_state_dict_of_another_architecture_is_an_error_with_the_difference(
-    tmp_path: Path, image_folder: Path, options: dict[str, Any], sets: dict[str, Any], message: str
+def test_bare_state_dict_that_does_not_fit_is_an_error_with_the_difference(
+    tmp_path: Path, image_folder: Path, made: Any, asked: dict[str, Any], message: str
 ) -> None:
-    path = bare_state(tmp_path / "bare.safetensors", **options)
-    table = TeacherTable(use=str(path), options={"width": 8} | sets, mean=[0.5] * 3, std=[0.5] * 3)
+    path, info = tmp_path / "bare.safetensors", folder_info(image_folder)
+    if isinstance(made, dict):
+        spoilt = made.pop("nan", False)
+        bare_state(path, **made)
+        if spoilt:
+            tensors = read_tensors(path)[0]
+            tensors["classifier.bias"][0] = float("nan")
+            save_file(tensors, path)
+    elif made is not None:
+        path.write_text(made)
+    asked = {"options": {"width": 8}, "mean": [0.5] * 3, "std": [0.5] * 3} | asked
+    info = msgspec.structs.replace(info, class_names=asked.pop("class_names", info.class_names))
     with pytest.raises(ddkit.InputError, match=message):
-        load_teacher(table, folder_info(image_folder), CPU)
-
-
-def test_state_dict_of_other_classes_is_no_matter_of_architecture(tmp_path: Path, image_folder: Path) -> None:
-    table = TeacherTable(use=str(bare_state(tmp_path / "bare.safetensors")), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3)
-    info = msgspec.structs.replace(folder_info(image_folder), class_names=("cat", "dog"))
-    with pytest.raises(ddkit.InputError, match=r"it has 3 classes, and 2 are asked for\.$"):
-        load_teacher(table, info, CPU)
+        load_teacher(TeacherTable(use=str(path), **asked), info, CPU)
 
 
 @pytest.mark.parametrize(
@@ -707,42 +676,14 @@ def test_teacher_of_other_data_is_an_error(tmp_path: Path, image_folder: Path, c
         load_teacher(TeacherTable(use=str(path)), info, CPU)
 
 
-@pytest.mark.parametrize(
-    ("mean", "std", "message"),
-    [
-        ([0.5], [0.5] * 3, "1 values for 3 channels"),
-        ([0.5] * 3, [0.5] * 2, "2 values"),
-        ([0.5] * 3, [0.5, 0.0, 0.5], "must be positive"),
-        ([127.5] * 3, [51.0] * 3, "at most 1"),
-    ],
-)
-def test_impossible_statistics_are_an_error(tmp_path: Path, image_folder: Path, mean: list[float], std: list[float], message: str) -> None:
-    path = bare_state(tmp_path / "bare.safetensors")
-    with pytest.raises(ddkit.InputError, match=message):
-        load_teacher(TeacherTable(use=str(path), options={"width": 8}, mean=mean, std=std), folder_info(image_folder), CPU)
-
-
-def test_text_missing_or_non_finite_teacher_is_an_error(tmp_path: Path, image_folder: Path) -> None:
-    info = folder_info(image_folder)
-    (tmp_path / "text").write_text("not a model")
-    for name, message in (("text", "safetensors"), ("absent", "does not exist")):
-        with pytest.raises(ddkit.InputError, match=message):
-            load_teacher(TeacherTable(use=str(tmp_path / name)), info, CPU)
-    path = bare_state(tmp_path / "bare.safetensors")
-    tensors = read_tensors(path)[0]
-    tensors["classifier.bias"][0] = float("nan")
-    save_file(tensors, path)
-    with pytest.raises(ddkit.InputError, match="not finite"):
-        load_teacher(TeacherTable(use=str(path), options={"width": 8}, mean=[0.5] * 3, std=[0.5] * 3), info, CPU)
-
-
 def test_run_is_normalised_as_its_teacher_was(tmp_path: Path, image_folder: Path) -> None:
     teacher = make_teacher(tmp_path / "t.safetensors", image_folder)
-    runs = {}
-    for name, chosen in (("with", str(tmp_path / "t.safetensors")), ("without", None)):
-        runs[name] = ddkit.load(
+    runs = {
+        name: ddkit.load(
             ddkit.distill(losses="dm", dataset=f"imagefolder:{image_folder}", teacher=chosen, pipc=1, sets=SMALL, out=tmp_path / name).path
         )
+        for name, chosen in (("with", str(tmp_path / "t.safetensors")), ("without", None))
+    }
     assert runs["with"].mean == pytest.approx(teacher.mean)
     assert runs["with"].std == pytest.approx(teacher.std)
     assert runs["without"].mean != pytest.approx(teacher.mean)  # else that of the accessible images

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import logging
 import os
 import pickle
 import shutil
@@ -24,7 +22,6 @@ from torch import Tensor
 import ddkit
 from ddkit.components.base import Dataset
 from ddkit.data.images import Kinds, Normalisation, channel_statistics, conform
-from ddkit.data.pictures import _fonts, _written, sheet_png
 from ddkit.data.real import RealData, class_indices, open_dataset
 from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.tables import DataTable
@@ -55,32 +52,18 @@ def rgb(value: int, size: tuple[int, int] = (6, 6)) -> Any:
 # digits
 
 
-def test_digits_are_the_1797_real_ones_in_a_stratified_split() -> None:
-    digits = opened("digits")
-    train, test = digits.labels("train"), digits.labels("test")
-    assert len(train) + len(test) == 1797
-    assert list(digits.class_names) == [str(digit) for digit in range(10)]
-    shares = torch.bincount(test) / (torch.bincount(test) + torch.bincount(train))
-    assert 0.19 < float(shares.min()) <= float(shares.max()) < 0.21
-    assert digits.mirror is False
-
-
-def test_digits_are_single_channel_in_unit_range() -> None:
-    images = torch.stack(list(opened("digits").images("train", range(200))))
-    assert images.shape == (200, 1, 8, 8)
-    assert images.dtype == torch.float32
-    assert (float(images.min()), float(images.max())) == (0.0, 1.0)
-
-
-def test_digits_of_the_two_splits_are_all_of_the_source() -> None:
+def test_digits_are_all_of_the_source_in_a_stratified_split() -> None:
     from sklearn.datasets import load_digits
 
     digits = opened("digits")
-    ours = [
-        (image * 16).round().int().flatten().tolist() for s in ("train", "test") for image in digits.images(s, range(len(digits.labels(s))))
-    ]
-    theirs = load_digits().data.astype(int).tolist()
-    assert sorted(ours) == sorted(theirs)
+    labels = {split: digits.labels(split) for split in ("train", "test")}
+    images = torch.cat([torch.stack(list(digits.images(split, range(len(each))))) for split, each in labels.items()])
+    assert (images.shape, images.dtype) == ((1797, 1, 8, 8), torch.float32)
+    assert sorted((images * 16).round().int().flatten(1).tolist()) == sorted(load_digits().data.astype(int).tolist())
+    shares = torch.bincount(labels["test"]) / torch.bincount(torch.cat(list(labels.values())))
+    assert 0.19 < float(shares.min()) <= float(shares.max()) < 0.21
+    assert list(digits.class_names) == [str(digit) for digit in range(10)]
+    assert digits.mirror is False
 
 
 # npz
@@ -135,16 +118,8 @@ def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path)
 
 
 def test_class_names_of_an_npz_may_be_bytes(tmp_path: Path) -> None:
-    x = np.zeros((6, 4, 4), np.uint8)
-    assert list(
-        opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, class_names=np.array([b"chat", "é".encode(), b"c"]))).class_names
-    ) == [
-        "chat",
-        "é",
-        "c",
-    ]
-    with pytest.raises(ddkit.InputError, match="no UTF-8 text"):
-        opened(write_npz(tmp_path / "a.npz", x_train=x, y_train=Y, class_names=np.array([b"a", b"\xff", b"c"])))
+    use = write_npz(tmp_path / "a.npz", x_train=X, y_train=Y, class_names=np.array([b"chat", "é".encode(), b"c"]))
+    assert list(opened(use).class_names) == ["chat", "é", "c"]
 
 
 X = np.zeros((6, 4, 4), np.uint8)
@@ -170,6 +145,7 @@ NAN = np.full((6, 4, 4), np.nan)
         ({"x_train": X, "y_train": Y, "x_test": X}, "y_test must be integers"),
         ({"x_train": X, "y_train": Y, "class_names": np.array(["a", "b"])}, "2 names for 3 classes"),
         ({"x_train": X, "y_train": Y, "class_names": np.array("abc")}, "1 names for 3 classes"),
+        ({"x_train": X, "y_train": Y, "class_names": np.array([b"a", b"\xff", b"c"])}, "no UTF-8 text"),
         ({"x_train": X, "y_train": np.array([object()] * 6)}, "plain arrays"),
     ],
 )
@@ -178,21 +154,16 @@ def test_unusable_npz_is_an_input_error_naming_the_fault(tmp_path: Path, arrays:
         opened(write_npz(tmp_path / "a.npz", **arrays))
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", "npy"])
-def test_file_that_is_no_npz_is_an_input_error(tmp_path: Path, content: bytes | str) -> None:
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 broken", "npy", None])
+def test_file_that_is_no_npz_or_not_there_is_an_input_error(tmp_path: Path, content: bytes | str | None) -> None:
     path = tmp_path / "a.npz"
-    if isinstance(content, str):
+    if content == "npy":
         with path.open("wb") as stream:
             np.save(stream, X)
-    else:
+    elif isinstance(content, bytes):
         path.write_bytes(content)
-    with pytest.raises(ddkit.InputError, match=r"a\.npz"):
+    with pytest.raises(ddkit.InputError, match=r"a\.npz" if content is not None else "does not exist"):
         opened(f"npz:{path}")
-
-
-def test_missing_npz_is_an_input_error(tmp_path: Path) -> None:
-    with pytest.raises(ddkit.InputError, match="does not exist"):
-        opened(f"npz:{tmp_path / 'none.npz'}")
 
 
 def test_npz_fingerprint_tells_a_changed_pixel(tmp_path: Path) -> None:
@@ -204,36 +175,6 @@ def test_npz_fingerprint_tells_a_changed_pixel(tmp_path: Path) -> None:
 
 
 # image folders
-
-
-def test_folder_with_train_and_test_gives_both_splits(image_folder: Path) -> None:
-    data = opened(f"imagefolder:{image_folder}")
-    assert list(data.class_names) == NAMES
-    assert torch.bincount(data.labels("train")).tolist() == [6, 6, 6]
-    assert torch.bincount(data.labels("test")).tolist() == [3, 3, 3]
-    assert data.sources("train", [0, 17]) == ["train/cat/000.png", "train/owl/005.png"]
-    pixels = np.asarray(Image.open(image_folder / "train/owl/005.png"))
-    (image,) = data.images("train", [17])
-    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), pixels)
-
-
-def test_single_folder_holds_out_a_seeded_share_of_each_class(image_folder: Path) -> None:
-    use = f"imagefolder:{image_folder / 'train'}"
-    data = opened(use, holdout=0.34)
-    assert torch.bincount(data.labels("test")).tolist() == [2, 2, 2]
-    train, test = (data.sources(s, range(len(data.labels(s)))) for s in ("train", "test"))
-    assert not set(train) & set(test)
-    assert len({*train, *test}) == 18
-    assert opened(use, holdout=0.34).sources("test", range(6)) == test
-    assert any(opened(use, holdout=0.34, holdout_seed=s).sources("test", range(6)) != test for s in (1, 2, 3))
-
-
-def test_class_of_one_image_keeps_it_for_training(tmp_path: Path) -> None:
-    write_image(tmp_path / "a/1.png", rgb(1))
-    for number in range(5):
-        write_image(tmp_path / f"b/{number}.png", rgb(number))
-    data = opened(f"imagefolder:{tmp_path}")
-    assert (data.labels("train").tolist(), data.labels("test").tolist()) == ([0, 1, 1, 1, 1], [1])
 
 
 def test_class_names_with_spaces_and_other_alphabets_reach_the_artifact(tmp_path: Path) -> None:
@@ -248,25 +189,16 @@ def test_class_names_with_spaces_and_other_alphabets_reach_the_artifact(tmp_path
     assert manifest["real_files"][0] == f"train/{sorted(names)[0]}/0 é.png"
 
 
-def test_hidden_and_other_files_are_ignored(image_folder: Path) -> None:
-    before = opened(f"imagefolder:{image_folder}")
-    for hidden in ("train/cat/._000.png", "train/cat/.DS_Store", "train/cat/notes.txt", "train/.git/x.png", "test/.cache/x.png"):
-        (image_folder / hidden).parent.mkdir(exist_ok=True)
-        (image_folder / hidden).write_bytes(b"no image")
-    after = opened(f"imagefolder:{image_folder}")
-    assert list(after.class_names) == NAMES
-    assert after.sources("train", range(18)) == before.sources("train", range(18))
-    assert after.fingerprint() == before.fingerprint()
-    assert len(after.labels("train")) == 18
+HALF_WHITE = np.concatenate([np.full((3, 6, 3), 255, np.uint8), np.zeros((3, 6, 3), np.uint8)])
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1", "LA"])
 def test_every_common_image_mode_is_decoded(tmp_path: Path, mode: str) -> None:
-    pixels = np.zeros((6, 6, 3), np.uint8)
-    pixels[:3] = 255
-    write_image(tmp_path / "a/1.png", pixels, mode)
-    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
-    assert image.shape == ((1 if mode in ("L", "1", "LA") else 3), 6, 6)
+    write_image(tmp_path / "a/1.png", HALF_WHITE, mode)
+    data = opened(f"imagefolder:{tmp_path}")
+    (image,) = data.images("train", [0])
+    assert data.shapes("train", [0]) == [tuple(image.shape)] == [((1 if mode in ("L", "1", "LA") else 3), 6, 6)]
+    assert opened(f"imagefolder:{tmp_path}", size=[3, 4]).shapes("train", [0]) == [(image.shape[0], 3, 4)]
     assert image.dtype == torch.uint8
     assert (image[:, :3] == 255).all()
     assert (image[:, 3:] == 0).all()
@@ -295,29 +227,16 @@ def test_sixteen_bit_files_with_colour_or_alpha_are_scaled(tmp_path: Path, chann
     assert data.shapes("train", [0]) == [tuple(image.shape)]
 
 
-def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
+def test_cmyk_becomes_rgb_and_a_palette_with_transparency_gives_no_warning(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.fromarray(rgb(200, (16, 16))).convert("CMYK").save(tmp_path / "a/1.jpg", quality=95)
-    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
-    assert (image[:, 8, 8].int() - torch.tensor([200, 100, 7])).abs().max() < 12
-
-
-def test_shapes_told_by_headers_are_those_of_the_images(tmp_path: Path) -> None:
-    for mode in ("L", "RGB", "RGBA", "P", "1", "LA", "CMYK"):
-        suffix = "tif" if mode == "CMYK" else "png"
-        write_image(tmp_path / f"a/{mode}.{suffix}", rgb(90, (6, 9)), mode)
-    Image.fromarray(np.zeros((5, 7), np.uint16)).save(tmp_path / "a/sixteen.png")
-    for options in ({}, {"size": [3, 4]}):
-        data = opened(f"imagefolder:{tmp_path}", holdout=0.01, **options)
-        rows = range(len(data.labels("train")))
-        assert data.shapes("train", rows) == [tuple(image.shape) for image in data.images("train", rows)]
-
-
-def test_palette_with_transparency_is_decoded_without_a_warning(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    Image.fromarray(rgb(200)).quantize(4).save(tmp_path / "a/1.png", transparency=bytes([255, 0, 255, 0]))
-    (image,) = opened(f"imagefolder:{tmp_path}").images("train", [0])
-    assert image[:, 0, 0].tolist() == [200, 100, 7]
+    Image.fromarray(rgb(200)).quantize(4).save(tmp_path / "a/2.png", transparency=bytes([255, 0, 255, 0]))
+    (tmp_path / "a/3.png").symlink_to(tmp_path / "a/2.png")  # held out
+    data = opened(f"imagefolder:{tmp_path}", holdout=0.01)
+    found = {str(source)[2]: image for source, image in zip(data.sources("train", [0, 1]), data.images("train", [0, 1]), strict=True)}
+    for name, image in found.items():
+        assert (image[:, 3, 3].int() - torch.tensor([200, 100, 7])).abs().max() < (12 if name == "1" else 1)
+    assert data.shapes("train", [0, 1]) == [tuple(image.shape) for image in found.values()]
 
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
@@ -334,43 +253,19 @@ def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
         opened(f"imagefolder:{tmp_path}").images("train", [0])
 
 
-def test_grey_and_colour_together_become_colour(tmp_path: Path) -> None:
-    write_image(tmp_path / "a/1.png", grey(10))
-    write_image(tmp_path / "b/1.png", rgb(20))
-    real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
-    assert real.images.shape == (2, 3, 6, 6)
-    assert real.images[:, :, 0, 0].tolist() == [[10, 10, 10], [20, 10, 7]]
-
-
-def test_folder_of_grey_images_stays_single_channel(tmp_path: Path) -> None:
-    write_image(tmp_path / "a/1.png", grey(10))
-    write_image(tmp_path / "b/1.png", grey(20))
-    assert RealData(opened(f"imagefolder:{tmp_path}"), "all", 0).info.shape == (1, 6, 6)
-
-
-def test_mixed_sizes_become_the_most_common_one_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_of_several_kinds_become_the_most_common_size_and_colour_and_it_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for number, size in enumerate([(12, 4), (6, 8), (6, 8), (6, 8)]):
         write_image(tmp_path / f"train/a/{number}.png", rgb(90, size))
-    with caplog.at_level(logging.WARNING, "ddkit"):
-        real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
-    assert real.images.shape == (4, 3, 6, 8)
-    assert real.images[0, :, 3, 4].tolist() == [90, 45, 7]
-    assert "1 of 4 images were resized to 6 x 8 pixels" in caplog.text
-
-
-def test_images_resized_to_the_size_of_the_recipe_are_said_also_from_the_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number in range(40):
-        file = write_image(tmp_path / f"train/a/{number:02d}.png", rgb(90, (12, 4) if number < 7 else (6, 8)))
-        os.utime(file, (1_500_000_000, 1_500_000_000))
-    for _ in range(2):
-        caplog.clear()
-        RealData(opened(f"imagefolder:{tmp_path}", size=[6, 8]), "all", 0)
-        assert [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING] == ["7 of 40 images were resized to 6 x 8 pixels."]
-
-
-def test_images_of_one_size_are_not_said_to_be_resized(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
-    RealData(opened(f"imagefolder:{image_folder}"), "all", 0)
-    assert "resized" not in caplog.text
+    write_image(tmp_path / "train/b/1.png", grey(10, (6, 8)))
+    real = RealData(opened(f"imagefolder:{tmp_path}"), "all", 0)
+    assert real.images.shape == (5, 3, 6, 8)
+    assert real.images[[0, 4], :, 3, 4].tolist() == [[90, 45, 7], [10, 10, 10]]
+    assert "1 of 5 images were resized to 6 x 8 pixels" in caplog.text
+    caplog.clear()
+    RealData(opened(f"imagefolder:{tmp_path}", size=[12, 4]), "all", 0)
+    assert "4 of 5 images were resized to 12 x 4 pixels" in caplog.text
 
 
 def test_common_shape_is_the_most_frequent_and_of_equals_the_larger() -> None:
@@ -383,10 +278,8 @@ def test_common_shape_is_the_most_frequent_and_of_equals_the_larger() -> None:
     assert of((3, 4, 6), (1, 8, 8)) == (3, 8, 8)
 
 
-def test_size_option_resizes_every_image(tmp_path: Path, image_folder: Path) -> None:
-    data = opened(f"imagefolder:{image_folder}", size=[5, 9])
-    assert [tuple(image.shape) for image in data.images("train", [0, 7])] == [(3, 5, 9)] * 2
-    assert data.fingerprint() != opened(f"imagefolder:{image_folder}").fingerprint()
+def test_size_is_part_of_the_fingerprint_and_has_two_numbers(image_folder: Path) -> None:
+    assert opened(f"imagefolder:{image_folder}", size=[5, 9]).fingerprint() != opened(f"imagefolder:{image_folder}").fingerprint()
     for bad in ([5], [0, 4], [3, 3, 3]):
         with pytest.raises(ddkit.InputError, match="height, width"):
             opened(f"imagefolder:{image_folder}", size=bad)
@@ -396,15 +289,6 @@ def test_non_square_images_go_through_a_whole_run(tmp_path: Path) -> None:
     folder = write_image_folder(tmp_path / "images", size=(8, 14), train=3, test=2)
     run = ddkit.distill(losses="dm,dkkt", dataset=f"imagefolder:{folder}", ipc=1, pipc=3, sets=SMALL, out=tmp_path / "run")
     assert ddkit.load(run.path).images.shape == (3, 3, 8, 14)
-
-
-def test_labels_and_listing_open_no_image(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "open", _poison)
-    data = opened(f"imagefolder:{image_folder}")
-    assert len(data.labels("train")) == 18
-    assert data.sources("train", [3])
-    with pytest.raises(ddkit.InputError, match="opened"):
-        data.images("train", [3])
 
 
 def _poison(*_: Any, **__: Any) -> Any:
@@ -424,12 +308,6 @@ def test_unusable_folder_is_an_input_error(image_folder: Path, prepare: Callable
     prepare(image_folder)
     with pytest.raises(ddkit.InputError, match=message):
         opened(f"imagefolder:{image_folder}")
-
-
-def test_corrupt_image_is_an_input_error_naming_the_file(image_folder: Path) -> None:
-    (image_folder / "train/cat/000.png").write_bytes((image_folder / "train/cat/000.png").read_bytes()[:60])
-    with pytest.raises(ddkit.InputError, match=r"train/cat/000\.png cannot be decoded"):
-        opened(f"imagefolder:{image_folder}").images("train", [0])
 
 
 def test_folder_that_cannot_be_listed_is_an_input_error(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -482,12 +360,9 @@ def test_of_several_test_splits_test_is_taken_and_the_others_are_named(tmp_path:
 
 
 def test_training_may_be_called_in_other_words_and_classes_stand_beside_a_test_split(tmp_path: Path) -> None:
-    assert split_of(opened(f"imagefolder:{make(tmp_path / 'x', 'Training/a/1.png', 'Training/b/1.png')}"), "train") == [
-        "Training/a/1.png",
-        "Training/b/1.png",
-    ]
-    data = opened(f"imagefolder:{make(tmp_path / 'y', 'a/1.png', 'b/1.png', 'val/b/2.png')}")
-    assert (split_of(data, "train"), split_of(data, "test")) == (["a/1.png", "b/1.png"], ["val/b/2.png"])
+    assert split_of(opened(f"imagefolder:{make(tmp_path / 'x', 'Training/a/1.png')}"), "train") == ["Training/a/1.png"]
+    data = opened(f"imagefolder:{make(tmp_path / 'y', 'a/1.png', 'b/1.png', 'train/1.png', 'val/b/2.png')}")
+    assert (split_of(data, "train"), split_of(data, "test")) == (["a/1.png", "b/1.png", "train/1.png"], ["val/b/2.png"])
 
 
 def test_images_without_labels_are_no_class_and_no_test_split(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -496,10 +371,6 @@ def test_images_without_labels_are_no_class_and_no_test_split(tmp_path: Path, ca
     assert caplog.messages == [f"{tmp_path / 'x'}: not used, without class folders: 'test'."]
     tiny = opened(f"imagefolder:{make(tmp_path / 'y', *CLASSES, 'test/images/1.png', 'val/images/2.png')}")
     assert (split_of(tiny, "train"), split_of(tiny, "test")) == (list(CLASSES), [])
-
-
-def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    assert list(opened(f"imagefolder:{make(tmp_path, 'bus/1.png', 'car/1.png', 'train/1.png')}").class_names) == ["bus", "car", "train"]
 
 
 @pytest.mark.parametrize(
@@ -579,10 +450,7 @@ def test_runs_inside_of_the_folder_are_no_class(cli: Callable[..., Result], tmp_
         done = cli("distill", "--dataset", "imagefolder:.", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--evaluate", "none")
         assert done.code == 0, done.err
         assert ddkit.load(Path(f"runs/dm-imagefolder-{number}")).class_names == ["a", "b"]
-    assert (
-        cli("distill", "--dataset", "imagefolder:.", "--losses", "dm", "--pipc", 2, "--steps", 0, "--evaluate", "none", "--out", "own").code
-        == 0
-    )
+    (Path.cwd() / "runs/dm-imagefolder-1").rename("own")
     assert list(opened(f"imagefolder:{Path.cwd()}").class_names) == ["a", "b"]
     make(Path.cwd(), "runs/1.png")  # negative control: a folder of this name that holds images is a class
     assert list(opened(f"imagefolder:{Path.cwd()}").class_names) == ["a", "b", "runs"]
@@ -700,27 +568,6 @@ def test_a_leading_tilde_is_the_home_folder(
 # practical access
 
 
-def test_choice_of_a_class_depends_on_the_seed_and_that_class_alone() -> None:
-    labels = torch.arange(60) % 3
-    chosen = class_indices(labels, 3, 0, slice(5))
-    assert class_indices(labels, 3, 0, slice(5)) == chosen
-    assert class_indices(labels, 3, 1, slice(5)) != chosen
-    grown = class_indices(torch.cat([labels, torch.tensor([2, 2, 2])]), 3, 0, slice(5))
-    assert grown[:10] == chosen[:10]
-    assert grown[10:] != chosen[10:]
-    places = [[row // 3 for row in chosen[5 * label : 5 * label + 5]] for label in range(3)]
-    assert places[0] != places[1] != places[2]  # equally large classes are drawn independently
-
-
-def test_manifest_lists_the_accessible_images_and_only_these_are_counted(tmp_path: Path, image_folder: Path) -> None:
-    run = ddkit.distill(losses="dm", dataset=f"imagefolder:{image_folder}", ipc=1, pipc=2, seed=3, sets=SMALL, out=tmp_path / "run")
-    listed = json.loads((run.path / "manifest.json").read_text())["real_files"]
-    labels = opened(f"imagefolder:{image_folder}").labels("train")
-    expected = opened(f"imagefolder:{image_folder}").sources("train", class_indices(labels, 3, 3, slice(2)))
-    assert listed == expected
-    assert len(listed) == 6
-
-
 @pytest.fixture
 def teacher(tmp_path: Path, image_folder: Path) -> Path:
     path = tmp_path / "teacher.safetensors"
@@ -764,15 +611,13 @@ def test_distilling_opens_no_training_file_but_the_accessible_ones(
 
     monkeypatch.setattr(Image, "open", recording)
     run = ddkit.distill(
-        losses="dm",
-        dataset=f"imagefolder:{image_folder}",
-        teacher=str(teacher),
-        pipc=2,
-        sets=SMALL,
-        evaluators="none",
+        losses="dm", dataset=f"imagefolder:{image_folder}", teacher=str(teacher), pipc=2, seed=3, sets=SMALL, evaluators="none",
         out=tmp_path / "run",
-    )
+    )  # fmt: skip
     assert opened_files == accessible(image_folder, str(run.path))
+    data = opened(f"imagefolder:{image_folder}")
+    chosen = data.sources("train", class_indices(data.labels("train"), 3, 3, slice(2)))
+    assert opened_files == {image_folder / str(name) for name in chosen}
 
 
 # torchvision's data sets, without a network
@@ -865,22 +710,25 @@ def test_svhn_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytes
     assert not data.mirror  # a mirrored digit is none
 
 
-@pytest.mark.parametrize("name", ["svhn", "cifar100"])
-def test_without_a_network_the_new_ones_are_the_usual_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
-    with pytest.raises(ddkit.InputError, match=f"The dataset '{name}' is not in .*could not be downloaded.*--dataset digits"):
-        open_dataset(DataTable(use=name, dir=str(tmp_path)))
-
-
-@pytest.mark.parametrize("error", [OSError("no route to host"), RuntimeError("Error downloading x.gz"), ConnectionResetError()])
-def test_failed_download_names_digits_and_imagefolder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("name", "patched", "error"),
+    [
+        ("svhn", "urllib.request.urlopen", OSError("no network")),
+        ("cifar100", "urllib.request.urlopen", OSError("no network")),
+        ("cifar10", "torchvision.datasets.CIFAR10", RuntimeError("Error downloading x.gz")),
+        ("cifar10", "torchvision.datasets.CIFAR10", ConnectionResetError()),
+    ],
+)
+def test_failed_download_names_digits_and_imagefolder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, patched: str, error: Exception
+) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
-    with pytest.raises(ddkit.InputError) as caught:
-        open_dataset(DataTable(use="cifar10", dir=str(tmp_path)))
-    for part in ("cifar10", str(tmp_path), "--dataset digits", "imagefolder:PATH", "--data-dir"):
+    monkeypatch.setattr(patched, fail)
+    with pytest.raises(ddkit.InputError, match=f"The dataset '{name}' is not in .*could not be downloaded") as caught:
+        open_dataset(DataTable(use=name, dir=str(tmp_path)))
+    for part in (str(tmp_path), "--dataset digits", "imagefolder:PATH", "--data-dir"):
         assert part in str(caught.value)
 
 
@@ -942,85 +790,3 @@ def test_normalising_and_back_is_the_identity() -> None:
     x = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(norm.to_pixels(norm.normalise(x)), x)
     assert norm.normalise(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8)).flatten().tolist() == pytest.approx([4.5, 5 / 3, 0.25])
-
-
-def test_sheet_has_a_row_per_class_and_takes_any_name() -> None:
-    labels = torch.tensor([0, 0, 1])
-    png = sheet_png(torch.rand(3, 1, 8, 8), labels, ["猫 Katze", "b"])
-    sheet = Image.open(io.BytesIO(png))
-    assert sheet.height == 2 * (64 + 4)
-    assert sheet.width > 2 * (64 + 4)
-
-
-def test_names_are_drawn_in_a_font_that_has_their_letters_or_told_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _written("cat 1", 3) == ("cat 1", _fonts()[0])
-    monkeypatch.setattr("ddkit.data.pictures._fonts", lambda: (_fonts()[0],))
-    assert _written("два слова", 3) == ("class 3", _fonts()[0])
-
-
-@pytest.mark.skipif(len(_fonts()) < 2, reason="no font of the system")
-def test_a_font_of_the_system_has_what_pillows_own_lacks() -> None:
-    name, font = _written("Größe, два слова", 3)
-    assert name == "Größe, два слова"
-    assert font is not _fonts()[0]
-
-
-def test_many_classes_stand_side_by_side_and_of_very_many_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    def size(classes: int) -> tuple[int, int]:
-        names = [f"number {label}" for label in range(classes)]
-        return Image.open(io.BytesIO(sheet_png(torch.rand(classes, 1, 8, 8), torch.arange(classes), names))).size
-
-    assert size(100)[1] == 100 * 68
-    width, height = size(1000)
-    assert width * height < 1000 * 36 * 200
-    assert 0.5 < width / height < 2
-    monkeypatch.setattr("ddkit.data.pictures.MOST_PIXELS", 100 * 100 * 36)
-    assert size(1000)[0] * size(1000)[1] < 150 * 100 * 36
-
-
-# initializers
-
-
-def start(ipc: int, counts: Sequence[int], seed: int = 0) -> ddkit.InitContext:
-    real_labels = torch.cat([torch.full((count,), label) for label, count in enumerate(counts)])
-    return ddkit.InitContext(
-        labels=torch.arange(len(counts)).repeat_interleave(ipc),
-        shape=(3, 4, 5),
-        real_images=torch.arange(len(real_labels)).view(-1, 1, 1, 1).expand(-1, 3, 4, 5).float(),
-        real_labels=real_labels,
-        generator=lambda label: ddkit.generator(seed, "initial images", label),
-    )
-
-
-def test_real_initializer_draws_distinct_images_of_the_class() -> None:
-    begin = start(3, [5, 7])
-    images = ddkit.create("initializer", "real")(begin)
-    rows = images[:, 0, 0, 0].long()
-    assert images.shape == (6, 3, 4, 5)
-    assert len(set(rows.tolist())) == 6
-    assert torch.equal(begin.real_labels[rows], begin.labels)
-    assert not torch.equal(ddkit.create("initializer", "real")(start(3, [5, 7], seed=1)), images)
-
-
-def test_real_initializer_with_ipc_equal_to_the_class_is_the_real_set() -> None:
-    begin = start(4, [4, 4])
-    assert torch.equal(ddkit.create("initializer", "real")(begin), begin.real_images)
-
-
-def test_real_initializer_refuses_more_than_there_is() -> None:
-    initializer = ddkit.create("initializer", "real")
-    initializer.check(3, {"cat": 3, "dog": 9})
-    with pytest.raises(ddkit.InputError, match=r"'cat' has 3.*--pipc"):
-        initializer.check(4, {"cat": 3, "dog": 9})
-
-
-def test_initial_images_of_a_class_do_not_depend_on_other_classes() -> None:
-    for name in ("noise", "real"):
-        initializer = ddkit.create("initializer", name)
-        assert torch.equal(initializer(start(2, [5, 6]))[:2], initializer(start(2, [5, 3, 4]))[:2])
-
-
-def test_noise_has_the_asked_for_deviation() -> None:
-    images = ddkit.create("initializer", "noise", {"std": 0.1})(start(200, [1, 1]))
-    assert abs(float(images.std()) - 0.1) < 2e-3
-    assert abs(float(images.mean())) < 2e-3

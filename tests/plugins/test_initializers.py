@@ -310,3 +310,13 @@ def test_no_step_at_all_evaluates_what_the_initializer_gives(name: str, cli: CLI
     assert run["steps"] == 0
     assert 0 <= run["evaluations"][0]["accuracy_mean"] <= 1
     assert ddkit.load("run").images.shape == (20, 1, 8, 8)
+
+
+def test_noise_has_the_asked_for_deviation() -> None:
+    start = ddkit.InitContext(
+        labels=torch.arange(2).repeat_interleave(200), shape=(3, 4, 5), real_images=torch.zeros(0, 3, 4, 5),
+        real_labels=torch.zeros(0, dtype=torch.int64), generator=lambda label: ddkit.generator(0, label),
+    )  # fmt: skip
+    images = ddkit.create("initializer", "noise", {"std": 0.1})(start)
+    assert abs(float(images.std()) - 0.1) < 2e-3
+    assert abs(float(images.mean())) < 2e-3
