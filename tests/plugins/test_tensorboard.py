@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,31 +29,21 @@ print(json.dumps({
 """
 
 
-def distilled(forks: Any, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def distilled(forks: Any, folder: Path, **environment: str) -> None:
     """Runs the command in a process of its own, 4 steps with a checkpoint after 2 and every step logged."""
-    import os
-
-    command = [
-        sys.executable, "-m", "ddkit", "distill", "--losses", "dm,dkkt", "--ipc", "2", "--pipc", "4", "--out", str(folder / "run"),
-        *SMALL_FLAGS,
-        "--steps", "4", "--set", "engine.checkpoint_every=2", "--set", "engine.log_every=1",
-    ]  # fmt: skip
+    words = "distill --losses dm,dkkt --ipc 2 --pipc 4 --out run --set engine.checkpoint_every=2 --set engine.log_every=1"
+    command = [sys.executable, "-m", "ddkit", *words.split(), *SMALL_FLAGS, "--steps", "4"]
     done = forks.run(command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment})
     assert done.returncode == 0, done.stderr
-    return done
 
 
 def events(forks: Any, folder: Path) -> dict[str, Any]:
-    import json
-
     done = forks.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(forks: Any, tmp_path: Path) -> None:
-    import json
-
     distilled(forks, tmp_path, DDKIT_TENSORBOARD="1")
     found = events(forks, tmp_path / "run" / "tensorboard")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
