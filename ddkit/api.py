@@ -99,7 +99,7 @@ def distill(
     with _resolved(recipe, sets, flags, allow_code=allow_code) as built, group(wanted=distributed) as ranks:
         place = Place(own_device(device), ranks, observers)
         pick_device(place.device)
-        ranks.same("The recipe", dict(flattened(recipe_dict(built))))
+        ranks.check_same("The recipe", dict(flattened(recipe_dict(built))))
         name = built.name if losses is None else losses if isinstance(losses, str) else ",".join(losses)
         stem = f"{name.replace(',', '+').replace(':', '-')}-{registry.split_name(built.data.use)[0]}"
         with place.directory(

@@ -1,4 +1,4 @@
-"""The processes of one run: which classes each of them owns, and the few things that they exchange.
+"""The processes of one run: which classes each of them owns, and what they exchange, in torch.distributed's words.
 
 A run is one process, or several that torchrun started. Classes are dealt out in contiguous ranges, so the rows of a
 process are contiguous too. Tensors and JSON travel, nothing is pickled.
@@ -7,10 +7,8 @@ process are contiguous too. Tensors and JSON travel, nothing is pickled.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,9 +22,8 @@ from ddkit.errors import FlagError, InputError, RunFailed, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-log = logging.getLogger("ddkit")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
-# A process that dies closes its connections, which ends the others at once. The limit is for those that wait for the first one
+# A process that dies closes its connections, which ends the others at once. The limit is for those that wait for the main one
 # while it trains a teacher, or evaluates.
 PATIENCE = timedelta(days=2)
 SECOND_THOUGHTS = 0.5  # seconds in which a process that knows the cause may tell it before one that only saw another go
@@ -37,72 +34,116 @@ class OthersEnded(RunFailed):
 
 
 class Ranks:
-    """One process that is the whole run; `Group` is one of several. `rank` is its number of `size`; rank 0 prints and writes files.
+    """One process of a run: number `rank` of `world_size`. The main one, rank 0, prints and writes files.
 
-    `exchanged` counts the bytes that this process gave to exchanges, by purpose.
+    Without a `group` it is the whole run. `exchanged` counts the bytes that this process gave to exchanges, by purpose. CPU tensors
+    travel over gloo, others over the default group's backend (NCCL).
     """
 
-    rank, size = 0, 1
+    rank, world_size = 0, 1
 
-    def __init__(self) -> None:
+    def __init__(self, group: Any = None) -> None:
         self.exchanged: Counter[str] = Counter()
+        self._group = group
+        if group is not None:
+            import torch.distributed
+
+            self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     def classes(self, count: int) -> range:
         """Returns the classes of 0..count-1 that this process owns: ranges differ in length by one at most."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def check(self, classes: int) -> None:
-        """Raises InputError where there are more processes than classes."""
-        if self.size > classes:
-            raise InputError(
-                f"{self.size} processes were started for {classes} classes, and a class belongs to one process. "
-                f"Start at most {classes}: torchrun --nproc-per-node={classes}."
-            )
-
-    def sums(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
+    def all_reduce(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
         """Returns the sum over all processes of each tensor, without gradients, in one exchange; the tensors are of one dtype."""
-        return [tensor.detach() for tensor in tensors]
+        if self.world_size == 1:
+            return [tensor.detach() for tensor in tensors]
+        import torch
+
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])  # a copy, also of one tensor
+        parts = self._reduced(flat, purpose).split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def all_gather(self, rows: Tensor, purpose: str) -> Tensor:
+        """Returns the rows (n, ...) of all processes in their order, in every process, without gradients."""
+        if self.world_size == 1:
+            return rows.detach()
+        counts = self.all_gather_object(len(rows))
+        found = rows.new_zeros((sum(counts), *rows.shape[1:]))
+        start = sum(counts[: self.rank])
+        found[start : start + len(rows)] = rows.detach()
+        return self.all_reduce([found], purpose)[0]
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        """Returns the `value` (JSON data) of every process, in their order."""
+        if self.world_size == 1:
+            return [value]
+        import torch
+
+        content = json.dumps(value).encode()
+        length = self.max(len(content))
+        own = torch.frombuffer(bytearray(content.ljust(length)), dtype=torch.uint8)
+        parts = [torch.empty_like(own) for _ in range(self.world_size)]
+        self.exchanged["control"] += length
+        with others_may_end():
+            torch.distributed.all_gather(parts, own, group=self._group)
+        return [json.loads(part.numpy().tobytes()) for part in parts]
+
+    def broadcast(self, value: Any) -> Any:
+        """Returns the main process's `value`, which is JSON data; what the others give is not looked at."""
+        return value if self.world_size == 1 else self.all_gather_object(value if self.is_main else None)[0]
+
+    def max(self, number: int) -> int:
+        """Returns the largest `number` of all processes."""
+        if self.world_size == 1:
+            return number
+        import torch
+
+        return int(self._reduced(torch.tensor(number), "control", torch.distributed.ReduceOp.MAX))
 
     def all(self, flag: bool) -> bool:
         """Returns whether `flag` is true in every process."""
-        return self.agreed(int(not flag)) == 0
+        return self.max(int(not flag)) == 0
 
-    def agreed(self, flag: int) -> int:
-        """Returns the largest `flag` (an integer) of all processes."""
-        return flag
-
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when every process is here."""
-        self.agreed(0)
+        self.max(0)
 
-    def told(self, value: Any) -> Any:
-        """Returns the first process's `value`, which is JSON data; what the others give is not looked at."""
-        return value
+    def _reduced(self, tensor: Tensor, purpose: str, operation: Any = None) -> Tensor:
+        """Returns `tensor`, changed in place to its sum, or what `operation` makes of it, over all processes."""
+        import torch.distributed as distributed
 
-    def heard(self, value: Any) -> list[Any]:
-        """Returns the `value` (JSON data) of every process, in their order."""
-        return [value]
+        self.exchanged[purpose] += tensor.nbytes
+        with others_may_end():
+            distributed.all_reduce(
+                tensor, op=operation or distributed.ReduceOp.SUM, group=self._group if tensor.device.type == "cpu" else None
+            )
+        return tensor
 
-    def gathered(self, rows: Tensor) -> Tensor | None:
-        """Returns the rows (n, ...) of all processes in their order, on the CPU; None in every process but the first."""
-        return rows.detach().cpu()
+    def check_classes(self, classes: int) -> None:
+        """Raises InputError where there are more processes than classes."""
+        if self.world_size > classes:
+            raise InputError(
+                f"{self.world_size} processes were started for {classes} classes, and a class belongs to one process. "
+                f"Start at most {classes}: torchrun --nproc-per-node={classes}."
+            )
 
-    def whole(self, rows: Tensor, purpose: str) -> Tensor:
-        """Returns the rows (n, ...) of all processes in their order, in every process, without gradients."""
-        return rows.detach()
-
-    def same(self, what: str, value: Any) -> None:
+    def check_same(self, what: str, value: Any) -> None:
         """Raises InputError where `value` (JSON data) differs between processes; of tables it names the first key that does."""
-        values = self.heard(value)
+        values = self.all_gather_object(value)
         for rank, other in enumerate(values):
             if other != values[0]:
+                theirs, ours, which = other, values[0], ""
+                if isinstance(other, dict) and isinstance(values[0], dict):
+                    key = next(key for key in sorted({*other, *values[0]}) if other.get(key) != values[0].get(key))
+                    theirs, ours, which = other.get(key), values[0].get(key), f"{key} is "
                 raise InputError(
-                    f"{what} of process {rank} is not that of process 0: {_difference(other, values[0])}. All processes of a run work "
-                    "with the same files and the same ddkit: give the same command and paths on every machine."
+                    f"{what} of process {rank} is not that of process 0: {which}{shown(theirs)} there, and {shown(ours)} here. All "
+                    "processes of a run work with the same files and the same ddkit: give the same command and paths on every machine."
                 )
 
 
@@ -114,101 +155,6 @@ def class_rows(labels: Tensor, classes: range) -> slice:
     import torch
 
     return slice(*torch.searchsorted(labels, torch.tensor([classes.start, classes.stop])).tolist())
-
-
-class Group(Ranks):
-    """One of the processes that torchrun started. CPU tensors travel over gloo, others over the default group's backend (NCCL)."""
-
-    def __init__(self) -> None:
-        import torch.distributed as distributed
-
-        super().__init__()
-        self._distributed = distributed
-        with others_may_end():
-            self._cpu: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
-        self.rank, self.size = distributed.get_rank(), distributed.get_world_size()
-
-    def leave(self) -> None:
-        """Closes the connections that were made for this group alone."""
-        self._distributed.destroy_process_group(self._cpu)
-
-    def _of(self, tensor: Tensor) -> Any:
-        return self._cpu if tensor.device.type == "cpu" else None
-
-    def _summed(self, tensor: Tensor, purpose: str) -> Tensor:
-        self.exchanged[purpose] += tensor.nbytes
-        with others_may_end():
-            self._distributed.all_reduce(tensor, group=self._of(tensor))
-        return tensor
-
-    def sums(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
-        import torch
-
-        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])  # a copy, also of one tensor
-        parts = self._summed(flat, purpose).split([tensor.numel() for tensor in tensors])
-        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-
-    def agreed(self, flag: int) -> int:
-        import torch
-
-        found = torch.tensor(flag)
-        self.exchanged["control"] += found.nbytes
-        with others_may_end():
-            self._distributed.all_reduce(found, op=self._distributed.ReduceOp.MAX, group=self._cpu)
-        return int(found)
-
-    def told(self, value: Any) -> Any:
-        import torch
-
-        content = json.dumps(value).encode() if self.first else b""
-        length = self.agreed(len(content))
-        found = torch.frombuffer(bytearray(content or bytes(length)), dtype=torch.uint8)
-        self.exchanged["control"] += length
-        with others_may_end():
-            self._distributed.broadcast(found, 0, group=self._cpu)
-        return json.loads(found.numpy().tobytes())
-
-    def heard(self, value: Any) -> list[Any]:
-        import torch
-
-        content = json.dumps(value).encode()
-        length = self.agreed(len(content))
-        own = torch.frombuffer(bytearray(content.ljust(length)), dtype=torch.uint8)
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        self.exchanged["control"] += length
-        with others_may_end():
-            self._distributed.all_gather(parts, own, group=self._cpu)
-        return [json.loads(part.numpy().tobytes()) for part in parts]
-
-    def gathered(self, rows: Tensor) -> Tensor | None:
-
-        own = rows.detach().cpu().contiguous()
-        counts = self.heard(len(own))
-        with others_may_end():
-            if not self.first:
-                self.exchanged["gathering"] += own.nbytes
-                self._distributed.send(own, 0, group=self._cpu)
-                return None
-            found = own.new_empty((sum(counts), *own.shape[1:]))
-            found[: len(own)] = own
-            for rank, part in enumerate(found.split(counts)[1:], start=1):
-                self._distributed.recv(part, rank, group=self._cpu)
-        return found
-
-    def whole(self, rows: Tensor, purpose: str) -> Tensor:
-        counts = self.heard(len(rows))
-        found = rows.new_zeros((sum(counts), *rows.shape[1:]))
-        start = sum(counts[: self.rank])
-        found[start : start + len(rows)] = rows.detach()
-        return self._summed(found, purpose)
-
-
-def _difference(other: Any, first: Any) -> str:
-    """Returns what differs, in a few words."""
-    if isinstance(other, dict) and isinstance(first, dict):
-        key = next(key for key in sorted({*other, *first}) if other.get(key) != first.get(key))
-        return f"{key} is {shown(other.get(key))} there, and {shown(first.get(key))} here"
-    return f"{shown(other)} there, {shown(first)} here"
 
 
 @contextmanager
@@ -230,7 +176,7 @@ def launched() -> bool:
 
 
 def follows() -> bool:
-    """Whether this is not the first of several processes: it prints nothing."""
+    """Whether this is not the main one of several processes: it prints nothing."""
     return launched() and os.environ["RANK"] != "0"
 
 
@@ -253,53 +199,40 @@ def group(*, wanted: bool = True) -> Iterator[Ranks]:
 
     own = not distributed.is_initialized()
     if own:
-        _begin(distributed)
-    made = Group()
-    try:
-        yield made
-    finally:
-        if sys.exc_info()[0] is None:  # after an error the others may be gone, and leaving in order would wait for them
-            if own:
-                distributed.destroy_process_group()
-            else:
-                made.leave()
+        _begin()
+    with others_may_end():
+        made: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
+    yield Ranks(made)
+    # Not after an error: the others may be gone, and leaving in order would wait for them.
+    distributed.destroy_process_group(None if own else made)
 
 
-def _begin(distributed: Any) -> None:
+def _begin() -> None:
     import torch
 
-    gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+    gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
     if gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    # SIGTERM and SIGHUP end the process meanwhile: while it waits for the others outside Python, a handler would not be called.
+    numbers = ending_signals() if threading.current_thread() is threading.main_thread() else []
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
     try:
-        with _ended_at_once():
-            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise RunFailed(
             f"The processes that torchrun started could not find one another at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
             f"({' '.join(str(error).split())[:300]}). Where the name of this machine is not known to its network, name the interface: "
             "GLOO_SOCKET_IFNAME=lo on one machine."
         ) from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def ending_signals() -> list[signal.Signals]:
     """Returns the signals that ask a process to end, beside Ctrl-C: SIGTERM, and SIGHUP where it is not ignored, as under nohup."""
     hangup = getattr(signal, "SIGHUP", None)  # Windows has none
     return [signal.SIGTERM] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [signal.SIGTERM, hangup]
-
-
-@contextmanager
-def _ended_at_once() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP end the process: while it waits for the others outside Python, a handler would not be called."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ending_signals()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def own_device(name: str) -> str:

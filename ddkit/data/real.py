@@ -188,9 +188,9 @@ class RealData:
         self.own = class_rows(self.labels, ranks.classes(classes))
         own = self.indices[self.own]
         agreed = shape
-        if shape is None and ranks.size > 1:  # that which a single process would find
+        if shape is None and ranks.world_size > 1:  # that which a single process would find
             kinds, together = surveyed(dataset, "train", own), Kinds()
-            for grey, sizes in ranks.heard([kinds.grey, [[*size, count] for size, count in kinds.sizes.items()]]):
+            for grey, sizes in ranks.all_gather_object([kinds.grey, [[*size, count] for size, count in kinds.sizes.items()]]):
                 together.grey &= grey
                 together.sizes.update({(height, width): count for height, width, count in sizes})
             agreed = together.shape
@@ -210,7 +210,7 @@ class RealData:
         """Warns if the accessible images use an eighth of their range or less, as those of files with fewer bits than they declare do."""
         most = 255 if self.images.dtype == torch.uint8 else 1.0
         bright = not len(self.images) or any(float(part.max()) > most / 8 for part in blocks(self.images, HASHED_ROWS))
-        if any(self.ranks.heard(bright)):
+        if any(self.ranks.all_gather_object(bright)):
             return
         highest = max(float(part.max()) for part in blocks(self.images, HASHED_ROWS))
         bits = getattr(self.dataset, "bits", None)
@@ -227,11 +227,10 @@ class RealData:
         return load_images(self.dataset, "train", self.indices, self.info.shape)
 
     def sample(self) -> Tensor:
-        """Returns the accessible images that stand for all of them in a report; none in every process but the first."""
+        """Returns the accessible images that stand for all of them in a report."""
         rows = spread(torch.arange(len(self.labels)))
         own = rows[(rows >= self.own.start) & (rows < self.own.stop)] - self.own.start
-        found = self.ranks.gathered(rows_of(self.images, own))
-        return self.images[:0] if found is None else found
+        return self.ranks.all_gather(rows_of(self.images, own).cpu(), "gathering")
 
     def digest(self) -> str:
         """Returns a sha256 of the accessible images and labels, class by class: each process has seen its own classes alone."""
@@ -244,7 +243,7 @@ class RealData:
             own.append(of_class.hexdigest())
         digest = hashlib.sha256(repr(self.info.shape).encode())
         digest.update(bytes_of(self.labels))
-        for part in self.ranks.heard(own):
+        for part in self.ranks.all_gather_object(own):
             digest.update("".join(part).encode())
         return digest.hexdigest()
 

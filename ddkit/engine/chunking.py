@@ -72,7 +72,7 @@ class Sums:
 
     def settle(self, ranks: Ranks) -> None:
         """Ends the first pass: its sums, over all processes, are those of the whole set."""
-        self._whole = [ranks.sums(sums, self.weighted.label) for sums in self._found]
+        self._whole = [ranks.all_reduce(sums, self.weighted.label) for sums in self._found]
         self._first, self._found, self._sizes = self._found, [], []
 
     def differences(self) -> list[Tensor]:

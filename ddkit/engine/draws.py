@@ -109,7 +109,7 @@ class StepSource:
         """Returns the real images of this step of all processes, exchanged once a step."""
         drawn = self.real_rows(index)
         own = drawn[class_rows(self.real_labels[drawn], self.own_classes)]
-        return self._once(index, "all real", lambda: self.ranks.whole(self.real_of(own), "real images"))
+        return self._once(index, "all real", lambda: self.ranks.all_gather(self.real_of(own), "real images"))
 
     def augmented(self, index: int, x: Tensor, labels: Tensor, *, view: str = "") -> Tensor:
         """Returns x (n, C, H, W) under the augmentation of step `index`, or of a view; what is drawn for a class is drawn once a step."""

@@ -60,7 +60,7 @@ class Finiteness:
 
     def _fail(self) -> None:
         engine = self.engine
-        found = engine.ranks.heard([self.first.tolist(), [str(value) for value in self.values.tolist()]])
+        found = engine.ranks.all_gather_object([self.first.tolist(), [str(value) for value in self.values.tolist()]])
         entries = [(step, place, rank) for rank, (first, _) in enumerate(found) for place, step in enumerate(first) if step >= 0]
         step, place, rank = min(entries)
         engine.load_state(self.index, self.state)
@@ -92,7 +92,7 @@ class Finiteness:
         try:
             yield
         except DdkitError:
-            if self.engine.ranks.size == 1:
+            if self.engine.ranks.world_size == 1:
                 if index > self.index:
                     self.check(index)  # what it raised may come of values that were not finite: tell of those
                 self.save(index)

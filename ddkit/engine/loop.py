@@ -92,7 +92,7 @@ def distill(engine: Engine, start: int, stop: int, hooks: Hooks = Hooks(), *, dr
             if hooks.is_read(index) or index == stop - 1:
                 finite.check(index + 1)
             hooks.observe(index, partial(record_of, index, engine.losses, found))
-            signalled = engine.ranks.agreed(signals[0] if signals else 0)
+            signalled = engine.ranks.max(signals[0] if signals else 0)
             if signalled:
                 finite.check(index + 1)
                 hooks.save(index + 1)
@@ -106,7 +106,7 @@ class Engine:
     def __init__(self, bank: Bank, source: StepSource, losses: Sequence[WeightedLoss], *, chunk: int = 0) -> None:
         self.bank, self.source, self.ranks = bank, source, source.ranks
         self.losses = sorted(losses, key=lambda each: each.label)
-        most = -(-source.info.classes // self.ranks.size)  # classes of a process: all of them do chunks, or none does
+        most = -(-source.info.classes // self.ranks.world_size)  # classes of a process: all of them do chunks, or none does
         self.parts = parts_of(self.losses, chunk if chunk < most else 0, source.own_classes)
         self.second_order = any(each.requires.second_order for each in self.losses)
 
@@ -129,7 +129,7 @@ class Engine:
             if not self.ranks.all(bool(self.bank.parameters[name].isfinite().all())):
                 raise RunFailed(f"The {weighted} gives initial values of '{name}' that are not finite.")
             if declared[name].per == "set":
-                self.ranks.same(f"The initial value of '{name}' that the {weighted} gives", self.bank.parameters[name].tolist())
+                self.ranks.check_same(f"The initial value of '{name}' that the {weighted} gives", self.bank.parameters[name].tolist())
 
     def state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of all that an exact continuation at step `index` needs: the bank, and a network that was trained."""
@@ -148,8 +148,8 @@ class Engine:
 
     def whole_set(self) -> tuple[Tensor, Tensor]:
         """Returns the images and labels of the set, of all processes, as losses see them."""
-        images = self.ranks.whole(self.bank.decoded(self.bank.rows(None)), "the network's training")
-        return images, self.ranks.whole(self.bank.decoded_labels, "the network's training")
+        images = self.ranks.all_gather(self.bank.decoded(self.bank.rows(None)), "the network's training")
+        return images, self.ranks.all_gather(self.bank.decoded_labels, "the network's training")
 
     def step(
         self,
@@ -218,7 +218,7 @@ class Engine:
             differences = own.differences()
             if differences:
                 found.differ[label] = torch.stack(differences).any()
-        if self.ranks.size > 1:
+        if self.ranks.world_size > 1:
             apart = [each.label for each in self.losses if each.requires.reduce != "global"]
             shared = [name for name, spec in self.bank.declared.items() if spec.per == "set"]
             self._sum({label: found.values[label].double() for label in apart}, found.values, "values")
@@ -230,7 +230,7 @@ class Engine:
     def _sum(self, own: Mapping[str, Tensor], found: dict[str, Tensor], purpose: str) -> None:
         """Puts the sums of `own` over all processes into `found`."""
         if own:
-            found.update(zip(own, self.ranks.sums(list(own.values()), purpose), strict=True))
+            found.update(zip(own, self.ranks.all_reduce(list(own.values()), purpose), strict=True))
 
 
 def record_of(index: int, losses: Sequence[WeightedLoss], found: Evaluated) -> Record:

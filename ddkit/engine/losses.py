@@ -124,10 +124,10 @@ def check_access(losses: Sequence[WeightedLoss], pipc: int | str) -> None:
 def check_reduce(losses: Sequence[WeightedLoss], ranks: Ranks) -> None:
     """Raises InputError where the run has several processes and a loss that has to see the whole set."""
     for each in losses:
-        if each.requires.reduce is None and ranks.size > 1:
+        if each.requires.reduce is None and ranks.world_size > 1:
             raise InputError(
                 f"The {each} sees the whole synthetic set at once (its ddkit.Requires says nothing of `reduce`), so its classes cannot "
-                f"be dealt out to {ranks.size} processes. Run it in one process, or leave it out.{each.advice}",
+                f"be dealt out to {ranks.world_size} processes. Run it in one process, or leave it out.{each.advice}",
                 f"losses.{each.label}",
             )
 

@@ -57,10 +57,10 @@ class ExecutionPlan:
 
     def _check_coupling(self) -> None:
         """Raises InputError where classes cannot be treated apart, and have to be."""
-        if self.ranks.size > 1 and self.needs_network and self._coupled:
+        if self.ranks.world_size > 1 and self.needs_network and self._coupled:
             raise InputError(
                 f"The network's features of an image depend on its batch (batch norm), so the classes cannot be dealt out to "
-                f"{self.ranks.size} processes. Use --set network.norm=instance, or one process.",
+                f"{self.ranks.world_size} processes. Use --set network.norm=instance, or one process.",
                 "network.norm",
             )
         if self.chunk and self.needs_network and self._coupled:

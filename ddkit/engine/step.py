@@ -156,8 +156,8 @@ class Step:
         seen._loss = weighted
         if weighted.label in self._exchanges:
             seen._exchange = self._exchanges[weighted.label]()
-        elif ranks.size > 1:
-            seen._exchange = lambda tensors: ranks.sums(tensors, weighted.label)
+        elif ranks.world_size > 1:
+            seen._exchange = lambda tensors: ranks.all_reduce(tensors, weighted.label)
         return seen
 
     def _declared(self, needs: str, member: str) -> None:

@@ -148,8 +148,8 @@ def automatic_teacher(
     Of several processes the first trains it, and the others raise RunFilesError where they do not find it in the cache afterwards.
     """
     info, folder = data_info(dataset, shape), cache_folder() / "teachers"
-    if not ranks.first:
-        told = ranks.told(None)
+    if not ranks.is_main:
+        told = ranks.broadcast(None)
         if told is None:
             return None
         file, known = told
@@ -172,7 +172,7 @@ def automatic_teacher(
     path = folder / f"{path_part(table.model)}-{digest}.safetensors"
     if not _is_whole(path, vouched(path)):
         if not train_it:
-            ranks.told(None)
+            ranks.broadcast(None)
             return None
         log.warning("No teacher was given. One is trained on all training images, and kept for the next time.", extra={"news": True})
         try:  # before an hour of training whose result could not be kept
@@ -185,10 +185,10 @@ def automatic_teacher(
             ) from None
         made = train_teacher(dataset, shape, table, train, seed=0, device=device, watchers=watchers)
         if not _kept(path, made):
-            if ranks.size > 1:
+            if ranks.world_size > 1:
                 raise RunFilesError(f"The other processes of the run read the teacher from the cache, {folder}. Give --teacher FILE.")
             return _as_if_kept(made)
-    ranks.told([path.name, sha256(path)])  # the others wait for this
+    ranks.broadcast([path.name, sha256(path)])  # the others wait for this
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)
 
 

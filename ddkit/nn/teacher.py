@@ -227,7 +227,7 @@ def tested(teacher: Teacher, real: RealData, device: torch.device) -> Tested | N
     labels, classes = real.labels[own], real.info.classes
     found = predicted(teacher.module, images, batch=100).cpu() if len(own) else labels
     counts = [labels[found == labels].bincount(minlength=classes), labels.bincount(minlength=classes)]
-    right, seen = real.ranks.sums([each.double() for each in counts], "control")
+    right, seen = real.ranks.all_reduce([each.double() for each in counts], "control")
     result = Tested(float(right.sum() / seen.sum()), int(seen.sum()))
     if at_chance(right, seen):
         log.warning(

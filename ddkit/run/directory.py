@@ -6,7 +6,7 @@ import itertools
 import logging
 import os
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,6 @@ import tomli_w
 
 from ddkit.components.base import Evaluation
 from ddkit.data.pictures import sheet_png
-from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import (
     MOST_TOML,
@@ -233,23 +232,14 @@ class RunDirectory:
         plugin_files: Mapping[str, str] | None = None,
         inputs: Mapping[str, str] | None = None,
         seconds: float = 0.0,
-        *,
-        rowwise: Collection[str] = (),
-        ranks: Ranks = ALONE,
     ) -> None:
         """Writes the state before step `step` and removes all but the last two checkpoints; see Checkpoints.write."""
-        self._sync_metrics()
-        self._checkpoints.write(
-            step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, seconds=seconds, rowwise=rowwise, ranks=ranks
-        )
-
-    def _sync_metrics(self) -> None:
-        """Sees to it that what a checkpoint relies on is on the disk before it."""
-        try:
+        try:  # what a checkpoint relies on is on the disk before it
             if (self.path / METRICS).is_file():
                 sync(self.path / METRICS)
         except OSError as error:
             raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
+        self._checkpoints.write(step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, seconds=seconds)
 
     @property
     def _checkpoints(self) -> Checkpoints:
@@ -308,40 +298,6 @@ class RunDirectory:
     def read_manifest(self) -> dict[str, Any]:
         """Returns the manifest; raises RunFilesError where it is missing, damaged or of another schema."""
         return read_manifest(self.path)
-
-
-class Follower(RunDirectory):
-    """A run directory as the processes beside the first see it: they read it and write their parts of checkpoints, and nothing else."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        check_own(path)
-        if not (path / LOCK).exists():
-            raise RunFilesError(
-                f"{path}, which the first process of the run has made, is not there for this one. Name a folder with --out that all "
-                "machines share."
-            )
-
-    def discard(self) -> None:
-        pass
-
-    def write_recipe(self, table: Mapping[str, Any]) -> None:
-        self._recipe = _recipe_keys(tomllib.loads(tomli_w.dumps(dict(table))))
-
-    def _sync_metrics(self) -> None:
-        pass
-
-    def keep_checkpoints_until(self, step: int) -> None:
-        pass
-
-    def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
-        pass
-
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        pass
-
-    def reopen(self) -> None:
-        pass
 
 
 class _Evaluations(msgspec.Struct):

@@ -22,7 +22,7 @@ def estimated(job: RunSetup) -> dict[str, Any]:
     recipe, info, decided = job.recipe, job.info, job.decided
     operations = {
         "teacher": _training(job),
-        "steps": decided.step_flops() * recipe.steps / job.ranks.size,
+        "steps": decided.step_flops() * recipe.steps / job.ranks.world_size,
         "evaluation": sum(
             each.operations(
                 info, rows=info.classes * recipe.rows_per_class, real=len(job.real.labels), tests=len(job.real.test_set[1])

@@ -88,11 +88,11 @@ def evaluate(
             base, evaluators=evaluators, evaluation=asked, sets=own, part=EVALUATING, data_dir=data_dir, teacher=teacher, seed=seed,
             pipc=pipc, **data,
         )  # fmt: skip
-        ranks.same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
+        ranks.check_same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
         kept = "" if directory is None else f" {directory.path} is as it was."
         with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):
             rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
-    if not ranks.first:
+    if not ranks.is_main:
         return rows
     if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
         _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
@@ -112,27 +112,27 @@ def run_evaluators(
     """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first."""
 
     def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
-        own = slice(ranks.rank, None, ranks.size)
+        own = slice(ranks.rank, None, ranks.world_size)
         found = torch.zeros(len(tasks), dtype=torch.float64)
         if tasks[own]:
             found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
-        return ranks.sums([found], "evaluation")[0].tolist()
+        return ranks.all_reduce([found], "evaluation")[0].tolist()
 
     images, labels = real.test_set
     data = EvaluationData(
         info=real.info, test_images=images, test_labels=labels, real_images=real.all_images(), real_labels=real.labels,
-        seed=seed, device=device, split=real.split, spread=spread if ranks.size > 1 else None, report=lambda done, total: None,
+        seed=seed, device=device, split=real.split, spread=spread if ranks.world_size > 1 else None, report=lambda done, total: None,
     )  # fmt: skip
     rows: list[Evaluation] = []
     for label, evaluator in sorted(evaluators.items()):
-        if not (ranks.first or evaluator.shares):
+        if not (ranks.is_main or evaluator.shares):
             continue
         with blamed("evaluator", evaluator, may_draw=True):
             work = evaluator.work(data)
             report = watchers.begin("evaluation", f"Evaluating: {label}{work and f' ({work})'}")
             seen = msgspec.structs.replace(data, spread=data.spread if evaluator.shares else None, report=report, report_part=report)
             rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, seen, teacher)]
-    rows = rows if ranks.size == 1 else msgspec.convert(ranks.told(msgspec.to_builtins(rows)), list[Evaluation])
+    rows = rows if ranks.world_size == 1 else msgspec.convert(ranks.broadcast(msgspec.to_builtins(rows)), list[Evaluation])
     for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels))):
         log.warning("%s", sentence)
     return rows

@@ -36,11 +36,11 @@ from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.checkpoints import is_due
-from ddkit.run.directory import Follower, Run, RunDirectory, save_set
+from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, outside
 from ddkit.run.estimates import estimated
 from ddkit.run.evaluation import run_evaluators
-from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET, check_listed
+from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed
 from ddkit.run.metrics import is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
@@ -58,24 +58,27 @@ class Place(NamedTuple):
     observers: Sequence[Any]
 
     def directory(self, claim: Callable[[], RunDirectory]) -> RunDirectory:
-        """Returns what `claim` does in the first process, and in the others the same folder to follow."""
-        if self.ranks.first:
-            found = claim()
-            self.ranks.told(str(found.path.absolute()) if self.ranks.size > 1 else None)
-        else:
-            found = Follower(Path(self.ranks.told(None)))
+        """Returns what `claim` does in the main process, and in the others the same folder, to read."""
+        found = claim() if self.ranks.is_main else None
+        path = self.ranks.broadcast(None if found is None else str(found.path.absolute()))
         try:
-            self.ranks.wait()  # all have seen it, before one may remove it
+            if found is None and not Path(path, LOCK).exists():
+                raise RunFilesError(
+                    f"{path}, which the main process of the run has made, is not there for this one. Name a folder with --out that all "
+                    "machines share."
+                )
+            self.ranks.barrier()  # all have seen it, before the main one may remove it
         except BaseException:
-            found.discard()
-            found.release()
+            if found is not None:
+                found.discard()
+                found.release()
             raise
-        return found
+        return found or RunDirectory(Path(path))
 
     @contextmanager
     def watching(self, directory: RunDirectory) -> Iterator[Observers]:
         """Inside, warnings are kept for the manifest, and an interruption says how to go on; yields the observers, of the first process."""
-        watchers = watchers_of(self.observers) if self.ranks.first else Observers([])
+        watchers = watchers_of(self.observers) if self.ranks.is_main else Observers([])
         with warnings.recording(), watchers.interruptible(lambda: _going_on(directory.path)):
             yield watchers
 
@@ -100,7 +103,7 @@ class Made(NamedTuple):
 
 def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
     """Returns what a run of `recipe` would do, as data, after all checks before its first step; trains no teacher and writes nothing."""
-    place.ranks.same("The recipe", dict(flattened(recipe_dict(recipe))))
+    place.ranks.check_same("The recipe", dict(flattened(recipe_dict(recipe))))
     with deterministic(recipe.engine.deterministic), left_alone():
         made = _make(recipe, place, Observers([]), plan=True)
         job = made.job
@@ -108,7 +111,7 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "schema": 1,
             "recipe": recipe_dict(made.recipe),
             "device": str(job.device),
-            "processes": place.ranks.size,
+            "processes": place.ranks.world_size,
             "classes": list(job.info.class_names),
             "image_shape": list(job.info.shape),
             "accessible_images": len(job.real.indices),
@@ -128,14 +131,15 @@ def run(recipe: Recipe, directory: RunDirectory, place: Place) -> Run:
             made = _make(recipe, place, watchers)
             _begin(made, directory)
         except BaseException:
-            directory.discard()
+            if place.ranks.is_main:
+                directory.discard()
             raise
         try:
             return _finish(made, directory, watchers, start=0)
         except (Interrupted, KeyboardInterrupt):  # it can be continued
             raise
         except BaseException:
-            if not directory.has_stepped():
+            if place.ranks.is_main and not directory.has_stepped():
                 directory.discard()
             raise
 
@@ -145,7 +149,7 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
     path, ranks = directory.path, place.ranks
     with place.watching(directory) as watchers:
         table = directory.read_recipe()
-        finished = ranks.told(steps in (None, parse_recipe(table).steps) and (path / MANIFEST).is_file())
+        finished = ranks.broadcast(steps in (None, parse_recipe(table).steps) and (path / MANIFEST).is_file())
         refuse_unused(moved if finished else (), f"{path} is finished.")
         if finished:
             return _finished(directory, watchers)
@@ -153,7 +157,7 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
         recipe = parse_recipe(table)
         with deterministic(recipe.engine.deterministic):
             newest = directory.newest_checkpoint()
-            ranks.same("The newest checkpoint", None if newest is None else newest.step)
+            ranks.check_same("The newest checkpoint", None if newest is None else newest.step)
             if newest is not None:
                 warnings.add(newest.warnings)
                 check_unchanged(newest.plugin_files, path)
@@ -168,7 +172,8 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                     error.args = (f"{error} If it was moved: ddkit distill --resume --out {path} {' '.join(gone)}",)
                 raise
             if newest is None:
-                directory.reopen()
+                if ranks.is_main:
+                    directory.reopen()
                 _begin(made, directory)
                 return _finish(made, directory, watchers, start=0)
             start = newest.step
@@ -178,11 +183,12 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                 made.engine.load_state(start, made.bank.own_part(newest.state))
             except (KeyError, ValueError) as error:
                 raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
-            directory.reopen()
-            directory.keep_checkpoints_until(start)
-            places_now = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
-            directory.write_recipe(table | places_now)
-            directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
+            if ranks.is_main:
+                directory.reopen()
+                directory.keep_checkpoints_until(start)
+                places_now = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
+                directory.write_recipe(table | places_now)
+                directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
             return _finish(made, directory, watchers, start=start, spent=newest.seconds)
 
 
@@ -239,21 +245,22 @@ def _make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = Fa
     job.load_teacher(train_it=not plan)
     bank = job.bank()
     resolved = job.resolved()
-    place.ranks.same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
+    place.ranks.check_same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
     engine = job.engine(bank)
     if not begun:
         with products(job.device, job.decided.products):
             engine.start()
-        if job.evaluators and job.ranks.first:
+        if job.evaluators and job.ranks.is_main:
             _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
     return Made(job, bank, engine, resolved)
 
 
 def _begin(made: Made, directory: RunDirectory) -> None:
     """Writes what a run that is cut off continues from."""
-    directory.replace()
-    directory.write_recipe(recipe_dict(made.recipe))
-    directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
+    if made.job.ranks.is_main:
+        directory.replace()
+        directory.write_recipe(recipe_dict(made.recipe))
+        directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
     images = _pixels(made.job, made.bank)
     if images is not None:
         add_frame(directory.path, 0, images, made.job.stored_labels)
@@ -261,10 +268,20 @@ def _begin(made: Made, directory: RunDirectory) -> None:
 
 
 def _keep(index: int, job: RunSetup, bank: Bank, engine: Engine, directory: RunDirectory, seconds: float) -> None:
-    """Writes the checkpoint of step `index`, which was reached after `seconds`."""
+    """Writes the checkpoint of step `index`, which was reached after `seconds`: the main process that of the whole set."""
     state = engine.state(index)
-    rowwise = {key for key in state if bank.is_rowwise(key)}
-    directory.write_checkpoint(index, state, job.plugin_files, job.inputs, seconds, rowwise=rowwise, ranks=job.ranks)
+    whole, inputs = {}, job.inputs
+    for key, value in sorted(state.items()):
+        rows = _whole(job, value) if bank.is_rowwise(key) else value
+        if job.ranks.is_main:
+            whole[key] = rows
+    if job.ranks.is_main:
+        directory.write_checkpoint(index, whole, job.plugin_files, inputs, seconds)
+
+
+def _whole(job: RunSetup, rows: Tensor) -> Tensor:
+    """Returns the rows (n, ...) of all processes, on the CPU where there are several."""
+    return rows if job.ranks.world_size == 1 else job.ranks.all_gather(rows.cpu(), "gathering")
 
 
 def _finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int, spent: float = 0.0) -> Run:
@@ -276,17 +293,17 @@ def _finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: 
         _iterate(job, bank, engine, recipe, directory, watchers, start, began)
     seconds = time.perf_counter() - began
     _write_set(job, bank, recipe, directory)
-    job.ranks.wait()  # its file is there
+    job.ranks.barrier()  # its file is there
     made_set = load(directory.path / SET)
-    if job.ranks.first:
+    if job.ranks.is_main:
         for sentence in _doubts(made, made_set, read_metrics(directory.path)):
             log.warning("%s", sentence)
     evaluations = _evaluate_run(job, made_set, directory, watchers)
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
-    if job.ranks.first:
+    if job.ranks.is_main:
         watchers.begin("writing", f"Writing the report of {directory.path}")
         close_run(directory, facts)
-    job.ranks.wait()  # the run is finished for all of them, or for none
+    job.ranks.barrier()  # the run is finished for all of them, or for none
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
     watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
     return run
@@ -327,7 +344,7 @@ def _iterate(
         watchers.begin("distilling", text, done=start, total=recipe.steps)
 
     def show(index: int) -> None:
-        images = _pixels(job, bank) if job.ranks.told(watchers.has("checkpoint_written")) else None
+        images = _pixels(job, bank) if job.ranks.broadcast(watchers.has("checkpoint_written")) else None
         if images is not None:
             watchers.call(
                 "checkpoint_written", index=index, images=images, labels=job.stored_labels, class_names=list(job.info.class_names)
@@ -341,7 +358,8 @@ def _iterate(
         line = None
         if is_logged(index, recipe.steps, every.log_every):
             line = record() | {"seconds": round(time.perf_counter() - began, 3)}
-            directory.append_metrics(line)
+            if job.ranks.is_main:
+                directory.append_metrics(line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
         images = _pixels(job, bank) if is_frame(index + 1) else None
         if images is not None:
@@ -360,14 +378,15 @@ def _iterate(
 
 
 def _pixels(job: RunSetup, bank: Bank) -> Tensor | None:
-    """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the first."""
-    return job.ranks.gathered(job.normalisation.to_pixels(bank.images.detach()))
+    """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the main one."""
+    images = _whole(job, job.normalisation.to_pixels(bank.images.detach())).cpu()
+    return images if job.ranks.is_main else None
 
 
 def _write_set(job: RunSetup, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
     images = _pixels(job, bank)
     extra = {
-        name: job.ranks.gathered(tensor) if bank.is_rowwise(f"bank.{name}") else tensor.detach().cpu()
+        name: (_whole(job, tensor.detach()) if bank.is_rowwise(f"bank.{name}") else tensor.detach()).cpu()
         for name, tensor in bank.parameters.items()
     }
     if images is None:
@@ -382,15 +401,14 @@ def _write_set(job: RunSetup, bank: Bank, recipe: Recipe, directory: RunDirector
         "recipe": recipe.name,
         **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
     }
-    whole = {name: tensor for name, tensor in extra.items() if tensor is not None}
-    save_set(Artifact(images, job.stored_labels, metadata_, whole), directory)
+    save_set(Artifact(images, job.stored_labels, metadata_, extra), directory)
 
 
 def _evaluate_run(job: RunSetup, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
     if not job.evaluators:
         return []
     rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers, job.ranks)
-    if job.ranks.first:
+    if job.ranks.is_main:
         write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
     return rows
 
@@ -412,5 +430,7 @@ def _facts(job: RunSetup, recipe: Recipe) -> dict[str, Any]:
         "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256, **_ceiling(job, teacher)},
         **known_spectrum(job.real.sample()),
         "real_files": job.real.sources,
-        **({"processes": {"count": job.ranks.size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.size > 1 else {}),
+        **(
+            {"processes": {"count": job.ranks.world_size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.world_size > 1 else {}
+        ),
     }

@@ -66,7 +66,7 @@ class RunSetup:
         check_access(self.losses, recipe.pipc)
         self.dataset = self._without_data() or open_dataset(recipe.data)
         check_classes(self.dataset)
-        ranks.check(len(self.dataset.class_names))
+        ranks.check_classes(len(self.dataset.class_names))
         check_reduce(self.losses, ranks)
         self._check_room()
         self.teacher: Teacher | None = None
@@ -251,7 +251,7 @@ class RunSetup:
                 return
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
-        self.ranks.same("The teacher", self.teacher.sha256)
+        self.ranks.check_same("The teacher", self.teacher.sha256)
         self.tested = tested(self.teacher, self.real, self.device)
 
     def _stand_in(self) -> Teacher:
@@ -275,7 +275,7 @@ class RunSetup:
         if len(self.real.labels) == 0:
             raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
         together = channel_statistics(
-            self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.sums([own], "channel statistics")[0]
+            self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.all_reduce([own], "channel statistics")[0]
         )
         return Normalisation(*together)
 
@@ -302,7 +302,7 @@ class RunSetup:
 
         An initializer that does not do class by class gets all of them, so that the set begins as that of a single process.
         """
-        if self.ranks.size == 1 or self.initializer.by_class:
+        if self.ranks.world_size == 1 or self.initializer.by_class:
             return self._initialised(labels, self.real.images, self.real.labels[self.real.own])
         every = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
         return self._initialised(every, self.real.all_images(), self.real.labels)[class_rows(every, self.own_classes)]

@@ -71,10 +71,10 @@ def reproduce(
     if run:
         pick_device(own_device(settings.device))
     with group(wanted=distributed) as ranks:
-        if ranks.first:
+        if ranks.is_main:
             for store in merged:
                 report(f"{merge(store, out)} sets and evaluations were copied from {store}")
-        ranks.wait()
+        ranks.barrier()
         failures: dict[Path, str] = {}
         own = share(tasks, *part)
         try:
@@ -85,10 +85,10 @@ def reproduce(
                 wanted = {kept_file(task): kept_row(task) for task in own}  # cells may share one
                 done = f"{len(wanted) - list(wanted.values()).count(None)} of {len(wanted)}"
                 stop.args = (f"Interrupted. {done} evaluations are finished and kept in {out}; the same command goes on.",)
-                if ranks.first:
+                if ranks.is_main:
                     _known(study, tasks, failures, out)
             raise
-    return _known(study, tasks, failures, out if run and ranks.first else None)
+    return _known(study, tasks, failures, out if run and ranks.is_main else None)
 
 
 def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], out: Path | None = None) -> Report:
@@ -113,8 +113,8 @@ def _work_together(
     except OSError as error:
         raise RunFilesError(f"{out / SETS} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
     settings = msgspec.structs.replace(settings, device=own_device(settings.device))
-    _work(share(tasks, ranks.rank, ranks.size), settings, report, failures)
-    for part in ranks.heard({str(path): reason for path, reason in failures.items()}):
+    _work(share(tasks, ranks.rank, ranks.world_size), settings, report, failures)
+    for part in ranks.all_gather_object({str(path): reason for path, reason in failures.items()}):
         failures.update({Path(path): reason for path, reason in part.items()})
 
 

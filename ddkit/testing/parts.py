@@ -46,24 +46,18 @@ class Thread(Ranks):
 
     def __init__(self, rank: int, table: _Table) -> None:
         super().__init__()
-        self.rank, self.size, self._table = rank, len(table.places), table
+        self.rank, self.world_size, self._table = rank, len(table.places), table
 
-    def heard(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return self._table.exchanged(self.rank, value)
 
-    def sums(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
+    def all_reduce(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
         self.exchanged[purpose] += sum(tensor.nbytes for tensor in tensors)
-        parts = self.heard([tensor.detach().clone() for tensor in tensors])
+        parts = self.all_gather_object([tensor.detach().clone() for tensor in tensors])
         return [torch.stack(list(each)).sum(0) for each in zip(*parts, strict=True)]
 
-    def agreed(self, flag: int) -> int:
-        return max(self.heard(flag))
-
-    def told(self, value: Any) -> Any:
-        return self.heard(value)[0]
-
-    def whole(self, rows: Tensor, purpose: str) -> Tensor:
-        return torch.cat(self.heard(rows.detach().clone()))
+    def max(self, number: int) -> int:
+        return max(self.all_gather_object(number))
 
 
 def in_parts(size: int, work: Callable[[Ranks], T]) -> list[T]:

@@ -28,7 +28,6 @@ from ddkit.components import registry
 from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
 from ddkit.recipes.resolve import resolve
-from ddkit.run.checkpoints import Checkpoints
 from ddkit.run.run import Place, planned
 from ddkit.run.setup import RunSetup
 from ddkit.testing import parts
@@ -250,9 +249,9 @@ def test_a_plan_refuses_what_the_run_would(world: World) -> None:
 
 def test_what_is_exchanged_is_what_the_losses_need(results: Path) -> None:
     exchanged = json.loads((results / "2" / "every loss" / "manifest.json").read_text())["processes"]["exchanged_bytes"]
-    assert {"dkkt-stationarity", "feature-regression", "values", "control"} == set(exchanged)
+    assert {"dkkt-stationarity", "feature-regression", "real images", "values", "gathering", "control"} == set(exchanged)
     only = json.loads((results / "2" / "dm" / "manifest.json").read_text())["processes"]["exchanged_bytes"]
-    assert {"values", "control"} == set(only)
+    assert {"values", "gathering", "control"} == set(only)
     logged = len((results / "2" / "dm" / "metrics.jsonl").read_text().splitlines())
     assert only["values"] == STEPS * 8 + logged * 4, "distribution matching needs its value alone, and what is logged"
 
@@ -284,7 +283,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def complete_after(run: Path, step: int) -> bool:
-    return any(int(file.name[5:13]) >= step for file in (run / "checkpoints").glob("*.part-2-of-2.safetensors"))
+    return any(int(file.name[5:13]) >= step for file in (run / "checkpoints").glob("step-*.safetensors"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for the processes in /proc")
@@ -301,7 +300,7 @@ def test_a_killed_process_ends_the_others_and_any_number_of_processes_go_on(worl
     assert said.count("ddkit: ") == 1, said
     assert "Another process of this run has ended" in " ".join(said.split())
     assert not (out / "manifest.json").exists()
-    newest = max(int(file.name[5:13]) for file in (out / "checkpoints").glob("*.part-1-of-2.safetensors"))
+    newest = max(int(file.name[5:13]) for file in (out / "checkpoints").glob("step-*.safetensors"))
     assert newest >= 20
     ends = newest + 20
     going_on = cli("distill", "--resume", "--out", out, "--steps", ends, "--device", "cpu")
@@ -321,9 +320,8 @@ def test_a_run_of_one_process_is_continued_by_two_and_only_the_first_prints(worl
     check_same(tmp_path / "whole", tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["processes"]["count"] == 2
-    assert [file.name for file in sorted((tmp_path / "run" / "checkpoints").iterdir())] == [
-        "step-00000030.part-1-of-2.safetensors", "step-00000030.part-2-of-2.safetensors",
-        "step-00000040.part-1-of-2.safetensors", "step-00000040.part-2-of-2.safetensors",
+    assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        "step-00000030.safetensors", "step-00000040.safetensors",
     ]  # fmt: skip
 
 
@@ -337,7 +335,7 @@ def test_a_request_to_end_is_heard_by_all_at_one_step(world: World, tmp_path: Pa
     told = " ".join(said.split())
     assert told.count("ddkit: Interrupted after step") == 1, said
     step = int(told.split("Interrupted after step ")[1].split(" ")[0])
-    assert {file.name for file in (out / "checkpoints").iterdir()} >= {f"step-{step:08d}.part-{part}-of-2.safetensors" for part in (1, 2)}
+    assert (out / "checkpoints" / f"step-{step:08d}.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -383,73 +381,6 @@ def test_bad_input_is_told_once(tmp_path: Path, world: World) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-# Checkpoints in parts
-
-
-STATE = {"bank.images": torch.arange(10.0).view(5, 2), "labels": torch.arange(5), "network_step": torch.tensor(3)}
-ROWS = ("bank.images", "labels")
-
-
-def write_parts(run: Path, step: int, size: int, *, shift: float = 0.0) -> None:
-    def write(part: ddkit_distributed.Ranks) -> None:
-        rows = slice(part.classes(5).start, part.classes(5).stop)
-        own = {key: value[rows] + shift if key in ROWS else value for key, value in STATE.items()}
-        Checkpoints(run, ["key"]).write(step, own, plugin_files={}, inputs={"the data": "1"}, rowwise=ROWS, ranks=part)
-
-    in_parts(size, write)
-
-
-@pytest.mark.parametrize("size", [1, 2, 3])
-def test_parts_read_back_as_the_whole_state(tmp_path: Path, size: int) -> None:
-    write_parts(tmp_path, 7, size)
-    found = Checkpoints(tmp_path, ["key"]).newest("")
-    assert found is not None
-    assert found.step == 7
-    assert found.inputs == {"the data": "1"}
-    assert found.state.keys() == STATE.keys()
-    assert all(torch.equal(found.state[key], STATE[key]) for key in STATE)
-
-
-def half(run: Path) -> None:
-    (run / "checkpoints" / "step-00000009.part-3-of-3.safetensors").unlink()
-
-
-def damaged(run: Path) -> None:
-    file = run / "checkpoints" / "step-00000009.part-2-of-3.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-
-
-def mixed(run: Path) -> None:
-    file = run / "checkpoints" / "step-00000009.part-1-of-3.safetensors"
-    kept = file.read_bytes()
-    write_parts(run, 9, 3, shift=1.0)
-    file.write_bytes(kept)
-
-
-@pytest.mark.parametrize(("harm", "told"), [(half, "has 2 of 3 parts"), (damaged, "is damaged"), (mixed, "a part of another state")])
-def test_a_checkpoint_of_which_a_part_is_missing_or_wrong_is_never_chosen(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Callable[[Path], None], told: str
-) -> None:
-    write_parts(tmp_path, 6, 2)
-    write_parts(tmp_path, 9, 3)
-    assert Checkpoints(tmp_path, ["key"]).newest("").step == 9  # type: ignore[union-attr]
-    harm(tmp_path)
-    found = Checkpoints(tmp_path, ["key"]).newest("")
-    assert found is not None
-    assert found.step == 6
-    assert told in caplog.text
-
-
-def test_two_checkpoints_are_kept_however_many_parts_they_have(tmp_path: Path) -> None:
-    for step, size in ((1, 1), (2, 3), (3, 2), (3, 1)):
-        write_parts(tmp_path, step, size)
-    assert sorted(file.name for file in (tmp_path / "checkpoints").iterdir()) == [
-        *(f"step-00000002.part-{part}-of-3.safetensors" for part in (1, 2, 3)), "step-00000003.safetensors",
-    ]  # fmt: skip
-
-
 # Who owns what
 
 
@@ -462,11 +393,11 @@ def test_classes_are_dealt_out_in_ranges_that_differ_by_one_at_most() -> None:
 
 
 def test_what_differs_between_processes_is_named() -> None:
-    in_parts(3, lambda part: part.same("The recipe", {"seed": 0}))
+    in_parts(3, lambda part: part.check_same("The recipe", {"seed": 0}))
     with pytest.raises(InputError, match=r"The recipe of process 1 is not that of process 0: seed is 1 there, and 0 here\."):
-        in_parts(2, lambda part: part.same("The recipe", {"ipc": 1, "seed": part.rank}))
-    with pytest.raises(InputError, match=r"process 2 is not that of process 0: 'c' there, 'a' here\."):
-        in_parts(3, lambda part: part.same("The teacher", "aac"[part.rank]))
+        in_parts(2, lambda part: part.check_same("The recipe", {"ipc": 1, "seed": part.rank}))
+    with pytest.raises(InputError, match=r"process 2 is not that of process 0: 'c' there, and 'a' here\."):
+        in_parts(3, lambda part: part.check_same("The teacher", "aac"[part.rank]))
 
 
 def test_initial_values_of_the_whole_set_have_to_agree() -> None:
@@ -497,7 +428,7 @@ def test_a_process_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_more_processes_than_classes_are_refused() -> None:
     with pytest.raises(InputError, match=r"3 processes were started for 2 classes.*--nproc-per-node=2"):
-        in_parts(3, lambda part: part.check(2))
+        in_parts(3, lambda part: part.check_classes(2))
 
 
 def test_the_chunks_of_a_run_do_not_depend_on_its_processes() -> None:
@@ -513,9 +444,9 @@ def test_the_chunks_of_a_run_do_not_depend_on_its_processes() -> None:
 class Half(ddkit_distributed.Ranks):
     """The first of two processes, as far as a job needs the other."""
 
-    size = 2
+    world_size = 2
 
-    def heard(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         return [value, value]
 
 
@@ -528,7 +459,7 @@ def test_a_group_of_the_program_is_left_as_it_was(monkeypatch: pytest.MonkeyPatc
     try:
         for _ in range(3):
             with ddkit_distributed.group() as made:
-                made.wait()
+                made.barrier()
             assert distributed.is_initialized()
             assert distributed.distributed_c10d._world.pg_map.keys() == {distributed.group.WORLD}
     finally:

@@ -22,22 +22,7 @@ def digest(path: Path) -> str:
 def in_a_process(folder: Path, name: str, losses: str, *flags: str, hash_seed: str = "0") -> str:
     """Returns the sha256 of the set that a process of its own makes; `hash_seed` changes the order of Python's sets and hashes."""
     sets = [part for path, value in SETS.items() for part in ("--set", f"{path}={value}")]
-    command = [
-        sys.executable,
-        "-m",
-        "ddkit",
-        "distill",
-        "--losses",
-        losses,
-        "--pipc",
-        "3",
-        "--evaluate",
-        "none",
-        "--out",
-        name,
-        *sets,
-        *flags,
-    ]
+    command = [sys.executable, "-m", "ddkit", *f"distill --losses {losses} --pipc 3 --evaluate none --out {name}".split(), *sets, *flags]
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
