@@ -155,7 +155,7 @@ def _show_run(run: Any, as_json: bool) -> None:
     if run.evaluations:
         show(evaluation_table(run.evaluations))
         show("")
-    from ddkit.run.shares import words
+    from ddkit.run.doubts import words
 
     own = run.shares
     gradient = f"\ngradient {words(own)} (share of each loss, median of the logged steps)" if own else ""

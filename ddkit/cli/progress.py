@@ -11,8 +11,8 @@ from typing import Any
 
 from ddkit.components.observers import hookimpl
 from ddkit.distributed import follows
+from ddkit.run.doubts import shares, words
 from ddkit.run.progress import ProgressBar, ProgressLines
-from ddkit.run.shares import shares, words
 
 log = logging.getLogger("ddkit")
 

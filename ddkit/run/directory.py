@@ -32,6 +32,7 @@ from ddkit.files import (
 )
 from ddkit.recipes.tables import check_depth, parse_recipe
 from ddkit.run.checkpoints import Checkpoint, Checkpoints
+from ddkit.run.doubts import typical_shares
 from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import (
     CHECKPOINT,
@@ -57,7 +58,6 @@ from ddkit.run.manifest import (
     write_manifest,
 )  # fmt: skip
 from ddkit.run.metrics import append_metrics, cut_metrics, read_metrics
-from ddkit.run.shares import typical_shares
 
 if TYPE_CHECKING:
     from torch import Tensor

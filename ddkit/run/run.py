@@ -37,14 +37,12 @@ from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.checkpoints import is_due
 from ddkit.run.directory import Run, RunDirectory, save_set
-from ddkit.run.doubts import constant_losses, outside
-from ddkit.run.estimates import estimated
+from ddkit.run.doubts import constant_losses, outside, silent
 from ddkit.run.evaluation import run_evaluators
 from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed
 from ddkit.run.metrics import is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
-from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
-from ddkit.run.shares import silent
+from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup, estimated
 from ddkit.run.snapshots import add_frame, is_frame
 
 log = logging.getLogger("ddkit")

@@ -17,7 +17,7 @@ from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evalu
 from ddkit.components.guard import advice, blamed, called
 from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
-from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics, on_disk
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
@@ -29,9 +29,9 @@ from ddkit.engine.planning import ExecutionPlan
 from ddkit.errors import DdkitError, InputError, RunFailed
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
-from ddkit.nn.device import pick_device
+from ddkit.nn.device import pick_device, product_rate
 from ddkit.nn.embedder import features_of
-from ddkit.nn.networks import build_network, no_second_derivative
+from ddkit.nn.networks import build_network, no_second_derivative, training_flops
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.nn.training import Schedule
 from ddkit.recipes.tables import Recipe
@@ -40,6 +40,9 @@ from ddkit.seeding import generator
 AUTOMATIC_TEACHER = "the automatic teacher"
 TEACHER_FILE = "the teacher "  # and the name of its file
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
+SHARE = 0.4  # of the rate of large matrix products that networks reach on a CPU: 0.2 uncompiled to 0.68 (docs/performance.md)
+PROCESS_MIB = 450  # Python, torch and what both load
+BANK_COPIES = 4  # of the synthetic images: they, their gradient, and two moments
 
 
 class RunSetup:
@@ -50,13 +53,7 @@ class RunSetup:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        device: str = "auto",
-        begun: bool = False,
-        ranks: Ranks = ALONE,
-        watchers: Observers | None = None,
+        self, recipe: Recipe, *, device: str = "auto", begun: bool = False, ranks: Ranks = ALONE, watchers: Observers | None = None
     ) -> None:
         self.recipe, self.begun, self.ranks = recipe, begun, ranks
         self.watchers = watchers or Observers()
@@ -93,15 +90,6 @@ class RunSetup:
         """What the recipe's teacher file records, {} for a bare state dict; raises InputError naming a file that is unusable."""
         return read_teacher(Path(self.recipe.teacher.use))[1]
 
-    def _data_options(self) -> Any:
-        """Returns the options of the recipe's dataset, also where it is not opened and may not even be there."""
-        if not isinstance(self.dataset, NoImages):
-            return self.dataset.options
-        table = self.recipe.data
-        with suppress(DdkitError):
-            return registry.create("dataset", table.use, table.options, where="data", directory=table.dir).options
-        return registry.options_of("dataset", table.use, table.options, "data")
-
     def _check_room(self) -> None:
         """Raises InputError, before an image is opened, where the initializer cannot have its images."""
         counts = class_counts(self.dataset.labels("train"), len(self.dataset.class_names))
@@ -131,15 +119,13 @@ class RunSetup:
         """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
         if self.recipe.pipc != 0:
             return None
-        if self.recipe.teacher.use == "auto":
-            return self._first_shape("train")  # it is trained on all of them anyway
-        shape = self._teacher_record.get("input_shape")
+        automatic = self.recipe.teacher.use == "auto"
+        shape = None if automatic else self._teacher_record.get("input_shape")
         if shape:
             return int(shape[0]), int(shape[1]), int(shape[2])
-        return self._first_shape("test") if len(self.dataset.labels("test")) else None  # of training images none is accessible
-
-    def _first_shape(self, split: str) -> tuple[int, int, int]:
-        """Returns the shape of the first image of a split."""
+        split = "train" if automatic else "test"  # an automatic teacher is trained on all of them anyway; else none of them is accessible
+        if split == "test" and not len(self.dataset.labels("test")):
+            return None
         channels, height, width = self.dataset.images(split, [0])[0].shape
         return colour(self.dataset, (channels, height, width))
 
@@ -162,7 +148,7 @@ class RunSetup:
             self._check_deterministic()
         self.decided = ExecutionPlan(
             recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
-            network=self._network_probe, teacher=self._teacher_probe,
+            network=lambda: build_network(self.model, info, 0, "probe"), teacher=self._teacher_probe,
         )  # fmt: skip
         self._check_second_order()
 
@@ -196,7 +182,10 @@ class RunSetup:
         """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
         for each in self.losses:
             asked = each.requires
-            probes = (("teacher", asked.teacher, self._teacher_probe), ("network", asked.network, self._network_probe))
+            probes = (
+                ("teacher", asked.teacher, self._teacher_probe),
+                ("network", asked.network, lambda: build_network(self.model, self.info, 0, "probe")),
+            )
             for name, _, probe in (one for one in probes if asked.second_order and one[1]):
                 reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=True)
                 if reason:
@@ -205,9 +194,6 @@ class RunSetup:
                         f"leave the loss out.{each.advice}",
                         f"losses.{each.label}",
                     )
-
-    def _network_probe(self) -> nn.Module:
-        return build_network(self.model, self.info, 0, "probe")
 
     def _teacher_probe(self) -> nn.Module:
         """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
@@ -247,17 +233,14 @@ class RunSetup:
                 train_it=train_it,
             )  # fmt: skip
             if self.teacher is None:
-                self.teacher = self._stand_in()
+                channels = self.info.channels
+                units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
+                self.teacher = Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std)
                 return
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
         self.ranks.check_same("The teacher", self.teacher.sha256)
         self.tested = tested(self.teacher, self.real, self.device)
-
-    def _stand_in(self) -> Teacher:
-        channels = self.info.channels
-        units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
-        return Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -265,19 +248,18 @@ class RunSetup:
 
         An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
         """
-        if self._normalisation is None:  # a cached_property holds a lock, and this waits for other parts of the run
-            self._normalisation = self._found_normalisation()
-        return self._normalisation
-
-    def _found_normalisation(self) -> Normalisation:
+        if self._normalisation is not None:  # a cached_property holds a lock, and this waits for other parts of the run
+            return self._normalisation
         if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
-            return Normalisation(self.teacher.mean, self.teacher.std)
-        if len(self.real.labels) == 0:
+            self._normalisation = Normalisation(self.teacher.mean, self.teacher.std)
+        elif len(self.real.labels) == 0:
             raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
-        together = channel_statistics(
-            self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.all_reduce([own], "channel statistics")[0]
-        )
-        return Normalisation(*together)
+        else:
+            together = channel_statistics(
+                self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.all_reduce([own], "channel statistics")[0]
+            )
+            self._normalisation = Normalisation(*together)
+        return self._normalisation
 
     def bank(self) -> Bank:
         """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
@@ -336,32 +318,18 @@ class RunSetup:
 
     def engine(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
-        source = StepSource(
-            seed=self.recipe.seed,
-            info=self.info,
-            normalisation=self.normalisation,
-            real_images=self.real.images,
-            real_labels=self.real.labels,
-            batch=self.recipe.data.batch,
-            augmenter=self.augmenter,
-            views=self.views,
-            model=self.model if self.decided.needs_network else None,
-            renew_every=self.recipe.network.renew_every,
-            teacher=self.teacher,
-            device=self.device,
-            arithmetic=self.decided.arithmetic,
-            block=self.decided.block,
-            inner=self._inner(),
-            ranks=self.ranks,
-        )
-        return Engine(bank, source, self.losses, chunk=self.decided.chunk)
-
-    def _inner(self) -> Schedule | None:
-        """Returns how the network is trained between steps, None where it is not."""
         table = self.recipe.network
-        if not table.inner_epochs or not self.decided.needs_network:
-            return None
-        return Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
+        trained = table.inner_epochs and self.decided.needs_network
+        source = StepSource(
+            seed=self.recipe.seed, info=self.info, normalisation=self.normalisation, real_images=self.real.images,
+            real_labels=self.real.labels, batch=self.recipe.data.batch, augmenter=self.augmenter, views=self.views,
+            model=self.model if self.decided.needs_network else None, renew_every=table.renew_every, teacher=self.teacher,
+            device=self.device, arithmetic=self.decided.arithmetic, block=self.decided.block, ranks=self.ranks,
+            inner=Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
+            if trained
+            else None,
+        )  # fmt: skip
+        return Engine(bank, source, self.losses, chunk=self.decided.chunk)
 
     def resolved(self) -> Recipe:
         """Returns the recipe with every option, and what the engine decided, written out.
@@ -370,51 +338,48 @@ class RunSetup:
         """
         recipe = self.recipe
         replace = msgspec.structs.replace
+
+        def written(table: Any, key: str, options: Any) -> Any:
+            """Returns a table with its component named without an argument, and with all of its options."""
+            return replace(table, **{key: registry.split_name(getattr(table, key))[0]}, options=written_options(options))
+
         teacher, training = recipe.teacher, recipe.train
         if teacher.use == "auto":
             teacher, training = resolved_training(teacher, training, self.info)
         else:
             teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
-        losses = {
-            each.label: replace(recipe.losses[each.label], use=recipe.loss_name(each.label), options=written_options(each.loss.options))
-            for each in self.losses
-        }
+        data = recipe.data
+        if isinstance(self.dataset, NoImages):  # the data are not opened, and may not even be there
+            data_options = registry.options_of("dataset", data.use, data.options, "data")
+            with suppress(DdkitError):
+                data_options = registry.create("dataset", data.use, data.options, where="data", directory=data.dir).options
+        else:
+            data_options = self.dataset.options
         return replace(
             recipe,
             notes={},
             teacher=teacher,
             train=training,
-            data=replace(
-                recipe.data,
-                use=registry.split_name(recipe.data.use)[0],
-                held_out=self.real.held_out or recipe.data.held_out,
-                options=written_options(self._data_options()),
-            ),
-            network=replace(
-                recipe.network, model=registry.split_name(recipe.network.model)[0], options=written_options(self.model.options)
-            ),
-            initializer=replace(
-                recipe.initializer,
-                use=registry.split_name(recipe.initializer.use)[0],
-                options=written_options(self.initializer.options),
-            ),
-            augmenter=replace(recipe.augmenter, options=written_options(self.augmenter.options)),
+            data=replace(written(data, "use", data_options), held_out=self.real.held_out or data.held_out),
+            network=written(recipe.network, "model", self.model.options),
+            initializer=written(recipe.initializer, "use", self.initializer.options),
+            augmenter=written(recipe.augmenter, "use", self.augmenter.options),
             views={
-                name: replace(recipe.views[name], compose=None, options=written_options(view.augmenter.options))
+                name: replace(written(recipe.views[name], "augmenter", view.augmenter.options), compose=None)
                 for name, view in self.views.items()
             },
             engine=replace(
-                recipe.engine,
-                chunk=self.decided.chunk,
-                block=self.decided.block,
-                compile=self.decided.arithmetic.compile,
+                recipe.engine, chunk=self.decided.chunk, block=self.decided.block, compile=self.decided.arithmetic.compile,
                 precision=self.decided.arithmetic.precision,
             ),
-            losses=losses,
-            evaluators={
-                label: replace(recipe.evaluators[label], options=written_options(e.options)) for label, e in self.evaluators.items()
+            losses={
+                each.label: replace(recipe.losses[each.label], use=recipe.loss_name(each.label), options=written_options(each.loss.options))
+                for each in self.losses
             },
-        )
+            evaluators={
+                label: replace(recipe.evaluators[label], options=written_options(each.options)) for label, each in self.evaluators.items()
+            },
+        )  # fmt: skip
 
     def _plugins_used(self) -> list[dict[str, str]]:
         """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
@@ -453,3 +418,33 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
             f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} needs some. Give --pipc 1 or more.", "pipc"
         )
     return made
+
+
+def estimated(job: RunSetup) -> dict[str, Any]:
+    """Returns seconds, MiB and the operations of each stage; the measurement takes about a quarter of a second.
+
+    The seconds leave out reading, augmenting and compiling, and what evaluators do not tell.
+    """
+    recipe, info, decided = job.recipe, job.info, job.decided
+    operations = {
+        "teacher": training_flops(job.teacher.module, job.info, images=len(job.dataset.labels("train")), epochs=recipe.train.epochs)
+        if job.teacher is not None and not job.teacher.path
+        else 0.0,
+        "steps": decided.step_flops() * recipe.steps / job.ranks.world_size,
+        "evaluation": sum(
+            each.operations(
+                info, rows=info.classes * recipe.rows_per_class, real=len(job.real.labels), tests=len(job.real.test_set[1])
+            ) for each in job.evaluators.values()
+        ),
+    }  # fmt: skip
+    side, count = (4096, 20) if job.device.type == "cuda" else (1024, 8)
+    rate = product_rate(job.device, decided.arithmetic.precision, side=side, count=count)
+    held = [job.real.images, job.real.test_set[0]] if job.evaluators else [job.real.images]
+    images = sum(each.nbytes for each in held if not on_disk(each))
+    bank = BANK_COPIES * 4 * len(job.own_classes) * recipe.rows_per_class * info.channels * info.size[0] * info.size[1]
+    return {
+        "seconds": round(sum(operations.values()) / (SHARE * rate), 1),
+        "memory_mib": round(PROCESS_MIB + (images + bank + decided.step_bytes()) / 2**20),
+        "operations": operations,
+        "operations_per_second": rate,
+    }

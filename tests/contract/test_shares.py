@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ddkit.files import sha256
-from ddkit.run import shares
+from ddkit.run import doubts as shares
 from tests.conftest import SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
