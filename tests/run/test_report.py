@@ -6,6 +6,7 @@ import ast
 import base64
 import io
 import json
+import logging
 import math
 import re
 import shutil
@@ -518,6 +519,15 @@ def test_charts_are_drawn_under_no_settings_of_the_user_and_leave_them() -> None
     with matplotlib.rc_context({"font.size": 30, "lines.linewidth": 9, "svg.fonttype": "path"}):
         assert drawn_curves({"a": [(0.0, 1.0), (1.0, 2.0)]}) == usual
         assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_matplotlib_says_nothing_of_fonts_or_of_a_home_that_it_cannot_write(caplog: pytest.LogCaptureFixture) -> None:
+    def draw(axes: Any) -> None:
+        axes.set_title("中文")  # a warning is an error in tests
+        logging.getLogger("matplotlib.font_manager").warning("a temporary cache directory")
+
+    assert "中文" in svg(charts.Chart("file", "title", "what", draw, "x"))
+    assert caplog.text == ""
 
 
 def early_imports(code: str) -> set[str]:

@@ -27,7 +27,7 @@ from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
 from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, versions
 from ddkit.run.metrics import read_metrics
-from ddkit.run.report.charts import Chart, files, svg
+from ddkit.run.report.charts import files, svg
 from ddkit.run.report.sections import Files, contents, spectrum_bins
 
 log = logging.getLogger("ddkit")
@@ -158,23 +158,23 @@ def _check_figures(out: Path) -> None:
     """Raises an error where charts cannot be written to the folder `out`, which is absent or empty."""
     if not is_text(str(out)) or "\0" in str(out):
         raise FlagError(f"--figures {printable(str(out))} is no name of a folder. Name another.")
-    if out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+    try:
+        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+    except OSError as error:
+        raise RunFilesError(f"--figures {out} cannot be read: {error.strerror or error}.") from None
+    if taken:
         raise RunFilesError(f"--figures {out} exists already and is no empty folder; name a new one.")
 
 
 def _write_figures(out: Path, shown: Mapping[str, Any]) -> None:
     """Writes the charts as files into the folder `out`, all of them or none."""
-    charts: list[Chart] = [
-        chart
-        for section in (shown["losses"], shown["parameters"], shown["spectrum"], *shown["evaluation"]["groups"])
-        for chart in (section["charts"] if section else [])
-    ]
+    sections = [shown["losses"], shown["parameters"], shown["spectrum"], *shown["evaluation"]["groups"]]
     staged = out.with_name(f".{out.name}.{os.urandom(4).hex()}{TEMPORARY}")
     try:
         with folders_of(out), ExitStack() as after:
             after.callback(shutil.rmtree, staged, ignore_errors=True)
             staged.mkdir()
-            for chart in charts:
+            for chart in (chart for section in sections if section for chart in section["charts"]):
                 for name, content in files(chart).items():
                     (staged / name).write_bytes(content)
             if out.exists():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import threading
@@ -163,13 +164,27 @@ def _saved(figure: Any, **options: Any) -> bytes:
 
 
 @contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps back what matplotlib says of letters that its font has not, as the page has other fonts, and of a home that it cannot write."""
+    log = logging.getLogger("matplotlib")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
 def _figure(chart: Chart) -> Iterator[Any]:
     """Yields a chart as matplotlib's figure, under settings that are neither the user's nor left behind."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    with _MATPLOTLIB, _silence():
+        import matplotlib
+        from matplotlib.figure import Figure
 
-    with _MATPLOTLIB, matplotlib.rc_context(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font has not: the page has other fonts
+    with _MATPLOTLIB, _silence(), matplotlib.rc_context():
         matplotlib.rcdefaults()
         settings: Any = matplotlib.rcParams
         settings.update(STYLE | {"svg.hashsalt": chart.file})
