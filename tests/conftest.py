@@ -89,12 +89,6 @@ def forked_children(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
 
 
 @pytest.fixture
-def forked_imports(monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
-    """Makes the processes in which conformance checks import a module forks: for tests that read no time of it."""
-    monkeypatch.setattr("ddkit.run.children.subprocess", forks)
-
-
-@pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Callable[..., Result]]:
     """Yields a function that runs `ddkit ARGS...` in this process, in an empty folder."""
     from ddkit.cli import main

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +14,6 @@ def small(channels: int, size: tuple[int, int], classes: int) -> nn.Sequential:
     height, width = size
     pooled = (height // 2) * (width // 2)
     return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(4 * pooled, classes))
-
-
-def tiny(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-    """One linear layer."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes))
 
 
 def with_dropout(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
@@ -45,53 +41,40 @@ def attentive(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
     return module
 
 
-class _Once(torch.autograd.Function):
-    """A ReLU whose backward pass says that it cannot be differentiated."""
-
+class _Relu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         return x.relu()
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (ctx.saved_tensors[0] > 0)
-
-
-class _Silent(_Once):
-    """The same, computed where torch does not see it."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient.detach() * (ctx.saved_tensors[0] > 0)
-
-
-class _Twice(_Once):
-    """The same in torch's graph, as a straight-through estimator is too."""
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * (ctx.saved_tensors[0] > 0)
-
 
 class Custom(nn.Module):
-    def __init__(self, function: type[_Once]) -> None:
+    """A ReLU with a backward pass of its own."""
+
+    def __init__(self, backward: Callable[[Any, Tensor], Tensor]) -> None:
         super().__init__()
-        self.function = function
+        self.function: Any = type("Relu", (_Relu,), {"backward": staticmethod(backward)})
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.function.apply(x)
         return result
 
 
-def once(channels: int, size: tuple[int, int], classes: int, function: type[_Once] = _Once) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(channels, 4, 3, padding=1), Custom(function), *small(channels, size, classes)[2:])
+def _with(backward: Callable[[Any, Tensor], Tensor], *given: Any) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(given[0], 4, 3, padding=1), Custom(backward), *small(*given)[2:])
+
+
+def once(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
+    """Its backward pass says that it cannot be differentiated."""
+    backward = torch.autograd.function.once_differentiable(lambda ctx, gradient: gradient * (ctx.saved_tensors[0] > 0))
+    return _with(backward, channels, size, classes)
 
 
 def silent(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-    return once(channels, size, classes, _Silent)
+    """Its backward pass is computed where torch does not see it."""
+    return _with(lambda ctx, gradient: gradient.detach() * (ctx.saved_tensors[0] > 0), channels, size, classes)
 
 
 def twice(channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-    return once(channels, size, classes, _Twice)
+    """Its backward pass is in torch's graph, as a straight-through estimator's is too."""
+    return _with(lambda ctx, gradient: gradient * (ctx.saved_tensors[0] > 0), channels, size, classes)

@@ -13,33 +13,18 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-HEAVY = (
-    "torch",
-    "torch._dynamo",
-    "numpy",
-    "PIL.Image",
-    "safetensors.torch",
-    "matplotlib.figure",
-    "jinja2",
-)  # torch imports _dynamo at its first optimizer
+# torch imports _dynamo at its first optimizer
+HEAVY = ("torch", "torch._dynamo", "numpy", "PIL.Image", "safetensors.torch", "matplotlib.figure", "jinja2")
 WORKS = sys.platform.startswith("linux")  # elsewhere what a library has started may not survive a fork
 
 SERVER = """
-import array, atexit, gc, importlib, json, os, select, socket, sys, threading, traceback, types, warnings
-
-def received(link):
-    data, ancillary, _, _ = link.recvmsg(1 << 20, socket.CMSG_SPACE(4 * 4))
-    files = array.array("i")
-    for _, _, content in ancillary:
-        files.frombytes(content)
-    return data, list(files)
+import atexit, gc, importlib, json, os, select, socket, sys, threading, traceback, types, warnings
 
 def serve(link):
     running = {}  # pid to the file that takes its exit code
@@ -53,21 +38,19 @@ def serve(link):
                 os.close(file)  # the end is there for who asks later
         if not ready:
             continue
-        data, files = received(link)
+        data, files, _, _ = socket.recv_fds(link, 1 << 20, 4)
         if not data:
             os._exit(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # numpy's threads, which look after themselves
+        with warnings.catch_warnings(action="ignore"):  # numpy's threads, which look after themselves
             pid = os.fork()
         if not pid:
-            link.close()
-            for file in running.values():
+            for file in (link.detach(), files.pop(), *running.values()):
                 os.close(file)
             return json.loads(data), files
-        for file in files[:3]:
+        running[pid] = files.pop()
+        os.write(running[pid], b"%d\\n" % pid)
+        for file in files:
             os.close(file)
-        os.write(files[3], b"%d\\n" % pid)
-        running[pid] = files[3]
 
 link = socket.socket(fileno=int(sys.argv[1]))
 for name in json.loads(sys.argv[2]):
@@ -78,8 +61,7 @@ before = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if
 base = [each for each in sys.path if each not in before]
 link.send(b"x")
 job, files = serve(link)
-os.close(files[3])
-for number, file in enumerate(files[:3]):
+for number, file in enumerate(files):
     os.dup2(file, number)
     os.close(file)
 os.chdir(job["cwd"])
@@ -122,7 +104,8 @@ class Forked:
     """A process, used as subprocess.Popen is."""
 
     def __init__(self, link: socket.socket, words: Sequence[str], streams: list[Any], env: Mapping[str, str], cwd: str) -> None:
-        self.args, self.returncode = words, None  # type: ignore[var-annotated]
+        self.args = words
+        self.returncode: int | None = None
         ends: list[IO[str] | None] = [None, None, None]
         given: list[int] = []
         for number, stream in enumerate(streams):
@@ -134,13 +117,14 @@ class Forked:
             else:
                 given.append(os.open(os.devnull, os.O_RDWR) if stream == subprocess.DEVNULL else os.dup(stream))
         self.stdin, self.stdout, self.stderr = ends
-        told, tells = os.pipe()
+        ending, its = os.pipe()
         message = json.dumps({"words": list(words), "env": dict(env), "cwd": cwd}).encode()
-        socket.send_fds(link, [message], [*given, tells])
-        for file in (*given, tells):
+        socket.send_fds(link, [message], [*given, its])
+        for file in (*given, its):
             os.close(file)
-        self._told, self._lock = os.fdopen(told, "rb", buffering=0), threading.Lock()  # what a buffer held, select would not see
-        self.pid = int(self._told.readline())
+        self._ending = os.fdopen(ending, "rb", buffering=0)  # select would not see what a buffer holds
+        self._lock = threading.Lock()
+        self.pid = int(self._ending.readline())
 
     def poll(self) -> int | None:
         with suppress(subprocess.TimeoutExpired):
@@ -148,11 +132,11 @@ class Forked:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        if self.returncode is None and not select.select([self._told], [], [], timeout)[0]:
+        if self.returncode is None and not select.select([self._ending], [], [], timeout)[0]:
             raise subprocess.TimeoutExpired(list(self.args), timeout or 0)
         with self._lock:  # two threads may wait
             if self.returncode is None:
-                self.returncode = int(self._told.readline())
+                self.returncode = int(self._ending.readline())
             return self.returncode
 
     def communicate(self) -> tuple[str, str]:
@@ -165,7 +149,7 @@ class Forked:
         return out, err
 
     def __del__(self) -> None:
-        self._told.close()
+        self._ending.close()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -177,18 +161,14 @@ class Forked:
 
 
 class Forks:
-    """Stands in for the module subprocess where processes of this Python, or of `python`, are started."""
+    """Stands in for the module subprocess where processes of `python` are started."""
 
     PIPE, DEVNULL, TimeoutExpired = subprocess.PIPE, subprocess.DEVNULL, subprocess.TimeoutExpired
 
-    def __init__(self, *modules: str, python: str = sys.executable, env: Mapping[str, str] | None = None) -> None:
-        self._python, self._env = python, dict(os.environ if env is None else env)
-        self._link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._server = subprocess.Popen(
-            [python, "-P", "-c", SERVER, str(its.fileno()), json.dumps(modules)], pass_fds=[its.fileno()], env=self._env,
-        )  # fmt: skip
-        its.close()
-        assert self._link.recv(1) == b"x", "what they share cannot be imported"
+    def __init__(self, link: socket.socket, python: str, env: Mapping[str, str]) -> None:
+        self._link = link
+        self._python = python
+        self._own = {name: value for name, value in env.items() if name.startswith("PYTHON") and name != "PYTHONPATH"}
 
     def Popen(
         self, command: Sequence[str], *, stdin: Any = None, stdout: Any = None, stderr: Any = None, env: Mapping[str, str] | None = None,
@@ -197,39 +177,33 @@ class Forks:
         env = dict(os.environ if env is None else env)
         assert command[0] == self._python
         assert text
-        own = {name for name in {*env, *self._env} if name.startswith("PYTHON") and env.get(name) != self._env.get(name)}
-        assert own <= {"PYTHONPATH"}, f"a fork is of the interpreter that began with another {own}"
+        own = {name: value for name, value in env.items() if name.startswith("PYTHON") and name != "PYTHONPATH"}
+        assert own == self._own, "a fork is of the interpreter that began with other settings"
         streams = [number if each is None else each for number, each in enumerate((stdin, stdout, stderr))]
         streams = [each.fileno() if hasattr(each, "fileno") else each for each in streams]
         return Forked(self._link, command[1:], streams, env, str(cwd or os.getcwd()))
 
-    def run(
-        self, command: Sequence[str], *, capture_output: bool, text: bool, check: bool = False, env: Mapping[str, str] | None = None,
-        cwd: Any = None,
-    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    def run(self, command: Sequence[str], *, capture_output: bool, check: bool = False, **named: Any) -> subprocess.CompletedProcess[str]:
         assert capture_output
-        with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-            code = self.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env, cwd=cwd, text=text).wait()
-            said = []
-            for file in (out, err):
-                file.seek(0)
-                said.append(file.read())
-        done = subprocess.CompletedProcess(list(command), code, *said)
+        process = self.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **named)
+        out, err = process.communicate()
+        done = subprocess.CompletedProcess(list(command), process.wait(), out, err)
         if check:
             done.check_returncode()
         return done
 
-    def stop(self) -> None:
-        self._link.close()
-        self._server.wait()
-
 
 @contextmanager
 def forking(*modules: str, python: str = sys.executable, env: Mapping[str, str] | None = None) -> Iterator[Any]:
-    """Yields what stands in for the module subprocess: forks, or that module itself where forks do not work."""
+    """Yields what stands in for the module subprocess: forks of a process with these modules, or itself where forks do not work."""
     if not WORKS:
         yield subprocess
         return
-    made = Forks(*modules, python=python, env=env)
-    yield made
-    made.stop()
+    link, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    env = dict(os.environ if env is None else env)
+    server = subprocess.Popen([python, "-P", "-c", SERVER, str(its.fileno()), json.dumps(modules)], pass_fds=[its.fileno()], env=env)
+    its.close()
+    assert link.recv(1) == b"x", "the modules cannot be imported"
+    yield Forks(link, python, env)
+    link.close()
+    server.wait()

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-PRINTS = "import os, sys; print(sys.argv, os.getcwd(), os.environ.get('MINE'), __name__, sys.stdin.read()); print('said', file=sys.stderr)"
+PRINTS = "import os, sys; print(sys.argv, os.getcwd(), os.environ.get('MINE'), __name__); print('said', file=sys.stderr)"
 CODES = {
     "ends": "pass",
     "exits": "import sys; sys.exit(3)",
@@ -24,37 +24,34 @@ CODES = {
 }
 
 
-def both(forks: Any, command: list[str], **named: Any) -> list[subprocess.CompletedProcess[str]]:
-    return [each.run(command, capture_output=True, text=True, check=False, **named) for each in (forks, subprocess)]
+def ended(forks: Any, command: list[str], **named: Any) -> tuple[int, str, str, str]:
+    """Returns how a fork ends, exit code and stdout as a process's, and the last line of stderr of the fork and of the process."""
+    found, right = (each.run(command, capture_output=True, text=True, check=False, **named) for each in (forks, subprocess))
+    assert (found.returncode, found.stdout) == (right.returncode, right.stdout)
+    return found.returncode, found.stdout, *("".join(each.stderr.splitlines()[-1:]) for each in (found, right))
 
 
 def test_a_fork_has_its_arguments_folder_environment_and_streams(forks: Any, tmp_path: Path) -> None:
-    command, environment = [sys.executable, "-c", PRINTS, "a", "b"], {**os.environ, "MINE": "yes"}
-    named = {"stdin": subprocess.DEVNULL, "text": True, "check": True, "cwd": tmp_path, "env": environment}
-    right = subprocess.run(command, capture_output=True, **named)  # type: ignore[call-overload]
-    del named["stdin"]  # a fork's always is
-    found = forks.run(command, capture_output=True, **named)
-    assert (found.stdout, found.stderr) == (right.stdout, right.stderr)
-    assert f"['-c', 'a', 'b'] {tmp_path} yes __main__" in found.stdout
+    environment = {**os.environ, "MINE": "yes"}
+    code, out, *errors = ended(forks, [sys.executable, "-c", PRINTS, "a", "b"], cwd=tmp_path, env=environment)
+    assert (code, errors) == (0, ["said", "said"])
+    assert f"['-c', 'a', 'b'] {tmp_path} yes __main__" in out
     assert "MINE" not in os.environ
 
 
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_a_fork_ends_as_a_process_does(forks: Any, code: str) -> None:
-    found, right = both(forks, [sys.executable, "-c", code])
-    assert (found.returncode, found.stdout) == (right.returncode, right.stdout)
-    assert found.stderr.splitlines()[-1:] == right.stderr.splitlines()[-1:]
+    *_, of_fork, of_process = ended(forks, [sys.executable, "-c", code])
+    assert of_fork == of_process
 
 
-def test_a_module_is_found_where_a_process_finds_it(forks: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "code"), [(["-m", "only_here"], 0), (["-P", "-m", "only_here"], 1), (["-P", "-m", "only_there"], 0)])
+def test_a_module_is_found_where_a_process_finds_it(forks: Any, tmp_path: Path, words: list[str], code: int) -> None:
     for name in ("here", "there"):
         (tmp_path / name).mkdir()
         (tmp_path / name / f"only_{name}.py").write_text("import sys; print(__file__, __name__, sys.argv[1:])")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "there")}
-    for words, code in ((["-m", "only_here"], 0), (["-P", "-m", "only_here"], 1), (["-P", "-m", "only_there"], 0)):
-        found, right = both(forks, [sys.executable, *words, "x"], cwd=tmp_path / "here", env=environment)
-        assert (found.returncode, found.stdout) == (right.returncode, right.stdout)
-        assert found.returncode == code
+    assert ended(forks, [sys.executable, *words, "x"], cwd=tmp_path / "here", env=environment)[0] == code
 
 
 def test_a_fork_answers_until_it_is_ended(forks: Any) -> None:

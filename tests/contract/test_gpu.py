@@ -26,12 +26,6 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    with products(CUDA, "float32"):
-        yield
-
-
-@contextmanager
 def refusing_to_wait() -> Iterator[None]:
     """Inside, whatever makes the host wait for the device is an error."""
     torch.cuda.set_sync_debug_mode("error")
@@ -55,7 +49,7 @@ def engine_on(device: torch.device, *names: str, arithmetic: Arithmetic = PLAIN)
 
 @pytest.mark.parametrize("name", LOOP_LOSSES)
 def test_values_and_gradients_equal_those_of_the_cpu(name: str) -> None:
-    with exact_products():
+    with products(CUDA, "float32"):
         here, there = (engine_on(device, name).evaluate(3) for device in (CPU, CUDA))
     torch.testing.assert_close(there[0][name].cpu(), here[0][name], rtol=1e-3, atol=1e-5)
     for key, gradient in here[1].items():
@@ -108,7 +102,7 @@ def test_compiled_features_and_gradients_equal_plain_ones(precision: str, graphs
     x = torch.randn((7, *INFO.shape), generator=draw()).to(CUDA)
 
     def checked(number: int) -> None:
-        with exact_products():
+        with products(CUDA, "float32"):
             found, right = (features_and_gradient(each, x) for each in (fast, plain))
         largest = (found[0] - right[0]).abs().max() / right[0].abs().max()
         assert float(largest) < (1e-4 if precision == "float32" else 0.02), number

@@ -595,14 +595,14 @@ def test_a_dataset_whose_test_images_cannot_be_had_is_found() -> None:
 # The command
 
 
-@pytest.mark.usefixtures("forked_imports")
+@pytest.mark.usefixtures("forked_children")
 def test_the_command_takes_options_by_path(cli: Callable[..., Any]) -> None:
     flags = ("epochs=2", "repeats=1", "model_options.width=4")
     result = cli("check", "evaluator", "accuracy", *(part for flag in flags for part in ("--set", flag)))
     assert result.code == 0, result.out + result.err
 
 
-@pytest.mark.usefixtures("forked_imports")
+@pytest.mark.usefixtures("forked_children")
 def test_the_command_lists_every_check_and_ends_with_zero(cli: Callable[..., Any]) -> None:
     result = cli("check", "image-norm")
     assert result.code == 0, result.out
@@ -613,7 +613,7 @@ def test_the_command_lists_every_check_and_ends_with_zero(cli: Callable[..., Any
     assert {row["status"] for row in rows["checks"]} == {"ok"}
 
 
-@pytest.mark.usefixtures("forked_imports")
+@pytest.mark.usefixtures("forked_children")
 def test_the_command_says_what_is_broken_and_ends_with_one(cli: Callable[..., Any], tmp_path: Path) -> None:
     file = tmp_path / "bad.py"
     file.write_text(
@@ -653,7 +653,7 @@ def declaring(tmp_path: Path) -> Callable[[str], Path]:
     return write
 
 
-@pytest.mark.usefixtures("forked_imports")
+@pytest.mark.usefixtures("forked_children")
 def test_the_command_shows_a_declared_deviation_with_its_reason_and_ends_with_zero(
     cli: Callable[..., Any], declaring: Callable[[str], Path]
 ) -> None:
