@@ -60,32 +60,34 @@ class Embedder:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns float32 features (n, d) of normalised images x (n, C, H, W); float64 where network and images are."""
-        parts = _even_parts(x, self.block)
-        if torch.is_grad_enabled() and x.requires_grad:
-            return _joined([self._features(part) for part in parts])
-        return _joined([self._without_gradient(part) for part in parts])
-
-    def _without_gradient(self, x: Tensor) -> Tensor:
-        if not self.arithmetic.compile:
-            with torch.no_grad():
-                return self._features(x)
-        with torch.enable_grad():  # the code that is compiled for images with gradients, not another
-            return self._features(x.detach().requires_grad_()).detach()
+        count = -(-len(x) // self.block) if self.block else 1  # the fewest parts, of nearly equal length
+        differentiable = torch.is_grad_enabled() and x.requires_grad
+        parts = []
+        for part in x.tensor_split(count) if count > 1 else (x,):
+            if differentiable:
+                parts.append(self._features(part))
+            elif self.arithmetic.compile:
+                with torch.enable_grad():  # the code that is compiled for images with gradients, not another
+                    parts.append(self._features(part.detach().requires_grad_()).detach())
+            else:
+                with torch.no_grad():
+                    parts.append(self._features(part))
+        return torch.cat(parts) if count > 1 else parts[0]
 
     def _features(self, x: Tensor) -> Tensor:
         reduced = self.arithmetic.dtype == torch.bfloat16
         with torch.autocast(x.device.type, torch.bfloat16) if reduced else nullcontext():
-            features = self._compiled_features(x) if self.arithmetic.compile else _embed_apart(self.module, x)
+            if self.arithmetic.compile:
+                rows = len(x)
+                x = x.expand(2, -1, -1, -1) if rows == 1 else x  # torch would compile anew for one row
+                x = x.contiguous(memory_format=self.layout)
+                torch._dynamo.maybe_mark_dynamic(x, 0)
+                features = self._forward(x)[:rows]
+            else:  # running statistics that the pass updates are copies, so no loss or step depends on another's pass
+                buffers = {f"network.{name}": value.clone() for name, value in self.module.named_buffers()}
+                features = torch.func.functional_call(_Features(self.module), buffers, (x,)) if buffers else embed(self.module, x)
         features = features if features.dtype == torch.float64 else features.float()
         return features.clone() if self.arithmetic.graphs else features  # a graph's next replay overwrites its output
-
-    def _compiled_features(self, x: Tensor) -> Tensor:
-        rows = len(x)
-        if rows == 1:  # torch would compile anew for one row
-            x = x.expand(2, -1, -1, -1)
-        x = x.contiguous(memory_format=self.layout)
-        torch._dynamo.maybe_mark_dynamic(x, 0)
-        return self._forward(x)[:rows]
 
 
 class _Features(nn.Module):
@@ -95,20 +97,3 @@ class _Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return embed(self.network, x)
-
-
-def _embed_apart(network: nn.Module, x: Tensor) -> Tensor:
-    """Returns features; running statistics that the pass updates are copies, so no loss or step depends on another's pass."""
-    buffers = {f"network.{name}": value.clone() for name, value in network.named_buffers()}
-    result: Tensor = torch.func.functional_call(_Features(network), buffers, (x,)) if buffers else embed(network, x)
-    return result
-
-
-def _even_parts(x: Tensor, most: int) -> tuple[Tensor, ...]:
-    """Returns x in the fewest parts of at most `most` rows (0: one part), of nearly equal length."""
-    count = -(-len(x) // most) if most else 1
-    return x.tensor_split(count) if count > 1 else (x,)
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -23,44 +22,9 @@ def build_network(model: Model, info: DataInfo, seed: int, *purpose: str | int) 
         return model(info.channels, info.size, info.classes)
 
 
-class _Twin:
-    """A network on the CPU in plain layout, drawn as build_network draws: the source of weights re-drawn elsewhere.
-
-    Most modules draw in `reset_parameters` of their layers what their constructors drew, in the same order. Where that is
-    so, bit for bit, a draw resets the twin; elsewhere (a constructor of its own mind) it builds a new one.
-    """
-
-    def __init__(self, model: Model, info: DataInfo) -> None:
-        self.model, self.info = model, info
-        self.module = build_network(model, info, 0, "twin")
-        drawn = {key: value.clone() for key, value in network_tensors(self.module).items()}
-        with drawn_from(0, "twin"):
-            _reset(self.module)
-        self.resets = all(torch.equal(value, drawn[key]) for key, value in network_tensors(self.module).items())
-
-    def draw(self, seed: int, *purpose: str | int) -> dict[str, Tensor]:
-        """Returns the parameters and buffers of a network drawn for `purpose`."""
-        if self.resets:
-            with drawn_from(seed, *purpose):
-                _reset(self.module)
-        else:
-            self.module = build_network(self.model, self.info, seed, *purpose)
-        return network_tensors(self.module)
-
-
 def network_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Returns parameters and buffers by name, also buffers that a state dict leaves out, detached: writing to them writes the module."""
     return {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
-
-
-def _reset(module: nn.Module) -> None:
-    for layer in module.modules():
-        own = getattr(layer, "reset_parameters", None)
-        if callable(own):
-            own()
-
-
-_twins: WeakKeyDictionary[nn.Module, _Twin] = WeakKeyDictionary()
 
 
 def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose: str | int) -> None:
@@ -68,9 +32,7 @@ def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose:
 
     `module` must be one that `model` built for `info`. The draw is made on the CPU, whatever the module's device.
     """
-    if module not in _twins:
-        _twins[module] = _Twin(model, info)
-    drawn = _twins[module].draw(seed, *purpose)
+    drawn = network_tensors(build_network(model, info, seed, *purpose))
     with torch.no_grad():
         for name, value in network_tensors(module).items():
             value.copy_(to_device(drawn[name], value.device))

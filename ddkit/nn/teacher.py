@@ -112,17 +112,6 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     """Returns the teacher of a file; raises InputError with the difference where it does not fit the data."""
     path = Path(table.use)
     tensors, record = read_teacher(path)
-    _check_record(path, record, info)
-    mean, std = _statistics(table, record, info.channels, path)
-    model = record.get("model", table.model)
-    options = record.get("options", table.options)
-    factory = registry.create("model", model, options, data=info, where="teacher")
-    module = build_network(factory, info, 0, "teacher shape")
-    load_state(module, tensors, path, model, recorded=bool(record))
-    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path.absolute()))
-
-
-def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
     names, shape = record.get("class_names"), record.get("input_shape")
     if names is not None and len(names) != info.classes:
         raise InputError(
@@ -135,6 +124,11 @@ def _check_record(path: Path, record: dict[str, Any], info: DataInfo) -> None:
         log.warning("The teacher's class names differ from the data's: %s.", _difference(names, info.class_names))
     if shape is not None and tuple(shape) != info.shape:
         raise InputError(f"The teacher {path} takes images of shape {tuple(shape)} (C, H, W), the data has {info.shape}.")
+    mean, std = _statistics(table, record, info.channels, path)
+    model, options = record.get("model", table.model), record.get("options", table.options)
+    module = build_network(registry.create("model", model, options, data=info, where="teacher"), info, 0, "teacher shape")
+    load_state(module, tensors, path, model, recorded=bool(record))
+    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path.absolute()))
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -230,9 +224,12 @@ def tested(teacher: Teacher, real: RealData, device: torch.device) -> Tested | N
     right, seen = real.ranks.all_reduce([each.double() for each in counts], "control")
     result = Tested(float(right.sum() / seen.sum()), int(seen.sum()))
     if at_chance(right, seen):
+        epochs = teacher.info.get("training", {}).get("epochs")
+        longer = f"If it was trained too short, train it longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
         log.warning(
-            "The teacher is right on %.1f %% of %d accessible images, no better than guessing among %d classes. %s",
-            100 * result.accuracy, result.images, classes, _remedy(teacher),
+            "The teacher is right on %.1f %% of %d accessible images, no better than guessing among %d classes. %sCheck how its inputs "
+            "were normalised (--set teacher.mean and teacher.std), the order of its classes, its architecture (--model), and whether it "
+            "was trained at all.", 100 * result.accuracy, result.images, classes, longer,
         )  # fmt: skip
     return result
 
@@ -254,13 +251,3 @@ def at_chance(right: Tensor, seen: Tensor) -> bool:
     scatter = math.sqrt(float((1 / seen[known]).sum())) / int(known.sum())
     bound, half_way = guess + 2 * scatter * math.sqrt(guess * (1 - guess)), (1 + guess) / 2
     return rate <= bound < half_way - 3 * scatter * math.sqrt(half_way * (1 - half_way))
-
-
-def _remedy(teacher: Teacher) -> str:
-    """Returns what may be wrong with a teacher that knows nothing, and how to mend it."""
-    epochs = teacher.info.get("training", {}).get("epochs")
-    trained = f"If it was trained too short, train it longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
-    return (
-        f"{trained}Check how its inputs were normalised (--set teacher.mean and teacher.std), the order of its classes, its architecture "
-        "(--model), and whether it was trained at all."
-    )

@@ -314,14 +314,6 @@ def test_a_redrawn_network_has_the_weights_of_a_newly_built_one(made: ddkit.Mode
     assert [parameter.data_ptr() for parameter in module.parameters()] == pointers, "in place"
 
 
-def test_redrawing_builds_no_module_where_the_layers_reset_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = model()
-    module = build_network(made, INFO, 0, "first")
-    redraw(module, made, INFO, 0, "network", 0)
-    monkeypatch.setattr(type(made), "__call__", lambda *arguments: pytest.fail("a module was built"))
-    redraw(module, made, INFO, 0, "network", 1)
-
-
 # Blocks
 
 

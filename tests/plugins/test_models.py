@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import doctest
+import json
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import ddkit_models
 import pytest
 import torch
+from ddkit_evaluators import split_options
 from ddkit_models import depth_for
 from torch import Tensor, nn
 
@@ -15,25 +21,8 @@ from ddkit.errors import RunFailed
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network, couples_samples, redraw, saved_bytes
 from ddkit.seeding import derived_seed, drawn_from, generator
-from tests.conftest import SMALL
-
-# The state dict of ConvNet (3 blocks of 128, instance norm, average pooling) of the public DatasetCondensation code.
-PUBLIC_SHAPES = {
-    "features.0.weight": (128, 3, 3, 3),
-    "features.0.bias": (128,),
-    "features.1.weight": (128,),
-    "features.1.bias": (128,),
-    "features.4.weight": (128, 128, 3, 3),
-    "features.4.bias": (128,),
-    "features.5.weight": (128,),
-    "features.5.bias": (128,),
-    "features.8.weight": (128, 128, 3, 3),
-    "features.8.bias": (128,),
-    "features.9.weight": (128,),
-    "features.9.bias": (128,),
-    "classifier.weight": (10, 2048),
-    "classifier.bias": (10,),
-}
+from ddkit.testing.samples import info_of, noise
+from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 
 def data(channels: int = 3, size: tuple[int, int] = (8, 8), classes: int = 3) -> ddkit.DataInfo:
@@ -65,11 +54,8 @@ def test_depth_is_recorded_in_the_resolved_options() -> None:
 
 
 def test_state_dict_of_the_public_convnet_loads_and_is_used() -> None:
-    info = data(3, (32, 32), 10)
-    module = network("convnet", info, width=128)
-    assert {name: tuple(value.shape) for name, value in module.state_dict().items()} == PUBLIC_SHAPES
-    assert list(module.state_dict()) == list(PUBLIC_SHAPES)
-    public = _public_convnet()
+    module, public = network("convnet", data(3, (32, 32), 10), width=128), _public_convnet()
+    assert list(module.state_dict()) == list(public.state_dict())
     module.load_state_dict(public.state_dict(), strict=True)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(module(x), public(x))
@@ -94,11 +80,6 @@ def _public_convnet() -> nn.Module:
         return Public()
 
 
-def test_group_norm_of_the_convnet_normalises_each_image_and_channel() -> None:
-    norms = [layer for layer in network().modules() if isinstance(layer, nn.GroupNorm)]
-    assert all(layer.num_groups == layer.num_channels for layer in norms)
-
-
 def test_one_channel_padding_of_three_gives_the_public_features_on_28_pixels() -> None:
     info = data(1, (28, 28), 10)
     padded = network("convnet", info, width=128, one_channel_padding=3)
@@ -109,13 +90,12 @@ def test_one_channel_padding_of_three_gives_the_public_features_on_28_pixels() -
     assert network("convnet", colour, width=128, one_channel_padding=3).classifier.in_features == 128 * 9  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (3, 28, 28), (1, 9, 13), (4, 5, 17), (3, 33, 8), (2, 2, 2), (1, 4, 3)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 28, 28), (1, 9, 13), (4, 5, 17), (3, 33, 8), (2, 2, 2), (1, 4, 3)])
 @pytest.mark.parametrize("model", ["convnet", "mlp"])
 def test_any_size_and_channel_count(model: str, shape: tuple[int, int, int]) -> None:
-    info = data(shape[0], shape[1:], classes=5)
-    module = network(model, info)
-    assert outputs(module, info).shape == (2, 5)
-    assert embed(module, torch.zeros(2, *shape)).shape[0] == 2
+    module, x = network(model, data(shape[0], shape[1:], classes=5)), torch.randn(2, *shape)
+    assert module(x).shape == (2, 5)
+    torch.testing.assert_close(module.classifier(embed(module, x)), module(x))  # type: ignore[operator]
 
 
 @pytest.mark.parametrize(("size", "options"), [((1, 1), {}), ((1, 9), {}), ((8, 8), {"depth": 4}), ((4, 64), {"depth": 3})])
@@ -146,20 +126,8 @@ def test_option_changes_the_layers(options: dict[str, Any], present: type[nn.Mod
     assert outputs(module, data()).shape == (2, 3)
 
 
-def test_batch_norm_keeps_the_public_layer_numbers() -> None:
-    names = list(network(norm="batch").state_dict())
-    assert "features.1.running_mean" in names
-    assert "features.5.running_var" in names
-
-
 def test_without_pooling_the_features_keep_the_image_size() -> None:
     assert embed(network(pooling="none", depth=1), torch.zeros(1, 3, 8, 8)).shape == (1, 8 * 64)
-
-
-@pytest.mark.parametrize("model", ["convnet", "mlp"])
-def test_logits_are_the_classifier_of_the_embedding(model: str) -> None:
-    module, x = network(model), torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(module.classifier(embed(module, x)), module(x))  # type: ignore[operator]
 
 
 def test_mlp_has_the_asked_for_layers() -> None:
@@ -270,3 +238,166 @@ def test_saved_bytes_grow_with_the_width_and_not_with_the_parameters() -> None:
     narrow, wide = (saved_bytes(network(info=info, width=width, norm="none"), info) for width in (8, 16))
     assert narrow > 4 * 8 * 16 * 16  # at least the first block's activations
     assert 1.5 < wide / narrow < 2  # the input, saved once, does not grow; the weights would grow fourfold
+
+
+# The small-image networks of the literature
+
+NEW = ["lenet", "alexnet", "vgg11", "resnet18"]
+
+
+def built(name: str, shape: tuple[int, int, int] = (3, 32, 32), **options: Any) -> nn.Module:
+    info = info_of(shape, 10)
+    return build_network(ddkit.create("model", name, options, data=info), info, 0, "test")
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(each.numel() for each in module.parameters())
+
+
+def test_parameters_are_those_of_the_published_layers() -> None:
+    """Counted by hand from the descriptions, for CIFAR-10."""
+
+    def conv(before: int, after: int, kernel: int) -> int:
+        return before * after * kernel**2 + after
+
+    def linear(before: int, after: int) -> int:
+        return before * after + after
+
+    assert parameters(built("lenet")) == conv(3, 6, 5) + conv(6, 16, 5) + linear(400, 120) + linear(120, 84) + linear(84, 10)
+    alexnet = [(3, 128, 5), (128, 192, 5), (192, 256, 3), (256, 192, 3), (192, 192, 3)]
+    assert parameters(built("alexnet")) == sum(conv(*each) for each in alexnet) + linear(192 * 16, 10)
+    widths = [3, 64, 128, 256, 256, 512, 512, 512, 512]
+    vgg = sum(conv(one, two, 3) + 2 * two for one, two in pairwise(widths))
+    assert parameters(built("vgg11")) == vgg + linear(512, 10)
+    assert parameters(built("vgg11", norm="none")) == vgg - 2 * sum(widths[1:]) + linear(512, 10)
+    assert parameters(built("resnet18")) == 11_173_962  # the figure known for the CIFAR variant
+
+
+def test_resnet18_computes_what_torchvisions_does_with_the_small_stem() -> None:
+    import torchvision.models
+
+    theirs = torchvision.models.resnet18(num_classes=10)
+    theirs.conv1, theirs.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()  # type: ignore[assignment]
+    ours = built("resnet18", norm="batch")
+    values = list(ours.state_dict().values())
+    keys = list(theirs.state_dict())
+    theirs.load_state_dict(dict(zip(keys, values, strict=True)))  # both list the layers in the order of their use
+    x = noise((2, 3, 32, 32), "x")
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8), (1, 28, 28), (3, 28, 28), (3, 32, 32), (3, 9, 40), (3, 64, 48), (4, 16, 16)])
+@pytest.mark.parametrize("name", NEW)
+def test_features_of_any_size_differ_from_image_to_image(name: str, shape: tuple[int, int, int]) -> None:
+    small: dict[str, Any] = {"width": 8} if name in ("vgg11", "resnet18") else {}
+    module, x = built(name, shape, **small), noise((3, *shape), "x")
+    features = embed(module, x)
+    assert module(x).shape == (3, 10)
+    torch.testing.assert_close(module.classifier(features), module(x))  # type: ignore[operator]
+    assert float(features.detach().std(0).max()) > 1e-3  # normalising maps of one pixel would leave nothing
+
+
+def test_normalising_maps_of_one_pixel_leaves_nothing_so_the_first_halvings_are_left_out() -> None:
+    x = noise((2, 8, 1, 1), "x")
+    assert float(nn.GroupNorm(8, 8)(x).detach().abs().max()) < 1e-4  # the negative control
+    strides = [each.stride for each in built("resnet18", (1, 8, 8), width=8).modules() if isinstance(each, nn.Conv2d)]
+    assert sum(each == (2, 2) for each in strides) == 4  # two stages, each with its shortcut
+    poolings = [each for each in built("vgg11", (1, 8, 8), width=8).modules() if isinstance(each, nn.MaxPool2d)]
+    assert len(poolings) == 3
+
+
+def test_examples_in_docstrings_hold() -> None:
+    assert doctest.testmod(ddkit_models)[:2] == (0, 1)
+
+
+def test_lenet_of_grey_28_pixels_pads_as_the_original() -> None:
+    assert built("lenet", (1, 28, 28)).features[7].in_features == 400  # type: ignore[index, union-attr]
+    with pytest.raises(ddkit.InputError, match="3 x 8 pixels are too small; the least is 4 x 4"):
+        built("lenet", (1, 3, 8))
+
+
+@pytest.mark.parametrize(("name", "padding", "width"), [("alexnet", 4, 192 * 16), ("vgg11", 3, 64)])
+def test_public_padding_makes_grey_28_pixels_those_of_32(name: str, padding: int, width: int) -> None:
+    small = {"width": 8} if name == "vgg11" else {}
+    assert built(name, (1, 28, 28), one_channel_padding=padding, **small).classifier.in_features == width  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["vgg11", "resnet18"])
+def test_norm_decides_whether_the_images_of_a_batch_are_coupled(name: str) -> None:
+    info = info_of((1, 8, 8))
+    coupled = {norm: couples_samples(built(name, info.shape, width=8, norm=norm), info) for norm in ("instance", "none", "batch")}
+    assert coupled == {"instance": False, "none": False, "batch": True}
+
+
+def by_hand(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return (x - x.mean(dims, keepdim=True)) / (x.var(dims, unbiased=False, keepdim=True) + 1e-5).sqrt()
+
+
+def test_convnet_norm_group_and_layer_normalise_what_they_say() -> None:
+    x = noise((2, 3, 8, 8), "x")
+    for norm, make in (
+        ("group", lambda t: by_hand(t.view(2, 4, 2, 8, 8), (2, 3, 4)).view(2, 8, 8, 8)),
+        ("layer", lambda t: by_hand(t, (1, 2, 3))),
+    ):
+        module = built("convnet", (3, 8, 8), width=8, depth=1, norm=norm)
+        first = module.features[0](x)  # type: ignore[index, operator]
+        torch.testing.assert_close(module.features[1](first), make(first))  # type: ignore[index, operator]
+        assert not torch.allclose(module.features[1](first), by_hand(first, (2, 3)))  # type: ignore[index, operator]
+
+
+def test_group_norm_of_a_width_that_cannot_be_grouped_is_refused() -> None:
+    with pytest.raises(ddkit.InputError, match="convnet: norm = group needs a width that is a multiple of 4, not 6"):
+        built("convnet", width=6, norm="group")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (4, 64)])
+def test_layer_norm_of_images_that_are_too_small_is_the_usual_error(size: tuple[int, int]) -> None:
+    with pytest.raises(ddkit.InputError, match="too small"):
+        built("convnet", (3, *size), depth=3, norm="layer", width=8)
+
+
+# Options of a list of models
+
+WHERE = "evaluators.accuracy.model_options"
+
+
+def split(names: str, **options: Any) -> dict[str, dict[str, Any]]:
+    return split_options(names.split(","), options, WHERE)
+
+
+def test_an_option_goes_to_the_models_that_have_it_and_a_table_of_a_models_name_to_that_alone() -> None:
+    assert split("convnet,mlp,lenet", width=8, norm="batch") == {"convnet": {"width": 8, "norm": "batch"}, "mlp": {"width": 8}, "lenet": {}}
+    assert split("convnet,mlp", width=8, mlp={"width": 4}) == {"convnet": {"width": 8}, "mlp": {"width": 4}}
+    assert split("mlp", mlp={"width": 4}) == {"mlp": {"width": 4}}
+
+
+def test_an_option_that_none_has_and_a_table_of_another_model_are_refused() -> None:
+    with pytest.raises(ddkit.InputError, match=r"model_options\.widht: none of the models convnet, mlp.*mlp has depth, width"):
+        split("convnet,mlp", widht=8)
+    with pytest.raises(ddkit.InputError, match=r"model_options\.lenet: the models of this evaluation are convnet, mlp"):
+        split("convnet,mlp", lenet={})
+
+
+def test_options_of_one_model_are_checked_by_that_model() -> None:
+    evaluator = ddkit.create("evaluator", "accuracy", {"model": "mlp", "model_options": {"norm": "batch"}})
+    with pytest.raises(ddkit.InputError, match=r"mlp: .*has no key 'norm'"):
+        evaluator.check(ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(8, 8)))
+
+
+def test_a_model_that_the_images_are_too_small_for_is_told_before_the_run() -> None:
+    evaluator = ddkit.create("evaluator", "accuracy", {"model": "mlp,lenet"})
+    evaluator.check(ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(8, 8)))
+    with pytest.raises(ddkit.InputError, match="lenet: images of 3 x 3 pixels are too small"):
+        evaluator.check(ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(3, 3)))
+
+
+def test_the_cross_architecture_table_has_a_row_for_each_model(cli: Callable[..., Result]) -> None:
+    assert cli("distill", "--losses", "dm", "--pipc", 3, "--out", "run", "--evaluate", "none", *SMALL_FLAGS).code == 0
+    models = "convnet,mlp,lenet,resnet18,vgg11"
+    short = [f"evaluators.accuracy.{part}" for part in ("epochs=1", "repeats=1", "model_options.width=4", "model_options.convnet.depth=1")]
+    flags = [part for each in short for part in ("--set", each)]
+    table = cli("evaluate", "run", "--evaluate", "accuracy", "--model", models, *flags)
+    assert table.code == 0, table.err
+    assert [line.split()[1] for line in table.out.splitlines()[2:]] == models.split(",")
+    rows = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
+    assert [row["model"] for row in rows] == models.split(",")
