@@ -168,12 +168,12 @@ def artifact(counts: tuple[int, int] = (2, 2)) -> ddkit.Artifact:
     return ddkit.Artifact(pixels, torch.arange(2).repeat_interleave(torch.tensor(counts)), metadata)
 
 
-def data(real_rows: int = 20, seed: int = 3) -> ddkit.data.EvaluationData:
+def data(real_rows: int = 20, seed: int = 3, report: Callable[[int, int], object] = lambda done, total: None) -> ddkit.data.EvaluationData:
     tests, test_labels = images(100, 1)
     real_images, real_labels = images(real_rows, 2)
     return ddkit.data.EvaluationData(
         info=INFO, test_images=tests, test_labels=test_labels, real_images=real_images, real_labels=real_labels, seed=seed,
-        device=torch.device("cpu"), report=lambda done, total: None,
+        device=torch.device("cpu"), report=report,
     )  # fmt: skip
 
 

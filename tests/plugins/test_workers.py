@@ -13,35 +13,23 @@ from ddkit_evaluators import Accuracy, workers
 from ddkit_evaluators.trainer import Trainer
 
 import ddkit
-
-INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(8, 8))
-
-
-def images(rows: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns uint8 images whose brightness tells the class, and labels."""
-    labels = torch.arange(2).repeat_interleave(rows // 2)
-    noise = torch.randint(0, 128, (rows, *INFO.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    return noise + (labels * 100).to(torch.uint8).view(-1, 1, 1, 1), labels
+from tests.plugins.test_evaluators import INFO, artifact, data, images
+from tests.plugins.test_evaluators import evaluated as rows_of
 
 
-def artifact() -> ddkit.Artifact:
+def evaluated(report: Callable[[int, int], object] = lambda done, total: None, **options: Any) -> ddkit.Evaluation:
     pixels, labels = images(4, 0)
-    return ddkit.Artifact(pixels.float() / 255, labels, {"class_names": ["a", "b"], "mean": [0.5], "std": [0.25]})
+    learnable = ddkit.Artifact(pixels.float() / 255, labels, artifact().metadata)
+    return rows_of(learnable, data(report=report), **{"epochs": 40} | options)[0]
 
 
-def data(report: Callable[[int, int], None] = lambda done, total: None) -> ddkit.data.EvaluationData:
-    tests, test_labels = images(40, 1)
-    real, real_labels = images(20, 2)
-    return ddkit.data.EvaluationData(
-        info=INFO, test_images=tests, test_labels=test_labels, real_images=real, real_labels=real_labels, seed=3,
-        device=torch.device("cpu"), report=report,
-    )  # fmt: skip
-
-
-def evaluated(report: Callable[[int, int], None] = lambda done, total: None, **options: Any) -> ddkit.Evaluation:
-    table = {"epochs": 40, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
-    evaluator: Accuracy = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
-    return evaluator(artifact(), data(report), None)[0]
+@pytest.fixture
+def children(monkeypatch: pytest.MonkeyPatch) -> list[ddkit.Child]:
+    """Returns the processes that were started."""
+    found: list[ddkit.Child] = []
+    start = ddkit.Child
+    monkeypatch.setattr(ddkit, "Child", lambda *given, **named: found.append(start(*given, **named)) or found[-1])
+    return found
 
 
 def test_processes_give_what_one_after_the_other_gives() -> None:
@@ -69,29 +57,22 @@ def test_no_more_processes_than_networks() -> None:
 
 
 @pytest.mark.usefixtures("forked_children")
-def test_a_process_that_fails_is_told_and_its_networks_are_trained_here(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("error", "phrase"), [(None, "SafetensorError"), (OSError(28, "Disk full"), "Disk full")])
+def test_what_processes_cannot_do_is_told_and_their_networks_are_trained_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: OSError | None, phrase: str
 ) -> None:
     write = workers._write
 
     def broken(trainer: Trainer, folder: Any, tasks: Any, *, threads: int) -> None:
+        if error is not None:
+            raise error
         write(trainer, folder, tasks, threads=threads)
         (folder / workers.TENSORS).write_bytes(b"nonsense")
 
     monkeypatch.setattr(workers, "_write", broken)
     found = evaluated(workers=2)
     assert "4 networks are trained here instead" in caplog.text
-    assert "SafetensorError" in caplog.text
-    assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
-
-
-def test_a_full_disk_is_told_and_all_networks_are_trained_here(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def full(trainer: Trainer, folder: Any, tasks: Any, *, threads: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(workers, "_write", full)
-    found = evaluated(workers=2)
-    assert "No space left on device" in caplog.text
+    assert phrase in caplog.text
     assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
 
 
@@ -103,10 +84,7 @@ def test_several_processes_on_another_device_are_refused() -> None:
 
 
 @pytest.mark.usefixtures("forked_children")
-def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    children: list[ddkit.Child] = []
-    monkeypatch.setattr(ddkit, "Child", lambda *given, kind=ddkit.Child, **named: children.append(kind(*given, **named)) or children[-1])
-
+def test_an_interruption_leaves_no_process_behind(children: list[ddkit.Child]) -> None:
     def interrupt(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -118,10 +96,8 @@ def test_an_interruption_leaves_no_process_behind(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.usefixtures("forked_children")
 def test_the_networks_of_a_process_that_dies_are_trained_by_another_or_here(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    children: list[ddkit.Child], caplog: pytest.LogCaptureFixture
 ) -> None:
-    children: list[ddkit.Child] = []
-    monkeypatch.setattr(ddkit, "Child", lambda *given, kind=ddkit.Child, **named: children.append(kind(*given, **named)) or children[-1])
     found = evaluated(lambda done, total: children[0]._process.kill() if done == 1 else None, workers=2)
     assert "A process that trained networks ended with exit code -9" in caplog.text
     assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
