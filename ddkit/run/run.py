@@ -30,7 +30,6 @@ from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.files import write_json
 from ddkit.nn.device import products
-from ddkit.nn.teacher import Teacher
 from ddkit.recipes.resolve import flattened
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import warnings
@@ -296,7 +295,11 @@ def _finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: 
     if job.ranks.is_main:
         for sentence in _doubts(made, made_set, read_metrics(directory.path)):
             log.warning("%s", sentence)
-    evaluations = _evaluate_run(job, made_set, directory, watchers)
+    evaluations: list[Evaluation] = []
+    if job.evaluators:
+        evaluations = run_evaluators(job.evaluators, made_set, job.real, job.teacher, recipe.seed, job.device, watchers, job.ranks)
+    if job.evaluators and job.ranks.is_main:
+        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(evaluations)})
     facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if job.ranks.is_main:
         watchers.begin("writing", f"Writing the report of {directory.path}")
@@ -314,20 +317,15 @@ def _doubts(made: Made, artifact: Artifact, lines: Sequence[Mapping[str, Any]]) 
     told, constant = silent(lines, weights), constant_losses(lines, weights)
     logged = f"at all {len(lines)} logged steps" if len(lines) > 1 else "at the only step"
     if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
-        told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {_mends_idle(job, recipe)}"]
+        fewest, helps = min(job.real.counts().values(), default=0), "Use another loss or --init noise."
+        if job.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:  # it is compared with these very images
+            counts = f"(ipc {recipe.ipc}; {fewest} accessible)"
+            helps = f"It began as all accessible images {counts}: raise --pipc, lower --ipc, or use another loss or --init noise."
+        told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {helps}"]
     else:
         others = [label for label in constant if not any(label in sentence.split() for sentence in told)]
         told += [f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing." for label in others]
     return told + (outside(artifact.stored_images, made.bank.smaller_rate("images")) if recipe.steps else [])
-
-
-def _mends_idle(job: RunSetup, recipe: Recipe) -> str:
-    """Returns what helps where no loss finds anything to do: mostly the set began as the very images that it is compared with."""
-    fewest = min(job.real.counts().values(), default=0)
-    if job.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:
-        more = f" (ipc {recipe.ipc}; {fewest} accessible)"
-        return f"It began as all accessible images{more}: raise --pipc, lower --ipc, or use another loss or --init noise."
-    return "Use another loss or --init noise."
 
 
 def _iterate(
@@ -402,33 +400,21 @@ def _write_set(job: RunSetup, bank: Bank, recipe: Recipe, directory: RunDirector
     save_set(Artifact(images, job.stored_labels, metadata_, extra), directory)
 
 
-def _evaluate_run(job: RunSetup, artifact: Artifact, directory: RunDirectory, watchers: Observers) -> list[Evaluation]:
-    if not job.evaluators:
-        return []
-    rows = run_evaluators(job.evaluators, artifact, job.real, job.teacher, job.recipe.seed, job.device, watchers, job.ranks)
-    if job.ranks.is_main:
-        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(rows)})
-    return rows
-
-
-def _ceiling(job: RunSetup, teacher: Teacher) -> dict[str, Any]:
-    """Returns how good the teacher is: its recorded test accuracy, and that on the accessible images; None where it is not known."""
-    tested = {} if job.tested is None else {"accessible_accuracy": job.tested.accuracy, "accessible_images": job.tested.images}
-    return {"test_accuracy": teacher.info.get("test_accuracy"), **tested}
-
-
 def _facts(job: RunSetup, recipe: Recipe) -> dict[str, Any]:
-    teacher = job.teacher
+    teacher: dict[str, Any] | None = None
+    if job.teacher is not None:
+        teacher = {"path": job.teacher.path, "sha256": job.teacher.sha256, "test_accuracy": job.teacher.info.get("test_accuracy")}
+        tested = job.tested
+        teacher |= {} if tested is None else {"accessible_accuracy": tested.accuracy, "accessible_images": tested.images}
+    processes = {"count": job.ranks.world_size, "exchanged_bytes": dict(job.ranks.exchanged)}
     return {
         "seed": recipe.seed,
         "device": str(job.device),
         "threads": torch.get_num_threads(),
         "plugins": job.plugins_used,
         **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
-        "teacher": None if teacher is None else {"path": teacher.path, "sha256": teacher.sha256, **_ceiling(job, teacher)},
+        "teacher": teacher,
         **known_spectrum(job.real.sample()),
         "real_files": job.real.sources,
-        **(
-            {"processes": {"count": job.ranks.world_size, "exchanged_bytes": dict(job.ranks.exchanged)}} if job.ranks.world_size > 1 else {}
-        ),
+        **({"processes": processes} if job.ranks.world_size > 1 else {}),
     }
