@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import click
 
-from ddkit.cli.common import Cells, as_json, echo_json, quiet, refuse_given, set_option, show
+from ddkit.cli.common import CELLS, Kind, as_json, converted, echo_json, quiet, refuse_given, set_option, show
 from ddkit.components import trust
 from ddkit.errors import FlagError
 
 
-class Numbers(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Integers of at least `least` separated by commas."""
-
-    name = "n,n,..."
-
-    def __init__(self, least: int = 1) -> None:
-        self.least = least
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        try:
-            numbers = tuple(int(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers such as 1,10,50.", param, ctx)
-        if min(numbers) < self.least:
-            self.fail(f"{min(numbers)} is smaller than {self.least}.", param, ctx)
-        return numbers
+def _numbers(text: str, least: int = 1) -> tuple[int, ...]:
+    found = converted(text.split(","), int, f"{text!r} is not a list of whole numbers such as 1,10,50.")
+    if min(found) < least:
+        raise ValueError(f"{min(found)} is smaller than {least}.")
+    return found
 
 
-NUMBERS = Numbers()
+NUMBERS = Kind("n,n,...", _numbers)
 USED_BY = {  # the parts that a flag matters to; all others matter to all
     "losses": ("steps",), "ipc": ("steps", "evaluation"), "pipc": ("steps", "loading"), "cells": ("steps", "evaluation", "loading"),
     "classes": ("steps", "evaluation", "loading"), "size": ("steps", "evaluation", "loading"), "channels": ("steps", "evaluation"),
@@ -45,8 +35,8 @@ USED_BY = {  # the parts that a flag matters to; all others matter to all
 )
 @click.option("--ipc", type=NUMBERS, default="1,10", show_default=True, help="Synthetic images per class.")
 @click.option("--pipc", type=NUMBERS, default="10,50", show_default=True, help="Real images per class; a step sees 256 of each at most.")
-@click.option("--cells", type=Cells(), help="Pairs of ipc and pipc instead of all products: 1:10,10:50")
-@click.option("--classes", type=Numbers(2), default="10", show_default=True, help="Classes.")
+@click.option("--cells", type=CELLS, help="Pairs of ipc and pipc instead of all products: 1:10,10:50")
+@click.option("--classes", type=Kind("n,n,...", functools.partial(_numbers, least=2)), default="10", show_default=True, help="Classes.")
 @click.option("--size", type=NUMBERS, default="32", show_default=True, help="Height and width of the images in pixels.")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Channels of the images.")
 @click.option(

@@ -48,69 +48,56 @@ class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
         return items + [CompletionItem(str(path)) for path in files if str(path).startswith(incomplete.removeprefix("./"))]
 
 
-class Pipc(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """A number of real images per class, or "all"."""
+class Kind(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
+    """Text that `parse` turns into a value; the ValueError that it raises says what is wrong."""
 
-    name = "n|all"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self.parse = parse
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
-        if value == "all":
-            return "all"
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            number = int(value)
-        except (TypeError, ValueError):
-            self.fail(f"{value!r} is neither a number nor 'all'.", param, ctx)
-        if number < 0:
-            self.fail(f"{number} is negative.", param, ctx)
-        return number
+            return self.parse(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
-class Cells(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Pairs IPC:PIPC separated by commas; with `whole` PIPC may also be 0 or "all"."""
-
-    name = "ipc:pipc,..."
-
-    def __init__(self, *, whole: bool = False) -> None:
-        self.whole = whole
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[tuple[int, int | str], ...]:
-        try:
-            pairs = [part.strip().split(":") for part in str(value).split(",")]
-            cells = tuple((int(ipc), pipc if self.whole and pipc == "all" else int(pipc)) for ipc, pipc in pairs)
-        except ValueError:
-            self.fail(f"{value!r} is not a list of cells such as 1:10,10:50{',1:all' if self.whole else ''}.", param, ctx)
-        if any(number < 1 for ipc, pipc in cells for number in ((ipc,) if self.whole else (ipc, int(pipc)))):
-            self.fail(f"ipc{'' if self.whole else ' and pipc'} {'is' if self.whole else 'are'} at least 1.", param, ctx)
-        for ipc, pipc in doubles(cells):
-            self.fail(f"{value!r} has the cell {ipc}:{pipc} twice. Name it once.", param, ctx)
-        return cells
+def converted(texts: Sequence[str], kind: Callable[[str], Any], wrong: str) -> tuple[Any, ...]:
+    """Returns every text as a `kind`; raises a ValueError that says what is `wrong` where one is none."""
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError:
+        raise ValueError(wrong) from None
 
 
-class Alphas(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Shares of blends, as a tuple of numbers."""
-
-    name = "alpha,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[float, ...]:
-        try:
-            alphas = tuple(float(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of numbers such as 0,0.5,1.", param, ctx)
-        for alpha in doubles(alphas):
-            self.fail(f"{value!r} has {alpha:g} twice. Name it once.", param, ctx)
-        return alphas
+def _pipc(text: str) -> int | str:
+    if text == "all":
+        return text
+    (number,) = converted([text], int, f"{text!r} is neither a number nor 'all'.")
+    if number < 0:
+        raise ValueError(f"{number} is negative.")
+    return int(number)
 
 
-class Shard(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """A share I/N of the work, I from 1 to N; as (I - 1, N)."""
+def _cells(text: str, *, whole: bool) -> tuple[tuple[int, int | str], ...]:
+    """Returns pairs IPC:PIPC; with `whole` PIPC may also be 0 or "all"."""
+    wrong = f"{text!r} is not a list of cells such as 1:10,10:50{',1:all' if whole else ''}."
+    pairs = [part.strip().split(":") for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(wrong)
+    cells = tuple(
+        (converted([ipc], int, wrong)[0], pipc if whole and pipc == "all" else converted([pipc], int, wrong)[0]) for ipc, pipc in pairs
+    )
+    if any(int(number) < 1 for ipc, pipc in cells for number in ((ipc,) if whole else (ipc, pipc))):
+        raise ValueError("ipc is at least 1." if whole else "ipc and pipc are at least 1.")
+    for ipc, pipc in doubles(cells):
+        raise ValueError(f"{text!r} has the cell {ipc}:{pipc} twice. Name it once.")
+    return cells
 
-    name = "i/n"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        number, _, of = str(value).partition("/")
-        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-            self.fail(f"{value!r} is no share I/N with I from 1 to N, such as 1/4.", param, ctx)
-        return int(number) - 1, int(of)
+PIPC = Kind("n|all", _pipc)
+CELLS = Kind("ipc:pipc,...", functools.partial(_cells, whole=False))
+ROWS = Kind("ipc:pipc,...", functools.partial(_cells, whole=True))
 
 
 class Place(click.Path):

@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from ddkit.cli.common import (
+    PIPC,
     Names,
-    Pipc,
     Place,
     echo_json,
     evaluation_table,
@@ -32,7 +32,7 @@ recipe_flags = options(
         help="Losses, with weights if you like: dm,dkkt or dm:200,dkkt-primal:1.",
     ),
     click.option("--ipc", type=click.IntRange(min=1), help="Synthetic images per class."),
-    click.option("--pipc", type=Pipc(), help="Real images per class that may be used, or all."),
+    click.option("--pipc", type=PIPC, help="Real images per class that may be used, or all."),
     click.option("--steps", type=click.IntRange(min=0), help="Updates of the synthetic set."),
     click.option("--teacher", metavar="FILE|auto", help="Trained model; auto trains one on all training images and caches it."),
     click.option(

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Names, Pipc, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show, verbose
+from ddkit.cli.common import PIPC, Names, echo_json, evaluation_table, protocol, quiet, set_verbosity, shared, show, verbose
 
 
 @click.command()
@@ -24,7 +24,7 @@ from ddkit.cli.common import Names, Pipc, echo_json, evaluation_table, protocol,
 @protocol
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained (default: the protocol's).")
 @click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")
-@click.option("--pipc", type=Pipc(), help="Real images per class for the random-real baseline (default: the run's).")
+@click.option("--pipc", type=PIPC, help="Real images per class for the random-real baseline (default: the run's).")
 @quiet
 @verbose
 def evaluate(target: str, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:

@@ -7,55 +7,47 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, quiet, set_option, set_verbosity, show
+from ddkit.cli.common import Kind, Names, Place, as_json, converted, echo_json, plugin_files, quiet, set_option, set_verbosity, show
 from ddkit.files import MOST_TOML, read_text
 
 
-class Values(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Numbers separated by commas; with `sides` whole ones, of which one alone stands for two."""
+def _values(text: str) -> tuple[float, ...]:
+    return converted(text.split(","), float, f"{text!r} is not a list of numbers separated by commas.")
 
-    name = "x,x,..."
 
-    def __init__(self, *, sides: bool = False) -> None:
-        self.sides = sides
+def _sides(text: str) -> tuple[int, ...]:
+    """Returns height and width, for which one number may stand."""
+    sides = converted(text.split(","), int, f"{text!r} is not a list of whole numbers separated by commas.")
+    return sides * 2 if len(sides) == 1 else sides
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+
+def _classes(text: str) -> int | list[str]:
+    """Returns a number of classes, or their names: separated by commas, or those of a file with a name on each line."""
+    if text.isdecimal() and text.isascii():
+        if not 2 <= int(text[:9]) <= 100_000:
+            raise ValueError(f"{text[:20]} is no number of classes from 2 to 100,000.")
+        return int(text)
+    if Path(text).exists():
         try:
-            values = tuple((int if self.sides else float)(part) for part in str(value).split(","))
-        except ValueError:
-            self.fail(f"{value!r} is not a list of {'whole ' if self.sides else ''}numbers separated by commas.", param, ctx)
-        return values * 2 if self.sides and len(values) == 1 else values
+            return [line.strip() for line in read_text(text, most=MOST_TOML).splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the file {text} cannot be read: {error}.") from None
+    return [name.strip() for name in text.split(",")]
 
 
-class Classes(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """A number of classes, their names separated by commas, or a file with a name on each line."""
-
-    name = "n|names|file"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | list[str]:
-        text = str(value)
-        if text.isdecimal() and text.isascii():
-            if not 2 <= int(text[:9]) <= 100_000:
-                self.fail(f"{text[:20]} is no number of classes from 2 to 100,000.", param, ctx)
-            return int(text)
-        if Path(text).exists():
-            try:
-                return [line.strip() for line in read_text(text, most=MOST_TOML).splitlines() if line.strip()]
-            except (OSError, ValueError) as error:
-                self.fail(f"the file {text} cannot be read: {error}.", param, ctx)
-        return [name.strip() for name in text.split(",")]
+VALUES = Kind("x,x,...", _values)
 
 
 @click.command(name="import")
 @click.argument("file", type=Place())
 @click.option("--out", required=True, metavar="PATH", type=Place(), help="New folder of the set, or file of the teacher.")
 @click.option("--as", "kind", type=click.Choice(["auto", "set", "teacher"]), default="auto", show_default=True, help="What the file is.")
-@click.option("--mean", type=Values(), help="Mean of each channel, of pixels in 0..1.")
-@click.option("--std", type=Values(), help="Standard deviation of each channel.")
-@click.option("--classes", type=Classes(), help="Class names by label, a file of them, or their number.")
+@click.option("--mean", type=VALUES, help="Mean of each channel, of pixels in 0..1.")
+@click.option("--std", type=VALUES, help="Standard deviation of each channel.")
+@click.option("--classes", type=Kind("n|names|file", _classes), help="Class names by label, a file of them, or their number.")
 @click.option("--pixels", type=click.Choice(["normalised", "unit"]), help="What floats of a set are: normalised, or 0 black and 1 white.")
 @click.option("--index", type=click.IntRange(min=0), help="Which set, if the file holds several (default: 0, the first).")
-@click.option("--size", type=Values(sides=True), help="Image size of a teacher: height,width, or one number.")
+@click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
 @set_option("Option of a teacher's model, e.g. teacher.norm=batch; decode.factor=2 if a set's images are grids of 2 x 2.")
 @plugin_files

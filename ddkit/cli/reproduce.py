@@ -7,18 +7,34 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Alphas, Cells, Place, Shard, as_json, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.cli.common import ROWS, Kind, Place, as_json, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
 from ddkit.components import trust
 from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFailed, doubles
 
 
+def _alphas(text: str) -> tuple[float, ...]:
+    """Returns the shares of blends."""
+    alphas = converted(text.split(","), float, f"{text!r} is not a list of numbers such as 0,0.5,1.")
+    for alpha in doubles(alphas):
+        raise ValueError(f"{text!r} has {alpha:g} twice. Name it once.")
+    return alphas
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Returns a share I/N of the work, I from 1 to N, as (I - 1, N)."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise ValueError(f"{text!r} is no share I/N with I from 1 to N, such as 1/4.")
+    return int(number) - 1, int(of)
+
+
 @click.command()
 @click.argument("study", metavar="STUDY|FILE")
 @shared
-@click.option("--cells", type=Cells(whole=True), help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
+@click.option("--cells", type=ROWS, help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
 @click.option("--systems", metavar="NAMES", help="Columns of the study, separated by commas. Default: all.")
-@click.option("--alphas", type=Alphas(), help="Blends of the study at these alone: 0,0.5. Default: all.")
+@click.option("--alphas", type=Kind("alpha,...", _alphas), help="Blends of the study at these alone: 0,0.5. Default: all.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
 @click.option("--protocol", metavar="NAME", help="Evaluation protocol for all systems (default: the study's).")
@@ -28,7 +44,7 @@ from ddkit.errors import FlagError, RunFailed, doubles
 @click.option("--teacher", metavar="FILE|auto", help="Trained model, for all systems.")
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sets made at the same time, sharing the cores.")
 @click.option("--out", metavar="DIR", type=Place(file_okay=False), help="Where sets are kept (default: runs/STUDY).")
-@click.option("--shard", type=Shard(), help="Make only share I of N of the sets, as one of N machines: 1/4 to 4/4.")
+@click.option("--shard", type=Kind("i/n", _shard), help="Make only share I of N of the sets, as one of N machines: 1/4 to 4/4.")
 @click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="Copy what another --out has finished first.")
 @click.option("--show", is_flag=True, help="Only tell what is there; run nothing.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")

@@ -286,43 +286,28 @@ def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, A
     Raises FlagError for a name given twice or an impossible weight, PluginError for an unknown loss.
     """
     chosen: Raw = {}
-    for item in text.split(","):
-        name, weight = _name_and_weight(item.strip())
-        for label, table in _members(name, weight, tables, fallback):
+    groups = {p.name for p in registry.plugins() if p.kind == "loss-group"}
+    for item in (part.strip() for part in text.split(",")):
+        name, colon, number = item.partition(":")
+        if not name:
+            raise FlagError("--losses: a loss name is empty. Write them as --losses dm,dkkt")
+        try:
+            weight = float(number) if colon else None
+        except ValueError:
+            raise FlagError(f"--losses {item}: the weight '{number}' is not a number.") from None
+        if weight is not None and not (math.isfinite(weight) and weight >= 0):
+            raise FlagError(f"--losses {item}: the weight must be a finite number of at least 0.")
+        is_group = name not in tables and name.rpartition("/")[2] in groups
+        for label in registry.members(registry.find("loss-group", name)) if is_group else (name,):
             if label in chosen:
                 raise FlagError(f"--losses {text}: the loss '{label}' is chosen twice. Name it once.")
+            table = _loss_table(label, tables, fallback)
+            own = table.get("weight", 1.0)
+            fits = isinstance(own, int | float) and abs(own) < 2**63  # else the recipe's own check names it
+            if weight is not None and (fits or not is_group):
+                table = table | {"weight": weight * own if is_group else weight}
             chosen[label] = table
     return chosen
-
-
-def _name_and_weight(item: str) -> tuple[str, float | None]:
-    name, colon, text = item.partition(":")
-    if not name:
-        raise FlagError("--losses: a loss name is empty. Write them as --losses dm,dkkt")
-    if not colon:
-        return name, None
-    try:
-        weight = float(text)
-    except ValueError:
-        raise FlagError(f"--losses {item}: the weight '{text}' is not a number.") from None
-    if not (math.isfinite(weight) and weight >= 0):
-        raise FlagError(f"--losses {item}: the weight must be a finite number of at least 0.")
-    return name, weight
-
-
-def _members(name: str, weight: float | None, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> list[tuple[str, Raw]]:
-    is_group = any(p.kind == "loss-group" and p.name == name.rpartition("/")[2] for p in registry.plugins())
-    if name in tables or not is_group:
-        table = _loss_table(name, tables, fallback)
-        return [(name, table if weight is None else table | {"weight": weight})]
-    members = [(member, _loss_table(member, tables, fallback)) for member in registry.members(registry.find("loss-group", name))]
-    return [(member, table if weight is None else _scaled(table, weight)) for member, table in members]
-
-
-def _scaled(table: Raw, factor: float) -> Raw:
-    weight = table.get("weight", 1.0)
-    fits = isinstance(weight, int | float) and abs(weight) < 2**63  # else the recipe's own check will name it
-    return table | {"weight": factor * weight if fits else weight}
 
 
 def _loss_tables(raw: Raw) -> dict[str, Raw]:
