@@ -35,8 +35,7 @@ def in_one_paragraph(result: Result) -> str:
     return " ".join(result.err.split())
 
 
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
-@pytest.mark.parametrize("rate", ["1e30", "1e37", "1e38", "3e38", "1e300"])
+@pytest.mark.parametrize(("kind", "rate"), [("adam", "1e30"), ("adam", "1e300"), ("sgd", "1e38"), ("sgd", "3e38")])
 def test_a_rate_that_overflows_ends_with_a_rate_that_works(cli: Cli, rate: str, kind: str) -> None:
     """Torch raises, instead of taking it, a step that is larger than float32 holds."""
     path = "optimizer.images"
