@@ -40,8 +40,8 @@ def evaluate(target: str, as_json: bool, quiet: bool, verbose: bool, **flags: An
         return
     import msgspec
 
-    from ddkit.run.directory import RunDirectory
+    from ddkit.run.manifest import read_manifest
 
-    manifest = RunDirectory(Path(target)).read_manifest() if Path(target).is_dir() else {}  # a file does not tell how it was made
+    manifest = read_manifest(Path(target)) if Path(target).is_dir() else {}  # a file does not tell how it was made
     made_in = {key: manifest.get(key) for key in ("steps", "seconds")}
     echo_json({"schema": 1, "run": target, **made_in, "evaluations": msgspec.to_builtins(rows)})

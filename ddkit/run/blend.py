@@ -16,7 +16,7 @@ from ddkit.recipes.tables import parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.directory import Run, RunDirectory, save_set
-from ddkit.run.manifest import MANIFEST, RECIPE, SET
+from ddkit.run.manifest import MANIFEST, RECIPE, SET, read_manifest
 from ddkit.run.report import close_run
 from ddkit.run.snapshots import add_frame
 
@@ -61,7 +61,7 @@ def _write_blend(places: tuple[Path, Path], parts: tuple[Artifact, Artifact], al
 def _facts(paths: Sequence[Path], alpha: float) -> dict[str, Any]:
     """Returns what the manifest tells of a blend: its parts with their sha256, and what their own manifests tell of both."""
     files = [path / SET if path.is_dir() else path for path in paths]
-    manifests = [RunDirectory(path).read_manifest() for path in paths if (path / MANIFEST).is_file()]
+    manifests = [read_manifest(path) for path in paths if (path / MANIFEST).is_file()]
     plugins_ = [plugin for manifest in manifests for plugin in manifest.get("plugins", [])]
     files_of_plugins = {file: digest for manifest in manifests for file, digest in manifest.get("plugin_files", {}).items()}
     real = [source for manifest in manifests for source in manifest.get("real_files", [])]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import msgspec
 
 from ddkit.errors import RunFilesError
-from ddkit.files import read_tensors, sync, write_tensors
-from ddkit.run.manifest import CHECKPOINT, CHECKPOINTS, RECIPE
+from ddkit.files import json_digest, read_tensors, sync, write_tensors
+from ddkit.run.manifest import CHECKPOINT, CHECKPOINTS, METRICS, RECIPE
 from ddkit.run.warnings import NEWS, warnings
 
 if TYPE_CHECKING:
@@ -44,88 +44,106 @@ class Checkpoint(NamedTuple):
     seconds: float
 
 
-class Checkpoints:
-    """The checkpoints in the run directory `run`, of a run whose recipe has the keys `recipe`: the first is written, each is read."""
+def recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns the key of a recipe that its checkpoints record, and the one that those of 0.1 record.
 
-    def __init__(self, run: Path, recipe: Sequence[str]) -> None:
-        self.folder, self.recipe = run / CHECKPOINTS, recipe
+    It says nothing of the number of steps, which a run may prolong, and of the places of data and teacher, which may be moved: their
+    content has digests of its own.
+    """
+    kept = {key: value for key, value in table.items() if key != "steps"}
+    places = {"data": ("path", "dir"), "teacher": ("use",)}
+    unplaced = {
+        key: {name: each for name, each in value.items() if name not in places[key]} if key in places and isinstance(value, dict) else value
+        for key, value in kept.items()
+    }
+    return json_digest(unplaced), json_digest(kept)
 
-    def write(
-        self, step: int, state: Mapping[str, Tensor], *, plugin_files: Mapping[str, str], inputs: Mapping[str, str], seconds: float = 0.0
-    ) -> None:
-        """Writes the state before step `step`, of the whole set, and then removes all but the last two checkpoints.
 
-        `plugin_files` (path to sha256), `inputs` (name to sha256), `seconds` and what the run warned of go into the metadata: an
-        unfinished run has no manifest to tell them.
-        """
+def write_checkpoint(
+    run: Path, step: int, state: Mapping[str, Tensor], *, recipe: str, plugin_files: Mapping[str, str], inputs: Mapping[str, str],
+    seconds: float,
+) -> None:  # fmt: skip
+    """Writes the state before step `step`, of the whole set, and then removes all but the last two checkpoints.
+
+    `recipe` (its key), `plugin_files` (path to sha256), `inputs` (name to sha256), `seconds` and what the run warned of go into the
+    metadata: an unfinished run has no manifest to tell them.
+    """
+    folder, metrics = run / CHECKPOINTS, run / METRICS
+    try:
+        if metrics.is_file():  # which a checkpoint relies on
+            sync(metrics)
+        if not folder.is_dir():
+            folder.mkdir()
+            sync(run)
+    except OSError as error:
+        raise RunFilesError(f"{error.filename or folder} cannot be written: {error.strerror or error}.") from error
+    record: dict[str, Any] = {"step": step, "recipe": recipe, "inputs": dict(inputs), "seconds": round(seconds, 3)}
+    record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
+    record |= {"warnings": warnings()} if warnings() else {}
+    write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
+    _drop(list(_files(run).values())[KEPT:])
+
+
+def keep_until(run: Path, step: int) -> None:
+    """Removes checkpoints of later steps, which could not be read and would push good ones out, and all but two of the others."""
+    files = _files(run)
+    older = [file for other, file in files.items() if other <= step]
+    _drop([file for other, file in files.items() if other > step] + older[KEPT:])
+
+
+def newest_checkpoint(run: Path, recipes: Sequence[str]) -> Checkpoint | None:
+    """Returns the newest checkpoint that reads whole and is of one of `recipes` (keys), None where none was written yet.
+
+    Tells of those that it passes over; raises RunFilesError where there are some and none can be read.
+    """
+    reasons = []
+    for step, file in _files(run).items():
         try:
-            if not self.folder.is_dir():
-                self.folder.mkdir()
-                sync(self.folder.parent)
-        except OSError as error:
-            raise RunFilesError(f"{self.folder} cannot be written: {error.strerror or error}.") from error
-        record: dict[str, Any] = {"step": step, "recipe": self.recipe[0], "inputs": dict(inputs), "seconds": round(seconds, 3)}
-        record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
-        record |= {"warnings": warnings()} if warnings() else {}
-        write_tensors(self.folder / f"step-{step:08d}.safetensors", state, record)
-        self._drop(list(self.files().values())[KEPT:])
-
-    def files(self) -> dict[int, Path]:
-        """Returns the file of each step, newest first; of a step that several processes of version 0.1 wrote in parts, the first part."""
-        named = [(name, file) for file in self.folder.glob("step-*.safetensors") if (name := CHECKPOINT.fullmatch(file.name))]
-        named.sort(key=lambda each: (-int(each[0][1]), int(each[0][2] or 0)))
-        found: dict[int, Path] = {}
-        for name, file in named:
-            found.setdefault(int(name[1]), file)
+            found = _read(file, step, recipes)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            log.warning("A checkpoint is passed over: %s.", reason, extra=NEWS)
         return found
+    if reasons:
+        restart = f"Start anew: ddkit distill --recipe {run / RECIPE}"
+        raise RunFilesError(f"{run / CHECKPOINTS} has no readable checkpoint: {reasons[0]}. {restart}")
+    return None
 
-    def keep_until(self, step: int) -> None:
-        """Removes checkpoints of later steps, which could not be read and would push good ones out, and all but two of the others."""
-        files = self.files()
-        older = [file for other, file in files.items() if other <= step]
-        self._drop([file for other, file in files.items() if other > step] + older[KEPT:])
 
-    @staticmethod
-    def _drop(files: Sequence[Path]) -> None:
-        for file in files:
-            with suppress(OSError):  # one too many does no harm
-                file.unlink()
+def _files(run: Path) -> dict[int, Path]:
+    """Returns the file of each step, newest first; of a step that several processes of version 0.1 wrote in parts, the first part."""
+    named = [(name, file) for file in (run / CHECKPOINTS).glob("step-*.safetensors") if (name := CHECKPOINT.fullmatch(file.name))]
+    named.sort(key=lambda each: (-int(each[0][1]), int(each[0][2] or 0)))
+    found: dict[int, Path] = {}
+    for name, file in named:
+        found.setdefault(int(name[1]), file)
+    return found
 
-    def newest(self, restart: str) -> Checkpoint | None:
-        """Returns the newest checkpoint that reads whole, None where none was written yet.
 
-        Tells of those that it passes over; raises RunFilesError, which ends with `restart`, where there are some and none can be read.
-        """
-        reasons = []
-        for step, file in self.files().items():
-            try:
-                found = self._read(step, file)
-            except ValueError as error:
-                reasons.append(str(error))
-                continue
-            for reason in reasons:
-                log.warning("A checkpoint is passed over: %s.", reason, extra=NEWS)
-            return found
-        if reasons:
-            raise RunFilesError(f"{self.folder} has no readable checkpoint: {reasons[0]}. {restart}")
-        return None
+def _drop(files: Sequence[Path]) -> None:
+    for file in files:
+        with suppress(OSError):  # one too many does no harm
+            file.unlink()
 
-    def _read(self, step: int, file: Path) -> Checkpoint:
-        """Returns a checkpoint; raises ValueError saying why it cannot be used."""
-        if ".part-" in file.name:
-            raise ValueError(f"{file} is one of the parts that several processes of version 0.1 wrote, which only that version reads")
-        tensors, record = read_tensors(file)
-        if record.get("step") != step or isinstance(record["step"], bool):
-            raise ValueError(f"{file} does not record the step of its name")
-        if self.recipe[0] and record.get("recipe", self.recipe[0]) not in self.recipe:
-            raise ValueError(
-                f"{file} is a checkpoint of another recipe than {self.folder.parent / RECIPE}, which was damaged or edited, or one of the "
-                "two is of another run. A run goes on with its own recipe"
-            )
-        try:
-            plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
-            warned = msgspec.convert(record.get("warnings", []), list[str])
-            seconds = msgspec.convert(record.get("seconds", 0.0), Annotated[float, msgspec.Meta(ge=0, le=1e12)])
-        except msgspec.ValidationError as error:
-            raise ValueError(f"{file} names plugin files, inputs, warnings or seconds that are none: {error}") from None
-        return Checkpoint(step, tensors, plugin_files, inputs, warned, seconds)
+
+def _read(file: Path, step: int, recipes: Sequence[str]) -> Checkpoint:
+    """Returns a checkpoint; raises ValueError saying why it cannot be used."""
+    if ".part-" in file.name:
+        raise ValueError(f"{file} is one of the parts that several processes of version 0.1 wrote, which only that version reads")
+    tensors, record = read_tensors(file)
+    if record.get("step") != step or isinstance(record["step"], bool):
+        raise ValueError(f"{file} does not record the step of its name")
+    if recipes and record.get("recipe", recipes[0]) not in recipes:
+        raise ValueError(
+            f"{file} is a checkpoint of another recipe than {file.parents[1] / RECIPE}, which was damaged or edited, or one of the "
+            "two is of another run. A run goes on with its own recipe"
+        )
+    try:
+        plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
+        warned = msgspec.convert(record.get("warnings", []), list[str])
+        seconds = msgspec.convert(record.get("seconds", 0.0), Annotated[float, msgspec.Meta(ge=0, le=1e12)])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"{file} names plugin files, inputs, warnings or seconds that are none: {error}") from None
+    return Checkpoint(step, tensors, plugin_files, inputs, warned, seconds)

@@ -22,7 +22,6 @@ from ddkit.files import (
     MOST_TOML,
     check_out,
     is_leftover,
-    json_digest,
     path_part,
     read_json,
     read_text,
@@ -31,7 +30,7 @@ from ddkit.files import (
     write_atomic,
 )
 from ddkit.recipes.tables import check_depth, parse_recipe
-from ddkit.run.checkpoints import Checkpoint, Checkpoints
+from ddkit.run.checkpoints import Checkpoint, newest_checkpoint, recipe_keys, write_checkpoint
 from ddkit.run.doubts import typical_shares
 from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import (
@@ -57,7 +56,7 @@ from ddkit.run.manifest import (
     versions,
     write_manifest,
 )  # fmt: skip
-from ddkit.run.metrics import append_metrics, cut_metrics, read_metrics
+from ddkit.run.metrics import read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,7 +96,7 @@ class RunDirectory:
         self.path, self._created = path, created
         self._lock: FolderLock | None = None
         self._replaces = False  # a run that is there
-        self._recipe = ("", "")  # what checkpoints belong to, known once the recipe is written or read
+        self._recipes: tuple[str, ...] = ()  # keys of the recipe, which checkpoints record, known once it is written or read
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -204,7 +203,7 @@ class RunDirectory:
     def write_recipe(self, table: Mapping[str, Any]) -> None:
         """Writes recipe.toml; checkpoints record its digest."""
         text = tomli_w.dumps(dict(table))
-        self._recipe = _recipe_keys(tomllib.loads(text))
+        self._recipes = recipe_keys(tomllib.loads(text))
         write_atomic(self.path / RECIPE, text.encode())
 
     def read_recipe(self) -> dict[str, Any]:
@@ -222,7 +221,7 @@ class RunDirectory:
             parse_recipe(table)
         except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None
-        self._recipe = _recipe_keys(table)
+        self._recipes = recipe_keys(table)
         return table
 
     def write_checkpoint(
@@ -233,29 +232,13 @@ class RunDirectory:
         inputs: Mapping[str, str] | None = None,
         seconds: float = 0.0,
     ) -> None:
-        """Writes the state before step `step` and removes all but the last two checkpoints; see Checkpoints.write."""
-        try:  # what a checkpoint relies on is on the disk before it
-            if (self.path / METRICS).is_file():
-                sync(self.path / METRICS)
-        except OSError as error:
-            raise RunFilesError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
-        self._checkpoints.write(step, state, plugin_files=plugin_files or {}, inputs=inputs or {}, seconds=seconds)
-
-    @property
-    def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self.path, self._recipe)
-
-    def keep_checkpoints_until(self, step: int) -> None:
-        """Removes checkpoints of later steps, and all but two of the others."""
-        self._checkpoints.keep_until(step)
+        """Writes the state before step `step` and removes all but the last two checkpoints, as ddkit.run.checkpoints does."""
+        recipe = self._recipes[0]
+        write_checkpoint(self.path, step, state, recipe=recipe, plugin_files=plugin_files or {}, inputs=inputs or {}, seconds=seconds)
 
     def newest_checkpoint(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that reads whole, None where none was written yet; see Checkpoints.newest."""
-        return self._checkpoints.newest(f"Start anew: ddkit distill --recipe {self.path / RECIPE}")
-
-    def cut_metrics(self, step: int, steps: int, log_every: int) -> None:
-        """Removes the metrics that a run from `step` on writes again, as ddkit.run.metrics does."""
-        cut_metrics(self.path, step, steps, log_every)
+        """Returns the newest checkpoint of the run's recipe that reads whole, None where none was written yet."""
+        return newest_checkpoint(self.path, self._recipes)
 
     def read_evaluations(self) -> list[dict[str, Any]]:
         """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
@@ -265,10 +248,6 @@ class RunDirectory:
         checked(found, _Evaluations, file)
         rows: list[dict[str, Any]] = found["evaluations"]
         return rows
-
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
-        """Appends one line to metrics.jsonl."""
-        append_metrics(self.path, record)
 
     def reopen(self) -> None:
         """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.
@@ -289,34 +268,15 @@ class RunDirectory:
 
     def rewrite(self, name: str, content: bytes) -> None:
         """Writes the file `name` of a finished run anew; the manifest never lists another content than is there."""
-        manifest = self.read_manifest()
+        manifest = read_manifest(self.path)
         others = {key: entry for key, entry in manifest["files"].items() if key != name}
         write_manifest(self.path, manifest | {"files": others})
         write_atomic(self.path / name, content)
         write_manifest(self.path, manifest | {"files": others | {name: file_entry(self.path / name)}})
 
-    def read_manifest(self) -> dict[str, Any]:
-        """Returns the manifest; raises RunFilesError where it is missing, damaged or of another schema."""
-        return read_manifest(self.path)
-
 
 class _Evaluations(msgspec.Struct):
     evaluations: list[Evaluation]
-
-
-def _recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
-    """Returns the key of a recipe that its checkpoints record, and the one that those of 0.1 record.
-
-    It says nothing of the number of steps, which a run may prolong, and of the places of data and teacher, which may be moved: their
-    content has digests of its own.
-    """
-    kept = {key: value for key, value in table.items() if key != "steps"}
-    places = {"data": ("path", "dir"), "teacher": ("use",)}
-    unplaced = {
-        key: {name: each for name, each in value.items() if name not in places[key]} if key in places and isinstance(value, dict) else value
-        for key, value in kept.items()
-    }
-    return json_digest(unplaced), json_digest(kept)
 
 
 def check_claimable(path: Path, *, force: bool | None = None) -> None:

@@ -33,7 +33,7 @@ from ddkit.run.artifact import Artifact, load
 from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET
+from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET, read_manifest
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
@@ -71,7 +71,7 @@ def evaluate(
         raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
     artifact = target if isinstance(target, Artifact) else load(target)
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
-    judged_file = None if directory is None else directory.read_manifest()["files"].get(SET)
+    judged_file = None if directory is None else read_manifest(directory.path)["files"].get(SET)
     if directory is not None:
         directory.read_evaluations()  # rows that cannot be read are told before the networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
@@ -169,7 +169,7 @@ def _run_at(path: Path) -> RunDirectory | None:
     """Returns the run at `path`; None for a file, and for an imported set or a blend of two files, which know no data."""
     if not path.is_dir():
         return None
-    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {"blend", "imported"} & set(RunDirectory(path).read_manifest()):
+    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {"blend", "imported"} & set(read_manifest(path)):
         return None
     return RunDirectory.existing(path)
 
@@ -202,7 +202,7 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_f
         log.warning("These figures were not added to the run's files. %s", error)
         return
     with directory:
-        if not (directory.path / MANIFEST).is_file() or directory.read_manifest()["files"].get(SET) != judged_file:
+        if not (directory.path / MANIFEST).is_file() or read_manifest(directory.path)["files"].get(SET) != judged_file:
             log.warning("These figures were not added to the run's files: its set has changed since they were begun.")
             return
         fresh = msgspec.to_builtins(rows)

@@ -15,7 +15,7 @@ from ddkit.errors import RunFailed, RunFilesError
 from ddkit.files import sha256, sync, write_json
 from ddkit.run.artifact import Artifact, Provenance, load
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import JOURNAL, MANIFEST, RECIPE, SET, STAGE
+from ddkit.run.manifest import JOURNAL, MANIFEST, RECIPE, SET, STAGE, read_manifest
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -47,7 +47,7 @@ def provenance(path: Path) -> Provenance:
     return Provenance(
         sha256=sha256(path / SET),
         recipe=directory.read_recipe() if (path / RECIPE).is_file() else {},
-        manifest=directory.read_manifest() if finished else {},
+        manifest=read_manifest(directory.path) if finished else {},
         evaluations=directory.read_evaluations() if finished else [],
     )
 

@@ -34,12 +34,12 @@ from ddkit.recipes.resolve import flattened
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
-from ddkit.run.checkpoints import is_due
+from ddkit.run.checkpoints import is_due, keep_until
 from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, outside, silent
 from ddkit.run.evaluation import run_evaluators
-from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed
-from ddkit.run.metrics import is_logged, read_metrics
+from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_manifest
+from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup, estimated
 from ddkit.run.snapshots import add_frame, is_frame
@@ -182,10 +182,10 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                 raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
             if ranks.is_main:
                 directory.reopen()
-                directory.keep_checkpoints_until(start)
+                keep_until(directory.path, start)
                 places_now = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
                 directory.write_recipe(table | places_now)
-                directory.cut_metrics(start, recipe.steps, recipe.engine.log_every)
+                cut_metrics(directory.path, start, recipe.steps, recipe.engine.log_every)
             return _finish(made, directory, watchers, start=start, spent=newest.seconds)
 
 
@@ -224,7 +224,7 @@ def _check_inputs(began: Mapping[str, str], job: RunSetup, path: Path) -> None:
 
 def _finished(directory: RunDirectory, watchers: Observers) -> Run:
     """Returns a run that has all that it will have, from its files."""
-    facts = directory.read_manifest()
+    facts = read_manifest(directory.path)
     for name in facts["files"]:
         check_listed(directory.path, name)
     rows = msgspec.convert(directory.read_evaluations(), list[Evaluation])
@@ -257,7 +257,7 @@ def _begin(made: Made, directory: RunDirectory) -> None:
     if made.job.ranks.is_main:
         directory.replace()
         directory.write_recipe(recipe_dict(made.recipe))
-        directory.cut_metrics(0, made.recipe.steps, made.recipe.engine.log_every)
+        cut_metrics(directory.path, 0, made.recipe.steps, made.recipe.engine.log_every)
     images = _pixels(made.job, made.bank)
     if images is not None:
         add_frame(directory.path, 0, images, made.job.stored_labels)
@@ -355,7 +355,7 @@ def _iterate(
         if is_logged(index, recipe.steps, every.log_every):
             line = record() | {"seconds": round(time.perf_counter() - began, 3)}
             if job.ranks.is_main:
-                directory.append_metrics(line)
+                append_metrics(directory.path, line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
         images = _pixels(job, bank) if is_frame(index + 1) else None
         if images is not None:

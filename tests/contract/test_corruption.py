@@ -22,7 +22,7 @@ from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.manifest import file_entry, read_manifest
-from ddkit.run.metrics import read_metrics
+from ddkit.run.metrics import append_metrics, read_metrics
 from tests.conftest import Result
 
 Cli = Callable[..., Result]
@@ -41,7 +41,7 @@ def _small_run(path: Path, seed: int = 0, *, finished: bool = True) -> Path:
     directory.write_recipe(RECIPE | {"seed": seed})
     for step in (2, 4):
         directory.write_checkpoint(step, {"images": torch.full((2, 1, 2, 2), float(step + seed))})
-    directory.append_metrics({"step": 0, "total": 0.25 + seed, "losses": {"dm": {"raw": 0.5, "weighted": 0.25}}, "seconds": 0.1})
+    append_metrics(directory.path, {"step": 0, "total": 0.25 + seed, "losses": {"dm": {"raw": 0.5, "weighted": 0.25}}, "seconds": 0.1})
     if finished:
         save_set(_artifact(seed), directory)
         row = {"evaluator": "accuracy", "model": "mlp", "protocol": "short", "labels": "hard", "repeats": 1, "accuracy_std": None}

@@ -20,7 +20,7 @@ from ddkit.files import json_bytes, read_json, read_tensors, read_with_digest, w
 from ddkit.nn.teacher import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import file_entry
+from ddkit.run.manifest import file_entry, read_manifest
 
 Mutation = tuple[tuple[Any, ...], Any]
 DELETED = object()
@@ -53,7 +53,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     for name in ("run", "blend"):
         directory = RunDirectory(root / name)
         directory.rewrite("evaluation.json", json_bytes({"schema": 1, "evaluations": [ROW, {**ROW, "labels": "soft"}]}))
-        manifest = directory.read_manifest() | {"teacher": TEACHER, "warnings": ["a"], "processes": {"count": 2}}
+        manifest = read_manifest(directory.path) | {"teacher": TEACHER, "warnings": ["a"], "processes": {"count": 2}}
         write_json(root / name / "manifest.json", with_digest({key: value for key, value in manifest.items() if key != "digest"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddkit.run.evaluation.judged", lambda *arguments, **named: [ddkit.Evaluation(**ROW)])

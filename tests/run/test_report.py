@@ -303,7 +303,7 @@ def test_out_writes_a_new_file_and_leaves_the_run_as_it_is(cli: Cli, run: Path) 
 def test_a_new_evaluation_renews_it_and_the_manifest_lists_what_is_there(cli: Cli, run: Path) -> None:
     assert cli("evaluate", run, "--model", "mlp", "--set", "evaluators.accuracy.model_options={}").code == 0
     assert "mlp, short, 2 epochs" in read(run).text
-    assert all(RunDirectory(run).read_manifest()["files"][name] for name in ("report.html", "evaluation.json"))
+    assert all(read_manifest(run)["files"][name] for name in ("report.html", "evaluation.json"))
     assert cli("distill", "--resume", "--out", run).code == 0  # compares every file with the manifest
 
 

@@ -25,7 +25,7 @@ from ddkit.run import snapshots, warnings
 from ddkit.run.artifact import load
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, versions
+from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, read_manifest, versions
 from ddkit.run.metrics import read_metrics
 from ddkit.run.report.charts import files, svg
 from ddkit.run.report.sections import Files, contents, spectrum_bins
@@ -50,12 +50,12 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
     if figures is not None:
         _check_figures(Path(figures))
     if out is not None:
-        shown = _shown(directory.path, directory.read_manifest())
+        shown = _shown(directory.path, read_manifest(directory.path))
         write_atomic(Path(out), _page(shown))
     else:
-        directory.read_manifest()
+        read_manifest(directory.path)
         with directory.take(wait=LOCK_SECONDS):
-            shown = _shown(directory.path, directory.read_manifest())
+            shown = _shown(directory.path, read_manifest(directory.path))
             directory.rewrite(REPORT, _page(shown))
     if figures is not None:
         _write_figures(Path(figures), shown)
@@ -86,7 +86,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
 def renew_report(directory: RunDirectory) -> None:
     """Makes the report of a finished run anew where that can be done; else a warning tells, and what was recorded stays."""
     try:
-        directory.rewrite(REPORT, report_html(directory.path, directory.read_manifest()))
+        directory.rewrite(REPORT, report_html(directory.path, read_manifest(directory.path)))
     except Exception as error:
         log.warning("%s is not up to date: %s", directory.path / REPORT, error)
 
