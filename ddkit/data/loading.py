@@ -36,11 +36,11 @@ from ddkit.files import (
     make_folder,
     mark_of,
     private_folder,
-    read_bytes,
+    read_text,
     replace_whole,
     vouch,
     vouched,
-    write_json,
+    write_atomic,
 )
 
 log = logging.getLogger("ddkit")
@@ -307,17 +307,15 @@ def fingerprint(dataset: Dataset) -> str:
     if key is None:
         return dataset.fingerprint()
     try:
-        file = private_folder("fingerprints") / f"{key}.json"
+        file = private_folder("fingerprints") / key
     except RunFilesError:  # no folder can be written
         return dataset.fingerprint()
     with contextlib.suppress(OSError, ValueError):
-        kept = json.loads(read_bytes(file))
-        if isinstance(kept, dict) and kept.get("key") == key and isinstance(kept.get("fingerprint"), str):
-            return str(kept["fingerprint"])
+        return read_text(file)
     found = dataset.fingerprint()
     if _writes.get():
         try:
-            write_json(file, {"key": key, "fingerprint": found})
+            write_atomic(file, found.encode())
         except RunFilesError as error:
             log.info("The fingerprint of the data could not be cached: %s", error)
     return found

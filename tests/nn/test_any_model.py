@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit.components.trust import granting
-from ddkit.errors import RunFailed
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network
 from ddkit.testing.samples import info_of, noise
@@ -48,14 +47,11 @@ def test_small_images_get_a_small_stem_and_it_is_said(caplog: pytest.LogCaptureF
     assert len(caplog.records) == 1  # once in a process
 
 
-@pytest.mark.parametrize(("size", "options"), [((64, 64), {}), ((32, 32), {"stem": "original"})])
-def test_larger_images_and_stem_original_keep_it(size: tuple[int, int], options: dict[str, str]) -> None:
-    kept = network("torchvision:resnet18", (3, *size), **options)
-    assert kept.conv1.kernel_size == (7, 7)  # type: ignore[union-attr]
-    assert isinstance(kept.maxpool, nn.MaxPool2d)
-
-
-def test_the_stem_is_decided_once_and_recorded() -> None:
+def test_larger_images_and_stem_original_keep_it_which_is_decided_once_and_recorded() -> None:
+    for size, options in (((64, 64), {}), ((32, 32), {"stem": "original"})):
+        kept = network("torchvision:resnet18", (3, *size), **options)
+        assert kept.conv1.kernel_size == (7, 7)  # type: ignore[union-attr]
+        assert isinstance(kept.maxpool, nn.MaxPool2d)
     for size, stem in (((32, 32), "small"), ((32, 64), "small"), ((64, 64), "original")):
         assert ddkit.create("model", "torchvision:resnet18", {}, data=info_of((3, *size))).options.stem == stem
 
@@ -233,11 +229,6 @@ def test_dropout_of_a_users_model_is_told(caplog: pytest.LogCaptureFixture) -> N
     assert caplog.text == ""
     network("python:tests.factories.with_dropout", (1, 8, 8))
     assert "dropout (1) draws from torch's global generator" in caplog.text
-
-
-def test_a_model_that_ends_in_a_convolution_without_embed_cannot_embed_and_says_so() -> None:
-    with pytest.raises(RunFailed, match="neither an embed method nor a linear layer"):
-        embed(network("python:tests.factories.convolution_last", (1, 8, 8)), noise((2, 1, 8, 8), "x"))
 
 
 def test_a_module_that_was_edited_is_told_and_gets_another_automatic_teacher(
