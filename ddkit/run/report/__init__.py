@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import cache
@@ -108,12 +109,12 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 
 
 def _page(shown: Mapping[str, Any]) -> bytes:
-    return _environment().get_template("page.html").render(shown).encode()
+    return _template().render(shown).encode()
 
 
 @cache
-def _environment() -> Any:
-    """Returns jinja2's environment: every word is escaped, and what acts on a terminal or hides is shown."""
+def _template() -> Any:
+    """Returns the template of the page: every word is escaped, and what acts on a terminal or hides is shown."""
     import jinja2
     from markupsafe import Markup
 
@@ -122,7 +123,7 @@ def _environment() -> Any:
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )  # fmt: skip
     made.filters["svg"] = svg
-    return made
+    return made.get_template("page.html")
 
 
 def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -130,28 +131,17 @@ def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     directory = RunDirectory(folder)
     check_listed(folder, SET)
     artifact = load(folder / SET)
-    return contents(
-        Files(
-            artifact=artifact,
-            facts=facts,
-            recipe=directory.read_recipe() if (folder / RECIPE).is_file() else {},
-            metrics=read_metrics(folder),
-            evaluations=directory.read_evaluations(),
-            film=_film(folder, artifact.stored_images),
-        )
-    )
-
-
-def _film(folder: Path, stored: Tensor) -> snapshots.Film | None:
-    """Returns the film of a run whose set has the images `stored`, None if it has none."""
+    stored = artifact.stored_images
     check_listed(folder, FILM)
     try:
-        found = snapshots.read_film(folder)
+        film = snapshots.read_film(folder)
     except ValueError as error:
         raise RunFilesError(f"{error}.") from None
-    if found is not None and (found.images.shape[2:] != stored.shape[1:] or (len(found.rows) and int(found.rows.max()) >= len(stored))):
+    if film is not None and (film.images.shape[2:] != stored.shape[1:] or (len(film.rows) and int(film.rows.max()) >= len(stored))):
         raise RunFilesError(f"{folder / FILM} is a film of another set than {folder / SET}.")
-    return found
+    recipe = directory.read_recipe() if (folder / RECIPE).is_file() else {}
+    evaluations, metrics = directory.read_evaluations(), read_metrics(folder)
+    return contents(Files(artifact=artifact, facts=facts, recipe=recipe, metrics=metrics, evaluations=evaluations, film=film))
 
 
 def _check_figures(out: Path) -> None:
@@ -174,8 +164,11 @@ def _write_figures(out: Path, shown: Mapping[str, Any]) -> None:
         with folders_of(out), ExitStack() as after:
             after.callback(shutil.rmtree, staged, ignore_errors=True)
             staged.mkdir()
+            used: Counter[str] = Counter()
             for chart in (chart for section in sections if section for chart in section["charts"]):
-                for name, content in files(chart).items():
+                used[chart.file.casefold()] += 1
+                number = used[chart.file.casefold()]  # of charts whose names differ in letters that no file has
+                for name, content in files(chart if number == 1 else chart._replace(file=f"{chart.file}-{number}")).items():
                     (staged / name).write_bytes(content)
             if out.exists():
                 out.rmdir()
