@@ -55,7 +55,7 @@ from ddkit.run.manifest import (
     remove_own,
     versions,
     write_manifest,
-)  # fmt: skip
+)
 from ddkit.run.metrics import read_metrics
 
 if TYPE_CHECKING:

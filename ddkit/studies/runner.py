@@ -25,7 +25,7 @@ import tomli_w
 
 from ddkit.components import registry
 from ddkit.data.real import check_held_out, open_dataset
-from ddkit.distributed import Ranks, group, own_device, plain_environment
+from ddkit.distributed import group, own_device, plain_environment
 from ddkit.engine.losses import losses_of, needing_real
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.files import check_out, with_digest, write_atomic, write_json
@@ -79,7 +79,15 @@ def reproduce(
         own = share(tasks, *part)
         try:
             if run:
-                _work_together(ranks, own, out, settings, report, failures)
+                try:
+                    (out / SETS).mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    why = error.strerror or error
+                    raise RunFilesError(f"{out / SETS} cannot be written: {why}. Name another place with --out DIR.") from None
+                settings = msgspec.structs.replace(settings, device=own_device(settings.device))
+                _work(share(own, ranks.rank, ranks.world_size), settings, report, failures)
+                for part_failed in ranks.all_gather_object({str(path): reason for path, reason in failures.items()}):
+                    failures.update({Path(path): reason for path, reason in part_failed.items()})
         except (Interrupted, KeyboardInterrupt) as stop:
             with suppress(DdkitError, OSError):  # what hinders a report is told by a call that is not interrupted
                 wanted = {kept_file(task): kept_row(task) for task in own}  # cells may share one
@@ -102,20 +110,6 @@ def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], ou
         write_json(out / "report.json", report_json(result))
         write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
     return result
-
-
-def _work_together(
-    ranks: Ranks, tasks: Sequence[Task], out: Path, settings: Settings, report: Callable[[str], None], failures: dict[Path, str]
-) -> None:
-    """Makes this process's share of the sets; `failures` has those of all processes, when all are done."""
-    try:
-        (out / SETS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFilesError(f"{out / SETS} cannot be written: {error.strerror or error}. Name another place with --out DIR.") from None
-    settings = msgspec.structs.replace(settings, device=own_device(settings.device))
-    _work(share(tasks, ranks.rank, ranks.world_size), settings, report, failures)
-    for part in ranks.all_gather_object({str(path): reason for path, reason in failures.items()}):
-        failures.update({Path(path): reason for path, reason in part.items()})
 
 
 def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
