@@ -365,16 +365,6 @@ def test_commands_refuse_a_run_with_a_flipped_bit_and_take_the_whole_one(
     assert ddkit.load(run).images.shape == (10, 1, 8, 8)
 
 
-def test_an_evaluation_does_not_vouch_for_other_files_that_are_damaged(cli: Cli, finished: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(finished, tmp_path / "copy")
-    before = read_manifest(run)["files"]
-    (run / "preview.png").write_bytes(b"damaged")
-    assert cli("evaluate", run, "--repeats", 1).code == 0
-    after = read_manifest(run)["files"]
-    assert after["preview.png"] == before["preview.png"]
-    assert after["evaluation.json"] != before["evaluation.json"]
-
-
 def test_a_damaged_teacher_in_the_cache_is_trained_again(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

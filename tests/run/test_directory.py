@@ -276,6 +276,7 @@ def test_evaluating_a_run_rewrites_its_evaluation_and_manifest(cli: Cli, run: Pa
     result = cli("evaluate", run)
     assert result.code == 0, result.err
     assert read(run / "evaluation.json")["evaluations"] == before  # same seed, same protocol, same images: same figures
+    (run / "preview.png").write_bytes(b"damaged")  # which it does not vouch for
     assert cli("evaluate", run, "--model", "mlp", "--set", "evaluators.accuracy.model_options={}").code == 0
     after, rewritten = read(run / "evaluation.json")["evaluations"], read(run / "manifest.json")
     assert [(row["model"]) for row in after] == ["convnet", "mlp"]

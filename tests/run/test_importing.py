@@ -100,21 +100,18 @@ def test_normalised_images_become_pixels_recorded_statistics_are_taken_and_bytes
         torch.testing.assert_close(ddkit.load(tmp_path / name).images, IMAGES, atol=0.003 if name == "b" else 1e-5, rtol=0)
 
 
-def test_rows_are_put_in_order_of_class_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images, labels = _pair((1, 0, 1, 0))
+def test_rows_are_put_in_order_of_class_unequal_classes_are_taken_and_both_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, labels = _pair((1, 0, 1))
     ddkit.import_file(_saved([images, labels], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", classes=["cat", "dog"], **NORM)
     found = ddkit.load(tmp_path / "out")
-    assert found.labels.tolist() == [0, 0, 1, 1]
-    assert torch.equal(found.images, images[[1, 3, 0, 2]])
+    assert found.labels.tolist() == [0, 1, 1]
+    assert torch.equal(found.images, images[[1, 0, 2]])
+    assert "ipc" not in found.metadata
+    assert "(cat 1, dog 2)" in caplog.text
     assert found.class_names == ["cat", "dog"]
     assert "not in order of class" in caplog.text
-
-
-def test_unequal_classes_are_taken_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    images, labels = _pair((0, 1, 1))
-    ddkit.import_file(_saved([images, labels], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", **NORM)
-    assert "ipc" not in ddkit.load(tmp_path / "out").metadata
-    assert "(0 1, 1 2)" in caplog.text
 
 
 def test_one_of_several_sets_is_taken_by_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
