@@ -69,5 +69,6 @@ def __getattr__(name: str) -> Any:
     if name in ("data", "nn"):
         return importlib.import_module(f"ddkit.{name}")
     if name not in _HOME_OF:
-        raise AttributeError(f"module 'ddkit' has no attribute '{name}'")
+        new = "" if name.startswith("_") else importlib.import_module("ddkit.components.upgrade").instead(name)
+        raise AttributeError(f"module 'ddkit' has no attribute '{name}'" + (f": write {new}" if new else ""))
     return getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -153,26 +153,7 @@ class Parameter(msgspec.Struct, frozen=True):
         check_fields(self)
 
 
-_OLD_FIELDS = {  # of Requires in version 0.1, and the line to write in their place
-    "embedder": "network=True",
-    "network_gradients": "network=True, second_order=True (network=True alone, where no gradient of its parameters is taken)",
-    "teacher_gradients": "teacher=True, second_order=True",
-    "separable": "reduce=",
-}
-
-
-class _RequiresMeta(type(msgspec.Struct)):  # type: ignore[misc]
-    def __call__(cls, *given: Any, **fields: Any) -> Any:
-        for name in _OLD_FIELDS.keys() & fields:
-            value = json.dumps(fields[name]) if isinstance(fields[name], str) else str(fields[name])
-            line = _OLD_FIELDS[name]
-            if name == "separable":
-                line += value.replace("total", "global")
-            raise TypeError(f"ddkit.Requires: write {line} in the place of {name}={value}, which is of version 0.1")
-        return super().__call__(*given, **fields)
-
-
-class Requires(msgspec.Struct, frozen=True, kw_only=True, metaclass=_RequiresMeta):
+class Requires(msgspec.Struct, frozen=True, kw_only=True):
     """What a component asks of a run, read before it starts; every default asks for nothing.
 
     `second_order`: parameters of network and teacher require gradients, as the loss differentiates through gradients of theirs.

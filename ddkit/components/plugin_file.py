@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping
-from importlib.machinery import SourceFileLoader
+from importlib.abc import InspectLoader
+from importlib.util import decode_source, module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import CodeType, ModuleType
+from typing import NamedTuple
 
+from ddkit.components import upgrade
 from ddkit.errors import FlagError, PluginError, RunFilesError, is_its_own, told
 from ddkit.files import read_bytes
 
@@ -63,69 +65,18 @@ def check_unchanged(began: Mapping[str, str], run: Path) -> None:
     )
 
 
-class _Loader(SourceFileLoader):
-    """Loads a module from the bytes that were read, whatever the file holds by then, and keeps no bytecode of it."""
+class PluginFile(NamedTuple):
+    """A plugin file as it was read, and the module that was made of those very bytes."""
 
-    def __init__(self, name: str, file: Path, content: bytes) -> None:
-        super().__init__(name, str(file))
-        self._content = content
-
-    def get_data(self, path: str) -> bytes:
-        if path != self.path:
-            raise FileNotFoundError(path)  # bytecode of an earlier time
-        return self._content
-
-    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
-        """Writes nothing."""
-
-
-class PluginFile:
-    """A plugin file as it was read: its `sha256`, and the `module` that was made of those very bytes.
-
-    Raises PluginError where it cannot be read or imported; with `expected`, FileChanged where its sha256 is another, having
-    run none of it.
-    """
-
-    def __init__(self, file: Path, expected: str = "") -> None:
-        try:
-            content = read_bytes(file)
-        except OSError as error:
-            raise PluginError(f"The plugin file {file} could not be read: {error.strerror or error}.") from None
-        self.file, self.sha256 = file, hashlib.sha256(content).hexdigest()
-        if expected and self.sha256 != expected:
-            raise FileChanged(
-                f"The plugin file {file} has changed since the process that started this one read it: its sha256 was {expected[:12]}, "
-                f"and is {self.sha256[:12]} now. Bring the file back as it was, or start anew."
-            )
-        self.module = self._module(content)
-
-    def _module(self, content: bytes) -> ModuleType:
-        """Returns the module of `content`, run once a process; raises PluginError with cause and line where it cannot be."""
-        place = hashlib.sha256(str(self.file).encode()).hexdigest()[:6]
-        name = f"ddkit_file_{re.sub(r'[^0-9a-zA-Z]', '_', self.file.stem)}_{place}_{self.sha256[:12]}"
-        if name in sys.modules:
-            return sys.modules[name]
-        loader = _Loader(name, self.file, content)
-        spec = importlib.util.spec_from_file_location(name, self.file, loader=loader)
-        assert spec is not None
-        module = sys.modules[name] = importlib.util.module_from_spec(spec)
-        from ddkit.components.globalstate import unchanged  # imports torch
-
-        try:
-            with unchanged(f"plugin file {self.file}", "Mend it."):
-                loader.exec_module(module)
-        except BaseException as error:
-            del sys.modules[name]
-            if not is_its_own(error):
-                raise
-            raise PluginError(f"The plugin file {self.file} could not be imported: {told(error)}{_line(error, self.file)}.") from error
-        return module
+    file: Path
+    sha256: str
+    module: ModuleType
 
     def classes(self, bases: Mapping[str, type]) -> Iterator[tuple[str, str, type]]:
-        """Yields (kind, name, class) of every component that the file itself defines; raises PluginError where there is none.
+        """Yields (kind, name, class) of every component that the file itself defines; raises PluginError if there is none.
 
-        A component's name is its class name in lower case with hyphens, `ClassMean` being class-mean. Names with a leading
-        underscore are not the user's.
+        A component's name is its class name in lower case with hyphens, `ClassMean` being class-mean. A class whose name begins with
+        an underscore is none.
         """
         own = [each for each in vars(self.module).values() if inspect.isclass(each) and each.__module__ == self.module.__name__]
         public = [each for each in dict.fromkeys(own) if not each.__name__.startswith("_")]
@@ -136,31 +87,67 @@ class PluginFile:
         yield from found
 
 
-def _line(error: BaseException, file: Path) -> str:
-    """Returns ", line N" of the file where the error came from, as far as it is known."""
-    if isinstance(error, SyntaxError):
-        return ""  # its message has it
-    lines, trace = [], error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(file):
-            lines.append(trace.tb_lineno)
-        trace = trace.tb_next
-    return f", line {lines[-1]}" if lines else ""
+class _Loader(InspectLoader):
+    """Runs the bytes that were read, whatever the file holds by then, and keeps no bytecode."""
+
+    def __init__(self, file: Path, content: bytes) -> None:
+        self.file = file
+        self.content = content
+
+    def get_source(self, fullname: str) -> str:
+        return decode_source(self.content)
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.content, str(self.file))
 
 
 _OPENED: dict[tuple[str, str], PluginFile] = {}
 
 
-def opened(file: str, digest: str = "") -> PluginFile:
+def opened(path: str, digest: str = "") -> PluginFile:
     """Returns the plugin file as this process read it when its sha256 was `digest`, or as it is now.
 
-    Raises FileChanged where this process has not read it and it is another one by now; without `digest` it is read anew.
+    Raises PluginError if it cannot be read or imported; with a `digest` that this process has not read, FileChanged if the file has
+    another one by now, and then runs none of it.
     """
-    if (file, digest) not in _OPENED:
-        found = PluginFile(Path(file), digest)
-        _OPENED[file, found.sha256] = found
-        return found
-    return _OPENED[file, digest]
+    if (path, digest) in _OPENED:
+        return _OPENED[path, digest]
+    file = Path(path)
+    try:
+        content = read_bytes(file)
+    except OSError as error:
+        raise PluginError(f"The plugin file {file} could not be read: {error.strerror or error}.") from None
+    sha256 = hashlib.sha256(content).hexdigest()
+    if digest and sha256 != digest:
+        raise FileChanged(
+            f"The plugin file {file} has changed since the process that started this one read it: its sha256 was {digest[:12]}, "
+            f"and is {sha256[:12]} now. Bring the file back as it was, or start anew."
+        )
+    if (path, sha256) not in _OPENED:
+        _OPENED[path, sha256] = PluginFile(file, sha256, _imported(file, content, sha256))
+    return _OPENED[path, sha256]
+
+
+def _imported(file: Path, content: bytes, sha256: str) -> ModuleType:
+    from ddkit.components.guard import unchanged  # imports torch
+
+    place = hashlib.sha256(str(file).encode()).hexdigest()[:6]  # two files may have the same text
+    name = f"ddkit_file_{re.sub(r'[^0-9a-zA-Z]', '_', file.stem)}_{place}_{sha256[:12]}"
+    spec = spec_from_file_location(name, file, loader=_Loader(file, content))
+    assert spec is not None
+    module = sys.modules[name] = module_from_spec(spec)
+    try:
+        with unchanged(f"plugin file {file}", "Mend it."):
+            spec.loader.exec_module(module)  # type: ignore[union-attr]
+    except BaseException as error:
+        del sys.modules[name]
+        if not is_its_own(error):
+            raise
+        changes = upgrade.problem(f"plugin file {file}", file)
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
+        where = f", line {lines[-1]}" if lines and not isinstance(error, SyntaxError) else ""  # the message of that one has it
+        raise PluginError(changes or f"The plugin file {file} could not be imported: {told(error)}{where}.") from error
+    return module
 
 
 def hyphenated(name: str) -> str:

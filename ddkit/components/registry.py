@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import re
@@ -18,7 +19,7 @@ from typing import Any
 import msgspec
 
 from ddkit.components import base as base
-from ddkit.components import plugin_file, source, trust
+from ddkit.components import plugin_file, source, trust, upgrade
 from ddkit.components.observers import Observers
 from ddkit.components.options import Requires, describe_options, fields, options_type, parse_options
 from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion, told
@@ -263,21 +264,27 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     except BaseException as error:
         if not is_its_own(error):
             raise
-        raise PluginError(f"The {plugin.label} could not be loaded from {plugin.value}: {told(error)}. {remedy}") from error
+        changes = upgrade.problem(plugin.label, source.module_file(module_name))
+        raise PluginError(changes or f"The {plugin.label} could not be loaded from {plugin.value}: {told(error)}. {remedy}") from error
     expected = BASES.get(plugin.kind)
     if expected is not None and not (isinstance(found, type) and issubclass(found, expected)):
         raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{expected.__name__} ({plugin.value}). {remedy}")
     if expected is not None:
+        of_before = [
+            each for each in found.__mro__ if {"Options", "api"} & vars(each).keys() or isinstance(vars(each).get("requires"), property)
+        ]
+        if of_before:
+            raise PluginError(upgrade.problem(plugin.label, Path(inspect.getfile(of_before[0]))))
         _check_attributes(plugin, found, remedy)
     _check_option_names(plugin, found)
     return found
 
 
 def _imported(plugin: Plugin, module: str, remedy: str) -> ModuleType:
-    """Returns a plugin's module; raises PluginError where a third party's changes what all code shares, which is put back."""
-    if plugin.first_party or module in sys.modules:
-        return importlib.import_module(module)
-    from ddkit.components.globalstate import unchanged  # imports torch, which such a module would do anyway
+    """Returns a plugin's module; raises PluginError if importing it changes what all code shares, which is put back."""
+    if module in sys.modules:
+        return sys.modules[module]
+    from ddkit.components.guard import unchanged  # imports torch, which such a module would do anyway
 
     try:
         with unchanged(plugin.label, remedy):
@@ -359,7 +366,8 @@ def _building(plugin: Plugin) -> Iterator[None]:
     except BaseException as error:
         if not is_its_own(error):
             raise
-        raise PluginError(f"The {plugin.label} could not be built: {told(error)}.{plugin.advice}") from error
+        changes = upgrade.problem(plugin.label, source.module_file(plugin.value.partition(":")[0]))
+        raise PluginError(changes or f"The {plugin.label} could not be built: {told(error)}.{plugin.advice}") from error
 
 
 def create(

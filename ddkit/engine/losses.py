@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.base import Loss
-from ddkit.components.globalstate import random_states
-from ddkit.components.guard import advice, called, check_random_states
+from ddkit.components.guard import advice, called, check_shared_state, shared_state
 from ddkit.components.options import Parameter, Requires
 from ddkit.distributed import Ranks
 from ddkit.errors import FlagError, InputError, RunFailed, is_its_own, shown, told
@@ -50,7 +49,7 @@ class WeightedLoss:
         or to a global random state. (Tensors are told by their version counters: code that goes around them, such as `x.data`, is found
         by the conformance suite alone.)
         """
-        before = random_states() if watched else {}
+        before = shared_state() if watched else {}
         if watched:
             step._watch.written()  # what was written before is not the fault of this loss
         with self.blamed():
@@ -60,7 +59,7 @@ class WeightedLoss:
             if written:
                 names = " and ".join(written)
                 raise RunFailed(f"The {self} writes to {names}, which other losses use too. It has to compute with copies.{self.advice}")
-            check_random_states(before, str(self), self.advice)
+            check_shared_state(before, str(self), self.advice)
         if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad or value.is_complex():
             what = shown(value)
             if isinstance(value, Tensor):

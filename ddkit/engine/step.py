@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.components.base import DataInfo
-from ddkit.components.watch import Watch
+from ddkit.components.guard import Watch
 from ddkit.distributed import class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Exchange

@@ -17,7 +17,7 @@ from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evalu
 from ddkit.components.guard import advice, blamed, called
 from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
-from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics, on_disk
+from ddkit.data.images import Normalisation, channel_statistics, on_disk
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
@@ -294,9 +294,7 @@ class RunSetup:
         start = InitContext(
             labels=labels,
             shape=self.info.shape,
-            real_images=NormalisedRows(real_images, self.normalisation)
-            if not self.initializer.origin  # ddkit's own take rows; a stranger's may want a tensor
-            else self.normalisation.lazily(real_images),
+            real_images=self.normalisation.lazily(real_images),
             real_labels=real_labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,

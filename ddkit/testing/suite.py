@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.base import Component, DataInfo
-from ddkit.components.globalstate import random_states
+from ddkit.components.guard import moved_since, shared_state
 from ddkit.components.options import written_options
 from ddkit.components.trust import granting
 from ddkit.recipes.tables import parse_recipe, recipe_dict
@@ -27,7 +28,8 @@ import time
 import torch, numpy, ddkit
 from ddkit.components import guard, registry
 began = time.perf_counter()
-registry.load_plugin(registry.find(sys.argv[1], sys.argv[2]))
+registry.plugins()  # plugin files are imported here
+__import__(sys.argv[1])
 children.reply({"seconds": time.perf_counter() - began})
 """
 
@@ -204,35 +206,31 @@ class ShapeConformance(Conformance):
 
 
 @functools.cache
-def _cost_of(kind: str, name: str) -> float:
-    import os
-
-    done = children.run(_COST, kind, name, environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+def _cost_of(module: str) -> float:
+    """Returns the seconds that importing a module takes; asked once for all components in it."""
+    done = children.run(_COST, module, environment={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith((" ", "Traceback"))]
         last = " ".join(lines[-2:]) or f"exit code {done.returncode}"
-        raise Broken(f"'{name}' cannot be imported in a process without a GPU: {last}")
+        raise Broken(f"{module} cannot be imported in a process without a GPU: {last}")
     return float(json.loads(done.stdout)["seconds"])
 
 
 def _import_cost(suite: Conformance) -> float:
     if not isinstance(suite.component, str):
         return 0.0  # a class is imported already
-    return _cost_of(suite.kind, registry.split_name(suite.component)[0])
+    plugin = registry.find(suite.kind, registry.split_name(suite.component)[0])
+    return _cost_of(plugin.value.partition(":")[0])
 
 
 @contextmanager
 def global_state_is_kept(what: str) -> Iterator[None]:
     """Raises Broken where the code inside moves a global random generator, or torch's default dtype or threads."""
-    before = _global_state()
+    before = shared_state()
     yield
-    for name, state in _global_state().items():
-        if state != before[name]:
-            raise Broken(f"{what} changes the global state of {name}. Draw from the generator it is given; set nothing globally.")
-
-
-def _global_state() -> dict[str, Any]:
-    return random_states()
+    moved = moved_since(before)
+    if moved:
+        raise Broken(f"{what} changes the global state of {', '.join(moved)}. Draw from the generator it is given; set nothing globally.")
 
 
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ import torch
 
 from ddkit.cli import cli as command_line
 from ddkit.components import registry
-from ddkit.components.globalstate import random_states
+from ddkit.components.guard import shared_state
 from ddkit.components.options import options_type
 from ddkit.errors import FlagError, PluginError
 from ddkit.recipes.resolve import select_losses
@@ -213,7 +213,14 @@ BROKEN_IDS = [
 
 def shared() -> Any:
     """Returns what all code of a process shares."""
-    return random_states(), torch.Tensor.add, torch.manual_seed, torch.nn.functional.relu, torch.nn.Conv2d.forward, Path.cwd()
+    return (
+        shared_state() | {"modules": 0},
+        torch.Tensor.add,
+        torch.manual_seed,
+        torch.nn.functional.relu,
+        torch.nn.Conv2d.forward,
+        Path.cwd(),
+    )
 
 
 @pytest.mark.parametrize(("source", "status", "cause"), BROKEN, ids=BROKEN_IDS)
@@ -580,12 +587,12 @@ def test_check_imports_each_in_another_process_and_says_which_fail(install: Inst
         bad_module="import no_such_module_anywhere\n" + FINE,
         dead_module="import os\nos._exit(9)\n" + FINE,
         fine_module="print('noise')\n" + FINE,
-        wrong_module=FINE + "    deviations = 3\n",
+        wrong_module=FINE + "    class Options(ddkit.Options):\n        power: Annotated[float, ddkit.Option('exponent', gt=0)] = 2.0\n",
     )
     status = {key: row["status"] for key, row in _rows(cli, "losses", "--check").items()}
     assert "no_such_module_anywhere" in status["loss odd-dist/bad"]
     assert "ended the process (exit 9)" in status["loss odd-dist/dead"]
-    assert "has deviations = 3" in status["loss odd-dist/wrong"]
+    assert 'power: float = ddkit.option(2.0, "exponent", gt=0)' in status["loss odd-dist/wrong"]
     assert status["loss odd-dist/fine"] == status["loss ddkit/dm"] == status["loss ddkit/gm"] == "ok"
     assert "bad_module" not in sys.modules
 

@@ -58,7 +58,6 @@ class Checks(ddkit.Evaluator):
 class Made(ddkit.Loss):
     """Raises."""
 
-    @property
     def requires(self):
         raise {error}
 
@@ -66,7 +65,7 @@ class Made(ddkit.Loss):
 class Resolves(ddkit.Loss):
     """Raises."""
 
-    def __init__(self, options=None, *, name=None):
+    def __init__(self, **options):
         raise {error}
 
 
