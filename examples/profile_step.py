@@ -30,7 +30,8 @@ def made(ipc: int, pipc: int, folder: Path) -> Engine:
         init="noise",
     )  # fmt: skip
     job = RunSetup(recipe)
-    return job.engine(job.bank())
+    job.prepare()
+    return job.engine
 
 
 def advance(engine: Engine, start: int, stop: int) -> None:

@@ -112,10 +112,8 @@ def _steps(spec: Spec) -> Measuring:
     start_mib = _peak_mib()
     with tempfile.TemporaryDirectory() as folder:
         job = RunSetup(_recipe(spec, Path(folder)), device=spec["device"])
-        job.load_teacher()
-    bank = job.bank()
-    engine = job.engine(bank)
-    engine.start()
+        job.prepare()
+    engine = job.engine
     index = 0
 
     def advance(count: int) -> None:

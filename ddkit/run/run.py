@@ -24,9 +24,8 @@ from ddkit.components.registry import watchers_of
 from ddkit.data.loading import left_alone
 from ddkit.data.real import passed_dataset
 from ddkit.distributed import Ranks
-from ddkit.engine.bank import Bank
 from ddkit.engine.guards import deterministic
-from ddkit.engine.loop import Engine, Hooks, distill
+from ddkit.engine.loop import Hooks, distill
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.files import write_json
 from ddkit.nn.device import products
@@ -89,35 +88,26 @@ def _going_on(path: Path) -> str:
     return f"What is done is kept. To go on: ddkit distill --out {shlex.quote(str(path))} --resume"
 
 
-class Made(NamedTuple):
-    """What a run works with: `recipe` is the resolved one."""
-
-    job: RunSetup
-    bank: Bank
-    engine: Engine
-    recipe: Recipe
-
-
 def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
     """Returns what a run of `recipe` would do, as data, after all checks before its first step; trains no teacher and writes nothing."""
     place.ranks.check_same("The recipe", dict(flattened(recipe_dict(recipe))))
     with deterministic(recipe.engine.deterministic), left_alone():
-        made = _make(recipe, place, Observers([]), plan=True)
-        job = made.job
+        setup = RunSetup(recipe, device=place.device, ranks=place.ranks, watchers=Observers([]))
+        setup.prepare(train_it=False)
         return {
             "schema": 1,
-            "recipe": recipe_dict(made.recipe),
-            "device": str(job.device),
+            "recipe": recipe_dict(setup.resolved_recipe),
+            "device": str(setup.device),
             "processes": place.ranks.world_size,
-            "classes": list(job.info.class_names),
-            "image_shape": list(job.info.shape),
-            "accessible_images": len(job.real.indices),
-            "synthetic_images": job.info.classes * recipe.ipc,  # those that are stored
-            "teacher": recipe.teacher.use if job.needs_teacher else None,
-            "teacher_is_trained_first": job.teacher is not None and not job.teacher.path,
-            "teacher_accuracy": None if job.tested is None else msgspec.structs.asdict(job.tested),
-            "estimate": estimated(job),
-            "plugins": job.plugins_used,
+            "classes": list(setup.info.class_names),
+            "image_shape": list(setup.info.shape),
+            "accessible_images": len(setup.real.indices),
+            "synthetic_images": setup.info.classes * recipe.ipc,  # those that are stored
+            "teacher": recipe.teacher.use if setup.needs_teacher else None,
+            "teacher_is_trained_first": setup.teacher is not None and not setup.teacher.path,
+            "teacher_accuracy": None if setup.tested is None else msgspec.structs.asdict(setup.tested),
+            "estimate": estimated(setup),
+            "plugins": setup.plugins_used,
         }
 
 
@@ -125,14 +115,15 @@ def run(recipe: Recipe, directory: RunDirectory, place: Place) -> Run:
     """Makes a set of `recipe` in `directory`, evaluates it and returns the run; nothing stays of a run that took no step."""
     with place.watching(directory) as watchers, deterministic(recipe.engine.deterministic):
         try:
-            made = _make(recipe, place, watchers)
-            _begin(made, directory)
+            setup = RunSetup(recipe, device=place.device, ranks=place.ranks, watchers=watchers)
+            setup.prepare()
+            _begin(setup, directory)
         except BaseException:
             if place.ranks.is_main:
                 directory.discard()
             raise
         try:
-            return _finish(made, directory, watchers, start=0)
+            return _finish(setup, directory, start=0)
         except (Interrupted, KeyboardInterrupt):  # it can be continued
             raise
         except BaseException:
@@ -161,7 +152,8 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                 if newest.step > recipe.steps:
                     raise RunFilesError(f"{path} is at step {newest.step} already, past --steps {recipe.steps}.")
             try:
-                made = _make(recipe, place, watchers, begun=newest is not None)
+                setup = RunSetup(recipe, device=place.device, begun=newest is not None, ranks=place.ranks, watchers=watchers)
+                setup.prepare()
             except InputError as error:
                 places = {f"--dataset {recipe.data.use}:PATH": recipe.data.options.get("path"), "--teacher FILE": recipe.teacher.use}
                 gone = [flag for flag, at in places.items() if at not in (None, "auto") and not Path(str(at)).exists()]
@@ -171,22 +163,22 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
             if newest is None:
                 if ranks.is_main:
                     directory.reopen()
-                _begin(made, directory)
-                return _finish(made, directory, watchers, start=0)
+                _begin(setup, directory)
+                return _finish(setup, directory, start=0)
             start = newest.step
-            _check_inputs(newest.inputs, made.job, path)
-            made.job.plugin_files = newest.plugin_files | made.job.plugin_files
+            _check_inputs(newest.inputs, setup, path)
+            setup.plugin_files = newest.plugin_files | setup.plugin_files
             try:
-                made.engine.load_state(start, made.bank.own_part(newest.state))
+                setup.engine.load_state(start, setup.bank.own_part(newest.state))
             except (KeyError, ValueError) as error:
                 raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
             if ranks.is_main:
                 directory.reopen()
                 keep_until(directory.path, start)
-                places_now = {key: value for key, value in recipe_dict(made.recipe).items() if key in ("data", "teacher")}
+                places_now = {key: value for key, value in recipe_dict(setup.resolved_recipe).items() if key in ("data", "teacher")}
                 directory.write_recipe(table | places_now)
                 cut_metrics(directory.path, start, recipe.steps, recipe.engine.log_every)
-            return _finish(made, directory, watchers, start=start, spent=newest.seconds)
+            return _finish(setup, directory, start=start, spent=newest.seconds)
 
 
 def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[str, Any]:
@@ -209,10 +201,10 @@ def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[
     return table
 
 
-def _check_inputs(began: Mapping[str, str], job: RunSetup, path: Path) -> None:
+def _check_inputs(began: Mapping[str, str], setup: RunSetup, path: Path) -> None:
     """Raises RunFilesError where the run at `path` began with another teacher or other images; warns for an automatic teacher."""
     renamed = next((digest for name, digest in began.items() if name.startswith(TEACHER_FILE)), None)
-    for name, digest in job.inputs.items():
+    for name, digest in setup.inputs.items():
         then = began.get(name, renamed if name.startswith(TEACHER_FILE) else None)
         if then in (None, digest):
             continue
@@ -233,133 +225,117 @@ def _finished(directory: RunDirectory, watchers: Observers) -> Run:
     return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)
 
 
-def _make(recipe: Recipe, place: Place, watchers: Observers, *, begun: bool = False, plan: bool = False) -> Made:
-    """Returns the objects of a run, after all checks that can be made before its first step; writes nothing but caches.
-
-    `begun`: its set is to be read from a checkpoint. `plan`: no teacher is trained.
-    """
-    job = RunSetup(recipe, device=place.device, begun=begun, ranks=place.ranks, watchers=watchers)
-    job.load_teacher(train_it=not plan)
-    bank = job.bank()
-    resolved = job.resolved()
-    place.ranks.check_same("The resolved recipe", dict(flattened(recipe_dict(resolved))))
-    engine = job.engine(bank)
-    if not begun:
-        with products(job.device, job.decided.products):
-            engine.start()
-        if job.evaluators and job.ranks.is_main:
-            _ = job.real.test_set  # a test image that cannot be read is told before the run, not after it
-    return Made(job, bank, engine, resolved)
-
-
-def _begin(made: Made, directory: RunDirectory) -> None:
+def _begin(setup: RunSetup, directory: RunDirectory) -> None:
     """Writes what a run that is cut off continues from."""
-    if made.job.ranks.is_main:
+    if setup.ranks.is_main:
         directory.replace()
-        directory.write_recipe(recipe_dict(made.recipe))
-        cut_metrics(directory.path, 0, made.recipe.steps, made.recipe.engine.log_every)
-    images = _pixels(made.job, made.bank)
+        directory.write_recipe(recipe_dict(setup.resolved_recipe))
+        cut_metrics(directory.path, 0, setup.resolved_recipe.steps, setup.resolved_recipe.engine.log_every)
+    images = _pixels(setup)
     if images is not None:
-        add_frame(directory.path, 0, images, made.job.stored_labels)
-    _keep(0, made.job, made.bank, made.engine, directory, 0.0)
+        add_frame(directory.path, 0, images, setup.stored_labels)
+    _keep(0, setup, directory, 0.0)
 
 
-def _keep(index: int, job: RunSetup, bank: Bank, engine: Engine, directory: RunDirectory, seconds: float) -> None:
+def _keep(index: int, setup: RunSetup, directory: RunDirectory, seconds: float) -> None:
     """Writes the checkpoint of step `index`, which was reached after `seconds`: the main process that of the whole set."""
-    state = engine.state(index)
-    whole, inputs = {}, job.inputs
+    state = setup.engine.state(index)
+    whole, inputs = {}, setup.inputs
     for key, value in sorted(state.items()):
-        rows = _whole(job, value) if bank.is_rowwise(key) else value
-        if job.ranks.is_main:
+        rows = _whole(setup, value) if setup.bank.is_rowwise(key) else value
+        if setup.ranks.is_main:
             whole[key] = rows
-    if job.ranks.is_main:
-        directory.write_checkpoint(index, whole, job.plugin_files, inputs, seconds)
+    if setup.ranks.is_main:
+        directory.write_checkpoint(index, whole, setup.plugin_files, inputs, seconds)
 
 
-def _whole(job: RunSetup, rows: Tensor) -> Tensor:
+def _whole(setup: RunSetup, rows: Tensor) -> Tensor:
     """Returns the rows (n, ...) of all processes, on the CPU where there are several."""
-    return rows if job.ranks.world_size == 1 else job.ranks.all_gather(rows.cpu(), "gathering")
+    return rows if setup.ranks.world_size == 1 else setup.ranks.all_gather(rows.cpu(), "gathering")
 
 
-def _finish(made: Made, directory: RunDirectory, watchers: Observers, *, start: int, spent: float = 0.0) -> Run:
+def _finish(setup: RunSetup, directory: RunDirectory, *, start: int, spent: float = 0.0) -> Run:
     """Takes the steps from `start` on, evaluates, and writes all files of the run; returns it. `spent`: seconds of the steps before."""
-    job, bank, engine, recipe = made
+    recipe, watchers = setup.resolved_recipe, setup.watchers
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter() - spent
-    with products(job.device, job.decided.products):
-        _iterate(job, bank, engine, recipe, directory, watchers, start, began)
+    with products(setup.device, setup.decided.products):
+        _iterate(setup, directory, start, began)
     seconds = time.perf_counter() - began
-    _write_set(job, bank, recipe, directory)
-    job.ranks.barrier()  # its file is there
+    _write_set(setup, directory)
+    setup.ranks.barrier()  # its file is there
     made_set = load(directory.path / SET)
-    if job.ranks.is_main:
-        for sentence in _doubts(made, made_set, read_metrics(directory.path)):
+    if setup.ranks.is_main:
+        for sentence in _doubts(setup, made_set, read_metrics(directory.path)):
             log.warning("%s", sentence)
     evaluations: list[Evaluation] = []
-    if job.evaluators:
-        evaluations = run_evaluators(job.evaluators, made_set, job.real, job.teacher, recipe.seed, job.device, watchers, job.ranks)
-    if job.evaluators and job.ranks.is_main:
+    if setup.evaluators:
+        evaluations = run_evaluators(
+            setup.evaluators, made_set, setup.real, setup.teacher, recipe.seed, setup.device, watchers, setup.ranks
+        )
+    if setup.evaluators and setup.ranks.is_main:
         write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(evaluations)})
-    facts = _facts(job, recipe) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
-    if job.ranks.is_main:
+    facts = _facts(setup) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
+    if setup.ranks.is_main:
         watchers.begin("writing", f"Writing the report of {directory.path}")
         close_run(directory, facts)
-    job.ranks.barrier()  # the run is finished for all of them, or for none
+    setup.ranks.barrier()  # the run is finished for all of them, or for none
     run = Run(path=directory.path, steps=recipe.steps, seconds=seconds, evaluations=evaluations)
     watchers.call("run_finished", path=run.path, evaluations=run.evaluations)
     return run
 
 
-def _doubts(made: Made, artifact: Artifact, lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def _doubts(setup: RunSetup, artifact: Artifact, lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns what cannot be right of the finished steps: losses that did nothing, images that are none."""
-    job, recipe = made.job, made.recipe
+    recipe = setup.resolved_recipe
     weights = {label: loss.weight for label, loss in recipe.losses.items()}
     told, constant = silent(lines, weights), constant_losses(lines, weights)
     logged = f"at all {len(lines)} logged steps" if len(lines) > 1 else "at the only step"
     if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
-        fewest, helps = min(job.real.counts().values(), default=0), "Use another loss or --init noise."
-        if job.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:  # it is compared with these very images
+        fewest, helps = min(setup.real.counts().values(), default=0), "Use another loss or --init noise."
+        if setup.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:  # it is compared with these very images
             counts = f"(ipc {recipe.ipc}; {fewest} accessible)"
             helps = f"It began as all accessible images {counts}: raise --pipc, lower --ipc, or use another loss or --init noise."
         told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {helps}"]
     else:
         others = [label for label in constant if not any(label in sentence.split() for sentence in told)]
         told += [f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing." for label in others]
-    return told + (outside(artifact.stored_images, made.bank.smaller_rate("images")) if recipe.steps else [])
+    return told + (outside(artifact.stored_images, setup.bank.smaller_rate("images")) if recipe.steps else [])
 
 
-def _iterate(
-    job: RunSetup, bank: Bank, engine: Engine, recipe: Recipe, directory: RunDirectory, watchers: Observers, start: int, began: float
-) -> None:
+def _iterate(setup: RunSetup, directory: RunDirectory, start: int, began: float) -> None:
+    recipe, watchers = setup.resolved_recipe, setup.watchers
     every = recipe.engine
     if start < recipe.steps:
         losses = ", ".join(sorted(recipe.losses))
         on = f", from step {start} on" if start else ""
         compiles = "; the first step compiles the network, which takes a while" if every.compile else ""
-        text = f"Distilling {job.info.classes * recipe.ipc:,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
+        text = (
+            f"Distilling {setup.info.classes * recipe.ipc:,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
+        )
         watchers.begin("distilling", text, done=start, total=recipe.steps)
 
     def show(index: int) -> None:
-        images = _pixels(job, bank) if job.ranks.broadcast(watchers.has("checkpoint_written")) else None
+        images = _pixels(setup) if setup.ranks.broadcast(watchers.has("checkpoint_written")) else None
         if images is not None:
             watchers.call(
-                "checkpoint_written", index=index, images=images, labels=job.stored_labels, class_names=list(job.info.class_names)
+                "checkpoint_written", index=index, images=images, labels=setup.stored_labels, class_names=list(setup.info.class_names)
             )
 
     def keep(index: int) -> None:
-        _keep(index, job, bank, engine, directory, time.perf_counter() - began)
+        _keep(index, setup, directory, time.perf_counter() - began)
         show(index)
 
     def observe(index: int, record: Callable[[], dict[str, Any]]) -> None:
         line = None
         if is_logged(index, recipe.steps, every.log_every):
             line = record() | {"seconds": round(time.perf_counter() - began, 3)}
-            if job.ranks.is_main:
+            if setup.ranks.is_main:
                 append_metrics(directory.path, line)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
-        images = _pixels(job, bank) if is_frame(index + 1) else None
+        images = _pixels(setup) if is_frame(index + 1) else None
         if images is not None:
-            add_frame(directory.path, index + 1, images, job.stored_labels)
+            add_frame(directory.path, index + 1, images, setup.stored_labels)
         if is_due(index + 1, every.checkpoint_every):
             keep(index + 1)
 
@@ -368,53 +344,54 @@ def _iterate(
 
     show(start)
     logs = functools.partial(is_logged, steps=recipe.steps, log_every=every.log_every)
-    distill(engine, start, recipe.steps, Hooks(observe=observe, save=keep, is_read=is_read, is_logged=logs))
+    distill(setup.engine, start, recipe.steps, Hooks(observe=observe, save=keep, is_read=is_read, is_logged=logs))
     if recipe.steps > start and not is_due(recipe.steps, every.checkpoint_every):
         keep(recipe.steps)
 
 
-def _pixels(job: RunSetup, bank: Bank) -> Tensor | None:
+def _pixels(setup: RunSetup) -> Tensor | None:
     """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the main one."""
-    images = _whole(job, job.normalisation.to_pixels(bank.images.detach())).cpu()
-    return images if job.ranks.is_main else None
+    images = _whole(setup, setup.normalisation.to_pixels(setup.bank.images.detach())).cpu()
+    return images if setup.ranks.is_main else None
 
 
-def _write_set(job: RunSetup, bank: Bank, recipe: Recipe, directory: RunDirectory) -> None:
-    images = _pixels(job, bank)
+def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
+    recipe, bank = setup.resolved_recipe, setup.bank
+    images = _pixels(setup)
     extra = {
-        name: (_whole(job, tensor.detach()) if bank.is_rowwise(f"bank.{name}") else tensor.detach()).cpu()
+        name: (_whole(setup, tensor.detach()) if bank.is_rowwise(f"bank.{name}") else tensor.detach()).cpu()
         for name, tensor in bank.parameters.items()
     }
     if images is None:
         return
     metadata_ = {
-        "class_names": list(job.info.class_names),
-        "mean": list(job.normalisation.mean),
-        "std": list(job.normalisation.std),
+        "class_names": list(setup.info.class_names),
+        "mean": list(setup.normalisation.mean),
+        "std": list(setup.normalisation.std),
         "ipc": recipe.ipc,
         "pipc": recipe.pipc,
         "seed": recipe.seed,
         "recipe": recipe.name,
         **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
     }
-    save_set(Artifact(images, job.stored_labels, metadata_, extra), directory)
+    save_set(Artifact(images, setup.stored_labels, metadata_, extra), directory)
 
 
-def _facts(job: RunSetup, recipe: Recipe) -> dict[str, Any]:
+def _facts(setup: RunSetup) -> dict[str, Any]:
     teacher: dict[str, Any] | None = None
-    if job.teacher is not None:
-        teacher = {"path": job.teacher.path, "sha256": job.teacher.sha256, "test_accuracy": job.teacher.info.get("test_accuracy")}
-        tested = job.tested
+    if setup.teacher is not None:
+        teacher = {"path": setup.teacher.path, "sha256": setup.teacher.sha256, "test_accuracy": setup.teacher.info.get("test_accuracy")}
+        tested = setup.tested
         teacher |= {} if tested is None else {"accessible_accuracy": tested.accuracy, "accessible_images": tested.images}
-    processes = {"count": job.ranks.world_size, "exchanged_bytes": dict(job.ranks.exchanged)}
+    processes = {"count": setup.ranks.world_size, "exchanged_bytes": dict(setup.ranks.exchanged)}
     return {
-        "seed": recipe.seed,
-        "device": str(job.device),
+        "seed": setup.recipe.seed,
+        "device": str(setup.device),
         "threads": torch.get_num_threads(),
-        "plugins": job.plugins_used,
-        **({"plugin_files": job.plugin_files} if job.plugin_files else {}),
+        "plugins": setup.plugins_used,
+        **({"plugin_files": setup.plugin_files} if setup.plugin_files else {}),
         "teacher": teacher,
-        **known_spectrum(job.real.sample()),
-        "real_files": job.real.sources,
-        **({"processes": processes} if job.ranks.world_size > 1 else {}),
+        **known_spectrum(setup.real.sample()),
+        "real_files": setup.real.sources,
+        **({"processes": processes} if setup.ranks.world_size > 1 else {}),
     }

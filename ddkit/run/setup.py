@@ -29,12 +29,13 @@ from ddkit.engine.planning import ExecutionPlan
 from ddkit.errors import DdkitError, InputError, RunFailed
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
-from ddkit.nn.device import pick_device, product_rate
+from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.networks import build_network, no_second_derivative, training_flops
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.nn.training import Schedule
-from ddkit.recipes.tables import Recipe
+from ddkit.recipes.resolve import flattened
+from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.seeding import generator
 
 AUTOMATIC_TEACHER = "the automatic teacher"
@@ -220,6 +221,23 @@ class RunSetup:
         asked = [*self.requires, self.initializer.requires]
         return any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
 
+    def prepare(self, *, train_it: bool = True) -> None:
+        """Makes teacher, first images, engine and resolved recipe: what fails after this is a step, an evaluation or the disk.
+
+        Writes nothing but caches. `train_it`: as in load_teacher.
+        """
+        self.load_teacher(train_it=train_it)
+        self.bank = self.initial_bank()
+        self.resolved_recipe = self.resolved()
+        self.ranks.check_same("The resolved recipe", dict(flattened(recipe_dict(self.resolved_recipe))))
+        self.engine = self.engine_over(self.bank)
+        if self.begun:
+            return
+        with products(self.device, self.decided.products):
+            self.engine.start()
+        if self.evaluators and self.ranks.is_main:
+            _ = self.real.test_set  # a test image that cannot be read is told before the run, not after it
+
     def load_teacher(self, *, train_it: bool = True) -> None:
         """Loads the teacher, or trains an automatic one; a recipe that needs none gets none.
 
@@ -261,7 +279,7 @@ class RunSetup:
             self._normalisation = Normalisation(*together)
         return self._normalisation
 
-    def bank(self) -> Bank:
+    def initial_bank(self) -> Bank:
         """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
         factor, own = self.recipe.factor, self.own_classes
         if not self.begun:
@@ -314,7 +332,7 @@ class RunSetup:
             )
         return images
 
-    def engine(self, bank: Bank) -> Engine:
+    def engine_over(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
         table = self.recipe.network
         trained = table.inner_epochs and self.decided.needs_network

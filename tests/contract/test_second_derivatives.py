@@ -43,7 +43,7 @@ def test_fused_attention_is_given_up_for_second_derivatives_alone(monkeypatch: p
         for losses, fused in (("dm", True), ("gm", False)):
             recipe = resolve(None, losses=losses, evaluators="none", model="python:tests.factories.attentive", sets=[], steps=1)
             job = RunSetup(recipe, device="cpu")
-            engine: Engine = job.engine(job.bank())
+            engine: Engine = job.engine_over(job.initial_bank())
             seen.clear()
             engine.evaluate(0)
             assert set(seen) == {fused}

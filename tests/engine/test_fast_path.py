@@ -352,7 +352,7 @@ sets |= {"teacher.use": sys.argv[4], "teacher.width": 64, "teacher.norm": "batch
 recipe = resolve(sys.argv[3], evaluators="none", dataset=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
 job = RunSetup(recipe, device="cpu")
 job.load_teacher()
-engine = job.engine(job.bank())
+engine = job.engine_over(job.initial_bank())
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

@@ -231,8 +231,8 @@ def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
     """Returns job, bank and engine of a recipe, as a run makes them, with nothing written."""
     job = RunSetup(parse_recipe(table), device="cpu")
     job.load_teacher()
-    bank = job.bank()
-    return job, bank, job.engine(bank)
+    bank = job.initial_bank()
+    return job, bank, job.engine_over(bank)
 
 
 def with_terms(engine: Engine, *terms: tuple[str, ddkit.Loss, float], chunk: int = 0) -> Engine:

@@ -69,8 +69,8 @@ class Watch(ddkit.Loss):
 
 def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
     job = RunSetup(parse_recipe(table), device="cpu")
-    bank = job.bank()
-    return job, bank, job.engine(bank)
+    bank = job.initial_bank()
+    return job, bank, job.engine_over(bank)
 
 
 def advance(engine: Engine, start: int, stop: int, **keys: Any) -> None:
