@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 CLI = Callable[..., Result]
 CHOOSING = ["real", "kmeans", "herding", "k-center", "multiplier"]
+SHORT: dict[str, Any] = {"losses": "dm", "evaluators": "none", "sets": SMALL, "ipc": 2, "pipc": 4}
 DIGITS = [str(digit) for digit in range(10)]
 
 
@@ -46,11 +46,6 @@ def chosen_rows(initializer: Any, start: ddkit.InitContext) -> list[int]:
 
 
 # herding, k-center, k-means
-
-
-def test_examples_in_docstrings_hold() -> None:
-    result = doctest.testmod(coresets)
-    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 @pytest.mark.parametrize("count", [1, 4, 9])
@@ -229,15 +224,12 @@ def test_candidates_bound_the_images_that_take_part_but_not_below_ipc(candidates
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a run of digits with two images a class."""
-    path = tmp_path_factory.mktemp("earlier") / "run"
-    ddkit.distill(losses="dm", ipc=2, pipc=4, sets=SMALL, evaluators="none", out=path)
-    return path
+    return ddkit.distill(**SHORT, out=tmp_path_factory.mktemp("earlier") / "run").path
 
 
 def continued(path: Path, out: Path, **given: Any) -> ddkit.Artifact:
     """Returns the set with which a run begins where `path` is there already."""
-    common: dict[str, Any] = {"losses": "dm", "evaluators": "none", "sets": SMALL, "ipc": 2, "pipc": 4, "steps": 0}
-    return ddkit.load(ddkit.distill(**common | given, init=f"file:{path}", out=out).path)
+    return ddkit.load(ddkit.distill(**SHORT | {"steps": 0} | given, init=f"file:{path}", out=out).path)
 
 
 @pytest.mark.parametrize("part", ["", "synthetic.safetensors"])

@@ -46,12 +46,8 @@ def teacher(norm: str | nn.Module, *, seed: int = 0, depth: int = 2, fresh: bool
     draw = torch.Generator().manual_seed(seed)
     for layer in network.modules():
         if isinstance(layer, nn.GroupNorm | nn.BatchNorm2d) and not fresh:
-            with torch.no_grad():
-                layer.weight.uniform_(0.5, 1.5, generator=draw)
-                layer.bias.normal_(0, 0.3, generator=draw)
-        if isinstance(layer, nn.BatchNorm2d) and not fresh:
-            layer.running_mean.normal_(0, 0.5, generator=draw)  # type: ignore[union-attr]
-            layer.running_var.uniform_(0.2, 1.2, generator=draw)  # type: ignore[union-attr]
+            for values in (values for values in layer.state_dict().values() if values.is_floating_point()):
+                values.uniform_(0.3, 1.3, generator=draw)
     return teacher(network)
 
 

@@ -24,6 +24,9 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn import functional
 
+import ddkit
+from ddkit.testing.world import Setting, World
+
 F64 = torch.float64
 SHAPES = ((3, 2, 3, 3), (3,), (4, 5), (4,), ())
 
@@ -51,7 +54,7 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-@pytest.mark.parametrize("name", ["ddkit_dm", "ddkit_dkkt.primal", "ddkit_priors", "ddkit_regression"])
+@pytest.mark.parametrize("name", ["ddkit_dm", "ddkit_dkkt.primal", "ddkit_priors", "ddkit_regression", "ddkit_initializers.coresets"])
 def test_examples_in_docstrings_hold(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert (result.failed, result.attempted > 0) == (0, True)
@@ -192,6 +195,12 @@ def test_least_squares_scale_leaves_a_remainder_orthogonal_to_the_gradient() -> 
     assert math.isnan(least_squares_scale([(theta, torch.zeros_like(theta))]))
 
 
+@pytest.mark.parametrize("constraint", ["project", "softplus"])
+def test_the_first_multiplier_is_that_of_the_option_whatever_keeps_it_from_falling_below_0(constraint: str) -> None:
+    world = World(ddkit.create("loss", "dkkt-stationarity", {"init": 2.5, "constraint": constraint}), Setting())
+    assert float(world.engine().evaluate(0).logged["checked"]["multiplier mean"]) == pytest.approx(2.5)
+
+
 NAMED = nn.ModuleDict(
     {"features": nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)), "hidden": nn.Linear(2, 4), "classifier": nn.Linear(4, 3)}
 )
@@ -239,6 +248,19 @@ def test_gradient_distance_agrees_with_loops_and_finite_differences(distance: st
     value = gradient_distance(real, synthetic, distance)
     close(value.detach(), slow_gradient_distance(real, [g.detach() for g in synthetic], distance))
     assert gradcheck(lambda *found: gradient_distance(real, found, distance), synthetic)
+
+
+def test_gradient_matching_takes_the_network_in_evaluation_mode_and_leaves_its_mode_and_running_statistics() -> None:
+    loss = ddkit.create("loss", "gm")
+    world = World(loss, Setting())
+    world.source.model = ddkit.create("model", "convnet", {"width": 4, "norm": "batch"}, data=world.info)
+    step, modes = world.step(), list[bool]()
+    step.network.register_forward_pre_hook(lambda module, given: modes.append(module.training))
+    before = {name: value.clone() for name, value in step.network.state_dict().items()}
+    loss(step)
+    assert set(modes) == {False}
+    assert step.network.training
+    assert all(torch.equal(value, before[name]) for name, value in step.network.state_dict().items())
 
 
 # Priors
