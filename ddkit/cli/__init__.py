@@ -75,7 +75,8 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     tune_process()
     arguments = sys.argv[1:]
-    if follows() and not _is_shared(arguments):
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    if follows() and (command not in SHARED or {"-h", "--help"} & set(arguments)):
         sys.exit(0)  # the first of several processes does it
     show = "--traceback" in arguments
     before = {number: signal.signal(number, _end) for number in ending_signals()}
@@ -88,7 +89,9 @@ def main() -> NoReturn:
         error.show()
         sys.exit(error.exit_code)
     except click.ClickException as error:
-        _fail(_usage(error), error.exit_code, show)
+        context = error.ctx if isinstance(error, click.UsageError) else None
+        help_ = f" (`{context.command_path} --help` shows what it takes.)" if context else ""
+        _fail(error.format_message().replace("a valid integer range", "a whole number") + help_, error.exit_code, show)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error
         number = cause.number if isinstance(cause, _Ended) else signal.SIGINT
@@ -130,24 +133,12 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
         command = next((argument for argument in arguments if argument in MEMORY_ADVICE), "")
         told = f"There is not enough memory{f' ({first})' if first else ''}. Smaller images and a smaller network need less"
         return f"{told}{f'; for {command}, {MEMORY_ADVICE[command]}' if command else ''}.", 1
-    if isinstance(error, ImportError | OSError) and _torch_fails(error):
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)} | {getattr(error, "name", None)}
+    if isinstance(error, ImportError | OSError) and "torch" in modules - set(sys.modules):  # its import ended so, or it is not there
         return f"torch cannot be imported ({first}). Install it again, as https://pytorch.org tells for this machine.", 1
     if isinstance(error, OSError):  # a path that is too long, or in a folder that may not be read
         return f"{error.filename or 'A file'}: {error.strerror or error}. Name a path that can be read and written.", 5
     return "", 1
-
-
-def _torch_fails(error: BaseException) -> bool:
-    """Whether `error` ended the import of torch: it is not there, or it raised it."""
-    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
-    return "torch" not in sys.modules and ("torch" in modules or getattr(error, "name", None) == "torch")
-
-
-def _is_shared(arguments: list[str]) -> bool:
-    """Whether several processes share the command's work."""
-    if {"-h", "--help"} & set(arguments):
-        return False
-    return next((argument for argument in arguments if not argument.startswith("-")), "") in SHARED
 
 
 class _Ended(KeyboardInterrupt):
@@ -175,13 +166,6 @@ def _leave_terminal() -> None:
         except termios.error as error:
             if error.args[0] == errno.EIO:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), file)
-
-
-def _usage(error: click.ClickException) -> str:
-    """Returns click's message in one paragraph, with the command that helps."""
-    context = error.ctx if isinstance(error, click.UsageError) else None
-    help_ = f" (`{context.command_path} --help` shows what it takes.)" if context else ""
-    return error.format_message().replace("a valid integer range", "a whole number") + help_
 
 
 def _fail(message: str, code: int, show: bool) -> NoReturn:

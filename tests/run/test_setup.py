@@ -18,21 +18,6 @@ def _nothing_left() -> bool:
     return not list(Path.cwd().rglob("*"))
 
 
-@pytest.mark.parametrize(
-    ("setting", "code"),
-    [
-        ("evaluators.accuracy.model=nope", 3),
-        ("losses.dkkt-stationarity.parameters=nope*", 4),
-        ("losses.dkkt-primal.views={}", 4),
-        ("network.inner_epochs=-1", 4),
-    ],
-)
-def test_setting_that_cannot_work_is_told_before_the_run(cli: Cli, setting: str, code: int) -> None:
-    result = cli("distill", "--losses", "dm,dkkt", *SMALL_FLAGS, "--set", setting)
-    assert (result.code, result.out) == (code, "")
-    assert _nothing_left()
-
-
 def test_an_evaluator_is_called_by_its_label_in_the_recipe(cli: Cli) -> None:
     second = ("--set", "evaluators.second.use=accuracy", "--set", "evaluators.second.synthetic=false")
     result = cli("distill", "--losses", "dm", *SMALL_FLAGS, *second)
