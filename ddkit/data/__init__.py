@@ -2,6 +2,10 @@
 
 The datasets themselves are plugins. The synthetic images are in ddkit.engine while they are optimised, and in ddkit.run as files.
 
+The way of a real image: `Dataset.images` of a plugin decodes it; `loading.load_images` makes one tensor of many, from the cache, in memory
+or in a file; `real.RealData` asks for the accessible ones; `ddkit.engine.draws` draws rows of them for a step, which offers them as
+`step.real.images`.
+
 The names of `__all__` are for plugins; they are loaded on first use, so that importing this package costs no torch.
 """
 

@@ -195,25 +195,23 @@ def orientation(image: Image.Image) -> int:
 
 
 def upright(image: Image.Image, bits: int = 16) -> Image.Image:
-    """Returns the image in mode L or RGB, turned as its EXIF orientation says; of 16-bit grey the values of `bits` bits are scaled to 8."""
+    """Returns the image in mode L or RGB, turned as its EXIF orientation says; of 16-bit grey the values of `bits` bits are scaled to 8.
+
+    Pillow's own conversion would clip them.
+    """
     turned = orientation(image)
-    found = _eight_bit(image, bits)
-    return found.transpose(UPRIGHT[turned]) if turned in UPRIGHT else found
-
-
-def _eight_bit(image: Image.Image, bits: int) -> Image.Image:
-    """Returns the image in mode L or RGB; 16-bit grey is scaled, which Pillow's own conversion would clip."""
     if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image)
         most = 2**bits - 1
         if values.max(initial=0) > most:
             needed = int(values.max()).bit_length()
             raise TooManyBits(f"its value {values.max()} needs {needed} bits, more than data.bits = {bits}; use --set data.bits={needed}")
-        return Image.fromarray((values.astype(np.float32) * (255 / most)).round().astype(np.uint8))
-    if image.mode in ("I", "F"):
+        image = Image.fromarray((values.astype(np.float32) * (255 / most)).round().astype(np.uint8))
+    elif image.mode in ("I", "F"):
         raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    mode = "L" if _is_grey(image) else "RGB"
-    image.load()
-    return image if image.mode == mode else image.convert(mode)  # converting to its own mode copies
+    else:
+        mode = "L" if _is_grey(image) else "RGB"
+        image = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image
+        image.load()
+        image = image if image.mode == mode else image.convert(mode)  # converting to its own mode copies
+    return image.transpose(UPRIGHT[turned]) if turned in UPRIGHT else image
