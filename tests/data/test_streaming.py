@@ -7,7 +7,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ddkit.data.loading import load_images
 from ddkit.data.real import RealData, open_dataset
 from ddkit.nn.training import Schedule, accuracy, fit
 from ddkit.recipes.tables import DataTable
-from tests.conftest import SMALL, Result
+from tests.conftest import SMALL
 
 SIDE, EACH = 64, 60  # 3 classes of 60 images of 3 x 64 x 64: 2.1 MiB
 NAMES = ("cat", "dog", "owl")
@@ -275,15 +275,6 @@ def test_resident_memory_stays_below_the_images() -> None:
     streamed, held = map(float, done.stdout.split())
     size = 500 * 3 * 128 * 128 / 2**20
     assert streamed < 0.5 * size < held, "the control: with room for all of them they are held"
-
-
-# The setting
-
-
-def test_the_budget_is_a_setting_with_a_bound(cli: Callable[..., Result]) -> None:
-    result = cli("distill", "--losses", "dm", "--set", "data.memory=0", "--plan")
-    assert (result.code, result.out) == (4, "")
-    assert "data.memory = 0 is not possible" in " ".join(result.err.split())
 
 
 def test_a_mapped_tensor_outlives_its_file_and_does_not_write_it(tmp_path: Path) -> None:

@@ -26,11 +26,9 @@ import ddkit
 from ddkit.cli.common import evaluation_table
 from ddkit.data.images import Normalisation
 from ddkit.data.real import open_dataset
-from ddkit.errors import FlagError
 from ddkit.files import read_tensors, sha256
 from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.compiling import compiled
-from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import load_teacher
 from ddkit.nn.training import Schedule, accuracy, fit
 from ddkit.recipes.tables import DataTable, TeacherTable, TrainTable
@@ -354,13 +352,6 @@ def test_several_models_give_a_row_each_and_do_not_influence_each_other() -> Non
     assert both[1] == evaluated(model="mlp")[0]
 
 
-def test_unknown_model_is_an_error_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder = Recorder(monkeypatch)
-    with pytest.raises(ddkit.PluginError, match="convnet"):
-        evaluated(model="convnet,convnett")
-    assert not recorder.calls
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_evaluation_is_the_same_compiled_or_not() -> None:
@@ -386,13 +377,6 @@ def test_compiling_that_fails_goes_on_without_and_says_so(monkeypatch: pytest.Mo
         forward(x)
     assert caplog.text.count("torch.compile did not work here (OSError)") == 1
     assert compiled(module, wanted=False) is module
-
-
-def test_the_device_is_checked() -> None:
-    assert pick_device("cpu") == CPU
-    for name in ("tpu", "cuda:x", "cuda:99", "gpu"):
-        with pytest.raises(FlagError, match=f"--device {name}"):
-            pick_device(name)
 
 
 # teachers
@@ -626,50 +610,29 @@ def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(cli: Cl
         ({"norm": "batch"}, {}, r"not in the model: features\.1\.num_batches_tracked.*--model.*teacher\.OPTION"),
         ({}, {"options": {"width": 8, "norm": "batch"}}, r"missing: features\.1\.num_batches_tracked"),
         ({"width": 9}, {}, r"of another shape: classifier\.weight is \(3, 81\), the model's \(3, 72\)"),
-        ({}, {"mean": [0.5]}, "1 values for 3 channels"),
-        ({}, {"std": [0.5] * 2}, "2 values"),
-        ({}, {"std": [0.5, 0.0, 0.5]}, "must be positive"),
         ({}, {"mean": [127.5] * 3, "std": [51.0] * 3}, "at most 1"),
         ({}, {"class_names": ("cat", "dog")}, r"it has 3 classes, and 2 are asked for\.$"),
-        ({"nan": True}, {}, "not finite"),
-        ("text", {}, "safetensors"),
-        (None, {}, "does not exist"),
     ],
 )
 def test_bare_state_dict_that_does_not_fit_is_an_error_with_the_difference(
-    tmp_path: Path, image_folder: Path, made: Any, asked: dict[str, Any], message: str
+    tmp_path: Path, image_folder: Path, made: dict[str, Any], asked: dict[str, Any], message: str
 ) -> None:
-    path, info = tmp_path / "bare.safetensors", folder_info(image_folder)
-    if isinstance(made, dict):
-        spoilt = made.pop("nan", False)
-        bare_state(path, **made)
-        if spoilt:
-            tensors = read_tensors(path)[0]
-            tensors["classifier.bias"][0] = float("nan")
-            save_file(tensors, path)
-    elif made is not None:
-        path.write_text(made)
-    asked = {"options": {"width": 8}, "mean": [0.5] * 3, "std": [0.5] * 3} | asked
-    info = msgspec.structs.replace(info, class_names=asked.pop("class_names", info.class_names))
+    path, info = bare_state(tmp_path / "bare.safetensors", **made), folder_info(image_folder)
+    table = {"options": {"width": 8}, "mean": [0.5] * 3, "std": [0.5] * 3} | asked
+    info = msgspec.structs.replace(info, class_names=table.pop("class_names", info.class_names))
     with pytest.raises(ddkit.InputError, match=message):
-        load_teacher(TeacherTable(use=str(path), **asked), info, CPU)
+        load_teacher(TeacherTable(use=str(path), **table), info, CPU)
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"class_names": ("cat", "dog")}, "knows 3 classes, the data has 2.*only the teacher has 'owl'\\. .*`ddkit train`"),
-        ({"class_names": ("dog", "cat", "owl")}, "another order"),
-        ({"size": (8, 8)}, r"takes images of shape \(3, 12, 12\).*the data has \(3, 8, 8\)"),
-        ({"channels": 1}, r"\(1, 12, 12\)"),
-    ],
-)
-def test_teacher_of_other_data_is_an_error(tmp_path: Path, image_folder: Path, changed: dict[str, Any], message: str) -> None:
-    path = tmp_path / "t.safetensors"
-    make_teacher(path, image_folder)
-    info = msgspec.structs.replace(folder_info(image_folder), **changed)
-    with pytest.raises(ddkit.InputError, match=message):
-        load_teacher(TeacherTable(use=str(path)), info, CPU)
+def test_teacher_of_other_classes_is_an_error_that_names_them(tmp_path: Path, image_folder: Path) -> None:
+    make_teacher(tmp_path / "t.safetensors", image_folder)
+    for names, message in (
+        (("cat", "dog"), "knows 3 classes, the data has 2.*only the teacher has 'owl'\\. .*`ddkit train`"),
+        (("dog", "cat", "owl"), "another order"),
+    ):
+        info = msgspec.structs.replace(folder_info(image_folder), class_names=names)
+        with pytest.raises(ddkit.InputError, match=message):
+            load_teacher(TeacherTable(use=str(tmp_path / "t.safetensors")), info, CPU)
 
 
 def test_run_is_normalised_as_its_teacher_was(tmp_path: Path, image_folder: Path) -> None:
