@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ Case = dict[str, Any]
 def work(folder: Path, cases: dict[str, Case], *, distributed: bool) -> None:
     """Distils every case into FOLDER/<number of processes>/<case>; one that is refused leaves its message there.
 
-    A case with the key "evaluate" is evaluated too, which its files do not tell: the rows are kept beside them, and how many networks
+    A case with the key "evaluate" is evaluated too, which its files do not tell: the rows are kept beside them, and which networks
     this process has trained. Which image files it has opened is kept likewise.
     """
     size, rank = (os.environ.get(name, "1") if distributed else "1" for name in ("WORLD_SIZE", "RANK"))
@@ -29,7 +31,7 @@ def work(folder: Path, cases: dict[str, Case], *, distributed: bool) -> None:
         out = folder / size / name
         out.parent.mkdir(exist_ok=True, parents=True)
         arguments = {key: value for key, value in case.items() if key not in ("evaluate", "plugin")}
-        with _opened(out.with_name(f"{name}.opened-{rank}")):
+        with _noted(out.with_name(f"{name}.opened-{rank}"), decoding, "_decode"):
             try:
                 if "plugin" in case:
                     ddkit.add_plugin_file(case["plugin"])
@@ -38,45 +40,27 @@ def work(folder: Path, cases: dict[str, Case], *, distributed: bool) -> None:
                 out.with_name(f"{name}.error-{rank}").write_text(f"{error.exit_code} {error}")
                 continue
         if "evaluate" in case:
-            with _counted(out.with_name(f"{name}.trained-{rank}")):
+            with _noted(out.with_name(f"{name}.trained-{rank}"), Trainer, "accuracy"):
                 rows = ddkit.evaluate(ddkit.load(out), distributed=distributed, **case["evaluate"])
             out.with_name(f"{name}.rows-{rank}").write_bytes(msgspec.json.encode(rows))
 
 
-class _opened:
-    """Inside, the image files that are decoded are noted; afterwards FILE has their names."""
+@contextmanager
+def _noted(file: Path, owner: Any, name: str) -> Iterator[None]:
+    """Inside, calls of the function `name` of `owner` are noted; afterwards FILE has their first arguments."""
+    seen: list[str] = []
+    plain = getattr(owner, name)
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.names, self.plain = file, [], decoding._decode
+    def call(*arguments: Any) -> Any:
+        seen.append(str(arguments[0]))
+        return plain(*arguments)
 
-    def __enter__(self) -> None:
-        def decode(file: str, *arguments: Any) -> Any:
-            self.names.append(file)
-            return self.plain(file, *arguments)
-
-        decoding._decode = decode
-
-    def __exit__(self, *error: object) -> None:
-        decoding._decode = self.plain
-        self.file.write_text(json.dumps(sorted(self.names)))
-
-
-class _counted:
-    """Inside, the networks that evaluations train are counted; afterwards FILE has their number."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.count, self.plain = file, 0, Trainer.accuracy
-
-    def __enter__(self) -> None:
-        def accuracy(trainer: Trainer, *task: Any) -> float:
-            self.count += 1
-            return self.plain(trainer, *task)
-
-        Trainer.accuracy = accuracy
-
-    def __exit__(self, *error: object) -> None:
-        Trainer.accuracy = self.plain
-        self.file.write_text(str(self.count))
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
+        file.write_text(json.dumps(sorted(seen)))
 
 
 if __name__ == "__main__":

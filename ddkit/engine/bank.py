@@ -13,8 +13,6 @@ from ddkit.engine.parametrization import decoded
 from ddkit.errors import InputError
 from ddkit.recipes.tables import OptimizerTable
 
-Optimizer = torch.optim.Optimizer
-
 
 class Bank:
     """Synthetic parameters: `images` (n, C, H, W) normalised, and the `parameters` that losses declared.
@@ -38,32 +36,45 @@ class Bank:
     ) -> None:
         """`start` and `size` count stored images; `size` None: these are all."""
         self.labels, self.factor = labels, factor
-        self.start, self.size = (count * factor**2 for count in (start, len(labels) if size is None else size))
+        self.start = start * factor**2
+        self.size = (len(labels) if size is None else size) * factor**2
         self.decoded_labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
         self.host_labels = self.decoded_labels.cpu()
-        self._ends = torch.bincount(self.host_labels).cumsum(0).tolist()
+        self._ends = [0, *torch.bincount(self.host_labels).cumsum(0).tolist()]
         self.declared = dict(sorted(declared.items()))
         self.images = images.detach().clone().requires_grad_()
-        self.parameters = {name: _initial(spec, images, len(self.host_labels)) for name, spec in self.declared.items()}
+        self.parameters = {}
+        for name, spec in self.declared.items():
+            shape = (len(self.host_labels), *spec.shape) if spec.per == "sample" else spec.shape
+            self.parameters[name] = torch.full(shape, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
         for name in settings:
             if name not in self.tensors():
                 known = ", ".join(self.tensors())
                 raise InputError(f"optimizer.{name}: this run has no parameter '{name}'; it has {known}.", f"optimizer.{name}")
-        self.optimizers = {name: _optimizer(tensor, self._setting(name, settings)) for name, tensor in self.tensors().items()}
+        self.optimizers = {name: self._optimizer(name, tensor, settings) for name, tensor in self.tensors().items()}
 
-    def _setting(self, name: str, settings: Mapping[str, OptimizerTable]) -> OptimizerTable:
-        if name in settings:
-            return settings[name]
+    def _optimizer(self, name: str, tensor: Tensor, settings: Mapping[str, OptimizerTable]) -> torch.optim.Optimizer:
+        setting = settings.get(name) or self._usual(name)
+        if setting.kind == "sgd":
+            return torch.optim.SGD([tensor], lr=setting.lr, momentum=setting.momentum)
+        return torch.optim.Adam([tensor], lr=setting.lr, betas=setting.betas)
+
+    def _usual(self, name: str) -> OptimizerTable:
+        """Returns the optimizer of a parameter that the recipe says nothing of."""
         return OptimizerTable(lr=self.declared[name].lr) if name in self.declared else OptimizerTable()
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns every optimised tensor by name."""
         return {"images": self.images, **self.parameters}
 
+    def kept(self, name: str) -> list[Tensor]:
+        """Returns the tensor of a parameter, and those that its optimizer keeps for it."""
+        tensor = self.tensors()[name]
+        state = self.optimizers[name].state.get(tensor, {}).values()
+        return [tensor, *(value for value in state if isinstance(value, Tensor) and value.ndim)]  # the count of updates is a scalar
+
     def decoded(self, rows: slice) -> Tensor:
         """Returns the images of `rows`, which are whole classes, as losses see them."""
-        if self.factor == 1:
-            return self.images[rows]
         parts = self.factor**2
         return decoded(self.images[rows.start // parts : rows.stop // parts], self.factor)
 
@@ -71,8 +82,8 @@ class Bank:
         """Returns the rows of `classes` (None: all)."""
         if classes is None:
             return slice(0, len(self.host_labels))
-        ends = [0, *self._ends]
-        return slice(ends[min(classes.start, len(ends) - 1)], ends[min(classes.stop, len(ends) - 1)])
+        last = len(self._ends) - 1
+        return slice(self._ends[min(classes.start, last)], self._ends[min(classes.stop, last)])
 
     def fill(self, name: str, value: Tensor) -> None:
         """Sets an extra parameter to initial values computed by its loss."""
@@ -93,17 +104,17 @@ class Bank:
             tensor.grad = None
         self.project()
 
-    def smaller_rate(self, name: str) -> str:
-        """Returns the --set that makes the learning rate of a parameter ten times smaller, and at most its default."""
-        usual = self._setting(name, {}).lr
-        return f"--set optimizer.{name}.lr={min(self.optimizers[name].param_groups[0]['lr'] / 10, usual):g}"
-
     def project(self) -> None:
         """Puts every parameter back inside its declared constraint."""
         with torch.no_grad():
             for name, spec in self.declared.items():
                 if spec.constraint == "nonnegative":
                     self.parameters[name].clamp_(min=0)
+
+    def smaller_rate(self, name: str) -> str:
+        """Returns the --set that makes the learning rate of a parameter ten times smaller, and at most its default."""
+        rate = min(self.optimizers[name].param_groups[0]["lr"] / 10, self._usual(name).lr)
+        return f"--set optimizer.{name}.lr={rate:g}"
 
     def state(self) -> dict[str, Tensor]:
         """Returns copies of all that an exact continuation needs, as tensors by name."""
@@ -141,52 +152,29 @@ class Bank:
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from what state() returned; raises KeyError or ValueError where it is that of another bank."""
+        kept: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self.tensors().items():
             check_like(name, state[f"bank.{name}"], tensor)
-            self._check_optimizer(f"optimizer.{name}.", state, tensor, self.optimizers[name])
-        with torch.no_grad():
-            for name, tensor in self.tensors().items():
+            prefix = f"optimizer.{name}."
+            kept[name] = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+            adam = isinstance(self.optimizers[name], torch.optim.Adam)
+            wanted = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
+            if kept[name] and kept[name].keys() != wanted:  # before its first step it has none
+                raise ValueError(f"{prefix}* are {', '.join(sorted(kept[name]))}, and its optimizer keeps {', '.join(sorted(wanted))}")
+            for key, value in kept[name].items():
+                if key != "step":
+                    check_like(prefix + key, value, tensor)
+                elif value.numel() != 1 or not value.is_floating_point() or float(value) < 1:
+                    raise ValueError(f"{prefix}step is no number of steps")
+        for name, tensor in self.tensors().items():
+            with torch.no_grad():
                 tensor.copy_(state[f"bank.{name}"])
-        for name, optimizer in self.optimizers.items():
-            tensor, prefix = self.tensors()[name], f"optimizer.{name}."
-            kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-            optimizer.state[tensor].clear()
-            optimizer.state[tensor].update(
-                {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept.items()}
-            )
-
-    @staticmethod
-    def _check_optimizer(prefix: str, state: Mapping[str, Tensor], tensor: Tensor, optimizer: Optimizer) -> None:
-        """Raises ValueError if what `state` keeps of an optimizer, under names that begin with `prefix`, is not that of its kind."""
-        kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-        wanted = {"step", "exp_avg", "exp_avg_sq"} if isinstance(optimizer, torch.optim.Adam) else {"momentum_buffer"}
-        if kept and kept.keys() != wanted:  # before its first step it has none
-            raise ValueError(f"{prefix}* are {', '.join(sorted(kept))}, and its optimizer keeps {', '.join(sorted(wanted))}")
-        for key, value in kept.items():
-            if key != "step":
-                check_like(prefix + key, value, tensor)
-            elif value.numel() != 1 or not value.is_floating_point() or float(value) < 1:
-                raise ValueError(f"{prefix}step is no number of steps")
-
-    def kept(self, name: str) -> list[Tensor]:
-        """Returns the tensor of a parameter, and those that its optimizer keeps for it."""
-        tensor = self.tensors()[name]
-        state = self.optimizers[name].state.get(tensor, {}).values()
-        return [tensor, *(value for value in state if isinstance(value, Tensor) and value.ndim)]  # the count of updates is a scalar
+            own = {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept[name].items()}
+            self.optimizers[name].state[tensor].clear()
+            self.optimizers[name].state[tensor].update(own)
 
 
 def check_like(name: str, value: Tensor, other: Tensor) -> None:
     """Raises ValueError if `value` has another shape or type than `other`."""
     if (value.shape, value.dtype) != (other.shape, other.dtype):
         raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {other.dtype} {tuple(other.shape)}")
-
-
-def _initial(spec: Parameter, images: Tensor, rows: int) -> Tensor:
-    shape = (rows, *spec.shape) if spec.per == "sample" else spec.shape
-    return torch.full(shape, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
-
-
-def _optimizer(tensor: Tensor, setting: OptimizerTable) -> Optimizer:
-    if setting.kind == "sgd":
-        return torch.optim.SGD([tensor], lr=setting.lr, momentum=setting.momentum)
-    return torch.optim.Adam([tensor], lr=setting.lr, betas=setting.betas)

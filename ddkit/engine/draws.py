@@ -64,7 +64,7 @@ class StepSource:
     _network_index: int = -1  # the draw that the network is of
     _graph_index: int = -1
     _network_step: int = -1  # where the network is trained: the step that its weights are of
-    _draws: tuple[int, dict[str, Any]] = field(default_factory=lambda: (-1, {}))
+    _draws: dict[tuple[int, str], Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.own_classes = self.ranks.classes(self.info.classes)
@@ -75,12 +75,10 @@ class StepSource:
 
     def _once(self, index: int, purpose: str, make: Callable[[], T]) -> T:
         """Returns what `make` gives for `purpose` at step `index`, made once a step, whatever its chunks."""
-        if self._draws[0] != index:
-            self._draws = (index, {})
-        drawn = self._draws[1]
-        if purpose not in drawn:
-            drawn[purpose] = make()
-        found: T = drawn[purpose]
+        if (index, purpose) not in self._draws:
+            self._draws = {key: drawn for key, drawn in self._draws.items() if key[0] == index}
+            self._draws[index, purpose] = make()
+        found: T = self._draws[index, purpose]
         return found
 
     def real_rows(self, index: int) -> Tensor:

@@ -76,7 +76,7 @@ def distill(engine: Engine, start: int, stop: int, hooks: Hooks = Hooks(), *, dr
                 found = Evaluated({}, {}, {}, {}, {})
                 sums = engine.record_sums(index)
                 for classes, losses in engine.parts:
-                    step = engine.step(index, classes, losses, sums, found.logged)
+                    step = Step(engine.source, bank, index, classes, losses, sums=sums, logged=found.logged)
                     values = {each.label: each.value(step.for_loss(each), watched=index == 0) for each in losses}
                     total = sum((each.weight * values[each.label] for each in losses), zero)
                     with differentiated(losses):
@@ -151,26 +151,13 @@ class Engine:
         images = self.ranks.all_gather(self.bank.decoded(self.bank.rows(None)), "the network's training")
         return images, self.ranks.all_gather(self.bank.decoded_labels, "the network's training")
 
-    def step(
-        self,
-        index: int,
-        classes: range | None,
-        losses: Sequence[WeightedLoss],
-        sums: Mapping[str, Sums],
-        logged: dict[str, dict[str, Tensor]],
-    ) -> Step:
-        """Returns the step of `classes` (None: all of this process), which `losses` are to see."""
-        return Step(
-            self.source, self.bank, index, classes, losses, exchanges={name: each.calls for name, each in sums.items()}, logged=logged
-        )
-
     def record_sums(self, index: int) -> dict[str, Sums]:
         """Returns what losses add up over all chunks, by label: the first of two passes over these losses."""
         chunks = [classes for classes, _ in self.parts if classes is not None]
         losses = [each for each in self.losses if chunks and each.requires.reduce == "global"]
         sums = {each.label: Sums(each) for each in losses}
         for classes in chunks if losses else ():
-            step = self.step(index, classes, losses, sums, {})
+            step = Step(self.source, self.bank, index, classes, losses, sums=sums)
             for each in losses:
                 each.value(step.for_loss(each))
         for own in sums.values():
@@ -201,11 +188,10 @@ class Engine:
         Each loss is evaluated once more: compiled code gives its buffers away in the first pass through a graph, so a graph has one.
         """
         zero = self.bank.images.new_zeros(())
-        exchanges = {name: partial(each.calls, counted=False) for name, each in sums.items()}
         for each in losses:
             own = gradient[0]  # of the images
             if len(losses) > 1:
-                anew = Step(self.source, self.bank, step.index, classes, losses, exchanges=exchanges, like=step)
+                anew = Step(self.source, self.bank, step.index, classes, losses, sums=sums, like=step)
                 with differentiated([each]):
                     own = torch.autograd.grad(each.weight * each.value(anew.for_loss(each)), self.bank.images, allow_unused=True)[0]
             found.norms[each.label] = found.norms.get(each.label, zero) + (zero if own is None else own.square().sum())

@@ -49,18 +49,10 @@ class ExecutionPlan:
         self.needs_embedder = any(each.network and not each.second_order for each in requires)
         self.needs_network = any(each.network for each in requires)
         self.chunk = self._automatic_chunk() if recipe.engine.chunk == "auto" else recipe.engine.chunk
-        self.block, self.step_work = 0, 0.0
-        self._check_coupling()
-        self.arithmetic = self._arithmetic()
-        if self.needs_embedder and not self._coupled:
-            self.block = self._automatic_block() if recipe.engine.block == "auto" else recipe.engine.block
-
-    def _check_coupling(self) -> None:
-        """Raises InputError where classes cannot be treated apart, and have to be."""
-        if self.ranks.world_size > 1 and self.needs_network and self._coupled:
+        if ranks.world_size > 1 and self.needs_network and self._coupled:
             raise InputError(
                 f"The network's features of an image depend on its batch (batch norm), so the classes cannot be dealt out to "
-                f"{self.ranks.world_size} processes. Use --set network.norm=instance, or one process.",
+                f"{ranks.world_size} processes. Use --set network.norm=instance, or one process.",
                 "network.norm",
             )
         if self.chunk and self.needs_network and self._coupled:
@@ -69,13 +61,19 @@ class ExecutionPlan:
                 "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
+        self.step_work = 0.0
+        self.arithmetic = self._arithmetic()
+        self.block = 0
+        if self.needs_embedder and not self._coupled:
+            self.block = self._automatic_block() if recipe.engine.block == "auto" else recipe.engine.block
 
     def _arithmetic(self) -> Arithmetic:
         """Returns the network's arithmetic, and counts the work of a step."""
         engine = self.recipe.engine
         if not self.needs_embedder:
             return Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
-        if engine.compile is True and not self._compilable:
+        compilable = not self._coupled and hasattr(self._probe, "embed")  # images apart, and features that are no by-product of a hook
+        if engine.compile is True and not compilable:
             why = "its features of an image depend on the batch (batch norm)" if self._coupled else "its model has no method embed"
             raise InputError(
                 f"engine.compile = true: the network is not compiled, as {why}. Leave it at auto, or use another network, for "
@@ -85,13 +83,9 @@ class ExecutionPlan:
         real = sum(self._real) if any(each.real for each in self.requires) else 0
         images = real + 2 * self.info.classes * self.recipe.rows_per_class
         self.step_work = forward_flops(self._probe, self.info, features=True) * images
-        return decide_arithmetic(
-            engine.compile if self._compilable else False,
-            engine.precision,
-            self.device,
-            work=self.step_work * self.recipe.steps,
-            step_work=self.step_work,
-        )
+        wanted = engine.compile if compilable else False
+        work = self.step_work * self.recipe.steps
+        return decide_arithmetic(wanted, engine.precision, self.device, work=work, step_work=self.step_work)
 
     @property
     def products(self) -> str:
@@ -105,11 +99,6 @@ class ExecutionPlan:
     @cached_property
     def _coupled(self) -> bool:
         return couples_samples(self._probe, self.info)
-
-    @property
-    def _compilable(self) -> bool:
-        """Whether the embedder may be compiled: it treats images apart, and its features are no by-product of a hook."""
-        return not self._coupled and hasattr(self._probe, "embed")
 
     def _automatic_block(self) -> int:
         """Returns how many images are embedded at once: few enough for the cache of a CPU, and for engine.memory."""

@@ -14,7 +14,7 @@ from ddkit.components.base import DataInfo
 from ddkit.components.guard import Watch
 from ddkit.distributed import class_rows
 from ddkit.engine.bank import Bank
-from ddkit.engine.chunking import Exchange
+from ddkit.engine.chunking import Exchange, Sums
 from ddkit.engine.draws import StepSource, class_slices
 from ddkit.engine.losses import WeightedLoss
 from ddkit.errors import RunFailed
@@ -130,15 +130,16 @@ class Step:
         classes: range | None = None,
         losses: Sequence[WeightedLoss] = (),
         *,
-        exchanges: Mapping[str, Callable[[], Exchange]] | None = None,
+        sums: Mapping[str, Sums] | None = None,
         logged: dict[str, dict[str, Tensor]] | None = None,
         like: Step | None = None,
     ) -> None:
-        """`losses` are to see it; `exchanges` begin, by label of a loss, one evaluation in chunks; `logged` takes what they log.
+        """`losses` are to see it; `sums` are, by label of a loss, those over chunks of classes; `logged` takes what losses log.
 
-        What has no graph, the network and the real images, is taken from the step `like`.
+        `like`: a step that was evaluated already, and is evaluated once more; what has no graph, network and real images, is its.
         """
-        self._source, self._bank, self._index, self._losses, self._exchanges = source, bank, index, losses, exchanges or {}
+        self._source, self._bank, self._index, self._losses = source, bank, index, losses
+        self._sums, self._counted = sums or {}, like is None
         self._classes, self._rows = source.own_classes if classes is None else classes, bank.rows(classes)
         self._host_labels = bank.host_labels[self._rows]
         kept = ("real", "_embedder", "network")
@@ -154,8 +155,8 @@ class Step:
         """Returns the step as one loss sees it in one evaluation; what is built is shared with the other losses."""
         seen, ranks = copy.copy(self), self._source.ranks
         seen._loss = weighted
-        if weighted.label in self._exchanges:
-            seen._exchange = self._exchanges[weighted.label]()
+        if weighted.label in self._sums:
+            seen._exchange = self._sums[weighted.label].calls(counted=self._counted)
         elif ranks.world_size > 1:
             seen._exchange = lambda tensors: ranks.all_reduce(tensors, weighted.label)
         return seen

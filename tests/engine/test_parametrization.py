@@ -115,22 +115,6 @@ def test_too_few_real_images_are_used_again_mirrored_if_asked(tmp_path: Path) ->
     assert torch.equal(more, torch.cat([three, three.flip(3), three[:2]]))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "words"),
-    [
-        (["--set", "decode.factor=3", "--pipc", "9"], 4, "cuts an image into 3 x 3 equal parts, and the data's have 8 x 8 pixels"),
-        (["--set", "decode.factor=0"], 4, "decode.factor = 0 is not possible"),
-        (["--set", "decode.factr=2"], 4, "Did you mean 'factor'?"),
-        (["--set", "decode.factor=2", "--pipc", "3"], 4, "needs 4 accessible images a class"),
-    ],
-)
-def test_a_factor_that_cannot_be_is_refused_before_the_run(cli: Cli, arguments: list[str], code: int, words: str) -> None:
-    refused = cli("distill", "--losses", "dm", *arguments)
-    assert (refused.code, refused.out) == (code, "")
-    assert words in " ".join(refused.err.split())
-    assert list(Path.cwd().iterdir()) == []
-
-
 def test_sets_that_are_decoded_differently_cannot_be_averaged_and_alike_ones_can(cli: Cli) -> None:
     for name, flags in (("plain", []), ("four", FOUR)):
         made = cli("distill", "--losses", "dm", "--pipc", 4, "--evaluate", "none", *SMALL_FLAGS, *flags, "--out", name)
