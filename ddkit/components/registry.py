@@ -276,7 +276,10 @@ def load_plugin(plugin: Plugin) -> type[Any]:
         if of_before:
             raise PluginError(upgrade.problem(plugin.label, Path(inspect.getfile(of_before[0]))))
         _check_attributes(plugin, found, remedy)
-    _check_option_names(plugin, found)
+        taken = sorted({*fields(options_type(found))} & OWN_KEYS.get(TABLE_OF.get(plugin.kind, ""), set()))
+        if taken:
+            names = " and ".join(f"'{name}'" for name in taken)
+            raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
     return found
 
 
@@ -322,15 +325,6 @@ OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside 
     "evaluators": {"use"},
 }
 TABLE_OF = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "initializer": "initializer", "model": "network"}
-
-
-def _check_option_names(plugin: Plugin, found: Any) -> None:
-    """Raises PluginError where an option has the name of a key of ddkit's in the same table of a recipe."""
-    if plugin.kind in TABLE_OF:
-        taken = sorted(set(fields(options_type(found))) & OWN_KEYS[TABLE_OF[plugin.kind]])
-        if taken:
-            names = " and ".join(f"'{name}'" for name in taken)
-            raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -410,17 +404,11 @@ def required_by(plugin: Plugin, made: Any = None) -> Requires:
 
 def watchers_of(observers: Sequence[Any]) -> Observers:
     """Returns the installed observers that load (of others a warning tells), and `observers`."""
-    return Observers([*_installed_observers(), *((f"observer {i}", o) for i, o in enumerate(observers))])
-
-
-def _installed_observers() -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = []
     for plugin in plugins():
         if plugin.kind == "observer":
             try:
-                loaded = load_plugin(plugin)
+                found.append((plugin.name if plugin.first_party else f"{plugin.distribution}/{plugin.name}", load_plugin(plugin)))
             except PluginError as error:
                 log.warning("%s", error)
-                continue
-            found.append((plugin.name if plugin.first_party else f"{plugin.distribution}/{plugin.name}", loaded))
-    return found
+    return Observers([*found, *((f"observer {i}", o) for i, o in enumerate(observers))])

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ddkit.components.base import Augmenter
 from ddkit.seeding import generator
-from ddkit.testing.samples import info_of, noise
-from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
+from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept, info_of, noise
 
 
 class AugmenterConformance(ShapeConformance):

@@ -13,8 +13,7 @@ from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher
 from ddkit.run.artifact import Artifact
 from ddkit.seeding import generator
-from ddkit.testing.samples import info_of
-from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
+from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept, info_of
 from ddkit.testing.world import CPU
 
 

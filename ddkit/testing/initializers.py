@@ -12,8 +12,7 @@ from ddkit.components.base import InitContext
 from ddkit.data.images import Normalisation
 from ddkit.nn.embedder import features_of
 from ddkit.seeding import generator
-from ddkit.testing.samples import info_of, noise
-from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
+from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept, info_of, noise
 from ddkit.testing.world import untrained_teacher
 
 

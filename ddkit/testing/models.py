@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network
-from ddkit.testing.samples import info_of, noise
-from ddkit.testing.suite import Broken, ShapeConformance, changed, check
+from ddkit.testing.suite import Broken, ShapeConformance, changed, check, info_of, noise
 
 
 class ModelConformance(ShapeConformance):

@@ -20,6 +20,7 @@ from ddkit.components.options import written_options
 from ddkit.components.trust import granting
 from ddkit.recipes.tables import parse_recipe, recipe_dict
 from ddkit.run import children
+from ddkit.seeding import generator
 
 S = TypeVar("S", bound="Conformance")
 IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch and ddkit
@@ -245,3 +246,12 @@ def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[s
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+
+
+def info_of(shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3) -> DataInfo:
+    return DataInfo(class_names=tuple(f"class {i}" for i in range(classes)), channels=shape[0], size=shape[1:])
+
+
+def noise(shape: tuple[int, ...], *purpose: str) -> Tensor:
+    """Returns Gaussian noise, the same for the same purpose."""
+    return torch.randn(shape, generator=generator(0, "conformance", *purpose))

@@ -20,7 +20,7 @@ import ddkit
 from ddkit.components.trust import granting
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network
-from ddkit.testing.samples import info_of, noise
+from ddkit.testing.suite import info_of, noise
 from tests.conftest import SMALL, Result
 
 CLI = Callable[..., Result]

@@ -21,7 +21,7 @@ from ddkit.errors import RunFailed
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network, couples_samples, redraw, saved_bytes
 from ddkit.seeding import derived_seed, drawn_from, generator
-from ddkit.testing.samples import info_of, noise
+from ddkit.testing.suite import info_of, noise
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 
