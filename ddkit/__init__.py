@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ddkit.run.report import report
     from ddkit.seeding import generator
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _HOMES = {
     "ddkit.api": "blend distill evaluate resume train",
     "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss Model",

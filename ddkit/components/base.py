@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
@@ -15,9 +15,10 @@ from ddkit.errors import InputError
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
 
-    from ddkit.engine.step import Step
-    from ddkit.nn.teacher import Teacher
-    from ddkit.run.artifact import Artifact
+# What components are given is made above this package, so it stands here by name alone: ddkit.Step, ddkit.nn.Teacher, ddkit.Artifact.
+Step: TypeAlias = Any
+Teacher: TypeAlias = Any
+Artifact: TypeAlias = Any
 
 Fraction = Annotated[float, Option(ge=0, le=1)]
 Spread = Annotated[float, Option(ge=0)]

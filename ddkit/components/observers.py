@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pluggy
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ddkit.components.base import Evaluation
-    from ddkit.recipes.tables import Recipe
 
 hookspec = pluggy.HookspecMarker("ddkit")
 hookimpl = pluggy.HookimplMarker("ddkit")
 log = logging.getLogger("ddkit")
+Recipe: TypeAlias = Any  # ddkit.recipes.tables.Recipe, of a package above this one
 
 
 @hookspec

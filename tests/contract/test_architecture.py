@@ -119,3 +119,28 @@ def test_every_component_has_a_summary_and_ships() -> None:
             else:
                 status, summary = source.summary(value)
                 assert (status, summary[-1:]) == ("ok", "."), f"{name}: the first line of the docstring is one sentence"
+
+
+def _definitions(file: Path) -> set[str]:
+    """Returns the names that a module defines, those in a class as Class.name."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    kinds = ast.FunctionDef | ast.ClassDef
+    found = {each.name for each in tree.body if isinstance(each, kinds)}
+    found |= {each.target.id for each in tree.body if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name)}
+    return found | {
+        f"{outer.name}.{each.name}"
+        for outer in tree.body
+        if isinstance(outer, ast.ClassDef)
+        for each in outer.body
+        if isinstance(each, kinds)
+    }
+
+
+def test_what_contributing_says_is_where_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\| .+ \| \[(\S+)\]\((\S+)\) \| `(\S+)` \|$", text.partition("## Where is what")[2].partition("\n## ")[0], re.MULTILINE
+    )
+    assert len(rows) >= 20
+    assert [row for row in rows if row[0] != row[1] or not (ROOT / row[0]).is_file() or row[2] not in _definitions(ROOT / row[0])] == []
+    assert "Step.no_such_member" not in _definitions(ROOT / "ddkit/engine/step.py")
