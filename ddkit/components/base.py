@@ -74,9 +74,9 @@ class Component:
 
     `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
     option names Python code, which a file may not have run unless the user allows it. `requires`, a ddkit.Requires or a method that
-    returns one, is read once from each instance. `deviations` maps a check of the conformance
-    suite that the component does not pass, on purpose, to the reason. `origin` is the distribution and version of a stranger's
-    component, "" for ddkit's own; `recipe_path` the place of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
+    returns one, is read once from each instance. `deviations` maps a check of the conformance suite that the component does not pass, on
+    purpose, to the reason. `origin` is the distribution and version of a third party's component, "" for ddkit's own; `recipe_path` the
+    place of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
     """
 
     argument: ClassVar[str | None] = None
@@ -84,6 +84,7 @@ class Component:
     deviations: ClassVar[Mapping[str, str]] = {}
     requires: Any = Requires()
     origin: str = ""
+    _left_shared_state: bool = False  # whether it left what all code shares as it was, when it was called first
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)

@@ -38,9 +38,11 @@ for _package in (nn, torch.optim):
 def blamed(kind: str, component: Component, *, building: bool = False, may_draw: bool = False) -> Iterator[None]:
     """Inside runs code of `component`: what it raises becomes a RunFailed (a PluginError while `building`) that names it.
 
-    It has to leave the global random generators and torch's settings as they were, unless it `may_draw`.
+    It has to leave the global random generators and torch's settings as they were, unless it `may_draw`. That is looked at when it is
+    called first, as at every step it would cost time; the conformance suite looks at every method.
     """
-    before = {} if may_draw else shared_state()
+    watched = not may_draw and not component._left_shared_state
+    before = shared_state() if watched else {}
     try:
         yield
     except BaseException as error:
@@ -48,8 +50,9 @@ def blamed(kind: str, component: Component, *, building: bool = False, may_draw:
             raise
         kind_of_error = PluginError if building else RunFailed
         raise kind_of_error(f"The {called(kind, component)} raised {told(error)}.{advice(kind, component)}") from error
-    if not may_draw:
+    if watched:
         check_shared_state(before, called(kind, component), advice(kind, component))
+        component._left_shared_state = True
 
 
 def called(kind: str, component: Component, label: str = "") -> str:
