@@ -21,10 +21,6 @@ if TYPE_CHECKING:
     from ddkit.engine.loop import Engine, Evaluated
 
 
-class NotFinite(RunFailed):
-    """A step gave values that are not finite: every process of a run raises it, at the same step."""
-
-
 class Finiteness:
     """Knows what was first not finite, and at which step, without asking the device at every step.
 
@@ -81,7 +77,7 @@ class Finiteness:
         else:
             message = f"{dependent_sums(engine.losses[place - len(self.losses) - len(self.parameters)])} {kept}".rstrip()
         self.save(self.index)
-        raise NotFinite(message)
+        raise RunFailed(message)  # every process of a run does, at the same step
 
     @contextmanager
     def around(self, index: int) -> Iterator[None]:

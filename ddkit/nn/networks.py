@@ -51,13 +51,13 @@ def couples_samples(module: nn.Module, info: DataInfo) -> bool:
 NO_SECOND = ("is not implemented", "differentiate twice")  # how torch puts it
 
 
-def no_second_derivative(module: nn.Module, info: DataInfo, *, of_parameters: bool) -> str:
-    """Returns why the gradient of a cross-entropy, of the parameters or else of the images, has no gradient itself; "" if it has one.
+def no_second_derivative(module: nn.Module, info: DataInfo) -> str:
+    """Returns why the gradient of a cross-entropy by the parameters has no gradient itself; "" if it has one.
 
     A layer of torch's own raises. One whose backward pass computes outside of the graph makes it wrong in silence: a gradient that
     depended on others goes in, and one that depends on nothing comes out. `module` is a probe, which is changed.
     """
-    module.eval().requires_grad_(of_parameters)
+    module.eval().requires_grad_()
     device = next(module.parameters(), torch.zeros(0)).device
     x = torch.randn((1, *info.shape), generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     cut: list[str] = []
@@ -78,8 +78,7 @@ def no_second_derivative(module: nn.Module, info: DataInfo, *, of_parameters: bo
                     seen.add(node)
                     waiting += [before for before, _ in node.next_functions]
                     node.register_hook(partial(look, name=node.name()))
-            wanted = list(module.parameters()) if of_parameters else [x]
-            first = torch.autograd.grad(loss, wanted, create_graph=True, materialize_grads=True)
+            first = torch.autograd.grad(loss, list(module.parameters()), create_graph=True, materialize_grads=True)
             torch.stack([each.square().sum() for each in first]).sum().backward()
     except RuntimeError as error:
         if not any(words in str(error) for words in NO_SECOND):

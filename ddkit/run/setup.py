@@ -188,7 +188,7 @@ class RunSetup:
                 ("network", asked.network, lambda: build_network(self.model, self.info, 0, "probe")),
             )
             for name, _, probe in (one for one in probes if asked.second_order and one[1]):
-                reason = no_second_derivative(probe().to(self.device), self.info, of_parameters=True)
+                reason = no_second_derivative(probe().to(self.device), self.info)
                 if reason:
                     raise InputError(
                         f"The {each} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "

@@ -261,16 +261,6 @@ def test_a_resumed_run_keeps_what_was_decided(cli: Callable[..., Result], tmp_pa
 def test_a_network_that_couples_its_batch_is_not_compiled(cli: Callable[..., Result]) -> None:
     batch_norm = ("--set", "network.norm=batch")
     assert plan(cli, "--steps", 100_000_000, *batch_norm)["compile"] is False
-    result = cli("distill", "--losses", "dm", "--set", "engine.compile=true", *SMALL_FLAGS, *batch_norm)
-    assert result.code == 4
-    assert "engine.compile" in result.err
-    assert "network.norm=instance" in result.err
-
-
-def test_a_network_that_couples_its_batch_is_not_used_in_chunks_even_where_nothing_is_embedded(cli: Callable[..., Result]) -> None:
-    result = cli("distill", "--losses", "gm", "--plan", "--set", "network.norm=batch", "--set", "engine.chunk=2", *SMALL_FLAGS)
-    assert (result.code, result.out) == (4, "")
-    assert "engine.chunk" in result.err
 
 
 def test_a_compiled_run_from_the_command_line_gives_its_result(cli: Callable[..., Result], tmp_path: Path) -> None:
