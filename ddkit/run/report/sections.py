@@ -233,17 +233,18 @@ def _named(row: Mapping[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-def _percent(row: Mapping[str, Any], key: str) -> str:
-    mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
-    if mean is None:
-        return "-"
-    return (f"{100 * mean:.1f} %" if std is None else f"{100 * mean:.1f} ± {100 * std:.1f} %").replace(" ", "\u00a0")
-
-
 def _pair(row: Mapping[str, Any], key: str) -> tuple[float, float | None] | None:
     """Returns (mean, sample standard deviation or None) in percent, None where it was not measured."""
     mean, std = row.get(f"{key}_mean"), row.get(f"{key}_std")
     return None if mean is None else (100 * mean, None if std is None else 100 * std)
+
+
+def _percent(row: Mapping[str, Any], key: str) -> str:
+    found = _pair(row, key)
+    if found is None:
+        return "-"
+    mean, std = found
+    return (f"{mean:.1f} %" if std is None else f"{mean:.1f} ± {std:.1f} %").replace(" ", "\u00a0")
 
 
 def _random_real(row: Mapping[str, Any]) -> str:
