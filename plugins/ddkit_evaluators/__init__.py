@@ -6,11 +6,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import msgspec
 import torch
 
 import ddkit
-from ddkit_evaluators.trainer import SoftLabels, Trainer, real_counts, trained_in_turn
+from ddkit_evaluators.trainer import SoftLabels, Trainer, fields_of, real_counts, trained_in_turn
 from ddkit_evaluators.workers import trained_apart
 
 log = logging.getLogger("ddkit")
@@ -104,30 +103,23 @@ class Accuracy(ddkit.Evaluator):
     def __call__(
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
     ) -> list[ddkit.Evaluation]:
-        models, guides = self._models(data.info), self._guides(artifact, teacher)
+        guides: list[SoftLabels | None] = [None] if self.labels in ("hard", "both") else []  # by what networks are taught; None: the labels
+        if self.labels != "hard":
+            if teacher is None:
+                path = f"{self.recipe_path}.labels"
+                raise ddkit.InputError(f"{path} = {self.labels} needs a teacher: give --teacher FILE.", path)
+            guides.append(SoftLabels(teacher, artifact, self.temperature))
         counts, words = real_counts(artifact, data.real_labels)
         if self.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
             log.warning(
                 "There are fewer accessible real images than the set has: random real is %s. A larger --pipc helps if they exist.",
                 words,
             )
-        rounds = [(name, model, soft) for name, model in models.items() for soft in guides]
+        rounds = [(name, model, soft) for name, model in self._models(data.info).items() for soft in guides]
         rows: list[ddkit.Evaluation] = []
         for number, (name, model, soft) in enumerate(rounds):
             rows += self._evaluations(name, model, artifact, _round(data, number, len(rounds)), soft)
         return rows
-
-    def _guides(self, artifact: ddkit.Artifact, teacher: ddkit.nn.Teacher | None) -> list[SoftLabels | None]:
-        """Returns by what networks are taught, one mode after the other; None: by the labels."""
-        if self.labels == "hard":
-            return [None]
-        if teacher is None:
-            raise ddkit.InputError(
-                f"{self.recipe_path}.labels = {self.labels} needs a teacher: give --teacher FILE.",
-                f"{self.recipe_path}.labels",
-            )
-        soft = SoftLabels(teacher, artifact, self.temperature)
-        return [soft] if self.labels == "soft" else [None, soft]
 
     @property
     def _repeats(self) -> int:
@@ -137,7 +129,7 @@ class Accuracy(ddkit.Evaluator):
     def schedule(self) -> ddkit.nn.Schedule:
         """How a network is trained: the protocol's, with the passes that were asked for."""
         own = PROTOCOLS[self.protocol].schedule
-        return msgspec.structs.replace(own, epochs=self.epochs or own.epochs, ema=self.ema)
+        return ddkit.nn.Schedule(**fields_of(own) | {"epochs": self.epochs or own.epochs, "ema": self.ema})
 
     @property
     def augmenter(self) -> str:
@@ -194,8 +186,7 @@ class Accuracy(ddkit.Evaluator):
         self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, soft: SoftLabels | None
     ) -> list[ddkit.Evaluation]:
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
-        kinds = self._kinds(data)
-        repeats = self._repeats
+        kinds, repeats = self._kinds(data), self._repeats
         networks = repeats * (1 + (self.random_real and len(data.real_images) > 0))
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.data.on_disk(data.real_images) or ddkit.data.on_disk(data.test_images)  # too large to be copied for other processes
@@ -219,8 +210,9 @@ class Accuracy(ddkit.Evaluator):
             figures = {"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": drawn}
             row = ddkit.Evaluation(
                 evaluator=self.name, model=name, protocol=self.protocol, labels="hard" if soft is None else "soft", images=kind,
-                repeats=repeats, accuracy_mean=_mean(made), accuracy_std=_std(made), random_real_mean=_mean(drawn) if drawn else None,
-                random_real_std=_std(drawn), details=figures | facts | own.get(kind, {}),
+                repeats=repeats, accuracy_mean=sum(made) / len(made), accuracy_std=_std(made),
+                random_real_mean=sum(drawn) / len(drawn) if drawn else None, random_real_std=_std(drawn),
+                details=figures | facts | own.get(kind, {}),
             )  # fmt: skip
             rows.append(row)
         return rows
@@ -249,11 +241,7 @@ def _round(data: ddkit.data.EvaluationData, number: int, of: int) -> ddkit.data.
         assert data.report_part is not None
         data.report_part(number * total + done, of * total, part)
 
-    return msgspec.structs.replace(data, report=report, report_part=report_part if data.report_part else None)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    return ddkit.data.EvaluationData(**fields_of(data) | {"report": report, "report_part": report_part if data.report_part else None})
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -275,12 +263,9 @@ def split_options(names: Sequence[str], options: Mapping[str, Any], where: str) 
     known = {name: set(ddkit.create("model", name).options.__struct_fields__) for name in names}
     for key, value in shared.items():
         if not any(key in fields for fields in known.values()):
-            raise ddkit.InputError(f"{where}.{key}: {_problem(key, value, known)}", f"{where}.{key}")
+            have = "; ".join(f"{name} has {', '.join(sorted(fields)) or 'none'}" for name, fields in known.items())
+            what = f"none of the models {', '.join(known)} has that option: {have}."
+            if isinstance(value, Mapping):
+                what = f"the models of this evaluation are {', '.join(known)}. Name one of them, or take the table out."
+            raise ddkit.InputError(f"{where}.{key}: {what}", f"{where}.{key}")
     return {name: {key: value for key, value in shared.items() if key in known[name]} | dict(own.get(name, {})) for name in names}
-
-
-def _problem(key: str, value: Any, known: Mapping[str, set[str]]) -> str:
-    if isinstance(value, Mapping):
-        return f"the models of this evaluation are {', '.join(known)}. Name one of them, or take the table out."
-    have = "; ".join(f"{name} has {', '.join(sorted(fields)) or 'none'}" for name, fields in known.items())
-    return f"none of the models {', '.join(known)} has that option: {have}."

@@ -6,10 +6,9 @@ import logging
 import math
 from typing import Any
 
-import msgspec
-
 import ddkit
 from ddkit_evaluators import Accuracy
+from ddkit_evaluators.trainer import fields_of
 
 log = logging.getLogger("ddkit")
 
@@ -55,7 +54,7 @@ class Ranking(ddkit.Evaluator):
         self._accuracy(info, "auto").check(info)
 
     def _accuracy(self, info: ddkit.DataInfo, augment: str) -> ddkit.Evaluator:
-        own = {key: value for key, value in msgspec.structs.asdict(self.options).items() if key != "full" and value is not None}
+        own = {key: value for key, value in fields_of(self.options).items() if key != "full" and value is not None}
         made: ddkit.Evaluator = ddkit.create("evaluator", "accuracy", own | {"augment": augment}, data=info, where=self.recipe_path)
         return made
 
@@ -71,7 +70,7 @@ class Ranking(ddkit.Evaluator):
         summary += f"; random real: {with_.details['random_real']}" if with_.details.get("random_real") else ""
         details = {"summary": summary, **found, "full": full}
         details |= {"unaugmented": {"accuracy_mean": without.accuracy_mean, "random_real_mean": without.random_real_mean}}
-        return [msgspec.structs.replace(with_, evaluator=self.name, details=with_.details | details)]
+        return [ddkit.Evaluation(**fields_of(with_) | {"evaluator": self.name, "details": with_.details | details})]
 
     def _full(self, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None) -> float:
         if self.full is not None:

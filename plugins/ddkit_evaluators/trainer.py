@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +13,11 @@ import ddkit
 Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
 Images = Tensor | ddkit.data.NormalisedRows
 Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,)
+
+
+def fields_of(record: Any) -> dict[str, Any]:
+    """Returns the values of a record of ddkit's by name, for another one that differs in a few or for a file."""
+    return {name: getattr(record, name) for name in record.__struct_fields__}
 
 
 def units(of: ddkit.Artifact | ddkit.nn.Teacher) -> ddkit.data.Normalisation:
@@ -131,19 +135,37 @@ class Trainer:
     ) -> None:
         device = self.data.device
         how = self._how if self.soft is None else self._how | {"targets": self.soft, "temperature": self.soft.temperature}
-        with _threads(self.threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(self.threads or before)
+        try:
             ddkit.nn.fit(
                 self.module, images.to(device), labels.to(device), schedule, augmenter=self.augmenter, generator=generator, report=report,
                 **how,
             )  # fmt: skip
+        finally:
+            torch.set_num_threads(before)
 
     def training_set(self, kind: str, repeat: int) -> Labelled:
-        """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is."""
+        """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is.
+
+        Random real are as many accessible images of each class as the set stores, or all where there are fewer; see real_counts. Means
+        are of disjoint groups of accessible images, as many a class as the set has, or fewer for want of images: the groups of a class
+        hold all of its images and differ in size by one at most.
+        """
+        norm = units(self.artifact)
         if kind == "synthetic":
             return self.artifact.normalised, self.artifact.labels
         if kind == "pipc-real":
-            return units(self.artifact).lazily(self.data.real_images), self.data.real_labels
-        return self._random_real(repeat) if kind == "random real" else self._class_mean(repeat)
+            return norm.lazily(self.data.real_images), self.data.real_labels
+        if kind == "random real":
+            chosen = torch.cat([rows[:count] for rows, count in self._shuffled(kind, repeat)])
+            return norm.normalise(self.data.real_images[chosen]), self.data.real_labels[chosen]
+        images, labels = [], []
+        for rows, count in self._shuffled(kind, repeat):
+            for group in rows.tensor_split(max(1, min(count, len(rows)))) if len(rows) else ():
+                images.append(norm.normalise(self.data.real_images[group]).mean(0))
+                labels.append(self.data.real_labels[group[0]])
+        return torch.stack(images), torch.stack(labels)
 
     def _shuffled(self, purpose: str, repeat: int) -> Iterator[tuple[Tensor, int]]:
         """Yields for each class its accessible rows in an order drawn anew per repeat, and how many images of it the set stores."""
@@ -151,34 +173,6 @@ class Trainer:
             own = (self.data.real_labels == label).nonzero().flatten()
             draw = ddkit.generator(self.data.seed, purpose, repeat, int(label))
             yield own[torch.randperm(len(own), generator=draw)], int(count)
-
-    def _random_real(self, repeat: int) -> Labelled:
-        """Returns as many accessible real images of each class as the set stores, or all where there are fewer; see real_counts."""
-        chosen = torch.cat([rows[:count] for rows, count in self._shuffled("random real", repeat)])
-        return units(self.artifact).normalise(self.data.real_images[chosen]), self.data.real_labels[chosen]
-
-    def _class_mean(self, repeat: int) -> Labelled:
-        """Returns means of disjoint groups of accessible images: as many a class as the set has, or fewer for want of images.
-
-        The groups of a class hold all of its images and differ in size by one at most.
-        """
-        images, labels = [], []
-        for rows, count in self._shuffled("class-mean", repeat):
-            for group in rows.tensor_split(max(1, min(count, len(rows)))) if len(rows) else ():
-                images.append(units(self.artifact).normalise(self.data.real_images[group]).mean(0))
-                labels.append(self.data.real_labels[group[0]])
-        return torch.stack(images), torch.stack(labels)
-
-
-@contextmanager
-def _threads(wanted: int) -> Iterator[None]:
-    """Inside, torch computes in `wanted` threads; 0: in as many as it has."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(wanted or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], *, done: int = 0) -> list[float]:

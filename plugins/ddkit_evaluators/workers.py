@@ -16,13 +16,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ddkit
-from ddkit_evaluators.trainer import Task, Trainer, trained_in_turn
+from ddkit_evaluators.trainer import Task, Trainer, fields_of, trained_in_turn
 
 log = logging.getLogger("ddkit")
 TENSORS, SETTINGS = "tensors.safetensors", "settings.json"
@@ -88,9 +87,9 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
     }  # fmt: skip
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / TENSORS)  # it refuses shared memory
     settings = {
-        "name": trainer.name, "model_options": msgspec.to_builtins(trainer.model.options), "where": trainer.model.recipe_path,
-        "schedule": msgspec.to_builtins(trainer.schedule),
-        "augmenter": trainer.augmenter_name, "arithmetic": msgspec.to_builtins(trainer.arithmetic), "info": msgspec.to_builtins(data.info),
+        "name": trainer.name, "model_options": fields_of(trainer.model.options), "where": trainer.model.recipe_path,
+        "schedule": fields_of(trainer.schedule), "augmenter": trainer.augmenter_name, "arithmetic": fields_of(trainer.arithmetic),
+        "info": fields_of(data.info),
         "seed": data.seed, "threads": threads, "threads_of_a_network": trainer.threads,
         "artifact": {key: value for key, value in artifact.metadata.items() if key in ("class_names", "mean", "std", "decode")},
     }  # fmt: skip
@@ -101,16 +100,15 @@ def _read(folder: Path) -> Trainer:
     settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     torch.set_num_threads(settings["threads"])
     tensors = load_file(folder / TENSORS)
-    info = msgspec.convert(settings["info"], ddkit.DataInfo)
+    of_data = settings["info"]
+    info = ddkit.DataInfo(**of_data | {"class_names": tuple(of_data["class_names"]), "size": tuple(of_data["size"])})
     data = ddkit.data.EvaluationData(
         info=info, test_images=tensors["test_images"], test_labels=tensors["test_labels"], real_images=tensors["real_images"],
         real_labels=tensors["real_labels"], seed=settings["seed"], device=torch.device("cpu"), report=lambda done, total: None,
     )  # fmt: skip
     artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"])
-    schedule, arithmetic = (
-        msgspec.convert(settings["schedule"], ddkit.nn.Schedule),
-        msgspec.convert(settings["arithmetic"], ddkit.nn.Arithmetic),
-    )
+    schedule = ddkit.nn.Schedule(**settings["schedule"])
+    arithmetic = ddkit.nn.Arithmetic(**settings["arithmetic"])
     model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])
     threads = settings["threads_of_a_network"]
     return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic, threads=threads)

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 import ddkit
 from ddkit_exporters.card import Layout, eight_bit, write_card
@@ -38,15 +37,15 @@ class Npz(ddkit.Exporter):
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
         arrays: dict[str, Any] = {
-            "x_train": _array(artifact.images),
-            "y_train": _array(artifact.labels),
+            "x_train": np.ascontiguousarray(artifact.images),
+            "y_train": np.ascontiguousarray(artifact.labels),
             "class_names": np.array(artifact.class_names, dtype=np.str_),
             "mean": np.array(artifact.mean, dtype=np.float32),
             "std": np.array(artifact.std, dtype=np.float32),
             "unclipped": np.array(True),
         }
         if "soft_labels" in artifact.parameters:
-            arrays["soft_labels"] = _array(artifact.parameters["soft_labels"])
+            arrays["soft_labels"] = np.ascontiguousarray(artifact.parameters["soft_labels"])
         np.savez(Path(folder, NPZ), **arrays)
         write_card(artifact, folder, Layout(LOAD_NPZ, files=[Path(folder, NPZ)]))
 
@@ -68,8 +67,8 @@ class ImageFolder(ddkit.Exporter):
             mine = pixels[artifact.labels == label]
             for number, image in enumerate(mine, 1):
                 name = f"{folders[label]}/{number:0{max(4, len(str(len(mine))))}d}.png"
-                bytes_ = _array(image[0] if len(image) == 1 else image.permute(1, 2, 0))
-                Image.fromarray(bytes_).save(Path(folder, "train", name), format="PNG")
+                grid = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+                Image.fromarray(np.ascontiguousarray(grid)).save(Path(folder, "train", name), format="PNG")
                 rows.append({"file_name": name, "label": label, "class_name": artifact.class_names[label]})
         Path(folder, "train", METADATA).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
         count = artifact.labels.bincount(minlength=len(folders)).tolist()
@@ -108,10 +107,6 @@ def _check_channels(name: str, artifact: ddkit.Artifact) -> None:
         raise ddkit.InputError(f"The exporter '{name}' writes images of 1 or 3 channels, and this set has {channels}. Use --to npz.")
 
 
-def _array(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().numpy()
-
-
 def folder_names(names: Sequence[str]) -> list[str]:
     """Returns a folder name for each class name, all different, also where capitals are not told apart.
 
@@ -121,26 +116,22 @@ def folder_names(names: Sequence[str]) -> list[str]:
     found: list[str] = []
     taken: set[str] = set()
     for label, name in enumerate(names):
-        folder = _escaped(name)
-        if folder.casefold() in taken:
-            folder = f"{folder}~{label}"
-        taken.add(folder.casefold())
-        found.append(folder)
+        text = "".join(char if char.isalnum() or char in "-_. " else _percent(char) for char in name)
+        if text[:1] in (".", " ") or WINDOWS.fullmatch(text):
+            text = _percent(text[0]) + text[1:]
+        if text[-1:] in (".", " "):
+            text = text[:-1] + _percent(text[-1])
+        while match := SPLITS.search(text):
+            text = text[: match.start()] + _percent(text[match.start()]) + text[match.start() + 1 :]
+        if len(text.encode()) > LONGEST:
+            cut = text.encode()[: LONGEST - 9].decode(errors="ignore")
+            text = f"{cut}~{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
+        text = text or "%"
+        if text.casefold() in taken:
+            text = f"{text}~{label}"
+        taken.add(text.casefold())
+        found.append(text)
     return found
-
-
-def _escaped(name: str) -> str:
-    text = "".join(char if char.isalnum() or char in "-_. " else _percent(char) for char in name)
-    if text[:1] in (".", " ") or WINDOWS.fullmatch(text):
-        text = _percent(text[0]) + text[1:]
-    if text[-1:] in (".", " "):
-        text = text[:-1] + _percent(text[-1])
-    while match := SPLITS.search(text):
-        text = text[: match.start()] + _percent(text[match.start()]) + text[match.start() + 1 :]
-    if len(text.encode()) > LONGEST:
-        cut = text.encode()[: LONGEST - 9].decode(errors="ignore")
-        text = f"{cut}~{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"
-    return text or "%"
 
 
 def _percent(char: str) -> str:

@@ -131,19 +131,17 @@ def _template() -> Any:
 def _source(artifact: ddkit.Artifact) -> str:
     """Returns the name of the source data, with the last part of the path of the user's own."""
     table = artifact.provenance.recipe.get("data", {})
-    name = table.get("use", "") if isinstance(table, Mapping) else str(table)
-    path = table.get("path", "") if isinstance(table, Mapping) else ""
-    return f"{name} ({Path(str(path)).name})" if path else str(name)
+    name = table.get("use", "")
+    return f"{name} ({Path(table['path']).name})" if table.get("path") else name
 
 
 def _start(artifact: ddkit.Artifact) -> str:
     """Returns what the run began with in words, "" where that is not known."""
-    table = artifact.provenance.recipe.get("initializer", {})
-    name = table.get("use", "") if isinstance(table, Mapping) else str(table)
+    name = artifact.provenance.recipe.get("initializer", {}).get("use", "")
     if not name or "blend" in artifact.provenance.manifest:
         return ""
     kinds = {"noise": "noise", "file": "images of an earlier set or folder"}
-    kind = kinds.get(str(name), "real images" if name in REAL_STARTS else "images")
+    kind = kinds.get(name, "real images" if name in REAL_STARTS else "images")
     return f"{kind} (initializer {name})"
 
 
