@@ -1,33 +1,38 @@
-"""The public functions: distill, evaluate, train, blend. The command line calls one of them for each command."""
+"""The public functions: distill, evaluate, train, blend. The command line calls one of them for each command.
+
+Torch is imported once a recipe is valid: a mistaken flag is told at once.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddkit.components import registry, trust
 from ddkit.components.observers import Observers
-from ddkit.data.real import check_classes, open_dataset, passing
 from ddkit.distributed import group, own_device
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of
-from ddkit.nn.automatic_teacher import train_teacher
-from ddkit.nn.device import pick_device
-from ddkit.nn.teacher import Teacher, save_teacher
 from ddkit.recipes.resolve import Part, flattened, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
-from ddkit.run import run
-from ddkit.run.artifact import Artifact
-from ddkit.run.blend import blend
-from ddkit.run.directory import Run, RunDirectory, check_claimable
-from ddkit.run.evaluation import evaluate
-from ddkit.run.exporting import export
-from ddkit.run.importing import import_file
-from ddkit.run.report import report
-from ddkit.run.run import Place
 
+if TYPE_CHECKING:
+    from ddkit.nn.teacher import Teacher
+    from ddkit.run.artifact import Artifact
+    from ddkit.run.blend import blend
+    from ddkit.run.directory import Run
+    from ddkit.run.evaluation import evaluate
+    from ddkit.run.exporting import export
+    from ddkit.run.importing import import_file
+    from ddkit.run.report import report
+
+_ELSEWHERE = {  # public functions that stand beside what they do, and the types that these give
+    "Artifact": "artifact", "Run": "directory", "blend": "blend", "evaluate": "evaluation", "export": "exporting",
+    "import_file": "importing", "report": "report",
+}  # fmt: skip
 TRAINING = Part(  # what of a recipe matters to `train`
     ("data", "teacher", "train", "seed"),
     ("data.batch", "data.test", "data.held_out", "teacher.use", "teacher.mean", "teacher.std"),
@@ -53,9 +58,12 @@ def plan(
     It opens the images that the run opens, trains no teacher and writes nothing.
     """
     with _resolved(recipe, sets, flags, allow_code=allow_code) as built, group(wanted=distributed) as ranks:
+        from ddkit.run import run
+        from ddkit.run.directory import check_claimable
+
         if out is not None:
             check_claimable(Path(out), force=False)
-        return run.planned(built, Place(own_device(device), ranks, ()))
+        return run.planned(built, run.Place(own_device(device), ranks, ()))
 
 
 def distill(
@@ -97,7 +105,11 @@ def distill(
         "deterministic": deterministic,
     }  # fmt: skip
     with _resolved(recipe, sets, flags, allow_code=allow_code) as built, group(wanted=distributed) as ranks:
-        place = Place(own_device(device), ranks, observers)
+        from ddkit.nn.device import pick_device
+        from ddkit.run import run
+        from ddkit.run.directory import RunDirectory
+
+        place = run.Place(own_device(device), ranks, observers)
         pick_device(place.device)
         ranks.check_same("The recipe", dict(flattened(recipe_dict(built))))
         name = built.name if losses is None else losses if isinstance(losses, str) else ",".join(losses)
@@ -122,7 +134,13 @@ def _resolved(
     table = recipe if isinstance(recipe, Mapping) else None  # data that the caller wrote, unlike a file
     others = {key: value for key, value in flags.items() if key not in ("dataset", "losses", "protocol")}
     losses = flags.get("losses")
-    with passing(flags.get("dataset")) as data, trust.granting(named, sets, table, everything=allow_code):
+    dataset = flags.get("dataset")
+    with trust.granting(named, sets, table, everything=allow_code), ExitStack() as stack:
+        data = {"dataset": dataset}
+        if dataset is not None and not isinstance(dataset, str):
+            from ddkit.data.real import passing
+
+            data = stack.enter_context(passing(dataset))
         yield resolve(
             recipe, losses=losses if losses is None or isinstance(losses, str) else ",".join(losses),
             evaluation={"protocol": flags.get("protocol")}, sets=sets or {}, part=part, **others, **data,
@@ -148,11 +166,15 @@ def resume(
     `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. `distributed`: as in distill; the
     run may have been begun by any number of processes. Raises DdkitError.
     """
+    from ddkit.data.real import passing
+    from ddkit.run import run
+    from ddkit.run.directory import RunDirectory
+
     moved = {"--dataset": dataset if isinstance(dataset, str) else None, "--teacher": teacher}
     given = {flag: value for flag, value in moved.items() if value is not None}
     granted = trust.granting({"dataset": given.get("--dataset")}, everything=allow_code)
     with granted, passing(dataset), group(wanted=distributed) as ranks:
-        place = Place(own_device(device), ranks, observers)
+        place = run.Place(own_device(device), ranks, observers)
         with place.directory(lambda: RunDirectory.existing(Path(path)).take()) as directory:
             return run.go_on(directory, place, steps=steps, moved=given)
 
@@ -185,6 +207,11 @@ def train(
     kept = watchers.interruptible(lambda: "Nothing of it is kept: give the same command again.")
     flags = {"dataset": dataset, "model": model, "data_dir": data_dir, "seed": seed, "evaluators": "none"}
     with _resolved(recipe, sets, flags, allow_code=allow_code, part=TRAINING) as built, kept, folders_of(path):
+        from ddkit.data.real import check_classes, open_dataset
+        from ddkit.nn.automatic_teacher import train_teacher
+        from ddkit.nn.device import pick_device
+        from ddkit.nn.teacher import save_teacher
+
         where = pick_device(device)
         found = open_dataset(built.data)
         check_classes(found)
@@ -192,3 +219,9 @@ def train(
         teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, watchers=watchers)
         save_teacher(path, teacher)
     return teacher
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ddkit.run.{_ELSEWHERE[name]}"), name)

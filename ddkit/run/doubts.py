@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOWEST, HIGHEST, MOST_OUTSIDE = -1.0, 2.0, 0.05  # pixel units; more of the values beyond are no image any more
 ROUNDING = 1e-6  # relative: what float32 sums of the same values may differ by
