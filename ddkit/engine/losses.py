@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from ddkit.components import registry
-from ddkit.components.base import Loss
+from ddkit.components.base import Loss, Step
 from ddkit.components.guard import advice, called, check_shared_state, shared_state
 from ddkit.components.options import Parameter, Requires
 from ddkit.distributed import Ranks
 from ddkit.errors import FlagError, InputError, RunFailed, is_its_own, shown, told
 from ddkit.recipes.tables import Recipe
-
-if TYPE_CHECKING:
-    from ddkit.engine.step import Step
 
 
 @dataclass(frozen=True)

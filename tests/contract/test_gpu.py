@@ -13,8 +13,7 @@ from torch.nn.functional import cosine_similarity
 
 import ddkit
 from ddkit.engine.bank import Bank
-from ddkit.engine.guards import Finiteness
-from ddkit.engine.loop import Engine
+from ddkit.engine.loop import Engine, Finiteness
 from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.embedder import Embedder

@@ -21,8 +21,7 @@ from ddkit.components import registry
 from ddkit.data.images import Normalisation
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
-from ddkit.engine.guards import Finiteness
-from ddkit.engine.loop import Engine, Hooks, distill
+from ddkit.engine.loop import Engine, Finiteness, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import Step
 from ddkit.nn.compiling import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16
