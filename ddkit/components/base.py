@@ -64,7 +64,9 @@ def _taken(kind: type, name: str) -> str:
     for owner in kind.__mro__[1:]:
         value = vars(owner).get(name)
         ours = owner.__module__ == __name__
-        if ours and (name in ("name", "origin", "recipe_path", "directory", "requires") or callable(value) or hasattr(value, "__get__")):
+        if ours and (
+            name in ("name", "origin", "advice", "recipe_path", "directory", "requires") or callable(value) or hasattr(value, "__get__")
+        ):
             return owner.__name__
     return ""
 
@@ -75,8 +77,8 @@ class Component:
     `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
     option names Python code, which a file may not have run unless the user allows it. `requires`, a ddkit.Requires or a method that
     returns one, is read once from each instance. `deviations` maps a check of the conformance suite that the component does not pass, on
-    purpose, to the reason. `origin` is the distribution and version of a third party's component, "" for ddkit's own; `recipe_path` the
-    place of its table in the recipe (`losses.dm`), for messages. ddkit fills in both.
+    purpose, to the reason. ddkit fills in, for messages: `origin`, the distribution and version of a third party's component, and `advice`,
+    the command that tells more of it, both "" for ddkit's own; `recipe_path`, the place of its table in the recipe (`losses.dm`).
     """
 
     argument: ClassVar[str | None] = None
@@ -84,6 +86,7 @@ class Component:
     deviations: ClassVar[Mapping[str, str]] = {}
     requires: Any = Requires()
     origin: str = ""
+    advice: str = ""
     _left_shared_state: bool = False  # whether it left what all code shares as it was, when it was called first
 
     def __init_subclass__(cls, **arguments: Any) -> None:

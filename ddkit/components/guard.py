@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddkit.components import registry
 from ddkit.components.base import Component
 from ddkit.errors import PluginError, RunFailed, is_its_own, told
 
@@ -49,20 +48,15 @@ def blamed(kind: str, component: Component, *, building: bool = False, may_draw:
         if not is_its_own(error):
             raise
         kind_of_error = PluginError if building else RunFailed
-        raise kind_of_error(f"The {called(kind, component)} raised {told(error)}.{advice(kind, component)}") from error
+        raise kind_of_error(f"The {called(kind, component)} raised {told(error)}.{component.advice}") from error
     if watched:
-        check_shared_state(before, called(kind, component), advice(kind, component))
+        check_shared_state(before, called(kind, component), component.advice)
         component._left_shared_state = True
 
 
 def called(kind: str, component: Component, label: str = "") -> str:
     """Returns how messages call a component, by its `label` in the recipe if it has one, with the origin of a third party's."""
     return f"{kind} '{label or component.name}'" + (f" ({component.origin})" if component.origin else "")
-
-
-def advice(kind: str, component: Component) -> str:
-    """Returns what to add to a message about a third party's component: the command that tells more."""
-    return registry.find(kind, component.name).advice if component.origin else ""
 
 
 def shared_state() -> dict[str, Any]:
@@ -128,7 +122,7 @@ def unchanged(who: str, remedy: str) -> Iterator[None]:
     if changed:
         raise PluginError(
             f"The {who} changes what all code of the process shares when it is imported: {', '.join(changed[:5])}. That is put back, and "
-            f"the plugin is not used: it has to set and draw nothing globally, and to leave torch's functions alone. {remedy}"
+            f"the plugin is not used: it has to set and draw nothing globally, and to leave torch's functions alone.{remedy}"
         )
 
 

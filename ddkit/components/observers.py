@@ -99,24 +99,21 @@ class Observers:
         self._doing = ""
         self._strict, self._traced = strict, os.environ.get(TRACE) == "1"
         self._manager = pluggy.PluginManager("ddkit")
-        self._manager.add_hookspecs(__import__(__name__, fromlist=["hookspecs"]))
+        self._manager.add_hookspecs(sys.modules[__name__])
         for name, observer in observers:
-            self._register(name, observer)
-        self._hooks = [(name, self._alone(observer)) for name, observer in self._manager.list_name_plugin() if observer is not None]
-
-    def _register(self, name: str, observer: Any) -> None:
-        try:
-            self._manager.register(observer, name)
-        except BaseException as error:  # not an observer, or the same one twice, or whatever its attributes raise
-            if self._strict or isinstance(error, KeyboardInterrupt):
-                raise
-            if self._manager.has_plugin(name):
-                self._manager.unregister(name=name)
-            log.warning("The observer '%s' cannot be used: %s", name, " ".join(told(error).split()))
-
-    def _alone(self, observer: Any) -> dict[str, Any]:
-        others = [other for other in self._manager.get_plugins() if other is not observer]
-        return {name: self._manager.subset_hook_caller(name, others) for name in HOOKS}
+            try:
+                self._manager.register(observer, name)
+            except BaseException as error:  # not an observer, or the same one twice, or whatever its attributes raise
+                if self._strict or isinstance(error, KeyboardInterrupt):
+                    raise
+                if self._manager.has_plugin(name):
+                    self._manager.unregister(name=name)
+                log.warning("The observer '%s' cannot be used: %s", name, " ".join(told(error).split()))
+        known = self._manager.list_name_plugin()
+        self._hooks: list[tuple[str, dict[str, Any]]] = []  # of each observer alone
+        for name, observer in known:
+            others = [other for _, other in known if other is not observer]
+            self._hooks.append((name, {hook: self._manager.subset_hook_caller(hook, others) for hook in HOOKS}))
 
     def has(self, hook: str) -> bool:
         """Whether an observer implements `hook`."""

@@ -10,7 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import msgspec
@@ -19,7 +19,6 @@ from ddkit.errors import InputError, is_text, printable, shown, suggestion
 
 T = TypeVar("T", bound=msgspec.Struct)
 V = TypeVar("V")
-NUMERIC = ("gt", "ge", "lt", "le")
 
 
 class Field:
@@ -87,18 +86,17 @@ def _options_type(kind: type) -> type[Options]:
         holder = types.SimpleNamespace(__annotations__={attribute: annotation})  # of the options alone: others may not lead anywhere
         hint = get_type_hints(holder, vars(sys.modules[owner.__module__]), dict(vars(owner)), include_extras=True)[attribute]
         length = {key: value for key, value in field.bounds.items() if key == "min_length"}
-        numbers = {key: value for key, value in field.bounds.items() if key in NUMERIC}
+        numbers = {key: value for key, value in field.bounds.items() if key != "min_length"}
         meta = msgspec.Meta(description=field.help or None)
-        made.append((attribute.removesuffix("_"), Annotated[_bounded(hint, numbers, length, field.choices), meta], _default(field.default)))
+        default = field.default
+        if isinstance(default, dict | list | set):
+            default = msgspec.field(default_factory=partial(copy.deepcopy, default))
+        made.append((attribute.removesuffix("_"), Annotated[_bounded(hint, numbers, length, field.choices), meta], default))
     found: Any = msgspec.defstruct("Options", made, bases=(Options,), module=kind.__module__, kw_only=True)
     return found
 
 
 options_type: Callable[[Any], type[Options]] = cache(_options_type)
-
-
-def _default(value: Any) -> Any:
-    return msgspec.field(default_factory=lambda: copy.deepcopy(value)) if isinstance(value, dict | list | set) else value
 
 
 def _bounded(hint: Any, numbers: Mapping[str, Any], length: Mapping[str, Any], choices: Sequence[str] | None) -> Any:
@@ -255,7 +253,7 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
     elif text.startswith("expected `array"):
         listed = value if isinstance(value, str) and re.fullmatch(r"[\d., -]+", value) else "..."
         hint = f" Write a list in brackets: --set '{path}=[{listed}]'."
-    if _takes_numbers(kind, keys):
+    if any(isinstance(part, msgspec.inspect.IntType | msgspec.inspect.FloatType) for part in _alternatives(kind, keys)):
         hint = hint.replace("Choose from:", "It is a number, or one of:")
     return InputError(f"{path} = {shown(value)} is not possible: {text.replace('`', '')}.{hint}", path)
 
@@ -268,22 +266,18 @@ def literal_choices(kind: type[msgspec.Struct], name: str) -> tuple[str, ...]:
     return (*words, *truths)
 
 
-def _takes_numbers(kind: type[msgspec.Struct], name: str) -> bool:
-    return any(isinstance(part, msgspec.inspect.IntType | msgspec.inspect.FloatType) for part in _alternatives(kind, name))
-
-
 def _alternatives(kind: type[msgspec.Struct], name: str) -> list[msgspec.inspect.Type]:
-    """Returns the types that field `name` of `kind` may have, those of a union one by one."""
+    """Returns the types that field `name` of `kind` may have, those of a union one by one, those of a list for its items."""
+
+    def unfolded(each: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
+        if isinstance(each, msgspec.inspect.Metadata):
+            return unfolded(each.type)
+        if isinstance(each, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
+            return unfolded(each.item_type)
+        return [part for other in each.types for part in unfolded(other)] if isinstance(each, msgspec.inspect.UnionType) else [each]
+
     types = {field.encode_name: field.type for field in msgspec.inspect.type_info(kind).fields}  # type: ignore[attr-defined]
-    return _unfolded(types[name]) if name in types else []
-
-
-def _unfolded(kind: msgspec.inspect.Type) -> list[msgspec.inspect.Type]:
-    if isinstance(kind, msgspec.inspect.Metadata):
-        return _unfolded(kind.type)
-    if isinstance(kind, msgspec.inspect.VarTupleType | msgspec.inspect.ListType):
-        return _unfolded(kind.item_type)
-    return [part for each in kind.types for part in _unfolded(each)] if isinstance(kind, msgspec.inspect.UnionType) else [kind]
+    return unfolded(types[name]) if name in types else []
 
 
 def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str, also: Collection[str] = ()) -> T:
@@ -299,25 +293,25 @@ def written_options(options: msgspec.Struct) -> dict[str, Any]:
     return {key: value for key, value in msgspec.to_builtins(options).items() if value is not None}
 
 
-def describe_options(component: type) -> list[dict[str, Any]]:
-    """Returns name, type, default, bounds and description of every option of a component's class, in order of declaration."""
-    kind = options_type(component)
-    properties = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
-    return [_describe(name, schema, fields(kind)[name]) for name, schema in properties.items()]
-
-
 _BOUNDS = {"exclusiveMinimum": "> {}", "minimum": ">= {}", "exclusiveMaximum": "< {}", "maximum": "<= {}"}
 
 
-def _describe(name: str, schema: Mapping[str, Any], field: Any) -> dict[str, Any]:
-    alternatives = schema.get("anyOf", [schema])
-    merged = {key: value for part in alternatives for key, value in part.items()} | dict(schema)
-    kinds = [kind for part in alternatives for kind in part.get("enum") or [part.get("type", "any")]]
-    default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
-    return {
-        "name": name,
-        "type": " | ".join(str(kind) for kind in kinds),
-        "default": list(default) if isinstance(default, tuple) else default,
-        "bounds": ", ".join(text.format(merged[key]) for key, text in _BOUNDS.items() if key in merged),
-        "description": merged.get("description", ""),
-    }
+def describe_options(component: type) -> list[dict[str, Any]]:
+    """Returns name, type, default, bounds and description of every option of a component's class, in order of declaration."""
+    kind = options_type(component)
+    described = []
+    for name, schema in msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"].items():
+        alternatives = schema.get("anyOf", [schema])
+        merged = {key: value for part in alternatives for key, value in part.items()} | dict(schema)
+        field = fields(kind)[name]
+        default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
+        described.append(
+            {
+                "name": name,
+                "type": " | ".join(str(word) for part in alternatives for word in part.get("enum") or [part.get("type", "any")]),
+                "default": list(default) if isinstance(default, tuple) else default,
+                "bounds": ", ".join(text.format(merged[key]) for key, text in _BOUNDS.items() if key in merged),
+                "description": merged.get("description", ""),
+            }
+        )
+    return described

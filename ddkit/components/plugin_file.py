@@ -137,7 +137,7 @@ def _imported(file: Path, content: bytes, sha256: str) -> ModuleType:
     assert spec is not None
     module = sys.modules[name] = module_from_spec(spec)
     try:
-        with unchanged(f"plugin file {file}", "Mend it."):
+        with unchanged(f"plugin file {file}", " Mend it."):
             spec.loader.exec_module(module)  # type: ignore[union-attr]
     except BaseException as error:
         del sys.modules[name]

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import msgspec
@@ -102,16 +101,19 @@ def parse_kind(text: str) -> str:
 @cache
 def plugins() -> tuple[Plugin, ...]:
     """Returns every installed component, in order of kind and name, first-party ones first. One metadata scan a process."""
-    installed = metadata.entry_points()
+    listed: list[Plugin] = []
     owners: dict[Any, tuple[str, str]] = {}  # a distribution's metadata is parsed once, whatever it brings
-    groups = {kind: group for kind, group in GROUPS.items() if kind != "loss-group"}  # these stand in files of a package of recipes
-    found = [_plugin(kind, point, owners) for kind, group in groups.items() for point in installed.select(group=group)]
     allowed = os.environ.get("DDKIT_PLUGINS")
-    if allowed is not None:
-        names = {_canonical(name) for name in allowed.split(",") if name.strip()}
-        found = [p for p in found if p.first_party or p.distribution in names]
-    listed = [item for p in found for item in (_files(p) if p.kind in DATA_KINDS else [p])]
-    order = list(GROUPS)
+    names = {_canonical(name) for name in (allowed or "").split(",")}
+    installed = metadata.entry_points()
+    for kind, group in GROUPS.items():
+        for point in installed.select(group=group) if kind != "loss-group" else ():  # these stand in files of a package of recipes
+            if point.dist not in owners:
+                owners[point.dist] = (_canonical(point.dist.name), point.dist.version) if point.dist else ("unknown", "0")
+            distribution, version = owners[point.dist]
+            found = Plugin(kind=kind, name=point.name, distribution=distribution, version=version, value=point.value)
+            if allowed is None or found.first_party or distribution in names:
+                listed += _files(found) if kind in DATA_KINDS else [found]
     for path, digest in plugin_file.known().items():
         try:
             listed += _of_file(plugin_file.opened(path, digest))
@@ -119,14 +121,8 @@ def plugins() -> tuple[Plugin, ...]:
             raise
         except PluginError as error:  # handed to this process, and gone or broken by now
             log.warning("%s", error)
+    order = list(GROUPS)
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
-
-
-def _plugin(kind: str, point: metadata.EntryPoint, owners: dict[Any, tuple[str, str]]) -> Plugin:
-    if point.dist not in owners:
-        owners[point.dist] = (point.dist.name, point.dist.version) if point.dist else ("unknown", "0")
-    name, version = owners[point.dist]
-    return Plugin(kind=kind, name=point.name, distribution=_canonical(name), version=version, value=point.value)
 
 
 def add_plugin_file(path: str | Path) -> None:
@@ -142,23 +138,19 @@ def add_plugin_file(path: str | Path) -> None:
     plugin_file.remember(before | {file: added[0].sha256})
     plugins.cache_clear()
     try:
-        _check_names(path, added, [p for p in plugins() if p.file != file])
+        known = [*added, *(plugin for plugin in plugins() if plugin.file != file)]
+        for number, plugin in enumerate(added):
+            others = [p for p in (*known[:number], *known[len(added) :]) if p.name == plugin.name and share_names(p.kind, plugin.kind)]
+            if others:
+                owner = "another of its classes" if others[0].file == file else f"{others[0].distribution} {others[0].version}"
+                raise PluginError(
+                    f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', a name that {owner} "
+                    "has already. Give the class another name: a component is called as its class, with hyphens."
+                )
     except BaseException:
         plugin_file.remember(before)
         plugins.cache_clear()
         raise
-
-
-def _check_names(path: str | Path, added: Sequence[Plugin], installed: Sequence[Plugin]) -> None:
-    """Raises PluginError where a component of a plugin file has the name of another one."""
-    for number, plugin in enumerate(added):
-        others = [p for p in (*added[:number], *installed) if p.name == plugin.name and share_names(p.kind, plugin.kind)]
-        if others:
-            owner = "another of its classes" if others[0].file == plugin.file else f"{others[0].distribution} {others[0].version}"
-            raise PluginError(
-                f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', a name that {owner} "
-                "has already. Give the class another name: a component is called as its class, with hyphens."
-            )
 
 
 def share_names(kind: str, other: str) -> bool:
@@ -206,8 +198,9 @@ def find(kind: str, name: str) -> Plugin:
     matches = [p for p in of_kind if p.name == short and _canonical(distribution) in ("", _canonical(p.distribution))]
     if not matches:
         names = {p.name for p in of_kind}
-        if kind == "dataset" and (use := _use_of_path(name)):
-            raise PluginError(f"There is no dataset '{name}', which is a path. Say what is there: --dataset {use}")
+        use = "npz" if name.lower().endswith(".npz") else "imagefolder" if name.startswith((".", "/", "~")) or os.path.isdir(name) else ""
+        if kind == "dataset" and use:
+            raise PluginError(f"There is no dataset '{name}', which is a path. Say what is there: --dataset {use}:{name}")
         raise PluginError(
             f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed; "
             "--plugin FILE adds a file of yours.)"
@@ -216,13 +209,6 @@ def find(kind: str, name: str) -> Plugin:
         owners = " and ".join(f"{p.distribution}/{p.name}" for p in matches)
         raise PluginError(f"The {kind} '{name}' is claimed by two distributions: say {owners}.")
     return matches[0]
-
-
-def _use_of_path(name: str) -> str:
-    """Returns how images at the path `name` are given as a dataset, "" for what is no path."""
-    if name.lower().endswith(".npz"):
-        return f"npz:{name}"
-    return f"imagefolder:{name}" if name.startswith((".", "/", "~")) or os.path.isdir(name) else ""
 
 
 def status(plugin: Plugin) -> tuple[str, str]:
@@ -251,68 +237,64 @@ def load(kind: str, name: str) -> type[Any]:
 @cache
 def load_plugin(plugin: Plugin) -> type[Any]:
     """Returns the class of `plugin`, imported once and checked against its kind's base class."""
-    remedy = f"Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
+    remedy = f" Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
     if plugin.file:
-        remedy = f"Mend {plugin.file}."
-    module_name, _, attribute = plugin.value.partition(":")
+        remedy = f" Mend {plugin.file}."
+    module, _, attribute = plugin.value.partition(":")
     if not NAME.fullmatch(plugin.name):
-        raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens. {remedy}")
-    try:
-        found: Any = _imported(plugin, module_name, remedy)
+        raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens.{remedy}")
+    with _blamed(plugin, f"could not be loaded from {plugin.value}", remedy):
+        found: Any = sys.modules.get(module)
+        if found is None:
+            from ddkit.components.guard import unchanged  # imports torch, which such a module would do anyway
+
+            try:
+                with unchanged(plugin.label, remedy):
+                    found = importlib.import_module(module)
+            except PluginError:
+                sys.modules.pop(module, None)  # whoever asks again is told again
+                raise
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
-    except BaseException as error:
-        if not is_its_own(error):
-            raise
-        changes = upgrade.problem(plugin.label, source.module_file(module_name))
-        raise PluginError(changes or f"The {plugin.label} could not be loaded from {plugin.value}: {told(error)}. {remedy}") from error
     expected = BASES.get(plugin.kind)
-    if expected is not None and not (isinstance(found, type) and issubclass(found, expected)):
-        raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{expected.__name__} ({plugin.value}). {remedy}")
-    if expected is not None:
-        of_before = [
-            each for each in found.__mro__ if {"Options", "api"} & vars(each).keys() or isinstance(vars(each).get("requires"), property)
-        ]
-        if of_before:
-            raise PluginError(upgrade.problem(plugin.label, Path(inspect.getfile(of_before[0]))))
-        _check_attributes(plugin, found, remedy)
-        taken = sorted({*fields(options_type(found))} & OWN_KEYS.get(TABLE_OF.get(plugin.kind, ""), set()))
-        if taken:
-            names = " and ".join(f"'{name}'" for name in taken)
-            raise PluginError(f"The {plugin.label} has an option {names}, a key that a recipe has there already. Give it another name.")
-    return found
-
-
-def _imported(plugin: Plugin, module: str, remedy: str) -> ModuleType:
-    """Returns a plugin's module; raises PluginError if importing it changes what all code shares, which is put back."""
-    if module in sys.modules:
-        return sys.modules[module]
-    from ddkit.components.guard import unchanged  # imports torch, which such a module would do anyway
-
-    try:
-        with unchanged(plugin.label, remedy):
-            return importlib.import_module(module)
-    except PluginError:
-        sys.modules.pop(module, None)  # whoever asks again is told again
-        raise
-
-
-def _check_attributes(plugin: Plugin, found: Any, remedy: str) -> None:
-    """Raises PluginError naming an attribute of a component's class that is not of the kind which its base class declares."""
-
-    def check(name: str, fits: bool, must: str) -> None:
-        if not fits:
-            raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}; it has to be {must}. {remedy}")
-
+    if expected is None:
+        return found  # an observer, which may be a module
+    if not (isinstance(found, type) and issubclass(found, expected)):
+        raise PluginError(f"The {plugin.label} is not a subclass of ddkit.{expected.__name__} ({plugin.value}).{remedy}")
+    for each in found.__mro__:
+        if {"Options", "api"} & vars(each).keys() or isinstance(vars(each).get("requires"), property):
+            raise PluginError(upgrade.problem(plugin.label, Path(inspect.getfile(each))))
     try:
         names = fields(options_type(found))
         describe_options(found)
         options_type(found)()
     except Exception as error:  # an annotation that leads nowhere, or to what no recipe can hold; a default that is not possible
-        raise PluginError(f"The {plugin.label} has options that cannot be read: {told(error)}. {remedy}") from error
-    check("argument", found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})")
-    check("requires", isinstance(found.requires, Requires | base.RequiresMethod), "a ddkit.Requires(...), or a method that returns one")
-    check("deviations", isinstance(found.deviations, Mapping), "a mapping from checks to reasons")
+        raise PluginError(f"The {plugin.label} has options that cannot be read: {told(error)}.{remedy}") from error
+    declared = {  # attributes that are of the kind which the base class declares, and what that is
+        "argument": (found.argument is None or found.argument in names, f"None or one of its options ({', '.join(names) or 'none'})"),
+        "requires": (isinstance(found.requires, Requires | base.RequiresMethod), "a ddkit.Requires(...), or a method that returns one"),
+        "deviations": (isinstance(found.deviations, Mapping), "a mapping from checks to reasons"),
+    }
+    for name, (fits, must) in declared.items():
+        if not fits:
+            raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}; it has to be {must}.{remedy}")
+    taken = sorted({*names} & OWN_KEYS.get(TABLE_OF.get(plugin.kind, ""), set()))
+    if taken:
+        told_names = " and ".join(f"'{name}'" for name in taken)
+        raise PluginError(f"The {plugin.label} has an option {told_names}, a key that a recipe has there already. Give it another name.")
+    return found
+
+
+@contextmanager
+def _blamed(plugin: Plugin, failed: str, helps: str) -> Iterator[None]:
+    """Turns what the code of a plugin raises inside into a PluginError that names it and says what `failed`, and how a 0.1 one changes."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_its_own(error):
+            raise
+        changes = upgrade.problem(plugin.label, source.module_file(plugin.value.partition(":")[0]))
+        raise PluginError(changes or f"The {plugin.label} {failed}: {told(error)}.{helps}") from error
 
 
 OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside them, which ddkit.recipes.tables declares
@@ -348,20 +330,9 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
         trust.check(kind, short, str(getattr(options, found.argument)), paths)
     if data is None:
         return options
-    with _building(find(kind, short)):
+    plugin = find(kind, short)
+    with _blamed(plugin, "could not be built", plugin.advice):
         return msgspec.structs.replace(options, **found.resolve(options, data))
-
-
-@contextmanager
-def _building(plugin: Plugin) -> Iterator[None]:
-    """Turns what the code of a plugin raises inside, before it works, into a PluginError that names it."""
-    try:
-        yield
-    except BaseException as error:
-        if not is_its_own(error):
-            raise
-        changes = upgrade.problem(plugin.label, source.module_file(plugin.value.partition(":")[0]))
-        raise PluginError(changes or f"The {plugin.label} could not be built: {told(error)}.{plugin.advice}") from error
 
 
 def create(
@@ -381,9 +352,9 @@ def create(
     options = options_of(kind, name, table or {}, where or kind, data)
     short = split_name(name)[0]
     plugin = find(kind, short)
-    with _building(plugin):
+    with _blamed(plugin, "could not be built", plugin.advice):
         made = load_plugin(plugin)(name=short, **msgspec.structs.asdict(options), **arguments)
-        made.origin, made.recipe_path = plugin.origin, where or short
+        made.origin, made.advice, made.recipe_path = plugin.origin, plugin.advice, where or short
         if "name" not in vars(made):
             raise PluginError(f"The {plugin.label} has an __init__ that does not call super().__init__(**options).{plugin.advice}")
         required_by(plugin, made)
@@ -393,7 +364,7 @@ def create(
 def required_by(plugin: Plugin, made: Any = None) -> Requires:
     """Returns what a component requires, which a property may compute: `made`, or one with its defaults; raises PluginError."""
     found = load_plugin(plugin)
-    with _building(plugin):
+    with _blamed(plugin, "could not be built", plugin.advice):
         if made is None:
             made = found if isinstance(found.requires, Requires) else found(name=plugin.name)
         requires = made.requires

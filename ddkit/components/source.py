@@ -9,6 +9,7 @@ from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from ddkit.files import MOST_TOML, read_text
 
@@ -60,8 +61,14 @@ def summary(value: str) -> tuple[str, str]:
         if isinstance(found, ast.Assign) and isinstance(found.value, ast.Call) and isinstance(found.value.func, ast.Name):
             found = _definition(tree, found.value.func.id) or found  # an object: its class describes it
         if not isinstance(found, ast.ImportFrom):
-            return _described(found, attribute, module)
-        module, attribute = _target(found, module, file, attribute)
+            text = ast.get_docstring(found) if isinstance(found, ast.ClassDef | ast.FunctionDef | ast.Module) else None
+            return f"{module} has no {attribute}" if found is None else "ok", (text or "").partition("\n")[0]
+        attribute = next(alias.name for alias in found.names if (alias.asname or alias.name) == attribute)
+        if found.level:
+            package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+            module = ".".join([*package[: len(package) - found.level + 1], *([found.module] if found.module else [])])
+        else:
+            module = found.module or ""
     return "ok", ""
 
 
@@ -88,50 +95,32 @@ def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
     return None
 
 
-def _described(node: ast.stmt | ast.Module | None, name: str, module: str) -> tuple[str, str]:
-    if node is None:
-        return f"{module} has no {name}", ""
-    text = ast.get_docstring(node) if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.Module) else None
-    return "ok", (text or "").partition("\n")[0]
-
-
-def _target(node: ast.ImportFrom, module: str, file: Path, name: str) -> tuple[str, str]:
-    original = next(a.name for a in node.names if (a.asname or a.name) == name)
-    if not node.level:
-        return node.module or "", original
-    parts = module.split(".")
-    package = parts if file.name == "__init__.py" else parts[:-1]
-    base = package[: len(package) - node.level + 1]
-    return ".".join([*base, *([node.module] if node.module else [])]), original
+def _table(file: Path) -> tuple[str, dict[str, Any]]:
+    """Returns (status, content) of a TOML file."""
+    try:
+        return "ok", tomllib.loads(read_text(file, most=MOST_TOML))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        return f"{type(error).__name__}: {error}", {}
 
 
 def toml_summary(file: Path) -> tuple[str, str]:
     """Returns (status, summary) of a recipe or study file."""
-    try:
-        table = tomllib.loads(read_text(file, most=MOST_TOML))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        return f"{type(error).__name__}: {error}", ""
-    return "ok", str(table.get("summary", ""))
+    status, table = _table(file)
+    return status, str(table.get("summary", ""))
 
 
 def group_names(file: Path) -> list[str]:
     """Returns the names of the loss groups of a file of groups; of one that cannot be read its own, which stands for them."""
-    try:
-        table = tomllib.loads(read_text(file, most=MOST_TOML)).get("groups")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
-        table = None
+    table = _table(file)[1].get("groups")
     return list(table) if isinstance(table, dict) else [file.stem]
 
 
 def group(file: Path, name: str) -> tuple[str, tuple[str, ...]]:
     """Returns (status, members) of the loss group `name` of a file of groups."""
-    try:
-        table = tomllib.loads(read_text(file, most=MOST_TOML)).get("groups", {})
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        return f"{type(error).__name__}: {error}", ()
-    names = table.get(name) if isinstance(table, dict) else None
-    if not (isinstance(names, list) and names and all(isinstance(each, str) for each in names)):
-        names = []
-    if names and len({each.rpartition("/")[2] for each in names}) == len(names):
+    status, table = _table(file)
+    groups = table.get("groups")
+    names: Any = groups.get(name) if isinstance(groups, dict) else None
+    fits = isinstance(names, list) and names and all(isinstance(each, str) for each in names)
+    if fits and len({each.rpartition("/")[2] for each in names}) == len(names):
         return "ok", tuple(names)
-    return f"a line {name} = [...] of its table [groups] has to list losses, each once", ()
+    return status if status != "ok" else f"a line {name} = [...] of its table [groups] has to list losses, each once", ()

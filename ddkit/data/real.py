@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
-from ddkit.components.guard import advice
 from ddkit.components.observers import Observers
 from ddkit.data.images import Kinds, blocks, rows_of, spread
 from ddkit.data.loading import Shape, load_images, surveyed
@@ -85,7 +84,7 @@ def open_dataset(table: DataTable) -> Dataset:
     except BaseException as error:
         if not is_its_own(error):
             raise
-        helps = advice("dataset", dataset)
+        helps = dataset.advice
         raise InputError(f"The dataset '{table.use}' could not be opened: {told(error)}.{helps}") from error
     for twice in doubles(names):
         raise InputError(f"The dataset '{table.use}' has two classes called '{twice}'. Rename one of them.")

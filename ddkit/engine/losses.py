@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.base import Loss, Step
-from ddkit.components.guard import advice, called, check_shared_state, shared_state
+from ddkit.components.guard import called, check_shared_state, shared_state
 from ddkit.components.options import Parameter, Requires
 from ddkit.distributed import Ranks
 from ddkit.errors import FlagError, InputError, RunFailed, is_its_own, shown, told
@@ -36,7 +36,7 @@ class WeightedLoss:
     @property
     def advice(self) -> str:
         """What to add to a message about it."""
-        return advice("loss", self.loss)
+        return self.loss.advice
 
     def value(self, step: Step, *, watched: bool = False) -> Tensor:
         """Returns the loss at `step`, its share where that is a part of the set: a scalar attached to the graph of the set.

@@ -10,7 +10,7 @@ from typing import Any
 
 from ddkit.components import registry, trust
 from ddkit.components.base import Exporter
-from ddkit.components.guard import advice, blamed, called
+from ddkit.components.guard import blamed, called
 from ddkit.errors import RunFailed, RunFilesError
 from ddkit.files import sha256, sync, write_json
 from ddkit.run.artifact import Artifact, Provenance, load
@@ -74,7 +74,7 @@ def _write(exporter: Exporter, artifact: Artifact, out: Path) -> None:
             raise _unwritable(out, error.__cause__) from None
         raise
     if not written:
-        raise RunFailed(f"The {called('exporter', exporter)} wrote no file.{advice('exporter', exporter)}")
+        raise RunFailed(f"The {called('exporter', exporter)} wrote no file.{exporter.advice}")
 
 
 def _unwritable(out: Path, error: OSError) -> RunFilesError:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddkit.components import plugin_file, registry
 from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, InitContext, Initializer, Model
-from ddkit.components.guard import advice, blamed, called
+from ddkit.components.guard import blamed, called
 from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, channel_statistics, on_disk
@@ -328,7 +328,7 @@ class RunSetup:
             what = f"images of shape {tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
             raise RunFailed(
                 f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}; it has to return finite "
-                f"floats of shape {shape}.{advice('initializer', self.initializer)}"
+                f"floats of shape {shape}.{self.initializer.advice}"
             )
         return images
 
