@@ -77,7 +77,7 @@ def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: A
             found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"],
             systems=None if flags["systems"] is None else _names(flags["systems"]), run=not flags["show"],
             report=lambda line: None if quiet or follows() else click.echo(line, err=True), part=flags["shard"] or (0, 1),
-            merged=flags["merged"], distributed=True,
+            merged=flags["merged"],
         )  # fmt: skip
     if as_json:
         echo_json(report_json(report))

@@ -79,10 +79,18 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
         what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
         raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
-    tasks = []
+    tasks: list[Task] = []
     for seed in range(settings.seeds or study.seeds):
-        tasks += [_task(study, cell, seed, out, settings) for cell in cells]
-        tasks += _blends(study, [task for task in tasks if task.seed == seed], out, settings)
+        own = []
+        for cell in cells:
+            system, recipe = study.systems[cell.system], recipe_of(study, cell, seed, settings)
+            table = {key: value for key, value in recipe_dict(recipe).items() if key not in SAYS_NOTHING_OF_A_SET}
+            digest = _short(json.dumps([table, _content(recipe.teacher.use)], sort_keys=True, default=str).encode())
+            name = f"{path_part(recipe.name)}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{digest}"
+            images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
+            evaluating = _evaluating(study, system.protocol or study.protocol, system.labels, images, settings)
+            own.append(Task(cell, seed, recipe, out / "sets" / name, evaluating))
+        tasks += own + _blends(study, own, out, settings)
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
         assert study.blends is not None
         both = f"{study.blends.first} and {study.blends.second}"
@@ -90,33 +98,32 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     return tasks
 
 
-def _task(study: Study, cell: Cell, seed: int, out: Path, settings: Settings) -> Task:
-    system = study.systems[cell.system]
-    protocol = settings.protocol or system.protocol or study.protocol
-    recipe = recipe_of(study, cell, seed, settings)
-    name = f"{path_part(recipe.name)}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{_digest(recipe)}"
-    images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
-    return Task(cell, seed, recipe, out / "sets" / name, _evaluating(study, protocol, system.labels, images, settings))
-
-
 def _evaluating(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> Evaluating:
-    teacher = _content(settings.teacher) if labels == "soft" and settings.teacher else ""
-    return Evaluating(protocol=protocol, labels=labels, images=images, networks=settings.networks or study.networks, teacher=teacher)
+    return Evaluating(
+        protocol=settings.protocol or protocol, labels=labels, images=images, networks=settings.networks or study.networks,
+        teacher=_content(settings.teacher) if labels == "soft" and settings.teacher else "",
+    )  # fmt: skip
 
 
+SAYS_NOTHING_OF_A_SET = ("name", "summary", "source", "notes", "evaluators")  # keys of a recipe; all others are in the name of its set
 RESERVED = {  # what a study itself decides: by which of its keys, and by which flags of a call
     "ipc": ("[[cells]]", "--cells"),
     "pipc": ("[[cells]], or `pipc` of a system", "--cells"),
     "seed": ("`seeds`", "--seeds"),
     "data.test": ("`held_out`", "held_out of a study"),
     "data.held_out": ("`held_out`", "held_out of a study"),
+    "evaluators": ("`protocol` and `networks`, or `protocol` and `labels` of a system", "--protocol and --repeats"),
 }
-RESERVED_EVALUATORS = ("`protocol` and `networks`, or `protocol` and `labels` of a system", "--protocol and --repeats")
 
 
 def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
     """Returns the recipe of one set, checked as far as that needs no data; raises InputError naming the system."""
-    _check_reserved(study, cell, settings)
+    system = study.systems[cell.system]
+    for where, table in (("", dict(settings.sets)), ("set", study.set), (f"systems.{cell.system}.set", system.set)):
+        for path, _ in flattened(table):
+            if decided := RESERVED.get(path if path in RESERVED else path.split(".")[0]):
+                there, instead = (f"{where}: ", f"{decided[0]} in the study") if where else ("", decided[1])
+                raise InputError(f"{there}{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
     try:
         recipe = _recipe_of_system(study, cell, seed, settings)
         if not recipe.losses:
@@ -125,22 +132,11 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
         if not str(error).startswith("--losses"):
             raise
         said = str(error).partition(": ")[2]
-        raise InputError(f"systems.{cell.system}.losses = {shown(study.systems[cell.system].losses)}: {said}", "losses") from None
+        raise InputError(f"systems.{cell.system}.losses = {shown(system.losses)}: {said}", "losses") from None
     except DdkitError as error:
         error.args = (f"systems.{cell.system}: {error}",)
         raise
     return recipe
-
-
-def _check_reserved(study: Study, cell: Cell, settings: Settings) -> None:
-    """Raises InputError, saying where, for a path that is set and that a study itself decides."""
-    own = study.systems[cell.system].set
-    for where, table in (("", dict(settings.sets)), ("set", study.set), (f"systems.{cell.system}.set", own)):
-        for path, _ in flattened(table):
-            if path in RESERVED or path.split(".")[0] == "evaluators":
-                keys, flags = RESERVED.get(path, RESERVED_EVALUATORS)
-                there, instead = (f"{where}: ", f"{keys} in the study") if where else ("", flags)
-                raise InputError(f"{there}{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
 
 
 def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe:
@@ -171,12 +167,6 @@ def _real_images(study: Study, cell: Cell, seed: int, settings: Settings) -> dic
     return REAL_IMAGES | {key: table[key] for key in ("teacher", "train")}
 
 
-def _digest(recipe: Recipe) -> str:
-    """Returns a key of everything that decides a set, so that nothing else is taken for it."""
-    table = {key: value for key, value in recipe_dict(recipe).items() if key not in ("name", "summary", "source", "notes", "evaluators")}
-    return _short(json.dumps([table, _content(recipe.teacher.use)], sort_keys=True, default=str).encode())
-
-
 @cache
 def _content(teacher: str) -> str:
     """Returns the sha256 of a teacher file, read once; "" for `auto`."""
@@ -196,7 +186,7 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
         first, second = (by_cell.get(Cell(*cell, name)) for name in (study.blends.first, study.blends.second))
         if first is None or second is None:
             continue
-        evaluating = _evaluating(study, settings.protocol or study.protocol, "hard", "synthetic", settings)
+        evaluating = _evaluating(study, study.protocol, "hard", "synthetic", settings)
         for alpha in (alpha for alpha in study.blends.alphas if settings.alphas is None or alpha in settings.alphas):
             key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"

@@ -101,7 +101,21 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     means = [row["accuracy_mean"] for _, row in done]
     images = [load(task.path).images for task, _ in done] if study.blends is not None else []
     spectra = [radial_spectrum(each)[1] for each in images]
-    comparable, warnings = _told_by([task for task, _ in done], study, first)
+    data = first.recipe.data
+    name, argument = split_name(data.use)
+    place = argument or str(data.options.get("path") or "")  # "" for a dataset that has a place of its own
+    on, comparable = study.published_on, not study.held_out  # held-out images are none of theirs
+    comparable = comparable and (on is None or name == on.dataset or bool(place))
+    warned: list[str] = []
+    for task, _ in done:
+        try:
+            warned += read_manifest(task.path).get("warnings", [])
+            if on is not None and name != on.dataset and comparable:  # a user's own: of the same shape, as far as a set tells
+                made = load(task.path)
+                comparable = (len(made.class_names), tuple(made.images.shape[1:])) == (on.classes, on.shape)
+        except DdkitError as error:  # a set that cannot be read any more costs no figure
+            warned.append(str(error))
+    warnings = list(dict.fromkeys(" ".join(message.split()) for message in warned))
     warnings += dict.fromkeys(f"{first.label}: {row['details']['summary']}" for _, row in done if row["details"].get("summary"))
     return Figure(
         ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
@@ -112,36 +126,9 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         high_frequency=statistics.fmean(map(high_frequency_share, images)) if images else None,
         spectrum=[statistics.fmean(values) for values in zip(*spectra, strict=True)],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
-        dataset=":".join(filter(None, _data(first))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
+        dataset=":".join(filter(None, (name, place))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
         comparable=comparable, warnings=warnings,
     )  # fmt: skip
-
-
-def _data(task: Task) -> tuple[str, str]:
-    """Returns the name of the set's dataset and where it is, "" for one that has a place of its own."""
-    table = task.recipe.data
-    name, argument = split_name(table.use)
-    return name, argument or str(table.options.get("path") or "")
-
-
-def _told_by(done: Sequence[Task], study: Study, first: Task) -> tuple[bool, list[str]]:
-    """Returns whether the data may be that of the published figures, and what the runs of the sets warned of.
-
-    It may be where it is the dataset of that name, or a user's own of the same shape, as far as a set tells; held-out images are none of
-    theirs. A set that cannot be read any more costs no figure: it is among the warnings.
-    """
-    known, (name, place) = study.published_on, _data(first)
-    comparable = not study.held_out and (known is None or name == known.dataset or bool(place))
-    warnings: list[str] = []
-    for task in done:
-        try:
-            warnings += read_manifest(task.path).get("warnings", [])
-            if known is not None and name != known.dataset and comparable:
-                made = load(task.path)
-                comparable = (len(made.class_names), tuple(made.images.shape[1:])) == (known.classes, known.shape)
-        except DdkitError as error:
-            warnings.append(str(error))
-    return comparable, list(dict.fromkeys(" ".join(message.split()) for message in warnings))
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -180,56 +167,47 @@ def report_table(report: Report, style: str = "simple") -> str:
     """Returns the report as a text table of tabulate's `style` ("pipe": Markdown); accuracies in percent."""
     from tabulate import tabulate
 
-    blends = any(figure.alpha is not None for figure in report.figures)
-    spectra = any(figure.high_frequency is not None for figure in report.figures)
-    header = ["ipc", "pipc", "system", "published", "measured", "difference", "std of sets", "n", "protocol", "steps"]
-    header[3:3] = ["alpha"] if blends else []
-    header += ["high freq."] if spectra else []
-    rows = [_line(figure, blends, spectra) for figure in report.figures]
-    rows = [[markdown(cell) for cell in row] for row in rows] if style == "pipe" else rows
-    left = [f.label for f in report.figures if f.state in ("not run", "partly")]
-    soft = any(figure.labels == "soft" for figure in report.figures)
-    notes = [f"{report.study}: accuracy in % on {'held-out training images' if report.split == 'held-out' else 'the test set'}, "
+    figures, known = report.figures, report.published_on
+    blends = any(figure.alpha is not None for figure in figures)
+    spectra = any(figure.high_frequency is not None for figure in figures)
+    header = ["ipc", "pipc", "system", *(["alpha"] if blends else []), "published", "measured", "difference", "std of sets", "n",
+              "protocol", "steps", *(["high freq."] if spectra else [])]  # fmt: skip
+    rows = []
+    for figure in figures:
+        row = [str(figure.ipc), str(figure.pipc), figure.name]
+        row += ["-" if figure.alpha is None else f"{figure.alpha:g}"] if blends else []
+        row += [_percent(figure.published, figure.published_std, 2), _percent(figure.mean, figure.std, 1)]
+        row += ["-" if figure.difference is None else f"{100 * figure.difference:+.1f}", _percent(figure.std_of_sets, None, 1)]
+        sets = f"{figure.sets} of {figure.wanted}" if figure.state == "partly" else figure.sets
+        row += [f"{sets} x {figure.networks}" if figure.state in ("done", "partly") else figure.state]
+        row += [figure.protocol, str(figure.steps)]
+        row += ["-" if figure.high_frequency is None else f"{100 * figure.high_frequency:.1f} %"] if spectra else []
+        rows.append(row)
+    held_out = report.split == "held-out"
+    data = dict.fromkeys(figure.dataset for figure in figures)
+    teachers = dict.fromkeys(figure.teacher for figure in figures if figure.teacher)
+    notes = [f"{report.study}: accuracy in % on {'held-out training images' if held_out else 'the test set'}, "
              "mean ± sample standard deviation over all networks; std of sets: of the means of the sets; n = sets x networks."]  # fmt: skip
-    notes += ["Systems marked (soft) train on the teacher's probabilities: never compare them with the others."] if soft else []
-    notes += _data_notes(report)
-    notes += [f"Failed: {f.label}: {f.failed}" for f in report.figures if f.failed]
-    notes += [f"Warned: {message}" for message in dict.fromkeys(message for f in report.figures for message in f.warnings)]
-    notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
-    aligned = ["right", "right", *["left"] * (len(header) - 2)]
-    table = tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned)
-    return "\n\n".join([table, "\n".join(map(markdown, notes) if style == "pipe" else notes)])
-
-
-def _data_notes(report: Report) -> list[str]:
-    """Returns what the figures are of: the data, the data of the published ones, the teacher."""
-    data, teachers = (list(dict.fromkeys(values)) for values in ([f.dataset for f in report.figures], [f.teacher for f in report.figures]))
-    known = report.published_on
-    notes = [f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}.")]
-    if report.split == "held-out":
-        beside = any(figure.published is not None for figure in report.figures)
-        notes += ["Published figures are of a test split, these are not, so no difference is told."] if beside else []
-    elif known is not None and not all(figure.comparable for figure in report.figures):
+    if any(figure.labels == "soft" for figure in figures):
+        notes.append("Systems marked (soft) train on the teacher's probabilities: never compare them with the others.")
+    notes.append(f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}."))
+    if held_out and any(figure.published is not None for figure in figures):
+        notes.append("Published figures are of a test split, these are not, so no difference is told.")
+    elif not held_out and known is not None and not all(figure.comparable for figure in figures):
         size = " x ".join(map(str, known.shape))
         notes.append(
             f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is told. "
             f"Use --dataset {known.dataset}, or imagefolder:PATH with a copy of it."
         )
-    notes += [f"Teacher: {', '.join(filter(None, teachers))}."] if any(teachers) else []
-    return notes
-
-
-def _line(figure: Figure, blends: bool, spectra: bool) -> list[str]:
-    difference = "-" if figure.difference is None else f"{100 * figure.difference:+.1f}"
-    count = f"{figure.sets} x {figure.networks}" if figure.state == "done" else figure.state
-    count = f"{figure.sets} of {figure.wanted} x {figure.networks}" if figure.state == "partly" else count
-    line = [str(figure.ipc), str(figure.pipc), figure.name]
-    line += ["-" if figure.alpha is None else f"{figure.alpha:g}"] if blends else []
-    line += [_percent(figure.published, figure.published_std, 2), _percent(figure.mean, figure.std, 1), difference]
-    line += ["-" if figure.std_of_sets is None else f"{100 * figure.std_of_sets:.1f}"]
-    line += [count, figure.protocol, str(figure.steps)]
-    line += ["-" if figure.high_frequency is None else f"{100 * figure.high_frequency:.1f} %"] if spectra else []
-    return line
+    notes += [f"Teacher: {', '.join(teachers)}."] if teachers else []
+    notes += [f"Failed: {figure.label}: {figure.failed}" for figure in figures if figure.failed]
+    notes += [f"Warned: {message}" for message in dict.fromkeys(message for figure in figures for message in figure.warnings)]
+    left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
+    notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
+    if style == "pipe":
+        rows, notes = [[markdown(cell) for cell in row] for row in rows], [markdown(note) for note in notes]
+    aligned = ["right", "right", *["left"] * (len(header) - 2)]
+    return "\n\n".join([tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned), "\n".join(notes)])
 
 
 def _percent(mean: float | None, std: float | None, digits: int) -> str:

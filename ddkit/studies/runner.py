@@ -45,7 +45,7 @@ from ddkit.studies.study import Study, chosen_cells
 def reproduce(
     study: Study,
     out: Path,
-    settings: Settings | None = None,
+    settings: Settings,
     *,
     cells: Sequence[tuple[int, int | str]] | None = None,
     systems: Sequence[str] | None = None,
@@ -53,24 +53,21 @@ def reproduce(
     report: Callable[[str], None] = lambda line: None,
     part: tuple[int, int] = (0, 1),
     merged: Sequence[Path] = (),
-    distributed: bool = False,
 ) -> Report:
     """Runs what is not yet there of the study (all cells and systems, or those given) and returns what is known.
 
     `part` (i, n): only the sets of share i, 0 to n - 1, which another machine's share completes; `merged` are stores from which finished
-    sets are copied first. `distributed`: the processes that torchrun started, all of which call this, make a share each.
+    sets are copied first. The processes that torchrun started, all of which call this, make a share each.
 
     `run` False only tells. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
     the result. Raises DdkitError for bad input at once; a set that fails later is told in its figure.
     """
     check_out(out)
-    settings = settings or Settings()
-    chosen = chosen_cells(study, list(cells) if cells else None, list(systems) if systems else None)
-    tasks = planned(study, chosen, out, settings)
+    tasks = planned(study, chosen_cells(study, cells, systems), out, settings)
     _check(study, tasks, settings)
     if run:
         pick_device(own_device(settings.device))
-    with group(wanted=distributed) as ranks:
+    with group(wanted=True) as ranks:
         if ranks.is_main:
             for store in merged:
                 report(f"{merge(store, out)} sets and evaluations were copied from {store}")
@@ -192,9 +189,7 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
             for task in group:
                 told.begun(task)
                 try:
-                    crew.make(task)
-                    row = kept_row(task)
-                    told.ended(task, "no figure" if row is None else f"{100 * row['accuracy_mean']:.1f} %")
+                    told.ended(task, f"{100 * crew.make(task):.1f} %")
                 except RunFailed as error:
                     failures[task.path] = str(error)
                     told.ended(task, f"failed: {error}")
@@ -270,10 +265,22 @@ class _Crew:
             if self.stopped:
                 child.terminate()
 
-    def make(self, task: Task) -> None:
-        """Makes the set of `task` where it is not there, evaluates it, and keeps its row."""
+    def make(self, task: Task) -> float:
+        """Makes the set of `task` where it is not there, evaluates it, and keeps its row; returns the accuracy."""
         if not (task.path / MANIFEST).is_file():
-            self.command(self._making(task))
+            self._check_going_on()  # before anything of the set is written
+            if task.parts:
+                if task.path.is_dir():
+                    shutil.rmtree(task.path)  # what a blend that was cut off left
+                making = ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
+            else:
+                making = ["distill", "--resume"]
+                if not (task.path / RECIPE).is_file():
+                    file = task.path.parent / f"{task.path.name}.toml"
+                    write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
+                    making = ["distill", "--recipe", str(file)]
+                making += ["--out", str(task.path), "--device", self.settings.device, "--quiet", "--json"]
+            self.command(making)
         asked, name = task.evaluation, "evaluators.accuracy"
         flags = ["--evaluate", "accuracy", "--protocol", asked.protocol, "--device", self.settings.device, "--quiet", "--json"]
         flags += ["--repeats", str(asked.networks)] if asked.networks else []
@@ -286,20 +293,7 @@ class _Crew:
         if row is None:
             raise RunFailed(f"The evaluation gave no row of '{asked.images}' images.")
         write_json(kept_file(task), with_digest({"schema": 1, "asked": msgspec.to_builtins(asked), "row": row}))
-
-    def _making(self, task: Task) -> list[str]:
-        """Returns the command that makes the set of `task`, or goes on with it."""
-        self._check_going_on()  # before anything of the set is written
-        if task.parts:
-            if task.path.is_dir():
-                shutil.rmtree(task.path)  # what a blend that was cut off left
-            return ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
-        common = ["--out", str(task.path), "--device", self.settings.device, "--quiet", "--json"]
-        if (task.path / RECIPE).is_file():
-            return ["distill", "--resume", *common]
-        file = task.path.parent / f"{task.path.name}.toml"
-        write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
-        return ["distill", "--recipe", str(file), *common]
+        return float(row["accuracy_mean"])
 
     def _check_going_on(self) -> None:
         if self.stopped:

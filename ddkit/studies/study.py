@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -148,7 +148,7 @@ def published(study: Study, cell: Cell) -> tuple[float | None, float | None]:
     return (values[0] / 100 if values else None, values[1] / 100 if len(values) > 1 else None)
 
 
-def chosen_cells(study: Study, wanted: list[tuple[int, int | str]] | None, systems: list[str] | None) -> list[Cell]:
+def chosen_cells(study: Study, wanted: Sequence[tuple[int, int | str]] | None, systems: Sequence[str] | None) -> list[Cell]:
     """Returns the figures in rows `wanted` and columns `systems` (None: all), row by row; raises InputError for one that it lacks."""
     rows = {(cell.ipc, cell.pipc) for cell in study.cells}
     for row in wanted or []:

@@ -247,12 +247,12 @@ def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
     common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:3", "--seeds", 1)
     made = runner._Crew.make
 
-    def make(self: Any, task: grid.Task) -> None:
+    def make(self: Any, task: grid.Task) -> float:
         if task.cell.system == "means":
             raise KeyboardInterrupt
         if task.cell.system == "shared":
             raise RunFailed("no room")
-        made(self, task)
+        return float(made(self, task))
 
     with monkeypatch.context() as patch:
         patch.setattr(runner._Crew, "make", make)
