@@ -38,6 +38,7 @@ from ddkit.run.manifest import (
     CHECKPOINTS,
     EVALUATION,
     JOURNAL,
+    LISTED,
     LOCK,
     MANIFEST,
     METRICS,
@@ -50,7 +51,6 @@ from ddkit.run.manifest import (
     checked,
     file_entry,
     is_left_behind,
-    listing,
     read_manifest,
     remove_own,
     versions,
@@ -264,7 +264,8 @@ class RunDirectory:
 
     def write_manifest(self, facts: Mapping[str, Any]) -> None:
         """Writes manifest.json, last: `facts`, versions, and size and sha256 of every file that is there."""
-        write_manifest(self.path, {**facts, "versions": versions(), "files": listing(self.path)})
+        files = {name: file_entry(self.path / name) for name in LISTED if (self.path / name).is_file()}
+        write_manifest(self.path, {**facts, "versions": versions(), "files": files})
 
     def rewrite(self, name: str, content: bytes) -> None:
         """Writes the file `name` of a finished run anew; the manifest never lists another content than is there."""

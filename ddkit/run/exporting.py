@@ -28,7 +28,14 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
     with trust.granting({"to": to}, {"exporter": options}):
         exporter: Exporter = registry.create("exporter", to, options, where="exporter")
     artifact = load(target)
-    artifact.provenance = provenance(Path(target))
+    path = Path(target)
+    artifact.provenance = Provenance(sha256=sha256(path if path.is_file() else path / SET))
+    if (path / MANIFEST).is_file():
+        run = RunDirectory(path)
+        artifact.provenance = Provenance(
+            sha256=artifact.provenance.sha256, manifest=read_manifest(path), evaluations=run.read_evaluations(),
+            recipe=run.read_recipe() if (path / RECIPE).is_file() else {},
+        )  # fmt: skip
     with RunDirectory.claim(Path(out)) as directory:
         try:
             _write(exporter, artifact, directory.path)
@@ -36,20 +43,6 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
             directory.discard()
             raise
     return Path(out)
-
-
-def provenance(path: Path) -> Provenance:
-    """Returns what the files of a run directory, or a file alone, tell of the set; raises RunFilesError where they are damaged."""
-    if not path.is_dir():
-        return Provenance(sha256=sha256(path))
-    directory = RunDirectory(path)
-    finished = (path / MANIFEST).is_file()
-    return Provenance(
-        sha256=sha256(path / SET),
-        recipe=directory.read_recipe() if (path / RECIPE).is_file() else {},
-        manifest=read_manifest(directory.path) if finished else {},
-        evaluations=directory.read_evaluations() if finished else [],
-    )
 
 
 def _write(exporter: Exporter, artifact: Artifact, out: Path) -> None:

@@ -6,6 +6,7 @@ import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,8 +71,9 @@ def import_file(
     settings = dict(flattened(dict(sets or {})))
     pair = _set_in(found, index or 0) if kind in ("auto", "set") else None
     if pair is not None:
-        others = [f"--set {path}" for path in settings if path != "decode.factor"]
-        _check_used({"--size": size, "--model": model}, others, f"{source} is a synthetic set, of which --set takes decode.factor alone.")
+        unused = [flag for flag, value in (("--size", size), ("--model", model)) if value is not None]
+        unused += [f"--set {path}" for path in settings if path != "decode.factor"]
+        refuse_unused(unused, f"{source} is a synthetic set, of which --set takes decode.factor alone.")
         factor = parse_struct(DecodeTable, {"factor": settings.get("decode.factor", recorded.get("factor", 1))}, "decode").factor
         norm, names = _statistics(source, mean, std), classes or recorded.get("classes")
         return _import_set(source, target, pair, norm, names, pixels or recorded.get("pixels"), factor)
@@ -80,23 +82,15 @@ def import_file(
         no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
         no_teacher = "no teacher (a state dict of tensors by name)"
         wanted = {"set": no_set, "teacher": no_teacher}.get(kind, f"{no_set}, and {no_teacher}")
-        raise InputError(f"{source} holds {_content(found)}: that is {wanted}.")
+        content = f"a {type(found).__name__}" + (f" of {len(found)} items" if isinstance(found, list | tuple) else "")
+        if isinstance(found, Mapping):
+            content = f"a dict of {', '.join(str(key) for key in list(found)[:8])}" if found else "an empty dict"
+        raise InputError(f"{source} holds {content}: that is {wanted}.")
     own = ("teacher.use", "teacher.mean", "teacher.std")
-    others = [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
-    why = f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch."
-    _check_used({"--pixels": pixels, "--index": index}, others, why)
+    unused = [flag for flag, value in (("--pixels", pixels), ("--index", index)) if value is not None]
+    unused += [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
+    refuse_unused(unused, f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch.")
     return _import_teacher(source, target, state, _statistics(source, mean, std), classes, size, model, settings)
-
-
-def _check_used(flags: Mapping[str, Any], others: Sequence[str], why: str) -> None:
-    """Raises FlagError for `flags` with a value, and `others`, which have no effect, as `why` says."""
-    refuse_unused([*(flag for flag, value in flags.items() if value is not None), *others], why)
-
-
-def _content(found: Any) -> str:
-    if isinstance(found, Mapping):
-        return f"a dict of {', '.join(str(key) for key in list(found)[:8])}" if found else "an empty dict"
-    return f"a {type(found).__name__}" + (f" of {len(found)} items" if isinstance(found, list | tuple) else "")
 
 
 # Reading
@@ -114,10 +108,23 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"The file {path} does not exist.") from None
     except OSError as error:
         raise InputError(f"The file {path} cannot be read: {error}.") from None
-    if start[8:] == b"{" and not zipfile.is_zipfile(path):
+    is_archive, of_torch = (
+        zipfile.is_zipfile(path),
+        start.startswith(b"\x80"),
+    )  # how a pickle begins, which torch.save wrote before archives
+    if start[8:] == b"{" and not is_archive:
         return _read_safetensors(path)
-    arrays = _arrays(path) if zipfile.is_zipfile(path) else None
-    if arrays is not None:
+    if is_archive:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                check_declared(archive, path)
+                of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
+        except DdkitError:
+            raise
+        except Exception as error:  # a third-party archive can raise anything
+            raise InputError(f"{path} cannot be read: {error}.") from None
+    if is_archive and not of_torch:
+        arrays = read_arrays(path)
         found = {name: torch.from_numpy(each) for name, each in arrays.items() if each.dtype.kind in "fiu" and each.dtype.isnative}
         recorded = _statistics_in(found)
         names = arrays.get("class_names")
@@ -125,7 +132,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
             recorded |= {"pixels": "unit"} if "unclipped" in arrays else {}
             recorded |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
         return found, recorded
-    if not (zipfile.is_zipfile(path) or start.startswith(b"\x80")):  # how a pickle begins, which torch.save wrote before it wrote archives
+    if not of_torch:
         raise InputError(f"{path} is no file of torch.save, .npz or .safetensors that can be read (it begins as none of them does).")
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
@@ -139,27 +146,12 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
         tensors, metadata = read_tensors(path)
     except ValueError as error:
         raise InputError(f"{error}.") from None
-    if "images" not in tensors or "class_names" not in metadata:
-        return tensors, _statistics_in(tensors)
-    try:
+    with suppress(msgspec.ValidationError):  # the metadata of somebody else's
         own = msgspec.convert(metadata, Record)
-    except msgspec.ValidationError:
-        return tensors, _statistics_in(tensors)
-    factor = {} if own.decode is None else {"factor": own.decode.factor}
-    return tensors, {"pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, **factor}
-
-
-def _arrays(path: Path) -> dict[str, Any] | None:
-    """Returns the arrays of an archive of NumPy's, None for one of torch's; raises InputError for one that declares too much."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            check_declared(archive, path)
-            of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
-    except DdkitError:
-        raise
-    except Exception as error:  # a third-party archive can raise anything
-        raise InputError(f"{path} cannot be read: {error}.") from None
-    return None if of_torch else read_arrays(path)
+        factor = {} if own.decode is None else {"factor": own.decode.factor}
+        if "images" in tensors:
+            return tensors, {"pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, **factor}
+    return tensors, _statistics_in(tensors)
 
 
 def _statistics_in(found: Any) -> dict[str, Any]:
@@ -268,7 +260,13 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 
 def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes: Classes, pixels: str | None, factor: int) -> Artifact:
     images = _images(path, pair[0], norm, pixels)
-    labels = _labels(path, pair)
+    labels = _plain(pair[1], "labels", path)
+    fits = labels.ndim == 1 and len(labels) == len(images) and labels.dtype != torch.bool
+    if not fits or not bool((labels == labels.long()).all()):
+        raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers, one for each image.")
+    labels = labels.long()
+    if int(labels.min()) < 0 or int(labels.max()) >= most_classes(len(labels)):
+        raise InputError(f"{path}: labels go from {int(labels.min())} to {int(labels.max())}; they count from 0.")
     names = _names(classes, int(labels.max()) + 1, path)
     if len(names) > most_classes(len(images)):
         raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
@@ -315,17 +313,6 @@ def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None)
     if low < -1 or high > 2:
         log.warning("Pixels go from %.2f to %.2f, where 0 is black and 1 is white: do --pixels, --mean and --std fit this file?", low, high)
     return found
-
-
-def _labels(path: Path, pair: Pair) -> Tensor:
-    labels = _plain(pair[1], "labels", path)
-    fits = labels.ndim == 1 and len(labels) == len(pair[0]) and labels.dtype != torch.bool
-    if not fits or not bool((labels == labels.long()).all()):
-        raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers, one for each image.")
-    whole = labels.long()
-    if int(whole.min()) < 0 or int(whole.max()) >= most_classes(len(whole)):
-        raise InputError(f"{path}: labels go from {int(whole.min())} to {int(whole.max())}; they count from 0.")
-    return whole
 
 
 # Teachers

@@ -36,19 +36,13 @@ class FolderLock:
 
     def _take(self) -> bool:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
-        if not _locked(descriptor) or not self._is_still(descriptor):
-            os.close(descriptor)
-            return False
-        self._descriptor = descriptor
-        _held.add(self)
-        return True
-
-    def _is_still(self, descriptor: int) -> bool:
-        """Whether the locked file is the one in the folder, and not one that its holder has removed since it was opened."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.lstat(self.path))
-        except FileNotFoundError:
-            return False
+        with suppress(FileNotFoundError):  # its holder may have removed the file since it was opened, and another may be in its place
+            if _locked(descriptor) and os.path.samestat(os.fstat(descriptor), os.lstat(self.path)):
+                self._descriptor = descriptor
+                _held.add(self)
+                return True
+        os.close(descriptor)
+        return False
 
     def _forget(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1

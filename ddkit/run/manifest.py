@@ -183,11 +183,6 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
-def listing(folder: Path) -> dict[str, Any]:
-    """Returns the entries of the files that are there, by name."""
-    return {name: file_entry(folder / name) for name in LISTED if (folder / name).is_file()}
-
-
 def versions() -> dict[str, str]:
     """Returns the versions of Python, ddkit and what it computes with."""
     names = ("ddkit", "torch", "torchvision", "numpy", "safetensors", "scikit-learn", "pillow")
