@@ -1,4 +1,4 @@
-"""The command `ddkit`: a module a command, which parses, makes one call and prints what comes back.
+"""The command `ddkit`: each of its commands parses, makes one call and prints what comes back.
 
 The call is one of ddkit.api, or, for commands about more than one run or about plugins, of studies, bench, testing or the registry.
 Importing this package costs neither torch nor numpy.
@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import click
 
-from ddkit.cli import bench, catalogue, check, distill, evaluate, export, importing, new, report, reproduce
+from ddkit.cli import bench, components, distill, files, reproduce
 from ddkit.cli.common import LogFormat, prepared
 from ddkit.distributed import LastWords, ending_signals, follows, launched
 from ddkit.errors import DdkitError, out_of_memory, printable
@@ -49,18 +49,18 @@ def cli(show_traceback: bool) -> None:
 for command in (
     distill.distill,
     distill.train,
-    evaluate.evaluate,
-    importing.import_,
-    export.export,
-    report.report,
-    catalogue.schema,
+    distill.evaluate,
+    files.import_,
+    files.export,
+    files.report,
+    components.schema,
     reproduce.reproduce,
     reproduce.blend,
     bench.bench,
-    catalogue.list_components,
-    catalogue.info,
-    check.check,
-    new.new,
+    components.list_components,
+    components.info,
+    components.check,
+    components.new,
 ):
     assert command.callback is not None
     command.callback = prepared(command.callback)

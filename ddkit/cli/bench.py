@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
@@ -21,10 +22,9 @@ def _numbers(text: str, least: int = 1) -> tuple[int, ...]:
 
 NUMBERS = Kind("n,n,...", _numbers)
 USED_BY = {  # the parts that a flag matters to; all others matter to all
-    "losses": ("steps",), "ipc": ("steps", "evaluation"), "pipc": ("steps", "loading"), "cells": ("steps", "evaluation", "loading"),
-    "classes": ("steps", "evaluation", "loading"), "size": ("steps", "evaluation", "loading"), "channels": ("steps", "evaluation"),
-    "devices": ("steps", "evaluation"), "steps": ("steps",), "run_steps": ("steps",), "networks": ("evaluation",), "files": ("loading",),
-    "plain": ("steps", "evaluation"), "sets": ("steps",),
+    **dict.fromkeys(("losses", "steps", "run_steps", "sets"), ("steps",)), "networks": ("evaluation",), "files": ("loading",),
+    **dict.fromkeys(("ipc", "channels", "devices", "plain"), ("steps", "evaluation")), "pipc": ("steps", "loading"),
+    **dict.fromkeys(("cells", "classes", "size"), ("steps", "evaluation", "loading")),
 }  # fmt: skip
 
 
@@ -99,23 +99,10 @@ def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> N
     if as_json:
         echo_json(result)
     else:
-        show("\n\n".join(_tables(result)))
+        show("\n\n".join(_tables(result, benching.PARTS)))
 
 
-def _tables(result: dict[str, Any]) -> list[str]:
-    texts = [_limits(result)] if "limits" in result else []
-    return texts + [_table(name, result[name], result["runs"]) for name in COLUMNS if result.get(name)]
-
-
-def _limits(result: dict[str, Any]) -> str:
-    lines = []
-    for limit in result["limits"]:
-        rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in limit["rates"].items())
-        lines.append(f"{limit['device']}: {limit['name']}, {limit['threads']} threads, torch {limit['torch']}; matrix products: {rates}")
-    return "\n".join(lines)
-
-
-def _number(digits: int, factor: float = 1.0, unit: str = "") -> Any:
+def _number(digits: int, factor: float = 1.0, unit: str = "") -> Callable[[float], str]:
     return lambda value: f"{value * factor:.{digits}f}{unit}"
 
 
@@ -128,49 +115,44 @@ def _exponent(value: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value[key]:.2f}" for name, key in parts if value[key] is not None)
 
 
-_SECONDS, _RATIO, _WHOLE = _number(4), _number(2, unit="x"), _number(0)
-COLUMNS: dict[str, list[tuple[str, str, Any]]] = {
-    "steps": [
-        ("losses", "losses", str), ("ipc", "ipc", str), ("pipc", "pipc", str), ("classes", "classes", str), ("size", "size", str),
-        ("device", "device", str), ("s/step", "seconds_per_step", _SECONDS), ("steps/s", "steps_per_second", _number(2)),
-        ("published loop s/step", "reference_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_reference", _RATIO),
-        ("plain path s/step", "plain_seconds_per_step", _SECONDS), ("times as fast", "ratio_to_plain", _RATIO),
-        ("peak MiB", "peak_mib", _WHOLE), ("plain path MiB", "plain_peak_mib", _WHOLE),
-        ("of the limit", "limit_fraction", _number(0, 100, " %")), ("first step s", "first_step_seconds", _number(1)),
-        ("precision", "precision", str),
-        ("compiled", "compiled", _yes), ("exponent of", "exponent", _exponent),
-    ],
-    "evaluation": [
-        ("ipc", "ipc", str), ("classes", "classes", str), ("size", "size", str), ("device", "device", str),
-        ("networks/min", "networks_per_minute", _number(2)), ("s/network", "seconds_per_network", _number(1)),
-        ("ms/epoch", "epoch_seconds", _number(1, 1000)), ("s/test", "test_seconds", _number(2)),
-        ("published loop s/network", "reference_seconds_per_network", _number(1)),
-        ("ms/epoch", "reference_epoch_seconds", _number(1, 1000)),
-        ("s/test", "reference_test_seconds", _number(2)), ("times as fast", "ratio_to_reference", _RATIO),
-        ("first network s", "first_network_seconds", _number(1)),
-        ("peak MiB", "peak_mib", _WHOLE), ("workers", "workers", str), ("precision", "precision", str),
-        ("compiled", "compiled", _yes),
-    ],
-    "loading": [
-        ("files", "files", str), ("pipc", "pipc", str), ("first s", "first_seconds", _SECONDS), ("again s", "second_seconds", _SECONDS),
-        ("peak MiB", "peak_mib", _WHOLE),
-    ],
-    "startup": [("command", "command", str), ("s", "seconds", _number(2))],
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title and text of what a row may have, in the order of the tables
+    "losses": ("losses", str), "files": ("files", str), "ipc": ("ipc", str), "pipc": ("pipc", str), "classes": ("classes", str),
+    "size": ("size", str), "device": ("device", str), "command": ("command", str),
+    "seconds_per_step": ("s/step", _number(4)), "steps_per_second": ("steps/s", _number(2)),
+    "networks_per_minute": ("networks/min", _number(2)), "seconds_per_network": ("s/network", _number(1)),
+    "epoch_seconds": ("ms/epoch", _number(1, 1000)), "test_seconds": ("s/test", _number(2)),
+    "first_seconds": ("first s", _number(4)), "second_seconds": ("again s", _number(4)), "seconds": ("s", _number(2)),
+    "reference_seconds_per_step": ("published loop s/step", _number(4)),
+    "reference_seconds_per_network": ("published loop s/network", _number(1)),
+    "reference_epoch_seconds": ("ms/epoch", _number(1, 1000)), "reference_test_seconds": ("s/test", _number(2)),
+    "ratio_to_reference": ("times as fast", _number(2, unit="x")), "plain_seconds_per_step": ("plain path s/step", _number(4)),
+    "ratio_to_plain": ("times as fast", _number(2, unit="x")), "first_network_seconds": ("first network s", _number(1)),
+    "peak_mib": ("peak MiB", _number(0)), "plain_peak_mib": ("plain path MiB", _number(0)),
+    "limit_fraction": ("of the limit", _number(0, 100, " %")), "first_step_seconds": ("first step s", _number(1)),
+    "workers": ("workers", str), "precision": ("precision", str), "compiled": ("compiled", _yes), "exponent": ("exponent of", _exponent),
 }  # fmt: skip
-
-
 CONSTANT = {  # said once, above the table, where they are the same in every row
     "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}",
     "workers": "workers: {}", "compiled": "compiled: {}",
 }  # fmt: skip
 
 
-def _table(name: str, rows: list[dict[str, Any]], runs: int) -> str:
+def _tables(result: dict[str, Any], parts: Iterable[str]) -> list[str]:
+    """Returns the limits of the devices, then a table of each part that was measured."""
     from tabulate import tabulate
 
-    said = [key for key in CONSTANT if key in rows[0] and len({row.get(key) for row in rows}) == 1]
-    shows = {key: show for _, key, show in COLUMNS[name]}
-    title = ", ".join([f"{name}: median of {runs} runs", *(CONSTANT[key].format(shows[key](rows[0][key])) for key in said)])
-    used = [column for column in COLUMNS[name] if column[1] not in said and any(row.get(column[1]) is not None for row in rows)]
-    lines = [["-" if row.get(key) is None else show(row[key]) for _, key, show in used] for row in rows]
-    return f"{title}\n\n{tabulate(lines, [title for title, _, _ in used], tablefmt='github', disable_numparse=True)}"
+    limits = []
+    for limit in result.get("limits", ()):
+        rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in limit["rates"].items())
+        limits.append(f"{limit['device']}: {limit['name']}, {limit['threads']} threads, torch {limit['torch']}; matrix products: {rates}")
+    texts = ["\n".join(limits)] if limits else []
+    for part in (part for part in parts if result.get(part)):
+        rows = result[part]
+        said = [key for key in CONSTANT if key in rows[0] and len({row.get(key) for row in rows}) == 1]
+        title = ", ".join(
+            [f"{part}: median of {result['runs']} runs", *(CONSTANT[key].format(COLUMNS[key][1](rows[0][key])) for key in said)]
+        )
+        used = [key for key in COLUMNS if key not in said and any(row.get(key) is not None for row in rows)]
+        lines = [["-" if row.get(key) is None else COLUMNS[key][1](row[key]) for key in used] for row in rows]
+        texts.append(f"{title}\n\n{tabulate(lines, [COLUMNS[key][0] for key in used], tablefmt='github', disable_numparse=True)}")
+    return texts

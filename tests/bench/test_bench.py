@@ -123,7 +123,7 @@ def test_the_published_evaluation_learns() -> None:
 def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
     from ddkit.cli.bench import _tables
 
-    limits, steps, evaluation, loading = _tables(measured)
+    limits, steps, evaluation, loading = _tables(measured, benching.PARTS)
     assert "GFLOP/s" in limits
     assert "published loop s/step" in steps
     assert f"{measured['steps'][0]['ratio_to_reference']:.2f}x" in steps

@@ -1,17 +1,22 @@
-"""The commands that tell what is installed and what a recipe may hold: list, info and schema."""
+"""The commands about components: list, info, check and new, and schema, which tells what a recipe may hold."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import shlex
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
 import click
 
-from ddkit.cli.common import Names, as_json, echo_json, plugin_files, refuse_given, show
+from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show
 from ddkit.components import registry
-from ddkit.errors import PluginError
+from ddkit.errors import DdkitError, FlagError, PluginError
 
 
 @click.command(name="list")
@@ -93,7 +98,7 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
 
     if len(words) > 2:
         raise click.UsageError("info takes [KIND] NAME.")
-    told = facts(found_plugin(words))
+    told = facts(_found_plugin(words))
     if as_json:
         echo_json({"schema": 1, **told})
     else:
@@ -101,7 +106,7 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
         show(f"{page(told, width)}\n\nFrom {told['distribution']} {told['version']}.")
 
 
-def found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROUPS) -> registry.Plugin:
+def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROUPS) -> registry.Plugin:
     """Returns the plugin that the words [KIND] NAME mean; without a KIND it is of the first kind, of those `among`, that has the name.
 
     Kinds are in the order of registry.GROUPS: a loss or another component comes before a recipe.
@@ -133,3 +138,66 @@ def schema(as_json: bool) -> None:
         echo_json(recipe_schema())
     else:
         show(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+
+
+@click.command()
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
+@set_option("An option of the component, where its default does not suit.", "OPTION=VALUE")
+@click.option("--data-dir", metavar="DIR", help="Folder for a dataset that downloads.")
+@plugin_files
+@as_json
+def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as_json: bool) -> None:
+    """Check what a component promises. This runs the conformance suite of its kind, without pytest.
+
+    Exit code 0 where every check holds or deviates as the component declares, 1 where one is broken.
+    """
+    if len(words) > 2:
+        raise FlagError(f"ddkit check takes [KIND] NAME; got {' '.join(words)}.")
+    name, _, argument = words[-1].partition(":")
+    from ddkit import testing
+    from ddkit.cli.manual import namesakes
+
+    plugin = _found_plugin((*words[:-1], name), testing.SUITES)
+    if plugin.kind != "dataset" or not registry.load_plugin(plugin).takes_directory:
+        refuse_given(["data_dir"], f"the {plugin.kind} '{plugin.name}' downloads nothing.")
+    from ddkit.recipes.resolve import assign
+
+    table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
+    for path, value in sets.items():
+        assign(table, f"evaluators.{name}.{path}", value)
+    options = table["evaluators"][name]
+    qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
+    others = [f"The {kind} of that name is checked by: ddkit check {kind} {plugin.name}" for kind in namesakes(plugin, testing.SUITES)]
+    try:
+        outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
+    except DdkitError as error:
+        error.args = (" ".join([str(error), *([] if len(words) > 1 else others)]),)
+        raise
+    if as_json:
+        rows = [{"check": each.check, "status": each.status, "problem": each.problem, "reason": each.reason} for each in outcomes]
+        echo_json({"schema": 1, "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "checks": rows})
+    else:
+        for outcome in outcomes:
+            show(f"{outcome.status:8}  {outcome.check}")
+            if outcome.status != "ok":
+                show(f"          {outcome.problem or outcome.reason}{f' ({outcome.place})' if outcome.place else ''}")
+        count = Counter(outcome.status for outcome in outcomes)
+        deviating = f", {count['deviates']} deviate{'s' if count['deviates'] == 1 else ''} on purpose" if count["deviates"] else ""
+        show("\n".join([f"\n{plugin.label}: {count['ok']} of {len(outcomes)} checks hold{deviating}", *others]))
+    sys.exit(1 if any(outcome.status == "broken" for outcome in outcomes) else 0)
+
+
+@click.command()
+@click.argument("kind")
+@click.argument("name")
+@click.option("--out", metavar="DIR", type=Place(), help="Folder to write, absent or empty (default: ddkit-NAME).")
+def new(kind: str, name: str, out: Path | None) -> None:
+    """Write the package of a new plugin. KIND is loss, initializer, augmenter, evaluator, model, dataset, exporter or observer.
+
+    It installs, passes its conformance test and runs as it is written; then the class is yours to change.
+    """
+    from ddkit.testing import scaffold  # whose neighbours import torch
+
+    wanted = registry.parse_kind(kind)
+    folder = scaffold.new_package(wanted, name, out)
+    show(f"{folder}\n  pip install -e {shlex.quote(str(folder))}\n  ddkit check {wanted} {name}")

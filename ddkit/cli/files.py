@@ -1,4 +1,4 @@
-"""The command that takes over files of other projects: import."""
+"""The commands that read and write files for others: import, export and report."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import click
 from ddkit.cli.common import Kind, Names, Place, as_json, converted, echo_json, plugin_files, quiet, set_option, set_verbosity, show
 from ddkit.files import MOST_TOML, read_text
 
-
-def _values(text: str) -> tuple[float, ...]:
-    return converted(text.split(","), float, f"{text!r} is not a list of numbers separated by commas.")
+SHOWN = 12  # exported files that the text names; --json has all
 
 
 def _sides(text: str) -> tuple[int, ...]:
@@ -35,7 +33,7 @@ def _classes(text: str) -> int | list[str]:
     return [name.strip() for name in text.split(",")]
 
 
-VALUES = Kind("x,x,...", _values)
+VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!r} is not a list of numbers separated by commas."))
 
 
 @click.command(name="import")
@@ -76,3 +74,50 @@ def import_(file: Path, out: Path, as_json: bool, quiet: bool, **flags: Any) -> 
         echo_json({"schema": 1, "out": str(out), **facts})
     else:
         show(f"{facts['kind']:8} {out}\n{told}")
+
+
+@click.command()
+@click.argument("target", metavar="RUN|FILE", type=click.Path())
+@click.option("--to", required=True, metavar="NAME[:ARG]", help="Exporter: imagefolder, npz, png, card, ...")
+@click.option("--out", required=True, metavar="DIR", type=Place(), help="Folder to write, absent or empty.")
+@set_option("An option of the exporter, e.g. columns=10.", "OPTION=VALUE")
+@plugin_files
+@as_json
+def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool) -> None:
+    """Write a synthetic set in a format that others read. The card beside it says what it is.
+
+    `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
+    """
+    from ddkit import api
+    from ddkit.run.manifest import file_entry
+
+    folder = api.export(target, to, out, options=sets)
+    found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), path))
+    files = [{"name": path.relative_to(folder).as_posix(), **file_entry(path)} for path in found]
+    if as_json:
+        echo_json({"schema": 1, "exporter": to.partition(":")[0], "out": str(out), "files": files})
+        return
+    for entry in files[:SHOWN]:
+        show(f"{entry['bytes']:>12,}  {out / entry['name']}")
+    if len(files) > SHOWN:
+        show(f"{sum(entry['bytes'] for entry in files[SHOWN:]):>12,}  in {len(files) - SHOWN} more files")
+
+
+@click.command()
+@click.argument("target", metavar="RUN", type=click.Path())
+@click.option("--out", metavar="FILE", type=Place(), help="New file to write (default: report.html of the run).")
+@click.option("--figures", metavar="DIR", type=Place(), help="Also write each chart as a PDF and a PNG file into a new folder.")
+@as_json
+def report(target: str, out: Path | None, figures: Path | None, as_json: bool) -> None:
+    """Make the report of a finished run again. It is one HTML page with images, curves and figures.
+
+    A run writes it at its end, and evaluate renews it. It opens from the disk and asks for nothing from outside.
+    """
+    from ddkit import api
+
+    file = api.report(target, out=out, figures=figures)
+    charts = [] if figures is None else [str(chart) for chart in sorted(figures.iterdir())]
+    if as_json:
+        echo_json({"schema": 1, "run": target, "report": str(file)} | ({} if figures is None else {"figures": charts}))
+    else:
+        show("\n".join([f"report   {file}", *(f"figure   {chart}" for chart in charts)]))
