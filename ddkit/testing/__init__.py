@@ -17,14 +17,16 @@ from typing import Any
 import msgspec
 
 from ddkit.errors import DdkitError, FlagError
-from ddkit.testing.augmenters import AugmenterConformance
-from ddkit.testing.datasets import DatasetConformance
-from ddkit.testing.evaluators import EvaluatorConformance
-from ddkit.testing.exporters import ExporterConformance
-from ddkit.testing.initializers import InitializerConformance
+from ddkit.testing.kinds import (
+    AugmenterConformance,
+    DatasetConformance,
+    EvaluatorConformance,
+    ExporterConformance,
+    InitializerConformance,
+    ModelConformance,
+    ObserverConformance,
+)
 from ddkit.testing.losses import LossConformance
-from ddkit.testing.models import ModelConformance
-from ddkit.testing.observers import ObserverConformance
 from ddkit.testing.suite import Broken, Conformance
 
 __all__ = [
@@ -85,14 +87,16 @@ def check(kind: str, name: str, options: Mapping[str, Any] | None = None, *, dir
 
 
 def _outcome(suite: Conformance, label: str, method: str) -> Outcome:
+    place = ""
     try:
         getattr(suite, method)()
+        return Outcome(check=label, problem="", reason=suite.reasons().get(label, ""))
     except (Broken, DdkitError) as error:
-        return Outcome(check=label, problem=" ".join(str(error).split()))
+        said = str(error)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
-        frames = traceback.extract_tb(error.__traceback__)
-        place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else ""
-        return Outcome(check=label, problem=f"{type(error).__name__}: {' '.join(str(error).split())}", place=place)
-    return Outcome(check=label, problem="", reason=suite.reasons().get(label, ""))
+        said = f"{type(error).__name__}: {error}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}, line {last.lineno}"
+    return Outcome(check=label, problem=" ".join(said.split()), place=place)

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from ddkit.components.base import Loss
 from ddkit.engine.loop import distill
 from ddkit.files import read_tensors, write_tensors
-from ddkit.testing.parts import in_parts, part_of
-from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, global_state_is_kept
-from ddkit.testing.world import Setting, World
+from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies, repeated
+from ddkit.testing.world import Setting, World, in_parts, part_of
 
 DOUBLE = Setting(dtype=torch.float64)
 REQUIREMENTS = ("real", "network", "teacher")
@@ -30,9 +28,7 @@ class LossConformance(ShapeConformance):
     kind = "loss"
 
     def world(self, setting: Setting | None = None) -> World:
-        setting = setting or Setting()
-        loss: Loss = self.make()
-        return World(loss, setting)
+        return World(self.make(), setting or Setting())
 
     # What it returns
 
@@ -107,7 +103,7 @@ class LossConformance(ShapeConformance):
         """No global random generator and no global setting of torch is changed."""
         world = self.world()
         world.step(index=1).embed  # noqa: B018 (a member, not a call)
-        with global_state_is_kept(f"The loss '{self.label}'"):
+        with self.leaves({}):
             world.loss(world.step())
 
     # What it depends on
@@ -115,18 +111,17 @@ class LossConformance(ShapeConformance):
     @check
     def test_same_seed_same_value(self) -> None:
         """Value and gradient are a function of images, seed and step: draws come from `step.generator`."""
-        values = []
-        for seed in (1, 2):
-            torch.manual_seed(seed)  # which it may not look at
+
+        def evaluated() -> list[Tensor]:
             world = self.world()
             value = self._value_of(world)
             gradients = torch.autograd.grad(value, list(world.bank.tensors().values()), allow_unused=True)
-            values.append([value.detach(), *(part for part in gradients if part is not None)])
-        if not all(torch.equal(one, other) for one, other in zip(*values, strict=True)):
-            raise Broken(
-                f"The loss '{self.label}' gives {float(values[0][0])} and {float(values[1][0])} for the same images, seed and step. "
-                "Draw from step.generator only."
-            )
+            return [value.detach(), *(part for part in gradients if part is not None)]
+
+        one, two = repeated(evaluated)
+        if not all(torch.equal(*each) for each in zip(one, two, strict=True)):
+            values = f"{float(one[0])} and {float(two[0])}"
+            raise Broken(f"The loss '{self.label}' gives {values} for the same images, seed and step. Draw from step.generator only.")
 
     @check
     def test_linear_in_the_weight(self) -> None:
@@ -227,15 +222,14 @@ class LossConformance(ShapeConformance):
     @check
     def test_state_survives_save_and_load(self) -> None:
         """A run that is continued from a checkpoint is the same as an undisturbed one, bit for bit."""
-        whole, first = self.world(), self.world()
-        _advance(whole, 0, 3)
-        _advance(first, 0, 2)
+        whole, first, second = self.world(), self.world(), self.world()
+        distill(whole.engine(), 0, 3)
+        distill(first.engine(), 0, 2)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "state.safetensors"
             write_tensors(file, first.engine().state(2), {})
-            second = self.world()
             second.engine().load_state(2, read_tensors(file)[0])
-        _advance(second, 2, 3)
+        distill(second.engine(), 2, 3)
         moved = changed(copies(whole.bank.tensors()), second.bank.tensors())
         if moved:
             raise Broken(
@@ -247,11 +241,11 @@ class LossConformance(ShapeConformance):
 def _in_processes(world: World, size: int, chunk: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns value and gradients of the whole set from the processes among which its classes are dealt out."""
     found = in_parts(size, lambda ranks: part_of(world, ranks).engine(chunk=chunk).evaluate(0))
-    names = found[0][1]
-    joined = {
-        name: torch.cat([part[1][name] for part in found]) if world.bank.is_rowwise(f"bank.{name}") else found[0][1][name] for name in names
-    }
-    return found[-1][0], joined
+    gradients = dict(found[0][1])
+    for name in gradients:
+        if world.bank.is_rowwise(f"bank.{name}"):
+            gradients[name] = torch.cat([part[1][name] for part in found])
+    return found[-1][0], gradients
 
 
 def _modes(modules: list[torch.nn.Module]) -> list[Any]:
@@ -260,10 +254,6 @@ def _modes(modules: list[torch.nn.Module]) -> list[Any]:
         for module in modules
         for each in module.modules()
     ]
-
-
-def _advance(world: World, start: int, stop: int) -> None:
-    distill(world.engine(), start, stop)
 
 
 @contextmanager

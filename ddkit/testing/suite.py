@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import os
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import msgspec
+import tomli_w
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from ddkit.run import children
 from ddkit.seeding import generator
 
 S = TypeVar("S", bound="Conformance")
+T = TypeVar("T")
 IMPORT_SECONDS = 2.0  # that the component's module may add to importing torch and ddkit
 _COST = """
 import time
@@ -133,22 +136,42 @@ class Conformance:
         """Builds what the checks need from outside; a DdkitError here says that they cannot be made at all."""
         self.make()
 
+    @contextmanager
+    def leaves(self, tensors: Mapping[str, Tensor], also: str = "") -> Iterator[None]:
+        """Raises Broken if the code inside changes one of `tensors`, or any global state; `also` is added to the former."""
+        known, before = copies(tensors), shared_state()
+        yield
+        moved = moved_since(before)
+        if moved:
+            raise Broken(
+                f"The {self.kind} '{self.label}' changes the global state of {', '.join(moved)}. Draw from the generator it is given; "
+                "set nothing globally."
+            )
+        if written := changed(known, tensors):
+            raise Broken(f"The {self.kind} '{self.label}' changes {', '.join(written)}{also}.")
+
     # Checks of every kind
 
     @check
     def test_imports_without_a_gpu(self) -> None:
         """The module can be imported in a process that sees no GPU."""
-        _import_cost(self)
+        self._import_seconds()
 
     @check
     def test_import_is_cheap(self) -> None:
         """Importing the module takes 2 s or less beside torch and ddkit."""
-        seconds = _import_cost(self)
+        seconds = self._import_seconds()
         if seconds > IMPORT_SECONDS:
             raise Broken(
                 f"Importing the module of '{self.label}' takes {seconds:.1f} s beside torch and ddkit. Import heavy libraries "
                 "where they are used, and read files when the component is called."
             )
+
+    def _import_seconds(self) -> float:
+        if not isinstance(self.component, str):
+            return 0.0  # a class is imported already
+        plugin = registry.find(self.kind, registry.split_name(self.component)[0])
+        return _cost_of(plugin.value.partition(":")[0])
 
     @check
     def test_deviations_are_of_checks(self) -> None:
@@ -167,14 +190,9 @@ class Conformance:
     @check
     def test_options_survive_a_recipe(self) -> None:
         """The options written to a recipe and read again are the same."""
-        import tomllib
-
-        import tomli_w
-
         component = self.make()
         written = written_options(component.options)
-        table = {"losses": {"mine": {"use": "dm", **written}}}
-        text = tomli_w.dumps(recipe_dict(parse_recipe(table)))
+        text = tomli_w.dumps(recipe_dict(parse_recipe({"losses": {"mine": {"use": "dm", **written}}})))
         read = tomllib.loads(text)["losses"]["mine"]
         again = msgspec.convert({key: read[key] for key in written}, type(component.options))
         if again != component.options:
@@ -217,23 +235,6 @@ def _cost_of(module: str) -> float:
     return float(json.loads(done.stdout)["seconds"])
 
 
-def _import_cost(suite: Conformance) -> float:
-    if not isinstance(suite.component, str):
-        return 0.0  # a class is imported already
-    plugin = registry.find(suite.kind, registry.split_name(suite.component)[0])
-    return _cost_of(plugin.value.partition(":")[0])
-
-
-@contextmanager
-def global_state_is_kept(what: str) -> Iterator[None]:
-    """Raises Broken where the code inside moves a global random generator, or torch's default dtype or threads."""
-    before = shared_state()
-    yield
-    moved = moved_since(before)
-    if moved:
-        raise Broken(f"{what} changes the global state of {', '.join(moved)}. Draw from the generator it is given; set nothing globally.")
-
-
 def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns detached copies, to compare with later."""
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
@@ -241,11 +242,15 @@ def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of the tensors that are not bit for bit as they were."""
-    return [name for name, tensor in before.items() if not _same(tensor, after[name].detach())]
+    return [name for name, tensor in before.items() if tensor.dtype != after[name].dtype or not torch.equal(tensor, after[name].detach())]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and bool(torch.equal(one, other))
+def repeated(make: Callable[[], T]) -> tuple[T, T]:
+    """Returns what `make` gives twice, each time from another state of torch's default generator, at which it may not look."""
+    torch.manual_seed(1)
+    one = make()
+    torch.manual_seed(2)
+    return one, make()
 
 
 def info_of(shape: tuple[int, int, int] = (1, 8, 8), classes: int = 3) -> DataInfo:

@@ -1,10 +1,12 @@
-"""A tiny run to check a loss in: random images, a small network and teacher, in float64 where gradients are compared."""
+"""A tiny run to check a loss in: random images, a small network and teacher, in float64 where gradients are compared; also in parts."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Loss, Model
 from ddkit.data.images import Normalisation
+from ddkit.distributed import Ranks, class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine
@@ -24,6 +27,7 @@ from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher
 from ddkit.seeding import generator
 
+T = TypeVar("T")
 CPU = torch.device("cpu")
 PLAIN = Arithmetic(compile=False, precision="float32")
 
@@ -99,27 +103,19 @@ class World:
         labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.rows))
         images = torch.randn((len(labels), *info.shape), generator=generator(0, "conformance", "images"), dtype=dtype)
         self.bank = Bank(images, labels, loss.requires.parameters, {})
-        self.fill()
-
-    def fill(self) -> None:
-        """Gives extra parameters the values that the loss computes from the first step, as a run does."""
-        for name, value in self.loss.initial(self.step()).items():
+        for name, value in self.loss.initial(self.step()).items():  # as a run does
             self.bank.fill(name, value)
 
     def step(self, *, index: int = 0, bank: Bank | None = None) -> Recorder:
         checked = WeightedLoss("checked", self.loss, 1.0)
         return Recorder(self.source, bank or self.bank, index, None, [checked]).for_loss(checked)
 
-    def with_tensors(self, tensors: Mapping[str, Tensor]) -> Bank:
-        """Returns the bank with other tensors in the place of its images and parameters, for functions of them."""
-        found = copy.copy(self.bank)
-        found.images = tensors["images"]
-        found.parameters = {name: tensors[name] for name in self.bank.parameters}
-        return found
-
     def value(self, tensors: Mapping[str, Tensor], *, index: int = 0) -> Tensor:
         """Returns the loss as a function of the bank's tensors."""
-        return self.loss(self.step(index=index, bank=self.with_tensors(tensors)))
+        bank = copy.copy(self.bank)
+        bank.images = tensors["images"]
+        bank.parameters = {name: tensors[name] for name in self.bank.parameters}
+        return self.loss(self.step(index=index, bank=bank))
 
     def engine(self, *, weight: float = 1.0, chunk: int = 0) -> Engine:
         return Engine(self.bank, self.source, [WeightedLoss("checked", self.loss, weight)], chunk=chunk)
@@ -151,3 +147,82 @@ def _augmenter(name: str, info: DataInfo) -> Any:
 def _model(norm: str, info: DataInfo) -> Model:
     model: Model = registry.create("model", "convnet", {"depth": 2, "width": 4, "norm": norm}, data=info)
     return model
+
+
+# A set that is dealt out to several parts, as to the processes of a run: here each part is a thread
+
+
+class _Table:
+    """Where the threads lay what they exchange, and wait for one another. Elsewhere one thread runs at a time: modules are shared."""
+
+    def __init__(self, size: int) -> None:
+        self.places: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.turn = threading.Lock()
+
+    def exchanged(self, rank: int, value: Any) -> list[Any]:
+        """Returns the values of all; only those who have a turn may ask."""
+        self.places[rank] = value
+        self.turn.release()
+        try:
+            self.barrier.wait()
+            found = list(self.places)
+            self.barrier.wait()
+        finally:
+            self.turn.acquire()
+        return found
+
+
+class Thread(Ranks):
+    """One of several threads that stand for the processes of a run."""
+
+    def __init__(self, rank: int, table: _Table) -> None:
+        super().__init__()
+        self.rank, self.world_size, self._table = rank, len(table.places), table
+
+    def all_gather_object(self, value: Any) -> list[Any]:
+        return self._table.exchanged(self.rank, value)
+
+    def all_reduce(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
+        self.exchanged[purpose] += sum(tensor.nbytes for tensor in tensors)
+        parts = self.all_gather_object([tensor.detach().clone() for tensor in tensors])
+        return [torch.stack(list(each)).sum(0) for each in zip(*parts, strict=True)]
+
+    def max(self, number: int) -> int:
+        return max(self.all_gather_object(number))
+
+
+def in_parts(size: int, work: Callable[[Ranks], T]) -> list[T]:
+    """Returns what `work` returns in each of `size` parts; raises what the first of them raised that was not left waiting."""
+    table = _Table(size)
+
+    def guarded(rank: int) -> T:
+        with table.turn:
+            try:
+                return work(Thread(rank, table))
+            except BaseException:
+                table.barrier.abort()
+                raise
+
+    with ThreadPoolExecutor(size) as pool:
+        futures = [pool.submit(guarded, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error.__cause__ or error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
+
+
+def part_of(world: World, ranks: Ranks) -> World:
+    """Returns the world of one part: its classes' rows and real images."""
+    found = copy.copy(world)
+    found.source = copy.copy(world.source)
+    found.source.ranks, found.source.own_classes = ranks, ranks.classes(world.info.classes)
+    found.source.own_real = class_rows(world.source.real_labels, found.source.own_classes)
+    found.source.real_images = world.source.real_images[found.source.own_real]
+    found.source._embedder = None  # a network of its own
+    rows = class_rows(world.bank.labels, found.source.own_classes)
+    found.bank = type(world.bank)(
+        world.bank.images[rows], world.bank.labels[rows], world.loss.requires.parameters, {}, start=rows.start, size=len(world.bank.labels)
+    )
+    found.bank.load_state(found.bank.own_part(world.bank.state()))
+    return found

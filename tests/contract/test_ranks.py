@@ -30,9 +30,8 @@ from ddkit.files import read_tensors
 from ddkit.recipes.resolve import resolve
 from ddkit.run.run import Place, planned
 from ddkit.run.setup import RunSetup
-from ddkit.testing import parts
-from ddkit.testing.parts import in_parts, part_of
-from ddkit.testing.world import Setting
+from ddkit.testing import world as testing_world
+from ddkit.testing.world import Setting, in_parts, part_of
 from tests.conftest import Result, write_image_folder
 from tests.ranked import work
 
@@ -406,7 +405,7 @@ def test_initial_values_of_the_whole_set_have_to_agree() -> None:
 
     members = {"requires": ddkit.Requires(reduce="sum", parameters={"gain": ddkit.Parameter(per="set")}), "initial": initial}
     loss = type("Gain", (ddkit.Loss,), members | {"__call__": lambda self, step: (step.parameters["gain"] * step.images).sum()})
-    world = parts.World(loss(), Setting())
+    world = testing_world.World(loss(), Setting())
     in_parts(1, lambda part: part_of(world, part).engine().start())
     with pytest.raises(InputError, match="The initial value of 'gain'"):
         in_parts(2, lambda part: part_of(world, part).engine().start())

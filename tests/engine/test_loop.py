@@ -32,8 +32,7 @@ from ddkit.nn.embedder import Embedder
 from ddkit.nn.teacher import save_teacher
 from ddkit.recipes.tables import OptimizerTable, parse_recipe
 from ddkit.run.setup import RunSetup
-from ddkit.testing.parts import in_parts, part_of
-from ddkit.testing.world import Setting, World
+from ddkit.testing.world import Setting, World, in_parts, part_of
 
 CLASSES = 5
 Values = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]

@@ -9,11 +9,11 @@ import re
 from pathlib import Path
 from string import Template
 
+import ddkit
 from ddkit.components import registry
 from ddkit.errors import FlagError, RunFilesError, suggestion
 from ddkit.files import write_atomic
 
-KINDS = ("loss", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "observer")
 USES = {
     "loss": "ddkit distill --losses dm,$name --steps 20",
     "initializer": "ddkit distill --init $name --steps 20",
@@ -24,6 +24,7 @@ USES = {
     "exporter": "ddkit check exporter $name",
     "observer": "ddkit distill --steps 20 --verbose",
 }
+KINDS = tuple(USES)
 
 
 def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
@@ -43,15 +44,15 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
         "kind": kind, "name": name, "distribution": distribution, "package": package, "group": registry.GROUPS[kind],
         "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
         "suite": f"{kind.title().replace('-', '')}Conformance", "use": Template(USES[kind]).substitute(name=name),
-        "ddkit_version": _version(),
+        "ddkit_version": ".".join(ddkit.__version__.split(".")[:2]),
     }  # fmt: skip
     files = {
         "pyproject.toml": "pyproject.toml", "README.md": "README.md", f"src/{package}/__init__.py": f"{kind}.py",
         "tests/test_conformance.py": "test.py",
     }  # fmt: skip
-    texts = {path: Template(_template(name)).substitute(values) for path, name in files.items()}
-    for path, text in texts.items():
+    for path, name_of_template in files.items():
         file = target / path
+        text = Template(_template(name_of_template)).substitute(values)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -74,9 +75,3 @@ def _check_name(kind: str, name: str, package: str, class_name: str) -> None:
 
 def _template(name: str) -> str:
     return (importlib.resources.files(__package__) / "templates" / f"{name}.txt").read_text(encoding="utf-8")
-
-
-def _version() -> str:
-    import ddkit
-
-    return ".".join(ddkit.__version__.split(".")[:2])
