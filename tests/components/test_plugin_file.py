@@ -322,7 +322,7 @@ class Old(ddkit.Loss):
         rows: Annotated[int, ddkit.Option("rows at once", ge=1)] | None = None
         norm: Literal["a", "b"] = "a"
 
-    requires = ddkit.Requires(embedder=True, separable="total")
+    requires = ddkit.Requires(embedder=True, separable="total", teacher_gradients=True)
 
     def __init__(self, options=None, *, name=None):
         super().__init__(options, name=name)
@@ -346,6 +346,7 @@ def test_a_class_of_the_first_version_is_refused_with_the_lines_to_change(cli: C
             "norm: Literal['a', 'b'] = ddkit.option(\"a\")",
             "line 18: embedder=True -> network=True",
             'separable="total" -> reduce="global"',
+            "teacher_gradients=True -> teacher=True, second_order=True",
             "-> def __init__(self, **options):",
             "super().__init__(options, name=name) -> super().__init__(**options)",
             "step.total -> step.all_reduce",

@@ -244,6 +244,7 @@ def test_the_plan_writes_out_what_was_decided_for_short_and_long_runs(cli: Calla
     assert (long["compile"], long["precision"]) == (True, "bfloat16" if native_bfloat16(CPU) else "float32")
     assert isinstance(short["block"], int)
     assert plan(cli, "--steps", 100_000_000, "--set", "engine.compile=false")["precision"] == "float32"
+    assert plan(cli, "--steps", 100_000_000, "--set", "network.norm=batch")["compile"] is False, "it couples its batch"
 
 
 def test_a_resumed_run_keeps_what_was_decided(cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +256,6 @@ def test_a_resumed_run_keeps_what_was_decided(cli: Callable[..., Result], tmp_pa
     assert cli("distill", "--resume", "--out", run, "--steps", 3).code == 0
     assert "compile = false" in (run / "recipe.toml").read_text()
     assert 'precision = "float32"' in (run / "recipe.toml").read_text()
-
-
-def test_a_network_that_couples_its_batch_is_not_compiled(cli: Callable[..., Result]) -> None:
-    batch_norm = ("--set", "network.norm=batch")
-    assert plan(cli, "--steps", 100_000_000, *batch_norm)["compile"] is False
 
 
 def test_a_compiled_run_from_the_command_line_gives_its_result(cli: Callable[..., Result], tmp_path: Path) -> None:
@@ -275,32 +271,6 @@ def test_a_compiled_run_from_the_command_line_gives_its_result(cli: Callable[...
         assert "torch.compile did not work" not in result.err
         results.append(ddkit.load(out).images)
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)
-
-
-# Re-drawing in place
-
-
-class Particular(ddkit.Model):
-    """Its constructor draws in its own way, after the layers have drawn in theirs."""
-
-    def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        module = nn.Sequential(nn.Flatten(), nn.Linear(channels * size[0] * size[1], 4), nn.ReLU(), nn.Linear(4, classes))
-        for layer in (module[3], module[1]):
-            nn.init.kaiming_normal_(layer.weight)
-        return module
-
-
-@pytest.mark.parametrize(
-    "made", [model(), model(norm="batch"), model("mlp"), Particular()], ids=["convnet", "batch norm", "mlp", "particular"]
-)
-def test_a_redrawn_network_has_the_weights_of_a_newly_built_one(made: ddkit.Model) -> None:
-    module = build_network(made, INFO, 0, "first").to(memory_format=torch.channels_last)
-    pointers = [parameter.data_ptr() for parameter in module.parameters()]
-    for number in range(3):
-        redraw(module, made, INFO, 7, "network", number)
-        right = build_network(made, INFO, 7, "network", number).state_dict()
-        assert all(torch.equal(value, right[key]) for key, value in module.state_dict().items())
-    assert [parameter.data_ptr() for parameter in module.parameters()] == pointers, "in place"
 
 
 # Blocks
@@ -411,20 +381,6 @@ def test_the_loop_asks_the_device_for_nothing(name: str) -> None:
             guard.note(index, found)
     with pytest.raises((RuntimeError, NotImplementedError)):
         guard.check(3)  # the negative control: here values are read back, and without data that fails
-
-
-class Asking(ddkit.Loss):
-    """Reads a value back in every step."""
-
-    def __call__(self, step: ddkit.Step) -> Tensor:
-        return step.images.sum() * float(step.images.detach().mean() > 0)
-
-
-def test_a_loss_that_asks_the_device_is_caught_by_that_check() -> None:
-    engine = on_meta("dm")
-    engine = Engine(engine.bank, engine.source, [WeightedLoss("asking", Asking(), 1.0)])
-    with pytest.raises(ddkit.RunFailed, match="meta"):
-        engine.evaluate(0)
 
 
 class BadFrom(ddkit.Loss):

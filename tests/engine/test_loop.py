@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import itertools
 import json
-import logging
 import os
 import signal
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 import torch
 from ddkit_models import ConvNet
@@ -30,12 +26,11 @@ from ddkit.engine.step import Step
 from ddkit.files import read_tensors
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.teacher import save_teacher
-from ddkit.recipes.tables import OptimizerTable, parse_recipe
-from ddkit.run.setup import RunSetup
+from ddkit.recipes.tables import OptimizerTable
 from ddkit.testing.world import Setting, World, in_parts, part_of
+from tests.engine.runs import made, same, write_npz
 
 CLASSES = 5
-Values = tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[str, Tensor]]]
 
 
 # Small losses of our own
@@ -153,11 +148,6 @@ class Returns(ddkit.Loss):
         return result
 
 
-class Raises(ddkit.Loss):
-    def __call__(self, step: Step) -> Tensor:
-        raise ZeroDivisionError("of its own making")
-
-
 class Draws(ddkit.Loss):
     """A random direction of its own generator."""
 
@@ -167,7 +157,7 @@ class Draws(ddkit.Loss):
 
 OWN = {
     "square": Square, "linear": Linear, "rows": Rows, "separable-rows": SeparableRows, "curious": Curious, "weighted": Weighted,
-    "other-multipliers": OtherMultipliers, "bad-from": BadFrom, "steep": Steep, "draws": Draws, "raises": Raises, "filled": Filled,
+    "other-multipliers": OtherMultipliers, "bad-from": BadFrom, "steep": Steep, "draws": Draws, "filled": Filled,
 }  # fmt: skip
 
 
@@ -187,13 +177,7 @@ def own_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a data set of five classes with 6, 7, 8, 9, 10 grey images of 8 x 8."""
-    draw = np.random.default_rng(0)
-    labels = np.repeat(np.arange(CLASSES), np.arange(6, 6 + CLASSES))
-    images = (draw.random((len(labels), 8, 8)) * 0.5 + labels[:, None, None] / 10).astype(np.float32)
-    file = tmp_path_factory.mktemp("data") / "small.npz"
-    np.savez(file, x_train=images, y_train=labels, x_test=images[::3], y_test=labels[::3])
-    return file
+    return write_npz(tmp_path_factory.mktemp("data") / "small.npz", range(6, 6 + CLASSES))
 
 
 @pytest.fixture(scope="module")
@@ -226,14 +210,6 @@ def recipe(npz: Path, teacher_file: Path) -> Callable[..., dict[str, Any]]:
 Maker = Callable[..., dict[str, Any]]
 
 
-def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
-    """Returns job, bank and engine of a recipe, as a run makes them, with nothing written."""
-    job = RunSetup(parse_recipe(table), device="cpu")
-    job.load_teacher()
-    bank = job.initial_bank()
-    return job, bank, job.engine_over(bank)
-
-
 def with_terms(engine: Engine, *terms: tuple[str, ddkit.Loss, float], chunk: int = 0) -> Engine:
     """Returns an engine over the same bank and source with other terms."""
     return Engine(engine.bank, engine.source, [WeightedLoss(*term) for term in terms], chunk=chunk)
@@ -241,11 +217,6 @@ def with_terms(engine: Engine, *terms: tuple[str, ddkit.Loss, float], chunk: int
 
 def advance(engine: Engine, start: int, stop: int) -> None:
     distill(engine, start, stop)
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """Returns whether two sets of tensors are equal to the last bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # The sum
@@ -334,22 +305,6 @@ def test_the_members_of_a_step_are_those_that_the_tests_know() -> None:
     free |= {"targets", "all_reduce", "all_gather", "local_rows", "parameters", "for_loss"}
     public = {name for name, _ in inspect.getmembers(Step) if not name.startswith("_")}
     assert public == free | {name for name in MEMBERS if "." not in name}
-
-
-def test_images_cannot_be_written_to_or_replaced(recipe: Maker) -> None:
-    def overwrite(step: Step) -> Tensor:
-        return step.images.mul_(2).sum()
-
-    def replace(step: Step) -> Tensor:
-        step.images = step.images * 2  # type: ignore[misc]
-        return step.images.sum()
-
-    _, bank, engine = made(recipe(["square"]))
-    before = bank.state()
-    for attempt in (overwrite, replace):
-        with pytest.raises(ddkit.RunFailed, match="'nosy' raised"):
-            with_terms(engine, ("nosy", touching(attempt, ddkit.Requires()), 1.0)).evaluate(0)
-    assert same(before, bank.state())
 
 
 def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,26 +416,6 @@ def test_two_parts_of_the_set_find_the_norms_of_the_whole() -> None:
 
 # Chunks of classes
 
-SEPARABLE = ("dm", "dkkt-primal", "dkkt-stationarity", "feature-regression", "gm", "total-variation", "image-norm")
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 3])
-@pytest.mark.parametrize("name", SEPARABLE)
-def test_a_separable_loss_in_chunks_has_the_value_and_gradient_of_the_whole(recipe: Maker, name: str, chunk: int) -> None:
-    views = {"default": {"augmenter": "dsa", "compose": 3, "noise": 0.2}}
-    data = {"batch": 7}  # fewer than some classes have: the draw of real images must not depend on chunks either
-    base = recipe({name: {"mixup": 0.5} if name == "feature-regression" else {}}, views=views)
-    base["data"] |= data
-    whole = made(base)[2].evaluate(3)
-    base["engine"] |= {"chunk": chunk}
-    engine = made(base)[2]
-    assert len(engine.parts) == -(-CLASSES // chunk)
-    parts = engine.evaluate(3)
-    torch.testing.assert_close(parts[0][name], whole[0][name], rtol=1e-5, atol=1e-6)
-    scale = float(whole[1]["images"].abs().max())
-    assert scale > 0
-    torch.testing.assert_close(parts[1]["images"], whole[1]["images"], rtol=1e-4, atol=1e-5 * scale)
-
 
 def totalling(given: Callable[[ddkit.Step], Tensor]) -> ddkit.Loss:
     """Returns a loss of the images whose totals are those of `given`, which may be no good ones."""
@@ -493,26 +428,6 @@ def dependent(step: ddkit.Step) -> Tensor:
     """From step 3 on a sum that depends on another one, which two passes do not suffice for."""
     mean = step.all_reduce(step.images.detach().sum()) * (step.index >= 3)
     return (step.images.detach() - mean).abs().sum() + 0 * step.images.sum()
-
-
-def test_the_chunks_of_a_pass_do_not_wait_for_the_garbage_collector(recipe: Maker) -> None:
-    kept: list[weakref.ref[Any]] = []
-
-    def given(step: ddkit.Step) -> Tensor:
-        kept.append(weakref.ref(step))
-        return step.images.mean() + step.real.augmented.mean()
-
-    loss = totalling(given)
-    loss.requires = ddkit.Requires(reduce="global", real=True)
-    engine = with_terms(made(recipe(["square"]))[2], ("mine", loss, 1.0), chunk=1)
-    gc.collect()
-    gc.disable()
-    try:
-        engine.evaluate(0)
-        assert len(kept) > 5
-        assert [each() for each in kept if each() is not None] == []
-    finally:
-        gc.enable()
 
 
 def test_totals_that_are_not_finite_are_told_as_such(recipe: Maker) -> None:
@@ -608,12 +523,6 @@ def test_a_wrong_result_is_refused_by_name(recipe: Maker, result: Callable[[Step
         with_terms(engine, ("mine", loss, 1.0), ("square", Square(), 1.0)).evaluate(0)
 
 
-def test_a_loss_that_raises_is_named_with_its_error(recipe: Maker) -> None:
-    with pytest.raises(ddkit.RunFailed, match=r"'raises' \(own 1\) raised ZeroDivisionError: of its own making") as caught:
-        made(recipe(["raises", "square"]))[2].evaluate(0)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
-
-
 class Kicks:
     """An observer that sends a signal to this process during one step."""
 
@@ -624,22 +533,6 @@ class Kicks:
     def step_finished(self, index: int) -> None:
         if index == self.index:
             os.kill(os.getpid(), self.number)
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_writes_a_checkpoint_and_the_run_continues_from_it_to_the_same_bytes(
-    recipe: Maker, tmp_path: Path, number: int, code: int
-) -> None:
-    table = recipe(["dm", "draws"], optimizer={"images": {"kind": "adam", "lr": 0.1}})
-    handler = signal.getsignal(number)
-    with pytest.raises(ddkit.Interrupted, match="after step 2 of 4") as caught:
-        ddkit.distill(table, out=tmp_path / "run", device="cpu", observers=[Kicks(number, 1)])
-    assert caught.value.exit_code == code
-    assert signal.getsignal(number) is handler
-    assert not (tmp_path / "run" / "manifest.json").exists()
-    straight = ddkit.distill(table, out=tmp_path / "straight", device="cpu")
-    resumed = __import__("ddkit.api", fromlist=["api"]).resume(tmp_path / "run", device="cpu")
-    assert (resumed.path / "synthetic.safetensors").read_bytes() == (straight.path / "synthetic.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
@@ -670,13 +563,6 @@ def test_extra_parameters_are_declared_optimised_and_kept_nonnegative(recipe: Ma
     advance(engine, 2, 4)
     assert bank.parameters["multipliers"].tolist() == [0.0] * 10, "Adam would have gone on to -0.15"
     assert (bank.parameters["shift"] < 0.5).all()
-
-
-def test_extra_parameters_are_part_of_the_set_that_is_written(recipe: Maker, tmp_path: Path) -> None:
-    run = ddkit.distill(recipe(["weighted"]), out=tmp_path / "run", device="cpu")
-    tensors, _ = read_tensors(run.path / "synthetic.safetensors")
-    assert tensors["multipliers"].tolist() == [0.0] * 10
-    assert tensors["shift"].shape == (2,)
 
 
 def test_an_optimizer_table_overrides_a_parameters_own_rate_and_an_unknown_one_is_refused(recipe: Maker) -> None:
@@ -721,41 +607,15 @@ def test_initial_values_that_cannot_be_used_are_refused_by_name(recipe: Maker, v
         with_terms(engine, ("mine", loss, 1.0)).start()
 
 
-def stationary(recipe: Maker, constraint: str) -> tuple[Bank, Engine, Engine]:
-    """Returns a bank, an engine of stationarity with least-squares multipliers, and one of primal feasibility."""
-    options = {"init": "least-squares", "distance": "l2", "constraint": constraint}
-    job, bank, engine = made(recipe({"dkkt-stationarity": options, "dkkt-primal": {}}, optimizer={"images": {"lr": 0.3}}))
-    apart = {term.label: Engine(bank, engine.source, [term]) for term in job.losses}
-    return bank, apart["dkkt-stationarity"], apart["dkkt-primal"]
-
-
-@pytest.mark.parametrize("constraint", ["project", "softplus"])
-def test_least_squares_multipliers_minimise_the_squared_distance_over_a_common_scale(recipe: Maker, constraint: str) -> None:
-    bank, engine, primal = stationary(recipe, constraint)
-    advance(primal, 0, 40)  # now the teacher classifies the images as their labels, so the best multiplier is positive
-    engine.start()
-    found = bank.parameters["multipliers"].detach().clone()
-    assert (found == found[0]).all()
-    scale = torch.nn.functional.softplus(found) if constraint == "softplus" else found
-    values = {}
-    for factor in (0.9, 1.0, 1.1):
-        wanted = factor * scale
-        bank.fill("multipliers", wanted.expm1().log() if constraint == "softplus" else wanted)
-        values[factor] = float(engine.evaluate(0)[0]["dkkt-stationarity"])
-    assert values[1.0] < values[0.9]
-    assert values[1.0] < values[1.1]
-    assert values[0.9] == pytest.approx(values[1.1], rel=1e-3), "a parabola about its minimum"
-
-
 @pytest.mark.parametrize("constraint", ["project", "softplus"])
 def test_a_negative_least_squares_multiplier_gives_one_and_a_warning(
     recipe: Maker, constraint: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bank, engine, _ = stationary(recipe, constraint)
+    options = {"init": "least-squares", "distance": "l2", "constraint": constraint}
+    _, bank, engine = made(recipe({"dkkt-stationarity": options}))
     with torch.no_grad():
         bank.images.zero_()  # one image with every label: most of it misclassified
-    with caplog.at_level(logging.WARNING, "ddkit"):
-        engine.start()
+    engine.start()
     assert "starting from 1 instead" in caplog.text
     found = bank.parameters["multipliers"].detach()
     scale = torch.nn.functional.softplus(found) if constraint == "softplus" else found
@@ -795,17 +655,8 @@ def test_a_losss_generator_depends_on_its_label_and_step_alone(recipe: Maker) ->
     assert len({float(value) for value in values}) == 3
 
 
-def test_a_run_leaves_the_global_generator_as_it_was(recipe: Maker, tmp_path: Path) -> None:
-    state = torch.get_rng_state()
-    ddkit.distill(recipe(["dm", "gm", "dkkt-stationarity", "draws"]), out=tmp_path / "run", device="cpu")
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-OPTIMIZERS = [{"kind": "sgd", "lr": 1.0, "momentum": 0.5}, {"kind": "adam", "lr": 0.1}]
-
-
 def test_a_state_is_a_copy(recipe: Maker) -> None:
-    _, bank, engine = made(recipe(["square"], optimizer={"images": OPTIMIZERS[0]}))
+    _, bank, engine = made(recipe(["square"], optimizer={"images": {"kind": "sgd", "lr": 1.0, "momentum": 0.5}}))
     advance(engine, 0, 1)
     state = bank.state()
     copies = {name: tensor.clone() for name, tensor in state.items()}
@@ -814,6 +665,3 @@ def test_a_state_is_a_copy(recipe: Maker) -> None:
     bank.load_state(state)
     advance(engine, 1, 3)
     assert same(state, copies)
-
-
-# Observers

@@ -6,14 +6,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import ddkit
 from ddkit import api
-from ddkit.engine.bank import Bank
 from ddkit.engine.draws import NORM_IMAGES
 from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
@@ -22,8 +20,9 @@ from ddkit.files import read_tensors, write_tensors
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network, network_tensors
 from ddkit.recipes.resolve import resolve
-from ddkit.recipes.tables import Recipe, parse_recipe
+from ddkit.recipes.tables import Recipe
 from ddkit.run.setup import RunSetup
+from tests.engine.runs import made, same, write_npz
 
 CLASSES, STEPS, SHARED = 3, 6, 3  # steps 0, 1, 2 share one network, and 3, 4, 5
 DC = Path(__file__).parents[2] / "plugins" / "ddkit_gm" / "recipes" / "dc.toml"
@@ -32,13 +31,7 @@ Maker = Callable[..., dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def npz(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a data set of three classes with 20 grey images of 8 x 8."""
-    draw = np.random.default_rng(0)
-    labels = np.repeat(np.arange(CLASSES), 20)
-    images = (draw.random((len(labels), 8, 8)) * 0.5 + labels[:, None, None] / 10).astype(np.float32)
-    file = tmp_path_factory.mktemp("data") / "small.npz"
-    np.savez(file, x_train=images, y_train=labels, x_test=images[::3], y_test=labels[::3])
-    return file
+    return write_npz(tmp_path_factory.mktemp("data") / "small.npz", [20] * CLASSES)
 
 
 @pytest.fixture
@@ -66,12 +59,6 @@ class Watch(ddkit.Loss):
         return step.images.sum() * 0
 
 
-def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
-    job = RunSetup(parse_recipe(table), device="cpu")
-    bank = job.initial_bank()
-    return job, bank, job.engine_over(bank)
-
-
 def advance(engine: Engine, start: int, stop: int, **keys: Any) -> None:
     distill(engine, start, stop, Hooks(**keys))
 
@@ -82,10 +69,6 @@ def watched(table: Mapping[str, Any]) -> tuple[RunSetup, list[tuple[dict[str, Te
     watch = Watch()
     advance(Engine(bank, engine.source, [*engine.losses, WeightedLoss("watch", watch, 1.0)]), 0, STEPS)
     return job, watch.__dict__["seen"]
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # Which network a step has
@@ -136,15 +119,6 @@ def test_a_network_that_no_two_steps_share_is_never_trained(recipe: Maker) -> No
         advance(engine, 0, 3)
         states.append(engine.state(3))
     assert same(*states)
-
-
-def test_inner_epochs_and_their_rate_matter(recipe: Maker) -> None:
-    found = []
-    for network in ({"inner_epochs": 0}, {}, {"inner_epochs": 3}, {"inner_lr": 0.1}):
-        _, bank, engine = made(recipe("gm", network=network))
-        advance(engine, 0, 2)
-        found.append(bank.images.detach().clone())
-    assert all(not torch.equal(a, b) for number, a in enumerate(found) for b in found[:number])
 
 
 @pytest.mark.parametrize("name", ["gm", "dm"])
@@ -244,9 +218,3 @@ def test_the_recipe_dc_has_the_loops_of_the_public_code(ipc: int, outer: int, in
     assert (images.kind, images.lr, images.momentum) == ("sgd", 0.1, 0.5)
     assert [(label, table.weight) for label, table in made.losses.items()] == [("gm", 1.0)]
     assert made.evaluators["accuracy"].options["protocol"] == "dc-official"
-
-
-def test_the_recipe_dc_runs(npz: Path, tmp_path: Path) -> None:
-    sets = {"network.width": 4, "network.inner_epochs": 1}
-    run = ddkit.distill(str(DC), dataset=f"npz:{npz}", ipc=2, steps=3, evaluators="none", sets=sets, out=tmp_path / "run", device="cpu")
-    assert run.steps == 3
