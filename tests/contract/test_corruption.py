@@ -97,12 +97,8 @@ def _read_manifest(run: Path) -> Any:
 
 def _read_teacher(path: Path) -> Any:
     found = load_teacher(TeacherTable(use=str(path), model="convnet"), INFO, torch.device("cpu"))
-    return (
-        found.mean,
-        found.std,
-        [value.tolist() for value in found.module.state_dict().values()],
-        found.logits(torch.ones(1, 1, 4, 4))[0, 0],
-    )
+    weights = [value.tolist() for value in found.module.state_dict().values()]
+    return found.mean, found.std, weights, found.logits(torch.ones(1, 1, 4, 4))[0, 0]
 
 
 def _read_checkpoint(run: Path) -> Any:
@@ -339,7 +335,7 @@ def test_a_set_in_the_place_of_a_teacher_and_the_other_way_round(small: Path) ->
 # Through the commands
 
 
-COMMANDS = {"evaluate": "evaluate RUN", "blend": "blend RUN RUN --out new", "resume": "distill --resume --out RUN"}
+COMMANDS = {"evaluate": "evaluate RUN", "blend": "blend RUN RUN --out new", "resume": "distill --resume --out RUN", "report": "report RUN"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -351,6 +347,7 @@ def test_commands_refuse_a_run_with_a_flipped_bit_and_take_the_whole_one(
     with monkeypatch.context() as patch:
         patch.setattr("ddkit.nn.training.fit", lambda *arguments, **named: pytest.fail("a network was trained"))
         own = {"evaluate": ["evaluation.json", "synthetic.safetensors"], "blend": ["synthetic.safetensors"], "resume": ["metrics.jsonl"]}
+        own["report"] = ["synthetic.safetensors", "metrics.jsonl", "evaluation.json", "film.safetensors"]
         for name in ("recipe.toml", "manifest.json", *own[command]):
             whole = (run / name).read_bytes()
             for place in (len(whole) // 3, len(whole) - 4):

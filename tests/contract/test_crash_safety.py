@@ -321,17 +321,7 @@ def test_a_second_run_into_one_folder_is_refused_until_the_first_process_is_dead
     assert (tmp_path / "run" / "manifest.json").is_file()
 
 
-def test_a_run_that_is_being_written_is_continued_by_nobody_else(cli: Cli, tmp_path: Path) -> None:
-    begin(tmp_path / "run")
-    (tmp_path / "run" / "manifest.json").unlink()
-    with RunDirectory.existing(tmp_path / "run").take():
-        refused = cli("distill", "--resume", "--out", tmp_path / "run")
-    assert (refused.code, refused.out) == (5, "")
-    assert "Another process is working in" in refused.err
-    resume(tmp_path / "run", device="cpu")
-
-
-def test_figures_of_a_run_that_is_being_written_are_shown_and_not_recorded(
+def test_a_run_that_is_being_written_is_continued_by_nobody_else_and_its_figures_are_shown_and_not_recorded(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("ddkit.run.evaluation.LOCK_SECONDS", 0.0)
@@ -340,6 +330,9 @@ def test_figures_of_a_run_that_is_being_written_are_shown_and_not_recorded(
     flags = ["--protocol", "short", "--set", "evaluators.accuracy.epochs=2"]
     with RunDirectory.existing(tmp_path / "run").take():
         shown = cli("evaluate", tmp_path / "run", *flags)
+        refused = cli("distill", "--resume", "--out", tmp_path / "run", "--steps", 4)
+    assert (refused.code, refused.out) == (5, "")
+    assert "Another process is working in" in refused.err
     assert shown.code == 0
     assert "%" in shown.out
     assert "were not added to the run's files" in caplog.text

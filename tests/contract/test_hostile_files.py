@@ -289,16 +289,12 @@ def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> Non
     [
         ({"class_names": "abcdefghij"}, "its metadata lacks class_names"),
         ({"class_names": [1] * 10}, "Expected `str`, got `int` - at `$.class_names[0]`"),
-        ({"class_names": ["a"] * 10}, "a class name stands there twice"),
-        ({"class_names": ["a", "b"]}, "a label lies outside its class names"),
         ({"mean": ["0"]}, "Expected `float`, got `str` - at `$.mean[0]`"),
         ({"mean": [0.1, 0.2]}, "its mean and std do not fit its channels"),
-        ({"std": [0.0]}, "its mean and std are not finite, or a std is not positive"),
         ({"std": [1e400]}, "Infinity is no JSON"),
         ({"ipc": "x"}, "Expected `int | null`, got `str` - at `$.ipc`"),
         ({"seed": -1}, "Expected `int` >= 0 - at `$.seed`"),
         ({"seeds": ["x"]}, "Expected `int`, got `str` - at `$.seeds[0]`"),
-        ({"schema": 2}, "has schema 2; this ddkit reads 1"),
         ({"schema": "1" * 3000}, "this ddkit reads 1"),
     ],
 )

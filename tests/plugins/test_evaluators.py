@@ -134,22 +134,6 @@ def test_another_seed_could_test_on_accessible_images_and_is_refused(cli: CLI) -
     assert "pipc 110" in " ".join(result.err.split())
 
 
-@pytest.mark.parametrize(
-    ("setting", "phrase"),
-    [
-        ("data.test=heldout", "Did you mean 'held-out'?"),
-        ("evaluators.accuracy.baselines=['mean']", "class-mean"),
-        ("evaluators.accuracy.labels=softer", "labels"),
-        ("evaluators.accuracy.temperature=0", "temperature"),
-        ("evaluators.accuracy.workers=0", "workers"),
-    ],
-)
-def test_an_impossible_setting_of_an_evaluation_is_refused_before_the_run(cli: CLI, setting: str, phrase: str) -> None:
-    result = cli("distill", "--losses", "dm", "--plan", "--set", setting)
-    assert (result.code, result.out) == (4, "")
-    assert phrase in result.err
-
-
 # Baselines
 
 INFO = ddkit.DataInfo(class_names=("a", "b"), channels=1, size=(4, 4))

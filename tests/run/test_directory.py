@@ -280,6 +280,7 @@ def test_evaluating_a_run_rewrites_its_evaluation_and_manifest(cli: Cli, run: Pa
     assert cli("evaluate", run, "--model", "mlp", "--set", "evaluators.accuracy.model_options={}").code == 0
     after, rewritten = read(run / "evaluation.json")["evaluations"], read(run / "manifest.json")
     assert [(row["model"]) for row in after] == ["convnet", "mlp"]
+    assert "mlp, short, 2 epochs" in (run / "report.html").read_text()
     assert after[0] == before[0]
     content = (run / "evaluation.json").read_bytes()
     assert rewritten["files"]["evaluation.json"]["sha256"] == hashlib.sha256(content).hexdigest()

@@ -300,22 +300,6 @@ def test_out_writes_a_new_file_and_leaves_the_run_as_it_is(cli: Cli, run: Path) 
     assert {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()} == before
 
 
-def test_a_new_evaluation_renews_it_and_the_manifest_lists_what_is_there(cli: Cli, run: Path) -> None:
-    assert cli("evaluate", run, "--model", "mlp", "--set", "evaluators.accuracy.model_options={}").code == 0
-    assert "mlp, short, 2 epochs" in read(run).text
-    assert all(read_manifest(run)["files"][name] for name in ("report.html", "evaluation.json"))
-    assert cli("distill", "--resume", "--out", run).code == 0  # compares every file with the manifest
-
-
-@pytest.mark.parametrize("name", ["synthetic.safetensors", "metrics.jsonl", "film.safetensors", "evaluation.json", "recipe.toml"])
-def test_a_damaged_file_is_told_by_its_name(cli: Cli, run: Path, name: str) -> None:
-    whole = (run / name).read_bytes()
-    (run / name).write_bytes(whole[:-5] + b"xxxxx")
-    result = cli("report", run)
-    assert (result.code, result.out) == (5, "")
-    assert name in result.err
-
-
 def test_what_is_no_finished_run_has_no_report(cli: Cli, run: Path) -> None:
     for target, message in ((run / "synthetic.safetensors", "is no run directory"), ("nowhere", "is no run directory")):
         result = cli("report", target)

@@ -85,7 +85,7 @@ def _study(text: str = STUDY) -> Path:
     return Path("study.toml")
 
 
-def test_every_set_is_made_once_and_a_second_call_makes_none(cli: CLI, commands: list[list[str]]) -> None:
+def test_every_set_is_made_once_and_its_figure_stands_beside_the_published_one(cli: CLI, commands: list[list[str]]) -> None:
     first = cli("reproduce", f"./{_study()}", *SMALL, "--json")
     assert first.code == 0, first.err
     made = [c for c in commands if c[0] == "distill"]
@@ -94,7 +94,20 @@ def test_every_set_is_made_once_and_a_second_call_makes_none(cli: CLI, commands:
     commands.clear()
     second = cli("reproduce", f"./{_study()}", *SMALL, "--json")
     assert commands == []
-    assert json.loads(second.out)["figures"] == json.loads(first.out)["figures"]
+    found = json.loads(first.out)
+    assert json.loads(second.out)["figures"] == found["figures"]
+    figure = found["figures"][0]
+    assert (figure["system"], figure["ipc"], figure["pipc"], figure["sets"], figure["networks"]) == ("dm", 1, 3, 2, 2)
+    assert figure["published"] == 0.5
+    assert figure["difference"] == pytest.approx(figure["mean"] - 0.5)
+    assert [f["published"] for f in found["figures"][1:]] == [None] * 5
+    rows = [
+        json.loads((path / "evaluation.json").read_text())["evaluations"][0]["details"]["accuracies"]
+        for path in sorted(Path("runs/study/sets").glob("dm-ipc1-pipc3-*/"))
+    ]
+    assert figure["mean"] == pytest.approx(sum(sum(row) for row in rows) / 4)
+    assert json.loads(Path("runs/study/report.json").read_text())["figures"] == found["figures"]
+    assert Path("runs/study/report.md").read_text().startswith("|")
 
 
 def test_settings_of_distilled_sets_change_no_baseline(cli: CLI, commands: list[list[str]]) -> None:
@@ -110,22 +123,6 @@ def test_settings_of_distilled_sets_change_no_baseline(cli: CLI, commands: list[
     settings = STUDY + '\n[set]\n"optimizer.images.lr" = 0.5\n"losses.dm.weight" = 2.0\n'
     assert np.array_equal(real_images(settings, "--set", "initializer.use=noise"), usual)
     assert len(list(Path("runs/study/sets").glob("dm-*/"))) == 2  # the settings did reach the distilled set
-
-
-def test_figures_stand_beside_the_published_ones(cli: CLI, commands: list[list[str]]) -> None:
-    found = json.loads(cli("reproduce", f"./{_study()}", *SMALL, "--json").out)
-    figure = found["figures"][0]
-    assert (figure["system"], figure["ipc"], figure["pipc"], figure["sets"], figure["networks"]) == ("dm", 1, 3, 2, 2)
-    assert figure["published"] == 0.5
-    assert figure["difference"] == pytest.approx(figure["mean"] - 0.5)
-    assert [f["published"] for f in found["figures"][1:]] == [None] * 5
-    rows = [
-        json.loads((path / "evaluation.json").read_text())["evaluations"][0]["details"]["accuracies"]
-        for path in sorted(Path("runs/study/sets").glob("dm-ipc1-pipc3-*/"))
-    ]
-    assert figure["mean"] == pytest.approx(sum(sum(row) for row in rows) / 4)
-    assert json.loads(Path("runs/study/report.json").read_text())["figures"] == found["figures"]
-    assert Path("runs/study/report.md").read_text().startswith("|")
 
 
 ON = """
@@ -429,12 +426,10 @@ BAD = [
     ('name = "a/b"\n' + STUDY, "lower-case letters"),
     ("held_out = 200\n" + STUDY, "Make the study's `held_out` or the `pipc` of its cells smaller"),
     ('pictures = ["means"]\n' + STUDY, "pictures names the system 'means', a baseline class-mean that keeps no images"),
-    ('pictures = ["dm", "dm"]\n' + STUDY, "pictures names the system 'dm' twice"),
     ('set = { "data.test" = "held-out" }\n' + STUDY, "set: data.test cannot be set in a study, whose cells and evaluation decide it: use"),
     ("set = { data = { held_out = 5 } }\n" + STUDY, "set: data.held_out cannot be set in a study"),
     ('set = { teacher.use = "none.safetensors" }\n' + STUDY, "ddkit: set: The teacher file none.safetensors does not exist"),
     (STUDY + 'systems = ["dm", "dm"]\n', "cells[1].systems names the system 'dm' twice"),
-    (STUDY + BLENDS.format("x", 0.5), "blends names the system 'x'"),
     (STUDY + BLENDS.format("means", 0.5), "blends names the system 'means', a baseline"),
     (STUDY + BLENDS.format("dm", 1.5), "alphas"),
     (STUDY + BLENDS.format("shared", "0.5, 0, 0.5"), "blends.alphas has 0.5 twice"),
@@ -456,11 +451,8 @@ BAD = [
     (STUDY.replace(DM, '"dm"\nset = { "teacher.use" = "none.safetensors" }\n'), "systems.dm: The teacher file none.safetensors does not"),
     (STUDY.replace("pipc = 4", "pipc = 0").replace(DM, '"dm"\nset = { "initializer.use" = "noise" }\n'), "the loss dm needs 1 real image"),
     (STUDY.replace(STAR, '"dm-star"\nset = { "initializer.use" = "nose" }\n'), "systems.shared: There is no initializer 'nose'"),
-    (STUDY.replace(STAR, '"dm-star"\nset = { losses.dm.sqared = true }\n'), "systems.shared: dm: losses.dm has no key 'sqared'"),
     (STUDY.replace(STAR, '"dm-star"\nset = { network.norm = "batchh" }\n'), "systems.shared: convnet: network.norm = 'batchh'"),
-    (STUDY.replace(STAR, '"dm-star"\nset = { initializer.stdd = 1 }\n'), "systems.shared: noise: initializer has no key 'stdd'"),
     (STUDY.replace(STAR, '"dm-star"\nlosses = "dm:big"\n'), "systems.shared.losses = 'dm:big': the weight 'big' is not a number"),
-    (STUDY.replace(STAR, '"dm-star"\nlosses = ""\n'), "systems.shared.losses = '': a loss name is empty"),
 ]
 
 
@@ -478,7 +470,6 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(cli: CLI, com
     [
         (["practical-table1", "--cells", "2:10"], 4, "has no cell 2:10. It has 1:10, 1:50, 1:all"),
         (["practical-table1", "--systems", ""], 2, "--systems '': a name is missing"),
-        (["practical-table1", "--systems", "dm,,dsv-real"], 2, "a name is missing"),
         (["practical-table1", "--systems", "dm,dsv-real,dm"], 2, "names 'dm' twice"),
         (["practical-table1", "--cells", "1:10,3:10,1:10"], 2, "has the cell 1:10 twice"),
         (["practical-fig3", "--alphas", "0.5,0.55"], 4, "has no blend at alpha 0.55: it has blends at 0, 0.1"),
