@@ -195,11 +195,28 @@ def group(*, wanted: bool = True) -> Iterator[Ranks]:
     if not wanted or not launched():
         yield Ranks()
         return
+    import torch
     import torch.distributed as distributed
 
     own = not distributed.is_initialized()
     if own:
-        _begin()
+        gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+        if gpus:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        # SIGTERM and SIGHUP end the process meanwhile: while it waits for the others outside Python, a handler would not be called.
+        numbers = ending_signals() if threading.current_thread() is threading.main_thread() else []
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+        try:
+            distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            raise RunFailed(
+                f"The processes that torchrun started could not find one another at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({' '.join(str(error).split())[:300]}). Where the name of this machine is not known to its "
+                "network, name the interface: GLOO_SOCKET_IFNAME=lo on one machine."
+            ) from error
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     with others_may_end():
         made: Any = distributed.new_group(backend="gloo", timeout=PATIENCE)
     yield Ranks(made)
@@ -207,32 +224,9 @@ def group(*, wanted: bool = True) -> Iterator[Ranks]:
     distributed.destroy_process_group(None if own else made)
 
 
-def _begin() -> None:
-    import torch
-
-    gpus = torch.cuda.is_available() and torch.distributed.is_nccl_available()
-    if gpus:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    # SIGTERM and SIGHUP end the process meanwhile: while it waits for the others outside Python, a handler would not be called.
-    numbers = ending_signals() if threading.current_thread() is threading.main_thread() else []
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
-    try:
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise RunFailed(
-            f"The processes that torchrun started could not find one another at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"({' '.join(str(error).split())[:300]}). Where the name of this machine is not known to its network, name the interface: "
-            "GLOO_SOCKET_IFNAME=lo on one machine."
-        ) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def ending_signals() -> list[signal.Signals]:
     """Returns the signals that ask a process to end, beside Ctrl-C: SIGTERM, and SIGHUP where it is not ignored, as under nohup."""
-    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-    return [signal.SIGTERM] if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else [signal.SIGTERM, hangup]
+    return [signal.SIGTERM] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGTERM, signal.SIGHUP]
 
 
 def own_device(name: str) -> str:

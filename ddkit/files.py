@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ddkit")
 SCHEMA = 1
-NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 TEMPORARY = ".part"  # how the names of files end that are being written
 MOST_BYTES = 2**30  # of a file that is read whole: the manifest of a run on a million files has a tenth of it
 MOST_TOML = 2**22  # reading as much takes seconds
@@ -92,7 +91,7 @@ def check_out(path: Path) -> None:
 
 def open_regular(path: str | Path) -> BufferedReader:
     """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place."""
-    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
+    stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     mode = os.fstat(stream.fileno()).st_mode
     if not stat.S_ISREG(mode):
         stream.close()
@@ -160,7 +159,7 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
 def _beside(path: Path) -> tuple[str, int]:
     """Makes an empty file beside `path`; returns its name, and the permissions that a new file has there."""
     name = path.parent / f".{path.name}.{os.urandom(4).hex()}{TEMPORARY}"
-    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NOFOLLOW, 0o666)
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
     os.close(descriptor)
     return str(name), mode
@@ -196,7 +195,7 @@ def folders_of(path: Path) -> Iterator[None]:
 def append_text(path: Path, text: str) -> None:
     """Adds text to the end of a file, which is no link; raises RunFilesError if it cannot be written."""
     try:
-        with open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | NOFOLLOW, 0o666)) as stream:
+        with open(path, "a", encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as stream:
             stream.write(text)
     except OSError as error:
         raise RunFilesError(f"{path} cannot be written: {error.strerror or error}.") from error
@@ -217,8 +216,6 @@ def is_leftover(file: Path) -> bool:
 
 def sync(path: Path) -> None:
     """Waits until a file, or the names in a folder, are on the disk."""
-    if os.name != "posix":
-        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -299,16 +296,16 @@ def read_with_digest(path: Path) -> dict[str, Any]:
 # Tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, digest: bool = True) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes a safetensors file whose metadata key "ddkit" holds `metadata` and the schema number as JSON.
 
-    With `digest` the JSON also has the sha256 of tensors and metadata, so that reading finds damage. The file is whole or as
-    before; raises RunFilesError where it cannot be written.
+    The JSON also has the sha256 of tensors and metadata, so that reading finds damage. The file is whole or as before; raises
+    RunFilesError where it cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    contiguous, header = _as_written(tensors, metadata, digest=digest)
+    contiguous, header = _as_written(tensors, metadata)
 
     def write(temporary: str) -> None:
         try:
@@ -320,19 +317,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def tensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
-    """Returns what write_tensors writes, with a digest."""
+    """Returns what write_tensors writes."""
     from safetensors.torch import save
 
-    contiguous, header = _as_written(tensors, metadata, digest=True)
+    contiguous, header = _as_written(tensors, metadata)
     return save(contiguous, {"ddkit": header})
 
 
-def _as_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], *, digest: bool) -> tuple[dict[str, Tensor], str]:
+def _as_written(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> tuple[dict[str, Tensor], str]:
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(tensors.items())}
-    record = {"schema": SCHEMA, **metadata}
-    if digest:
-        record["sealed"] = True  # that there is a digest: a turned bit may be in the word "digest" too
-        record["digest"] = tensors_digest(contiguous, record)
+    record = {"schema": SCHEMA, **metadata, "sealed": True}  # that there is a digest: a turned bit may be in the word "digest" too
+    record["digest"] = tensors_digest(contiguous, record)
     return contiguous, json.dumps(record, sort_keys=True, allow_nan=False)
 
 
@@ -356,14 +351,14 @@ def machine_bytes() -> int:
     """Returns the memory of this machine in bytes; where the system does not tell, more than any has."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
+    except (ValueError, OSError):
         return 2**63
 
 
-def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns (tensors, ddkit metadata or {}) of a safetensors file; raises ValueError saying what is wrong with it.
 
-    With `verify` the tensors and the metadata must match the sha256 that the file records; a file without one passes.
+    The tensors and the metadata must match the sha256 that the file records; a file without one passes.
     """
     from safetensors import safe_open
 
@@ -383,7 +378,7 @@ def read_tensors(path: Path, *, verify: bool = True) -> tuple[dict[str, Tensor],
     if record and record.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {shown(record.get('schema'))}; this ddkit reads {SCHEMA}")
     digest = record.pop("digest", None)
-    if verify and (digest is not None or "sealed" in record) and digest != tensors_digest(tensors, record):
+    if (digest is not None or "sealed" in record) and digest != tensors_digest(tensors, record):
         raise ValueError(f"{path} is damaged: its content does not match the sha256 that it records")
     record.pop("sealed", None)
     return tensors, record

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ddkit.errors import InputError
 from ddkit.files import not_permitted, open_regular
@@ -51,25 +51,19 @@ def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
 
 
 def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
-    import numpy as np
-
-    with archive.open(info) as stream:
-        _check_header(stream, info)
-    with archive.open(info) as stream:
-        return np.lib.format.read_array(stream, allow_pickle=False)
-
-
-def _check_header(stream: IO[bytes], info: zipfile.ZipInfo) -> None:
-    """Raises ValueError where the header of an .npy member is not that of a plain array of the member's size."""
+    """Returns the array of an .npy member; raises ValueError where its header is not that of a plain array of the member's size."""
     from numpy.lib import format as npy
 
-    version = npy.read_magic(stream)
-    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"{info.filename} is of the .npy version {version}")
-    shape, _, dtype = read(stream)
+    with archive.open(info) as stream:
+        version = npy.read_magic(stream)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+        if read is None:
+            raise ValueError(f"{info.filename} is of the .npy version {version}")
+        shape, _, dtype = read(stream)
+        needed = stream.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
         raise ValueError(f"{info.filename} holds Python objects, which would have to be unpickled")
-    needed = stream.tell() + math.prod(shape) * dtype.itemsize
     if min(shape, default=0) < 0 or needed != info.file_size:
         raise ValueError(f"{info.filename} declares an array of shape {shape}, {needed} bytes, and has {info.file_size}")
+    with archive.open(info) as stream:
+        return npy.read_array(stream, allow_pickle=False)

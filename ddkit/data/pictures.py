@@ -54,7 +54,9 @@ def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, col
     margin = 12 + max(int(font.getlength(name)) for name, font in names.values())
     row_w = margin + most * cell_w
     shown = rows[: max(1, MOST_PIXELS // (row_w * cell_h))]
-    deep = _depth(len(shown), row_w, cell_h)
+    deep = len(shown)  # rows below each other: all, or as many as make a square
+    if deep * cell_h > MOST_HEIGHT:
+        deep = -(-deep // max(2, round((deep * cell_h / row_w) ** 0.5)))
     footer = 24 if len(shown) < len(rows) else 0
     sheet = Image.new("RGB", (-(-len(shown) // deep) * row_w, min(deep, len(shown)) * cell_h + footer), "white")
     draw = ImageDraw.Draw(sheet)
@@ -111,13 +113,6 @@ def _written(name: str, label: int) -> tuple[str, Any]:
 def _has(font: Any, letter: str) -> bool:
     """Whether a font has a letter: what it lacks is drawn as one and the same box."""
     return letter.isspace() or bytes(font.getmask(letter)) != bytes(font.getmask("\U0010ffff"))
-
-
-def _depth(rows: int, width: int, height: int) -> int:
-    """Returns how many of `rows` rows, each of width x height pixels, stand below each other: all, or as many as make a square."""
-    if rows * height <= MOST_HEIGHT:
-        return rows
-    return -(-rows // max(2, round((rows * height / width) ** 0.5)))
 
 
 def power(images: Tensor) -> tuple[Tensor, Tensor]:

@@ -187,7 +187,10 @@ def automatic_teacher(
         if not _kept(path, made):
             if ranks.world_size > 1:
                 raise RunFilesError(f"The other processes of the run read the teacher from the cache, {folder}. Give --teacher FILE.")
-            return _as_if_kept(made)
+            module = made.module.to(memory_format=torch.contiguous_format)  # and the rest is as if it were read from its file
+            digest = hashlib.sha256(tensors_bytes(module.state_dict(), made.info)).hexdigest()
+            record = json.loads(json.dumps({"schema": SCHEMA, **made.info}))
+            return Teacher(module, mean=made.mean, std=made.std, info=record, sha256=digest)
     ranks.broadcast([path.name, sha256(path)])  # the others wait for this
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)
 
@@ -220,11 +223,3 @@ def _kept(path: Path, made: Teacher) -> bool:
             path.unlink(missing_ok=True)
         return False
     return True
-
-
-def _as_if_kept(made: Teacher) -> Teacher:
-    """Returns a teacher that was trained just now as it would be read from its file."""
-    module = made.module.to(memory_format=torch.contiguous_format)
-    digest = hashlib.sha256(tensors_bytes(module.state_dict(), made.info)).hexdigest()
-    info = json.loads(json.dumps({"schema": SCHEMA, **made.info}))
-    return Teacher(module, mean=made.mean, std=made.std, info=info, sha256=digest)

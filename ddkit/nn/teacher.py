@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger("ddkit")
 JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: evenly over the classes
 
 
+@dataclass(eq=False)
 class Teacher:
     """A trained classifier in evaluation mode and what is recorded of it.
 
@@ -33,19 +35,16 @@ class Teacher:
     file ({} for a bare state dict); `sha256` is that of the file.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        info: Mapping[str, Any] | None = None,
-        sha256: str = "",
-        path: str = "",
-    ) -> None:
-        self.module = module.eval().requires_grad_(False)
-        self.mean, self.std, self.info = mean, std, dict(info or {})
-        self.sha256, self.path = sha256, path
+    module: nn.Module
+    _: KW_ONLY
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    info: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        self.module.eval().requires_grad_(False)
 
     @property
     def parameters(self) -> dict[str, Tensor]:

@@ -167,25 +167,20 @@ def _batches(
     What is drawn does not depend on the network, so batches of a few images are augmented several at a time.
     """
     waiting: list[tuple[Tensor, Parameters]] = []
+    left = schedule.epochs * -(-len(images) // schedule.batch)
     for _ in range(schedule.epochs):
-        for rows in torch.randperm(len(images), generator=generator).split(schedule.batch):
-            waiting.append((rows, {} if augmenter is None else augmenter.sample_batch(generator, len(rows))))
-            if augmenter is None or not augmenter.rowwise or sum(len(each) for each, _ in waiting) >= AHEAD:
-                yield from _augmented(images, labels, augmenter, waiting)
-                waiting = []
-    if waiting:
-        yield from _augmented(images, labels, augmenter, waiting)
-
-
-def _augmented(
-    images: Tensor | NormalisedRows, labels: Tensor, augmenter: Augmenter | None, waiting: list[tuple[Tensor, Parameters]]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    rows = to_device(torch.cat([each for each, _ in waiting]), images.device)
-    x = images[rows]
-    if augmenter is not None:
-        x = augmenter.apply(x, {key: torch.cat([drawn[key] for _, drawn in waiting]) for key in waiting[0][1]})
-    sizes = [len(each) for each, _ in waiting]
-    yield from zip(x.split(sizes), labels[rows].split(sizes), strict=True)
+        for own in torch.randperm(len(images), generator=generator).split(schedule.batch):
+            waiting.append((own, {} if augmenter is None else augmenter.sample_batch(generator, len(own))))
+            left -= 1
+            sizes = [len(each) for each, _ in waiting]
+            if left and augmenter is not None and augmenter.rowwise and sum(sizes) < AHEAD:
+                continue
+            rows = to_device(torch.cat([each for each, _ in waiting]), images.device)
+            x = images[rows]
+            if augmenter is not None:
+                x = augmenter.apply(x, {key: torch.cat([drawn[key] for _, drawn in waiting]) for key in waiting[0][1]})
+            yield from zip(x.split(sizes), labels[rows].split(sizes), strict=True)
+            waiting = []
 
 
 def accuracy(module: nn.Module, images: Tensor | NormalisedRows, labels: Tensor, **how: Any) -> float:

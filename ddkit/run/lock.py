@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from ddkit.errors import RunFilesError
-from ddkit.files import NOFOLLOW
 from ddkit.run.manifest import LOCK
 
 log = logging.getLogger("ddkit")
@@ -35,7 +34,7 @@ class FolderLock:
             time.sleep(0.05)
 
     def _take(self) -> bool:
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | NOFOLLOW, 0o666)
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with suppress(FileNotFoundError):  # its holder may have removed the file since it was opened, and another may be in its place
             if _locked(descriptor) and os.path.samestat(os.fstat(descriptor), os.lstat(self.path)):
                 self._descriptor = descriptor

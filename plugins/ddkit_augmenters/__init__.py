@@ -151,5 +151,4 @@ class SupportVectorAugmentation(ddkit.Augmenter):
         mirrored = (numbers[:, 5] < self.flip_probability) & (self.flip is not False)
         side = torch.where(mirrored, -kept, kept)
         zero = torch.zeros_like(kept)
-        rows = [torch.stack([side, zero, centre_x], 1), torch.stack([zero, kept, centre_y], 1)]
-        return operations.warp(x, torch.stack(rows, 1))
+        return operations.warp(x, [side, zero, centre_x], [zero, kept, centre_y])

@@ -69,8 +69,9 @@ def flip(x: Tensor, numbers: Tensor, options: Any) -> Tensor:
     return torch.where(_column(numbers, 0) < options.flip_probability, x.flip(3), x)
 
 
-def warp(x: Tensor, matrices: Tensor) -> Tensor:
-    """Returns x sampled bilinearly through affine matrices (n, 2, 3) in [-1, 1] coordinates, zeros outside."""
+def warp(x: Tensor, *rows: list[Tensor]) -> Tensor:
+    """Returns x sampled bilinearly through affine matrices in [-1, 1] coordinates, zeros outside; a row is three tensors (n,)."""
+    matrices = torch.stack([torch.stack(row, 1) for row in rows], 1)
     grid = functional.affine_grid(matrices.to(x), list(x.shape), align_corners=False)
     return functional.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
@@ -79,8 +80,7 @@ def scale(x: Tensor, numbers: Tensor, options: Any) -> Tensor:
     """Returns x with each axis scaled about the centre by its own factor."""
     factors = numbers.to(x) * (options.scale - 1 / options.scale) + 1 / options.scale
     zero = torch.zeros_like(factors[:, 0])
-    rows = [torch.stack([factors[:, 0], zero, zero], 1), torch.stack([zero, factors[:, 1], zero], 1)]
-    return warp(x, torch.stack(rows, 1))
+    return warp(x, [factors[:, 0], zero, zero], [zero, factors[:, 1], zero])
 
 
 def rotate(x: Tensor, numbers: Tensor, options: Any) -> Tensor:
@@ -88,8 +88,7 @@ def rotate(x: Tensor, numbers: Tensor, options: Any) -> Tensor:
     angle = (numbers[:, 0].to(x) - 0.5) * 2 * options.rotate * math.pi / 180
     cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
     aspect = x.shape[2] / x.shape[3]
-    rows = [torch.stack([cos, -sin * aspect, zero], 1), torch.stack([sin / aspect, cos, zero], 1)]
-    return warp(x, torch.stack(rows, 1))
+    return warp(x, [cos, -sin * aspect, zero], [sin / aspect, cos, zero])
 
 
 FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {

@@ -210,17 +210,6 @@ def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
 
 def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tensor]:
     x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}")
-    images = _images(x, split, path, unclipped="unclipped" in arrays)
-    if y is None or y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
-        raise ddkit.InputError(f"{path}: y_{split} must be integers, one for each image of x_{split}.")
-    if split == "train" and len(y) == 0:
-        raise ddkit.InputError(f"{path}: x_train holds no image.")
-    if len(y) and int(y.min()) < 0:
-        raise ddkit.InputError(f"{path}: y_{split} holds a negative label; labels count from 0.")
-    return images, torch.from_numpy(y.astype(np.int64))
-
-
-def _images(x: Any, split: str, path: Path, *, unclipped: bool) -> Tensor:
     if x.ndim == 3:
         x = x[:, None]
     elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
@@ -228,11 +217,18 @@ def _images(x: Any, split: str, path: Path, *, unclipped: bool) -> Tensor:
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise ddkit.InputError(f"{path}: x_{split} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1 or 3.")
     if x.dtype != np.uint8:
-        outside = bool(x.size) and not unclipped and (x.min() < 0 or x.max() > 1)
+        outside = bool(x.size) and "unclipped" not in arrays and (x.min() < 0 or x.max() > 1)
         if x.dtype.kind != "f" or not np.isfinite(x).all() or outside:
             raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
+    if y is None or y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
+        raise ddkit.InputError(f"{path}: y_{split} must be integers, one for each image of x_{split}.")
+    if split == "train" and len(y) == 0:
+        raise ddkit.InputError(f"{path}: x_train holds no image.")
+    if len(y) and int(y.min()) < 0:
+        raise ddkit.InputError(f"{path}: y_{split} holds a negative label; labels count from 0.")
     x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
-    return torch.from_numpy(x).view(-1).view(x.shape)  # with one channel at the end its strides would choose another convolution
+    images = torch.from_numpy(x).view(-1).view(x.shape)  # with one channel at the end its strides would choose another convolution
+    return images, torch.from_numpy(y.astype(np.int64))
 
 
 def _class_names(arrays: dict[str, Any], labels: Tensor, path: Path) -> list[str]:

@@ -19,7 +19,6 @@ import ddkit
 
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 SMALL_PIXELS = 100 * 100  # below, Pillow holds the interpreter for most of the time: a second thread slowed 32 x 32 by 10 %
-SAMPLE = 16  # images that must agree before room for all is taken: the first alone might be a poster among icons
 
 # EXIF's orientations that are not upright, and what turns such an image upright.
 UPRIGHT = {
@@ -61,31 +60,15 @@ def decode_images(files: Sequence[str], how: Decoding, resized: list[str] | None
     if not files:
         return []
     told = [] if resized is None else resized
-
-    def decode(file: str) -> Any:
-        return _decode(file, how, told)
-
     with _strict_pillow():
-        first = decode(files[0])
+        first = _decode(files[0], how, told)
         workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
-        sample = [first, *_each(decode, files[1:SAMPLE], workers)]
-        if any(image.shape != first.shape for image in sample):
-            rest = _each(lambda file: _tensor(decode(file)), files[SAMPLE:], workers)
-            return [*map(_tensor, sample), *rest]
-        batch = torch.empty((len(files), *first.shape), dtype=torch.uint8)
-        rows = batch.numpy()
-        rows[: len(sample)] = sample
-        others: dict[int, Tensor] = {}  # those that have another shape after all, by row
-
-        def fill(row: int) -> None:
-            image = decode(files[row])
-            if image.shape == first.shape:
-                rows[row] = image
-            else:
-                others[row] = _tensor(image)
-
-        _each(fill, range(len(sample), len(files)), workers)
-    return [others.get(row, image) for row, image in enumerate(batch)] if others else batch
+        images = [first, *_each(lambda file: _decode(file, how, told), files[1:], workers)]
+    if any(image.shape != first.shape for image in images):
+        return [torch.from_numpy(np.array(image, order="C")) for image in images]
+    batch = torch.empty((len(images), *first.shape), dtype=torch.uint8)
+    np.stack(images, out=batch.numpy())
+    return batch
 
 
 def image_shapes(files: Sequence[str], how: Decoding) -> list[tuple[int, int, int]]:
@@ -132,10 +115,6 @@ def _each(function: Callable[[Item], Result], items: Sequence[Item], workers: in
     parts = [items[start : start + length] for start in range(0, len(items), length)]
     with ThreadPoolExecutor(max_workers=workers) as pool:
         return [result for results in pool.map(part, parts) for result in results]
-
-
-def _tensor(image: Any) -> Tensor:
-    return torch.from_numpy(np.array(image, order="C"))
 
 
 def _decode(file: str, how: Decoding, resized: list[str]) -> Any:

@@ -98,22 +98,19 @@ class ImageFolder(ddkit.Dataset):
         self.train_root, names, self.test_root, said = layout_of(self.root)
         check_case(self.train_root, names)
         self._names, self._listing, unread = _classes(self.train_root, names)
-        self._test_listing = None if self.test_root is None else self._test_files(self.test_root, unread)
+        self._test_listing: Files | None = None
+        if self.test_root is not None:
+            found = subfolders(self.test_root)
+            strangers = sorted(set(found).difference(self._names))
+            if strangers:
+                raise ddkit.InputError(f"{self.test_root} has a class '{strangers[0]}' that {self.train_root} lacks.")
+            walked = [walk(self.test_root / name) if name in found else Walked([], Counter(), run=False) for name in self._names]
+            unread = sum((each.unread for each in walked), unread)
+            self._test_listing = _files(self.test_root, self._names, walked)
         if said:
             log.warning("%s: %s.", self.root, said, extra={"news": True})
         if unread:
             log.warning("%s: images that ddkit does not read are left out: %s. Convert them to .png or .jpg.", self.root, _counted(unread))
-
-    def _test_files(self, folder: Path, unread: Counter[str]) -> Files:
-        """Returns the files of the test split, and adds to `unread` those that are left out."""
-        found = subfolders(folder)
-        strangers = sorted(set(found).difference(self._names))
-        if strangers:
-            raise ddkit.InputError(f"{folder} has a class '{strangers[0]}' that {self.train_root} lacks.")
-        walked = [walk(folder / name) if name in found else Walked([], Counter(), run=False) for name in self._names]
-        for each in walked:
-            unread.update(each.unread)
-        return _files(folder, self._names, walked)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -207,15 +204,6 @@ def _files(root: Path, names: Sequence[str], walked: Sequence[Walked]) -> Files:
     return Files([(root / name).as_posix() for name in names], labels, [file for each in walked for file in each.names])
 
 
-class Layout(NamedTuple):
-    """The folder of the training classes, their names in order, the folder of the test split, and a line that tells what is not obvious."""
-
-    train: Path
-    names: list[str]
-    test: Path | None
-    said: str
-
-
 class Walked(NamedTuple):
     """The image files of a class folder, relative to it; how many were left out, by ending; whether a run of ddkit's is inside."""
 
@@ -224,8 +212,11 @@ class Walked(NamedTuple):
     run: bool
 
 
-def layout_of(root: Path) -> Layout:
-    """Returns what `root` holds; raises InputError if it holds no classes, or could be read in two ways."""
+def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
+    """Returns the folder of the training classes, their names, the folder of the test split, and a line that tells what is not obvious.
+
+    Raises InputError if `root` holds no classes, or could be read in two ways.
+    """
     inside = subfolders(root)
     train = [name for name in inside if name.casefold() in TRAIN]
     tests = sorted((name for name in inside if name.casefold() in TEST), key=lambda name: (TEST.index(name.casefold()), name))
@@ -265,7 +256,7 @@ def layout_of(root: Path) -> Layout:
         said.append(f"not used, without class folders: {_quoted(unlabelled)}")
     elif unlabelled or unused:
         said.append(f"not used: {_quoted([*unlabelled, *unused])}")
-    return Layout(base, names, test, "; ".join(said))
+    return base, names, test, "; ".join(said)
 
 
 def _without_classes(root: Path, train: Sequence[str], tests: Sequence[str]) -> str:

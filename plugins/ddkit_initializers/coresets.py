@@ -90,17 +90,14 @@ class Coreset(ddkit.Initializer):
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = []
         for each in classes(start):
-            points = self._points(start, each.images).double().numpy()
-            chosen = torch.tensor(self.choose(points, each.ipc, start.generator(each.label))).sort().values
+            if self.features == "pixels":
+                points = each.images.flatten(1)
+            else:
+                assert start.features is not None
+                points = start.features(each.images)
+            chosen = torch.tensor(self.choose(points.double().numpy(), each.ipc, start.generator(each.label))).sort().values
             parts.append(each.take(chosen))
         return torch.cat(parts)
-
-    def _points(self, start: ddkit.InitContext, images: Tensor) -> Tensor:
-        if self.features == "pixels":
-            return images.flatten(1)
-        assert start.features is not None
-        found: Tensor = start.features(images)
-        return found
 
 
 class Herding(Coreset):

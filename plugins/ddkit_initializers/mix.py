@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 import ddkit
 from ddkit_initializers import classes
@@ -37,19 +35,14 @@ class Mix(ddkit.Initializer):
                 f"initializer.factor = {factor}: images of {size[0]} x {size[1]} pixels have no room for {factor} in a row.",
                 "initializer.factor",
             )
-        pictures = [
-            ddkit.data.grid(each.take(chosen), factor)
-            for each in classes(start)
-            for chosen in _drawn(len(each.rows), factor**2, each.ipc, start.generator(each.label))
-        ]
+        pictures, cells = [], factor**2
+        for each in classes(start):
+            available, draws = len(each.rows), start.generator(each.label)
+            order = torch.randperm(available, generator=draws)
+            for number in range(each.ipc):
+                if each.ipc * cells <= available:
+                    chosen = order[number * cells : (number + 1) * cells]
+                else:
+                    chosen = torch.randperm(available, generator=draws)[:cells]
+                pictures.append(ddkit.data.grid(each.take(chosen), factor))
         return torch.stack(pictures)
-
-
-def _drawn(available: int, each: int, count: int, generator: Generator) -> Iterator[Tensor]:
-    """Yields `count` times `each` different rows: none twice where there are enough."""
-    order = torch.randperm(available, generator=generator)
-    for number in range(count):
-        if count * each <= available:
-            yield order[number * each : (number + 1) * each]
-        else:
-            yield torch.randperm(available, generator=generator)[:each]

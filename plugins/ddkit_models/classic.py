@@ -40,6 +40,28 @@ class LeNet(ddkit.Model):
         return Classifier(nn.Sequential(*layers), 84, classes)
 
 
+Plan = list[tuple[int, int, int, bool]]  # a convolution's channels, kernel size and padding, and whether a 2x2 max pooling follows
+
+
+def plain(channels: int, size: tuple[int, int], classes: int, plan: Plan, *, norm: str, model: str) -> nn.Module:
+    """Returns convolutions, each with its norm and a ReLU, and one linear layer; only the first convolution may change the map's size."""
+    _, kernel, padding, _ = plan[0]
+    map_size = (size[0] + 2 * padding - kernel + 1, size[1] + 2 * padding - kernel + 1)
+    poolings = sum(pools for *_, pools in plan)
+    left_out = poolings - halvings(map_size, poolings)
+    layers: list[nn.Module] = []
+    before = channels
+    for after, kernel, padding, pools in plan:
+        layers += [nn.Conv2d(before, after, kernel, padding=padding), *norm_layer(norm, after, map_size, model=model), nn.ReLU()]
+        before = after
+        if pools and left_out:
+            left_out -= 1
+        elif pools:
+            layers.append(nn.MaxPool2d(2))
+            map_size = (map_size[0] // 2, map_size[1] // 2)
+    return Classifier(nn.Sequential(*layers), before * map_size[0] * map_size[1], classes)
+
+
 class AlexNet(ddkit.Model):
     """AlexNet for small images: five convolutions of 128 to 256 channels, three max poolings, one linear layer, no norm."""
 
@@ -47,18 +69,8 @@ class AlexNet(ddkit.Model):
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         padding = self.one_channel_padding if channels == 1 else 2
-        map_size = (size[0] + 2 * padding - 4, size[1] + 2 * padding - 4)
-        left_out = 3 - halvings(map_size, 3)
-        plan = ((128, 5, padding, True), (192, 5, 2, True), (256, 3, 1, False), (192, 3, 1, False), (192, 3, 1, True))
-        layers: list[nn.Module] = []
-        before, pooled = channels, 0
-        for after, kernel, pad, pools in plan:
-            layers += [nn.Conv2d(before, after, kernel, padding=pad), nn.ReLU()]
-            before, pooled = after, pooled + pools
-            if pools and pooled > left_out:
-                layers.append(nn.MaxPool2d(2))
-                map_size = (map_size[0] // 2, map_size[1] // 2)
-        return Classifier(nn.Sequential(*layers), before * map_size[0] * map_size[1], classes)
+        plan = [(128, 5, padding, True), (192, 5, 2, True), (256, 3, 1, False), (192, 3, 1, False), (192, 3, 1, True)]
+        return plain(channels, size, classes, plan, norm="none", model="alexnet")
 
 
 class Vgg11(ddkit.Model):
@@ -69,21 +81,10 @@ class Vgg11(ddkit.Model):
     one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        padding = self.one_channel_padding if channels == 1 else 1
-        map_size = (size[0] + 2 * padding - 2, size[1] + 2 * padding - 2)
-        left_out = 5 - halvings(map_size, 5)
-        layers: list[nn.Module] = []
-        before = channels
-        for stage, factors in enumerate(((1,), (2,), (4, 4), (8, 8), (8, 8))):
-            for factor in factors:
-                after = factor * self.width
-                layers.append(nn.Conv2d(before, after, 3, padding=1 if layers else padding))
-                layers += [*norm_layer(self.norm, after, map_size, model="vgg11"), nn.ReLU()]
-                before = after
-            if stage >= left_out:
-                layers.append(nn.MaxPool2d(2))
-                map_size = (map_size[0] // 2, map_size[1] // 2)
-        return Classifier(nn.Sequential(*layers), before * map_size[0] * map_size[1], classes)
+        stages = ((1, True), (2, True), (4, False), (4, True), (8, False), (8, True), (8, False), (8, True))
+        plan = [(factor * self.width, 3, 1, pools) for factor, pools in stages]
+        plan[0] = (self.width, 3, self.one_channel_padding if channels == 1 else 1, True)
+        return plain(channels, size, classes, plan, norm=self.norm, model="vgg11")
 
 
 class Block(nn.Module):
