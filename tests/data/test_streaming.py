@@ -146,7 +146,6 @@ def test_large_images_that_are_small_once_resized_are_held(tmp_path: Path) -> No
     assert set(images[:, 0, 0, 0].tolist()) <= set(range(12))
 
 
-@pytest.mark.skipif(os.name != "posix", reason="a file without a name")
 def test_no_room_on_the_disk_is_an_error_that_says_what_helps(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "LIMIT_BYTES", 1)
 
