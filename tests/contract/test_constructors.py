@@ -38,6 +38,7 @@ def info(**values: Any) -> ddkit.DataInfo:
         (lambda: ddkit.Parameter(lr=-1), "lr=-1"),
         (lambda: ddkit.Requires(reduce="globally"), "Did you mean 'global'?"),  # type: ignore[arg-type]
         (lambda: ddkit.Requires(views="default"), "views='default'"),  # type: ignore[arg-type]
+        (lambda: ddkit.Requires(reduce="global", parameters={"scale": ddkit.Parameter(per="set")}), "would count twice"),
         (lambda: info(size=(0, 8)), "size"),
         (lambda: info(class_names="ab"), "class_names"),
         (lambda: evaluation(accuracy_mean=81.2), "accuracy_mean=81.2"),
@@ -49,7 +50,7 @@ def info(**values: Any) -> ddkit.DataInfo:
     ],
 )
 def test_values_that_are_none_are_refused_where_they_are_given(make: Callable[[], Any], said: str) -> None:
-    with pytest.raises(ValueError, match=r"\w+\(") as refused:
+    with pytest.raises(ValueError, match=r"\w+[(:]") as refused:
         make()
     assert said in str(refused.value)
 

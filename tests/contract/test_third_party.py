@@ -15,14 +15,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import ddkit as package
+from ddkit.testing import LossConformance
 from tests.conftest import CHECKOUT, SMALL_FLAGS
 from tests.forks import HEAVY, forking
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "third-party"
-PROJECT = EXAMPLES / "ddkit-second-moment"
 NAMES = ("attention-matching", "batch-norm-statistics", "second-moment")
 Ddkit = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -53,14 +55,12 @@ def _environment(folder: Path) -> Path:
     inside = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages(), *_user_site()}
+    ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    if site.ENABLE_USER_SITE:
+        ours.add(site.getusersitepackages())
     lines = [f"import site; site.addsitedir({path!r})" for path in sorted(ours)]
     (Path(inside) / "of_the_tests.pth").write_text("\n".join(lines) + "\n")
     return python
-
-
-def _user_site() -> list[str]:
-    return [site.getusersitepackages()] if site.ENABLE_USER_SITE else []
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +88,10 @@ def ddkit(stranger: Path, processes: Any, tmp_path: Path) -> Ddkit:
     return run
 
 
-def _strangers(listing: str) -> list[dict[str, str]]:
-    return [row for row in json.loads(listing)["components"] if row["distribution"] == "ddkit-second-moment"]
-
-
 def test_the_installed_loss_is_listed_with_its_distribution_and_summary(ddkit: Ddkit) -> None:
     done = ddkit("list", "--json")
     assert done.returncode == 0, done.stderr
-    (row,) = _strangers(done.stdout)
+    (row,) = [row for row in json.loads(done.stdout)["components"] if row["distribution"] == "ddkit-second-moment"]
     assert (row["kind"], row["name"], row["version"], row["status"]) == ("loss", "second-moment", "0.1.0", "ok")
     assert row["summary"].startswith("Squared distance of class-wise second moments")
 
@@ -120,14 +116,9 @@ def test_distill_uses_it_by_name_and_the_manifest_names_its_distribution(ddkit: 
     assert first["weighted"] == pytest.approx(0.25 * first["raw"])
 
 
-def test_its_formula_agrees_with_a_plain_one_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numpy as np
-
-    monkeypatch.syspath_prepend(str(PROJECT / "src"))
-    moment_gap = importlib.import_module("ddkit_second_moment").moment_gap
-    generator = torch.Generator().manual_seed(0)
-    real = torch.randn(7, 5, dtype=torch.float64, generator=generator)
-    synthetic = torch.randn(3, 5, dtype=torch.float64, generator=generator, requires_grad=True)
+def test_its_formula_agrees_with_a_plain_one_in_float64(imported: Callable[[str], Any]) -> None:
+    moment_gap = imported("second-moment").moment_gap
+    real, synthetic = normal(7, 5), normal(3, 5, seed=1).requires_grad_()
     a, b = real.numpy(), synthetic.detach().numpy()
     plain = sum((np.mean(a[:, j] ** 2) - np.mean(b[:, j] ** 2)) ** 2 for j in range(5))
     central = sum((np.var(a[:, j]) - np.var(b[:, j])) ** 2 for j in range(5))
@@ -139,13 +130,6 @@ def test_its_formula_agrees_with_a_plain_one_in_float64(monkeypatch: pytest.Monk
 
 
 # All three
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_example_is_short_and_says_its_source(name: str) -> None:
-    (code,) = (EXAMPLES / f"ddkit-{name}" / "src").glob("*/__init__.py")
-    assert len(code.read_text().splitlines()) < 60
-    assert "arXiv" in (EXAMPLES / f"ddkit-{name}" / "README.md").read_text()
 
 
 def test_the_examples_run_beside_dm_and_dkkt(ddkit: Ddkit, tmp_path: Path) -> None:
@@ -176,17 +160,12 @@ def imported(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_examples_in_their_docstrings_hold(imported: Callable[[str], Any], name: str) -> None:
-    result = doctest.testmod(imported(name))
-    assert (result.failed, result.attempted > 0) == (0, True)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_an_example_keeps_what_a_loss_has_to_keep(imported: Callable[[str], Any], name: str) -> None:
-    import ddkit as package
-    from ddkit.testing import LossConformance
-
+def test_an_example_is_short_says_its_source_and_keeps_what_a_loss_has_to_keep(imported: Callable[[str], Any], name: str) -> None:
     module = imported(name)
+    assert len(Path(module.__file__).read_text().splitlines()) < 60
+    assert "arXiv" in (EXAMPLES / f"ddkit-{name}" / "README.md").read_text()
+    result = doctest.testmod(module)
+    assert (result.failed, result.attempted > 0) == (0, True)
     (loss,) = [each for each in vars(module).values() if isinstance(each, type) and issubclass(each, package.Loss)]
     suite = type("Example", (LossConformance,), {"component": loss})()
     for method in suite.checks().values():

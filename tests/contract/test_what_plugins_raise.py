@@ -55,6 +55,22 @@ class Checks(ddkit.Evaluator):
         raise {error}
 
 
+class Nets(ddkit.Model):
+    """Raises."""
+
+    def __call__(self, channels, size, classes):
+        raise {error}
+
+
+class Holds(ddkit.Dataset):
+    """Raises."""
+
+    class_names = ("a", "b")
+
+    def labels(self, split):
+        raise {error}
+
+
 class Made(ddkit.Loss):
     """Raises."""
 
@@ -121,6 +137,8 @@ RAISING = {
     "losses (backward)": (["--losses", "backward", "--evaluate", "none"], 1),
     "initializer 'starts'": ([*BASE, "--init", "starts"], 3),
     "augmenter 'turns'": (["--losses", "dm", "--evaluate", "none", "--augment", "turns"], 1),
+    "model 'nets'": (["--losses", "dm", "--evaluate", "none", "--set", "network.model=nets"], 3),
+    "holds": ([*BASE, "--dataset", "holds"], 4),
     "evaluator 'judges'": (["--losses", "image-norm", "--evaluate", "judges"], 1),
     "evaluator 'checks'": (["--losses", "image-norm", "--evaluate", "checks"], 3),
 }
@@ -144,6 +162,8 @@ def test_whatever_is_raised_names_the_plugin(cli: Callable[..., Result], name: s
     said = " ".join(found.err.split())
     assert (found.code, found.out) == (code, ""), said
     assert name in said
+    kind = name.partition(" ")[0] if "'" in name else "dataset"
+    assert f"`ddkit check --plugin {Path('odd.py').resolve()} {kind} " in said or "backward" in words
     assert f"{error.partition('(')[0]}: no" in said
     assert "Traceback" not in found.err
 
