@@ -20,7 +20,19 @@ from ddkit.components import registry, trust
 from ddkit.components.options import fields, options_type, parse_struct
 from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
 from ddkit.files import MOST_TOML, read_text, with_home
-from ddkit.recipes.tables import NAMED_TABLES, SHORTHAND, TABLES, EvaluatorTable, Recipe, RuleTable, check_depth, own_keys, parse_recipe
+from ddkit.recipes.tables import (
+    CHOOSING,
+    NAMED_BY_LABEL,
+    NAMED_TABLES,
+    SHORTHAND,
+    TABLES,
+    EvaluatorTable,
+    Recipe,
+    RuleTable,
+    check_depth,
+    own_keys,
+    parse_recipe,
+)
 
 Raw = dict[str, Any]
 FLAGS = {  # what a flag of the command line sets in the recipe, where it is not called alike
@@ -31,26 +43,10 @@ FLAGS = {  # what a flag of the command line sets in the recipe, where it is not
     "augment": "augmenter.use",
     "deterministic": "engine.deterministic",
 }
-CHOOSING_KEYS = {
-    "data": "use",
-    "teacher": "model",
-    "train": "augmenter",
-    "network": "model",
-    "initializer": "use",
-    "augmenter": "use",
-    "views": "augmenter",
-    "losses": "use",
-    "evaluators": "use",
-}
 
 
-def read_recipe(name: str) -> Raw:
-    """Returns the TOML data of an installed recipe or of a file; raises InputError with the nearest name."""
-    return read_named("recipe", name)
-
-
-def read_named(kind: str, name: str) -> Raw:
-    """Returns the TOML data of an installed recipe or study, or of a file; raises InputError with the nearest name."""
+def read_recipe(name: str, kind: str = "recipe") -> Raw:
+    """Returns the TOML data of an installed recipe (or study), or of a file; raises InputError with the nearest name."""
     if "/" in name or name.endswith(".toml"):
         return parse_toml(Path(with_home(name)), kind)
     known = {p.name: p for p in reversed(registry.plugins()) if p.kind == kind}
@@ -123,7 +119,7 @@ def resolve(
         if evaluators is not None:
             names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
             built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
-        for kind, name, _, _ in _components(built):
+        for kind, name, _, _ in named_components(built):
             registry.find(kind, registry.split_name(name)[0])
         dataset = registry.split_name(built.data.use)[0]
         directories = [*(["--data-dir"] if "data.dir" in given else []), *(["--set data.dir"] if "data.dir" in dict(sets) else [])]
@@ -140,7 +136,7 @@ def resolve(
 
 def check_options(recipe: Recipe, part: Part | None = None) -> None:
     """Raises InputError for an option that a component of the recipe does not have or allow, or that names code which may not run."""
-    for kind, name, options, where in _components(recipe):
+    for kind, name, options, where in named_components(recipe):
         if part is None or where.split(".")[0] in part.used:
             registry.options_of(kind, name, options, where)
 
@@ -203,22 +199,22 @@ def described(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     setting that is left at its default (no rules either). Origin and reason are the recipe's note for the path, or for the
     nearest path above it, split at its first colon; "" where it has none.
     """
-    rows = {path: _described(path, value, raw) for path, value in flattened({k: v for k, v in raw.items() if k not in TOLD_APART})}
+    notes = raw.get("notes", {})
+
+    def row(path: str, value: Any) -> dict[str, Any]:
+        keys = path.split(".")
+        above = (".".join(keys[:length]) for length in range(len(keys), 0, -1))
+        origin, _, why = next((notes[key] for key in above if key in notes), "").partition(":")
+        return {"path": path, "value": value, "rules": [], "origin": origin.strip(), "why": why.strip()}
+
+    rows = {path: row(path, value) for path, value in flattened({k: v for k, v in raw.items() if k not in TOLD_APART})}
     for rule in raw.get("rules", []):
         for path, value in flattened(rule["set"]):
-            row = rows.setdefault(path, _described(path, None, raw))
-            row["rules"].append({"when": rule["when"], "value": value})
-    for path in raw.get("notes", {}):
-        if not any(row == path or row.startswith(f"{path}.") for row in rows):
-            rows[path] = _described(path, None, raw)  # left at its default, and said why
+            rows.setdefault(path, row(path, None))["rules"].append({"when": rule["when"], "value": value})
+    for path in notes:
+        if not any(known == path or known.startswith(f"{path}.") for known in rows):
+            rows[path] = row(path, None)  # left at its default, and said why
     return list(rows.values())
-
-
-def _described(path: str, value: Any, raw: Mapping[str, Any]) -> dict[str, Any]:
-    notes, keys = raw.get("notes", {}), path.split(".")
-    above = (".".join(keys[:length]) for length in range(len(keys), 0, -1))
-    origin, _, why = next((notes[key] for key in above if key in notes), "").partition(":")
-    return {"path": path, "value": value, "rules": [], "origin": origin.strip(), "why": why.strip()}
 
 
 def parse_set(text: str) -> tuple[str, Any]:
@@ -244,7 +240,7 @@ def assign_all(raw: Raw, pairs: Iterable[tuple[str, Any]]) -> None:
 def _chooses(keys: list[str]) -> bool:
     """Whether `keys` name a component: a whole table, its choosing key, or that of a named table (`views.NAME.augmenter`)."""
     names = keys[1:] if keys[0] not in NAMED_TABLES else keys[2:]
-    return keys[0] in CHOOSING_KEYS and names in ([], [CHOOSING_KEYS[keys[0]]])
+    return keys[0] in CHOOSING and names in ([], [CHOOSING[keys[0]][0]])
 
 
 def assign(raw: Raw, path: str, value: Any) -> None:
@@ -262,7 +258,7 @@ def assign(raw: Raw, path: str, value: Any) -> None:
         if not isinstance(table, dict):
             raise InputError(f"{path} cannot be set: {key} is not a table in this recipe.", path)
     named = top in NAMED_TABLES
-    if CHOOSING_KEYS.get(top) == keys[-1] and len(keys) == 2 + named and table.get(keys[-1], keys[-2]) != value:
+    if len(keys) == 2 + named and _chooses(keys) and table.get(keys[-1], keys[-2]) != value:
         own = own_keys((NAMED_TABLES if named else TABLES)[top]) - {"compose"}
         for key in table.keys() - own:
             del table[key]
@@ -287,6 +283,7 @@ def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, A
     """
     chosen: Raw = {}
     groups = {p.name for p in registry.plugins() if p.kind == "loss-group"}
+    installed = groups | {p.name for p in registry.plugins() if p.kind == "loss"}
     for item in (part.strip() for part in text.split(",")):
         name, colon, number = item.partition(":")
         if not name:
@@ -301,7 +298,9 @@ def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, A
         for label in registry.members(registry.find("loss-group", name)) if is_group else (name,):
             if label in chosen:
                 raise FlagError(f"--losses {text}: the loss '{label}' is chosen twice. Name it once.")
-            table = _loss_table(label, tables, fallback)
+            if label not in {*tables, *fallback} and label.rpartition("/")[2] not in installed:
+                raise PluginError(f"There is no loss '{label}'. {suggestion(label, installed)} (`ddkit list losses` shows them.)")
+            table = dict(tables.get(label, fallback.get(label, {})))
             own = table.get("weight", 1.0)
             fits = isinstance(own, int | float) and abs(own) < 2**63  # else the recipe's own check names it
             if weight is not None and (fits or not is_group):
@@ -318,16 +317,6 @@ def _loss_tables(raw: Raw) -> dict[str, Raw]:
         if not isinstance(table, Mapping):
             raise InputError(f"losses.{label} is a table of the recipe; got {shown(table)}.", f"losses.{label}")
     return dict(tables)
-
-
-def _loss_table(label: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
-    for source in (tables, fallback):
-        if label in source:
-            return dict(source[label])
-    known = {p.name for p in registry.plugins() if p.kind in ("loss", "loss-group")}
-    if label.rpartition("/")[2] not in known:
-        raise PluginError(f"There is no loss '{label}'. {suggestion(label, known)} (`ddkit list losses` shows them.)")
-    return {}
 
 
 def _with_options(tables: Mapping[str, EvaluatorTable], asked: Mapping[str, Any], model: str | None) -> dict[str, EvaluatorTable]:
@@ -350,17 +339,15 @@ def _with_options(tables: Mapping[str, EvaluatorTable], asked: Mapping[str, Any]
     }
 
 
-def _components(recipe: Recipe) -> list[tuple[str, str, Mapping[str, Any], str]]:
+def named_components(recipe: Recipe) -> list[tuple[str, str, Mapping[str, Any], str]]:
     """Returns kind, name, options and place in the recipe of every component that it names."""
-    named: list[tuple[str, str, Mapping[str, Any], str]] = [
-        ("dataset", recipe.data.use, recipe.data.options, "data"),
-        ("model", recipe.network.model, recipe.network.options, "network"),
-        ("model", recipe.teacher.model, recipe.teacher.options, "teacher"),
-        ("initializer", recipe.initializer.use, recipe.initializer.options, "initializer"),
-        ("augmenter", recipe.augmenter.use, recipe.augmenter.options, "augmenter"),
-        ("augmenter", recipe.train.augmenter, recipe.train.options, "train"),
-    ]
-    named += [("augmenter", view.augmenter, view.options, f"views.{name}") for name, view in recipe.views.items()]
-    named += [("loss", recipe.loss_name(label), table.options, f"losses.{label}") for label, table in recipe.losses.items()]
-    named += [("evaluator", table.use or label, table.options, f"evaluators.{label}") for label, table in recipe.evaluators.items()]
+    named: list[tuple[str, str, Mapping[str, Any], str]] = []
+    for table, (key, kind) in CHOOSING.items():
+        chosen = getattr(recipe, table)
+        if table in NAMED_TABLES:
+            for label, entry in chosen.items():
+                name = getattr(entry, key) or (label if table in NAMED_BY_LABEL else "")
+                named.append((kind, name, entry.options, f"{table}.{label}"))
+        else:
+            named.append((kind, getattr(chosen, key), chosen.options, table))
     return named

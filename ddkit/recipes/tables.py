@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -193,6 +193,18 @@ NAMED_TABLES: dict[str, type[Table]] = {
     "losses": LossTable,
     "evaluators": EvaluatorTable,
 }
+CHOOSING = {  # tables that choose a component: the key that does, and the kind
+    "data": ("use", "dataset"),
+    "network": ("model", "model"),
+    "teacher": ("model", "model"),
+    "initializer": ("use", "initializer"),
+    "augmenter": ("use", "augmenter"),
+    "train": ("augmenter", "augmenter"),
+    "views": ("augmenter", "augmenter"),
+    "losses": ("use", "loss"),
+    "evaluators": ("use", "evaluator"),
+}
+NAMED_BY_LABEL = ("losses", "evaluators")  # whose entry is called as its component, unless it says `use`
 SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "augmenter": "use"}
 
 T = TypeVar("T", bound=Table)
@@ -239,14 +251,11 @@ def check_depth(table: Mapping[str, Any], what: str) -> None:
     """Raises InputError where tables and arrays are nested deeper than any recipe needs, and functions that call themselves can go."""
     level: list[Any] = [table]
     for _ in range(DEEPEST):
-        level = [item for value in level if isinstance(value, Mapping | list | tuple) for item in _items(value)]
+        nested = [value.values() if isinstance(value, Mapping) else value for value in level if isinstance(value, Mapping | list | tuple)]
+        level = [item for items in nested for item in items]
         if not level:
             return
     raise InputError(f"{what} is nested more than {DEEPEST} levels deep. Write it flatter.")
-
-
-def _items(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, Mapping) else value
 
 
 def _as_table(value: Any, where: str) -> dict[str, Any]:

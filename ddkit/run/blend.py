@@ -30,31 +30,26 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     class name, and within a class by their order. Where one of them is a run, `ddkit evaluate` finds its real data.
     Raises DdkitError.
     """
-    parts = load(first), load(second)
+    ours, theirs = load(first), load(second)
+    places = Path(first), Path(second)
     with warnings.recording(), RunDirectory.claim(Path(out)) as directory:
         try:
-            return _write_blend((Path(first), Path(second)), parts, alpha, directory)
+            result = blended(ours, theirs, alpha)
+            known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
+            copied = ("data", "teacher", "train", "seed", "pipc")
+            table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
+            ipc = int(result.metadata.get("ipc") or result.stored_labels.bincount().max())
+            recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
+            if known:
+                directory.write_recipe(recipe_dict(recipe))
+            save_set(result, directory)
+            add_frame(directory.path, 0, ours.stored_images, ours.stored_labels)
+            add_frame(directory.path, 1, theirs.stored_images[partners(ours, theirs)], ours.stored_labels)
+            facts = _facts([place.absolute() for place in places], alpha)
+            close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
         except BaseException:
             directory.discard()
             raise
-
-
-def _write_blend(places: tuple[Path, Path], parts: tuple[Artifact, Artifact], alpha: float, directory: RunDirectory) -> Run:
-    """Writes the blend of both `parts`, read from `places`, as a finished run."""
-    first, second = parts
-    result = blended(first, second, alpha)
-    known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
-    copied = ("data", "teacher", "train", "seed", "pipc")
-    table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
-    ipc = int(result.metadata.get("ipc") or result.stored_labels.bincount().max())
-    recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
-    if known:
-        directory.write_recipe(recipe_dict(recipe))
-    save_set(result, directory)
-    add_frame(directory.path, 0, first.stored_images, first.stored_labels)
-    add_frame(directory.path, 1, second.stored_images[partners(first, second)], first.stored_labels)
-    facts = _facts([place.absolute() for place in places], alpha)
-    close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
 
 

@@ -34,7 +34,7 @@ from ddkit.nn.embedder import features_of
 from ddkit.nn.networks import build_network, no_second_derivative, training_flops
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.nn.training import Schedule
-from ddkit.recipes.resolve import flattened
+from ddkit.recipes.resolve import flattened, named_components
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.seeding import generator
 
@@ -302,18 +302,15 @@ class RunSetup:
 
         An initializer that does not do class by class gets all of them, so that the set begins as that of a single process.
         """
-        if self.ranks.world_size == 1 or self.initializer.by_class:
-            return self._initialised(labels, self.real.images, self.real.labels[self.real.own])
-        every = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
-        return self._initialised(every, self.real.all_images(), self.real.labels)[class_rows(every, self.own_classes)]
-
-    def _initialised(self, labels: Tensor, real_images: Tensor, real_labels: Tensor) -> Tensor:
+        together = self.ranks.world_size > 1 and not self.initializer.by_class
+        if together:
+            labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
         guide = self.teacher if self.initializer.requires.teacher else None
         start = InitContext(
             labels=labels,
             shape=self.info.shape,
-            real_images=self.normalisation.lazily(real_images),
-            real_labels=real_labels,
+            real_images=self.normalisation.lazily(self.real.all_images() if together else self.real.images),
+            real_labels=self.real.labels if together else self.real.labels[self.real.own],
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,
             normalisation=self.normalisation,
@@ -330,7 +327,7 @@ class RunSetup:
                 f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}; it has to return finite "
                 f"floats of shape {shape}.{self.initializer.advice}"
             )
-        return images
+        return images[class_rows(labels, self.own_classes)] if together else images
 
     def engine_over(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
@@ -399,19 +396,10 @@ class RunSetup:
 
     def _plugins_used(self) -> list[dict[str, str]]:
         """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
-        recipe = self.recipe
-        named = [
-            ("dataset", recipe.data.use),
-            ("initializer", recipe.initializer.use),
-            ("augmenter", recipe.augmenter.use),
-        ]
-        named += [("model", recipe.network.model)] if self.decided.needs_network else []
-        named += [("model", recipe.teacher.model)] if self.needs_teacher else []
-        named += [("augmenter", recipe.train.augmenter)] if self.needs_teacher and recipe.teacher.use == "auto" else []
-        named += [("augmenter", view.augmenter) for view in recipe.views.values()]
-        named += [("loss", recipe.loss_name(label)) for label in recipe.losses]
-        named += [("evaluator", table.use or label) for label, table in recipe.evaluators.items()]
-        used = [registry.find(kind, registry.split_name(name)[0]) for kind, name in sorted(set(named))]
+        trains = self.needs_teacher and self.recipe.teacher.use == "auto"
+        in_use = {"network": self.decided.needs_network, "teacher": self.needs_teacher, "train": trains}
+        named = {(kind, name) for kind, name, _, where in named_components(self.recipe) if in_use.get(where, True)}
+        used = [registry.find(kind, registry.split_name(name)[0]) for kind, name in sorted(named)]
         return [
             {"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version}
             | ({"file": p.file, "sha256": p.sha256} if p.file else {})

@@ -11,7 +11,7 @@ import msgspec
 from ddkit.components.options import Option, parse_struct
 from ddkit.components.registry import NAME
 from ddkit.errors import InputError, doubles
-from ddkit.recipes.resolve import read_named
+from ddkit.recipes.resolve import read_recipe
 from ddkit.recipes.tables import Positive, Table
 
 Share = Annotated[float, Option(ge=0, le=1)]
@@ -88,7 +88,7 @@ class Cell(NamedTuple):
 
 def read_study(name: str) -> Study:
     """Returns an installed study or that of a file; raises InputError naming what is wrong with it."""
-    raw = read_named("study", name)
+    raw = read_recipe(name, "study")
     try:
         study = parse_study(raw)
     except InputError as error:
