@@ -160,11 +160,11 @@ def write_image_folder(root: Path, *, size: tuple[int, int] = (12, 12), train: i
     return root
 
 
-def png_of(width: int, height: int) -> bytes:
-    """Returns a PNG file that declares an image of width x height RGB pixels, and holds hardly any of it."""
+def png_of(width: int, height: int, depth: int = 8, kind: int = 2, rows: bytes = bytes(100)) -> bytes:
+    """Returns a PNG file of `rows`, whatever it declares: `width` x `height` pixels of `depth` bits, their `kind` (2: RGB)."""
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    head = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")

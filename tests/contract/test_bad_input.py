@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ddkit.files import read_tensors, write_tensors
 from tests.conftest import SMALL_FLAGS, Result, png_of, write_image_folder
@@ -108,7 +109,7 @@ def _write_folders(root: Path) -> None:
     shutil.copytree(root / "images", root / "stranger")
     (root / "stranger" / "test" / "yak").mkdir()
     (root / "text.txt").write_text("hello\n")
-    for name in ("case", "accents", "loop", "bomb", "notest", "bytes", "oneclass"):
+    for name in ("case", "accents", "loop", "bomb", "notest", "bytes", "oneclass", "floats"):
         shutil.copytree(root / "images", root / name)
     for split in ("train", "test"):
         shutil.copytree(root / "images" / split / "cat", root / "case" / split / "Cat")
@@ -118,6 +119,9 @@ def _write_folders(root: Path) -> None:
             shutil.rmtree(root / "oneclass" / split / name)
     (root / "loop" / "train" / "round").symlink_to(root / "loop" / "train" / "round")
     (root / "bomb" / "train" / "owl" / "000.png").write_bytes(png_of(60_000, 60_000))
+    (root / "floats" / "train" / "owl" / "000.png").unlink()
+    for number in range(9):
+        Image.fromarray(np.zeros((8, 8), np.float32)).save(root / "floats" / "train" / "owl" / f"{number}.tif")
     shutil.rmtree(root / "notest" / "test")
     (root / "bytes" / "train" / "cat" / "000.png").rename(os.fsdecode(os.fsencode(root / "bytes" / "train" / "cat") + b"/\xff.png"))
     write_image_folder(root / "onepixel", size=(1, 1))
@@ -128,6 +132,7 @@ def _write_arrays(root: Path) -> None:
     np.savez(root / "negative.npz", x_train=x, y_train=y - 1)
     np.savez(root / "gap.npz", x_train=x, y_train=2 * y, x_test=x, y_test=2 * y)
     np.savez(root / "nolabels.npz", x_train=x)
+    np.savez(root / "notestlabels.npz", x_train=x, y_train=y, x_test=x)
     np.savez(root / "short.npz", x_train=x, y_train=y[:3])
     wide, images = np.arange(8) % 2, np.zeros((8, 8, 8), np.uint8)
     both: dict[str, Any] = {"x_train": images, "y_train": wide, "x_test": images, "y_test": wide}
@@ -137,7 +142,8 @@ def _write_arrays(root: Path) -> None:
         "oneclass": {"y_train": wide * 0, "y_test": wide * 0}, "noimages": {"x_train": images[:0], "y_train": wide[:0]},
         "emptytest": {"x_test": images[:0], "y_test": wide[:0]}, "fourchannels": {"x_train": np.zeros((8, 8, 8, 4), np.uint8)},
         "flat": {"x_train": images[:, 0]}, "samename": {"class_names": np.array(["owl", "owl"])},
-        "fewnames": {"class_names": np.array(["owl"])},
+        "fewnames": {"class_names": np.array(["owl"])}, "bytenames": {"class_names": np.array([b"owl", b"\xff"])},
+        "int64": {"x_train": images.astype(np.int64)}, "scalar": {"x_train": np.uint8(3)},
         "onepixel": {"x_train": images[:, :1, :1], "x_test": images[:, :1, :1]},
     }  # fmt: skip
     for name, change in changes.items():
@@ -154,6 +160,7 @@ def _write_teachers(root: Path) -> None:
     tensors, record = teacher.module.state_dict(), {k: v for k, v in teacher.info.items() if k != "schema"}
     names = [*record["class_names"][:9], "owl", "yak"]
     write_tensors(root / "classes.safetensors", tensors, {**record, "class_names": names})
+    write_tensors(root / "order.safetensors", tensors, {**record, "class_names": record["class_names"][::-1]})
     write_tensors(root / "shape.safetensors", tensors, {**record, "input_shape": [3, 32, 32]})
     renamed = {key.replace("classifier", "head"): value for key, value in tensors.items()}
     write_tensors(root / "keys.safetensors", renamed, record)

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +29,6 @@ from torch import Tensor
 import ddkit
 from ddkit.components.base import Dataset
 from ddkit.data import loading
-from ddkit.data.images import conform
 from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import RealData, class_indices, open_dataset
 from ddkit.files import write_tensors
@@ -124,15 +124,6 @@ def test_what_is_opened_and_looked_at_does_not_grow_with_the_folder(
     RealData(opened(folder), "all", 0)
     assert len(opens) == 180
     assert len(looks) > 180
-
-
-def test_labels_are_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lists = _recorded(monkeypatch, os, "scandir")
-    dataset = opened(folder)
-    assert len(lists) == 1 + 2 + 2 + 6  # the folder, both splits for their classes and what these are, and each class
-    assert dataset.labels("train") is dataset.labels("train")
-    RealData(dataset, 2, 0).check_test_set()
-    assert len(lists) == 11
 
 
 def test_neither_torchvision_nor_scikit_learn_is_imported_for_data_on_this_machine(folder: Path, tmp_path: Path) -> None:
@@ -257,20 +248,6 @@ def test_decoded_images_are_those_of_the_obvious_version(
     next(iter(found)).zero_()  # none is read-only, which torch would warn of
 
 
-def test_of_several_broken_files_the_first_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "SMALL_PIXELS", 0)
-    for number in (7, 3, 5):
-        (folder / f"train/owl/{number:03d}.bmp").write_bytes(b"BM no image")
-    with pytest.raises(ddkit.InputError, match=r"owl/003\.bmp cannot be decoded"):
-        everything(folder)
-
-
-def test_conforming_gives_up_each_image_as_it_goes() -> None:
-    images = [torch.full((1, 2, 2), value, dtype=torch.uint8) for value in (3, 5, 8)]
-    assert conform(images, (1, 2, 2))[:, 0, 0, 0].tolist() == [3, 5, 8]
-    assert images == []
-
-
 # The cache of decoded images
 
 
@@ -288,16 +265,6 @@ def test_second_load_opens_no_image_and_gives_the_same(folder: Path, opens: list
     opens.clear()
     everything(folder)
     assert len(opens) == 36
-
-
-def test_the_notice_of_resized_images_is_repeated_from_the_cache(folder: Path, opens: list[str], caplog: pytest.LogCaptureFixture) -> None:
-    write_old(folder / "train/dog/004.bmp", np.full((9, 5, 3), 99))
-    everything(folder)
-    opens.clear()
-    everything(folder)
-    assert opens == []
-    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert said == ["1 of 36 images were resized to 6 x 5 pixels."] * 2
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -453,22 +420,16 @@ def test_the_least_recently_used_entries_make_room(folder: Path, cache: Path, mo
     assert sum(file.stat().st_size for file in entries(cache)) <= total
 
 
-def test_images_larger_than_the_whole_cache_are_not_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, count in ((-1, 0), (0, 1)):
-        monkeypatch.setattr(loading, "LIMIT_BYTES", 36 * 3 * 6 * 5 + limit)
-        everything(folder)
+def test_few_images_and_more_than_the_whole_cache_holds_are_not_kept(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, encoded = 36 * 3 * 6 * 5, sum(file.stat().st_size for file in folder.glob("train/*/*"))
+    few, limit = (("FEW_IMAGES", 37), ("FEW_BYTES", encoded)), ("LIMIT_BYTES", decoded)
+    for changes, count in (((limit,), 1), ((("LIMIT_BYTES", decoded - 1),), 0), (few, 1), ((few[0], ("FEW_BYTES", encoded + 1)), 0)):
+        with monkeypatch.context() as patch:
+            for name, value in changes:
+                patch.setattr(loading, name, value)
+            everything(folder)
         assert len(entries(cache)) == count, "the newest stays"
-
-
-def test_many_images_are_cached_and_many_bytes_of_them_and_a_few_are_not(
-    folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bytes_of_all = sum(file.stat().st_size for file in folder.glob("train/*/*"))
-    monkeypatch.setattr(loading, "FEW_IMAGES", 37)
-    for few, count in ((bytes_of_all + 1, 0), (bytes_of_all, 1)):
-        monkeypatch.setattr(loading, "FEW_BYTES", few)
-        everything(folder)
-        assert len(entries(cache)) == count
+        shutil.rmtree(cache, ignore_errors=True)
 
 
 class Stranger(ddkit.Dataset):

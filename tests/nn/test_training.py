@@ -107,31 +107,20 @@ def test_an_epoch_visits_each_image_once_in_random_order() -> None:
 def test_rate_of_each_update_is_that_of_the_schedule(
     schedule: dict[str, Any], expected: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """step: a tenth after half of the epochs; one-cycle: warms up over a fifth, and ends near 0."""
+    """step: a tenth after half of the epochs; one-cycle: warms up over a fifth, and ends near 0. SGD's momentum is the published one."""
     found: list[float] = []
     kind = torch.optim.Adam if "optimizer" in schedule else torch.optim.SGD
     original = kind.step
 
     def step(self: Any, *arguments: Any) -> Any:
-        found.append(self.param_groups[0]["lr"])
+        (group,) = self.param_groups
+        assert "optimizer" in schedule or (group["momentum"], group["weight_decay"]) == (0.9, 5e-4)
+        found.append(group["lr"])
         return original(self, *arguments)
 
     monkeypatch.setattr(kind, "step", step)
     fit(network(), *sample(8), Schedule(batch=4, lr=0.1, **schedule), augmenter=None, generator=torch.Generator())
     assert found == pytest.approx(expected)
-
-
-def test_sgd_has_the_published_momentum_and_the_asked_for_decay(monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[dict[str, Any]] = []
-    original = torch.optim.SGD.__init__
-
-    def init(self: Any, parameters: Any, **options: Any) -> None:
-        made.append(options)
-        original(self, parameters, **options)
-
-    monkeypatch.setattr(torch.optim.SGD, "__init__", init)
-    trained()
-    assert made == [{"lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4, "fused": True}]
 
 
 def test_training_learns_reports_every_epoch_and_ends_in_evaluation_mode() -> None:
@@ -226,11 +215,6 @@ def test_one_repeat_has_no_deviation_and_random_real_can_be_left_out() -> None:
     assert (row.accuracy_std, row.random_real_std) == (None, None)
     for (without,) in (evaluated(random_real=False), evaluated(evaluation_data(real_rows=0))):
         assert (without.random_real_mean, without.random_real_std) == (None, None)
-
-
-def test_evaluation_is_repeatable_and_follows_the_seed() -> None:
-    assert evaluated(model="mlp") == evaluated(model="mlp")
-    assert evaluated(model="mlp") != evaluated(evaluation_data(seed=1), model="mlp")
 
 
 class Recorder:
@@ -595,37 +579,6 @@ def test_bare_state_dict_with_batch_norm_works_with_model_and_statistics(cli: Cl
     without = cli("distill", *flags, *SMALL_FLAGS, "--set", "teacher.norm=batch", "--out", "none")
     assert without.code == 4
     assert "--set 'teacher.mean=" in without.err
-
-
-@pytest.mark.parametrize(
-    ("made", "asked", "message"),
-    [
-        ({"norm": "batch"}, {}, r"not in the model: features\.1\.num_batches_tracked.*--model.*teacher\.OPTION"),
-        ({}, {"options": {"width": 8, "norm": "batch"}}, r"missing: features\.1\.num_batches_tracked"),
-        ({"width": 9}, {}, r"of another shape: classifier\.weight is \(3, 81\), the model's \(3, 72\)"),
-        ({}, {"mean": [127.5] * 3, "std": [51.0] * 3}, "at most 1"),
-        ({}, {"class_names": ("cat", "dog")}, r"it has 3 classes, and 2 are asked for\.$"),
-    ],
-)
-def test_bare_state_dict_that_does_not_fit_is_an_error_with_the_difference(
-    tmp_path: Path, image_folder: Path, made: dict[str, Any], asked: dict[str, Any], message: str
-) -> None:
-    path, info = bare_state(tmp_path / "bare.safetensors", **made), folder_info(image_folder)
-    table = {"options": {"width": 8}, "mean": [0.5] * 3, "std": [0.5] * 3} | asked
-    info = msgspec.structs.replace(info, class_names=table.pop("class_names", info.class_names))
-    with pytest.raises(ddkit.InputError, match=message):
-        load_teacher(TeacherTable(use=str(path), **table), info, CPU)
-
-
-def test_teacher_of_other_classes_is_an_error_that_names_them(tmp_path: Path, image_folder: Path) -> None:
-    make_teacher(tmp_path / "t.safetensors", image_folder)
-    for names, message in (
-        (("cat", "dog"), "knows 3 classes, the data has 2.*only the teacher has 'owl'\\. .*`ddkit train`"),
-        (("dog", "cat", "owl"), "another order"),
-    ):
-        info = msgspec.structs.replace(folder_info(image_folder), class_names=names)
-        with pytest.raises(ddkit.InputError, match=message):
-            load_teacher(TeacherTable(use=str(tmp_path / "t.safetensors")), info, CPU)
 
 
 def test_run_is_normalised_as_its_teacher_was(tmp_path: Path, image_folder: Path) -> None:
