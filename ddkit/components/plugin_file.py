@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.abc import InspectLoader
 from importlib.util import decode_source, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import CodeType, ModuleType
 from typing import NamedTuple
 
 from ddkit.components import upgrade
-from ddkit.errors import FlagError, PluginError, RunFilesError, is_its_own, told
+from ddkit.errors import PluginError, RunFilesError, is_its_own, told
 from ddkit.files import read_bytes
 
 _KNOWN: dict[str, str] = {}  # path to sha256, of the files that were given in this process, or handed to it by the one that started it
@@ -23,14 +22,6 @@ _KNOWN: dict[str, str] = {}  # path to sha256, of the files that were given in t
 
 class FileChanged(PluginError):
     """A plugin file is another one than it was when the run that uses it began."""
-
-
-def checked(path: str | Path) -> Path:
-    """Returns the absolute path of a plugin file; raises FlagError where there is none."""
-    file = Path(path).resolve()
-    if not file.is_file() or file.suffix != ".py":
-        raise FlagError(f"--plugin {path}: there is no such Python file. Name a file that ends in .py and holds a component's class.")
-    return file
 
 
 def remember(files: Mapping[str, str]) -> None:
@@ -72,20 +63,6 @@ class PluginFile(NamedTuple):
     sha256: str
     module: ModuleType
 
-    def classes(self, bases: Mapping[str, type]) -> Iterator[tuple[str, str, type]]:
-        """Yields (kind, name, class) of every component that the file itself defines; raises PluginError if there is none.
-
-        A component's name is its class name in lower case with hyphens, `ClassMean` being class-mean. A class whose name begins with
-        an underscore is none.
-        """
-        own = [each for each in vars(self.module).values() if inspect.isclass(each) and each.__module__ == self.module.__name__]
-        public = [each for each in dict.fromkeys(own) if not each.__name__.startswith("_")]
-        found = [(kind, hyphenated(each.__name__), each) for each in public for kind, base in bases.items() if issubclass(each, base)]
-        if not found:
-            kinds = ", ".join(f"ddkit.{base.__name__}" for base in bases.values())
-            raise PluginError(f"The plugin file {self.file} defines no component: a class that is a subclass of one of {kinds}.")
-        yield from found
-
 
 class _Loader(InspectLoader):
     """Runs the bytes that were read, whatever the file holds by then, and keeps no bytecode."""
@@ -123,12 +100,8 @@ def opened(path: str, digest: str = "") -> PluginFile:
             f"The plugin file {file} has changed since the process that started this one read it: its sha256 was {digest[:12]}, "
             f"and is {sha256[:12]} now. Bring the file back as it was, or start anew."
         )
-    if (path, sha256) not in _OPENED:
-        _OPENED[path, sha256] = PluginFile(file, sha256, _imported(file, content, sha256))
-    return _OPENED[path, sha256]
-
-
-def _imported(file: Path, content: bytes, sha256: str) -> ModuleType:
+    if (path, sha256) in _OPENED:
+        return _OPENED[path, sha256]
     from ddkit.components.guard import unchanged  # imports torch
 
     place = hashlib.sha256(str(file).encode()).hexdigest()[:6]  # two files may have the same text
@@ -147,7 +120,8 @@ def _imported(file: Path, content: bytes, sha256: str) -> ModuleType:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
         where = f", line {lines[-1]}" if lines and not isinstance(error, SyntaxError) else ""  # the message of that one has it
         raise PluginError(changes or f"The plugin file {file} could not be imported: {told(error)}{where}.") from error
-    return module
+    _OPENED[path, sha256] = PluginFile(file, sha256, module)
+    return _OPENED[path, sha256]
 
 
 def hyphenated(name: str) -> str:

@@ -132,7 +132,9 @@ def add_plugin_file(path: str | Path) -> None:
     whose name is taken. A file that was edited is read anew, by this call alone: whatever a run does later, and the processes
     that it starts, use what was read here.
     """
-    file = str(plugin_file.checked(path))
+    file = str(Path(path).resolve())
+    if not Path(file).is_file() or not file.endswith(".py"):
+        raise FlagError(f"--plugin {path}: there is no such Python file. Name a file that ends in .py and holds a component's class.")
     added = _of_file(plugin_file.opened(file))
     before = plugin_file.known()
     plugin_file.remember(before | {file: added[0].sha256})
@@ -159,13 +161,25 @@ def share_names(kind: str, other: str) -> bool:
 
 
 def _of_file(found: plugin_file.PluginFile) -> list[Plugin]:
-    return [
+    """Returns every component that a plugin file itself defines; raises PluginError if there is none.
+
+    A component's name is its class name in lower case with hyphens, `ClassMean` being class-mean. A class whose name begins with
+    an underscore is none.
+    """
+    name, version = found.file.name, found.sha256[:12]
+    own = [each for each in vars(found.module).values() if inspect.isclass(each) and each.__module__ == found.module.__name__]
+    defined = [
         Plugin(
-            kind=kind, name=name, distribution=found.file.name, version=found.sha256[:12], value=f"{each.__module__}:{each.__name__}",
-            file=str(found.file), sha256=found.sha256,
+            kind=kind, name=plugin_file.hyphenated(each.__name__), distribution=name, version=version,
+            value=f"{each.__module__}:{each.__name__}", file=str(found.file), sha256=found.sha256,
         )
-        for kind, name, each in found.classes(BASES)
+        for each in dict.fromkeys(own) if not each.__name__.startswith("_")
+        for kind, expected in BASES.items() if issubclass(each, expected)
     ]  # fmt: skip
+    if not defined:
+        kinds = ", ".join(f"ddkit.{expected.__name__}" for expected in BASES.values())
+        raise PluginError(f"The plugin file {found.file} defines no component: a class that is a subclass of one of {kinds}.")
+    return defined
 
 
 def _canonical(name: str) -> str:

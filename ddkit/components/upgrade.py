@@ -55,37 +55,34 @@ def problem(who: str, file: Path | None) -> str:
 
 def _changes(tree: ast.Module) -> Iterator[tuple[Any, str, str]]:
     """Yields (node, old text, new text) of everything in a source that 0.2 does not have."""
+    own: list[ast.stmt] = [member for outer in ast.walk(tree) if isinstance(outer, ast.ClassDef) for member in outer.body]
+    for statement in own:
+        text = ast.unparse(statement)
+        if isinstance(statement, ast.ClassDef) and statement.name == "Options":
+            yield statement, text.splitlines()[0], "no line: each option is a field of the class around it"
+            yield from ((field, ast.unparse(field), option_line(field)) for field in statement.body if isinstance(field, ast.AnnAssign))
+        elif isinstance(statement, ast.Assign) and text.startswith("api = "):
+            yield statement, text, "no line"
+        elif isinstance(statement, ast.FunctionDef) and statement.name == "requires" and statement.decorator_list:
+            yield statement, "@property", "no line: requires is a method"
+        elif (
+            isinstance(statement, ast.FunctionDef)
+            and statement.name == "__init__"
+            and "options" in {each.arg for each in statement.args.args}
+        ):
+            yield statement, text.splitlines()[0], "def __init__(self, **options):"
     for node in ast.walk(tree):
         text = ast.unparse(node) if isinstance(node, ast.Attribute | ast.keyword | ast.Call) else ""
-        if isinstance(node, ast.ClassDef):
-            yield from _of_class(node)
-        elif isinstance(node, ast.Attribute) and text.startswith("ddkit.") and text.count(".") == 1 and (new := instead(node.attr)):
-            if node.attr not in ("Option", "Options"):  # these are told with the fields
-                yield node, text, new
+        if isinstance(node, ast.keyword) and text in REQUIRES:
+            yield node.value, text.replace("'", '"'), REQUIRES[text]
+        elif isinstance(node, ast.Call) and re.fullmatch(r"super\(\)\.__init__\(options\b.*\)", text):
+            yield node, text, "super().__init__(**options)"
         elif isinstance(node, ast.Attribute) and text.startswith("self.options."):
             yield node, text, text.replace(".options", "", 1)
         elif isinstance(node, ast.Attribute) and text in {f"step.{name}" for name in MEMBERS}:
             yield node, text, f"step.{MEMBERS[node.attr]}"
-        elif isinstance(node, ast.keyword) and text in REQUIRES:
-            yield node.value, text.replace("'", '"'), REQUIRES[text]
-        elif isinstance(node, ast.Call) and re.fullmatch(r"super\(\)\.__init__\(options\b.*\)", text):
-            yield node, text, "super().__init__(**options)"
-
-
-def _of_class(kind: ast.ClassDef) -> Iterator[tuple[Any, str, str]]:
-    for node in kind.body:
-        text = ast.unparse(node)
-        if isinstance(node, ast.ClassDef) and node.name == "Options":
-            yield node, text.splitlines()[0], "no line: each option is a field of the class around it"
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign):
-                    yield field, ast.unparse(field), option_line(field)
-        elif isinstance(node, ast.Assign) and text.startswith("api = "):
-            yield node, text, "no line"
-        elif isinstance(node, ast.FunctionDef) and node.name == "requires" and node.decorator_list:
-            yield node, "@property", "no line: requires is a method"
-        elif isinstance(node, ast.FunctionDef) and node.name == "__init__" and "options" in {each.arg for each in node.args.args}:
-            yield node, text.splitlines()[0], "def __init__(self, **options):"
+        elif text.startswith("ddkit.") and text not in ("ddkit.Option", "ddkit.Options") and (new := instead(text[6:])):
+            yield node, text, new  # the two are told with the fields
 
 
 def option_line(field: ast.AnnAssign) -> str:
