@@ -102,13 +102,12 @@ def files(world: World) -> World:
 
 
 @pytest.mark.parametrize("place", RECIPES)
-@pytest.mark.parametrize("plan", [[], ["--plan"]], ids=["distill", "plan"])
-def test_a_recipe_file_runs_no_code_in_distill(world: World, place: str, plan: list[str]) -> None:
+def test_a_recipe_file_runs_no_code_in_distill(world: World, place: str) -> None:
     Path("files/evil.toml").write_text(LOSSES + RECIPES[place])
-    world.refuses("distill", *INNOCENT, *SETS, *plan)
-    if plan:
-        world.runs("distill", *INNOCENT, *SETS, *plan, "--allow-code")
-        world.refuses("distill", *INNOCENT, *SETS, *plan)  # leave is given for one command
+    words = ["distill", *INNOCENT, *SETS]
+    world.refuses(*words)
+    world.runs(*words, "--plan", "--allow-code")
+    world.refuses(*words, "--plan")  # leave is given for one command
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,9 @@ def test_a_recipe_file_runs_no_code_in_distill(world: World, place: str, plan: l
     ids=" ".join,
 )
 def test_what_a_flag_names_runs(world: World, named: list[str]) -> None:
+    before = dict(os.environ)
     world.runs("distill", "--losses", "dm", "--pipc", 3, *SETS, *named, "--plan")
+    assert {name for name in os.environ if name.startswith("DDKIT")} == {name for name in before if name.startswith("DDKIT")}
 
 
 @pytest.mark.parametrize(
@@ -160,6 +161,10 @@ def test_a_teachers_record_runs_no_code(files: World) -> None:
 
 
 def test_a_run_folder_runs_no_code(files: World) -> None:
+    files.forget()
+    for words in (["report"], ["export", "--to", "npz"], ["export", "--to", "card"], ["blend", "evil.run"]):
+        assert files.cli(words[0], "evil.run", *words[1:], "--out", f"{'-'.join(words).replace('.', '-')}.html").code == 0
+    assert not files.ran.exists()
     files.refuses("distill", "--resume", "--out", "evil.run", "--steps", 4)
     files.refuses("distill", "--recipe", "evil.run/recipe.toml", "--out", "evil.toml")
     files.runs("distill", "--resume", "--out", "evil.run", "--steps", 4, "--allow-code")
@@ -186,15 +191,6 @@ def test_nothing_of_a_sets_metadata_runs(world: World) -> None:
     assert world.cli("export", "evil.safetensors", "--to", "npz", "--out", "exported").code == 0
     assert not world.ran.exists()
     world.runs("evaluate", "evil.safetensors", *quick, "--model", CODE)
-
-
-def test_export_report_and_blend_of_a_run_run_nothing(files: World) -> None:
-    files.forget()
-    assert files.cli("report", "evil.run", "--out", "evil.html").code == 0
-    for exporter in ("npz", "card"):
-        assert files.cli("export", "evil.run", "--to", exporter, "--out", f"exported-{exporter}").code == 0
-    assert files.cli("blend", "evil.run", "evil.run", "--out", "blended").code == 0
-    assert not files.ran.exists()
 
 
 def test_an_imported_file_runs_no_code_and_a_flag_does(world: World) -> None:
@@ -339,9 +335,3 @@ def test_leave_is_not_seen_in_another_thread() -> None:
         thread.start()
         thread.join()
     assert seen == [trust.Granted()] == [trust.granted()]
-
-
-def test_nothing_is_kept_in_the_environment(world: World) -> None:
-    before = dict(os.environ)
-    world.runs("distill", "--losses", "dm", "--pipc", 3, "--plan", "--model", CODE, "--allow-code")
-    assert {name for name in os.environ if name.startswith("DDKIT")} == {name for name in before if name.startswith("DDKIT")}

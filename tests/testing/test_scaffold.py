@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ddkit.components import registry
 from ddkit.testing import scaffold
 from tests.conftest import CHECKOUT
 from tests.contract.test_third_party import _environment
@@ -158,10 +157,3 @@ def test_bad_input_is_told_and_writes_nothing(cli: Callable[..., Any], words: li
     assert (result.code, result.out) == (code, "")
     assert message in " ".join(result.err.split())
     assert sorted(Path().rglob("*")) == before
-
-
-def test_every_kind_with_a_suite_has_a_scaffold() -> None:
-    from ddkit import testing
-
-    assert set(scaffold.KINDS) == set(testing.SUITES)
-    assert set(scaffold.KINDS) < set(registry.GROUPS)
