@@ -148,38 +148,28 @@ def _steps(spec: Spec) -> Measuring:
 def _recipe(spec: Spec, folder: Path) -> Any:
     import numpy as np
 
+    from ddkit.components import registry
+    from ddkit.nn.networks import build_network
+    from ddkit.nn.teacher import Teacher, save_teacher
     from ddkit.recipes.resolve import resolve
 
     random = np.random.default_rng(0)
     info, rows = _info(spec), spec["classes"] * spec["pipc"]
     pixels = random.integers(0, 256, (rows, *info.shape), dtype=np.uint8)
-    np.savez(
-        folder / "random.npz",
-        x_train=pixels,
-        y_train=np.repeat(np.arange(info.classes), spec["pipc"]),
-        x_test=pixels[:1],
-        y_test=np.zeros(1, int),
-    )
+    labels = np.repeat(np.arange(info.classes), spec["pipc"])
+    np.savez(folder / "random.npz", x_train=pixels, y_train=labels, x_test=pixels[:1], y_test=labels[:1])
     sets = {"data.use": f"npz:{folder / 'random.npz'}", "initializer.use": "noise"} | dict(spec["sets"])
     if spec["losses"] != "dm" and "teacher.use" not in sets:
-        sets |= {"teacher.use": str(_random_teacher(info, folder / "teacher.safetensors"))}
+        model = registry.create("model", "convnet", {"norm": "batch"}, data=info)  # untrained: its speed is that of a trained one
+        record = {
+            "model": "convnet", "options": {"norm": "batch"}, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
+            "class_names": list(info.class_names), "input_shape": list(info.shape),
+        }  # fmt: skip
+        sets["teacher.use"] = str(folder / "teacher.safetensors")
+        teacher = Teacher(build_network(model, info, 0, "teacher"), mean=(0.5,), std=(0.25,), info=record)
+        save_teacher(folder / "teacher.safetensors", teacher)
     asked = {name: spec[name] for name in ("losses", "ipc", "pipc")}
     return resolve("practical", evaluators="none", steps=spec["run_steps"], sets=sets, **asked)
-
-
-def _random_teacher(info: Any, path: Path) -> Path:
-    """Writes an untrained network as a teacher: its speed is that of a trained one."""
-    from ddkit.components import registry
-    from ddkit.nn.networks import build_network
-    from ddkit.nn.teacher import Teacher, save_teacher
-
-    model = registry.create("model", "convnet", {"norm": "batch"}, data=info)
-    record = {
-        "model": "convnet", "options": {"norm": "batch"}, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
-        "class_names": list(info.class_names), "input_shape": list(info.shape),
-    }  # fmt: skip
-    save_teacher(path, Teacher(build_network(model, info, 0, "teacher"), mean=(0.5,), std=(0.25,), info=record))
-    return path
 
 
 def _reference(spec: Spec) -> Measuring:

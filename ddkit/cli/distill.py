@@ -128,22 +128,13 @@ def _show_plan(plan: dict[str, Any]) -> None:
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
         f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}{known}{waits}."
     )
+    minutes = cost["seconds"] / 60
+    about = "a minute or less" if minutes < 1.5 else f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours"
     show(
-        f"It takes {_about(cost['seconds'])} and {cost['memory_mib'] / 1024:.1f} GiB of memory here: "
+        f"It takes {about} and {cost['memory_mib'] / 1024:.1f} GiB of memory here: "
         f"{sum(cost['operations'].values()):.1e} operations, and this machine multiplies matrices at "
         f"{cost['operations_per_second'] / 1e9:,.0f} GFLOP/s now."
     )
-
-
-def _about(seconds: float) -> str:
-    """Returns a time as people say it.
-
-    >>> _about(20), _about(100), _about(90000)
-    ('a minute or less', 'about 2 minutes', 'about 25 hours')
-    """
-    if seconds < 90:
-        return "a minute or less"
-    return f"about {seconds / 60:.0f} minutes" if seconds < 2 * 3600 else f"about {seconds / 3600:.0f} hours"
 
 
 def _show_run(run: Any, as_json: bool) -> None:

@@ -103,14 +103,9 @@ def losses_of(recipe: Recipe) -> list[WeightedLoss]:
     ]
 
 
-def needing_real(losses: Sequence[WeightedLoss]) -> list[str]:
-    """Returns the labels of the losses that need real images."""
-    return [each.label for each in losses if each.requires.real]
-
-
 def check_access(losses: Sequence[WeightedLoss], pipc: int | str) -> None:
     """Raises InputError where no real images are accessible and a loss needs some."""
-    needing = needing_real(losses)
+    needing = [each.label for each in losses if each.requires.real]
     if pipc == 0 and needing:
         need = "needs" if len(needing) == 1 else "need"
         raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Give --pipc 1 or more.", "pipc")

@@ -65,7 +65,11 @@ class ExecutionPlan:
         self.arithmetic = self._arithmetic()
         self.block = 0
         if self.needs_embedder and not self._coupled:
-            self.block = self._automatic_block() if recipe.engine.block == "auto" else recipe.engine.block
+            if recipe.engine.block == "auto":  # few enough for the cache of a CPU, and for engine.memory
+                limit = min(CACHED_MIB if device.type == "cpu" else math.inf, recipe.engine.memory / 4)
+                self.block = max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, info))))
+            else:
+                self.block = recipe.engine.block
 
     def _arithmetic(self) -> Arithmetic:
         """Returns the network's arithmetic, and counts the work of a step."""
@@ -100,11 +104,6 @@ class ExecutionPlan:
     def _coupled(self) -> bool:
         return couples_samples(self._probe, self.info)
 
-    def _automatic_block(self) -> int:
-        """Returns how many images are embedded at once: few enough for the cache of a CPU, and for engine.memory."""
-        limit = min(CACHED_MIB if self.device.type == "cpu" else math.inf, self.recipe.engine.memory / 4)
-        return max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, self.info))))
-
     def step_flops(self) -> float:
         """Returns about how many operations a step takes, for losses as their `requires` tell: a backward pass takes two forward ones.
 
@@ -113,18 +112,14 @@ class ExecutionPlan:
         """
         synthetic, real = self.info.classes * self.recipe.rows_per_class, sum(self._real)
         total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
+        teacher_flops = forward_flops(self._teacher(), self.info) if any(each.teacher for each in self.requires) else 0.0
         for each in self.requires:
             if each.network and each.second_order:
                 total += forward_flops(self._probe, self.info) * (9 * synthetic + (3 * real if each.real else 0))
             if each.teacher:
                 passes = (9 if each.second_order else 3) * len(each.views or ("default",))
-                total += self.teacher_flops * passes * synthetic
+                total += teacher_flops * passes * synthetic
         return total
-
-    @cached_property
-    def teacher_flops(self) -> float:
-        """The operations of the teacher's forward pass of an image."""
-        return forward_flops(self._teacher(), self.info)
 
     def step_bytes(self) -> int:
         """Returns about how much memory the images and activations of a step take at a time."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from ddkit.data.images import Normalisation, most_classes
-from ddkit.engine.parametrization import decoded
+from ddkit.engine.bank import decoded
 from ddkit.errors import RunFilesError
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.manifest import SET, check_finished, check_listed, check_own

@@ -94,8 +94,11 @@ def evaluate(
             rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
     if not ranks.is_main:
         return rows
-    if directory is not None and _same_data(recipe, parse_recipe(directory.read_recipe())):
-        _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
+    if directory is not None:
+        own_recipe = parse_recipe(directory.read_recipe())  # whichever split was tested on, and in whatever memory
+        data_of = [msgspec.structs.replace(each.data, test="test", memory=1) for each in (recipe, own_recipe)]
+        if data_of[0] == data_of[1] and (recipe.pipc, recipe.seed) == (own_recipe.pipc, own_recipe.seed):
+            _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
     return rows
 
 
@@ -210,12 +213,6 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_f
         older = [row for row in directory.read_evaluations() if _identity(row) not in keys]
         directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
         renew_report(directory)
-
-
-def _same_data(one: Recipe, other: Recipe) -> bool:
-    """Whether both have the same real data; on which split of it they test is told by the rows, and memory is of no matter."""
-    first, second = (msgspec.structs.replace(recipe.data, test="test", memory=1) for recipe in (one, other))
-    return (first, one.pipc, one.seed) == (second, other.pipc, other.seed)
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

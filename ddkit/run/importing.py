@@ -19,7 +19,7 @@ from ddkit.components.base import DataInfo
 from ddkit.components.options import parse_struct, written_options
 from ddkit.data.arrays import check_declared, read_arrays
 from ddkit.data.images import Normalisation, most_classes, to_unit
-from ddkit.engine.parametrization import check_factor
+from ddkit.engine.bank import check_factor
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import check_out, open_regular, read_tensors, sha256
 from ddkit.nn.networks import build_network

@@ -20,11 +20,10 @@ from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, channel_statistics, on_disk
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.distributed import ALONE, Ranks, class_rows
-from ddkit.engine.bank import Bank
+from ddkit.engine.bank import Bank, check_factor, encoded
 from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
-from ddkit.engine.parametrization import check_factor, encoded
 from ddkit.engine.planning import ExecutionPlan
 from ddkit.errors import DdkitError, InputError, RunFailed
 from ddkit.files import machine_bytes
@@ -445,7 +444,7 @@ def estimated(job: RunSetup) -> dict[str, Any]:
     rate = product_rate(job.device, decided.arithmetic.precision, side=side, count=count)
     held = [job.real.images, job.real.test_set[0]] if job.evaluators else [job.real.images]
     images = sum(each.nbytes for each in held if not on_disk(each))
-    bank = BANK_COPIES * 4 * len(job.own_classes) * recipe.rows_per_class * info.channels * info.size[0] * info.size[1]
+    bank = BANK_COPIES * 4 * len(job.own_classes) * recipe.rows_per_class * math.prod(info.shape)
     return {
         "seconds": round(sum(operations.values()) / (SHARE * rate), 1),
         "memory_mib": round(PROCESS_MIB + (images + bank + decided.step_bytes()) / 2**20),

@@ -26,7 +26,7 @@ import tomli_w
 from ddkit.components import registry
 from ddkit.data.real import check_held_out, open_dataset
 from ddkit.distributed import group, own_device, plain_environment
-from ddkit.engine.losses import losses_of, needing_real
+from ddkit.engine.losses import losses_of
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
 from ddkit.files import check_out, with_digest, write_atomic, write_json
 from ddkit.nn.device import pick_device
@@ -163,7 +163,7 @@ def _check_images(study: Study, task: Task) -> None:
     baseline = study.systems[task.cell.system].baseline
     count = registry.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
     who, changes = (f"baseline {baseline}", "`pipc`") if baseline else (f"initializer {table.use}", "`pipc` or initializer")
-    needing = [] if recipe.pipc or baseline else needing_real(losses_of(recipe))
+    needing = [] if recipe.pipc or baseline else [each.label for each in losses_of(recipe) if each.requires.real]
     if needing:
         who, count = f"loss {needing[0]}", 1
     if count > recipe.pipc:

@@ -12,8 +12,7 @@ import torch
 
 import ddkit
 from ddkit.components.options import Parameter
-from ddkit.engine.bank import Bank
-from ddkit.engine.parametrization import decoded, encoded
+from ddkit.engine.bank import Bank, decoded, encoded
 from ddkit.files import read_tensors, write_tensors
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 

@@ -18,7 +18,7 @@ from torch import Tensor
 import ddkit
 from ddkit.components import registry
 from ddkit.components.base import DataInfo
-from ddkit.engine.parametrization import decoded
+from ddkit.engine.bank import decoded
 from ddkit.files import write_tensors
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import load_teacher, read_teacher
