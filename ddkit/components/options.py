@@ -116,17 +116,11 @@ def _bounded(hint: Any, numbers: Mapping[str, Any], length: Mapping[str, Any], c
     return Annotated[hint, msgspec.Meta(**length)] if length else hint
 
 
-def Option(
-    description: str = "",
-    *,
-    gt: float | None = None,
-    ge: float | None = None,
-    lt: float | None = None,
-    le: float | None = None,
-    min_length: int | None = None,
-) -> msgspec.Meta:
-    """Returns the annotation of a key of one of ddkit's own tables: `lr: Annotated[float, Option("learning rate", gt=0)] = 1.0`."""
-    bounds: dict[str, Any] = {"gt": gt, "ge": ge, "lt": lt, "le": le, "min_length": min_length}
+def Option(description: str = "", **bounds: Any) -> msgspec.Meta:
+    """Returns the annotation of a key of one of ddkit's own tables: `lr: Annotated[float, Option("learning rate", gt=0)] = 1.0`.
+
+    `bounds` are those of ddkit.option, but for `choices`.
+    """
     return msgspec.Meta(description=description or None, **bounds)
 
 
