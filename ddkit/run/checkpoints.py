@@ -81,14 +81,16 @@ def write_checkpoint(
     record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
     record |= {"warnings": warnings()} if warnings() else {}
     write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
-    _drop(list(_files(run).values())[KEPT:])
+    keep_until(run, step)
 
 
 def keep_until(run: Path, step: int) -> None:
     """Removes checkpoints of later steps, which could not be read and would push good ones out, and all but two of the others."""
     files = _files(run)
-    older = [file for other, file in files.items() if other <= step]
-    _drop([file for other, file in files.items() if other > step] + older[KEPT:])
+    kept = [other for other in files if other <= step][:KEPT]
+    for file in (file for other, file in files.items() if other not in kept):
+        with suppress(OSError):  # one too many does no harm
+            file.unlink()
 
 
 def newest_checkpoint(run: Path, recipes: Sequence[str]) -> Checkpoint | None:
@@ -120,12 +122,6 @@ def _files(run: Path) -> dict[int, Path]:
     for name, file in named:
         found.setdefault(int(name[1]), file)
     return found
-
-
-def _drop(files: Sequence[Path]) -> None:
-    for file in files:
-        with suppress(OSError):  # one too many does no harm
-            file.unlink()
 
 
 def _read(file: Path, step: int, recipes: Sequence[str]) -> Checkpoint:

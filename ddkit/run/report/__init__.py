@@ -11,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,13 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
             raise RunFilesError(f"--out {out} exists already; name a new file.")
     if figures is not None:
         _check_figures(Path(figures))
-    if out is not None:
+    read_manifest(directory.path)  # of what is no finished run nothing is locked
+    with directory.take(wait=LOCK_SECONDS) if out is None else nullcontext():
         shown = _shown(directory.path, read_manifest(directory.path))
-        write_atomic(Path(out), _page(shown))
-    else:
-        read_manifest(directory.path)
-        with directory.take(wait=LOCK_SECONDS):
-            shown = _shown(directory.path, read_manifest(directory.path))
+        if out is None:
             directory.rewrite(REPORT, _page(shown))
+        else:
+            write_atomic(Path(out), _page(shown))
     if figures is not None:
         _write_figures(Path(figures), shown)
     return directory.path / REPORT if out is None else Path(out)
@@ -131,12 +130,12 @@ def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     directory = RunDirectory(folder)
     check_listed(folder, SET)
     artifact = load(folder / SET)
-    stored = artifact.stored_images
     check_listed(folder, FILM)
     try:
         film = snapshots.read_film(folder)
     except ValueError as error:
         raise RunFilesError(f"{error}.") from None
+    stored = artifact.stored_images
     if film is not None and (film.images.shape[2:] != stored.shape[1:] or (len(film.rows) and int(film.rows.max()) >= len(stored))):
         raise RunFilesError(f"{folder / FILM} is a film of another set than {folder / SET}.")
     recipe = directory.read_recipe() if (folder / RECIPE).is_file() else {}

@@ -9,7 +9,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -180,11 +180,11 @@ def _silence() -> Iterator[None]:
 @contextmanager
 def _figure(chart: Chart) -> Iterator[Any]:
     """Yields a chart as matplotlib's figure, under settings that are neither the user's nor left behind."""
-    with _MATPLOTLIB, _silence():
+    with _MATPLOTLIB, _silence(), ExitStack() as after:
         import matplotlib
         from matplotlib.figure import Figure
 
-    with _MATPLOTLIB, _silence(), matplotlib.rc_context():
+        after.enter_context(matplotlib.rc_context())
         matplotlib.rcdefaults()
         settings: Any = matplotlib.rcParams
         settings.update(STYLE | {"svg.hashsalt": chart.file})

@@ -41,8 +41,8 @@ class Files(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def blend(self) -> Mapping[str, Any]:
         """What a blend says of its two sets, {} for any other run."""
-        found = self.facts.get("blend")
-        return found if isinstance(found, Mapping) else {}
+        found: Mapping[str, Any] = self.facts.get("blend", {})
+        return found
 
     @property
     def end(self) -> Tensor:
@@ -68,9 +68,7 @@ def head(files: Files) -> dict[str, Any]:
     artifact, recipe = files.artifact, files.recipe
     count, channels, height, width = artifact.stored_images.shape
     ipc, pipc, data = artifact.metadata.get("ipc"), artifact.metadata.get("pipc"), recipe.get("data", {})
-    source = str(data.get("use", "")) if isinstance(data, Mapping) else str(data)
-    if isinstance(data, Mapping) and data.get("path"):
-        source = f"{source} ({Path(data['path']).name})"
+    source = data.get("use", "") + (f" ({Path(data['path']).name})" if data.get("path") else "")
     name = artifact.metadata.get("recipe") or recipe.get("name") or ("blend" if "blend" in files.facts else "synthetic set")
     title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
     tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}")]
@@ -211,8 +209,7 @@ def spectrum(files: Files) -> Found:
         return None
     frequencies, synthetic = radial_spectrum(files.artifact.images, bins)
     shown = {"synthetic": synthetic}
-    real = files.facts.get("real_spectrum")
-    if isinstance(real, list) and len(real) == bins:
+    if len(real := files.facts.get("real_spectrum", [])) == bins:
         shown["real"] = real
     kept = [place for place in range(bins) if any(values[place] for values in shown.values())]  # small images have no lowest frequency
     lines = {name: [(frequencies[place], values[place]) for place in kept] for name, values in shown.items()}
@@ -220,7 +217,7 @@ def spectrum(files: Files) -> Found:
 
 
 def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
-    return [row for row in files.evaluations if row.get("labels", "hard") == labels and isinstance(row.get("accuracy_mean"), float | int)]
+    return [row for row in files.evaluations if row["labels"] == labels and row["accuracy_mean"] is not None]
 
 
 def _named(row: Mapping[str, Any]) -> str:
@@ -228,7 +225,7 @@ def _named(row: Mapping[str, Any]) -> str:
     details = row.get("details", {})
     epochs = f"{details['epochs']} epochs" if details.get("epochs") else ""
     variant = str(details.get("variant") or "")  # tells the epochs where they are not the protocol's
-    parts = [row.get("model", ""), row.get("protocol", ""), "" if epochs and epochs in variant else epochs, variant]
+    parts = [row["model"], row["protocol"], "" if epochs and epochs in variant else epochs, variant]
     parts += [row[key] for key, usual in (("images", "synthetic"), ("split", "test")) if row.get(key, usual) != usual]
     return ", ".join(str(part) for part in parts if part)
 
@@ -263,26 +260,24 @@ def evaluation(files: Files) -> dict[str, Any]:
             pairs = [_pair(row, "accuracy"), _pair(row, "random_real")]
             shown.append((_named(row), pairs))
             difference = "-" if pairs[1] is None else f"{100 * (row['accuracy_mean'] - row['random_real_mean']):+.1f}"
-            told = [row.get("evaluator", ""), _named(row), row.get("repeats", ""), _percent(row, "accuracy"), _random_real(row)]
-            lines.append([*told, difference])
+            lines.append([row["evaluator"], _named(row), row["repeats"], _percent(row, "accuracy"), _random_real(row), difference])
         what, legend = f"{title}: accuracies with error bars", ["trained on the set", "random real"]
         chart = dots(f"accuracy-{labels}", what, shown, legend)
         groups += [{"title": title, "charts": [chart], "rows": lines}] if found else []
     findings = [
-        [row.get("evaluator", ""), "" if row.get("model") == "-" else _named(row), words]
+        [row["evaluator"], "" if row["model"] == "-" else _named(row), words]
         for row in files.evaluations if (words := str(row.get("details", {}).get("summary", "")))
     ]  # fmt: skip
-    close = any(row.get("evaluator") == "memorisation" and row.get("details", {}).get("close") for row in files.evaluations)
+    close = any(row["evaluator"] == "memorisation" and row.get("details", {}).get("close") for row in files.evaluations)
     return {"ceiling": _ceiling(files), "groups": groups, "findings": findings, "close": close}
 
 
 def _ceiling(files: Files) -> str:
     """Returns how good the teacher and networks of all accessible images are, beside which accuracies may be read; "" if not known."""
-    facts = files.facts.get("teacher")
-    facts = facts if isinstance(facts, Mapping) else {}
+    facts = files.facts.get("teacher") or {}
     count = facts.get("accessible_images")
     rows = [("the test images, as recorded when it was trained", "test_accuracy"), (f"{count} accessible images", "accessible_accuracy")]
-    known = [f"{100 * facts[key]:.1f} % of {what}" for what, key in rows if isinstance(facts.get(key), float | int)]
+    known = [f"{100 * facts[key]:.1f} % of {what}" for what, key in rows if facts.get(key) is not None]
     told = [f"the teacher is right on {' and '.join(known)}"] if known else []
     told += [
         f"networks trained on all accessible images reach {_percent(row, 'accuracy')} ({_named(row)})"
@@ -299,10 +294,10 @@ def made(files: Files) -> dict[str, Any]:
     a_step = f", {1000 * statistics.median(pace):.1f} ms a step" if pace else ""
     rows = [[key, str(facts[key])] for key in ("device", "threads", "seed") if facts.get(key) is not None]
     teacher = facts.get("teacher")
-    rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if isinstance(teacher, Mapping) else []
+    rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if teacher else []
     if files.blend:
-        parts = [f"{short_name(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in files.blend.get("parts", [])]
-        rows.append(["blend", f"alpha {files.blend.get('alpha')} of {' and '.join(parts)}"])
+        parts = [f"{short_name(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in files.blend["parts"]]
+        rows.append(["blend", f"alpha {files.blend['alpha']} of {' and '.join(parts)}"])
     rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
     rows += [["warned of", FOLDERS.sub("", message)] for message in facts.get("warnings", [])]
     rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
