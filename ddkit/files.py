@@ -42,16 +42,16 @@ KINDS = {
 # Names
 
 
-def path_part(name: str, *, empty: str = "run") -> str:
-    """Returns `name` as one part of a path, for every file system and shell; `empty` if nothing of it is left.
+def path_part(name: str) -> str:
+    """Returns `name` as one part of a path, for every file system and shell; "run" if nothing of it is left.
 
     Letters, digits and ``._+-`` of ASCII stay, and a name of more than 100 letters is cut and ends in a digest.
 
     >>> path_part("../a b:c"), path_part("/"), path_part("con")
     ('a-b-c', 'run', 'run-con')
     """
-    part = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or empty
-    part = f"{empty}-{part}" if WINDOWS.fullmatch(part) else part
+    part = re.sub(r"[^A-Za-z0-9._+-]+", "-", name).strip("-.") or "run"
+    part = f"run-{part}" if WINDOWS.fullmatch(part) else part
     if len(part) <= LONGEST_NAME:
         return part
     return f"{part[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:8]}"

@@ -32,11 +32,11 @@ def embed(module: nn.Module, x: Tensor) -> Tensor:
     return seen[-1].flatten(1)
 
 
-def features_of(module: nn.Module, images: Tensor, *, batch: int = 256) -> Tensor:
+def features_of(module: nn.Module, images: Tensor) -> Tensor:
     """Returns features (n, d) on the CPU, without gradients, of normalised images (n, C, H, W) on any device."""
     device = next(module.parameters(), images).device
     with torch.no_grad():
-        return torch.cat([embed(module, part.to(device)).cpu() for part in images.split(batch)])
+        return torch.cat([embed(module, part.to(device)).cpu() for part in images.split(256)])
 
 
 class Embedder:

@@ -62,8 +62,7 @@ class Teacher:
         buffers = {
             name: value.cpu().to(x.dtype) if value.is_floating_point() else value.cpu() for name, value in self.module.named_buffers()
         }
-        result: Tensor = torch.func.functional_call(self.module, {**buffers, **parameters}, (x,))
-        return result
+        return torch.func.functional_call(self.module, {**buffers, **parameters}, (x,))
 
 
 Side = Annotated[int, msgspec.Meta(ge=1)]

@@ -100,13 +100,12 @@ class SiameseAugmentation(ddkit.Augmenter):
         """Returns x with operation `column[i]` on row i: the rows are sorted by operation, and each operation is done once."""
         order = column.argsort(stable=True)
         counts = torch.bincount(column, minlength=len(self.strategy)).tolist()
-        parts, start = [], 0
-        for name, count in zip(self.strategy, counts, strict=True):
-            if count == len(x):
+        parts = []
+        for name, rows in zip(self.strategy, order.split(counts), strict=True):
+            if len(rows) == len(x):
                 return self._operation(name, x, parameters[name])
-            if count:
-                parts.append(self._on_rows(order[start : start + count], name, x, parameters[name]))
-                start += count
+            if len(rows):
+                parts.append(self._on_rows(rows, name, x, parameters[name]))
         return torch.cat(parts)[ddkit.nn.to_device(order.argsort(), x.device)]
 
     def _on_rows(self, rows: Tensor, name: str, x: Tensor, numbers: Tensor) -> Tensor:

@@ -135,9 +135,7 @@ class _Items:
         try:
             return _pixels(image)
         except Exception as error:
-            raise ddkit.InputError(
-                f"Item {row} of the dataset that was passed, {self.title}, is no image that can be used: {error}."
-            ) from error
+            raise self._wrong(row, f"is no image that can be used: {error}") from error
 
     def _wrong(self, row: int, what: str) -> ddkit.InputError:
         return ddkit.InputError(f"Item {row} of the dataset that was passed, {self.title}, {what}.")

@@ -30,18 +30,18 @@ class Solution(NamedTuple):
     slack: Vector
 
 
-def nonnegative_solution(gram: Vector, right: Vector, *, sweeps: int, gap: float = GAP) -> tuple[Vector, float]:
+def nonnegative_solution(gram: Vector, right: Vector, *, sweeps: int) -> tuple[Vector, float]:
     """Returns (x, remaining gap): x >= 0 that minimises x' gram x / 2 - right' x, by coordinate descent.
 
     gram (m, m) positive semidefinite with a diagonal of ones, or zero where x is to stay 0; right (m,). It stops where the optimality
-    conditions hold to `gap` times the largest |right|: the gradient is 0 where x > 0, and not negative elsewhere.
+    conditions hold to GAP times the largest |right|: the gradient is 0 where x > 0, and not negative elsewhere.
     """
     x, gradient = np.zeros_like(right), -right
     scale, left = float(np.abs(right).max(initial=0.0)) or 1.0, 0.0
     free = np.flatnonzero(np.diag(gram) > 0)
     for _ in range(sweeps):
         left = float(np.abs(np.minimum(x, gradient))[free].max(initial=0.0)) / scale
-        if left <= gap:
+        if left <= GAP:
             break
         for i in free:
             moved = max(0.0, x[i] - gradient[i]) - x[i]

@@ -21,8 +21,7 @@ class Class(NamedTuple):
 
     def take(self, chosen: Tensor) -> Tensor:
         """Returns images (n, C, H, W), normalised, by their place in the class; no other is looked at."""
-        images: Tensor = self.start.real_images[self.rows[chosen]]
-        return images
+        return self.start.real_images[self.rows[chosen]]
 
     @property
     def images(self) -> Tensor:
@@ -42,10 +41,7 @@ class Noise(ddkit.Initializer):
     std: float = ddkit.option(1.0, "standard deviation, normalised units", gt=0)
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
-        parts = [
-            torch.randn((int(count), *start.shape), generator=start.generator(int(label)))
-            for label, count in zip(*start.labels.unique(return_counts=True), strict=True)
-        ]
+        parts = [torch.randn((each.ipc, *start.shape), generator=start.generator(each.label)) for each in classes(start)]
         return self.std * torch.cat(parts)
 
 

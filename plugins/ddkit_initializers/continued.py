@@ -77,8 +77,7 @@ class File(ddkit.Initializer):
                 "%s: %d of %d images were made to fit: %d channel%s, %d x %d pixels.",
                 self.path, others, len(images), channels, "s" if channels > 1 else "", height, width,
             )  # fmt: skip
-        result: Tensor = start.normalisation.normalise(ddkit.data.conform(images, start.shape))
-        return result
+        return start.normalisation.normalise(ddkit.data.conform(images, start.shape))
 
 
 def _of_artifact(artifact: ddkit.Artifact) -> Source:

@@ -21,8 +21,7 @@ class Mix(ddkit.Initializer):
     factor: int = ddkit.option(2, "images side by side, and one below the other", ge=1)
 
     def needed(self, ipc: int) -> int:
-        found: int = self.factor**2
-        return found
+        return self.factor**2
 
     @property
     def remedy(self) -> str:

@@ -28,12 +28,10 @@ class Classifier(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """Returns the input (n, width) of the classifier."""
-        result: Tensor = self.features(x).flatten(1)
-        return result
+        return self.features(x).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.classifier(self.embed(x))
-        return result
+        return self.classifier(self.embed(x))
 
 
 def norm_layer(norm: str, channels: int, size: tuple[int, int], *, model: str) -> list[nn.Module]:

@@ -82,8 +82,7 @@ def grid(images: Tensor, labels: Tensor) -> Tensor:
     shown = [images[labels == label] for label in labels.unique()[:MOST_ROWS]]
     longest = max(len(row) for row in shown)
     padded = [functional.pad(row, (0, 0) * 3 + (0, longest - len(row)), value=1.0) for row in shown]
-    result: Tensor = make_grid(torch.cat(padded).clamp(0, 1), nrow=longest)
-    return result
+    return make_grid(torch.cat(padded).clamp(0, 1), nrow=longest)
 
 
 observer = TensorBoard()

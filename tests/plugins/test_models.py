@@ -13,7 +13,6 @@ import ddkit_models
 import pytest
 import torch
 from ddkit_evaluators import split_options
-from ddkit_models import depth_for
 from torch import Tensor, nn
 
 import ddkit
@@ -44,12 +43,11 @@ def outputs(module: nn.Module, info: ddkit.DataInfo, rows: int = 2) -> Tensor:
     [((8, 8), 2), ((16, 16), 2), ((28, 28), 3), ((32, 32), 3), ((64, 64), 4), ((128, 128), 5), ((224, 224), 6),
      ((32, 64), 3), ((64, 32), 3), ((8, 100), 2), ((4, 4), 2), ((3, 3), 1), ((2, 2), 1)],
 )  # fmt: skip
-def test_depth_follows_the_shorter_side(size: tuple[int, int], depth: int) -> None:
-    assert depth_for(size) == depth
+def test_depth_follows_the_shorter_side_and_is_recorded(size: tuple[int, int], depth: int) -> None:
+    assert ddkit.create("model", "convnet", {}, data=data(size=size)).options.depth == depth
 
 
-def test_depth_is_recorded_in_the_resolved_options() -> None:
-    assert ddkit.create("model", "convnet", {}, data=data(size=(32, 32))).options.depth == 3
+def test_a_depth_that_was_asked_for_is_recorded() -> None:
     assert ddkit.create("model", "convnet", {"depth": 1}, data=data(size=(32, 32))).options.depth == 1
 
 
@@ -183,6 +181,8 @@ def test_building_and_redrawing_leave_the_global_generator_alone() -> None:
     info, model = data(), ddkit.create("model", "convnet", {"width": 8})
     redraw(build_network(model, info, 0, "a"), model, info, 0, "b")
     couples_samples(build_network(model, info, 0, "a"), info)
+    with pytest.raises(RuntimeError), drawn_from(0, "x"):  # also after an error
+        torch.rand(3) @ torch.rand(4)
     assert torch.equal(torch.get_rng_state(), before)
     model(3, (8, 8), 3)
     assert not torch.equal(torch.get_rng_state(), before)  # the check sees a draw where there is one
@@ -198,13 +198,6 @@ def test_a_run_neither_uses_nor_moves_the_global_generator(tmp_path: Any) -> Non
         assert torch.equal(torch.get_rng_state(), before)
         states.append((run.path / "synthetic.safetensors").read_bytes())
     assert states[0] == states[1]
-
-
-def test_default_generator_is_restored_even_after_an_error() -> None:
-    before = torch.get_rng_state()
-    with pytest.raises(RuntimeError), drawn_from(0, "x"):
-        torch.rand(3) @ torch.rand(4)
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_purposes_do_not_collide() -> None:
