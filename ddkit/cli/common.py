@@ -109,13 +109,7 @@ class Place(click.Path):
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     """Returns one decorator that applies several options, first one first in the help."""
-
-    def apply(function: F) -> F:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return apply
+    return lambda function: functools.reduce(lambda made, decorator: decorator(made), reversed(decorators), function)
 
 
 def prepared(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -180,14 +180,10 @@ class RunSetup:
 
     def _check_second_order(self) -> None:
         """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
-        for each in self.losses:
-            asked = each.requires
-            probes = (
-                ("teacher", asked.teacher, self._teacher_probe),
-                ("network", asked.network, lambda: build_network(self.model, self.info, 0, "probe")),
-            )
-            for name, _, probe in (one for one in probes if asked.second_order and one[1]):
-                reason = no_second_derivative(probe().to(self.device), self.info)
+        for each in (each for each in self.losses if each.requires.second_order):
+            probes = {"teacher": self._teacher_probe, "network": lambda: build_network(self.model, self.info, 0, "probe")}
+            for name in (name for name in probes if getattr(each.requires, name)):
+                reason = no_second_derivative(probes[name]().to(self.device), self.info)
                 if reason:
                     raise InputError(
                         f"The {each} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "
