@@ -13,7 +13,7 @@ lint:
 	$(BIN)/lint-imports
 
 test:
-	$(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
 check-slow:
 	$(PYTHON) -m pytest -m slow

@@ -327,8 +327,8 @@ def test_a_second_training_to_one_file_leaves_that_of_the_first(cli: Cli, monkey
         Path("teacher.safetensors").write_text("of the first")  # which ends while the second trains
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("ddkit.api.train_teacher", train)
+    monkeypatch.setattr("ddkit.nn.automatic_teacher.train_teacher", train)
     assert cli("train", "--out", "teacher.safetensors").code == 130
     assert Path("teacher.safetensors").read_text() == "of the first"
-    monkeypatch.setattr("ddkit.api.open_dataset", train)
+    monkeypatch.setattr("ddkit.data.real.open_dataset", train)
     assert cli("train", "--out", "teacher.safetensors").code == 5

@@ -437,6 +437,7 @@ def test_a_gradient_of_zero_and_frozen_parameters_do_no_harm() -> None:
     assert bool(module.linear.weight.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_trained_sharpness_aware_as_a_plain_one() -> None:
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
     x, labels = images(8, 0)
