@@ -60,6 +60,13 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def _no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run ends with its report, whose charts take a quarter of a second: they are drawn in the tests of reports alone."""
+    if not request.node.path.name.startswith("test_report"):
+        monkeypatch.setattr("ddkit.run.report.svg", lambda chart: "")
+
+
+@pytest.fixture(autouse=True)
 def _no_plugin_files() -> Iterator[None]:
     """Every test begins and ends without plugin files."""
     yield

@@ -108,7 +108,7 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 
 
 def _page(shown: Mapping[str, Any]) -> bytes:
-    return _template().render(shown).encode()
+    return _template().render(shown, svg=svg).encode()
 
 
 @cache
@@ -121,7 +121,6 @@ def _template() -> Any:
         autoescape=True, loader=jinja2.PackageLoader(__name__, ""), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )  # fmt: skip
-    made.filters["svg"] = svg
     return made.get_template("page.html")
 
 
