@@ -59,11 +59,16 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-@pytest.fixture(autouse=True)
-def _no_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run ends with its report, whose charts take a quarter of a second: they are drawn in the tests of reports alone."""
-    if not request.node.path.name.startswith("test_report"):
-        monkeypatch.setattr("ddkit.run.report.svg", lambda chart: "")
+@pytest.fixture(scope="module", autouse=True)
+def _no_charts(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every run ends with its report, whose charts take a quarter of a second.
+
+    They are drawn in the tests of reports, and where runs of this process are compared with those of others.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.path.name.startswith(("test_report", "test_crash_safety")):
+            patch.setattr("ddkit.run.report.svg", lambda chart: "")
+        yield
 
 
 @pytest.fixture(autouse=True)
