@@ -24,7 +24,7 @@ from ddkit.api import resume
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import CHECKPOINTS
-from tests.conftest import Result, timeless
+from tests.conftest import Result, content, said, timeless
 from tests.forks import HEAVY, forking
 
 Cli = Callable[..., Result]
@@ -264,7 +264,33 @@ def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
     assert {file.name for file in tmp_path.iterdir()} == {".mine", ".tmp-mine"}
 
 
-# A folder that cannot be written
+# A limit on the size of files, a folder that cannot be written
+
+
+LIMITED = """
+import resource, sys
+sys.dont_write_bytecode = True  # a file that was cut off would break every later process
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from ddkit.cli import main
+main()
+"""
+
+
+def test_a_limit_on_the_size_of_files_is_told_and_what_was_there_stays(forks: Any, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    path = tmp_path / "run"
+    begin(path)
+    for name in ("manifest.json", "synthetic.safetensors"):  # the set has more bytes than the limit
+        (path / name).unlink()
+    before = content(path / CHECKPOINTS)
+    command = [sys.executable, "-c", LIMITED, "distill", "--resume", "--out", str(path)]
+    done = forks.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (5, "")
+    assert re.search(rf"ddkit: {re.escape(str(path))}\S* cannot be written: ", said(done.stderr))
+    assert content(path / CHECKPOINTS) == before
+    assert leftovers(path) == set()
+    assert not (path / "synthetic.safetensors").exists()
+    resume(path, device="cpu")
+    assert result(path) == undisturbed
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can become another user")

@@ -178,6 +178,14 @@ def trainer(made: ddkit.Artifact, given: ddkit.data.EvaluationData) -> Trainer:
     return Trainer("mlp", model, made, given, ddkit.nn.Schedule(epochs=1), "none", arithmetic)
 
 
+def test_an_evaluation_follows_its_seed() -> None:
+    figures = [
+        [row.details["accuracies"], row.details["random_real_accuracies"]] for seed in (3, 3, 4) for row in evaluated(given=data(seed=seed))
+    ]
+    assert figures[0] == figures[1]
+    assert all(first != other for first, other in zip(figures[0], figures[2], strict=True))
+
+
 BASELINES = ["pipc-real", "class-mean"]
 
 
