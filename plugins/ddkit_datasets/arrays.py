@@ -17,6 +17,7 @@ from torch import Tensor
 import ddkit
 
 Splits = dict[str, tuple[Tensor, Tensor]]
+DIGITS = tuple("0123456789")
 FINE_LABELS = (  # of CIFAR-100, in the order of its labels
     "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle "
     "caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish "
@@ -29,9 +30,14 @@ FINE_LABELS = (  # of CIFAR-100, in the order of its labels
 
 
 class InMemory(ddkit.Dataset):
-    """A dataset whose splits are tensors: images (n, C, H, W) and labels (n,)."""
+    """A dataset whose splits are tensors, images (n, C, H, W) and labels (n,), of the classes `names`."""
 
     splits: Splits
+    names: Sequence[str]
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self.names
 
     def labels(self, split: str) -> Tensor:
         return self.splits[split][1]
@@ -52,8 +58,8 @@ class Digits(InMemory):
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, offline; every fifth of each class is the test split."""
 
     takes_directory = False
-
     mirror = False
+    names = DIGITS
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -64,10 +70,6 @@ class Digits(InMemory):
         for label in range(10):
             held_out[(labels == label).nonzero().flatten()[4::5]] = True
         self.splits = {"train": (images[~held_out], labels[~held_out]), "test": (images[held_out], labels[held_out])}
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        return [str(digit) for digit in range(10)]
 
 
 def _digits() -> tuple[Any, Any]:
@@ -88,11 +90,6 @@ class Torchvision(InMemory):
     """Base of the downloaded datasets; `source` is the name of torchvision's class."""
 
     source: str
-    names: tuple[str, ...]
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        return self.names
 
     @cached_property
     def splits(self) -> Splits:  # type: ignore[override]
@@ -125,7 +122,7 @@ class Mnist(Torchvision):
 
     source = "MNIST"
     mirror = False
-    names = tuple(str(digit) for digit in range(10))
+    names = DIGITS
 
 
 class FashionMnist(Torchvision):
@@ -147,7 +144,7 @@ class Svhn(Torchvision):
 
     source = "SVHN"
     mirror = False
-    names = tuple(str(digit) for digit in range(10))
+    names = DIGITS
 
 
 class Cifar100(Torchvision):
@@ -189,11 +186,7 @@ class Npz(InMemory):
             images, labels = self.splits["train"]
             kept, held = holdout(labels, self.holdout, self.holdout_seed)
             self.splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
-        self._names = _class_names(arrays, torch.cat([labels for _, labels in self.splits.values()]), path)
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        return self._names
+        self.names = _class_names(arrays, torch.cat([labels for _, labels in self.splits.values()]), path)
 
 
 def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
