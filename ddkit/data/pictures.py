@@ -36,6 +36,11 @@ def grid(images: Tensor, factor: int) -> Tensor:
     return picture
 
 
+def eight_bits(images: Tensor) -> Tensor:
+    """Returns images in pixel units as uint8: clipped to 0..1, and rounded."""
+    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
     """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
 
@@ -60,7 +65,7 @@ def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, col
     footer = 24 if len(shown) < len(rows) else 0
     sheet = Image.new("RGB", (-(-len(shown) // deep) * row_w, min(deep, len(shown)) * cell_h + footer), "white")
     draw = ImageDraw.Draw(sheet)
-    pixels = (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
+    pixels = eight_bits(images)
     for number, label in enumerate(shown):
         left, top = number // deep * row_w, number % deep * cell_h
         name, own = names[label]

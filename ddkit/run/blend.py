@@ -32,24 +32,20 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     """
     ours, theirs = load(first), load(second)
     places = Path(first), Path(second)
-    with warnings.recording(), RunDirectory.claim(Path(out)) as directory:
-        try:
-            result = blended(ours, theirs, alpha)
-            known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
-            copied = ("data", "teacher", "train", "seed", "pipc")
-            table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
-            ipc = int(result.metadata.get("ipc") or result.stored_labels.bincount().max())
-            recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
-            if known:
-                directory.write_recipe(recipe_dict(recipe))
-            save_set(result, directory)
-            add_frame(directory.path, 0, ours.stored_images, ours.stored_labels)
-            add_frame(directory.path, 1, theirs.stored_images[partners(ours, theirs)], ours.stored_labels)
-            facts = _facts([place.absolute() for place in places], alpha)
-            close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
-        except BaseException:
-            directory.discard()
-            raise
+    with warnings.recording(), RunDirectory.whole_or_absent(Path(out)) as directory:
+        result = blended(ours, theirs, alpha)
+        known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
+        copied = ("data", "teacher", "train", "seed", "pipc")
+        table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
+        ipc = int(result.metadata.get("ipc") or result.stored_labels.bincount().max())
+        recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
+        if known:
+            directory.write_recipe(recipe_dict(recipe))
+        save_set(result, directory)
+        add_frame(directory.path, 0, ours.stored_images, ours.stored_labels)
+        add_frame(directory.path, 1, theirs.stored_images[partners(ours, theirs)], ours.stored_labels)
+        facts = _facts([place.absolute() for place in places], alpha)
+        close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
 
 

@@ -6,8 +6,8 @@ import itertools
 import logging
 import os
 import tomllib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -93,7 +93,8 @@ class RunDirectory:
 
     def __init__(self, path: Path, created: tuple[Path, ...] | None = None) -> None:
         """`created` are the folders that did not exist before, innermost first; None: the run was there already."""
-        self.path, self._created = path, created
+        self.path = path
+        self._created = created
         self._lock: FolderLock | None = None
         self._replaces = False  # a run that is there
         self._recipes: tuple[str, ...] = ()  # keys of the recipe, which checkpoints record, known once it is written or read
@@ -140,7 +141,8 @@ class RunDirectory:
             was_killed = _was_killed(path)
             directory.take()
             if force and is_run(path):
-                directory._created, directory._replaces = None, True
+                directory._created = None
+                directory._replaces = True
             elif was_killed and is_left_behind(path):
                 remove_own(path)
             if not (directory._replaces or _is_empty(path)):
@@ -149,6 +151,17 @@ class RunDirectory:
         except OSError as error:
             raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
         return directory
+
+    @classmethod
+    @contextmanager
+    def whole_or_absent(cls, path: Path) -> Iterator[RunDirectory]:
+        """Yields an absent or empty `path` as claim() does; if the work inside fails, nothing of it stays."""
+        with cls.claim(path) as directory:
+            try:
+                yield directory
+            except BaseException:
+                directory.discard()
+                raise
 
     @classmethod
     def numbered(cls, stem: str) -> RunDirectory:
@@ -181,7 +194,8 @@ class RunDirectory:
         """Removes the run that claim() found with `force`: from now on the folder is that of the new run."""
         if self._replaces:
             remove_own(self.path)
-            self._created, self._replaces = (), False
+            self._created = ()
+            self._replaces = False
 
     def has_stepped(self) -> bool:
         """Whether a step was taken: the first one is always logged."""

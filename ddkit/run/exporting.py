@@ -29,19 +29,14 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
         exporter: Exporter = registry.create("exporter", to, options, where="exporter")
     artifact = load(target)
     path = Path(target)
-    artifact.provenance = Provenance(sha256=sha256(path if path.is_file() else path / SET))
+    known: dict[str, Any] = {"sha256": sha256(path if path.is_file() else path / SET)}
     if (path / MANIFEST).is_file():
         run = RunDirectory(path)
-        artifact.provenance = Provenance(
-            sha256=artifact.provenance.sha256, manifest=read_manifest(path), evaluations=run.read_evaluations(),
-            recipe=run.read_recipe() if (path / RECIPE).is_file() else {},
-        )  # fmt: skip
-    with RunDirectory.claim(Path(out)) as directory:
-        try:
-            _write(exporter, artifact, directory.path)
-        except BaseException:
-            directory.discard()
-            raise
+        known |= {"manifest": read_manifest(path), "evaluations": run.read_evaluations()}
+        known |= {"recipe": run.read_recipe()} if (path / RECIPE).is_file() else {}
+    artifact.provenance = Provenance(**known)
+    with RunDirectory.whole_or_absent(Path(out)) as directory:
+        _write(exporter, artifact, directory.path)
     return Path(out)
 
 

@@ -108,10 +108,8 @@ def _read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"The file {path} does not exist.") from None
     except OSError as error:
         raise InputError(f"The file {path} cannot be read: {error}.") from None
-    is_archive, of_torch = (
-        zipfile.is_zipfile(path),
-        start.startswith(b"\x80"),
-    )  # how a pickle begins, which torch.save wrote before archives
+    is_archive = zipfile.is_zipfile(path)
+    of_torch = start.startswith(b"\x80")  # how a pickle begins, which torch.save wrote before archives
     if start[8:] == b"{" and not is_archive:
         return _read_safetensors(path)
     if is_archive:
@@ -284,13 +282,9 @@ def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes:
         told = ", ".join(f"{name} {count}" for name, count in zip(names[:20], counts, strict=False))
         log.warning("The classes have different numbers of images (%s): evaluate takes them as they are, blend needs the same.", told)
     result = Artifact(images[order], labels[order], record)
-    with RunDirectory.claim(out) as directory:
-        try:
-            save_set(result, directory)
-            directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": {"path": str(path.absolute()), "sha256": sha256(path)}})
-        except BaseException:
-            directory.discard()
-            raise
+    with RunDirectory.whole_or_absent(out) as directory:
+        save_set(result, directory)
+        directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": {"path": str(path.absolute()), "sha256": sha256(path)}})
     return result
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ddkit.data.pictures import eight_bits
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.manifest import FILM
 
@@ -38,11 +39,6 @@ def film_rows(labels: Tensor, shape: tuple[int, int, int]) -> Tensor:
     classes = labels.unique()[:most]
     each = max(1, most // len(classes))
     return torch.cat([(labels == label).nonzero().flatten()[:each] for label in classes])
-
-
-def eight_bits(images: Tensor) -> Tensor:
-    """Returns images in pixel units as uint8: clipped to 0..1, and rounded."""
-    return (images.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def read_film(folder: Path) -> Film | None:

@@ -24,7 +24,7 @@ from PIL import Image
 
 import ddkit
 from ddkit.api import resume
-from ddkit.data.pictures import radial_spectrum
+from ddkit.data.pictures import eight_bits, radial_spectrum
 from ddkit.run import report
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
@@ -33,7 +33,7 @@ from ddkit.run.report import charts
 from ddkit.run.report.charts import curves, dots, histogram, number, svg
 from ddkit.run.report.pictures import picture, pictures, sides
 from ddkit.run.report.sections import spectrum_bins
-from ddkit.run.snapshots import MOST_BYTES, add_frame, eight_bits, film_rows, is_frame, read_film
+from ddkit.run.snapshots import MOST_BYTES, add_frame, film_rows, is_frame, read_film
 from tests.conftest import SMALL, Result
 
 Cli = Callable[..., Result]

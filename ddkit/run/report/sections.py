@@ -13,14 +13,14 @@ import msgspec
 import tomli_w
 from torch import Tensor
 
-from ddkit.data.pictures import radial_spectrum
+from ddkit.data.pictures import eight_bits, radial_spectrum
 from ddkit.files import path_part, without_folders
 from ddkit.run.artifact import Artifact
 from ddkit.run.doubts import shares, typical_shares
 from ddkit.run.manifest import SET
 from ddkit.run.report.charts import can_be_drawn, curves, dots, histogram, number
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
-from ddkit.run.snapshots import Film, eight_bits
+from ddkit.run.snapshots import Film
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
 FILM_ROWS, FILM_COLUMNS = 10, 7
