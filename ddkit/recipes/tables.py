@@ -11,6 +11,7 @@ from ddkit.components.options import Option, fields, parse_struct
 from ddkit.errors import InputError, shown
 
 Positive = Annotated[int, Option(ge=1)]
+Beta = Annotated[float, Option(ge=0, lt=1)]
 Seed = Annotated[int, Option("seed of every random draw", ge=0, le=2**53)]
 
 
@@ -93,7 +94,7 @@ class OptimizerTable(Table):
     kind: Literal["sgd", "adam"] = "adam"
     lr: Annotated[float, Option("learning rate in normalised units", gt=0)] = 0.1
     momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.0
-    betas: Annotated[tuple[float, float], Option("of adam")] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Option("of adam")] = (0.9, 0.999)
 
 
 class EngineTable(Table):

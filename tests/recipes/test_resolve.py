@@ -265,7 +265,7 @@ def test_a_mistake_is_named_with_its_place_and_the_nearest_key_options_of_compon
     ("path", "value"),
     [
         ("ipc", True), ("pipc", -1), ("steps", 1.5), ("seed", -1), ("losses.dm.weight", "1"), ("optimizer.images.lr", 0.0),
-        ("optimizer.images.betas", [0.9, float("inf")]), ("engine.chunk", -1), ("train.lr", 10**400), ("augmenter.scale", -1.0),
+        ("optimizer.images.betas", [0.9, float("inf")]), ("optimizer.images.betas", [0.9, 1.0]), ("engine.chunk", -1), ("train.lr", 10**400), ("augmenter.scale", -1.0),
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_named_with_its_path(path: str, value: Any) -> None:

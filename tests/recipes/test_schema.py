@@ -93,6 +93,7 @@ WRONG = [
     ("views/strong/noise", -0.5),
     ("optimizer/images/kind", "lion"),
     ("optimizer/images/betas", [0.9]),
+    ("optimizer/images/betas", [0.9, 2.0]),
     ("evaluators/accuracy/repeats", 0),
     ("engine/log_every", 0),
     ("rules", [{"when": {"ipc_least": 3}, "set": {}}]),
