@@ -314,10 +314,12 @@ def _blamed(plugin: Plugin, failed: str, helps: str) -> Iterator[None]:
 OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside them, which ddkit.recipes.tables declares
     "data": {"use", "dir", "batch", "test", "held_out", "memory"},
     "teacher": {"use", "model", "mean", "std"},
+    "train": {"epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "augmenter"},
     "network": {"model", "renew_every", "inner_epochs", "inner_lr"},
     "losses": {"use", "weight"},
     "initializer": {"use"},
     "augmenter": {"use"},
+    "views": {"augmenter", "compose", "noise"},
     "evaluators": {"use"},
 }
 TABLE_OF = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "initializer": "initializer", "model": "network"}

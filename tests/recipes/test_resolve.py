@@ -15,7 +15,7 @@ from ddkit import api
 from ddkit.components import registry
 from ddkit.errors import FlagError, InputError, PluginError
 from ddkit.recipes.resolve import assign, described, parse_set, read_recipe, resolve, select_losses
-from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
+from ddkit.recipes.tables import NAMED_TABLES, TABLES, PluginTable, Recipe, own_keys, parse_recipe, recipe_dict
 from tests.conftest import SMALL_FLAGS, Result
 
 TEACHERS = ["teacher", "teacher-dsv"]
@@ -251,6 +251,8 @@ def test_a_run_is_repeated_byte_for_byte_from_its_own_recipe(cli: Callable[..., 
         ({"train": 3}, "train is a table"),
         ({"network": {"widht": 8}}, "Did you mean 'width'"),
         ({"views": {"default": {"augmenter": "dsa", "compos": 2}}}, "Did you mean 'compose'"),
+        ({"views": {"default": {"noize": 0.1}}}, "Did you mean 'noise'"),
+        ({"train": {"epoch": 2}}, "Did you mean 'epochs'"),
         ({"losses": {"dkkt-primal": {"maskd": True}}}, "Did you mean 'masked'"),
         ({"evaluators": {"accuracy": {"protocoll": "short"}}}, "Did you mean 'protocol'"),
     ],
@@ -261,11 +263,17 @@ def test_a_mistake_is_named_with_its_place_and_the_nearest_key_options_of_compon
     assert words in str(caught.value)
 
 
+def test_the_keys_beside_options_are_those_of_the_tables() -> None:
+    tables = {**TABLES, **NAMED_TABLES}.items()
+    assert {name: own_keys(kind) for name, kind in tables if issubclass(kind, PluginTable)} == registry.OWN_KEYS
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [
         ("ipc", True), ("pipc", -1), ("steps", 1.5), ("seed", -1), ("losses.dm.weight", "1"), ("optimizer.images.lr", 0.0),
-        ("optimizer.images.betas", [0.9, float("inf")]), ("optimizer.images.betas", [0.9, 1.0]), ("engine.chunk", -1), ("train.lr", 10**400), ("augmenter.scale", -1.0),
+        ("optimizer.images.betas", [0.9, float("inf")]), ("optimizer.images.betas", [0.9, 1.0]),
+        ("engine.chunk", -1), ("train.lr", 10**400), ("augmenter.scale", -1.0),
     ],
 )  # fmt: skip
 def test_an_impossible_value_is_named_with_its_path(path: str, value: Any) -> None:
