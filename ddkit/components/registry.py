@@ -257,11 +257,11 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     module, _, attribute = plugin.value.partition(":")
     if not NAME.fullmatch(plugin.name):
         raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens.{remedy}")
+    from ddkit.components.guard import unchanged  # imports torch: if that fails, it is no fault of the plugin's
+
     with _blamed(plugin, f"could not be loaded from {plugin.value}", remedy):
         found: Any = sys.modules.get(module)
         if found is None:
-            from ddkit.components.guard import unchanged  # imports torch, which such a module would do anyway
-
             try:
                 with unchanged(plugin.label, remedy):
                     found = importlib.import_module(module)

@@ -136,8 +136,6 @@ def resolve(
 
 def check_options(recipe: Recipe, part: Part | None = None) -> None:
     """Raises InputError for an option that a component of the recipe does not have or allow, or that names code which may not run."""
-    import torch  # noqa: F401  (first: a torch that cannot be imported is no fault of the plugins that import it)
-
     for kind, name, options, where in named_components(recipe):
         if part is None or where.split(".")[0] in part.used:
             registry.options_of(kind, name, options, where)

@@ -71,12 +71,19 @@ def test_another_error_of_a_loss_is_no_want_of_memory(cli: Cli, tmp_path: Path) 
     assert "memory" not in told
 
 
-@pytest.mark.parametrize("fault", ["raise OSError('libcudart.so.12: cannot open shared object file')", "from torch._C import nothing"])
-def test_a_torch_that_cannot_be_imported_is_told(tmp_path: Path, fault: str) -> None:
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("raise OSError('libcudart.so.12: cannot open shared object file')", FLAGS),
+        ("from torch._C import nothing", ["distill", "--protocol", "short", "--plan"]),
+        ("raise OSError('libcudart.so.12: cannot open shared object file')", ["info", "dm"]),
+    ],
+)
+def test_a_torch_that_cannot_be_imported_is_told(tmp_path: Path, fault: str, words: list[str]) -> None:
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(fault)
     path = os.pathsep.join([str(tmp_path), *sys.path])
     found = subprocess.run(
-        [sys.executable, "-m", "ddkit", *FLAGS], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, "-m", "ddkit", *words], cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
     )
     assert "torch cannot be imported" in in_one_paragraph(Result(found.returncode, found.stdout, found.stderr))
