@@ -160,6 +160,8 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
     plugin = _found_plugin((*words[:-1], name), testing.SUITES)
     if plugin.kind != "dataset" or not registry.load_plugin(plugin).takes_directory:
         refuse_given(["data_dir"], f"the {plugin.kind} '{plugin.name}' downloads nothing.")
+    if plugin.kind == "observer":
+        refuse_given(["sets"], "an observer has no options.")
     from ddkit.recipes.resolve import assign
 
     table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
