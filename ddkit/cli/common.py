@@ -104,6 +104,8 @@ class Place(click.Path):
     """A path, as pathlib's; a leading `~/`, which a shell leaves as it is in --out=~/x, means the home folder."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not str(value):
+            self.fail("the path is empty.", param, ctx)  # a shell's variable that is not set, and not the current folder
         return Path(os.fsdecode(super().convert(with_home(str(value)), param, ctx)))
 
 

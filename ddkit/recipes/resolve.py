@@ -52,7 +52,7 @@ def read_recipe(name: str, kind: str = "recipe") -> Raw:
     known = {p.name: p for p in reversed(registry.plugins()) if p.kind == kind}
     if name not in known:
         hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
-        raise InputError(f"{hint} A file is given by its path: {'--recipe ' if kind == 'recipe' else ''}./{name}.toml")
+        raise InputError(f"{hint} A file is given by its path: {'--recipe ' if kind == 'recipe' else ''}./{name or 'FILE'}.toml")
     return parse_toml(Path(known[name].value), kind)
 
 
@@ -102,7 +102,7 @@ def resolve(
         check_depth(recipe, "The recipe")
         raw = copy.deepcopy(dict(recipe))
     else:
-        raw = parse_toml(recipe) if isinstance(recipe, Path) else read_recipe(recipe or "default")
+        raw = parse_toml(recipe) if isinstance(recipe, Path) else read_recipe("default" if recipe is None else recipe)
     ipc, pipc = (dict(override).get(key, raw.get(key, default)) for key, default in (("ipc", 1), ("pipc", 50)))
     raw = _with_rules(raw, ipc, pipc)
     if losses is not None:
