@@ -81,7 +81,7 @@ def with_home(text: str) -> str:
 
 
 def check_out(path: Path) -> None:
-    """Raises FlagError if the name given with --out is of bytes that files of a run, which are text, cannot tell."""
+    """Raises FlagError if the name given with --out is no UTF-8 text: files of a run, which are text, could not hold it."""
     if not is_text(str(path)) or "\0" in str(path):
         raise FlagError(f"--out {printable(str(path))} is a name that is no UTF-8 text, and files of a run are text. Name another.")
 
@@ -133,7 +133,7 @@ def sha256(path: Path) -> str:
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Writes `content` so that `path` is either as before or whole; raises RunFilesError where it cannot be written."""
+    """Writes `content` so that `path` is either as before or whole; raises RunFilesError if it cannot be written."""
     replace_whole(path, lambda temporary: Path(temporary).write_bytes(content))
 
 
@@ -408,7 +408,7 @@ def cache_folder() -> Path:
             found = passing_folder()
     except OSError as error:
         raise RunFilesError(f"There is no folder for a cache ({error}). Name one with the environment variable DDKIT_CACHE.") from None
-    os.environ["DDKIT_CACHE"] = str(found)  # for this process and those that it starts, and told once
+    os.environ["DDKIT_CACHE"] = str(found)  # for this process and those that it starts, so that one of them warns
     log.warning(
         "You have no home folder in which a cache could be written: %s is used instead, and what is kept there (trained teachers, decoded "
         "images, compiled code) may be gone the next time. The environment variable DDKIT_CACHE names another folder.",

@@ -42,11 +42,14 @@ class Artifact:
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
         """`images` and `labels` are those to be stored."""
-        self.stored_images, self.stored_labels, self.metadata = images, labels, metadata
+        self.stored_images = images
+        self.stored_labels = labels
+        self.metadata = metadata
         self.parameters = dict(parameters or {})
         self.provenance = Provenance()
         factor = (metadata.get("decode") or {}).get("factor", 1)
-        self.images, self.labels = decoded(images, factor), labels if factor == 1 else labels.repeat_interleave(factor**2)
+        self.images = decoded(images, factor)
+        self.labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
 
     @property
     def class_names(self) -> list[str]:

@@ -33,7 +33,7 @@ def is_due(step: int, every: int) -> bool:
 class Checkpoint(NamedTuple):
     """The state before step `step`, the run's plugin files, path to sha256, the sha256 of its inputs, by name, and its warnings.
 
-    `seconds` are those that the steps before took, 0 where a checkpoint of an earlier version does not tell.
+    `seconds` are those that the steps before took, 0 if a checkpoint of an earlier version does not record them.
     """
 
     step: int
@@ -96,7 +96,7 @@ def keep_until(run: Path, step: int) -> None:
 def newest_checkpoint(run: Path, recipes: Sequence[str]) -> Checkpoint | None:
     """Returns the newest checkpoint that reads whole and is of one of `recipes` (keys), None where none was written yet.
 
-    Tells of those that it passes over; raises RunFilesError where there are some and none can be read.
+    Warns of those that it passes over; raises RunFilesError if there are some and none can be read.
     """
     reasons = []
     for step, file in _files(run).items():

@@ -73,7 +73,7 @@ def evaluate(
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
     judged_file = None if directory is None else read_manifest(directory.path)["files"].get(SET)
     if directory is not None:
-        directory.read_evaluations()  # rows that cannot be read are told before the networks are trained, not after
+        directory.read_evaluations()  # an error in its rows is reported before networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     with passing(dataset) as data, trust.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
         base, own = (None if directory is None else directory.read_recipe()), dict(sets or {})

@@ -21,12 +21,13 @@ _held: weakref.WeakSet[FolderLock] = weakref.WeakSet()
 class FolderLock:
     """Holds `folder`/.lock, which the operating system lets go of when this process ends, however it ends.
 
-    Raises RunFilesError where another process (or another run of this one) holds it for longer than `wait` seconds. The file
+    Raises RunFilesError if another process (or another run of this one) holds it for longer than `wait` seconds. The file
     is removed on release; one that a killed process left behind is not held, and is taken over.
     """
 
     def __init__(self, folder: Path, *, wait: float = 0.0) -> None:
-        self.path, self._descriptor = folder / LOCK, -1
+        self.path = folder / LOCK
+        self._descriptor = -1
         until = time.monotonic() + wait
         while not self._take():
             if time.monotonic() >= until:

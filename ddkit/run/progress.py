@@ -14,19 +14,21 @@ UNITS = {"reading": "image", "teacher": "epoch", "distilling": "step", "evaluati
 
 
 class ProgressLines:
-    """Tells on stderr what each stage does, at its start, and then every `every` seconds how far it is and how long it will take.
+    """Writes to stderr what a stage does when it begins, then every `every` seconds how far it is and how long it will take.
 
         ddkit.distill(losses="dm", observers=[ProgressLines()])
 
-    A command shows these by itself where stderr is no terminal. `clock()` returns seconds.
+    A command shows these by itself if stderr is no terminal. `clock()` returns seconds.
     """
 
     def __init__(self, every: float = 30.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._every, self._clock = every, clock
+        self._every = every
+        self._clock = clock
         self._begin("")
 
     def _begin(self, stage: str) -> None:
-        self._stage, self._told = stage, self._clock()
+        self._stage = stage
+        self._told = self._clock()
         self._first: tuple[float, float] | None = None  # time and place of the first report: what is compiled before it is no pace
         self._values: dict[str, float] = {}
 
@@ -58,11 +60,11 @@ class ProgressLines:
 
 
 class ProgressBar:
-    """Tells each stage in a line at its start, and shows a bar with the time left: on stderr, in a notebook as a notebook's bar.
+    """Writes a line when a stage begins, and shows a bar with the time left: on stderr, or in a notebook as a notebook's bar.
 
         ddkit.distill(losses="dm", observers=[ddkit.ProgressBar()])
 
-    The command shows one by itself where stderr is a terminal.
+    A command shows one by itself if stderr is a terminal.
     """
 
     def __init__(self) -> None:
@@ -72,7 +74,8 @@ class ProgressBar:
     def _to(self, name: str, reached: float, total: int, values: Mapping[str, float]) -> None:
         if self._name != name:
             self.close()
-            self._bar, self._name = _new_bar(name, total), name
+            self._bar = _new_bar(name, total)
+            self._name = name
         if self._bar is None:
             return
         if values:
@@ -85,14 +88,16 @@ class ProgressBar:
         """Removes the bar."""
         if self._bar is not None:
             self._bar.close()
-        self._bar, self._name = None, ""
+        self._bar = None
+        self._name = ""
 
     @hookimpl
     def stage_started(self, stage: str, text: str, done: int, total: int) -> None:
         self.close()
         _tell(text)
         if total:
-            self._bar, self._name = _new_bar(stage, total, done), stage
+            self._bar = _new_bar(stage, total, done)
+            self._name = stage
 
     @hookimpl
     def step_finished(self, index: int, steps: int, record: Mapping[str, Any] | None) -> None:

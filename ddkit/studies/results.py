@@ -1,4 +1,4 @@
-"""What is told of a study: figures beside published ones, as a table, JSON and pictures."""
+"""The results of a study: figures beside published ones, as a table, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -192,11 +192,11 @@ def report_table(report: Report, style: str = "simple") -> str:
         notes.append("Systems marked (soft) train on the teacher's probabilities: never compare them with the others.")
     notes.append(f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}."))
     if held_out and any(figure.published is not None for figure in figures):
-        notes.append("Published figures are of a test split, these are not, so no difference is told.")
+        notes.append("Published figures are of a test split, these are not, so no difference is shown.")
     elif not held_out and known is not None and not all(figure.comparable for figure in figures):
         size = " x ".join(map(str, known.shape))
         notes.append(
-            f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is told. "
+            f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is shown. "
             f"Use --dataset {known.dataset}, or imagefolder:PATH with a copy of it."
         )
     notes += [f"Teacher: {', '.join(teachers)}."] if teachers else []

@@ -1,4 +1,4 @@
-"""Runs a study: every set distilled and evaluated once, kept, and told beside the published figures.
+"""Runs a study: every set is distilled and evaluated once and kept, and its figure stands beside the published one.
 
 A set is a run directory in `<out>/sets`, named after system, cell, seed and a digest of everything that decides it, so a
 second call finds what is there, continues what was interrupted, and mixes nothing. Distilling and evaluating are the
@@ -59,8 +59,8 @@ def reproduce(
     `part` (i, n): only the sets of share i, 0 to n - 1, which another machine's share completes; `merged` are stores from which finished
     sets are copied first. The processes that torchrun started, all of which call this, make a share each.
 
-    `run` False only tells. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
-    the result. Raises DdkitError for bad input at once; a set that fails later is told in its figure.
+    With `run` False nothing is made. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
+    the result. Raises DdkitError for bad input at once; the figure of a set that fails later says why.
     """
     check_out(out)
     tasks = planned(study, chosen_cells(study, cells, systems), out, settings)
@@ -86,7 +86,7 @@ def reproduce(
                 for part_failed in ranks.all_gather_object({str(path): reason for path, reason in failures.items()}):
                     failures.update({Path(path): reason for path, reason in part_failed.items()})
         except (Interrupted, KeyboardInterrupt) as stop:
-            with suppress(DdkitError, OSError):  # what hinders a report is told by a call that is not interrupted
+            with suppress(DdkitError, OSError):  # the next call, which is not interrupted, reports what prevents a report
                 wanted = {kept_file(task): kept_row(task) for task in own}  # cells may share one
                 done = f"{len(wanted) - list(wanted.values()).count(None)} of {len(wanted)}"
                 stop.args = (f"Interrupted. {done} evaluations are finished and kept in {out}; the same command goes on.",)
@@ -203,11 +203,14 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
 
 
 class _Told:
-    """Tells by `report` which of `count` sets are begun and ended, and how long the others will take if they take as long."""
+    """Reports which of `count` sets are begun and ended, and how long the others will take if they take as long."""
 
     def __init__(self, count: int, report: Callable[[str], None]) -> None:
-        self._count, self._report = count, report
-        self._done, self._began, self._lock = 0, time.monotonic(), threading.Lock()
+        self._count = count
+        self._report = report
+        self._done = 0
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
         if count:
             report(f"Making and evaluating {count} set{'s' if count > 1 else ''}")
 

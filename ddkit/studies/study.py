@@ -44,7 +44,7 @@ class CellTable(Table):
 class PublishedOn(Table):
     """What the published figures are of: measured figures are set against them on the same data alone."""
 
-    name: Annotated[str, Option("as it is told, CIFAR-10")]
+    name: Annotated[str, Option("as reports name it, for example CIFAR-10")]
     dataset: Annotated[str, Option("the dataset of that name")]
     classes: Positive
     shape: Annotated[tuple[Positive, Positive, Positive], Option("channels, height and width of an image")]
@@ -103,7 +103,7 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     parts = [(SystemTable, f"systems.{name}", table) for name, table in systems.items()] if isinstance(systems, Mapping) else []
     parts += [(CellTable, f"cells[{number}]", table) for number, table in enumerate(cells)] if isinstance(cells, list) else []
     for kind, where, table in parts:
-        if isinstance(table, Mapping):  # what is no table is told where the whole study is read
+        if isinstance(table, Mapping):  # reading the whole study reports what is no table
             parse_struct(kind, table, where)
     study = parse_struct(Study, dict(raw), "", whole="the study")
     for what, table in (("systems", study.systems), ("cells", study.cells)):

@@ -84,7 +84,7 @@ class Accuracy(ddkit.Evaluator):
         if not self.synthetic and not self.baselines:
             path = f"{self.recipe_path}.synthetic"
             raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
-        self._modules(info)  # images too small for a network are told before the run
+        self._modules(info)  # an image too small for a network is an error before the run
         ddkit.create("augmenter", self.augmenter, data=info)
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:

@@ -16,7 +16,7 @@ AT_ONCE, MOST_VALUES = 4096, 4096 * 3 * 32 * 32  # real images, and their values
 
 
 def looked_at(name: str, details: dict[str, Any]) -> list[ddkit.Evaluation]:
-    """Returns the row of an evaluator that trains no network: it has no accuracy, and tells all in `details`."""
+    """Returns the row of an evaluator that trains no network: it has no accuracy, and all that it found is in `details`."""
     row = ddkit.Evaluation(
         evaluator=name, model="-", protocol="-", labels="hard", repeats=1, accuracy_mean=None, accuracy_std=None, details=details
     )

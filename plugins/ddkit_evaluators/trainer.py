@@ -45,8 +45,10 @@ class SoftLabels:
     """What a teacher says of images in the units of a set: softmax(logits / temperature), without gradients."""
 
     def __init__(self, teacher: ddkit.nn.Teacher, artifact: ddkit.Artifact, temperature: float) -> None:
-        self.teacher, self.temperature = teacher, temperature
-        self._from, self._to = units(artifact), units(teacher)
+        self.teacher = teacher
+        self.temperature = temperature
+        self._from = units(artifact)
+        self._to = units(teacher)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Returns probabilities (n, K) of normalised images (n, C, H, W), whatever their labels."""
@@ -76,9 +78,15 @@ class Trainer:
         threads: int = 0,
     ) -> None:
         """`threads` train a network; 0: all that torch has."""
-        self.soft, self.threads = soft, threads
-        self.name, self.model, self.artifact, self.data = name, model, artifact, data
-        self.schedule, self.arithmetic, self.augmenter_name = schedule, arithmetic, augmenter
+        self.name = name
+        self.model = model
+        self.artifact = artifact
+        self.data = data
+        self.schedule = schedule
+        self.arithmetic = arithmetic
+        self.soft = soft
+        self.threads = threads
+        self.augmenter_name = augmenter
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
         self.module = ddkit.nn.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
         self.forward: Callable[[Tensor], Tensor] = ddkit.nn.compiled(self.module, wanted=arithmetic.compile, graphs=arithmetic.graphs)

@@ -108,7 +108,7 @@ def _check_channels(name: str, artifact: ddkit.Artifact) -> None:
 
 
 def folder_names(names: Sequence[str]) -> list[str]:
-    """Returns a folder name for each class name, all different, also where capitals are not told apart.
+    """Returns a folder name for each class name, all different, also on disks that take capitals for small letters.
 
     Letters, digits, "-", "_", "." and spaces stay; anything else is %XX, its bytes in UTF-8. So are a first or last dot or
     space, and the first letter of what Windows keeps for itself and of what Hugging Face takes for the name of a split.

@@ -78,7 +78,7 @@ def test_a_run_is_found_through_a_link_to_its_folder(cli: Cli, run: Path, tmp_pa
 
 # What is no regular file, in the place of a file that a command reads
 
-KINDS = {"pipe": "a named pipe", "device": "a device", "folder": ""}
+KINDS = {"pipe": "a named pipe", "device": "a device"}
 
 
 def put(kind: str, path: Path) -> Path:

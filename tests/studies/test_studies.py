@@ -161,7 +161,7 @@ def test_no_difference_is_told_from_figures_of_other_data(
     assert (figure["comparable"], figure["difference"] is not None, figure["dataset"]) == (comparable, comparable, use)
     table = " ".join(cli(*flags, "--show").out.split())
     assert f"Data: {use}. Published figures: Ones." in table
-    assert ("They are not of the same data (Ones has 10 classes of 1 x 8 x 8 values), so no difference is told" in table) != comparable
+    assert ("They are not of the same data (Ones has 10 classes of 1 x 8 x 8 values), so no difference is shown" in table) != comparable
 
 
 def test_warnings_of_runs_are_told_once_under_the_table_and_kept_by_their_manifests(
@@ -385,7 +385,7 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
     assert "held-out training images" in result.out
     rows = json.loads(next(Path("runs/study/sets").glob("dm-*/evaluation.json")).read_text())["evaluations"]
     assert [row["split"] for row in rows] == ["held-out"]
-    assert "Published figures are of a test split, these are not, so no difference is told" in " ".join(result.out.split())
+    assert "Published figures are of a test split, these are not, so no difference is shown" in " ".join(result.out.split())
     figure = json.loads(Path("runs/study/report.json").read_text())["figures"][0]
     assert (figure["published"], figure["comparable"], figure["difference"]) == (0.5, False, None)
 

@@ -65,7 +65,7 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
 def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
     """Ends a run: writes its report, then the manifest with `facts` and what the run warned of.
 
-    A report that cannot be drawn costs no run: a warning tells.
+    If the report cannot be drawn, a warning says so, and the run is whole without it.
     """
     file = directory.path / REPORT
     try:
@@ -84,7 +84,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
 
 
 def renew_report(directory: RunDirectory) -> None:
-    """Makes the report of a finished run anew where that can be done; else a warning tells, and what was recorded stays."""
+    """Makes the report of a finished run anew. If that fails, a warning says so, and what was recorded stays."""
     try:
         directory.rewrite(REPORT, report_html(directory.path, read_manifest(directory.path)))
     except Exception as error:
