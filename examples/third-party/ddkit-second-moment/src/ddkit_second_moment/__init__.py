@@ -30,10 +30,9 @@ class SecondMoment(ddkit.Loss):
     requires = ddkit.Requires(real=True, network=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        real, synthetic = step.real.embeddings, step.embeddings
-        total = 0.0 * synthetic.sum()  # attached to the graph even where no class has real images
-        for label in step.labels.unique():
-            own = real[step.real.labels == label]
-            if len(own):
-                total = total + moment_gap(own, synthetic[step.labels == label], central=self.central)
+        real, synthetic = step.real, step.embeddings
+        total = 0.0 * synthetic.sum()  # attached to the graph even if no class has real images
+        for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
+            ours, theirs = synthetic[step.class_slices[label]], real.embeddings[real.class_slices[label]]
+            total = total + moment_gap(theirs, ours, central=self.central)
         return total
