@@ -83,9 +83,9 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def told(error: BaseException) -> str:
-    """Returns the class of an exception and what it says, which may be of others, whose texts raise too."""
+    """Returns the class of an exception and its text, without a full stop; the exception may be third-party code, whose text raises too."""
     try:
-        return f"{type(error).__name__}: {error}"
+        return f"{type(error).__name__}: {error}".rstrip(".")
     except Exception:
         return f"{type(error).__name__}, whose text cannot be read"
 

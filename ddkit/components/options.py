@@ -274,12 +274,15 @@ def _alternatives(kind: type[msgspec.Struct], name: str) -> list[msgspec.inspect
     return unfolded(types[name]) if name in types else []
 
 
-def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str, also: Collection[str] = ()) -> T:
-    """Returns a plugin's options; errors name the plugin as well as the recipe path. `also`: as in parse_struct."""
+def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str, also: Collection[str] = (), *, flag: str = "") -> T:
+    """Returns a plugin's options; errors name the plugin as well as the recipe path. `also`: as in parse_struct.
+
+    `flag` is what `ddkit info` needs to find the plugin: "--plugin FILE ", "" for an installed one.
+    """
     try:
         return parse_struct(kind, table, where, also)
     except InputError as error:
-        raise InputError(f"{plugin}: {error} (`ddkit info {plugin}` lists its options.)", error.path) from None
+        raise InputError(f"{plugin}: {error} (`ddkit info {flag}{plugin}` lists its options.)", error.path) from None
 
 
 def written_options(options: msgspec.Struct) -> dict[str, Any]:

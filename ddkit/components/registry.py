@@ -81,12 +81,16 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.kind} '{self.name}' of {self.distribution} {self.version}"
 
     @property
+    def flag(self) -> str:
+        """What a command needs to find the component: "--plugin FILE " for that of a plugin file, else ""."""
+        return f"--plugin {self.file} " if self.file else ""
+
+    @property
     def advice(self) -> str:
         """What helps a stranger's component, to add to a message: "" for ddkit's own, and for kinds without a suite."""
         if self.first_party or self.kind not in CHECKED:
             return ""
-        file = f"--plugin {self.file} " if self.file else ""
-        return f" `ddkit check {file}{self.kind} {self.name}` tells more."
+        return f" `ddkit check {self.flag}{self.kind} {self.name}` tells more."
 
 
 def parse_kind(text: str) -> str:
@@ -334,19 +338,19 @@ def split_name(name: str) -> tuple[str, str | None]:
 def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data: base.DataInfo | None = None) -> Any:
     """Returns the validated options of component `name`, which may carry an argument, from a recipe table."""
     short, argument = split_name(name)
-    found = load(kind, short)
+    plugin = find(kind, short)
+    found = load_plugin(plugin)
     merged = dict(table)
     if argument is not None:
         if found.argument is None:
             raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
         merged[found.argument] = argument
-    options = parse_options(options_type(found), merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()))
+    options = parse_options(options_type(found), merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()), flag=plugin.flag)
     if found.runs_code and found.argument is not None:
         paths = (f"{where}.{found.argument}", f"{where}.{short}.{found.argument}")  # the second: in a table of that model, of several
         trust.check(kind, short, str(getattr(options, found.argument)), paths)
     if data is None:
         return options
-    plugin = find(kind, short)
     with _blamed(plugin, "could not be built", plugin.advice):
         return msgspec.structs.replace(options, **found.resolve(options, data))
 

@@ -85,6 +85,16 @@ def test_list_and_info_show_what_a_file_holds(cli: Callable[..., Any], tmp_path:
     assert "exponent" in cli("info", "--plugin", file, "class-spread").out
 
 
+def test_a_wrong_option_names_the_command_that_shows_the_options_of_the_file(cli: Callable[..., Any], tmp_path: Path) -> None:
+    file = written(tmp_path, "mine.py", LOSS)
+    refused = cli("distill", "--plugin", file, "--losses", "class-spread", "--set", "losses.class-spread.powr=3", "--plan")
+    told = " ".join(refused.err.split())
+    assert (refused.code, refused.out) == (4, "")
+    assert "Did you mean 'power'?" in told
+    words = told.partition("`ddkit ")[2].partition("`")[0].split()
+    assert "exponent" in cli(*words).out
+
+
 def test_a_run_resumes_with_the_file_and_names_the_missing_loss_without_it(cli: Callable[..., Any], tmp_path: Path) -> None:
     file = written(tmp_path, "mine.py", LOSS)
     made = cli("distill", "--plugin", file, "--losses", "class-spread", "--evaluate", "none", "--steps", 2, "--out", "run")
@@ -155,6 +165,7 @@ BAD = {
     "a name that is taken": ("bad.py", "import ddkit\n\n\nclass Dm(ddkit.Loss):\n    pass\n", 3, "has already"),
     "the name of a group": ("bad.py", "import ddkit\n\n\nclass Dkkt(ddkit.Loss):\n    pass\n", 3, "has already"),
     "one name twice": ("bad.py", LOSS + "\n\nclass Class_Spread(ddkit.Loss):\n    pass\n", 3, "another of its classes has already"),
+    "a default out of bounds": ("bad.py", LOSS.replace("2.0", "0.5").replace("ClassSpread", "Odd"), 3, "Options(power=0.5): Expected"),
     "an option of ddkit's name": ("bad.py", LOSS.replace("power:", "weight:").replace("ClassSpread", "Odd"), 3, "has an option 'weight'"),
 }  # fmt: skip
 
@@ -165,13 +176,14 @@ def test_a_file_of_no_use_is_told_in_one_paragraph(cli: Callable[..., Any], tmp_
     file = tmp_path / name
     if text is not None:
         written(tmp_path, name, text)
-    result = cli("distill", "--plugin", file, "--losses", "odd" if case == "an option of ddkit's name" else "dm", "--out", "run")
+    result = cli("distill", "--plugin", file, "--losses", "odd" if "class Odd" in (text or "") else "dm", "--out", "run")
     assert result.code == code, result.err
     assert message in " ".join(result.err.split())
     assert name in result.err
+    assert ".." not in result.err.replace("...", "")
     assert "Traceback" not in result.err
     assert not Path("run").exists()
-    assert plugin_file.known() == {} or "odd" in message or "option" in message, "other commands work"
+    assert plugin_file.known() == {} or "odd" in message or "option" in message.lower(), "other commands work"
 
 
 # A file that is edited in mid-run
