@@ -106,10 +106,6 @@ def _number(digits: int, factor: float = 1.0, unit: str = "") -> Callable[[float
     return lambda value: f"{value * factor:.{digits}f}{unit}"
 
 
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
 def _exponent(value: dict[str, Any]) -> str:
     parts = [("time", "seconds_per_step"), ("work", "work"), ("memory", "memory")]
     return ", ".join(f"{name} {value[key]:.2f}" for name, key in parts if value[key] is not None)
@@ -129,7 +125,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title and text of wh
     "ratio_to_plain": ("times as fast", _number(2, unit="x")), "first_network_seconds": ("first network s", _number(1)),
     "peak_mib": ("peak MiB", _number(0)), "plain_peak_mib": ("plain path MiB", _number(0)),
     "limit_fraction": ("of the limit", _number(0, 100, " %")), "first_step_seconds": ("first step s", _number(1)),
-    "workers": ("workers", str), "precision": ("precision", str), "compiled": ("compiled", _yes), "exponent": ("exponent of", _exponent),
+    "workers": ("workers", str), "precision": ("precision", str), "compiled": ("compiled", lambda value: "yes" if value else "no"),
+    "exponent": ("exponent of", _exponent),
 }  # fmt: skip
 CONSTANT = {  # said once, above the table, where they are the same in every row
     "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}",

@@ -34,7 +34,9 @@ class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 
     def __init__(self, *kinds: str, many: bool = False, files: str = "") -> None:
         """`files`: how the names of files end that may be given too."""
-        self.kinds, self.many, self.files = kinds, many, files
+        self.kinds = kinds
+        self.many = many
+        self.files = files
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Returns the names that begin as what was typed, with their summaries, and files; imports none of the components."""

@@ -24,10 +24,11 @@ class Narrator(ProgressLines):
     def run_started(self, recipe: Any, path: Path, start: int) -> None:
         """Tells what the run does, from its resolved recipe."""
         engine = recipe.engine
+        compiled = {True: "yes", False: "no"}.get(engine.compile, engine.compile)  # else "auto"
         losses = ", ".join(f"{label} x {loss.weight:g}" for label, loss in sorted(recipe.losses.items())) or "none"
         log.info(
             "%s: steps %d to %d, losses %s; %s at the start, %s as network, compiled: %s, %s.",
-            path, start, recipe.steps, losses, recipe.initializer.use, recipe.network.model, _yes(engine.compile), engine.precision,
+            path, start, recipe.steps, losses, recipe.initializer.use, recipe.network.model, compiled, engine.precision,
         )  # fmt: skip
 
     @hookimpl
@@ -45,10 +46,6 @@ class Narrator(ProgressLines):
         super().stage_progress(stage, done, total, part, values)
         if done >= total and stage != "reading":
             log.info("%s: %d of %d", stage, done, total)
-
-
-def _yes(value: Any) -> str:
-    return {True: "yes", False: "no"}.get(value, str(value))
 
 
 @contextmanager

@@ -97,7 +97,8 @@ class Observers:
 
     def __init__(self, observers: Iterable[tuple[str, Any]] = (), *, strict: bool = False) -> None:
         self._doing = ""
-        self._strict, self._traced = strict, os.environ.get(TRACE) == "1"
+        self._strict = strict
+        self._traced = os.environ.get(TRACE) == "1"
         self._manager = pluggy.PluginManager("ddkit")
         self._manager.add_hookspecs(sys.modules[__name__])
         for name, observer in observers:

@@ -374,7 +374,9 @@ def create(
     plugin = find(kind, short)
     with _blamed(plugin, "could not be built", plugin.advice):
         made = load_plugin(plugin)(name=short, **msgspec.structs.asdict(options), **arguments)
-        made.origin, made.advice, made.recipe_path = plugin.origin, plugin.advice, where or short
+        made.origin = plugin.origin
+        made.advice = plugin.advice
+        made.recipe_path = where or short
         if "name" not in vars(made):
             raise PluginError(f"The {plugin.label} has an __init__ that does not call super().__init__(**options).{plugin.advice}")
         required_by(plugin, made)

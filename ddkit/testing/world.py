@@ -87,8 +87,9 @@ class World:
     """Everything that a loss can ask for, in the smallest size: `step()` gives what one call of it sees."""
 
     def __init__(self, loss: Loss, setting: Setting) -> None:
-        self.loss, self.setting, self.info = loss, setting, setting.info
-        info, dtype = self.info, setting.dtype
+        self.loss = loss
+        self.info = info = setting.info
+        dtype = setting.dtype
         draw = generator(0, "conformance", "real")
         count = sum(setting.real)
         real = torch.rand((count, *info.shape), generator=draw, dtype=dtype)
@@ -178,7 +179,9 @@ class Thread(Ranks):
 
     def __init__(self, rank: int, table: _Table) -> None:
         super().__init__()
-        self.rank, self.world_size, self._table = rank, len(table.places), table
+        self.rank = rank
+        self.world_size = len(table.places)
+        self._table = table
 
     def all_gather_object(self, value: Any) -> list[Any]:
         return self._table.exchanged(self.rank, value)
