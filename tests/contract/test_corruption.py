@@ -181,7 +181,7 @@ def _flipped(content: bytes, bit: int) -> bytes:
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bits_change_no_result(small: Path, name: str, data: st.DataObject) -> None:
-    """A flip is refused; in the few places that say nothing (white space, the name of the seal) the same is read."""
+    """A flip is refused; in the few places that say nothing (white space, the word that there is a digest) the same is read."""
     path = small / name
     whole = path.read_bytes()
     bits = data.draw(st.lists(st.integers(0, 8 * len(whole) - 1), min_size=1, max_size=3, unique=True))
@@ -367,20 +367,8 @@ def test_a_damaged_teacher_in_the_cache_is_trained_again(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
-    flags = [
-        "--losses",
-        "dkkt",
-        "--pipc",
-        "1",
-        "--evaluate",
-        "none",
-        "--set",
-        "steps=1",
-        "--set",
-        "train.epochs=1",
-        "--set",
-        "teacher.width=4",
-    ]
+    small = ("--set", "steps=1", "--set", "train.epochs=1", "--set", "teacher.width=4")
+    flags = ("--losses", "dkkt", "--pipc", 1, "--evaluate", "none", *small)
     assert cli("distill", *flags, "--out", "one").code == 0
     (teacher,) = (tmp_path / "cache" / "teachers").glob("*.safetensors")
     whole = teacher.read_bytes()

@@ -1,4 +1,4 @@
-"""Files of strangers: none of their code runs, none is unpacked beyond reason, none acts on the terminal."""
+"""Third-party files: none of their code runs, none is unpacked beyond reason, none acts on the terminal."""
 
 from __future__ import annotations
 
