@@ -26,10 +26,16 @@ class ReferenceStep:
 
     def __init__(self, model: Model, info: DataInfo, augmenter: Augmenter, real: Tensor, *, ipc: int, batch: int) -> None:
         """`real` (classes, m, C, H, W) are normalised images; at most `batch` of a class enter a step."""
-        self.model, self.info, self.augmenter, self.real, self.ipc, self.batch = model, info, augmenter, real, ipc, batch
+        self.model = model
+        self.info = info
+        self.augmenter = augmenter
+        self.real = real
+        self.ipc = ipc
+        self.batch = batch
         self.images = torch.randn((info.classes * ipc, *info.shape), device=real.device).requires_grad_()
         self.optimizer = torch.optim.SGD([self.images], lr=1.0, momentum=0.5)
-        self.generator, self.random = torch.Generator().manual_seed(0), np.random.default_rng(0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.random = np.random.default_rng(0)
         self.index = 0
 
     def __call__(self) -> float:
@@ -53,7 +59,9 @@ class ReferenceEvaluation:
     """Trains one network on a labelled set and tests it."""
 
     def __init__(self, model: Model, info: DataInfo, augmenter: Augmenter, images: Tensor, labels: Tensor, test: TensorDataset) -> None:
-        self.model, self.info, self.augmenter = model, info, augmenter
+        self.model = model
+        self.info = info
+        self.augmenter = augmenter
         self.train = DataLoader(TensorDataset(images, labels), batch_size=256, shuffle=True)
         self.test = DataLoader(test, batch_size=256)
         self.device = images.device

@@ -200,7 +200,9 @@ class NormalisedRows:
     """
 
     def __init__(self, images: Tensor, normalisation: Normalisation, device: torch.device | str = "cpu") -> None:
-        self.images, self.normalisation, self.device = images, normalisation, torch.device(device)
+        self.images = images
+        self.normalisation = normalisation
+        self.device = torch.device(device)
 
     @property
     def shape(self) -> torch.Size:

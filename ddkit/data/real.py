@@ -173,7 +173,11 @@ class RealData:
         watchers: Observers | None = None,
     ) -> None:
         """Opens only the accessible images; `shape` is needed where pipc is 0. `held_out` None: the test split is tested on."""
-        self.dataset, self.pipc, self.seed, self.held_out, self.ranks = dataset, pipc, seed, held_out, ranks
+        self.dataset = dataset
+        self.pipc = pipc
+        self.seed = seed
+        self.held_out = held_out
+        self.ranks = ranks
         self.split = "test" if held_out is None else "held-out"
         self._watchers = watchers or Observers()
         labels, classes = dataset.labels("train"), len(dataset.class_names)

@@ -41,7 +41,8 @@ class Bank:
         size: int | None = None,
     ) -> None:
         """`start` and `size` count stored images; `size` None: these are all."""
-        self.labels, self.factor = labels, factor
+        self.labels = labels
+        self.factor = factor
         self.start = start * factor**2
         self.size = (len(labels) if size is None else size) * factor**2
         self.decoded_labels = labels if factor == 1 else labels.repeat_interleave(factor**2)

@@ -105,7 +105,9 @@ class Engine:
     """What the loop works with: the set, what its steps draw, and the losses in order of label, in chunks of `chunk` classes (0: all)."""
 
     def __init__(self, bank: Bank, source: StepSource, losses: Sequence[WeightedLoss], *, chunk: int = 0) -> None:
-        self.bank, self.source, self.ranks = bank, source, source.ranks
+        self.bank = bank
+        self.source = source
+        self.ranks = source.ranks
         self.losses = sorted(losses, key=lambda each: each.label)
         most = -(-source.info.classes // self.ranks.world_size)  # classes of a process: all of them do chunks, or none does
         self.parts = parts_of(self.losses, chunk if chunk < most else 0, source.own_classes)
@@ -229,8 +231,10 @@ class Finiteness:
     """
 
     def __init__(self, engine: Engine, start: int, save: Callable[[int], None]) -> None:
-        self.engine, self.save = engine, save
-        self.losses, self.parameters = [each.label for each in engine.losses], list(engine.bank.tensors())
+        self.engine = engine
+        self.save = save
+        self.losses = [each.label for each in engine.losses]
+        self.parameters = list(engine.bank.tensors())
         self.index, self.state = start, engine.state(start)  # the last that was read to be finite
         device = engine.bank.images.device
         self.values = torch.zeros(len(self.losses), device=device)  # of each loss, where it was first not finite

@@ -43,8 +43,13 @@ class ExecutionPlan:
         teacher: Callable[[], nn.Module],
     ) -> None:
         """`real_counts` are the accessible images of each class; `network` and `teacher` make one of the run's, to look at."""
-        self.recipe, self.requires, self.info, self.device, self.ranks = recipe, requires, info, device, ranks
-        self._network, self._teacher = network, teacher
+        self.recipe = recipe
+        self.requires = requires
+        self.info = info
+        self.device = device
+        self.ranks = ranks
+        self._network = network
+        self._teacher = teacher
         self._real = [min(count, recipe.data.batch) for count in real_counts]
         self.needs_embedder = any(each.network and not each.second_order for each in requires)
         self.needs_network = any(each.network for each in requires)

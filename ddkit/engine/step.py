@@ -63,9 +63,14 @@ class RealStep:
     def __init__(self, source: StepSource, index: int, classes: range, embedder: Callable[[], Embedder], watch: Watch) -> None:
         drawn = source.real_rows(index)
         labels = source.real_labels[drawn]
-        self.size, self.part = len(drawn), class_rows(labels, classes)
-        self._rows, self._host_labels = drawn[self.part], labels[self.part]
-        self._source, self._index, self._embedder, self._watch = source, index, embedder, watch
+        self.size = len(drawn)
+        self.part = class_rows(labels, classes)
+        self._rows = drawn[self.part]
+        self._host_labels = labels[self.part]
+        self._source = source
+        self._index = index
+        self._embedder = embedder
+        self._watch = watch
         self._built: dict[str, Any] = {}
         self._check: Callable[[str, str], None] = lambda needs, member: None
 
@@ -138,9 +143,14 @@ class Step:
 
         `like`: a step that was evaluated already, and is evaluated once more; what has no graph, network and real images, is its.
         """
-        self._source, self._bank, self._index, self._losses = source, bank, index, losses
-        self._sums, self._counted = sums or {}, like is None
-        self._classes, self._rows = source.own_classes if classes is None else classes, bank.rows(classes)
+        self._source = source
+        self._bank = bank
+        self._index = index
+        self._losses = losses
+        self._sums = sums or {}
+        self._counted = like is None
+        self._classes = source.own_classes if classes is None else classes
+        self._rows = bank.rows(classes)
         self._host_labels = bank.host_labels[self._rows]
         kept = ("real", "_embedder", "network")
         self._built: dict[str, Any] = {} if like is None else {name: made for name, made in like._built.items() if name in kept}

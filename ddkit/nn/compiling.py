@@ -95,7 +95,9 @@ class Compiled:
     """
 
     def __init__(self, plain: Callable[..., Tensor], fast: Callable[..., Tensor]) -> None:
-        self.plain, self.fast, self.failed = plain, fast, False
+        self.plain = plain
+        self.fast = fast
+        self.failed = False
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         if self.failed:

@@ -48,7 +48,9 @@ class Embedder:
     """
 
     def __init__(self, module: nn.Module, arithmetic: Arithmetic, *, block: int = 0) -> None:
-        self.module, self.arithmetic, self.block = module, arithmetic, block
+        self.module = module
+        self.arithmetic = arithmetic
+        self.block = block
         self.layout = torch.channels_last if arithmetic.compile else torch.contiguous_format
         module.to(memory_format=self.layout)
         self._forward = compiled(_Features(module), wanted=arithmetic.compile, graphs=arithmetic.graphs)

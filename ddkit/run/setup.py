@@ -55,7 +55,9 @@ class RunSetup:
     def __init__(
         self, recipe: Recipe, *, device: str = "auto", begun: bool = False, ranks: Ranks = ALONE, watchers: Observers | None = None
     ) -> None:
-        self.recipe, self.begun, self.ranks = recipe, begun, ranks
+        self.recipe = recipe
+        self.begun = begun
+        self.ranks = ranks
         self.watchers = watchers or Observers()
         self.device = pick_device(device)
         self.losses = losses_of(recipe)
