@@ -22,11 +22,11 @@ from ddkit.errors import FlagError, InputError, RunFailed, shown
 if TYPE_CHECKING:
     from torch import Tensor
 
-LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun gives its processes
 # A process that dies closes its connections, which ends the others at once. The limit is for those that wait for the main one
 # while it trains a teacher, or evaluates.
 PATIENCE = timedelta(days=2)
-SECOND_THOUGHTS = 0.5  # seconds in which a process that knows the cause may tell it before one that only saw another go
+SECOND_THOUGHTS = 0.5  # seconds in which a process that knows the cause may report it, before one that only saw another end
 
 
 class OthersEnded(RunFailed):
@@ -181,7 +181,7 @@ def follows() -> bool:
 
 
 def plain_environment() -> dict[str, str]:
-    """Returns the environment for processes that are not part of the group: without what torchrun tells its own."""
+    """Returns the environment for processes that are not part of the group: without what torchrun gives its own."""
     ours = (*LAUNCHED, "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME")
     return {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("TORCHELASTIC_")}
 
@@ -246,15 +246,15 @@ def own_device(name: str) -> str:
 
 
 class LastWords:
-    """Sees to it that one process tells why a run of several ended, and the others are silent: through torchrun's own store."""
+    """Lets one process report why a run of several ended, while the others are silent; they agree through torchrun's own store."""
 
     def __init__(self) -> None:
-        """From now on torchrun's request to end is not heard: it would cut off what is told."""
+        """From now on torchrun's request to end is ignored: it would cut off the report."""
         if threading.current_thread() is threading.main_thread():
             for number in ending_signals():
                 signal.signal(number, signal.SIG_IGN)
         self._store: Any = None
-        with suppress(Exception):  # whatever is wrong with the store, the error itself must be told
+        with suppress(Exception):  # whatever is wrong with the store, the error itself must be reported
             import torch.distributed
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -264,7 +264,7 @@ class LastWords:
             self._store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)) if there else None
 
     def mine(self, error: BaseException | None) -> bool:
-        """Returns whether this process is the one to tell `error`."""
+        """Returns whether this process is the one to report `error`."""
         if self._store is None:
             return not follows()
         if isinstance(error, OthersEnded):

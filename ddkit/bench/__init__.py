@@ -60,7 +60,7 @@ class Case(NamedTuple):
 
 
 def bench(settings: Settings, report: Report = lambda text: None) -> Row:
-    """Returns every measurement as data (schema 1); raises DdkitError for what cannot be measured. `report` tells progress."""
+    """Returns every measurement as data (schema 1); raises DdkitError for what cannot be measured. `report` gets the progress."""
     result: Row = {"schema": 1, "cores": os.cpu_count(), "runs": settings.runs}
     if {"steps", "evaluation"} & set(settings.parts):
         result["limits"] = [_limit(device, settings) for device in settings.devices]
@@ -87,7 +87,7 @@ def _measured(
 ) -> tuple[dict[str, Row], dict[str, list[Row]]]:
     """Returns, by name of a specification, what setting up cost, and `runs` measurements, taken in turn, each in a process of its own.
 
-    Raises the error that a process tells, RunFailed where one ends.
+    Raises the error that a process reports, and RunFailed if a process ends.
     """
     with ExitStack() as stack:
         processes = {name: stack.enter_context(_process(spec, environment or {})) for name, spec in specs.items()}

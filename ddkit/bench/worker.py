@@ -111,14 +111,14 @@ def _steps(spec: Spec) -> Measuring:
 
     start_mib = _peak_mib()
     with tempfile.TemporaryDirectory() as folder:
-        job = RunSetup(_recipe(spec, Path(folder)), device=spec["device"])
-        job.prepare()
-    engine = job.engine
+        setup = RunSetup(_recipe(spec, Path(folder)), device=spec["device"])
+        setup.prepare()
+    engine, decided = setup.engine, setup.decided
     index = 0
 
     def advance(count: int) -> None:
         nonlocal index
-        with products(job.device, job.decided.products):
+        with products(setup.device, decided.products):
             distill(engine, index, index + count, Hooks(is_read=lambda number: number % 10 == 0))
         index += count
 
@@ -133,8 +133,7 @@ def _steps(spec: Spec) -> Measuring:
     advance(1)
     first = _synchronised() - began
     advance(2)
-    embedder = engine.source.embedder(index) if job.decided.needs_embedder else None
-    decided = job.decided
+    embedder = engine.source.embedder(index) if decided.needs_embedder else None
     yield {
         "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,
         "compiled": embedder is not None and embedder.compiled, "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,
@@ -223,7 +222,7 @@ def _evaluation(spec: Spec) -> Measuring:
     facts = {"precision": plan.arithmetic.precision, "workers": plan.workers}
 
     def train(epochs: int, workers: int) -> float:
-        """Returns the seconds of a network once all workers are at it; their start is told apart."""
+        """Returns the seconds of a network once all workers are at it; their start does not count."""
         own = options | {"epochs": epochs, "workers": workers}
         times[:] = [_synchronised()]
         (row,) = registry.create("evaluator", "accuracy", own, data=info, where="evaluators.accuracy")(artifact, data, None)

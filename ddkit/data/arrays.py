@@ -32,7 +32,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
         raise InputError(f"The data file {path} does not exist.") from None
     except PermissionError as error:
         raise InputError(f"The data file {not_permitted(path, error)}") from None
-    except Exception as error:  # a stranger's archive can raise anything
+    except Exception as error:  # a damaged or hostile archive can raise anything
         raise InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error or type(error).__name__}.") from None
 
 

@@ -45,7 +45,7 @@ from ddkit.files import (
 
 log = logging.getLogger("ddkit")
 
-FIRST = 16  # images of the first block, which tells how large they are
+FIRST = 16  # images of the first block, which shows how large they are
 BLOCK_BYTES = 64 * 2**20  # of the others, at most; an eighth of data.memory where that is less
 FORMAT = 3  # of the cache: raised when the same files, shape and key give other pixels or another layout
 LIMIT_BYTES = 4 * 2**30  # of the cache's folder
@@ -112,7 +112,7 @@ def _held(
         start = len(kinds)
         kinds.add(block)
         size += _bytes(block)
-        if size > limit or (start == 0 and size * len(indices) > limit * len(block)):  # as far as the first block tells
+        if size > limit or (start == 0 and size * len(indices) > limit * len(block)):  # as far as the first block shows
             return None
         if start == 0:
             room = torch.empty((len(indices), *(shape or kinds.shape)), dtype=block[0].dtype)

@@ -70,7 +70,7 @@ def passing(dataset: Any) -> Iterator[dict[str, Any]]:
     token = _PASSED.set(Passed(*pair, {}))
     try:
         made = registry.create("dataset", PYTHON)
-        yield {"dataset": PYTHON, "data.labels": made.options.labels}  # tells an evaluation whether it is the run's own data
+        yield {"dataset": PYTHON, "data.labels": made.options.labels}  # by these an evaluation knows whether it is the run's own data
     finally:
         _PASSED.reset(token)
 
@@ -296,7 +296,7 @@ def _fewest(dataset: Dataset) -> tuple[str, int]:
 
 
 def held_out_count(dataset: Dataset, pipc: int | str) -> int:
-    """Returns how many images of each class are held out unless told: a fifth of the smallest class, at most 200 and what pipc leaves."""
+    """Returns how many images of each class are held out by default: a fifth of the smallest class, at most 200 and what pipc leaves."""
     least = _fewest(dataset)[1]
     left = least - int(pipc) if pipc != "all" else 0
     fifth = min(200, least // 5)

@@ -293,7 +293,7 @@ class Finiteness:
         except DdkitError:
             if self.engine.ranks.world_size == 1:
                 if index > self.index:
-                    self.check(index)  # what it raised may come of values that were not finite: tell of those
+                    self.check(index)  # if values were not finite, they are the cause, and are reported
                 self.save(index)
             raise
 

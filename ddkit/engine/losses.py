@@ -42,8 +42,8 @@ class WeightedLoss:
         """Returns the loss at `step`, its share where that is a part of the set: a scalar attached to the graph of the set.
 
         Raises RunFailed naming the loss where it raises or returns something else; if `watched` also where it writes to what losses share,
-        or to a global random state. (Tensors are told by their version counters: code that goes around them, such as `x.data`, is found
-        by the conformance suite alone.)
+        or to a global random state. (A write to a tensor shows in its version counter. Code that goes around it, such as `x.data`, is
+        found by the conformance suite alone.)
         """
         before = shared_state() if watched else {}
         if watched:

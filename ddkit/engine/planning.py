@@ -24,7 +24,7 @@ IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and wh
 
 
 class ExecutionPlan:
-    """What the engine is told to do, from model, shapes, steps and device alone; raises InputError where the network does not allow it.
+    """How the engine computes, decided from model, shapes, steps and device alone; raises InputError if the network does not allow it.
 
     `chunk` is the number of classes that losses with `reduce` see at once (0: all), `block` that of images that are embedded at
     once (0: all), `arithmetic` that of the network, and `step_work` the operations (FLOP) that it takes a step.
@@ -110,7 +110,7 @@ class ExecutionPlan:
         return couples_samples(self._probe, self.info)
 
     def step_flops(self) -> float:
-        """Returns about how many operations a step takes, for losses as their `requires` tell: a backward pass takes two forward ones.
+        """Returns about how many operations a step takes, for losses with these `requires`: a backward pass takes two forward ones.
 
         Features of real images are taken without gradient. Where gradients of parameters are matched, the synthetic images' are
         differentiated again.

@@ -143,7 +143,7 @@ def automatic_teacher(
 ) -> Teacher | None:
     """Returns the cached teacher for this dataset content, model and training; trains it on first use and says so.
 
-    Where it is not to be trained (`train_it`), None is returned if it is not in the cache.
+    If it is not in the cache, and not to be trained (`train_it`), returns None.
 
     Of several processes the first trains it, and the others raise RunFilesError where they do not find it in the cache afterwards.
     """

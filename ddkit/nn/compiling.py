@@ -77,7 +77,7 @@ def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs:
         return module
     import torch
 
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells that there is no CUDA, to whom did not ask
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports that there is no CUDA, which nobody asked
     if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
             folder = private_folder("compile")
@@ -91,7 +91,7 @@ def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs:
 class Compiled:
     """A compiled function that goes on uncompiled, and says so once, where torch cannot compile it here.
 
-    `failed` tells whether that happened.
+    `failed`: whether that happened.
     """
 
     def __init__(self, plain: Callable[..., Tensor], fast: Callable[..., Tensor]) -> None:

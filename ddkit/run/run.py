@@ -273,8 +273,8 @@ def _finish(setup: RunSetup, directory: RunDirectory, *, start: int, spent: floa
         evaluations = run_evaluators(
             setup.evaluators, made_set, setup.real, setup.teacher, recipe.seed, setup.device, watchers, setup.ranks
         )
-    if setup.evaluators and setup.ranks.is_main:
-        write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(evaluations)})
+        if setup.ranks.is_main:
+            write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(evaluations)})
     facts = _facts(setup) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if setup.ranks.is_main:
         watchers.begin("writing", f"Writing the report of {directory.path}")
@@ -364,7 +364,7 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
     }
     if images is None:
         return
-    metadata_ = {
+    metadata = {
         "class_names": list(setup.info.class_names),
         "mean": list(setup.normalisation.mean),
         "std": list(setup.normalisation.std),
@@ -374,7 +374,7 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         "recipe": recipe.name,
         **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
     }
-    save_set(Artifact(images, setup.stored_labels, metadata_, extra), directory)
+    save_set(Artifact(images, setup.stored_labels, metadata, extra), directory)
 
 
 def _facts(setup: RunSetup) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class RunSetup:
     """Everything a run needs, checked before anything is trained or written.
 
     `begun`: its set is to be read from a checkpoint, so that the initializer has nothing to do. `ranks`: the processes that share the
-    run; this job has the images and the rows of its own classes. `watchers` are told the stages.
+    run; this one has the images and the rows of its own classes. `watchers` are called at each stage.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class RunSetup:
         return self.ranks.classes(self.info.classes)
 
     def _shape(self) -> tuple[int, int, int] | None:
-        """Returns the image shape where the recipe's teacher must tell it, having no images to look at."""
+        """Returns the image shape of a recipe without accessible images; None if these show it, or if nothing does."""
         if self.recipe.pipc != 0:
             return None
         automatic = self.recipe.teacher.use == "auto"
@@ -233,7 +233,7 @@ class RunSetup:
         with products(self.device, self.decided.products):
             self.engine.start()
         if self.evaluators and self.ranks.is_main:
-            _ = self.real.test_set  # a test image that cannot be read is told before the run, not after it
+            _ = self.real.test_set  # a test image that cannot be read is reported before the run, not after it
 
     def load_teacher(self, *, train_it: bool = True) -> None:
         """Loads the teacher, or trains an automatic one; a recipe that needs none gets none.
@@ -344,7 +344,7 @@ class RunSetup:
     def resolved(self) -> Recipe:
         """Returns the recipe with every option, and what the engine decided, written out.
 
-        Its notes are left out: they tell of the values that the recipe had before they were changed.
+        Its notes are left out: they are about the values that the recipe had before they were changed.
         """
         recipe = self.recipe
         replace = msgspec.structs.replace
@@ -421,28 +421,28 @@ def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     return made
 
 
-def estimated(job: RunSetup) -> dict[str, Any]:
+def estimated(setup: RunSetup) -> dict[str, Any]:
     """Returns seconds, MiB and the operations of each stage; the measurement takes about a quarter of a second.
 
-    The seconds leave out reading, augmenting and compiling, and what evaluators do not tell.
+    The seconds leave out reading, augmenting and compiling, and what evaluators do not report.
     """
-    recipe, info, decided = job.recipe, job.info, job.decided
+    recipe, info, decided = setup.recipe, setup.info, setup.decided
     operations = {
-        "teacher": training_flops(job.teacher.module, job.info, images=len(job.dataset.labels("train")), epochs=recipe.train.epochs)
-        if job.teacher is not None and not job.teacher.path
+        "teacher": training_flops(setup.teacher.module, setup.info, images=len(setup.dataset.labels("train")), epochs=recipe.train.epochs)
+        if setup.teacher is not None and not setup.teacher.path
         else 0.0,
-        "steps": decided.step_flops() * recipe.steps / job.ranks.world_size,
+        "steps": decided.step_flops() * recipe.steps / setup.ranks.world_size,
         "evaluation": sum(
             each.operations(
-                info, rows=info.classes * recipe.rows_per_class, real=len(job.real.labels), tests=len(job.real.test_set[1])
-            ) for each in job.evaluators.values()
+                info, rows=info.classes * recipe.rows_per_class, real=len(setup.real.labels), tests=len(setup.real.test_set[1])
+            ) for each in setup.evaluators.values()
         ),
     }  # fmt: skip
-    side, count = (4096, 20) if job.device.type == "cuda" else (1024, 8)
-    rate = product_rate(job.device, decided.arithmetic.precision, side=side, count=count)
-    held = [job.real.images, job.real.test_set[0]] if job.evaluators else [job.real.images]
+    side, count = (4096, 20) if setup.device.type == "cuda" else (1024, 8)
+    rate = product_rate(setup.device, decided.arithmetic.precision, side=side, count=count)
+    held = [setup.real.images, setup.real.test_set[0]] if setup.evaluators else [setup.real.images]
     images = sum(each.nbytes for each in held if not on_disk(each))
-    bank = BANK_COPIES * 4 * len(job.own_classes) * recipe.rows_per_class * math.prod(info.shape)
+    bank = BANK_COPIES * 4 * len(setup.own_classes) * recipe.rows_per_class * math.prod(info.shape)
     return {
         "seconds": round(sum(operations.values()) / (SHARE * rate), 1),
         "memory_mib": round(PROCESS_MIB + (images + bank + decided.step_bytes()) / 2**20),
