@@ -1,6 +1,6 @@
 """The public functions: distill, evaluate, train, blend. The command line calls one of them for each command.
 
-Torch is imported once a recipe is valid: a mistaken flag is told at once.
+Names and keys are checked before torch is imported, so that an error in them is reported at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ELSEWHERE = {  # public functions that stand beside what they do, and the types
     "Artifact": "artifact", "Run": "directory", "blend": "blend", "evaluate": "evaluation", "export": "exporting",
     "import_file": "importing", "report": "report",
 }  # fmt: skip
-TRAINING = Part(  # what of a recipe matters to `train`
+TRAINING = Part(  # what of a recipe `train` uses
     ("data", "teacher", "train", "seed"),
     ("data.batch", "data.test", "data.held_out", "teacher.use", "teacher.mean", "teacher.std"),
     "`ddkit train` trains a teacher on all training images.",

@@ -21,7 +21,7 @@ def _numbers(text: str, least: int = 1) -> tuple[int, ...]:
 
 
 NUMBERS = Kind("n,n,...", _numbers)
-USED_BY = {  # the parts that a flag matters to; all others matter to all
+USED_BY = {  # flag: the parts that it changes; a flag that is not here changes all parts
     **dict.fromkeys(("losses", "steps", "run_steps", "sets"), ("steps",)), "networks": ("evaluation",), "files": ("loading",),
     **dict.fromkeys(("ipc", "channels", "devices", "plain"), ("steps", "evaluation")), "pipc": ("steps", "loading"),
     **dict.fromkeys(("cells", "classes", "size"), ("steps", "evaluation", "loading")),
@@ -111,7 +111,7 @@ def _exponent(value: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value[key]:.2f}" for name, key in parts if value[key] is not None)
 
 
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title and text of what a row may have, in the order of the tables
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # key of a row: (title of its column, value to text)
     "losses": ("losses", str), "files": ("files", str), "ipc": ("ipc", str), "pipc": ("pipc", str), "classes": ("classes", str),
     "size": ("size", str), "device": ("device", str), "command": ("command", str),
     "seconds_per_step": ("s/step", _number(4)), "steps_per_second": ("steps/s", _number(2)),
@@ -128,7 +128,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # title and text of wh
     "workers": ("workers", str), "precision": ("precision", str), "compiled": ("compiled", lambda value: "yes" if value else "no"),
     "exponent": ("exponent of", _exponent),
 }  # fmt: skip
-CONSTANT = {  # said once, above the table, where they are the same in every row
+CONSTANT = {  # values that stand once above the table if every row has the same one
     "losses": "losses {}", "classes": "{} classes", "size": "{} pixels", "device": "{}", "precision": "{}",
     "workers": "workers: {}", "compiled": "compiled: {}",
 }  # fmt: skip

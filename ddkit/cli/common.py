@@ -25,15 +25,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Text that names components of `kinds`, several separated by commas where `many`; a shell completes the last of them.
+    """Text that names components of `kinds`; with `many` several, separated by commas, of which a shell completes the last one.
 
-    The value stays as it is written: what is wrong with it is told where it is used.
+    It takes any text unchanged. The code that uses the names reports an unknown one.
     """
 
     name = "text"
 
     def __init__(self, *kinds: str, many: bool = False, files: str = "") -> None:
-        """`files`: how the names of files end that may be given too."""
+        """`files` is the ending of files that may be given too, "" if none may."""
         self.kinds = kinds
         self.many = many
         self.files = files
@@ -51,7 +51,7 @@ class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generi
 
 
 class Kind(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
-    """Text that `parse` turns into a value; the ValueError that it raises says what is wrong."""
+    """Text that `parse` turns into a value. The ValueError that it raises becomes the error message."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
@@ -65,7 +65,7 @@ class Kind(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic
 
 
 def converted(texts: Sequence[str], kind: Callable[[str], Any], wrong: str) -> tuple[Any, ...]:
-    """Returns every text as a `kind`; raises a ValueError that says what is `wrong` where one is none."""
+    """Returns every text as a `kind`; if one cannot be converted, raises a ValueError with the message `wrong`."""
     try:
         return tuple(kind(text) for text in texts)
     except ValueError:
@@ -103,7 +103,7 @@ ROWS = Kind("ipc:pipc,...", functools.partial(_cells, whole=True))
 
 
 class Place(click.Path):
-    """A path, as pathlib's; a leading `~/`, which a shell leaves as it is in --out=~/x, means the home folder."""
+    """A pathlib path. A leading `~/` means the home folder; a shell does not replace it in --out=~/x."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not str(value):
@@ -117,7 +117,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 def prepared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a command that has stdout for its answer alone, and the components of its plugin files."""
+    """Returns `command` with two things done first: stdout is kept for its answer alone, and its plugin files are read."""
 
     @functools.wraps(command)
     def run(*, plugin_files: Sequence[str] = (), **flags: Any) -> Any:
@@ -132,7 +132,7 @@ def prepared(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _as_table(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, Any]:
-    """Returns what --set PATH=VALUE gives, of a path that stands there twice the last."""
+    """Returns the paths and values of --set PATH=VALUE; if a path is given twice, the last value counts."""
     from ddkit.recipes.resolve import parse_set
 
     table: dict[str, Any] = {}
@@ -184,7 +184,7 @@ def set_verbosity(quiet: bool, verbose: bool = False) -> None:
 
 
 def refuse_given(names: Iterable[str], why: str) -> None:
-    """Raises FlagError for those flags, of the parameters `names`, that are on the command line: they do nothing, as `why` says."""
+    """Raises FlagError if one of the parameters `names` is on the command line, where it has no effect; `why` says why."""
     context = click.get_current_context()
     wanted = set(names)
     given = [p for p in context.command.params if p.name in wanted and context.get_parameter_source(p.name) == ParameterSource.COMMANDLINE]
@@ -192,20 +192,20 @@ def refuse_given(names: Iterable[str], why: str) -> None:
 
 
 def echo_json(value: Any) -> None:
-    """Prints one JSON object on stdout; what acts on a terminal is escaped, as JSON escapes it."""
+    """Prints one JSON object on stdout. Characters that control a terminal are escaped, as in JSON."""
     show(json.dumps(value, ensure_ascii=False, allow_nan=False))
 
 
 def show(text: str, end: str = "\n") -> None:
-    """Prints text on stdout; what acts on a terminal (a class or file may be called anything) is escaped.
+    """Prints text on stdout. Characters that control a terminal are escaped, as names of classes and files may hold any.
 
-    Of several processes that torchrun started the first alone does.
+    If torchrun started several processes, only the first one prints.
     """
     if follows():
         return
     try:
         click.echo(printable(text + end), file=output.answers(), nl=False)
-    except BrokenPipeError:  # who reads has seen enough
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         output.discard()
         sys.exit(0)
     except OSError as error:
@@ -228,7 +228,7 @@ def percent(mean: float | None, std: float | None) -> str:
 
 
 def _accuracy(row: Any) -> str:
-    """Returns the accuracy of a row, and what its evaluator has to say beside it, or in its place."""
+    """Returns the accuracy of a row with its evaluator's summary behind it, or the summary alone if there is no accuracy."""
     said = str(row.details.get("summary", ""))
     return said if row.accuracy_mean is None and said else percent(row.accuracy_mean, row.accuracy_std) + (f" ({said})" if said else "")
 

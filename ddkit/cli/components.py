@@ -1,4 +1,4 @@
-"""The commands about components: list, info, check and new, and schema, which tells what a recipe may hold."""
+"""The commands about components: list, info, check and new, and schema, which prints what a recipe may hold."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ recipe_flags = options(
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run in --out; --steps and --device may change, --dataset and --teacher tell where both were moved.",
+    help="Continue the run in --out; --steps and --device may change, --dataset and --teacher give their new places if they were moved.",
 )
 @click.option("--plan", is_flag=True, help="Show what would be done; train and write nothing.")
 @quiet
@@ -91,7 +91,7 @@ def distill(resume: bool, plan: bool, as_json: bool, quiet: bool, verbose: bool,
     _show_run(run, as_json)
 
 
-OF_THE_CALL = ("dataset", "teacher", "steps", "device", "out", "allow_code", "force")  # what --resume goes with, or is told of otherwise
+WITH_RESUME = ("dataset", "teacher", "steps", "device", "out", "allow_code", "force")  # beside --resume; --force was refused above
 
 
 def _check_modes(resume: bool, plan: bool, flags: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ def _check_modes(resume: bool, plan: bool, flags: dict[str, Any]) -> None:
         raise FlagError("--force replaces the run in --out: name it, for example --out runs/dm-digits-1 --force.")
     if not resume:
         return
-    given_flags = [name for name, value in flags.items() if value not in (None, {}) and name not in OF_THE_CALL]
+    given_flags = [name for name, value in flags.items() if value not in (None, {}) and name not in WITH_RESUME]
     if given_flags:
         names = {"sets": "set", "evaluators": "evaluate"}
         told = ", ".join(f"--{names.get(name, name).replace('_', '-')}" for name in given_flags)
@@ -218,6 +218,6 @@ def evaluate(target: str, as_json: bool, quiet: bool, verbose: bool, **flags: An
 
     from ddkit.run.manifest import read_manifest
 
-    manifest = read_manifest(Path(target)) if Path(target).is_dir() else {}  # a file does not tell how it was made
+    manifest = read_manifest(Path(target)) if Path(target).is_dir() else {}  # a file alone does not say how it was made
     made_in = {key: manifest.get(key) for key in ("steps", "seconds")}
     echo_json({"schema": 1, "run": target, **made_in, "evaluations": msgspec.to_builtins(rows)})

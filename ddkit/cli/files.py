@@ -10,11 +10,11 @@ import click
 from ddkit.cli.common import Kind, Names, Place, as_json, converted, echo_json, plugin_files, quiet, set_option, set_verbosity, show
 from ddkit.files import MOST_TOML, read_text
 
-SHOWN = 12  # exported files that the text names; --json has all
+SHOWN = 12  # exported files that are listed by name; --json lists all
 
 
 def _sides(text: str) -> tuple[int, ...]:
-    """Returns height and width, for which one number may stand."""
+    """Returns height and width; one number stands for both."""
     sides = converted(text.split(","), int, f"{text!r} is not a list of whole numbers separated by commas.")
     return sides * 2 if len(sides) == 1 else sides
 
@@ -43,8 +43,10 @@ VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!
 @click.option("--mean", type=VALUES, help="Mean of each channel, of pixels in 0..1.")
 @click.option("--std", type=VALUES, help="Standard deviation of each channel.")
 @click.option("--classes", type=Kind("n|names|file", _classes), help="Class names by label, a file of them, or their number.")
-@click.option("--pixels", type=click.Choice(["normalised", "unit"]), help="What floats of a set are: normalised, or 0 black and 1 white.")
-@click.option("--index", type=click.IntRange(min=0), help="Which set, if the file holds several (default: 0, the first).")
+@click.option(
+    "--pixels", type=click.Choice(["normalised", "unit"]), help="Unit of a set's floats: normalised, or 0 for black to 1 for white."
+)
+@click.option("--index", type=click.IntRange(min=0), help="Number of the set, if the file holds several (default: 0, the first).")
 @click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
 @set_option("Option of a teacher's model, e.g. teacher.norm=batch; decode.factor=2 if a set's images are grids of 2 x 2.")
@@ -52,9 +54,9 @@ VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!
 @as_json
 @quiet
 def import_(file: Path, out: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Take over a set or a teacher of another project. FILE was written by torch.save, or is a .npz or .safetensors file.
+    """Import a set or a teacher of another project. FILE was written by torch.save, or is a .npz or .safetensors file.
 
-    Only tensors are read, so that no code in the file can run. How images were normalised has to be told.
+    Only tensors are read, so that no code in the file can run. --mean and --std say how images were normalised.
 
     \b
     ddkit import res_DM_CIFAR10_ConvNet_10ipc.pt --out dm-set --pixels normalised --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
@@ -84,7 +86,7 @@ def import_(file: Path, out: Path, as_json: bool, quiet: bool, **flags: Any) -> 
 @plugin_files
 @as_json
 def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool) -> None:
-    """Write a synthetic set in a format that others read. The card beside it says what it is.
+    """Write a synthetic set in a format that other programs read, with a card that describes it.
 
     `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
     """
@@ -111,7 +113,7 @@ def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool)
 def report(target: str, out: Path | None, figures: Path | None, as_json: bool) -> None:
     """Make the report of a finished run again. It is one HTML page with images, curves and figures.
 
-    A run writes it at its end, and evaluate renews it. It opens from the disk and asks for nothing from outside.
+    A run writes it at its end, and `ddkit evaluate` writes it again. The page needs no network and no other file.
     """
     from ddkit import api
 

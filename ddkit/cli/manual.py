@@ -1,4 +1,4 @@
-"""What is told of a component, recipe or study: as data, and as the page that `ddkit info` prints and docs/components holds."""
+"""The facts of a component, recipe or study, as data and as the page that `ddkit info` prints and docs/components holds."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def namesakes(plugin: registry.Plugin, among: Collection[str] = registry.GROUPS)
 
 
 def facts(plugin: registry.Plugin) -> dict[str, Any]:
-    """Returns what `ddkit info --json` tells: of a component its docstring, options and requirements, of a recipe or study its text."""
+    """Returns what `ddkit info --json` prints: docstring, options and requirements of a component, the text of a recipe or study."""
     base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
     base |= {"namesakes": namesakes(plugin)}
     if plugin.kind == "loss-group":

@@ -46,7 +46,7 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--out", metavar="DIR", type=Place(file_okay=False), help="Where sets are kept (default: runs/STUDY).")
 @click.option("--shard", type=Kind("i/n", _shard), help="Make only share I of N of the sets, as one of N machines: 1/4 to 4/4.")
 @click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="Copy what another --out has finished first.")
-@click.option("--show", is_flag=True, help="Only tell what is there; run nothing.")
+@click.option("--show", is_flag=True, help="Show the results that are there; run nothing.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @quiet
 def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: Any) -> None:
