@@ -150,7 +150,7 @@ def _opened(file: str) -> Iterator[Image.Image]:
     except OSError as error:  # of the system, with a number; a decoder's own has none
         what = f"cannot be read ({error.strerror})" if error.errno else f"cannot be decoded ({error})"
         raise ddkit.InputError(f"The image {file} {what}. Repair or remove it.") from None
-    except Exception as error:  # a stranger's file can make a decoder raise anything
+    except Exception as error:  # a damaged file can make a decoder raise anything
         raise ddkit.InputError(f"The image {file} cannot be decoded ({error}). Repair or remove it.") from None
 
 

@@ -26,8 +26,7 @@ from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image
 
 log = logging.getLogger("ddkit")
 MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second
-UPRIGHT = 2  # the version of decoding, part of the fingerprint: files were not turned as EXIF says before
-
+DECODING = 2  # its version, part of the fingerprint: the first did not turn files as EXIF says
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 UNREAD = (  # endings of images that are not read: whether Pillow can depends on how it was built
@@ -101,9 +100,9 @@ class ImageFolder(ddkit.Dataset):
         self._test_listing: Files | None = None
         if self.test_root is not None:
             found = subfolders(self.test_root)
-            strangers = sorted(set(found).difference(self._names))
-            if strangers:
-                raise ddkit.InputError(f"{self.test_root} has a class '{strangers[0]}' that {self.train_root} lacks.")
+            unknown = sorted(set(found).difference(self._names))
+            if unknown:
+                raise ddkit.InputError(f"{self.test_root} has a class '{unknown[0]}' that {self.train_root} lacks.")
             walked = [walk(self.test_root / name) if name in found else Walked([], Counter(), run=False) for name in self._names]
             unread = sum((each.unread for each in walked), unread)
             self._test_listing = _files(self.test_root, self._names, walked)
@@ -148,7 +147,7 @@ class ImageFolder(ddkit.Dataset):
         return self._split_files[split].paths(indices)
 
     def decoding_key(self) -> str:
-        return f"{UPRIGHT}, {tuple(self._how)}, Pillow {PIL.__version__}"
+        return f"{DECODING}, {tuple(self._how)}, Pillow {PIL.__version__}"
 
     def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
         return list(self._relative(self._split_files[split].paths(indices)))
@@ -159,7 +158,7 @@ class ImageFolder(ddkit.Dataset):
         return [path[start:] for path in paths]
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(repr((UPRIGHT, *self._how)).encode())
+        digest = hashlib.sha256(repr((DECODING, *self._how)).encode())
         for split in ("train", "test"):
             labels = self.labels(split).tolist()
             paths = self._split_files[split].paths(range(len(labels)))
@@ -213,7 +212,7 @@ class Walked(NamedTuple):
 
 
 def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
-    """Returns the folder of the training classes, their names, the folder of the test split, and a line that tells what is not obvious.
+    """Returns the folder of the training classes, their names, the folder of the test split, and a line that says what is not obvious.
 
     Raises InputError if `root` holds no classes, or could be read in two ways.
     """

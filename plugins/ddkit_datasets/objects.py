@@ -103,7 +103,8 @@ class _Items:
     """One dataset that was passed: its length, labels, class names, and images by index."""
 
     def __init__(self, dataset: Any) -> None:
-        self.dataset, self.title = dataset, f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+        self.dataset = dataset
+        self.title = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
         try:
             self._length = len(dataset)
         except Exception as error:
@@ -120,7 +121,7 @@ class _Items:
         """(n,) int64."""
         found = _labels_of(self.dataset)
         if found is None or len(found) != len(self):
-            log.warning("%s tells no labels (.targets or .labels): all of its %d items are opened once for them.", self.title, len(self))
+            log.warning("%s has no labels (.targets or .labels): all of its %d items are opened once for them.", self.title, len(self))
             found = torch.tensor([self._label(row, self._item(row)[1]) for row in range(len(self))])
         if int(found.min()) < 0:
             raise ddkit.InputError(f"The dataset that was passed, {self.title}, has the label {int(found.min())}; labels count from 0.")
@@ -129,9 +130,9 @@ class _Items:
     def image(self, row: int) -> Tensor:
         """Returns image `row`, (1 or 3, H, W), uint8 or float32 in 0..1; raises InputError naming an item that cannot be used."""
         image, label = self._item(row)
-        told, label = int(self.labels[row]), self._label(row, label)
-        if label != told:
-            raise self._wrong(row, f"has the label {label}, but its .targets or .labels say {told}")
+        found, listed = self._label(row, label), int(self.labels[row])
+        if found != listed:
+            raise self._wrong(row, f"has the label {found}, but its .targets or .labels say {listed}")
         try:
             return _pixels(image)
         except Exception as error:
@@ -144,7 +145,7 @@ class _Items:
         try:
             with _own_draws(row):
                 found = self.dataset[row]
-        except Exception as error:  # a stranger's dataset can raise anything
+        except Exception as error:  # a dataset of the user's can raise anything
             raise self._wrong(row, f"cannot be had: {_said(error)}") from error
         if not isinstance(found, tuple | list) or len(found) < 2:
             raise self._wrong(row, f"is a {type(found).__name__}; it has to be (image, label)")
@@ -178,7 +179,7 @@ def _own_draws(row: int) -> Iterator[None]:
 
 
 def _labels_of(dataset: Any) -> Tensor | None:
-    """Returns the labels that a dataset tells without opening an item, None where it tells none."""
+    """Returns the labels that a dataset has without opening an item, None if it has none."""
     if isinstance(dataset, torch.utils.data.Subset):
         inner = _labels_of(dataset.dataset)
         return None if inner is None else inner[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
@@ -204,7 +205,7 @@ def _integers(values: Any) -> Tensor | None:
 
 
 def _names_of(dataset: Any) -> list[str] | None:
-    """Returns the class names that a dataset tells: torchvision's ImageNet has several words for each."""
+    """Returns the class names that a dataset has, None if it has none: torchvision's ImageNet has several words for each."""
     if isinstance(dataset, torch.utils.data.Subset):
         return _names_of(dataset.dataset)
     if isinstance(dataset, torch.utils.data.ConcatDataset):

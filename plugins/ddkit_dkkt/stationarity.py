@@ -89,7 +89,7 @@ class Stationarity(ddkit.Loss):
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         """Returns the least-squares multipliers, -<theta, G> / <G, G> with G = sum_i grad L_i, where they were asked for."""
-        self._included(step)  # a selection that cannot work is told before the first step
+        self._included(step)  # a selection that cannot work is an error before the first step
         if self.init != "least-squares":
             return {}
         free = step.parameters["multipliers"]

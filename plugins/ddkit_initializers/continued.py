@@ -28,7 +28,7 @@ class File(ddkit.Initializer):
     """A set that is there: `file:PATH`, an earlier run, a synthetic.safetensors, or class folders of images.
 
     Classes are matched by name, and the first ipc images of each are taken, in the order of the set or of the file names. Images of
-    another size or other channels are made to fit, which a warning tells. Their pixels are normalised with the statistics of this run.
+    another size or other channels are made to fit, and a warning says so. Their pixels are normalised with the statistics of this run.
     """
 
     argument = "path"

@@ -33,7 +33,7 @@ class Python(ddkit.Model):
     runs_code = True
 
     factory: str = ddkit.option("", "the callable, module.attribute")
-    sha256: str | None = ddkit.option(None, "of the module's file, filled in: a warning tells where it is another one later")
+    sha256: str | None = ddkit.option(None, "of the module's file, filled in: a warning says if it is another one later")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)

@@ -37,7 +37,7 @@ class FeatureRegression(ddkit.Loss):
     """Error of ridge regression, fitted on the synthetic set's features, on the accessible real images.
 
     What a network's last layer would learn from the set, in closed form, is judged by real images. Both sides are augmented
-    as in training a network, not by class: an augmentation that a class shares would tell the class.
+    as in training a network, not by class: an augmentation that a class shares would give the class away.
     Source: Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719, Eq. 5; their networks are trained on the set in between
     (`network.inner_epochs`), their kernel solve is in float32 and their labels are learned, which these are not.
     """
@@ -54,7 +54,7 @@ class FeatureRegression(ddkit.Loss):
         return ddkit.Requires(real=True, network=True, teacher=self.targets == "teacher", reduce="global")
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
-        self._augmenters(step.info)  # one that is not there is told before the first step
+        self._augmenters(step.info)  # one that is not there is an error before the first step
         return {}
 
     def __call__(self, step: ddkit.Step) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 import ddkit
 from ddkit import testing
 from ddkit.cli import cli as command_line
-from ddkit.components import options, registry
+from ddkit.components import observers, options, registry
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.studies.study import PublishedOn, Study, SystemTable, parse_study
 from ddkit.testing.suite import check as suite_check
@@ -381,6 +381,19 @@ def test_a_kind_without_a_page_suite_or_check_on_it_would_be_noticed() -> None:
             """Is new."""
 
     assert _lacking(OWN_PAGE, {**testing.SUITES, "model": More}) == ["model: | `something-new` |"]
+
+
+def test_every_hook_has_its_docstring_in_the_template_and_its_place_in_the_docs() -> None:
+    page = (KINDS / "observer.md").read_text(encoding="utf-8")
+    for hook in observers.HOOKS:
+        text = " ".join((getattr(observers, hook).__doc__ or "").split())
+        places = [text.find(part) for part in ("Called:", "Receives:", "May:", "May not:", "Since:")]
+        assert places == sorted(places)
+        assert places[0] == 0
+        assert f"\n### {hook}\n" in page
+        assert f"- Since: {text.rpartition('Since: ')[2]}\n" in page
+    specs = [name for name, value in vars(observers).items() if hasattr(value, "ddkit_spec")]
+    assert sorted(specs) == sorted(observers.HOOKS)
 
 
 def test_every_check_and_every_method_of_a_base_class_says_what_it_is() -> None:

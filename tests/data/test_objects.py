@@ -112,7 +112,7 @@ def test_a_dataset_that_tells_nothing_is_opened_once_and_it_is_said(caplog: pyte
         open_again = opened((given, given))
     assert data.labels("train").tolist() == [1, 0, 2, 2]
     assert list(open_again.class_names) == ["0", "1", "2"]
-    assert "tells no labels (.targets or .labels): all of its 4 items are opened once for them." in caplog.text
+    assert "has no labels (.targets or .labels): all of its 4 items are opened once for them." in caplog.text
 
 
 def test_names_of_several_words_and_twice_the_same() -> None:

@@ -567,10 +567,10 @@ def test_svhn_is_read_from_the_official_files(tmp_path: Path, monkeypatch: pytes
     assert not data.mirror  # a mirrored digit is none
 
 
-# a stranger's data set
+# a third party's data set
 
 
-class Stranger(ddkit.Dataset):
+class ThirdParty(ddkit.Dataset):
     names: Sequence[str] = ("a", "b")
     targets: Any = (0, 1)
 
@@ -587,11 +587,11 @@ class Stranger(ddkit.Dataset):
     [((0, 1, 2), "label 2 but only 2 class names"), ((0, -1), "could not be opened"), ((0, 0), "class 'b'"), ("ab", "could not be opened")],
 )
 def test_strange_labels_are_an_input_error(monkeypatch: pytest.MonkeyPatch, targets: Any, message: str) -> None:
-    made = Stranger()
+    made = ThirdParty()
     made.targets = targets
     monkeypatch.setattr("ddkit.components.registry.create", lambda *_, **__: made)
     with pytest.raises(ddkit.InputError, match=message):
-        open_dataset(DataTable(use="stranger"))
+        open_dataset(DataTable(use="third-party"))
 
 
 # images as tensors

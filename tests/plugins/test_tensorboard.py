@@ -13,7 +13,7 @@ import torch
 from ddkit_tensorboard import MOST_ROWS, TensorBoard, grid
 
 import ddkit
-from ddkit.components.observers import HOOKS, Observers
+from ddkit.components.observers import Observers
 from tests.conftest import SMALL_FLAGS
 
 READ = """
@@ -117,18 +117,3 @@ def test_observers_get_copies_of_the_images_at_every_checkpoint(tmp_path: Path) 
     plain = ddkit.distill(losses="image-norm", ipc=2, evaluators="none", sets=sets, out=tmp_path / "b")
     assert torch.equal(ddkit.load(spoiled.path).images, ddkit.load(plain.path).images)
     assert ddkit.load(plain.path).labels.tolist() == sorted([*range(10), *range(10)])
-
-
-def test_every_hook_has_its_docstring_in_the_template_and_its_place_in_the_docs() -> None:
-    from ddkit.components import observers as hook_observers
-
-    page = (Path(__file__).parents[2] / "docs" / "kinds" / "observer.md").read_text(encoding="utf-8")
-    for hook in HOOKS:
-        text = " ".join((getattr(hook_observers, hook).__doc__ or "").split())
-        places = [text.find(part) for part in ("Called:", "Receives:", "May:", "May not:", "Since:")]
-        assert places == sorted(places)
-        assert places[0] == 0
-        assert f"\n### {hook}\n" in page
-        assert f"- Since: {text.rpartition('Since: ')[2]}\n" in page
-    specs = [name for name, value in vars(hook_observers).items() if hasattr(value, "ddkit_spec")]
-    assert sorted(specs) == sorted(HOOKS)
