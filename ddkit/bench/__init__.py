@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed, RunFilesError
+from ddkit.recipes.resolve import select_losses
 from ddkit.run.children import handed_over
 
 PARTS = ("steps", "evaluation", "loading", "startup")
@@ -153,7 +154,7 @@ def _step_row(case: Case, settings: Settings, result: Row, report: Report) -> Ro
     if settings.plain:
         plain = [["engine.compile", False], ["engine.precision", "float32"], ["engine.block", 0]]
         specs["plain"] = spec | {"tuned": False, "count": True, "sets": [*settings.sets, *plain]}
-        if case.losses == "dm" and not any(path.split(".")[0] in ("network", "augmenter", "data") for path, _ in settings.sets):
+        if _has_reference(case, settings):
             specs["reference"] = spec | {"kind": "reference", "tuned": False}
     facts, rounds = _measured(specs, settings.runs)
     seconds = {name: [run["seconds"] for run in runs] for name, runs in rounds.items()}
@@ -171,6 +172,17 @@ def _step_row(case: Case, settings: Settings, result: Row, report: Report) -> Ro
         row["flops"] = facts["plain"]["flops"]
         row["limit_fraction"] = row["flops"] / row["seconds_per_step"] / rates.get(row["precision"], rates["float32"])
     return row
+
+
+# Tables of a recipe that change what a step computes; the plain loops have the values of the recipe practical.
+COMPUTED = ("network", "augmenter", "data", "losses", "teacher", "views")
+
+
+def _has_reference(case: Case, settings: Settings) -> bool:
+    from ddkit.bench.reference import LOSSES  # which imports torch
+
+    changed = {path.split(".")[0] for path, _ in settings.sets}
+    return not changed.intersection(COMPUTED) and select_losses(case.losses, {}, {}).keys() <= LOSSES.keys()
 
 
 def _ratio(theirs: Sequence[float], ours: Sequence[float]) -> float:

@@ -123,12 +123,8 @@ def _steps(spec: Spec) -> Measuring:
         index += count
 
     flops = None
-    if spec["count"]:  # of the products and convolutions of one step, counted while it runs
-        from torch.utils.flop_counter import FlopCounterMode
-
-        with FlopCounterMode(display=False) as counter:
-            engine.evaluate(0)
-        flops = float(counter.get_total_flops())
+    if spec["count"]:  # of the products and convolutions of one step; the sums of chunks are a pass that a whole set does not need
+        flops = _flops(lambda: engine.evaluate(0)) - _flops(lambda: engine.record_sums(0))
     began = _synchronised()
     advance(1)
     first = _synchronised() - began
@@ -144,12 +140,19 @@ def _steps(spec: Spec) -> Measuring:
         yield {"seconds": (_synchronised() - began) / spec["steps"]}
 
 
+def _flops(call: Callable[[], Any]) -> float:
+    """Returns the floating-point operations of the products and convolutions of a call, all derivatives included, counted while it runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return float(counter.get_total_flops())
+
+
 def _recipe(spec: Spec, folder: Path) -> Any:
     import numpy as np
 
-    from ddkit.components import registry
-    from ddkit.nn.networks import build_network
-    from ddkit.nn.teacher import Teacher, save_teacher
+    from ddkit.nn.teacher import save_teacher
     from ddkit.recipes.resolve import resolve
 
     random = np.random.default_rng(0)
@@ -159,28 +162,39 @@ def _recipe(spec: Spec, folder: Path) -> Any:
     np.savez(folder / "random.npz", x_train=pixels, y_train=labels, x_test=pixels[:1], y_test=labels[:1])
     sets = {"data.use": f"npz:{folder / 'random.npz'}", "initializer.use": "noise"} | dict(spec["sets"])
     if spec["losses"] != "dm" and "teacher.use" not in sets:
-        model = registry.create("model", "convnet", {"norm": "batch"}, data=info)  # untrained: its speed is that of a trained one
-        record = {
-            "model": "convnet", "options": {"norm": "batch"}, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
-            "class_names": list(info.class_names), "input_shape": list(info.shape),
-        }  # fmt: skip
         sets["teacher.use"] = str(folder / "teacher.safetensors")
-        teacher = Teacher(build_network(model, info, 0, "teacher"), mean=(0.5,), std=(0.25,), info=record)
-        save_teacher(folder / "teacher.safetensors", teacher)
+        save_teacher(folder / "teacher.safetensors", _teacher(info))
     asked = {name: spec[name] for name in ("losses", "ipc", "pipc")}
     return resolve("practical", evaluators="none", steps=spec["run_steps"], sets=sets, **asked)
 
 
+def _teacher(info: Any) -> Any:
+    """Returns a teacher that is not trained: its speed is that of a trained one."""
+    from ddkit.components import registry
+    from ddkit.nn.networks import build_network
+    from ddkit.nn.teacher import Teacher
+
+    record = {
+        "model": "convnet", "options": {"norm": "batch"}, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
+        "class_names": list(info.class_names), "input_shape": list(info.shape),
+    }  # fmt: skip
+    model = registry.create("model", "convnet", {"norm": "batch"}, data=info)
+    return Teacher(build_network(model, info, 0, "teacher"), mean=(0.5,), std=(0.25,), info=record)
+
+
 def _reference(spec: Spec) -> Measuring:
-    """The plain loop of distribution matching."""
+    """The plain loop of the same losses, weighted as the recipe weights them."""
     import torch
 
     from ddkit.bench.reference import ReferenceStep, field_components
 
+    with tempfile.TemporaryDirectory() as folder:
+        losses = {label: table.weight for label, table in _recipe(spec, Path(folder)).losses.items()}
     info, device = _info(spec), pick_device(spec["device"])
     real = torch.randn((info.classes, spec["pipc"], *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
     model, augmenter = field_components(info)
-    step = ReferenceStep(model, info, augmenter, real, ipc=spec["ipc"], batch=256)
+    teacher = _teacher(info).module.to(device)
+    step = ReferenceStep(losses, model, info, augmenter, teacher, real, ipc=spec["ipc"], batch=256)
     first = _timed(step, 1)
     step()
     yield {"first_step_seconds": first}

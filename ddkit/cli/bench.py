@@ -63,8 +63,8 @@ def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> N
     """Measure speed and memory on this machine. The images are random; steps and evaluation are measured unless PARTS say otherwise.
 
     \b
-    steps       a step's time and memory, its ratio to the published DM code's loop (and to ddkit's own plain path),
-                and the share of this machine's matrix-product rate that it reaches
+    steps       a step's time and memory, its ratio to the reference loop, a plain implementation of the same losses
+                (and to ddkit's own plain path), and the share of this machine's matrix-product rate that it reaches
     evaluation  networks a minute under dm-official, and the ratio to the published code's loop
     loading     seconds until the accessible images of an image folder are there, first and second time
     startup     seconds of --help, of list, and of a run of one step
@@ -118,7 +118,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # key of a row: (title
     "networks_per_minute": ("networks/min", _number(2)), "seconds_per_network": ("s/network", _number(1)),
     "epoch_seconds": ("ms/epoch", _number(1, 1000)), "test_seconds": ("s/test", _number(2)),
     "first_seconds": ("first s", _number(4)), "second_seconds": ("again s", _number(4)), "seconds": ("s", _number(2)),
-    "reference_seconds_per_step": ("published loop s/step", _number(4)),
+    "reference_seconds_per_step": ("reference loop s/step", _number(4)),
     "reference_seconds_per_network": ("published loop s/network", _number(1)),
     "reference_epoch_seconds": ("ms/epoch", _number(1, 1000)), "reference_test_seconds": ("s/test", _number(2)),
     "ratio_to_reference": ("times as fast", _number(2, unit="x")), "plain_seconds_per_step": ("plain path s/step", _number(4)),

@@ -12,9 +12,12 @@ import torch
 import ddkit
 from ddkit import bench as benching
 from ddkit.bench import Settings, bench, cases
-from ddkit.bench.reference import ReferenceEvaluation, ReferenceStep, field_components
-from ddkit.nn.networks import forward_flops
+from ddkit.bench.reference import LOSSES, ReferenceEvaluation, ReferenceStep, field_components
+from ddkit.engine.loop import Engine
+from ddkit.engine.losses import WeightedLoss
+from ddkit.nn.networks import build_network, forward_flops
 from tests.conftest import Result
+from tests.engine.test_fast_path import INFO, bank, model, source
 
 SMALL = {"cells": ((1, 2),), "classes": (2,), "sizes": (8,), "runs": 2, "steps": 1, "run_steps": 10, "images_trained": 8, "tests": 20}
 
@@ -29,7 +32,7 @@ def measured(forks: Any) -> dict[str, Any]:
         return bench(Settings(**SMALL, parts=("evaluation", "loading"), files=(20,))) | steps  # type: ignore[arg-type]
 
 
-def test_steps_are_measured_beside_the_published_loop_and_the_plain_path(measured: dict[str, Any]) -> None:
+def test_steps_are_measured_beside_the_reference_loop_and_the_plain_path(measured: dict[str, Any]) -> None:
     (row,) = measured["steps"]
     assert (row["losses"], row["ipc"], row["pipc"], row["classes"], row["size"]) == ("dm", 1, 2, 2, 8)
     assert len(row["runs"]) == 2
@@ -83,19 +86,61 @@ def test_exponents_are_given_where_one_number_changes() -> None:
     assert "exponent" not in found[2]
 
 
-def test_the_published_loop_is_distribution_matching() -> None:
-    """Its first loss is that of the loss dm on the same images, network and augmentation: both are sums over classes."""
-    info = ddkit.DataInfo(class_names=("a", "b"), channels=3, size=(8, 8))
-    model, _ = field_components(info)
-    none = ddkit.create("augmenter", "none", data=info)
-    real = torch.randn((2, 3, *info.shape), generator=torch.Generator().manual_seed(1))
-    step = ReferenceStep(model, info, none, real, ipc=2, batch=256)
-    network = ddkit.nn.build_network(model, info, 0, "reference", 0)
-    before = step.images.detach().clone()
-    network.requires_grad_(False)
-    gaps = [network.embed(real[c]).mean(0) - network.embed(before[2 * c : 2 * c + 2]).mean(0) for c in range(2)]
-    assert step() == pytest.approx(float(torch.stack(gaps).square().sum()), rel=1e-5)
-    assert not torch.equal(step.images, before)
+OPTIONS = {"feature-regression": {"augmenter": "none", "real_augmenter": "none"}}
+
+
+@pytest.mark.parametrize("names", [*LOSSES, "dm,dkkt-primal,dkkt-stationarity"])
+def test_the_reference_loop_computes_the_losses(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients are those of the engine on the same images, network and teacher, without augmentation."""
+    monkeypatch.setattr(
+        "ddkit.bench.reference.build_network", lambda model, info, seed, purpose, index: build_network(model, info, 0, "network", index)
+    )
+    none = ddkit.create("augmenter", "none", data=INFO)
+    teacher = ddkit.nn.Teacher(build_network(model(norm="batch"), INFO, 0, "teacher"), mean=(0.5,) * 3, std=(0.25,) * 3)
+    steps = source(teacher=teacher)
+    steps.augmenter = none
+    steps.views = {}
+    weights = {name: 1.0 + place for place, name in enumerate(names.split(","))}
+    real = steps.normalisation.normalise(steps.real_images).unflatten(0, (3, 6))
+    loop = ReferenceStep(weights, model(), INFO, none, teacher.module, real, ipc=2, batch=256)
+    loop.view = loop.real_augmenter = none
+    loop.noise = 0.0
+    losses = [WeightedLoss(name, ddkit.create("loss", name, OPTIONS.get(name, {})), weight) for name, weight in weights.items()]
+    declared = {name: spec for each in losses for name, spec in each.loss.requires.parameters.items()}
+    engine = Engine(bank(loop.images.detach().clone(), loop.labels, declared=declared), steps, losses)
+    before = loop.images.detach().clone()
+    found = engine.evaluate(0)
+    assert loop() == pytest.approx(sum(weights[name] * float(value) for name, value in found.values.items()), rel=1e-4)
+    for name, gradient in found.gradients.items():
+        theirs = getattr(loop, name).grad
+        assert float(gradient.abs().max()) > 0
+        torch.testing.assert_close(theirs, gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+    assert not torch.equal(loop.images, before)
+    loop()  # a second step, too
+
+
+def test_only_losses_as_the_recipe_has_them_have_a_reference() -> None:
+    case = cases(Settings())[0]
+    for losses, sets, known in (
+        ("dm,dkkt", (("engine.compile", False),), True), ("dm:2,gm", (), True), ("dm,total-variation", (), False),
+        ("dm", (("losses.dm.normalise", "mean"),), False), ("dkkt", (("views.default.noise", 0.0),), False),
+    ):  # fmt: skip
+        assert benching._has_reference(case._replace(losses=losses), Settings(sets=sets)) == known
+
+
+@pytest.mark.parametrize("chunk", [0, 1])
+def test_the_operations_of_second_derivatives_are_counted_once_whatever_the_chunks(chunk: int) -> None:
+    """By hand for a network of two convolutions; torch computes a weight's gradient in the second derivative, which nothing uses."""
+    from ddkit.bench import worker
+
+    spec = {"losses": "dkkt", "ipc": 2, "pipc": 2, "classes": 2, "size": 16, "channels": 3, "run_steps": 10, "device": "cpu", "count": True}
+    facts = next(worker._steps(spec | {"sets": [["engine.compile", False], ["engine.chunk", chunk]]}))
+    assert facts["chunk"] == chunk
+    first, second, linear = 2 * 27 * 128 * 16**2, 2 * 9 * 128 * 128 * 8**2, 2 * 128 * 4**2 * 2
+    forward = first + second + linear
+    outer = first + 2 * (second + linear)  # the gradient by the weights; the images' is no part of it
+    double = 2 * first + 4 * second + 3 * linear + forward  # of outer by the images and what it depends on, then of the forward pass
+    assert facts["flops"] == pytest.approx(4 * (forward + outer + double), rel=1e-3)
 
 
 def test_the_published_evaluation_learns() -> None:
@@ -112,7 +157,7 @@ def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
 
     limits, steps, evaluation, loading = _tables(measured, benching.PARTS)
     assert "GFLOP/s" in limits
-    assert "published loop s/step" in steps
+    assert "reference loop s/step" in steps
     assert f"{measured['steps'][0]['ratio_to_reference']:.2f}x" in steps
     assert "networks/min" in evaluation
     assert "again s" in loading
