@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from tests.forks import HEAVY, forking
+from tests.forks import HEAVY, OWN, forking
 
 SMALL = {  # keeps every run in tests to a fraction of a second
     "steps": 2,
@@ -63,10 +63,10 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _no_charts(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every run ends with its report, whose charts take a quarter of a second.
 
-    They are drawn in the tests of reports, and where runs of this process are compared with those of others.
+    They are drawn in the tests of reports.
     """
     with pytest.MonkeyPatch.context() as patch:
-        if not request.path.name.startswith(("test_report", "test_crash_safety")):
+        if not request.path.name.startswith("test_report"):
             patch.setattr("ddkit.run.report.svg", lambda chart: "")
         yield
 
@@ -89,8 +89,8 @@ def forget_plugin_files() -> None:
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Any]:
-    """Yields what stands in for the module subprocess: its processes are forks of one that has imported torch and the like."""
-    with forking(*HEAVY) as made:
+    """Yields what stands in for the module subprocess: its processes are forks of one that has imported torch and ddkit."""
+    with forking(*HEAVY, *OWN) as made:
         yield made
 
 

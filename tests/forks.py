@@ -21,6 +21,7 @@ from typing import IO, Any
 
 # torch imports _dynamo at its first optimizer
 HEAVY = ("torch", "torch._dynamo", "numpy", "PIL.Image", "safetensors.torch", "matplotlib.figure", "jinja2")
+OWN = ("ddkit.api", "ddkit.run.setup", "ddkit_dm", "ddkit_models", "ddkit_evaluators", "ddkit_datasets", "ddkit_initializers")
 WORKS = sys.platform.startswith("linux")  # elsewhere what a library has started may not survive a fork
 
 SERVER = """

@@ -178,7 +178,7 @@ def _flipped(content: bytes, bit: int) -> bytes:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_flipped_bits_change_no_result(small: Path, name: str, data: st.DataObject) -> None:
     """A flip is refused; in the few places that say nothing (white space, the word that there is a digest) the same is read."""

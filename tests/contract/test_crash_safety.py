@@ -25,7 +25,6 @@ from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import CHECKPOINTS
 from tests.conftest import Result, content, said, timeless
-from tests.forks import HEAVY, forking
 
 Cli = Callable[..., Result]
 SMALLEST = {
@@ -187,30 +186,27 @@ ONE = """
 import sys
 from pathlib import Path
 import torch
+import ddkit.run.report
 torch.set_num_threads(1)
+ddkit.run.report.svg = lambda chart: ""  # as in the tests' own process
 from tests.contract.test_crash_safety import continued
 continued(Path(sys.argv[1]))
 """
-IMPORTED = ("ddkit", "ddkit.api", "ddkit.run.setup", "ddkit_dm", "ddkit_models", "ddkit_evaluators", "ddkit_datasets", "ddkit_initializers")
 Ended = Callable[..., tuple[int, float]]
 
 
 @pytest.fixture(scope="module")
-def ended() -> Iterator[Ended]:
-    """Yields a function that begins or continues the run at a path in a process: (exit code, which is -9 where it was killed, seconds).
+def ended(forks: Any) -> Ended:
+    """Returns a function that begins or continues the run at a path in a process: (exit code, which is -9 where it was killed, seconds)."""
 
-    The processes are forks of one that has all imported, so that a hundred of them take no minutes.
-    """
-    with forking(*HEAVY, *IMPORTED) as forks:
+    def run(path: Path, *, killed_after: float | None = None) -> tuple[int, float]:
+        process, began = forks.Popen([sys.executable, "-c", ONE, str(path)], text=True), time.perf_counter()
+        if killed_after is not None:
+            time.sleep(killed_after)
+            process.kill()
+        return process.wait(), time.perf_counter() - began
 
-        def run(path: Path, *, killed_after: float | None = None) -> tuple[int, float]:
-            process, began = forks.Popen([sys.executable, "-c", ONE, str(path)], text=True), time.perf_counter()
-            if killed_after is not None:
-                time.sleep(killed_after)
-                process.kill()
-            return process.wait(), time.perf_counter() - began
-
-        yield run
+    return run
 
 
 def killed_often(ended: Ended, folder: Path, undisturbed: dict[str, Any], times: int) -> int:
@@ -424,18 +420,17 @@ def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(fo
     (tmp_path / "slow.py").write_text(SLOW)
     arguments = ["--plugin", "slow.py", "--losses", "slow", "--pipc", "1", "--evaluate", "none", "--steps", "4"]
     flags = [sys.executable, "-m", "ddkit", "distill", *arguments, "--set", "engine.checkpoint_every=1"]
-    process = subprocess.Popen(
-        [*flags, "--out", "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "SLOW": "1"}
-    )
-    assert process.stderr is not None
+    environment = os.environ | {"SLOW": "1"}
+    process = forks.Popen([*flags, "--out", "run"], cwd=tmp_path, stdout=forks.PIPE, stderr=forks.PIPE, text=True, env=environment)
     assert "waiting\n" in process.stderr  # what a plugin prints goes there
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None, "the first waits for the step"
     began = time.perf_counter()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert time.perf_counter() - began < 5
+    _, said = process.communicate()
     assert process.returncode == 130
     told = " ".join(said.split()).partition("ddkit: ")[2]
     assert re.fullmatch(r"Interrupted while distilling .* What is done is kept. To go on: ddkit distill --out run --resume", told)

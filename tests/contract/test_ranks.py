@@ -1,6 +1,6 @@
 """Several processes under torchrun: the same result as one, whatever their number; faults; who prints and who writes.
 
-Real processes over gloo on the loopback interface.
+Real processes over gloo on the loopback interface: those of torchrun, or forks that are given what it gives its processes.
 """
 
 from __future__ import annotations
@@ -75,6 +75,19 @@ class World(NamedTuple):
     folder: Path
 
 
+def forked(forks: Any, size: int, *command: object, cwd: Path) -> list[Any]:
+    """Starts SIZE forks of `python -m COMMAND...` with the variables that torchrun sets."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = os.environ | {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    words = [sys.executable, "-m", *map(str, command)]
+    return [
+        forks.Popen(words, stdout=forks.PIPE, stderr=forks.PIPE, text=True, cwd=cwd, env=common | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in map(str, range(size))
+    ]
+
+
 def started(size: int, *command: object, cwd: Path) -> subprocess.Popen[str]:
     """Starts `torchrun --nproc-per-node=SIZE -m COMMAND...`, which a test waits for."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
@@ -126,21 +139,20 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def results(world: World) -> Path:
+def results(world: World, forks: Any) -> Path:
     """Returns the folder in which every case was worked off by 1, 2 and 3 processes, the latter two at the same time."""
     cases = cases_of(world)
     (world.folder / "cases.json").write_text(json.dumps(cases))
     left_out = json.dumps(SLOW_IN_THREE)
-    groups = [started(2, "tests.ranked", world.folder, cwd=ROOT), started(3, "tests.ranked", world.folder, left_out, cwd=ROOT)]
+    group = forked(forks, 2, "tests.ranked", world.folder, cwd=ROOT) + forked(forks, 3, "tests.ranked", world.folder, left_out, cwd=ROOT)
     try:
         work(world.folder, {name: case for name, case in cases.items() if "plugin" not in case}, distributed=False)
-        for group in groups:
-            _, said = group.communicate(timeout=300)
-            assert group.returncode == 0, said
+        for process in group:
+            _, said = process.communicate()
+            assert process.returncode == 0, said
     finally:
-        for group in groups:
-            group.terminate()
-            group.communicate()
+        for process in group:
+            process.kill()
     return world.folder
 
 
@@ -303,18 +315,19 @@ def test_a_killed_process_ends_the_others_and_any_number_of_processes_go_on(worl
     check_same(tmp_path / "whole", out)
 
 
-def test_a_run_of_one_process_is_continued_by_two_and_only_the_first_prints(world: World, cli: Cli, tmp_path: Path) -> None:
-    for name, steps in (("whole", 40), ("run", 20)):
+def test_a_run_of_one_process_is_continued_by_two_and_only_the_first_prints(world: World, cli: Cli, forks: Any, tmp_path: Path) -> None:
+    for name, steps in (("whole", 30), ("run", 10)):
         assert cli("distill", *flags_of(world, steps=steps), "--out", tmp_path / name).code == 0
-    group = started(2, "ddkit", "distill", "--resume", "--out", tmp_path / "run", "--steps", 40, "--json", cwd=tmp_path)
-    printed, said = group.communicate(timeout=120)
-    assert group.returncode == 0, said
-    assert json.loads(printed)["steps"] == 40, "one object, of the first process"
+    group = forked(forks, 2, "ddkit", "distill", "--resume", "--out", tmp_path / "run", "--steps", 30, "--json", cwd=tmp_path)
+    (printed, said), (second, also_said) = (process.communicate() for process in group)
+    assert [process.returncode for process in group] == [0, 0], said + also_said
+    assert json.loads(printed)["steps"] == 30
+    assert second == ""
     check_same(tmp_path / "whole", tmp_path / "run")
     manifest = json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert manifest["processes"]["count"] == 2
     assert sorted(file.name for file in (tmp_path / "run" / "checkpoints").iterdir()) == [
-        "step-00000030.safetensors", "step-00000040.safetensors",
+        "step-00000020.safetensors", "step-00000030.safetensors",
     ]  # fmt: skip
 
 
@@ -332,24 +345,14 @@ def test_a_request_to_end_is_heard_by_all_at_one_step(world: World, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_without_torchrun_too_the_process_that_knows_the_cause_tells_it(tmp_path: Path) -> None:
+def test_without_torchrun_too_the_process_that_knows_the_cause_tells_it(forks: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text(
         "import os, ddkit\nclass Bad(ddkit.Loss):\n    requires = ddkit.Requires(reduce='mean')\n"
         "    def __call__(self, step):\n        if step.index == 2 and os.environ['RANK'] == '1':\n"
         "            raise ValueError('only here')\n        return step.images.square().mean()\n"
     )
     flags = ["--plugin", "bad.py", "--losses", "bad", "--ipc", "1", "--pipc", "2", "--steps", "5", "--evaluate", "none", "--out", "run"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "ddkit", "distill", *flags], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-            env=os.environ | common | {"RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    first, second = (process.communicate(timeout=60)[1] for process in processes)
+    first, second = (process.communicate()[1] for process in forked(forks, 2, "ddkit", "distill", *flags, cwd=tmp_path))
     assert first.count("ddkit: ") == 0, first
     assert "raised ValueError: only here" in second
 

@@ -52,7 +52,7 @@ def run(folder: Path) -> Iterator[Run]:
 
 
 def test_every_one_is_listed_and_loads(run: Run) -> None:
-    rows = json.loads(run("-m", "ddkit", "list", "--check", "--json").stdout)["components"]
+    rows = json.loads(run("-m", "ddkit", "list", "--check", "--json", fork=True).stdout)["components"]
     mine = {row["kind"]: row for row in rows if row["name"].startswith("my-")}
     assert set(mine) == set(scaffold.KINDS)
     for kind, row in mine.items():
@@ -98,7 +98,7 @@ def test_a_run_uses_all_of_them_at_once(run: Run, folder: Path) -> None:
     sets = ("--set", "steps=2", "--set", "train.epochs=1")
     done = run(
         "-m", "ddkit", "distill", "--dataset", "my-dataset", "--losses", "dm,my-loss:0.5", "--init", "my-initializer", "--augment",
-        "my-augmenter", "--model", "my-model", "--evaluate", "my-evaluator", "--pipc", 5, "--out", "run", "--verbose", *sets,
+        "my-augmenter", "--model", "my-model", "--evaluate", "my-evaluator", "--pipc", 5, "--out", "run", "--verbose", *sets, fork=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     used = {(each["kind"], each["name"]) for each in json.loads((folder / "run" / "manifest.json").read_text())["plugins"]}
