@@ -19,6 +19,4 @@ check-slow:
 	$(PYTHON) -m pytest -m slow
 
 check-gpu:
-	@if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; \
-	then $(PYTHON) -m pytest -m gpu && $(PYTHON) -m ddkit bench --device cuda --cells 1:10,10:50,50:50,10:256; \
-	else echo "check-gpu: no GPU here, so nothing was checked."; fi
+	$(PYTHON) -m tests.check_gpu

@@ -98,7 +98,7 @@ def compiled_embedders() -> dict[str, Embedder]:
 def features_and_gradient(embedder: Embedder, x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     features = embedder(x)
-    (gradient,) = torch.autograd.grad((features * torch.linspace(-1, 1, features.shape[1])).sum(), x)
+    (gradient,) = torch.autograd.grad((features * torch.linspace(-1, 1, features.shape[1], device=x.device)).sum(), x)
     return features.detach(), gradient
 
 
