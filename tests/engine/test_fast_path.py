@@ -38,7 +38,7 @@ PLAIN = Arithmetic(compile=False, precision="float32")
 
 
 def model(name: str = "convnet", **options: Any) -> Any:
-    return ddkit.create("model", name, {"width": 8} | options, data=INFO)
+    return ddkit.create("model", name, {"width": 8, "depth": 2} | options, data=INFO)
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -265,8 +265,9 @@ def test_a_compiled_run_from_the_command_line_gives_its_result(cli: Callable[...
     results = []
     for compile_ in ("true", "false"):
         out = tmp_path / compile_
-        flags = ("--losses", "dm", "--evaluate", "none", "--set", f"engine.compile={compile_}", "--set", "engine.precision=float32")
-        result = cli("distill", "--dataset", f"npz:{tmp_path / 'data.npz'}", *flags, "--out", out, "--ipc", 2, *SMALL_FLAGS)
+        sets = (f"engine.compile={compile_}", "engine.precision=float32", "network.depth=2")
+        flags = ("--losses", "dm", "--evaluate", "none", "--ipc", 2, *SMALL_FLAGS, *(part for each in sets for part in ("--set", each)))
+        result = cli("distill", "--dataset", f"npz:{tmp_path / 'data.npz'}", *flags, "--out", out)
         assert result.code == 0, result.err
         assert "torch.compile did not work" not in result.err
         results.append(ddkit.load(out).images)
