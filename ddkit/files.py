@@ -474,3 +474,39 @@ def vouched(file: Path) -> str | None:
     with suppress(OSError, RunFilesError, ValueError):
         return read_text(mark_of(file))
     return None
+
+
+class CachedResult:
+    """The place in the cache of a small result that is costly to compute: JSON data, found by all that it follows from.
+
+    `folder` names the kind of result. `key` is JSON data that decides the result to the last bit: digests of data and code, options,
+    seeds, versions. Nothing here raises for a cache that cannot be read or written: then nothing is kept, and the log says why.
+    """
+
+    def __init__(self, folder: str, key: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.key = json_digest(key)
+
+    @property
+    def _path(self) -> Path:
+        return private_folder(self.folder) / f"{self.key}.json"
+
+    def read(self) -> Any:
+        """Returns the result; None if it is not kept, or if its file is damaged or that of another key."""
+        try:
+            if not self._path.exists():
+                return None
+            found = read_with_digest(self._path)
+            if found.get("key") != self.key:
+                raise RunFilesError(f"{self._path} holds the result of another key.")
+            return found.get("value")
+        except (RunFilesError, OSError) as error:
+            log.info("A result in the cache is not used, but computed anew: %s", error)
+            return None
+
+    def write(self, value: Any) -> None:
+        """Keeps the result; one that is there is replaced."""
+        try:
+            write_json(self._path, with_digest({"key": self.key, "value": value}))
+        except (RunFilesError, OSError) as error:
+            log.info("A result could not be kept in the cache: %s", error)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +25,18 @@ SMALL = {  # keeps every run in tests to a fraction of a second
     "network.width": 8,
     "evaluators.accuracy.epochs": 2,
     "evaluators.accuracy.repeats": 2,
+    "evaluators.accuracy.cache": False,  # rows of one test do not depend on what another has trained
     "evaluators.accuracy.model_options.width": 8,
 }
 CHECKOUT = os.pathsep.join(str(each) for each in (Path(__file__).parents[1], Path(__file__).parents[1] / "plugins"))
-SMALL_FLAGS = [part for path, value in SMALL.items() for part in ("--set", f"{path}={value}")]
+
+
+def set_flags(values: Mapping[str, Any]) -> list[str]:
+    """Returns the flags --set of a command for values by path."""
+    return [part for path, value in values.items() for part in ("--set", f"{path}={json.dumps(value)}")]
+
+
+SMALL_FLAGS = set_flags(SMALL)
 
 
 class Result(NamedTuple):

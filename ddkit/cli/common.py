@@ -248,4 +248,6 @@ def evaluation_table(rows: Sequence[Any]) -> str:
         percent(row.random_real_mean, row.random_real_std) + (f" ({said})" if said else "") for row, said in zip(rows, more, strict=True)
     ]
     columns["networks"] = [row.repeats for row in rows]
+    cached = [f"{row.details['cached']} of {row.repeats}" if row.details.get("cached") else "" for row in rows]
+    columns |= {"baseline from cache": cached} if any(cached) else {}
     return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)

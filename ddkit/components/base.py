@@ -248,6 +248,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     `images` names what the networks were trained on: "synthetic", or a baseline; random real stands beside synthetic.
     `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
     `details["variant"]` says in a few words what differs from the protocol; rows of another variant stand beside each other.
+    `details["cached"]` says how many networks of the row's baseline came from the cache, where an earlier evaluation had put them.
     """
 
     evaluator: str

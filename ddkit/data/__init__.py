@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
     from ddkit.data.pictures import grid, high_frequency_share, radial_spectrum, sheet_png
     from ddkit.data.real import passed_dataset
-    from ddkit.files import cache_folder, not_permitted, open_regular, without_folders
+    from ddkit.files import CachedResult, cache_folder, not_permitted, open_regular, without_folders
 
 _HOMES = {
     "ddkit.components.base": "EvaluationData",
@@ -28,13 +28,13 @@ _HOMES = {
     "ddkit.data.images": "Normalisation NormalisedRows blocks conform on_disk spread to_unit",
     "ddkit.data.pictures": "grid high_frequency_share radial_spectrum sheet_png",
     "ddkit.data.real": "passed_dataset",
-    "ddkit.files": "cache_folder not_permitted open_regular without_folders",
+    "ddkit.files": "CachedResult cache_folder not_permitted open_regular without_folders",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [
-    "EvaluationData", "Normalisation", "NormalisedRows", "blocks", "cache_folder", "conform", "grid", "high_frequency_share",
-    "not_permitted", "on_disk", "open_regular", "passed_dataset", "radial_spectrum", "read_arrays", "sheet_png", "spread",
-    "to_unit", "without_folders",
+    "CachedResult", "EvaluationData", "Normalisation", "NormalisedRows", "blocks", "cache_folder", "conform", "grid",
+    "high_frequency_share", "not_permitted", "on_disk", "open_regular", "passed_dataset", "radial_spectrum", "read_arrays", "sheet_png",
+    "spread", "to_unit", "without_folders",
 ]  # fmt: skip
 
 

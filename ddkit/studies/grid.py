@@ -202,6 +202,7 @@ def kept_file(task: Task) -> Path:
 
 class _Accuracies(msgspec.Struct):
     accuracies: Annotated[list[Fraction], msgspec.Meta(min_length=1)]
+    cached: int = 0
 
 
 class _Row(msgspec.Struct):

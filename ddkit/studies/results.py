@@ -51,6 +51,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     teacher: str = ""
     comparable: bool = True
     warnings: list[str] = []
+    cached: int = 0
 
     @property
     def difference(self) -> float | None:
@@ -127,7 +128,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         spectrum=[statistics.fmean(values) for values in zip(*spectra, strict=True)],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
         dataset=":".join(filter(None, (name, place))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
-        comparable=comparable, warnings=warnings,
+        comparable=comparable, warnings=warnings, cached=sum(row["details"].get("cached", 0) for _, row in done),
     )  # fmt: skip
 
 
@@ -202,6 +203,7 @@ def report_table(report: Report, style: str = "simple") -> str:
     notes += [f"Teacher: {', '.join(teachers)}."] if teachers else []
     notes += [f"Failed: {figure.label}: {figure.failed}" for figure in figures if figure.failed]
     notes += [f"Warned: {message}" for message in dict.fromkeys(message for figure in figures for message in figure.warnings)]
+    notes += [f"From the cache: {figure.cached} networks of {figure.label}." for figure in figures if figure.cached]
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
     notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
     if style == "pipe":

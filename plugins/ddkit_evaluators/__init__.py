@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 import ddkit
-from ddkit_evaluators.trainer import SoftLabels, Trainer, fields_of, real_counts, trained_in_turn
-from ddkit_evaluators.workers import trained_apart
+from ddkit_evaluators.cached import CachedAccuracies
+from ddkit_evaluators.trainer import SoftLabels, Task, Trainer, fields_of, real_counts, trained_in_turn
+from ddkit_evaluators.workers import threads_of, trained_apart
 
 log = logging.getLogger("ddkit")
 
@@ -76,6 +78,7 @@ class Accuracy(ddkit.Evaluator):
     precision: Literal["auto", "float32", "bfloat16"] = ddkit.option("auto")
     compile: Literal["auto", "always", "never"] = ddkit.option("auto", "auto: where it pays back")
     workers: int | Literal["auto"] = ddkit.option("auto", "processes that train networks at the same time", ge=1)
+    cache: bool = ddkit.option(True, "whether random real and baselines that an earlier evaluation trained are used again")
 
     def requires(self) -> ddkit.Requires:
         return ddkit.Requires(teacher=self.labels != "hard", real=not self.synthetic)
@@ -193,7 +196,14 @@ class Accuracy(ddkit.Evaluator):
         workers = plan.workers if soft is None and not on_disk else 1
         trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft, threads=plan.threads)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
-        found = data.shared(tasks, lambda some: trained_apart(trainer, some, workers) if workers > 1 else trained_in_turn(trainer, some))
+        cache = CachedAccuracies(trainer, wanted=self.cache)
+
+        def train(some: Sequence[Task]) -> list[float]:
+            return trained_apart(trainer, some, workers, cache.keep) if workers > 1 else trained_in_turn(trainer, some, cache.keep)
+
+        found = data.shared(tasks, lambda some: cache.or_trained(some, threads_of(workers), train))
+        hits = data.shared(tasks, lambda some: [float(task in cache.found) for task in some])  # other processes look up their own
+        cached = Counter(kind for (kind, _), hit in zip(tasks, hits, strict=True) if hit)
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
@@ -207,12 +217,13 @@ class Accuracy(ddkit.Evaluator):
         rows = []
         for kind, made in by_kind.items():
             drawn = real if kind == "synthetic" else []
+            known = cached["random real" if kind == "synthetic" else kind]
             figures = {"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": drawn}
             row = ddkit.Evaluation(
                 evaluator=self.name, model=name, protocol=self.protocol, labels="hard" if soft is None else "soft", images=kind,
                 repeats=repeats, accuracy_mean=sum(made) / len(made), accuracy_std=_std(made),
                 random_real_mean=sum(drawn) / len(drawn) if drawn else None, random_real_std=_std(drawn),
-                details=figures | facts | own.get(kind, {}),
+                details=figures | facts | own.get(kind, {}) | ({"cached": known} if known else {}),
             )  # fmt: skip
             rows.append(row)
         return rows

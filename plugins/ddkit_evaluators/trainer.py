@@ -13,6 +13,7 @@ import ddkit
 Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
 Images = Tensor | ddkit.data.NormalisedRows
 Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,)
+Keep = Callable[[Task, int, float], object]  # called with a network, the threads of the process that trained it, and its accuracy
 
 
 def fields_of(record: Any) -> dict[str, Any]:
@@ -183,7 +184,7 @@ class Trainer:
             yield own[torch.randperm(len(own), generator=draw)], int(count)
 
 
-def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], *, done: int = 0) -> list[float]:
+def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], keep: Keep, *, done: int = 0) -> list[float]:
     """Returns the accuracy of every task; `done` of them were reported before."""
     found, total, report_part = [], done + len(tasks), trainer.data.report_part
     for number, task in enumerate(tasks, start=done):
@@ -193,5 +194,6 @@ def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], *, done: int = 0) -
             report_part(number, total, epoch / (epochs + 1))  # testing is still to come
 
         found.append(trainer.accuracy(*task, tell if report_part else None))
+        keep(task, torch.get_num_threads(), found[-1])
         trainer.data.report(number + 1, total)
     return found

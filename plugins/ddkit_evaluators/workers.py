@@ -21,13 +21,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ddkit
-from ddkit_evaluators.trainer import Task, Trainer, fields_of, trained_in_turn
+from ddkit_evaluators.trainer import Keep, Task, Trainer, fields_of, trained_in_turn
 
 log = logging.getLogger("ddkit")
 TENSORS, SETTINGS = "tensors.safetensors", "settings.json"
 
 
-def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list[float]:
+def threads_of(workers: int) -> int:
+    """Returns the threads of each of so many processes."""
+    return max(1, torch.get_num_threads() // workers)
+
+
+def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int, keep: Keep) -> list[float]:
     """Returns the accuracy of every task, from `workers` processes; what they could not do is done here, and said.
 
     The other processes start when the first has compiled: they find the code in the cache.
@@ -44,9 +49,9 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list
             running[pool.submit(child.answer)] = (child, None)
 
         try:
-            _write(trainer, folder, tasks, threads=max(1, torch.get_num_threads() // workers))
+            _write(trainer, folder, tasks, threads=threads_of(workers))
             start(0)
-            others = iter(range(1, workers))
+            others = iter(range(1, min(workers, len(tasks))))
             while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     for number in others:
@@ -57,10 +62,11 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list
                     except ddkit.ChildEnded as error:
                         problem = str(error)
                         continue
-                    if task is None:
-                        compiled &= bool(answer["compiled"])
-                    else:
+                    compiled &= bool(answer["compiled"])
+                    if task is not None:
                         found[task] = float(answer["accuracy"])
+                        if compiled:
+                            keep(task, threads_of(workers), found[task])
                         trainer.data.report(len(found), len(tasks))
                     task = next(waiting, None)
                     if task is not None:
@@ -73,7 +79,7 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int) -> list
     left = [task for task in tasks if task not in found]
     if left:
         log.warning("A process that trained networks %s; %d networks are trained here instead.", problem, len(left))
-        found |= dict(zip(left, trained_in_turn(trainer, left, done=len(found)), strict=True))
+        found |= dict(zip(left, trained_in_turn(trainer, left, keep, done=len(found)), strict=True))
     return [found[task] for task in tasks]
 
 
@@ -123,7 +129,8 @@ def main() -> None:
     ddkit.reply({"compiled": trainer.compiled or not trainer.arithmetic.compile})
     for line in sys.stdin:
         kind, repeat = json.loads(line)
-        ddkit.reply({"accuracy": trainer.accuracy(kind, repeat)})
+        accuracy = trainer.accuracy(kind, repeat)
+        ddkit.reply({"accuracy": accuracy, "compiled": trainer.compiled or not trainer.arithmetic.compile})
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from ddkit.components.guard import shared_state
 from ddkit.components.options import options_type
 from ddkit.errors import FlagError, PluginError
 from ddkit.recipes.resolve import select_losses
-from tests.conftest import CHECKOUT, SMALL_FLAGS, Result
+from tests.conftest import CHECKOUT, SMALL, SMALL_FLAGS, Result
 
 Install = Callable[..., None]
 FINE = '''
@@ -365,9 +365,8 @@ def test_an_observer_can_neither_end_a_run_nor_change_what_it_is_given(cli: Call
         def run_finished(self, evaluations: list[ddkit.Evaluation]) -> None:
             evaluations.clear()
 
-    sets = {part.split("=")[0]: int(part.split("=")[1]) for part in SMALL_FLAGS[1::2]}
     run = ddkit.distill(
-        losses="image-norm", sets=sets, out=tmp_path / "run", observers=[Observer(sys.exit), Observer(dict.clear), Observer(kept.append)]
+        losses="image-norm", sets=SMALL, out=tmp_path / "run", observers=[Observer(sys.exit), Observer(dict.clear), Observer(kept.append)]
     )
     assert len(run.evaluations) == 1
     assert [bool(record) for record in kept] == [True, True]

@@ -25,7 +25,7 @@ from ddkit.components import observers, options, registry
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.studies.study import PublishedOn, Study, SystemTable, parse_study
 from ddkit.testing.suite import check as suite_check
-from tests.conftest import SMALL, SMALL_FLAGS, Result, write_image_folder
+from tests.conftest import SMALL, SMALL_FLAGS, Result, set_flags, write_image_folder
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -127,7 +127,7 @@ def _faster(words: list[str]) -> list[str]:
     without = ("width",) if any(word.startswith("python:") for word in words) else ("teacher.width",) if "--teacher" in words else ()
     tables = {"train": ("train", "teacher"), "evaluate": ("train", "teacher", "evaluators")}.get(words[0])  # others do nothing there
     small = {path: value for path, value in SMALL.items() if not path.endswith(without) and (tables is None or path.startswith(tables))}
-    return [*words, *(part for path, value in small.items() for part in ("--set", f"{path}={value}"))]
+    return [*words, *set_flags(small)]
 
 
 @pytest.mark.parametrize("page", [page for page in HOW_TO if page.stem != "index"], ids=_name)

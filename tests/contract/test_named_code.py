@@ -18,12 +18,12 @@ from ddkit.components import trust
 from ddkit.files import write_tensors
 from ddkit.studies.grid import Settings
 from ddkit.studies.runner import _Crew
-from tests.conftest import SMALL, Result
+from tests.conftest import SMALL, Result, set_flags
 
 CLI = Callable[..., Result]
 CODE = "python:evil.toml"  # evil.py, in which the function is called as the ending of the recipe beside it
 QUICK = {key: value for key, value in SMALL.items() if "width" not in key}
-SETS = [part for path, value in QUICK.items() for part in ("--set", f"{path}={value}")]
+SETS = set_flags(QUICK)
 EVIL = """
 from pathlib import Path
 from torch import nn

@@ -122,7 +122,7 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
     found["dc"]["sets"] = TINY | {"network.inner_epochs": 1}  # 50 take a minute
     found |= {f"start {name}": common | {"steps": 0, "losses": "dm", "init": name, "sets": TINY} for name in EACH_START}
     judge = {"dataset": f"npz:{world.data}", "pipc": 6, "evaluators": "accuracy,spectrum", "repeats": 3}
-    judge["sets"] = {"evaluators.accuracy.epochs": 2, "evaluators.accuracy.model_options.width": 8}
+    judge["sets"] = {f"evaluators.accuracy.{key}": value for key, value in {"epochs": 2, "model_options.width": 8, "cache": False}.items()}
     found["start real"]["evaluate"] = judge
     pictures = world.folder / "pictures"
     if not pictures.is_dir():

@@ -20,11 +20,11 @@ from ddkit.components.trust import granting
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network
 from ddkit.testing.suite import info_of, noise
-from tests.conftest import SMALL, Result
+from tests.conftest import SMALL, Result, set_flags
 
 CLI = Callable[..., Result]
 QUICK = {key: value for key, value in SMALL.items() if "width" not in key}
-QUICK_FLAGS = [part for path, value in QUICK.items() for part in ("--set", f"{path}={value}")]
+QUICK_FLAGS = set_flags(QUICK)
 
 
 def network(name: str, shape: tuple[int, int, int] = (3, 32, 32), **options: Any) -> nn.Module:

@@ -167,7 +167,7 @@ def evaluated(
     teacher: ddkit.nn.Teacher | None = None,
     **options: Any,
 ) -> list[ddkit.Evaluation]:
-    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}} | options
+    table = {"epochs": 3, "repeats": 2, "model": "mlp", "model_options": {"width": 8}, "cache": False} | options
     evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO, where="evaluators.accuracy")
     return list(evaluator(made or artifact(), given or data(), teacher))
 

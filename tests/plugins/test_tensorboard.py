@@ -14,7 +14,7 @@ from ddkit_tensorboard import MOST_ROWS, TensorBoard, grid
 
 import ddkit
 from ddkit.components.observers import Observers
-from tests.conftest import SMALL_FLAGS
+from tests.conftest import SMALL, SMALL_FLAGS
 
 READ = """
 import json, sys
@@ -109,8 +109,7 @@ def test_observers_get_copies_of_the_images_at_every_checkpoint(tmp_path: Path) 
             images.fill_(7)
             labels.fill_(7)
 
-    flags = dict(flag.split("=") for flag in SMALL_FLAGS[1::2])
-    sets = {key: int(value) for key, value in flags.items()} | {"steps": 5, "engine.checkpoint_every": 2, "seed": 3}
+    sets = SMALL | {"steps": 5, "engine.checkpoint_every": 2, "seed": 3}
     spoiled = ddkit.distill(losses="image-norm", ipc=2, evaluators="none", sets=sets, out=tmp_path / "a", observers=[Spoils()])
     assert [index for index, _ in seen] == [0, 2, 4, 5]
     assert len({mean for _, mean in seen}) == 4

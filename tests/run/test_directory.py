@@ -139,7 +139,7 @@ def test_distill_and_evaluate_print_one_json_object_of_the_documented_keys(cli: 
         assert len(found["evaluations"]) == 1
         _check_rows(found["evaluations"])
         assert found["evaluations"] == read(Path("run/evaluation.json"))["evaluations"]
-    result = cli("evaluate", "run/synthetic.safetensors", "--dataset", "digits", *SMALL_FLAGS[-6:], "--json")
+    result = cli("evaluate", "run/synthetic.safetensors", "--dataset", "digits", *SMALL_FLAGS[-8:], "--json")
     assert (result.code, json.loads(result.out)["steps"], json.loads(result.out)["seconds"]) == (0, None, None), "of a file"
 
 

@@ -85,6 +85,21 @@ def _study(text: str = STUDY) -> Path:
     return Path("study.toml")
 
 
+def test_networks_of_a_baseline_are_trained_for_one_cell_and_found_for_the_others(
+    cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
+    table = STUDY.partition("[systems")[0].replace("seeds = 2", "seeds = 1") + '[systems.whole]\nbaseline = "pipc-real"\n'
+    text = table + "".join(f"[[cells]]\nipc = {ipc}\npipc = {pipc}\n" for ipc, pipc in ((1, 3), (2, 3), (1, 4)))
+    told = cli("reproduce", f"./{_study(text)}", *SMALL)
+    assert told.code == 0, told.err
+    assert told.out.count("From the cache: ") == 1
+    assert "From the cache: 2 networks of whole at ipc 2, pipc 3." in told.out
+    figures = json.loads(Path("runs/study/report.json").read_text())["figures"]
+    assert [figure["cached"] for figure in figures] == [0, 2, 0]
+    assert figures[0]["mean"] == figures[1]["mean"]
+
+
 def test_every_set_is_made_once_and_its_figure_stands_beside_the_published_one(cli: CLI, commands: list[list[str]]) -> None:
     first = cli("reproduce", f"./{_study()}", *SMALL, "--json")
     assert first.code == 0, first.err

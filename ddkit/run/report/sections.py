@@ -268,6 +268,11 @@ def evaluation(files: Files) -> dict[str, Any]:
         [row["evaluator"], "" if row["model"] == "-" else _named(row), words]
         for row in files.evaluations if (words := str(row.get("details", {}).get("summary", "")))
     ]  # fmt: skip
+    findings += [
+        [row["evaluator"], _named(row), f"{known} of {row['repeats']} networks of the baseline came from the cache: an earlier evaluation "
+         "trained them."]
+        for row in files.evaluations if (known := row.get("details", {}).get("cached"))
+    ]  # fmt: skip
     close = any(row["evaluator"] == "memorisation" and row.get("details", {}).get("close") for row in files.evaluations)
     return {"ceiling": _ceiling(files), "groups": groups, "findings": findings, "close": close}
 
