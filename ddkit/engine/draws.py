@@ -22,6 +22,7 @@ from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network, network_tensors, redraw
+from ddkit.nn.second_order import SecondOrder
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.training import Schedule, fit
 from ddkit.seeding import generator
@@ -41,6 +42,7 @@ class StepSource:
 
     `real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8), those that lie
     on the disk stay there. In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
+    `twice` gives the teacher's logits to losses that differentiate its gradients (None: plain operations do).
     `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not).
     """
 
@@ -58,6 +60,7 @@ class StepSource:
     device: torch.device
     arithmetic: Arithmetic
     block: int = 0
+    twice: SecondOrder | None = None
     inner: Schedule | None = None
     ranks: Ranks = ALONE
     _embedder: Embedder | None = None

@@ -15,11 +15,13 @@ from ddkit.distributed import Ranks
 from ddkit.errors import InputError
 from ddkit.nn.compiling import Arithmetic, decide_arithmetic
 from ddkit.nn.networks import couples_samples, forward_flops, saved_bytes
+from ddkit.nn.second_order import no_forward_mode
 from ddkit.recipes.tables import Recipe
 
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
 ALIVE_TWICE = 4.0  # likewise where gradients of the parameters are differentiated again
+SECOND_ORDER_PASSES = 9  # forward passes that a gradient by parameters, differentiated by the images, takes
 IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
 
@@ -27,7 +29,7 @@ class ExecutionPlan:
     """How the engine computes, decided from model, shapes, steps and device alone; raises InputError if the network does not allow it.
 
     `chunk` is the number of classes that losses with `reduce` see at once (0: all), `block` that of images that are embedded at
-    once (0: all), `arithmetic` that of the network, and `step_work` the operations (FLOP) that it takes a step.
+    once (0: all), and `step_work` the operations (FLOP) that what can be compiled takes a step.
     """
 
     def __init__(
@@ -66,35 +68,65 @@ class ExecutionPlan:
                 "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
-        self.step_work = 0.0
-        self.arithmetic = self._arithmetic()
+        self.arithmetic, self.compiled, self.step_work = self._decided()
         self.block = 0
         if self.needs_embedder and not self._coupled:
-            if recipe.engine.block == "auto":  # few enough for the cache of a CPU, and for engine.memory
-                limit = min(CACHED_MIB if device.type == "cpu" else math.inf, recipe.engine.memory / 4)
-                self.block = max(1, int(limit * 2**20 / max(1, saved_bytes(self._probe, info))))
+            if recipe.engine.block == "auto":
+                self.block = self._images_at_once(self._probe)
             else:
                 self.block = recipe.engine.block
 
-    def _arithmetic(self) -> Arithmetic:
-        """Returns the network's arithmetic, and counts the work of a step."""
-        engine = self.recipe.engine
-        if not self.needs_embedder:
-            return Arithmetic(compile=False, precision="float32" if engine.precision == "auto" else engine.precision)
-        compilable = not self._coupled and hasattr(self._probe, "embed")  # images apart, and features that are no by-product of a hook
-        if engine.compile is True and not compilable:
-            why = "its features of an image depend on the batch (batch norm)" if self._coupled else "its model has no method embed"
+    def _decided(self) -> tuple[Arithmetic, set[str], float]:
+        """Returns an arithmetic, which of "network" (as embedder) and "teacher" are compiled in it, and their operations in a step."""
+        engine, work, reasons = self.recipe.engine, {}, []
+        synthetic = self.info.classes * self.recipe.rows_per_class
+        twice = {view for each in self.requires if each.teacher and each.second_order for view in each.views}
+        if self.needs_embedder and self._coupled:
+            reasons.append("the network's features of an image depend on the batch (batch norm)")
+        elif self.needs_embedder and not hasattr(self._probe, "embed"):  # its features are a by-product, by a hook
+            reasons.append("the network's model has no method embed")
+        elif self.needs_embedder:
+            real = sum(self._real) if any(each.real for each in self.requires) else 0
+            work["network"] = forward_flops(self._probe, self.info, features=True) * (real + 2 * synthetic)
+        if twice:
+            work["teacher"] = forward_flops(self._teacher(), self.info) * SECOND_ORDER_PASSES * len(twice) * synthetic
+
+        def decide() -> Arithmetic:
+            total = sum(work.values())
+            per_network = total / max(1, len(work)) * self.recipe.steps  # each has its own code to compile
+            wanted = engine.compile if work else False
+            return decide_arithmetic(wanted, engine.precision, self.device, work=per_network, step_work=total)
+
+        made = decide()
+        reason = no_forward_mode(self._teacher(), self.info) if made.compile and twice else ""
+        if reason:
+            reasons.append(f"the teacher's gradients are differentiated by double backward alone ({reason})")
+            del work["teacher"]
+            made = decide()
+        if engine.compile is True and reasons and not work:
             raise InputError(
-                f"engine.compile = true: the network is not compiled, as {why}. Leave it at auto, or use another network, for "
+                f"engine.compile = true: nothing can be compiled: {' and '.join(reasons)}. Leave it at auto, or use another network, for "
                 "example --set network.model=convnet --set network.norm=instance.",
                 "engine.compile",
             )
-        real = sum(self._real) if any(each.real for each in self.requires) else 0
-        images = real + 2 * self.info.classes * self.recipe.rows_per_class
-        self.step_work = forward_flops(self._probe, self.info, features=True) * images
-        wanted = engine.compile if compilable else False
-        work = self.step_work * self.recipe.steps
-        return decide_arithmetic(wanted, engine.precision, self.device, work=work, step_work=self.step_work)
+        return made, set(work) if made.compile else set(), sum(work.values())
+
+    def arithmetic_of(self, part: str) -> Arithmetic:
+        """Returns the arithmetic of "network" or "teacher": the plain one of a part that cannot be compiled while the other one is."""
+        plain = self.arithmetic.compile and part not in self.compiled
+        return Arithmetic(compile=False, precision="float32") if plain else self.arithmetic
+
+    @property
+    def teacher_block(self) -> int:
+        """The images that the teacher is differentiated with at once: parts of one size, so that code of one shape takes them all."""
+        most = -(-self.info.classes // self.ranks.world_size)
+        rows = (min(self.chunk, most) or most) * self.recipe.rows_per_class
+        return -(-rows // -(-rows // self._images_at_once(self._teacher())))
+
+    def _images_at_once(self, network: nn.Module) -> int:
+        """Returns how many images' activations are few enough for the cache of a CPU, and for engine.memory."""
+        limit = min(CACHED_MIB if self.device.type == "cpu" else math.inf, self.recipe.engine.memory / 4)
+        return max(1, int(limit * 2**20 / max(1, saved_bytes(network, self.info))))
 
     @property
     def products(self) -> str:
@@ -122,7 +154,7 @@ class ExecutionPlan:
             if each.network and each.second_order:
                 total += forward_flops(self._probe, self.info) * (9 * synthetic + (3 * real if each.real else 0))
             if each.teacher:
-                passes = (9 if each.second_order else 3) * len(each.views or ("default",))
+                passes = (SECOND_ORDER_PASSES if each.second_order else 3) * len(each.views or ("default",))
                 total += teacher_flops * passes * synthetic
         return total
 

@@ -339,7 +339,9 @@ class Step:
             viewed = self._source.viewed
             images = self.augmented if name == "augmented" else viewed(self._index, name, self.images, self._host_labels)
             self._watch.note(key, images)
-            self._built[key] = View(images, self.labels, self.teacher.logits(images, self.teacher_parameters))
+            twice = self._source.twice if any(each.requires.second_order and name in each.requires.views for each in self._losses) else None
+            logits = (twice or self.teacher.logits)(images, self.teacher_parameters)
+            self._built[key] = View(images, self.labels, logits)
         found: View = self._built[key]
         return found
 

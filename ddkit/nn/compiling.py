@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import msgspec
 
@@ -15,8 +15,8 @@ from ddkit.files import passing_folder, private_folder
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
 
+T = TypeVar("T")
 log = logging.getLogger("ddkit")
 
 # Work, in floating-point operations, from which compiling pays back, by device. What it saves and costs was measured with
@@ -66,8 +66,10 @@ def native_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)())
 
 
-def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs: bool = False) -> Callable[..., Tensor]:
+def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, static: bool = False) -> Callable[..., T]:
     """Returns a compiled `module` where wanted and possible, else `module`; says so when it is not possible.
+
+    `graphs`: CUDA graphs are recorded. `static`: the code is for inputs of one shape, and compiled anew for another.
 
     What torch compiles is kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder. torch unpickles
     what it finds there, and its own default is a folder that another user may have made. So where ddkit's is not private the code is
@@ -85,21 +87,21 @@ def compiled(module: nn.Module | Callable[..., Tensor], *, wanted: bool, graphs:
             log.warning("Compiled code is not kept for the next time. %s", error, extra={"news": True})
             folder = passing_folder()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    return Compiled(module, torch.compile(module, mode="reduce-overhead") if graphs else torch.compile(module))
+    return Compiled(module, torch.compile(module, mode="reduce-overhead" if graphs else None, dynamic=False if static else None))
 
 
-class Compiled:
+class Compiled(Generic[T]):
     """A compiled function that goes on uncompiled, and says so once, where torch cannot compile it here.
 
     `failed`: whether that happened.
     """
 
-    def __init__(self, plain: Callable[..., Tensor], fast: Callable[..., Tensor]) -> None:
+    def __init__(self, plain: Callable[..., T], fast: Callable[..., T]) -> None:
         self.plain = plain
         self.fast = fast
         self.failed = False
 
-    def __call__(self, *arguments: Tensor) -> Tensor:
+    def __call__(self, *arguments: Any) -> T:
         if self.failed:
             return self.plain(*arguments)
         try:
@@ -113,6 +115,6 @@ class Compiled:
             return result
 
 
-def is_compiled(forward: Callable[..., Tensor]) -> bool:
+def is_compiled(forward: Callable[..., Any]) -> bool:
     """Returns whether what compiled() returned runs compiled code: it was wanted, and torch could compile it."""
     return isinstance(forward, Compiled) and not forward.failed
