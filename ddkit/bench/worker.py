@@ -129,10 +129,11 @@ def _steps(spec: Spec) -> Measuring:
     advance(1)
     first = _synchronised() - began
     advance(2)
-    embedder = engine.source.embedder(index) if decided.needs_embedder else None
+    made: list[Any] = [engine.source.embedder(index)] if decided.needs_embedder else []
+    made += [engine.source.twice] if engine.source.twice else []
     yield {
         "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,
-        "compiled": embedder is not None and embedder.compiled, "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,
+        "compiled": any(each.compiled for each in made), "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,
     }  # fmt: skip
     while True:
         began = _synchronised()

@@ -99,11 +99,11 @@ class OptimizerTable(Table):
 
 class EngineTable(Table):
     compile: (
-        Annotated[bool, Option("whether the embedder is compiled; auto: where the run is long enough to pay it back")] | Literal["auto"]
+        Annotated[bool, Option("whether the networks are compiled; auto: if the run is long enough to pay it back")] | Literal["auto"]
     ) = "auto"
     precision: Annotated[
         Literal["auto", "float32", "tf32", "bfloat16"],
-        Option("of the embedder; auto: bfloat16 where it is compiled and the hardware multiplies it, else float32"),
+        Option("of compiled networks; auto: bfloat16 if the hardware multiplies it, else float32"),
     ] = "auto"
     memory: Annotated[
         int, Option("MiB that images and activations of losses that can be split may take; more is done in chunks of classes", ge=1)

@@ -28,6 +28,7 @@ from ddkit.nn.compiling import PAYS_BACK, Arithmetic, compiled, decide_arithmeti
 from ddkit.nn.device import products, tune_process
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network, forward_flops, redraw, training_flops
+from ddkit.nn.second_order import SecondOrder
 from ddkit.nn.training import Schedule, fit
 from ddkit.recipes.tables import OptimizerTable
 from tests.conftest import SMALL_FLAGS, Result
@@ -361,9 +362,9 @@ def on_meta(*names: str) -> Engine:
     here = Engine(bank(torch.randn((6, *INFO.shape), generator=draw()), labels, declared=declared), source(teacher=loaded), made)
     here.start()  # once, before the loop: the teacher's scale-invariant layers are found
     module.to(meta)
-    there = Engine(
-        bank(torch.empty((6, *INFO.shape), device=meta), labels, declared=declared), source(teacher=loaded, device=meta, batch=4), made
-    )
+    drawn = source(teacher=loaded, device=meta, batch=4)
+    drawn.twice = SecondOrder(module, PLAIN, block=4)
+    there = Engine(bank(torch.empty((6, *INFO.shape), device=meta), labels, declared=declared), drawn, made)
     there.bank.labels = there.bank.decoded_labels = labels.to(meta)
     return there
 
