@@ -31,26 +31,28 @@ def negative_gradient(logits: Tensor, labels: Tensor, multipliers: Tensor, param
     return [-g for g in torch.autograd.grad(weighted, list(parameters), create_graph=True, materialize_grads=True)]
 
 
-def stationarity_distance(pairs: Pairs, distance: str, *, average: bool = True) -> Tensor:
-    """Returns the distance of theta to the negative gradient over all (theta, negative gradient) tensors, a scalar.
+def stationarity_distances(pairs: Pairs, distance: str, *, average: bool = True) -> tuple[Tensor, Tensor]:
+    """Returns the distance of theta to the negative gradient over all k pairs of tensors (theta, gradient), a scalar, and of each, (k,).
 
     "l1": sum |theta - g|, [D Eq. 8]; "l2": sum (theta - g)^2, Algorithm 1 of [D]; both divided by the number of scalars
     with `average`, [D App. D]. "cosine": 1 - cosine of the concatenated vectors; "layer-cosine": the mean over tensors
     of 1 - cosine. Source: Lee et al., Deep Support Vectors, arXiv 2403.17329.
     """
-    if distance == "layer-cosine":
-        return torch.stack([_one_minus_cosine([pair]) for pair in pairs]).mean()
-    if distance == "cosine":
-        return _one_minus_cosine(pairs)
+    if "cosine" in distance:
+        inner = torch.stack([(theta * g).sum() for theta, g in pairs])
+        squares = [torch.stack([t.square().sum() for t in side]) for side in zip(*pairs, strict=True)]
+        each = _one_minus_cosine(inner, *squares)
+        return each.mean() if distance == "layer-cosine" else _one_minus_cosine(inner.sum(), *(own.sum() for own in squares)), each
     power = 1 if distance == "l1" else 2
-    value = torch.stack([(theta - g).abs().pow(power).sum() for theta, g in pairs]).sum()
-    return value / sum(theta.numel() for theta, _ in pairs) if average else value
+    sums = torch.stack([(theta - g).abs().pow(power).sum() for theta, g in pairs])
+    if not average:
+        return sums.sum(), sums
+    counts = [theta.numel() for theta, _ in pairs]
+    return sums.sum() / sum(counts), torch.stack([own / count for own, count in zip(sums.unbind(), counts, strict=True)])
 
 
-def _one_minus_cosine(pairs: Pairs) -> Tensor:
-    inner = torch.stack([(theta * g).sum() for theta, g in pairs]).sum()
-    squares = [torch.stack([t.square().sum() for t in side]).sum() for side in zip(*pairs, strict=True)]
-    return 1 - inner / (squares[0] * squares[1] + TINY).sqrt()
+def _one_minus_cosine(inner: Tensor, square: Tensor, other: Tensor) -> Tensor:
+    return 1 - inner / (square * other + TINY).sqrt()
 
 
 def least_squares_scale(pairs: Pairs) -> float:
@@ -110,10 +112,10 @@ class Stationarity(ddkit.Loss):
         terms = []
         for view, factor in sorted(self.views.items()):
             pairs = [(theta, g / scale) for theta, g in self._pairs(step, view, multipliers)]
-            terms.append(factor * stationarity_distance(pairs, self.distance, average=self.average))
-            with torch.no_grad():
-                for name, pair in zip(self._included(step), pairs, strict=True):
-                    step.log(f"distance {view} {name}", stationarity_distance([pair], self.distance))
+            value, each = stationarity_distances(pairs, self.distance, average=self.average)
+            terms.append(factor * value)
+            for name, own in zip(self._included(step), each.detach().unbind(), strict=True):
+                step.log(f"distance {view} {name}", own)
         return torch.stack(terms).sum()
 
     def _free(self, multiplier: float) -> float:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from ddkit_dkkt.invariance import group_cosine, module_groups
 from ddkit_dkkt.primal import primal_loss
-from ddkit_dkkt.stationarity import least_squares_scale, negative_gradient, selected_parameters, stationarity_distance
+from ddkit_dkkt.stationarity import least_squares_scale, negative_gradient, selected_parameters, stationarity_distances
 from ddkit_dm import dm_loss
 from ddkit_gm import EPSILON, gradient_distance
 from ddkit_priors import total_variation
@@ -161,24 +161,27 @@ def test_stationarity_distance_agrees_with_loops_and_finite_differences_and_is_z
     theta, g = gradients(), gradients(10)
 
     def value(*g: Tensor) -> Tensor:
-        return stationarity_distance(list(zip(theta, g, strict=True)), distance, average=average)
+        return stationarity_distances(list(zip(theta, g, strict=True)), distance, average=average)[0]
 
     close(value(*g), slow_distance(list(zip(theta, g, strict=True)), distance, average=average), 1e-11)
     close(value(*theta), 0.0)
+    alone = stationarity_distances(list(zip(theta, g, strict=True)), distance, average=average)[1]
+    for one, pair in zip(alone, zip(theta, g, strict=True), strict=True):
+        close(one, slow_distance([pair], distance, average=average), 1e-11)
     assert gradcheck(value, [each.requires_grad_() for each in g])
 
 
 @pytest.mark.parametrize("distance", ["cosine", "layer-cosine"])
 def test_cosine_distances_ignore_the_scale_of_the_gradient_and_are_two_for_the_opposite(distance: str) -> None:
     theta, g = normal(5, 5), normal(5, 5, seed=1)
-    close(stationarity_distance([(theta, 7 * g)], distance), stationarity_distance([(theta, g)], distance))
-    close(stationarity_distance([(theta, -3 * theta)], distance), 2.0)
+    close(stationarity_distances([(theta, 7 * g)], distance)[0], stationarity_distances([(theta, g)], distance)[0])
+    close(stationarity_distances([(theta, -3 * theta)], distance)[0], 2.0)
 
 
 @pytest.mark.parametrize(("distance", "of_two_channels"), [("cosine", 1.0), ("layer-cosine", 2.0)])
 def test_cosine_to_a_zero_gradient_has_a_finite_gradient(distance: str, of_two_channels: float) -> None:
     other, g = normal(2, 3), torch.zeros(2, 3, dtype=F64, requires_grad=True)
-    stationarity, matching = stationarity_distance([(other, g)], distance), gradient_distance([other], [g], distance)
+    stationarity, matching = stationarity_distances([(other, g)], distance)[0], gradient_distance([other], [g], distance)
     close(stationarity.detach(), 1.0)
     close(matching.detach(), of_two_channels)
     assert torch.autograd.grad(stationarity + matching, g)[0].isfinite().all()
