@@ -24,6 +24,9 @@ log = logging.getLogger("ddkit")
 PAYS_BACK = {"cpu": 4e12, "cuda": 1e15}
 # Operations of one step below which a GPU waits for launches, so that CUDA graphs are recorded: an estimate too.
 LAUNCH_BOUND = 5e11
+# torch compiles a trial program for each vector instruction set of the processor, 7 s with an empty cache. A compiler that can compile
+# torch's headers (C++20) knows all of them, and AMX and bfloat16 are tried anyway, which takes 1 s.
+OPTIONS = {"cpp.vec_isa_ok": True}
 
 
 class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,7 +90,8 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
             log.warning("Compiled code is not kept for the next time. %s", error, extra={"news": True})
             folder = passing_folder()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    return Compiled(module, torch.compile(module, mode="reduce-overhead" if graphs else None, dynamic=False if static else None))
+    options = OPTIONS | ({"triton.cudagraphs": True} if graphs else {})
+    return Compiled(module, torch.compile(module, options=options, dynamic=False if static else None))  # type: ignore[arg-type]
 
 
 class Compiled(Generic[T]):
