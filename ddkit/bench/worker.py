@@ -130,7 +130,7 @@ def _steps(spec: Spec) -> Measuring:
     first = _synchronised() - began
     advance(2)
     made: list[Any] = [engine.source.embedder(index)] if decided.needs_embedder else []
-    made += [engine.source.twice] if engine.source.twice else []
+    made += [each for each in (engine.source.twice, engine.source.gradients) if each]
     yield {
         "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,
         "compiled": any(each.compiled for each in made), "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,

@@ -22,7 +22,7 @@ from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.networks import build_network, network_tensors, redraw
-from ddkit.nn.second_order import SecondOrder
+from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.training import Schedule, fit
 from ddkit.seeding import generator
@@ -42,7 +42,8 @@ class StepSource:
 
     `real_labels` are ascending and stay on the CPU, as do all draws; images are kept on the device as they come (uint8), those that lie
     on the disk stay there. In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
-    `twice` gives the teacher's logits to losses that differentiate its gradients (None: plain operations do).
+    `twice` gives the teacher's logits to losses that differentiate its gradients (None: plain operations do), and what `differentiate`
+    makes of the network gives its gradients by class.
     `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not).
     """
 
@@ -61,8 +62,10 @@ class StepSource:
     arithmetic: Arithmetic
     block: int = 0
     twice: SecondOrder | None = None
+    differentiate: Callable[[nn.Module], ClassGradients] = ClassGradients
     inner: Schedule | None = None
     ranks: Ranks = ALONE
+    gradients: ClassGradients | None = None
     _embedder: Embedder | None = None
     _network_index: int = -1  # the draw that the network is of
     _graph_index: int = -1
@@ -152,6 +155,12 @@ class StepSource:
         self._network_index, self._graph_index = draw, index
         self._embedder.module.requires_grad_(gradients)
         return self._embedder
+
+    def class_gradients(self, network: nn.Module) -> ClassGradients:
+        """Returns what gives the gradients by class of `network`, that of the step; made once, as the network is."""
+        if self.gradients is None or self.gradients.module is not network:
+            self.gradients = self.differentiate(network)
+        return self.gradients
 
     def advance(self, index: int, synthetic: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Makes the network, where it is trained, that of step `index`; `synthetic()` is its whole set: images (n, C, H, W), labels (n,).

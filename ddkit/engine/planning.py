@@ -77,19 +77,24 @@ class ExecutionPlan:
                 self.block = recipe.engine.block
 
     def _decided(self) -> tuple[Arithmetic, set[str], float]:
-        """Returns an arithmetic, which of "network" (as embedder) and "teacher" are compiled in it, and their operations in a step."""
+        """Returns an arithmetic, what is compiled in it, and the operations of that in a step.
+
+        That is some of "network" (as embedder), "gradients" (the network's, by class) and "teacher".
+        """
         engine, work, reasons = self.recipe.engine, {}, []
         synthetic = self.info.classes * self.recipe.rows_per_class
-        twice = {view for each in self.requires if each.teacher and each.second_order for view in each.views}
-        if self.needs_embedder and self._coupled:
+        real = sum(self._real) if any(each.real for each in self.requires) else 0
+        views = {view for each in self.requires if each.teacher and each.second_order for view in each.views}
+        if self.needs_network and self._coupled:
             reasons.append("the network's features of an image depend on the batch (batch norm)")
         elif self.needs_embedder and not hasattr(self._probe, "embed"):  # its features are a by-product, by a hook
             reasons.append("the network's model has no method embed")
         elif self.needs_embedder:
-            real = sum(self._real) if any(each.real for each in self.requires) else 0
             work["network"] = forward_flops(self._probe, self.info, features=True) * (real + 2 * synthetic)
-        if twice:
-            work["teacher"] = forward_flops(self._teacher(), self.info) * SECOND_ORDER_PASSES * len(twice) * synthetic
+        if self.needs_network and any(each.network and each.second_order for each in self.requires) and not self._coupled:
+            work["gradients"] = forward_flops(self._probe, self.info) * (SECOND_ORDER_PASSES * synthetic + 3 * real)
+        if views:
+            work["teacher"] = forward_flops(self._teacher(), self.info) * SECOND_ORDER_PASSES * len(views) * synthetic
 
         def decide() -> Arithmetic:
             total = sum(work.values())
@@ -98,11 +103,12 @@ class ExecutionPlan:
             return decide_arithmetic(wanted, engine.precision, self.device, work=per_network, step_work=total)
 
         made = decide()
-        reason = no_forward_mode(self._teacher(), self.info) if made.compile and twice else ""
-        if reason:
-            reasons.append(f"the teacher's gradients are differentiated by double backward alone ({reason})")
-            del work["teacher"]
-            made = decide()
+        for part, whose, probe in (("gradients", "network", self._network), ("teacher", "teacher", self._teacher)):
+            reason = no_forward_mode(probe().eval(), self.info) if made.compile and part in work else ""
+            if reason:
+                reasons.append(f"the {whose}'s gradients are differentiated by double backward alone ({reason})")
+                del work[part]
+        made = decide()
         if engine.compile is True and reasons and not work:
             raise InputError(
                 f"engine.compile = true: nothing can be compiled: {' and '.join(reasons)}. Leave it at auto, or use another network, for "
@@ -112,7 +118,7 @@ class ExecutionPlan:
         return made, set(work) if made.compile else set(), sum(work.values())
 
     def arithmetic_of(self, part: str) -> Arithmetic:
-        """Returns the arithmetic of "network" or "teacher": the plain one of a part that cannot be compiled while the other one is."""
+        """Returns the arithmetic of such a part: the plain one if it cannot be compiled and another one is."""
         plain = self.arithmetic.compile and part not in self.compiled
         return Arithmetic(compile=False, precision="float32") if plain else self.arithmetic
 
@@ -120,8 +126,16 @@ class ExecutionPlan:
     def teacher_block(self) -> int:
         """The images that the teacher is differentiated with at once: parts of one size, so that code of one shape takes them all."""
         most = -(-self.info.classes // self.ranks.world_size)
-        rows = (min(self.chunk, most) or most) * self.recipe.rows_per_class
-        return -(-rows // -(-rows // self._images_at_once(self._teacher())))
+        return self._parts((min(self.chunk, most) or most) * self.recipe.rows_per_class, self._teacher())
+
+    @property
+    def gradient_blocks(self) -> tuple[int, int]:
+        """The synthetic and the real images of a class that the network is differentiated with at once, likewise."""
+        return self._parts(self.recipe.rows_per_class, self._probe), self._parts(max(1, *self._real), self._probe)
+
+    def _parts(self, rows: int, network: nn.Module) -> int:
+        """Returns the size of the fewest parts of nearly one size of `rows` images."""
+        return -(-rows // -(-rows // self._images_at_once(network)))
 
     def _images_at_once(self, network: nn.Module) -> int:
         """Returns how many images' activations are few enough for the cache of a CPU, and for engine.memory."""

@@ -109,6 +109,12 @@ class RealStep:
         with torch.no_grad():
             return self._embedder()(self.augmented)
 
+    @_member(needs="second_order")
+    def class_gradients(self) -> Mapping[int, Sequence[Tensor]]:
+        """For each class that has real images `step.class_gradients` of its augmented real images, without a graph."""
+        differentiated = self._source.class_gradients(self._embedder().module)
+        return differentiated(self.augmented.detach(), self.labels, self.class_slices, real=True)
+
     @_member(watched="the real images of all parts")
     def all_images(self) -> Tensor:
         """(size, C, H, W) the real images of all parts of the set, in order of class."""
@@ -314,6 +320,15 @@ class Step:
     def embeddings(self) -> Tensor:
         """(n, d) features of the augmented synthetic images (declare network)."""
         return self.embed(self.augmented)
+
+    @_member(needs="second_order")
+    def class_gradients(self) -> Mapping[int, Sequence[Tensor]]:
+        """For each class the gradients, by the parameters of `network` in their order, of the mean cross-entropy of its augmented images.
+
+        The network is in evaluation mode. The gradients are differentiable by the images (declare network and second_order).
+        """
+        differentiated = self._source.class_gradients(self.network)
+        return differentiated(self.augmented, self.labels, self.class_slices, real=False)
 
     @_member(needs="teacher")
     def teacher(self) -> Teacher:

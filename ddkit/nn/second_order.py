@@ -14,8 +14,8 @@ Each of them is compiled, computed in bfloat16, and in blocks of images that sta
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -82,16 +82,57 @@ class SecondOrder:
 
     def blocks(self, t: Tensor) -> list[Tensor]:
         """Returns the rows of t in blocks of one size, which compiled code of one shape takes: the last is filled up with zeros."""
-        count = -(-len(t) // self.block) if self.block else 1
-        size = -(-len(t) // count)
-        lacking = t.new_zeros((count * size - len(t), *t.shape[1:]))
+        size = self.block or len(t)
+        lacking = t.new_zeros((-len(t) % size, *t.shape[1:]))
         return list((torch.cat([t, lacking]) if len(lacking) else t).split(size))
 
-    def autocast(self) -> Any:
-        """Inside, products are in bfloat16 if that was decided."""
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Inside, the module is in evaluation mode, and products are in bfloat16 if that was decided."""
         reduced = self.arithmetic.dtype == torch.bfloat16
         device = next(self.module.parameters()).device
-        return torch.autocast(device.type, torch.bfloat16) if reduced else nullcontext()
+        with evaluating(self.module), torch.autocast(device.type, torch.bfloat16) if reduced else nullcontext():
+            yield
+
+
+class ClassGradients:
+    """For each class the gradient, by the parameters of `module` in evaluation mode, of the mean cross-entropy of its images.
+
+    If `arithmetic` is given, compiled code takes `blocks` synthetic and real images of a class at once; else plain operations take all.
+    """
+
+    def __init__(self, module: nn.Module, arithmetic: Arithmetic | None = None, *, blocks: tuple[int, int] = (0, 0)) -> None:
+        self.module = module
+        self.fast = [SecondOrder(module, arithmetic, block=block) for block in blocks] if arithmetic else []
+
+    @property
+    def compiled(self) -> bool:
+        """Whether compiled code runs."""
+        return bool(self.fast) and all(is_compiled(each.forward) for each in self.fast) and is_compiled(self.fast[0].forward_along)
+
+    def __call__(self, x: Tensor, labels: Tensor, class_slices: Mapping[int, slice], *, real: bool) -> dict[int, Sequence[Tensor]]:
+        """Returns the gradients by label, in the order of the parameters; if the images are not `real`, with a graph to them."""
+        parameters = dict(self.module.named_parameters())
+        found: dict[int, Sequence[Tensor]] = {}
+        with evaluating(self.module):
+            for label, rows in class_slices.items():
+                logits = self.fast[real](x[rows], parameters) if self.fast else self.module(x[rows])
+                loss = functional.cross_entropy(logits, labels[rows])
+                found[label] = torch.autograd.grad(loss, list(parameters.values()), create_graph=not real)
+        return found
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Puts a module in evaluation mode inside, and each of its modules back in its own mode afterwards."""
+    training = [each for each in module.modules() if each.training]
+    for each in training:
+        each.training = False
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True
 
 
 class _Passes:
@@ -110,7 +151,7 @@ class _Passes:
 
     def logits(self) -> Tensor:
         """Returns the logits (n, K); their graph is kept for one gradient by the parameters."""
-        with torch.enable_grad(), self.network.autocast():
+        with torch.enable_grad(), self.network.computing():
             self._graph = [self.network.forward(part, *self.varied) for part in self.images]
         return torch.cat([part.detach() for part in self._graph])[: self.count]
 
@@ -128,7 +169,7 @@ class _Passes:
 
     def along(self, chosen: Sequence[int], direction: Sequence[Tensor], u: Tensor) -> Tensor:
         """Returns J V (n, K), V being `direction` of the `chosen` parameters; the gradient of <J V, u> waits for `image_gradient`."""
-        with torch.enable_grad(), self.network.autocast():
+        with torch.enable_grad(), self.network.computing():
             found = [self.network.forward_along(leaf, self.parameters, chosen, direction) for leaf in self.leaves]
         logits, derivatives = ([pair[side] for pair in found] for side in (0, 1))
         self._waiting.append(_Waiting(current_pass(), logits, derivatives, self.network.blocks(u.detach())))
@@ -141,7 +182,7 @@ class _Passes:
         if waiting:
             logits = waiting[0].logits
         else:
-            with torch.enable_grad(), self.network.autocast():
+            with torch.enable_grad(), self.network.computing():
                 logits = [self.network.logits(leaf, *self.parameters) for leaf in self.leaves]
         outputs = zip(logits, *(each.derivatives for each in waiting), strict=True)
         cotangents = zip(self.network.blocks(g.detach()), *(each.cotangents for each in waiting), strict=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.networks import build_network, no_second_derivative, training_flops
-from ddkit.nn.second_order import SecondOrder
+from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.nn.training import Schedule
 from ddkit.recipes.resolve import flattened, named_components
@@ -334,11 +335,16 @@ class RunSetup:
         twice = None
         if self.teacher is not None and "teacher" in self.decided.compiled:
             twice = SecondOrder(self.teacher.module, self.decided.arithmetic_of("teacher"), block=self.decided.teacher_block)
+        differentiate: Callable[[nn.Module], ClassGradients] = ClassGradients
+        if "gradients" in self.decided.compiled:
+            blocks = self.decided.gradient_blocks
+            differentiate = partial(ClassGradients, arithmetic=self.decided.arithmetic_of("gradients"), blocks=blocks)
         source = StepSource(
             seed=self.recipe.seed, info=self.info, normalisation=self.normalisation, real_images=self.real.images,
             real_labels=self.real.labels, batch=self.recipe.data.batch, augmenter=self.augmenter, views=self.views,
             model=self.model if self.decided.needs_network else None, renew_every=table.renew_every, teacher=self.teacher,
-            device=self.device, arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, twice=twice, ranks=self.ranks,
+            device=self.device, arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, twice=twice,
+            differentiate=differentiate, ranks=self.ranks,
             inner=Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
             if trained
             else None,

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import ddkit
 
@@ -37,18 +35,6 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], dista
     return 1 - (a * b).sum() / (a.norm() * b.norm() + EPSILON)
 
 
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """Puts the network, which other losses share, in evaluation mode inside and back afterwards."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield network
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 class GradientMatching(ddkit.Loss):
     """Distance of the network gradients of real and synthetic images, class by class, on the network of the step.
 
@@ -63,16 +49,10 @@ class GradientMatching(ddkit.Loss):
     requires = ddkit.Requires(real=True, network=True, second_order=True, reduce="sum")
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        terms, real = [], step.real
-        with _evaluating(step.network) as network:  # the running statistics of batch norm stay as they are
-            parameters = list(network.parameters())
-            for label, ours in step.class_slices.items():
-                theirs = real.class_slices.get(label)
-                if theirs is None:  # nothing to match: 0, as in distribution matching
-                    terms.append(step.images[ours].sum() * 0)
-                    continue
-                loss = functional.cross_entropy(network(real.augmented[theirs].detach()), real.labels[theirs])
-                wanted = torch.autograd.grad(loss, parameters)
-                loss = functional.cross_entropy(network(step.augmented[ours]), step.labels[ours])
-                terms.append(gradient_distance(wanted, torch.autograd.grad(loss, parameters, create_graph=True), self.distance))
+        real, terms = step.real.class_gradients, []
+        for label, synthetic in step.class_gradients.items():
+            if label in real:
+                terms.append(gradient_distance(real[label], synthetic, self.distance))
+            else:  # nothing to match: 0, as in distribution matching
+                terms.append(step.images[step.class_slices[label]].sum() * 0)
         return torch.stack(terms).sum()

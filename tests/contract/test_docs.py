@@ -502,7 +502,7 @@ def test_everything_that_a_loss_may_ask_for_is_on_its_page() -> None:
     assert _first_column(page, "Everything in `ddkit.Requires`") == list(ddkit.Requires.__struct_fields__)
     assert _first_column(page, "Extra parameters") == list(ddkit.Parameter.__struct_fields__)
     members = {name for name in vars(ddkit.Step) if not name.startswith("_")} - {"for_loss"}  # the loop's
-    names = ("images", "labels", "all_images", "all_labels", "class_slices", "size", "augmented", "embeddings")
+    names = ("images", "labels", "all_images", "all_labels", "class_slices", "size", "augmented", "embeddings", "class_gradients")
     real = {f"real.{name}" for name in names}
     assert set(_first_column(page, "Everything in `ddkit.Step`")) == members - {"real"} | real
 

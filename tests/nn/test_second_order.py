@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ddkit
+from ddkit.engine.draws import class_slices
 from ddkit.nn.compiling import Arithmetic, native_bfloat16
 from ddkit.nn.device import differentiable_attention
 from ddkit.nn.networks import build_network
-from ddkit.nn.second_order import SecondOrder, no_forward_mode
+from ddkit.nn.second_order import ClassGradients, SecondOrder, no_forward_mode
 from ddkit.testing.suite import info_of
 from tests.engine.runs import made, write_npz
 
@@ -108,6 +109,53 @@ def test_a_step_takes_one_pass_for_the_logits_and_one_in_forward_mode_for_all_it
     assert counts == {"forward": 1, "forward_along": 1, "logits": 0}
 
 
+def by_a_loop(module: nn.Module, x: Tensor, labels: Tensor, label: int) -> list[Tensor]:
+    """Returns the gradients of the mean cross-entropy of one class, by plain operations and with a graph."""
+    loss = functional.cross_entropy(module(x[labels == label]), labels[labels == label])
+    return list(torch.autograd.grad(loss, list(module.parameters()), create_graph=True))
+
+
+def image_gradient(gradients: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor:
+    return torch.autograd.grad(torch.stack([(g + 1).square().sum() for each in gradients for g in each]).sum(), x)[0]
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("blocks", [(0, 0), (1, 4), (3, 2)])
+def test_gradients_by_class_are_those_of_a_loop_over_classes_of_unequal_sizes(norm: str, blocks: tuple[int, int]) -> None:
+    module = network(norm).train().requires_grad_(True)
+    labels = torch.tensor([0, 0, 0, 2, 2, 4])  # classes 1 and 3 have no images
+    x = torch.randn((6, *INFO.shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
+    fast, plain = ClassGradients(module, PLAIN, blocks=blocks), ClassGradients(module)
+    slices = class_slices(labels)
+    expected = {label: by_a_loop(module.eval(), x, labels, label) for label in (0, 2, 4)}
+    module.train()
+    for found, tolerance in ((fast(x, labels, slices, real=False), 1e-9), (plain(x, labels, slices, real=False), 0.0)):
+        assert found.keys() == expected.keys()
+        for label, wanted in expected.items():
+            for one, other in zip(found[label], wanted, strict=True):
+                torch.testing.assert_close(one, other, rtol=tolerance, atol=1e-12 if tolerance else 0.0)
+        one, other = image_gradient(list(found.values()), x), image_gradient([by_a_loop(module.eval(), x, labels, k) for k in expected], x)
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * float(other.abs().max()))
+        module.train()
+    for one, other in zip(fast(x.detach(), labels, slices, real=True)[2], expected[2], strict=True):
+        assert not one.requires_grad
+        torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-12)
+    assert module.training
+
+
+def test_weights_that_change_in_place_reach_the_gradients_by_class() -> None:
+    module = network("instance").requires_grad_(True)
+    labels = torch.zeros(2, dtype=torch.int64)
+    x = torch.randn((2, *INFO.shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    fast = ClassGradients(module, PLAIN)
+    before = fast(x, labels, class_slices(labels), real=True)[0]
+    with torch.no_grad():
+        next(module.parameters()).mul_(2)
+    after = fast(x, labels, class_slices(labels), real=True)[0]
+    assert not torch.allclose(before[0], after[0])
+    torch.testing.assert_close(after[0], by_a_loop(module, x, labels, 0)[0].detach(), rtol=1e-9, atol=1e-12)
+
+
 class _Cube(torch.autograd.Function):
     """Has a backward pass that can be differentiated, and no forward mode."""
 
@@ -164,14 +212,35 @@ def test_the_teacher_is_compiled_if_its_work_pays_it_back_or_it_is_asked_for(tmp
     assert again.resolved().engine.compile is True
 
 
+def matching(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    """Returns gradient matching with classes of unequal size: the first has two real images, the others four."""
+    file = write_npz(tmp_path / "unequal.npz", (2, 4, 4))
+    table = {"width": 8, "norm": more.pop("norm", "instance"), "inner_epochs": 1, "renew_every": 2}
+    return {"ipc": 2, "pipc": "all", "steps": 3, "data": {"use": f"npz:{file}"}, "network": table, "losses": {"gm": {}}} | more
+
+
+def test_gradients_by_class_are_compiled_if_their_work_pays_it_back_and_the_network_can_be(tmp_path: Path) -> None:
+    setups = {steps: made(matching(tmp_path, steps=steps))[0] for steps in (3, 10**9)}
+    assert [setup.decided.compiled for setup in setups.values()] == [set(), {"gradients"}]
+    assert made(matching(tmp_path, engine={"compile": True}))[0].decided.gradient_blocks == (2, 4)
+    both = made(matching(tmp_path, steps=10**9, losses={"gm": {}, "dm": {}}))[0]
+    assert both.decided.compiled == {"gradients", "network"}
+    assert made(matching(tmp_path, norm="batch", steps=10**9))[0].decided.compiled == set()
+    with pytest.raises(ddkit.InputError, match="batch norm"):
+        made(matching(tmp_path, norm="batch", engine={"compile": True}))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", *(["bfloat16"] if native_bfloat16(torch.device("cpu")) else [])])
 @pytest.mark.parametrize("chunk", [0, 2])
-def test_a_compiled_step_has_the_gradients_of_the_plain_one(tmp_path: Path, precision: str, chunk: int) -> None:
-    plain = made(long_run(tmp_path, engine={"compile": False, "chunk": chunk}))[2].evaluate(0)
-    fast = made(long_run(tmp_path, engine={"compile": True, "precision": precision, "chunk": chunk}))[2].evaluate(0)
+@pytest.mark.parametrize("run", [long_run, matching])
+def test_a_compiled_step_has_the_gradients_of_the_plain_one(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], precision: str, chunk: int
+) -> None:
+    plain = made(run(tmp_path, engine={"compile": False, "chunk": chunk}))[2].evaluate(0)
+    fast = made(run(tmp_path, engine={"compile": True, "precision": precision, "chunk": chunk}))[2].evaluate(0)
     least = 1 - 1e-6 if precision == "float32" else 0.98
-    assert plain.gradients.keys() == fast.gradients.keys() == {"images", "multipliers"}
+    assert plain.gradients.keys() == fast.gradients.keys() == {"images", *(["multipliers"] if run is long_run else [])}
     for name, expected in plain.gradients.items():
         assert float(functional.cosine_similarity(fast.gradients[name].flatten(), expected.flatten(), dim=0)) > least
     for label, value in plain.values.items():
