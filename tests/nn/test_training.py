@@ -340,7 +340,7 @@ def test_evaluation_is_the_same_compiled_or_not() -> None:
 
 
 def test_compiling_that_fails_goes_on_without_and_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def broken(module: nn.Module, **settings: object) -> Callable[[Tensor], Tensor]:
         def forward(x: Tensor) -> Tensor:
             raise OSError("no compiler")
 
