@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Initializer,
         Loss,
         Model,
+        Parametrization,
     )
     from ddkit.components.observers import hookimpl
     from ddkit.components.options import Parameter, Requires, option
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 _HOMES = {
     "ddkit.api": "blend distill evaluate resume train",
-    "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss Model",
+    "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss Model Parametrization",
     "ddkit.components.observers": "hookimpl",
     "ddkit.components.options": "Parameter Requires option",
     "ddkit.components.registry": "add_plugin_file create",
@@ -59,8 +60,8 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.s
 __all__ = [
     "Artifact", "Augmenter", "Child", "ChildEnded", "DataInfo", "Dataset", "DdkitError", "Evaluation", "Evaluator", "Exporter",
     "FlagError", "InitContext", "Initializer", "InputError", "Interrupted", "Loss", "Model", "Parameter",
-    "PluginError", "ProgressBar", "Requires", "RunFailed", "RunFilesError", "Step", "__version__", "add_plugin_file", "blend",
-    "create", "data", "distill", "evaluate", "export", "generator", "hookimpl", "import_file", "load", "markdown", "nn", "option",
+    "Parametrization", "PluginError", "ProgressBar", "Requires", "RunFailed", "RunFilesError", "Step", "__version__", "add_plugin_file",
+    "blend", "create", "data", "distill", "evaluate", "export", "generator", "hookimpl", "import_file", "load", "markdown", "nn", "option",
     "reply", "report", "resume", "train",
 ]  # fmt: skip
 

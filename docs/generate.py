@@ -51,6 +51,7 @@ NEEDS_NO_NAME = {
 WHERE = {
     "loss": "`losses.NAME`",
     "initializer": "`initializer`",
+    "parametrization": "`parametrization`",
     "augmenter": "`augmenter`, `views.NAME` or `train`",
     "evaluator": "`evaluators.NAME`",
     "model": "`network` (the network that embeds or is matched) or `teacher`",

@@ -233,6 +233,11 @@ def _accuracy(row: Any) -> str:
     return said if row.accuracy_mean is None and said else percent(row.accuracy_mean, row.accuracy_std) + (f" ({said})" if said else "")
 
 
+def budget(numbers: float | None, images: float | None) -> str:
+    """Returns the budget of a set as "640 (10 images)": the numbers that it stores for a class, and how many images have as many."""
+    return "-" if numbers is None else f"{numbers:,.6g} ({images:.3g} image{'s' if images != 1 else ''})"
+
+
 def evaluation_table(rows: Sequence[Any]) -> str:
     """Returns the evaluations as a text table."""
     from tabulate import tabulate
@@ -248,6 +253,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
         percent(row.random_real_mean, row.random_real_std) + (f" ({said})" if said else "") for row, said in zip(rows, more, strict=True)
     ]
     columns["networks"] = [row.repeats for row in rows]
+    columns["stored a class"] = [budget(row.stored_numbers, row.stored_as_images) for row in rows]
     cached = [f"{row.details['cached']} of {row.repeats}" if row.details.get("cached") else "" for row in rows]
     columns |= {"baseline from cache": cached} if any(cached) else {}
     return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)

@@ -194,7 +194,9 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
 @click.argument("name")
 @click.option("--out", metavar="DIR", type=Place(), help="Folder to write, absent or empty (default: ddkit-NAME).")
 def new(kind: str, name: str, out: Path | None) -> None:
-    """Write the package of a new plugin. KIND is loss, initializer, augmenter, evaluator, model, dataset, exporter or observer.
+    """Write the package of a new plugin.
+
+    KIND is loss, initializer, parametrization, augmenter, evaluator, model, dataset, exporter or observer.
 
     It installs, passes its conformance test and runs as it is written; then the class is yours to change.
     """

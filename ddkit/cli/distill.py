@@ -11,6 +11,7 @@ from ddkit.cli.common import (
     PIPC,
     Names,
     Place,
+    budget,
     echo_json,
     evaluation_table,
     options,
@@ -123,10 +124,16 @@ def _show_plan(plan: dict[str, Any]) -> None:
     found, cost = plan["teacher_accuracy"], plan["estimate"]
     known = "" if found is None else f" (right on {100 * found['accuracy']:.1f} % of {found['images']} accessible images)"
     waits = ", which is trained first and kept for the next time" if plan["teacher_is_trained_first"] else ""
+    makes = plan["parametrization"]
+    far = f", {makes['encoding_error']:.3f} from those of the initializer (root mean square, normalised units)"
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
         f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}{known}{waits}."
+    )
+    show(
+        f"Stored a class: {budget(makes['stored_numbers'], makes['stored_as_images'])}, of which {makes['use']} makes "
+        f"{makes['images_per_class']} image{'s' if makes['images_per_class'] != 1 else ''}{far if makes['encoding_error'] else ''}."
     )
     minutes = cost["seconds"] / 60
     about = "a minute or less" if minutes < 1.5 else f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours"

@@ -49,7 +49,7 @@ VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!
 @click.option("--index", type=click.IntRange(min=0), help="Number of the set, if the file holds several (default: 0, the first).")
 @click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
-@set_option("Option of a teacher's model, e.g. teacher.norm=batch; decode.factor=2 if a set's images are grids of 2 x 2.")
+@set_option("Option of a teacher's model, e.g. teacher.norm=batch; parametrization.factor=2 if a set's images are grids of 2 x 2.")
 @plugin_files
 @as_json
 @quiet

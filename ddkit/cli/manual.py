@@ -16,6 +16,7 @@ USED = {  # the first command of each kind; NAME is the component's
     "loss": "ddkit distill --losses NAME",
     "loss-group": "ddkit distill --losses NAME",
     "initializer": "ddkit distill --init NAME",
+    "parametrization": "ddkit distill --set parametrization.use=NAME",
     "augmenter": "ddkit distill --augment NAME",
     "evaluator": "ddkit distill --evaluate NAME",
     "model": "ddkit distill --model NAME",
@@ -34,6 +35,7 @@ MORE_USES = {
 PATHS = {  # where the options of a kind stand in a recipe
     "loss": ["losses.NAME"],
     "initializer": ["initializer"],
+    "parametrization": ["parametrization"],
     "augmenter": ["augmenter", "views.VIEW", "train"],
     "evaluator": ["evaluators.NAME"],
     "model": ["network", "teacher", "evaluators.accuracy.model_options"],

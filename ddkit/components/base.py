@@ -212,6 +212,46 @@ class Initializer(Component):
         raise NotImplementedError
 
 
+class Parametrization(Component):
+    """Makes the images of a set from what the set stores: rows of numbers, which are optimised, each of which gives `per_row` images.
+
+    A row depends on its own images alone, and an image on its own row and on the tensors that all classes share. `stores_images` says
+    that rows are images (C, H, W) and that it makes no difference in which units a channel is encoded and decoded: such a set is stored
+    in pixel units, any other in the units of the run. `linear` says that the images of an average of rows are the average of the images,
+    so that two sets can be blended.
+    """
+
+    stores_images: ClassVar[bool] = False
+    linear: ClassVar[bool] = False
+
+    @property
+    def per_row(self) -> int:
+        """The number of images that a row gives."""
+        return 1
+
+    def images_per_class(self, ipc: int) -> int:
+        """Returns how many images of a class are made of at most the numbers of `ipc` images: a multiple of `per_row`."""
+        return ipc * self.per_row
+
+    def check(self, shape: tuple[int, int, int]) -> None:
+        """Raises InputError if there are no such images of shape (C, H, W). Called before the run, and when a set is loaded."""
+
+    def shared(self, shape: tuple[int, int, int]) -> Mapping[str, Tensor]:
+        """Returns the first values of the tensors that all classes share, by name, float32; they are optimised and stored too."""
+        return {}
+
+    def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        """Returns the rows (n / per_row, ...) of images (n, C, H, W), normalised: those whose images are nearest, by least squares.
+
+        Called once, with what the initializer made; a run tells how far the images of the rows are from these.
+        """
+        raise NotImplementedError
+
+    def decode(self, stored: Tensor, shape: tuple[int, int, int], shared: Mapping[str, Tensor]) -> Tensor:
+        """Returns the images (n * per_row, *shape) of the rows `stored` (n, ...), differentiable in the rows and in what is shared."""
+        raise NotImplementedError
+
+
 class Augmenter(Component):
     """Random, differentiable image augmentation whose draw and application are apart.
 
@@ -249,6 +289,9 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
     `details["variant"]` says in a few words what differs from the protocol; rows of another variant stand beside each other.
     `details["cached"]` says how many networks of the row's baseline came from the cache, where an earlier evaluation had put them.
+
+    `stored_numbers` is the budget of the set: the numbers that it stores for a class, without labels, on average; `stored_as_images`, how
+    many images of this size have as many. ddkit fills both in, for rows of the synthetic set; compare sets of the same budget alone.
     """
 
     evaluator: str
@@ -263,6 +306,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     details: dict[str, Any] = {}
     images: str = "synthetic"
     split: str = "test"
+    stored_numbers: float | None = None
+    stored_as_images: float | None = None
 
     def __post_init__(self) -> None:
         check_fields(self)

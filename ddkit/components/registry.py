@@ -29,6 +29,7 @@ GROUPS = {
     "loss": "ddkit.losses",
     "loss-group": "ddkit.recipes",
     "initializer": "ddkit.initializers",
+    "parametrization": "ddkit.parametrizations",
     "augmenter": "ddkit.augmenters",
     "evaluator": "ddkit.evaluators",
     "model": "ddkit.models",
@@ -43,6 +44,7 @@ GROUPS_FILE = "groups.toml"  # beside recipes: names of several losses that are 
 BASES: dict[str, type[base.Component]] = {
     "loss": base.Loss,
     "initializer": base.Initializer,
+    "parametrization": base.Parametrization,
     "augmenter": base.Augmenter,
     "evaluator": base.Evaluator,
     "model": base.Model,
@@ -322,11 +324,19 @@ OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside 
     "network": {"model", "renew_every", "inner_epochs", "inner_lr"},
     "losses": {"use", "weight"},
     "initializer": {"use"},
+    "parametrization": {"use"},
     "augmenter": {"use"},
     "views": {"augmenter", "compose", "noise"},
     "evaluators": {"use"},
 }
-TABLE_OF = {"loss": "losses", "evaluator": "evaluators", "dataset": "data", "initializer": "initializer", "model": "network"}
+TABLE_OF = {
+    "loss": "losses",
+    "evaluator": "evaluators",
+    "dataset": "data",
+    "initializer": "initializer",
+    "model": "network",
+    "parametrization": "parametrization",
+}
 
 
 def split_name(name: str) -> tuple[str, str | None]:

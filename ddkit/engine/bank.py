@@ -1,32 +1,27 @@
-"""The synthetic set while it is being optimised: images, extra parameters, their optimizers.
-
-Several images may be decoded from one stored image, so that a set of ipc images a class teaches as more of them, each coarser: the
-multi-formation of Kim et al., Dataset Condensation via Efficient Synthetic-Data Parameterization, ICML 2022, arXiv 2205.14959, Section 4.
-A stored image is a grid of factor x factor images, each of them enlarged to the full size.
-"""
+"""The synthetic set while it is being optimised: what is stored of its images, extra parameters, their optimizers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from ddkit.components.base import Parametrization
+from ddkit.components.guard import blamed
 from ddkit.components.options import Parameter
-from ddkit.data.pictures import grid
 from ddkit.errors import InputError
 from ddkit.recipes.tables import OptimizerTable
 
 
 class Bank:
-    """Synthetic parameters: `images` (n, C, H, W) normalised, and the `parameters` that losses declared.
+    """Synthetic parameters: `images`, the rows that the parametrization makes images of, and the `parameters` that losses declared.
 
-    `labels` (n,) int64 are grouped by ascending class. All parameters are leaves that require gradients. With `factor` above 1
-    each stored image is a grid of images: `decoded` and `decoded_labels` are what losses see, and `rows` and parameters per
-    sample are of these. In a run of several processes a bank holds the rows of this one's classes: `size` is the number of decoded
-    rows in the whole set, `start` that of those before this bank's.
+    `labels` (n,) int64 of the rows are grouped by ascending class. All parameters are leaves that require gradients; those that all
+    classes share to make images are among them. `decoded` and `decoded_labels` are the images that losses see, and `rows` and
+    parameters per sample are of these. In a run of several processes a bank holds the rows of this one's classes: `size` is the number of
+    images in the whole set, `start` that of those before this bank's.
     """
 
     def __init__(
@@ -36,24 +31,37 @@ class Bank:
         declared: Mapping[str, Parameter],
         settings: Mapping[str, OptimizerTable],
         *,
-        factor: int = 1,
+        parametrization: Parametrization | None = None,
+        shape: tuple[int, int, int] | None = None,
         start: int = 0,
         size: int | None = None,
     ) -> None:
-        """`start` and `size` count stored images; `size` None: these are all."""
+        """`shape` is that of the images that are made; without `parametrization` they are the rows. `start` and `size` count rows.
+
+        `size` None: these are all.
+        """
         self.labels = labels
-        self.factor = factor
-        self.start = start * factor**2
-        self.size = (len(labels) if size is None else size) * factor**2
-        self.decoded_labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
+        self.parametrization = parametrization
+        self.per_row = 1 if parametrization is None else parametrization.per_row
+        self.start = start * self.per_row
+        self.size = (len(labels) if size is None else size) * self.per_row
+        self.decoded_labels = labels if self.per_row == 1 else labels.repeat_interleave(self.per_row)
         self.host_labels = self.decoded_labels.cpu()
         self._ends = [0, *torch.bincount(self.host_labels).cumsum(0).tolist()]
-        self.declared = dict(sorted(declared.items()))
+        self._shape = shape or (0, 0, 0)
+        shared = {} if parametrization is None else parametrization.shared(self._shape)
+        self.shared = tuple(shared)
+        own = {name: Parameter(shape=tuple(value.shape), per="set") for name, value in shared.items()}
+        if twice := own.keys() & {*declared, "images"}:
+            raise InputError(f"The parametrization and a loss both have a parameter '{min(twice)}'. Choose another of the two.")
+        self.declared = dict(sorted({**declared, **own}.items()))
         self.images = images.detach().clone().requires_grad_()
         self.parameters = {}
         for name, spec in self.declared.items():
-            shape = (len(self.host_labels), *spec.shape) if spec.per == "sample" else spec.shape
-            self.parameters[name] = torch.full(shape, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
+            sides = (len(self.host_labels), *spec.shape) if spec.per == "sample" else spec.shape
+            self.parameters[name] = torch.full(sides, spec.init, dtype=images.dtype, device=images.device).requires_grad_()
+        for name, value in shared.items():
+            self.fill(name, value)
         for name in settings:
             if name not in self.tensors():
                 known = ", ".join(self.tensors())
@@ -80,10 +88,19 @@ class Bank:
         state = self.optimizers[name].state.get(tensor, {}).values()
         return [tensor, *(value for value in state if isinstance(value, Tensor) and value.ndim)]  # the count of updates is a scalar
 
+    @property
+    def stored_numbers(self) -> int:
+        """How many numbers the whole set stores of its images, with those that all classes share."""
+        rows = self.size // self.per_row * math.prod(self.images.shape[1:])
+        return rows + sum(self.parameters[name].numel() for name in self.shared)
+
     def decoded(self, rows: slice) -> Tensor:
-        """Returns the images of `rows`, which are whole classes, as losses see them."""
-        parts = self.factor**2
-        return decoded(self.images[rows.start // parts : rows.stop // parts], self.factor)
+        """Returns the images (n, C, H, W) of `rows`, which are whole classes, as losses see them: normalised."""
+        stored = self.images[rows.start // self.per_row : rows.stop // self.per_row]
+        if self.parametrization is None:
+            return stored
+        with blamed("parametrization", self.parametrization):
+            return self.parametrization.decode(stored, self._shape, {name: self.parameters[name] for name in self.shared})
 
     def rows(self, classes: range | None) -> slice:
         """Returns the rows of `classes` (None: all)."""
@@ -133,7 +150,7 @@ class Bank:
         return {key: value.detach().clone() for key, value in state.items()}
 
     def is_rowwise(self, key: str) -> bool:
-        """Whether the tensor `key` of state() has a row for each image of the set (stored or decoded)."""
+        """Whether the tensor `key` of state() has a row for each row or each image of the set."""
         kind, _, name = key.partition(".")
         if kind == "optimizer":
             name, _, kept = name.rpartition(".")
@@ -145,7 +162,7 @@ class Bank:
 
     def own_part(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns this bank's rows of the state of a bank of the whole set; raises ValueError where that is none."""
-        stored = self.size // self.factor**2
+        stored = self.size // self.per_row
         found = dict(state)
         for key, value in state.items():
             if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -185,32 +202,3 @@ def check_like(name: str, value: Tensor, other: Tensor) -> None:
     """Raises ValueError if `value` has another shape or type than `other`."""
     if (value.shape, value.dtype) != (other.shape, other.dtype):
         raise ValueError(f"{name} is {value.dtype} {tuple(value.shape)}, not {other.dtype} {tuple(other.shape)}")
-
-
-def check_factor(factor: int, size: Sequence[int]) -> None:
-    """Raises InputError where images of `size` (height, width) are no grid of factor x factor images."""
-    height, width = size
-    if height % factor or width % factor:
-        raise InputError(
-            f"decode.factor = {factor} cuts an image into {factor} x {factor} equal parts, and the data's have {height} x {width} pixels. "
-            "Choose a divisor of both (1: no grid), or set data.size.",
-            "decode.factor",
-        )
-
-
-def decoded(images: Tensor, factor: int) -> Tensor:
-    """Returns (n * factor², C, H, W): the parts of each of the images (n, C, H, W), row by row, enlarged bilinearly to H x W.
-
-    Differentiable, and affine in the images, so that it does not matter whether they are normalised. factor 1 changes nothing.
-    """
-    if factor == 1:
-        return images
-    count, channels, height, width = images.shape
-    cells = images.view(count, channels, factor, height // factor, factor, width // factor)
-    parts = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // factor, width // factor)
-    return functional.interpolate(parts, (height, width), mode="bilinear", align_corners=False)
-
-
-def encoded(images: Tensor, factor: int) -> Tensor:
-    """Returns (n, C, H, W), each the `grid` of factor x factor of the images (n * factor², C, H, W)."""
-    return images if factor == 1 else torch.stack([grid(parts, factor) for parts in images.split(factor**2)])

@@ -41,15 +41,20 @@ class ExecutionPlan:
         ranks: Ranks,
         real_counts: Iterable[int],
         *,
+        images_per_class: int,
         network: Callable[[], nn.Module],
         teacher: Callable[[], nn.Module],
     ) -> None:
-        """`real_counts` are the accessible images of each class; `network` and `teacher` make one of the run's, to look at."""
+        """`real_counts` are the accessible images of each class, `images_per_class` those of the set.
+
+        `network` and `teacher` make one of the run's, to look at.
+        """
         self.recipe = recipe
         self.requires = requires
         self.info = info
         self.device = device
         self.ranks = ranks
+        self._images = images_per_class
         self._network = network
         self._teacher = teacher
         self._real = [min(count, recipe.data.batch) for count in real_counts]
@@ -82,7 +87,7 @@ class ExecutionPlan:
         That is some of "network" (as embedder), "gradients" (the network's, by class) and "teacher".
         """
         engine, work, reasons = self.recipe.engine, {}, []
-        synthetic = self.info.classes * self.recipe.rows_per_class
+        synthetic = self.info.classes * self._images
         real = sum(self._real) if any(each.real for each in self.requires) else 0
         views = {view for each in self.requires if each.teacher and each.second_order for view in each.views}
         if self.needs_network and self._coupled:
@@ -126,12 +131,12 @@ class ExecutionPlan:
     def teacher_block(self) -> int:
         """The images that the teacher is differentiated with at once: parts of one size, so that code of one shape takes them all."""
         most = -(-self.info.classes // self.ranks.world_size)
-        return self._parts((min(self.chunk, most) or most) * self.recipe.rows_per_class, self._teacher())
+        return self._parts((min(self.chunk, most) or most) * self._images, self._teacher())
 
     @property
     def gradient_blocks(self) -> tuple[int, int]:
         """The synthetic and the real images of a class that the network is differentiated with at once, likewise."""
-        return self._parts(self.recipe.rows_per_class, self._probe), self._parts(max(1, *self._real), self._probe)
+        return self._parts(self._images, self._probe), self._parts(max(1, *self._real), self._probe)
 
     def _parts(self, rows: int, network: nn.Module) -> int:
         """Returns the size of the fewest parts of nearly one size of `rows` images."""
@@ -161,7 +166,7 @@ class ExecutionPlan:
         Features of real images are taken without gradient. Where gradients of parameters are matched, the synthetic images' are
         differentiated again.
         """
-        synthetic, real = self.info.classes * self.recipe.rows_per_class, sum(self._real)
+        synthetic, real = self.info.classes * self._images, sum(self._real)
         total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
         teacher_flops = forward_flops(self._teacher(), self.info) if any(each.teacher for each in self.requires) else 0.0
         for each in self.requires:
@@ -189,13 +194,13 @@ class ExecutionPlan:
     def _class_bytes(self, requires: Sequence[Requires]) -> int:
         """Returns what the images and activations of a class take for losses that ask for `requires`."""
         per_image = IMAGE_COPIES * 4 * math.prod(self.info.shape)
-        per_class = per_image * self.recipe.rows_per_class
+        per_class = per_image * self._images
         if any(each.real for each in requires):
             per_class += per_image * max(self._real, default=0)
         if any(each.network for each in requires):
-            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self.recipe.rows_per_class
+            per_class += int(ALIVE * saved_bytes(self._probe, self.info)) * self._images
         views = {view for each in requires for view in (each.views or ("default",)) if each.teacher}
         if views:
             alive = ALIVE_TWICE if any(each.teacher and each.second_order for each in requires) else ALIVE
-            per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self.recipe.rows_per_class
+            per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self._images
         return per_class

@@ -30,6 +30,7 @@ from ddkit.recipes.tables import (
     Recipe,
     RuleTable,
     check_depth,
+    instead_of_decode,
     own_keys,
     parse_recipe,
 )
@@ -246,7 +247,7 @@ def _chooses(keys: list[str]) -> bool:
 def assign(raw: Raw, path: str, value: Any) -> None:
     """Sets `path` of raw recipe data. Naming another component drops the options of the one before."""
     keys = path.split(".")
-    _check_path(raw, keys, path)
+    _check_path(raw, keys, path, value)
     top = keys[0]
     if len(keys) == 1 and top in SHORTHAND and isinstance(value, str):
         keys, path = [top, SHORTHAND[top]], f"{top}.{SHORTHAND[top]}"
@@ -265,8 +266,10 @@ def assign(raw: Raw, path: str, value: Any) -> None:
     table[keys[-1]] = value
 
 
-def _check_path(raw: Raw, keys: list[str], path: str) -> None:
+def _check_path(raw: Raw, keys: list[str], path: str, value: Any) -> None:
     known = fields(Recipe)
+    if keys[0] == "decode":
+        raise InputError(f"The recipe has no key 'decode' any more ({path}). {instead_of_decode(value)}", path)
     if keys[0] not in known:
         raise InputError(f"The recipe has no key '{keys[0]}' ({path}). {suggestion(keys[0], known)}", path)
     chosen = raw.get("losses", {})

@@ -78,6 +78,12 @@ class InitializerTable(PluginTable):
     use: str = "real"
 
 
+class ParametrizationTable(PluginTable):
+    """How images are made of what is stored; `ipc` counts the images that have as many numbers as are stored."""
+
+    use: str = "pixels"
+
+
 class AugmenterTable(PluginTable):
     use: str = "dsa"
 
@@ -128,12 +134,6 @@ class EvaluatorTable(PluginTable):
     use: str | None = None
 
 
-class DecodeTable(Table):
-    """Several images decoded from each stored one; `ipc` counts stored images."""
-
-    factor: Annotated[int, Option("a stored image is a grid of factor x factor images, each enlarged to the full size", ge=1, le=8)] = 1
-
-
 class RuleTable(Table):
     when: dict[Literal["ipc_min", "ipc_max", "pipc_min", "pipc_max"], int]
     set: dict[str, Any]
@@ -154,24 +154,14 @@ class Recipe(Table):
     train: TrainTable = msgspec.field(default_factory=TrainTable)
     network: NetworkTable = msgspec.field(default_factory=NetworkTable)
     initializer: InitializerTable = msgspec.field(default_factory=InitializerTable)
+    parametrization: ParametrizationTable = msgspec.field(default_factory=ParametrizationTable)
     augmenter: AugmenterTable = msgspec.field(default_factory=AugmenterTable)
     views: dict[str, ViewTable] = {}
     optimizer: dict[str, OptimizerTable] = {}
     engine: EngineTable = msgspec.field(default_factory=EngineTable)
     losses: dict[str, LossTable] = {}
     evaluators: dict[str, EvaluatorTable] = {}
-    decode: DecodeTable | None = None
     notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
-
-    @property
-    def factor(self) -> int:
-        """Returns the number of images along each side of a stored one."""
-        return self.decode.factor if self.decode else 1
-
-    @property
-    def rows_per_class(self) -> int:
-        """Returns how many images of a class losses and networks see: ipc, or more where several are decoded from one."""
-        return self.ipc * self.factor**2
 
     def loss_name(self, label: str) -> str:
         """Returns the plugin name of the loss labelled `label`."""
@@ -184,9 +174,9 @@ TABLES: dict[str, type[Table]] = {
     "train": TrainTable,
     "network": NetworkTable,
     "initializer": InitializerTable,
+    "parametrization": ParametrizationTable,
     "augmenter": AugmenterTable,
     "engine": EngineTable,
-    "decode": DecodeTable,
 }
 NAMED_TABLES: dict[str, type[Table]] = {
     "views": ViewTable,
@@ -199,6 +189,7 @@ CHOOSING = {  # tables that choose a component: the key that does, and the kind
     "network": ("model", "model"),
     "teacher": ("model", "model"),
     "initializer": ("use", "initializer"),
+    "parametrization": ("use", "parametrization"),
     "augmenter": ("use", "augmenter"),
     "train": ("augmenter", "augmenter"),
     "views": ("augmenter", "augmenter"),
@@ -206,7 +197,7 @@ CHOOSING = {  # tables that choose a component: the key that does, and the kind
     "evaluators": ("use", "evaluator"),
 }
 NAMED_BY_LABEL = ("losses", "evaluators")  # whose entry is called as its component, unless it says `use`
-SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "augmenter": "use"}
+SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "parametrization": "use", "augmenter": "use"}
 
 T = TypeVar("T", bound=Table)
 DEEPEST = 32  # levels of tables and arrays in a recipe
@@ -221,6 +212,8 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     """Returns a recipe from TOML data (rules already applied); raises InputError naming the path at fault."""
     if "blend" in table:
         raise InputError(f"A recipe has no table [blend] any more. {_instead_of_blend(table)}", "blend")
+    if "decode" in table:
+        raise InputError(f"A recipe has no table [decode] any more. {instead_of_decode(table['decode'])}", "decode")
     values: dict[str, Any] = {key: value for key, value in table.items() if key not in TABLES and key not in NAMED_TABLES}
     for key, kind in TABLES.items():
         if key in table:
@@ -246,6 +239,15 @@ def _instead_of_blend(table: Mapping[str, Any]) -> str:
             parts.append(key)
     commands += [f"ddkit blend {' '.join(parts)} --alpha {blend.get('alpha', 0.5)} --out both", "ddkit evaluate both"]
     return f"Make its two sets, with the flags of both, and average them: {'; '.join(commands)}"
+
+
+def instead_of_decode(decode: Any) -> str:
+    """Returns the lines that do what the table [decode] of version 0.1 did, for a recipe and for --set."""
+    factor = decode.get("factor", 1) if isinstance(decode, Mapping) else decode
+    return (
+        f'Write [parametrization], and in it the lines use = "grid" and factor = {factor}; '
+        f"on the command line --set parametrization.use=grid --set parametrization.factor={factor}"
+    )
 
 
 def check_depth(table: Mapping[str, Any], what: str) -> None:

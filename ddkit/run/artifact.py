@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,11 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from ddkit.components import registry
+from ddkit.components.base import Parametrization
+from ddkit.components.guard import blamed
+from ddkit.components.options import Count, written_options
 from ddkit.data.images import Normalisation, most_classes
-from ddkit.engine.bank import decoded
-from ddkit.errors import RunFilesError
+from ddkit.errors import InputError, RunFailed, RunFilesError, shown
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.manifest import SET, check_finished, check_listed, check_own
+
+MOST_MADE = 10_000  # numbers of images for each number that is stored
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
@@ -34,22 +40,58 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
 class Artifact:
     """A synthetic set: `images` (n, C, H, W) float32 in pixel units (0..1 nominal, not clipped), `labels` (n,) int64.
 
-    Where several images are decoded from each stored one (metadata `decode`), these are the decoded ones, which networks train on;
-    `stored_images` and `stored_labels` are those of the file, ipc a class. `mean` and `std` are the channel statistics that training on it
-    should use; `parameters` are extra tensors that losses declared (DKKT's multipliers); `metadata` is what the file records; `provenance`
-    is filled in for exporters.
+    Its file holds `stored`, rows of which the parametrization that the metadata name makes the images, and `row_labels` of these rows;
+    without one they are the images. `stored_images` and `stored_labels` are to look at: the rows if they are images, else the images that
+    are made. `mean` and `std` are the channel statistics that training on it should use; `parameters` are extra tensors: those that losses
+    declared (DKKT's multipliers), and those that all classes share to make images; `metadata` is what the file records; `provenance` is
+    filled in for exporters.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
-        """`images` and `labels` are those to be stored."""
-        self.stored_images = images
-        self.stored_labels = labels
+        """`images` and `labels` are those to be stored: of a parametrization the rows. Raises InputError if these make no images."""
+        self.stored = images
+        self.row_labels = labels
         self.metadata = metadata
         self.parameters = dict(parameters or {})
         self.provenance = Provenance()
-        factor = (metadata.get("decode") or {}).get("factor", 1)
-        self.images = decoded(images, factor)
-        self.labels = labels if factor == 1 else labels.repeat_interleave(factor**2)
+        self.parametrization = parametrization_of(metadata)
+        self.images = images
+        self.labels = labels
+        self.stored_images = images
+        self.stored_labels = labels
+        if self.parametrization is not None:
+            makes = self.parametrization
+            channels, height, width = images.shape[1:] if makes.stores_images else metadata["image_shape"]
+            with blamed("parametrization", makes):
+                made = makes.decode(images, (channels, height, width), self.parameters)
+            self.images = made if makes.stores_images else Normalisation(self.mean, self.std).to_pixels(made)
+            self.labels = labels if makes.per_row == 1 else labels.repeat_interleave(makes.per_row)
+            if not makes.stores_images:
+                self.stored_images = self.images
+                self.stored_labels = self.labels
+
+    @property
+    def stored_numbers(self) -> float:
+        """How many numbers a class stores on average, labels left out; what all classes share is shared out."""
+        names = () if self.parametrization is None else self.parametrization.shared(self.shape)
+        return (self.stored.numel() + sum(self.parameters[name].numel() for name in names)) / len(self.class_names)
+
+    @property
+    def stored_as_images(self) -> float:
+        """How many images of this size have as many numbers as a class stores."""
+        return self.stored_numbers / math.prod(self.shape)
+
+    @property
+    def stored_counts(self) -> Tensor:
+        """(K,) int64: how many images of this size the rows of each class are at most, rounded up; random real ones beside are as many."""
+        numbers = self.row_labels.bincount(minlength=len(self.class_names)) * math.prod(self.stored.shape[1:])
+        return -(-numbers // math.prod(self.shape))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of an image."""
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     @property
     def class_names(self) -> list[str]:
@@ -79,7 +121,32 @@ class Artifact:
 
     def save(self, path: Path) -> None:
         """Writes the set as safetensors, whole or not at all."""
-        write_tensors(path, {**self.parameters, "images": self.stored_images, "labels": self.stored_labels}, self.metadata)
+        name = "images" if self.parametrization is None or self.parametrization.stores_images else "stored"
+        write_tensors(path, {**self.parameters, name: self.stored, "labels": self.row_labels}, self.metadata)
+
+
+def made_with(makes: Parametrization, use: str, shape: Sequence[int]) -> dict[str, Any]:
+    """Returns what the metadata of a set say of its parametrization, called `use`: name and options; {} if the rows are the images.
+
+    `shape` (C, H, W) of the images is told if the rows do not show it.
+    """
+    if use == "pixels":
+        return {}
+    found = {"parametrization": {"use": use, **written_options(makes.options)}}
+    return found if makes.stores_images else {**found, "image_shape": list(shape)}
+
+
+def parametrization_of(metadata: Mapping[str, Any]) -> Parametrization | None:
+    """Returns the parametrization of a set, None if its rows are the images; raises InputError or PluginError if there is none like it.
+
+    Version 0.1 wrote {"decode": {"factor": 2}} of a grid.
+    """
+    table = {"use": "grid", **metadata["decode"]} if "decode" in metadata else dict(metadata.get("parametrization", {}))
+    use = table.pop("use", "pixels")
+    if not isinstance(use, str):
+        raise InputError(f"parametrization.use is a text; got {shown(use)}.", "parametrization.use")
+    found: Parametrization | None = None if use == "pixels" else registry.create("parametrization", use, table, where="parametrization")
+    return found
 
 
 def load(path: str | Path) -> Artifact:
@@ -101,12 +168,14 @@ def load(path: str | Path) -> Artifact:
     problem = _problem(tensors, metadata)
     if problem:
         raise RunFilesError(f"{file} is no synthetic set: {problem}.")
-    parameters = {name: value for name, value in tensors.items() if name not in ("images", "labels")}
-    return Artifact(tensors["images"], tensors["labels"], metadata, parameters)
-
-
-class _Decode(msgspec.Struct):
-    factor: Annotated[int, msgspec.Meta(ge=1, le=8)]
+    labels, name = tensors.pop("labels"), "images" if "images" in tensors else "stored"
+    try:
+        found = Artifact(tensors.pop(name), labels, metadata, tensors)
+    except RunFailed as error:
+        raise RunFilesError(f"{file} is no synthetic set: {error}") from None
+    if found.images.shape != (len(found.labels), *found.images.shape[1:]) or not bool(found.images.isfinite().all()):
+        raise RunFilesError(f"{file} is no synthetic set: what it stores makes no finite images for its labels.")
+    return found
 
 
 class Record(msgspec.Struct):
@@ -119,14 +188,17 @@ class Record(msgspec.Struct):
     pipc: Annotated[int, msgspec.Meta(ge=0)] | Literal["all"] | None = None
     seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
     seeds: list[int] = []
-    decode: _Decode | None = None
+    decode: dict[str, Any] | None = None
+    parametrization: dict[str, Any] | None = None
+    image_shape: tuple[Count, Count, Count] | None = None
 
 
 def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None:
-    images, labels = tensors.get("images"), tensors.get("labels")
+    images, labels = tensors.get("images", tensors.get("stored")), tensors.get("labels")
     if images is None or labels is None:
         return "it has no tensors 'images' and 'labels'"
-    if images.ndim != 4 or images.dtype != torch.float32 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
+    of_images = 4 if "images" in tensors else images.ndim
+    if images.ndim != max(of_images, 1) or images.dtype != torch.float32 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         return f"images are {images.dtype} {tuple(images.shape)}, labels {labels.dtype} {tuple(labels.shape)}"
     if images.numel() == 0:
         return f"its images have the shape {tuple(images.shape)}, so it holds none"
@@ -137,9 +209,21 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
         record = msgspec.convert(metadata, Record)
     except msgspec.ValidationError as error:
         return f"its metadata cannot be used ({error})"
-    if record.decode and any(side % record.decode.factor for side in images.shape[2:]):
-        return f"its images of {images.shape[2]} x {images.shape[3]} pixels cannot be cut into {record.decode.factor} parts a side"
-    if len(record.mean) != images.shape[1] or len(record.std) != images.shape[1]:
+    shape = record.image_shape if "images" not in tensors else (images.shape[1], images.shape[2], images.shape[3])
+    try:
+        makes = parametrization_of(metadata)
+        if shape is None or (makes is None or makes.stores_images) != ("images" in tensors):
+            return "its tensors are not those of its parametrization"
+        if makes is not None:
+            makes.check(shape)
+            lacking = [name for name, value in makes.shared(shape).items() if tensors.get(name, labels).shape != value.shape]
+            if lacking:
+                return f"it has no tensor '{lacking[0]}' as its parametrization needs it"
+            if makes.per_row * math.prod(shape) > MOST_MADE * math.prod(images.shape[1:]):
+                return f"its images of {shape} values would be more than {MOST_MADE:,} times as many as are stored"
+    except InputError as error:
+        return f"its images cannot be made: {error}"
+    if len(record.mean) != shape[0] or len(record.std) != shape[0]:
         return "its mean and std do not fit its channels"
     if not all(math.isfinite(value) for value in (*record.mean, *record.std)) or min(record.std) <= 0:
         return "its mean and std are not finite, or a std is not positive"

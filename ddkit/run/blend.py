@@ -37,13 +37,14 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
         known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
         copied = ("data", "teacher", "train", "seed", "pipc")
         table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
-        ipc = int(result.metadata.get("ipc") or result.stored_labels.bincount().max())
+        ipc = int(result.metadata.get("ipc") or result.stored_counts.max())
         recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
         if known:
             directory.write_recipe(recipe_dict(recipe))
         save_set(result, directory)
         add_frame(directory.path, 0, ours.stored_images, ours.stored_labels)
-        add_frame(directory.path, 1, theirs.stored_images[partners(ours, theirs)], ours.stored_labels)
+        partner = Artifact(theirs.stored[partners(ours, theirs)], ours.row_labels, theirs.metadata, theirs.parameters)
+        add_frame(directory.path, 1, partner.stored_images, ours.stored_labels)
         facts = _facts([place.absolute() for place in places], alpha)
         close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
     return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
@@ -77,12 +78,12 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     partner = partners(first, second)
     if (first.mean, first.std) != (second.mean, second.std):
         log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
-    images = torch.lerp(first.stored_images, second.stored_images[partner], alpha)
+    rows = torch.lerp(first.stored, second.stored[partner], alpha)
     known = [part.metadata["pipc"] for part in (first, second) if part.metadata.get("pipc") is not None]
     pipc = {} if not known else {"pipc": "all" if "all" in known else max(known)}  # that both together had access to
     seeds = sorted({seed for part in (first, second) for seed in part.seeds})
     metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | pipc
-    return Artifact(images, first.stored_labels, {key: value for key, value in metadata.items() if key != "schema"})
+    return Artifact(rows, first.row_labels, {key: value for key, value in metadata.items() if key != "schema"})
 
 
 def partners(first: Artifact, second: Artifact) -> Tensor:
@@ -99,12 +100,17 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
     if first.images.shape[1:] != second.images.shape[1:]:
         shapes = [tuple(each.images.shape[1:]) for each in (first, second)]
         raise InputError(f"The first set has images of shape {shapes[0]} (C, H, W), the second of {shapes[1]}; they cannot be averaged.")
-    if first.metadata.get("decode") != second.metadata.get("decode"):
-        raise InputError("Images are decoded from those of one set and not in the same way from the other's; the two cannot be averaged.")
-    partner = torch.empty(len(first.stored_labels), dtype=torch.int64)
+    made = [(each.parametrization.name, each.parametrization.options) if each.parametrization else None for each in (first, second)]
+    if made[0] != made[1]:
+        raise InputError("Images are made of the numbers of one set and not in the same way of the other's; the two cannot be averaged.")
+    makes = first.parametrization
+    if makes is not None and not (makes.linear and (makes.stores_images or (first.mean, first.std) == (second.mean, second.std))):
+        why = "the two have different normalisation" if makes.linear else "the average of what is stored makes no average of the images"
+        raise InputError(f"The sets are stored as {makes.name}, and {why}; they cannot be averaged.")
+    partner = torch.empty(len(first.row_labels), dtype=torch.int64)
     for label, name in enumerate(ours):
-        rows = (first.stored_labels == label).nonzero().flatten()
-        others = (second.stored_labels == theirs.index(name)).nonzero().flatten()
+        rows = (first.row_labels == label).nonzero().flatten()
+        others = (second.row_labels == theirs.index(name)).nonzero().flatten()
         if len(rows) != len(others):
             raise InputError(
                 f"The first set has {len(rows)} images of the class '{name}', the second {len(others)}: only sets of the same ipc "

@@ -51,6 +51,9 @@ def recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
     content has digests of its own.
     """
     kept = {key: value for key, value in table.items() if key != "steps"}
+    makes = kept.get("parametrization")
+    if isinstance(makes, dict) and makes.get("use") == "grid":
+        kept["decode"] = {"factor": kept.pop("parametrization").get("factor")}  # as version 0.1 wrote it
     places = {"data": ("path", "dir"), "teacher": ("use",)}
     unplaced = {
         key: {name: each for name, each in value.items() if name not in places[key]} if key in places and isinstance(value, dict) else value

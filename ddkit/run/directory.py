@@ -232,6 +232,8 @@ class RunDirectory:
             check_depth(table, "it")
             if (self.path / MANIFEST).is_file():
                 table.pop("blend", None)  # version 0.1 wrote there what the manifest says too
+            if "decode" in table and "parametrization" not in table:  # version 0.1 called it so
+                table["parametrization"] = {"use": "grid", **table.pop("decode")}
             parse_recipe(table)
         except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None

@@ -134,7 +134,10 @@ def run_evaluators(
             work = evaluator.work(data)
             report = watchers.begin("evaluation", f"Evaluating: {label}{work and f' ({work})'}")
             seen = msgspec.structs.replace(data, spread=data.spread if evaluator.shares else None, report=report, report_part=report)
-            rows += [msgspec.structs.replace(row, split=real.split) for row in evaluator(artifact, seen, teacher)]
+            for row in evaluator(artifact, seen, teacher):
+                own = row.images == "synthetic"
+                budget = {"stored_numbers": artifact.stored_numbers, "stored_as_images": artifact.stored_as_images} if own else {}
+                rows.append(msgspec.structs.replace(row, split=real.split, **budget))
     rows = rows if ranks.world_size == 1 else msgspec.convert(ranks.broadcast(msgspec.to_builtins(rows)), list[Evaluation])
     for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels))):
         log.warning("%s", sentence)

@@ -16,17 +16,16 @@ from torch import Tensor
 
 from ddkit.components import registry, trust
 from ddkit.components.base import DataInfo
-from ddkit.components.options import parse_struct, written_options
+from ddkit.components.options import written_options
 from ddkit.data.arrays import check_declared, read_arrays
 from ddkit.data.images import Normalisation, most_classes, to_unit
-from ddkit.engine.bank import check_factor
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import check_out, open_regular, read_tensors, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
 from ddkit.recipes.resolve import flattened, resolve
-from ddkit.recipes.tables import DecodeTable
-from ddkit.run.artifact import Artifact, Record
+from ddkit.recipes.tables import instead_of_decode
+from ddkit.run.artifact import Artifact, Record, made_with, parametrization_of
 from ddkit.run.directory import RunDirectory, save_set
 
 log = logging.getLogger("ddkit")
@@ -59,10 +58,10 @@ def import_file(
     `path` is a file of torch.save, .npz or .safetensors; it is read as tensors alone, so that none of its code runs. A set
     is images (n, C, H, W) and labels (n,), and becomes the folder `out`; `pixels` says whether floats are normalised with `mean`
     and `std` or in 0..1, and `index` which of several sets is taken. If each image is a grid of 2 x 2, `sets` says so:
-    {"decode.factor": 2}. A teacher is a state dict of `model` (with the options that `sets` gives: {"teacher.norm": "batch"}) for images
-    of `size` (height, width), and becomes the file `out`. `classes` are the class names, or their number. What the file itself records
-    is taken if it is not given: `mean` and `std`, and of ddkit's own files the class names, the grid and that pixels are in 0..1. What is
-    given and has no effect on the file is refused. Raises DdkitError.
+    {"parametrization.factor": 2}. A teacher is a state dict of `model` (with the options that `sets` gives: {"teacher.norm": "batch"}) for
+    images of `size` (height, width), and becomes the file `out`. `classes` are the class names, or their number. What the file itself
+    records is taken if it is not given: `mean` and `std`, and of ddkit's own files the class names, the grid and that pixels are in 0..1.
+    What is given and has no effect on the file is refused. Raises DdkitError.
     """
     source, target = Path(path), Path(out)
     found, recorded = _read(source)
@@ -72,11 +71,16 @@ def import_file(
     pair = _set_in(found, index or 0) if kind in ("auto", "set") else None
     if pair is not None:
         unused = [flag for flag, value in (("--size", size), ("--model", model)) if value is not None]
-        unused += [f"--set {path}" for path in settings if path != "decode.factor"]
-        refuse_unused(unused, f"{source} is a synthetic set, of which --set takes decode.factor alone.")
-        factor = parse_struct(DecodeTable, {"factor": settings.get("decode.factor", recorded.get("factor", 1))}, "decode").factor
+        if "decode.factor" in settings:
+            raise InputError(f"--set decode.factor: {instead_of_decode(settings['decode.factor'])}.", "decode.factor")
+        unused += [f"--set {path}" for path in settings if not path.startswith("parametrization.")]
+        refuse_unused(
+            unused, f"{source} is a synthetic set, of which --set takes parametrization.* alone, for example parametrization.factor=2."
+        )
+        makes = {path.partition(".")[2]: value for path, value in settings.items()}
+        makes = {"use": "grid", **makes} if makes else recorded.get("parametrization", {})
         norm, names = _statistics(source, mean, std), classes or recorded.get("classes")
-        return _import_set(source, target, pair, norm, names, pixels or recorded.get("pixels"), factor)
+        return _import_set(source, target, pair, norm, names, pixels or recorded.get("pixels"), makes)
     state = _state_in(found) if kind in ("auto", "teacher") else None
     if state is None:
         no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
@@ -99,7 +103,7 @@ def import_file(
 def _read(path: Path) -> tuple[Any, dict[str, Any]]:
     """Returns the tensors of a file in their dicts and lists, and what it records of a set; raises InputError for a file of other things.
 
-    A set may record "mean" and "std", and one of ddkit's own "classes", "pixels" and "factor".
+    A set may record "mean" and "std", and one of ddkit's own "classes", "pixels" and "parametrization".
     """
     try:
         with open_regular(path) as stream:
@@ -146,9 +150,13 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{error}.") from None
     with suppress(msgspec.ValidationError):  # the metadata of somebody else's
         own = msgspec.convert(metadata, Record)
-        factor = {} if own.decode is None else {"factor": own.decode.factor}
+        if "stored" in tensors:
+            raise InputError(f"{path} is a set of ddkit's own, which every command takes as it is.")
         if "images" in tensors:
-            return tensors, {"pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, **factor}
+            table = own.parametrization or ({"use": "grid", **own.decode} if own.decode else {})
+            return tensors, {
+                "pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, "parametrization": table,
+            }  # fmt: skip
     return tensors, _statistics_in(tensors)
 
 
@@ -256,7 +264,9 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 # Sets
 
 
-def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes: Classes, pixels: str | None, factor: int) -> Artifact:
+def _import_set(
+    path: Path, out: Path, pair: Pair, norm: Normalisation, classes: Classes, pixels: str | None, makes: Mapping[str, Any]
+) -> Artifact:
     images = _images(path, pair[0], norm, pixels)
     labels = _plain(pair[1], "labels", path)
     fits = labels.ndim == 1 and len(labels) == len(images) and labels.dtype != torch.bool
@@ -268,14 +278,17 @@ def _import_set(path: Path, out: Path, pair: Pair, norm: Normalisation, classes:
     names = _names(classes, int(labels.max()) + 1, path)
     if len(names) > most_classes(len(images)):
         raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
-    check_factor(factor, images.shape[2:])
     order = labels.argsort(stable=True)
     if not torch.equal(order, torch.arange(len(labels))):
         log.warning("The images were not in order of class; they are now, in each class in the order of the file.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     record: dict[str, Any] = {"class_names": names, "mean": list(norm.mean), "std": list(norm.std), "recipe": "imported"}
-    if factor > 1:
-        record["decode"] = {"factor": factor}
+    found = parametrization_of({"parametrization": makes})
+    if found is not None:
+        if not found.stores_images:
+            raise InputError(f"parametrization.use: a set of images cannot be of the parametrization '{found.name}', which stores none.")
+        found.check((images.shape[1], images.shape[2], images.shape[3]))
+        record |= made_with(found, makes["use"], images.shape[1:])
     if len(set(counts)) == 1:
         record["ipc"] = counts[0]
     else:

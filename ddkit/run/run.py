@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ from ddkit.nn.device import products
 from ddkit.recipes.resolve import flattened
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import warnings
-from ddkit.run.artifact import Artifact, load
+from ddkit.run.artifact import Artifact, load, made_with
 from ddkit.run.checkpoints import is_due, keep_until
 from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, outside, silent
@@ -103,6 +104,13 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "image_shape": list(setup.info.shape),
             "accessible_images": len(setup.real.indices),
             "synthetic_images": setup.info.classes * recipe.ipc,  # those that are stored
+            "parametrization": {
+                "use": setup.parametrization.name,
+                "images_per_class": setup.images_per_class,
+                "encoding_error": setup.encoding_error,
+                "stored_numbers": setup.bank.stored_numbers / setup.info.classes,
+                "stored_as_images": setup.bank.stored_numbers / setup.info.classes / math.prod(setup.info.shape),
+            },
             "teacher": recipe.teacher.use if setup.needs_teacher else None,
             "teacher_is_trained_first": setup.teacher is not None and not setup.teacher.path,
             "teacher_accuracy": None if setup.tested is None else msgspec.structs.asdict(setup.tested),
@@ -233,7 +241,7 @@ def _begin(setup: RunSetup, directory: RunDirectory) -> None:
         cut_metrics(directory.path, 0, setup.resolved_recipe.steps, setup.resolved_recipe.engine.log_every)
     images = _pixels(setup)
     if images is not None:
-        add_frame(directory.path, 0, images, setup.stored_labels)
+        add_frame(directory.path, 0, images, setup.shown_labels)
     _keep(0, setup, directory, 0.0)
 
 
@@ -293,7 +301,9 @@ def _doubts(setup: RunSetup, artifact: Artifact, lines: Sequence[Mapping[str, An
     logged = f"at all {len(lines)} logged steps" if len(lines) > 1 else "at the only step"
     if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
         fewest, helps = min(setup.real.counts().values(), default=0), "Use another loss or --init noise."
-        if setup.initializer.needed(recipe.rows_per_class) and 0 < fewest <= recipe.rows_per_class:  # it is compared with these very images
+        if (
+            setup.initializer.needed(setup.images_per_class) and 0 < fewest <= setup.images_per_class
+        ):  # it is compared with these very images
             counts = f"(ipc {recipe.ipc}; {fewest} accessible)"
             helps = f"It began as all accessible images {counts}: raise --pipc, lower --ipc, or use another loss or --init noise."
         told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {helps}"]
@@ -319,7 +329,7 @@ def _iterate(setup: RunSetup, directory: RunDirectory, start: int, began: float)
         images = _pixels(setup) if setup.ranks.broadcast(watchers.has("checkpoint_written")) else None
         if images is not None:
             watchers.call(
-                "checkpoint_written", index=index, images=images, labels=setup.stored_labels, class_names=list(setup.info.class_names)
+                "checkpoint_written", index=index, images=images, labels=setup.shown_labels, class_names=list(setup.info.class_names)
             )
 
     def keep(index: int) -> None:
@@ -335,7 +345,7 @@ def _iterate(setup: RunSetup, directory: RunDirectory, start: int, began: float)
         watchers.call("step_finished", index=index, steps=recipe.steps, record=line)
         images = _pixels(setup) if is_frame(index + 1) else None
         if images is not None:
-            add_frame(directory.path, index + 1, images, setup.stored_labels)
+            add_frame(directory.path, index + 1, images, setup.shown_labels)
         if is_due(index + 1, every.checkpoint_every):
             keep(index + 1)
 
@@ -350,19 +360,25 @@ def _iterate(setup: RunSetup, directory: RunDirectory, start: int, began: float)
 
 
 def _pixels(setup: RunSetup) -> Tensor | None:
-    """Returns the images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the main one."""
-    images = _whole(setup, setup.normalisation.to_pixels(setup.bank.images.detach())).cpu()
+    """Returns the stored images (n, C, H, W) of the whole set in pixel units, on the CPU; None in every process but the main one.
+
+    Of a set that stores no images those that are made.
+    """
+    bank = setup.bank
+    images = bank.images if setup.parametrization.stores_images else bank.decoded(bank.rows(None))
+    images = _whole(setup, setup.normalisation.to_pixels(images.detach())).cpu()
     return images if setup.ranks.is_main else None
 
 
 def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
     recipe, bank = setup.resolved_recipe, setup.bank
-    images = _pixels(setup)
+    makes = setup.parametrization
+    stored = _pixels(setup) if makes.stores_images else _whole(setup, bank.images.detach()).cpu()
     extra = {
         name: (_whole(setup, tensor.detach()) if bank.is_rowwise(f"bank.{name}") else tensor.detach()).cpu()
         for name, tensor in bank.parameters.items()
     }
-    if images is None:
+    if not setup.ranks.is_main or stored is None:
         return
     metadata = {
         "class_names": list(setup.info.class_names),
@@ -372,9 +388,9 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         "pipc": recipe.pipc,
         "seed": recipe.seed,
         "recipe": recipe.name,
-        **({"decode": {"factor": recipe.factor}} if recipe.factor > 1 else {}),
+        **made_with(makes, recipe.parametrization.use, setup.info.shape),
     }
-    save_set(Artifact(images, setup.stored_labels, metadata, extra), directory)
+    save_set(Artifact(stored, setup.stored_labels, metadata, extra), directory)
 
 
 def _facts(setup: RunSetup) -> dict[str, Any]:

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.components import plugin_file, registry
-from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, InitContext, Initializer, Model
+from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, InitContext, Initializer, Model, Parametrization
 from ddkit.components.guard import blamed, called
 from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, channel_statistics, on_disk
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.distributed import ALONE, Ranks, class_rows
-from ddkit.engine.bank import Bank, check_factor, encoded
+from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
@@ -70,12 +70,14 @@ class RunSetup:
         ranks.check_classes(len(self.dataset.class_names))
         check_reduce(self.losses, ranks)
         self._check_room()
+        self.encoding_error = 0.0  # of the first images, once they are made
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
         self._normalisation: Normalisation | None = None
         self.real = RealData.of(recipe, self.dataset, self._shape(), ranks, self.watchers)
         self.info: DataInfo = self.real.info
-        check_factor(recipe.factor, self.info.size)
+        with blamed("parametrization", self.parametrization, building=True):
+            self.parametrization.check(self.info.shape)
         self._check_memory()
         self._build_components()
         self.plugin_files = plugin_file.known()
@@ -101,12 +103,15 @@ class RunSetup:
         available = {name: int(min(count, limit)) for name, count in zip(self.dataset.class_names, counts, strict=True)}
         table = self.recipe.initializer
         self.initializer: Initializer = registry.create("initializer", table.use, table.options, where="initializer")
+        makes = self.recipe.parametrization
+        self.parametrization: Parametrization = registry.create("parametrization", makes.use, makes.options, where="parametrization")
+        self.images_per_class = self.parametrization.images_per_class(self.recipe.ipc)
         if not self.begun:
-            self.initializer.check(self.recipe.rows_per_class, available)
+            self.initializer.check(self.images_per_class, available)
 
     def _check_memory(self) -> None:
         """Raises InputError if the synthetic images, their gradient and Adam's two averages are larger than this machine's memory."""
-        images, memory = 4 * len(self.own_classes) * self.recipe.rows_per_class * math.prod(self.info.shape), machine_bytes()
+        images, memory = 4 * len(self.own_classes) * self.images_per_class * math.prod(self.info.shape), machine_bytes()
         if (4 * images if self.recipe.steps else images) > memory:
             more = " Updating them takes four times as much." if images <= memory else ""
             raise InputError(
@@ -152,7 +157,8 @@ class RunSetup:
             self._check_deterministic()
         self.decided = ExecutionPlan(
             recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
-            network=lambda: build_network(self.model, info, 0, "probe"), teacher=self._teacher_probe,
+            images_per_class=self.images_per_class, network=lambda: build_network(self.model, info, 0, "probe"),
+            teacher=self._teacher_probe,
         )  # fmt: skip
         self._check_second_order()
 
@@ -280,21 +286,36 @@ class RunSetup:
 
     def initial_bank(self) -> Bank:
         """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
-        factor, own = self.recipe.factor, self.own_classes
+        own = self.own_classes
         if not self.begun:
             self.watchers.begin("start", f"Making the first images ({registry.split_name(self.recipe.initializer.use)[0]})")
-        rows = torch.arange(own.start, own.stop).repeat_interleave(self.recipe.rows_per_class)
+        rows = torch.arange(own.start, own.stop).repeat_interleave(self.images_per_class)
         images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
-        stored, labels = encoded(images, factor), rows[:: factor**2]
-        return Bank(
-            stored.to(self.device), labels.to(self.device), declared_by(self.losses), self.recipe.optimizer, factor=factor,
-            start=own.start * self.recipe.ipc, size=self.info.classes * self.recipe.ipc,
+        with blamed("parametrization", self.parametrization, building=True):
+            stored = self.parametrization.encode(images, self.parametrization.shared(self.info.shape))
+        each = self.images_per_class // self.parametrization.per_row
+        bank = Bank(
+            stored.to(self.device), rows[:: self.parametrization.per_row].to(self.device), declared_by(self.losses), self.recipe.optimizer,
+            parametrization=self.parametrization, shape=self.info.shape, start=own.start * each, size=self.info.classes * each,
         )  # fmt: skip
-
-    @property
-    def stored_labels(self) -> Tensor:
-        """The labels (classes * ipc,) int64 of the whole set's stored images, on the CPU."""
-        return torch.arange(self.info.classes).repeat_interleave(self.recipe.ipc)
+        self.stored_labels = torch.arange(self.info.classes).repeat_interleave(each)
+        self.shown_labels = self.stored_labels
+        if not self.parametrization.stores_images:
+            self.shown_labels = self.stored_labels.repeat_interleave(self.parametrization.per_row)
+        if stored is not images:
+            made = bank.decoded(bank.rows(None))
+            if (made.shape, made.dtype) != (images.shape, torch.float32) or not bool(made.isfinite().all()):
+                raise RunFailed(
+                    f"The {called('parametrization', self.parametrization)} made images of shape {tuple(made.shape)}, {made.dtype}, or "
+                    f"not finite ones; it has to make finite float32 ones of shape {tuple(images.shape)}.{self.parametrization.advice}"
+                )
+        if stored is not images and not self.begun:
+            square = (made.detach().cpu() - images).double().square().sum()
+            total = self.ranks.all_reduce([square], "encoding")[0]
+            self.encoding_error = math.sqrt(float(total) / (self.info.classes * self.images_per_class * math.prod(self.info.shape)))
+            far = f"{self.encoding_error:.3f} (root mean square, normalised units)"
+            self.watchers.begin("start", f"The first images as {self.parametrization.name} are {far} from those of the initializer")
+        return bank
 
     def _first_images(self, labels: Tensor) -> Tensor:
         """Returns what the initializer gives for labels (n,) of this process's classes: (n, C, H, W), normalised.
@@ -303,7 +324,7 @@ class RunSetup:
         """
         together = self.ranks.world_size > 1 and not self.initializer.by_class
         if together:
-            labels = torch.arange(self.info.classes).repeat_interleave(self.recipe.rows_per_class)
+            labels = torch.arange(self.info.classes).repeat_interleave(self.images_per_class)
         guide = self.teacher if self.initializer.requires.teacher else None
         start = InitContext(
             labels=labels,
@@ -383,6 +404,7 @@ class RunSetup:
             data=replace(written(data, "use", data_options), held_out=self.real.held_out or data.held_out),
             network=written(recipe.network, "model", self.model.options),
             initializer=written(recipe.initializer, "use", self.initializer.options),
+            parametrization=written(recipe.parametrization, "use", self.parametrization.options),
             augmenter=written(recipe.augmenter, "use", self.augmenter.options),
             views={
                 name: replace(written(recipe.views[name], "augmenter", view.augmenter.options), compose=None)
@@ -444,7 +466,7 @@ def estimated(setup: RunSetup) -> dict[str, Any]:
         "steps": decided.step_flops() * recipe.steps / setup.ranks.world_size,
         "evaluation": sum(
             each.operations(
-                info, rows=info.classes * recipe.rows_per_class, real=len(setup.real.labels), tests=len(setup.real.test_set[1])
+                info, rows=info.classes * setup.images_per_class, real=len(setup.real.labels), tests=len(setup.real.test_set[1])
             ) for each in setup.evaluators.values()
         ),
     }  # fmt: skip
@@ -452,7 +474,7 @@ def estimated(setup: RunSetup) -> dict[str, Any]:
     rate = product_rate(setup.device, decided.arithmetic.precision, side=side, count=count)
     held = [setup.real.images, setup.real.test_set[0]] if setup.evaluators else [setup.real.images]
     images = sum(each.nbytes for each in held if not on_disk(each))
-    bank = BANK_COPIES * 4 * len(setup.own_classes) * recipe.rows_per_class * math.prod(info.shape)
+    bank = BANK_COPIES * 4 * len(setup.own_classes) * setup.images_per_class * math.prod(info.shape)
     return {
         "seconds": round(sum(operations.values()) / (SHARE * rate), 1),
         "memory_mib": round(PROCESS_MIB + (images + bank + decided.step_bytes()) / 2**20),

@@ -25,7 +25,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One figure: accuracies are fractions, `std` the sample standard deviation over all networks of all sets.
 
     `std_of_sets` is that of the sets' means; `wanted` the sets asked for; `failed` why one could not be had. `comparable` is False where
-    the data is not that of the published figures; `warnings` are what the runs of its sets warned of.
+    the data is not that of the published figures; `warnings` are what the runs of its sets warned of. `stored_numbers` is the
+    budget of a class, and `stored_as_images` how many images have as many numbers, None where that is not known.
     """
 
     ipc: int
@@ -52,6 +53,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     comparable: bool = True
     warnings: list[str] = []
     cached: int = 0
+    stored_numbers: float | None = None
+    stored_as_images: float | None = None
 
     @property
     def difference(self) -> float | None:
@@ -129,6 +132,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
         dataset=":".join(filter(None, (name, place))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
         comparable=comparable, warnings=warnings, cached=sum(row["details"].get("cached", 0) for _, row in done),
+        **{name: done[0][1].get(name) if done else None for name in ("stored_numbers", "stored_as_images")},
     )  # fmt: skip
 
 
@@ -204,12 +208,26 @@ def report_table(report: Report, style: str = "simple") -> str:
     notes += [f"Failed: {figure.label}: {figure.failed}" for figure in figures if figure.failed]
     notes += [f"Warned: {message}" for message in dict.fromkeys(message for figure in figures for message in figure.warnings)]
     notes += [f"From the cache: {figure.cached} networks of {figure.label}." for figure in figures if figure.cached]
+    notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
     notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
     if style == "pipe":
         rows, notes = [[markdown(cell) for cell in row] for row in rows], [markdown(note) for note in notes]
     aligned = ["right", "right", *["left"] * (len(header) - 2)]
     return "\n\n".join([tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned), "\n".join(notes)])
+
+
+def _budgets(figures: Sequence[Figure]) -> list[str]:
+    """Returns a sentence for each row of cells whose sets store different numbers a class: such figures are not compared."""
+    rows: dict[tuple[int, int | str], dict[str, float]] = {}
+    for figure in figures:
+        if figure.stored_numbers is not None:
+            rows.setdefault((figure.ipc, figure.pipc), {})[figure.name] = figure.stored_numbers
+    return [
+        f"Of different budgets at ipc {ipc}, pipc {pipc}, so not to be compared: "
+        + ", ".join(f"{name} {numbers:,.6g} numbers a class" for name, numbers in row.items()) + "."
+        for (ipc, pipc), row in rows.items() if len(set(row.values())) > 1
+    ]  # fmt: skip
 
 
 def _percent(mean: float | None, std: float | None, digits: int) -> str:

@@ -161,7 +161,9 @@ def _check_images(study: Study, task: Task) -> None:
     if recipe.pipc == "all":
         return
     baseline = study.systems[task.cell.system].baseline
-    count = registry.create("initializer", table.use, table.options, where="initializer").needed(recipe.rows_per_class)
+    makes = registry.create("parametrization", recipe.parametrization.use, recipe.parametrization.options, where="parametrization")
+    initializer = registry.create("initializer", table.use, table.options, where="initializer")
+    count = initializer.needed(makes.images_per_class(recipe.ipc))
     who, changes = (f"baseline {baseline}", "`pipc`") if baseline else (f"initializer {table.use}", "`pipc` or initializer")
     needing = [] if recipe.pipc or baseline else [each.label for each in losses_of(recipe) if each.requires.real]
     if needing:

@@ -25,6 +25,7 @@ from ddkit.testing.kinds import (
     InitializerConformance,
     ModelConformance,
     ObserverConformance,
+    ParametrizationConformance,
 )
 from ddkit.testing.losses import LossConformance
 from ddkit.testing.suite import Broken, Conformance
@@ -42,14 +43,15 @@ __all__ = [
     "ModelConformance",
     "ObserverConformance",
     "Outcome",
+    "ParametrizationConformance",
     "check",
 ]
 
 SUITES: dict[str, type[Conformance]] = {
     suite.kind: suite
     for suite in (
-        LossConformance, InitializerConformance, AugmenterConformance, EvaluatorConformance, ModelConformance,
-        DatasetConformance, ExporterConformance, ObserverConformance,
+        LossConformance, InitializerConformance, ParametrizationConformance, AugmenterConformance, EvaluatorConformance,
+        ModelConformance, DatasetConformance, ExporterConformance, ObserverConformance,
     )
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.components import registry
-from ddkit.components.base import Augmenter, DataInfo, Evaluation, EvaluationData, InitContext
+from ddkit.components.base import Augmenter, DataInfo, Evaluation, EvaluationData, InitContext, Parametrization
 from ddkit.components.observers import HOOKS, Observers
 from ddkit.data.images import Normalisation
 from ddkit.nn.embedder import embed, features_of
@@ -94,6 +94,99 @@ class InitializerConformance(ShapeConformance):
         tensors = {"labels": start.labels, "real images": start.real_images, "real labels": start.real_labels}
         with self.leaves(tensors, ", or returns a view of them: return a copy"):
             self._made(start).add_(1)  # as an optimizer will
+
+
+class ParametrizationConformance(ShapeConformance):
+    """Checks of a parametrization. Images of its suite are of 12 x 12 pixels, and of 12 x 18."""
+
+    kind = "parametrization"
+    one, three, oblong = (1, 12, 12), (3, 12, 12), (3, 12, 18)
+
+    def _encoded(self, shape: tuple[int, int, int] = (3, 12, 12), rows: int = 2) -> tuple[Parametrization, Tensor, dict[str, Tensor]]:
+        """Returns the parametrization, rows that it makes of noise, and what all classes share."""
+        makes: Parametrization = self.make(info_of(shape))
+        makes.check(shape)
+        shared = dict(makes.shared(shape))
+        return makes, makes.encode(noise((rows * makes.per_row, *shape), "images"), shared), shared
+
+    def holds_for(self, shape: tuple[int, int, int], rows: int = 2) -> None:
+        makes, stored, shared = self._encoded(shape, rows)
+        made, wanted = makes.decode(stored, shape, shared), (rows * makes.per_row, *shape)
+        if len(stored) != rows or tuple(made.shape) != wanted or made.dtype != torch.float32 or not bool(made.isfinite().all()):
+            found = f"{len(stored)} rows of {wanted[0]} images, and {tuple(made.shape)} {made.dtype} of these"
+            raise Broken(f"The parametrization '{self.label}' makes {found}; it has to be {rows} rows, and finite float32 {wanted}.")
+
+    @check
+    def test_one_row(self) -> None:
+        """It works with a single row."""
+        self.holds_for((1, 12, 12), rows=1)
+
+    @check
+    def test_it_keeps_to_the_budget(self) -> None:
+        """The rows of a class have at most as many numbers as ipc images, and `images_per_class` is a multiple of `per_row`."""
+        makes, stored, _ = self._encoded()
+        count = makes.images_per_class(12)
+        numbers = count // makes.per_row * stored[0].numel()
+        if count < 1 or count % makes.per_row or numbers > 12 * 3 * 12 * 12:
+            raise Broken(f"The parametrization '{self.label}' stores {numbers} numbers for {count} images, and 12 images have {12 * 432}.")
+
+    @check
+    def test_a_row_depends_on_its_own_images_only(self) -> None:
+        """A row that is encoded or decoded alone is the same as among others."""
+        makes, stored, shared = self._encoded(rows=3)
+        each, images = makes.per_row, noise((3 * makes.per_row, 3, 12, 12), "images")
+        alone = makes.encode(images[each : 2 * each], shared)
+        made = makes.decode(stored, (3, 12, 12), shared)
+        if not torch.allclose(alone, stored[1:2], atol=1e-5) or not torch.allclose(
+            makes.decode(stored[1:2], (3, 12, 12), shared), made[each : 2 * each], atol=1e-5
+        ):
+            raise Broken(f"The parametrization '{self.label}' gives a row or its images other values among others: chunks would differ.")
+
+    @check
+    def test_encodes_near_images(self) -> None:
+        """The images of the rows are nearer to those that were encoded than grey is."""
+        makes, stored, shared = self._encoded()
+        images = noise((2 * makes.per_row, 3, 12, 12), "images")
+        far, grey = (float((images - other).square().mean()) for other in (makes.decode(stored, (3, 12, 12), shared), 0 * images))
+        if far > grey:
+            raise Broken(
+                f"The parametrization '{self.label}' encodes images as rows that make far ones: error {far:.2f}, of grey {grey:.2f}."
+            )
+
+    @check
+    def test_flags_as_declared(self) -> None:
+        """`linear`: averages of rows make averages of images; `stores_images`: rows are images, and units of a channel do not matter."""
+        makes, stored, shared = self._encoded()
+        shape, other = (3, 12, 12), noise(tuple(stored.shape), "other rows")
+        one, two = (makes.decode(each, shape, shared) for each in (stored, other))
+        if makes.linear and not torch.allclose(makes.decode((stored + other) / 2, shape, shared), (one + two) / 2, atol=1e-5):
+            raise Broken(f"The parametrization '{self.label}' says linear, and the average of two rows makes no average of their images.")
+        if makes.stores_images and (
+            tuple(stored.shape[1:]) != shape
+            or not torch.allclose(makes.decode(stored * 0.3 + 0.5, shape, shared), one * 0.3 + 0.5, atol=1e-5)
+        ):
+            raise Broken(
+                f"The parametrization '{self.label}' says stores_images; its rows are none, or change with the units of a channel."
+            )
+
+    @check
+    def test_gradients_reach_every_number(self) -> None:
+        """A finite gradient, not zero, reaches every stored number and what all classes share."""
+        makes, stored, shared = self._encoded()
+        leaves = [each.detach().clone().requires_grad_() for each in (stored, *shared.values())]
+        made = makes.decode(leaves[0], (3, 12, 12), dict(zip(shared, leaves[1:], strict=True)))
+        found = torch.autograd.grad((made * noise(tuple(made.shape), "gradient")).sum(), leaves, allow_unused=True)
+        if any(each is None or not bool(each.isfinite().all()) or not bool(each.all()) for each in found):
+            raise Broken(f"The parametrization '{self.label}' has numbers that its images do not depend on, or gradients not finite.")
+
+    @check
+    def test_inputs_are_unchanged(self) -> None:
+        """Images, rows and what is shared are as before, and so is all global state."""
+        makes, stored, shared = self._encoded()
+        images = noise((2 * makes.per_row, 3, 12, 12), "images")
+        with self.leaves({"images": images, "rows": stored, **shared}):
+            makes.encode(images, shared)
+            makes.decode(stored, (3, 12, 12), shared)
 
 
 class AugmenterConformance(ShapeConformance):

@@ -113,7 +113,7 @@ class Accuracy(ddkit.Evaluator):
                 raise ddkit.InputError(f"{path} = {self.labels} needs a teacher: give --teacher FILE.", path)
             guides.append(SoftLabels(teacher, artifact, self.temperature))
         counts, words = real_counts(artifact, data.real_labels)
-        if self.random_real and len(data.real_images) and sum(counts) < len(artifact.stored_labels):
+        if self.random_real and len(data.real_images) and sum(counts) < int(artifact.stored_counts.sum()):
             log.warning(
                 "There are fewer accessible real images than the set has: random real is %s. A larger --pipc helps if they exist.",
                 words,
@@ -212,7 +212,7 @@ class Accuracy(ddkit.Evaluator):
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
         counts, words = real_counts(artifact, data.real_labels)
         beside = {"random_real_images": counts} | ({"random_real": words} if words else {}) if real else {}
-        fewer = {"summary": words} if sum(counts) < len(artifact.stored_labels) else {}
+        fewer = {"summary": words} if sum(counts) < int(artifact.stored_counts.sum()) else {}
         own: dict[str, dict[str, Any]] = {"synthetic": beside, "class-mean": fewer}
         rows = []
         for kind, made in by_kind.items():

@@ -29,14 +29,14 @@ def units(of: ddkit.Artifact | ddkit.nn.Teacher) -> ddkit.data.Normalisation:
 def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int], str]:
     """Returns how many random real images of each class stand beside a set, and in words how that differs from the set, "" if it does not.
 
-    They are as many as the set stores, or fewer if fewer are accessible. Networks see more of a set whose images are grids.
+    They are as many as have the numbers that the set stores, or fewer if fewer are accessible. Networks may see more images of the set.
     """
     classes = len(artifact.class_names)
-    stored = artifact.stored_labels.bincount(minlength=classes)
+    stored = artifact.stored_counts
     found = stored.minimum(real_labels.bincount(minlength=classes)[:classes])
     uniform, enough = len(stored.unique()) == len(found.unique()) == 1, torch.equal(found, stored)
     have, of = (int(counts[0] if uniform else counts.sum()) for counts in (found, stored))
-    decoded = len(artifact.labels) // len(artifact.stored_labels)
+    decoded = len(artifact.labels) // int(stored.sum())
     words = f"{have}{'' if enough else f' of {of}'} {'a class' if uniform else 'in all'}"
     words += f", beside {of * decoded} decoded ones" if decoded > 1 else ""
     return found.tolist(), "" if enough and decoded == 1 else words
@@ -178,10 +178,12 @@ class Trainer:
 
     def _shuffled(self, purpose: str, repeat: int) -> Iterator[tuple[Tensor, int]]:
         """Yields for each class its accessible rows in an order drawn anew per repeat, and how many images of it the set stores."""
-        for label, count in zip(*self.artifact.stored_labels.unique(return_counts=True), strict=True):
+        for label, count in enumerate(self.artifact.stored_counts.tolist()):
+            if not count:
+                continue
             own = (self.data.real_labels == label).nonzero().flatten()
-            draw = ddkit.generator(self.data.seed, purpose, repeat, int(label))
-            yield own[torch.randperm(len(own), generator=draw)], int(count)
+            draw = ddkit.generator(self.data.seed, purpose, repeat, label)
+            yield own[torch.randperm(len(own), generator=draw)], count
 
 
 def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], keep: Keep, *, done: int = 0) -> list[float]:

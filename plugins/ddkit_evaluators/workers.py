@@ -25,6 +25,7 @@ from ddkit_evaluators.trainer import Keep, Task, Trainer, fields_of, trained_in_
 
 log = logging.getLogger("ddkit")
 TENSORS, SETTINGS = "tensors.safetensors", "settings.json"
+KEPT = ("class_names", "mean", "std", "decode", "parametrization", "image_shape")  # of a set's metadata
 
 
 def threads_of(workers: int) -> int:
@@ -87,7 +88,8 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
     data, artifact = trainer.data, trainer.artifact
     wanted = slice(None) if any(kind != "synthetic" for kind, _ in tasks) else slice(0)
     tensors = {
-        "images": artifact.stored_images, "labels": artifact.stored_labels,
+        "images": artifact.stored, "labels": artifact.row_labels,
+        **{f"parameters.{name}": value for name, value in artifact.parameters.items()},
         "test_images": data.test_images, "test_labels": data.test_labels,
         "real_images": data.real_images[wanted], "real_labels": data.real_labels[wanted],
     }  # fmt: skip
@@ -97,7 +99,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
         "schedule": fields_of(trainer.schedule), "augmenter": trainer.augmenter_name, "arithmetic": fields_of(trainer.arithmetic),
         "info": fields_of(data.info),
         "seed": data.seed, "threads": threads, "threads_of_a_network": trainer.threads,
-        "artifact": {key: value for key, value in artifact.metadata.items() if key in ("class_names", "mean", "std", "decode")},
+        "artifact": {key: value for key, value in artifact.metadata.items() if key in KEPT},
     }  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
 
@@ -112,7 +114,8 @@ def _read(folder: Path) -> Trainer:
         info=info, test_images=tensors["test_images"], test_labels=tensors["test_labels"], real_images=tensors["real_images"],
         real_labels=tensors["real_labels"], seed=settings["seed"], device=torch.device("cpu"), report=lambda done, total: None,
     )  # fmt: skip
-    artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"])
+    parameters = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith("parameters.")}
+    artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"], parameters)
     schedule = ddkit.nn.Schedule(**settings["schedule"])
     arithmetic = ddkit.nn.Arithmetic(**settings["arithmetic"])
     model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])

@@ -57,6 +57,24 @@ def test_it_is_finished_and_can_be_prolonged_or_run_anew_from_its_recipe(cli: Cl
     assert anew.code == 0, anew.err
 
 
+def test_a_run_of_grids_under_their_old_name_is_read_and_prolonged_and_its_recipe_is_refused_with_the_lines_to_write(
+    cli: Cli, tmp_path: Path
+) -> None:
+    old = shutil.copytree(Path(__file__).parents[1] / "old_runs" / "grid-schema-1", tmp_path / "old")
+    found = ddkit.load(old)
+    assert (found.images.shape, found.stored_images.shape, found.stored_numbers) == ((40, 1, 8, 8), (10, 1, 8, 8), 64)
+    assert cli("blend", old, old / "synthetic.safetensors", "--out", "blend").code == 0
+    assert torch.equal(ddkit.load("blend").images, found.images)
+    longer = cli("distill", "--resume", "--out", old, "--steps", 3, "--json")
+    assert longer.code == 0, longer.err
+    (old / "manifest.json").unlink()  # as if it had been killed before the last line
+    assert cli("distill", "--resume", "--out", old, "--json").code == 0
+    shutil.copy(Path(__file__).parents[1] / "old_runs" / "grid-schema-1" / "recipe.toml", "old.toml")
+    refused = cli("distill", "--recipe", "./old.toml")
+    assert (refused.code, refused.out) == (4, "")
+    assert 'the lines use = "grid" and factor = 2' in " ".join(refused.err.split())
+
+
 def test_a_set_of_a_later_schema_is_refused_by_its_number(cli: Cli, old: Path) -> None:
     tensors, record = read_tensors(old / "synthetic.safetensors")
     (old / "manifest.json").unlink()

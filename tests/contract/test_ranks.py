@@ -134,6 +134,7 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
         "    def __call__(self, step):\n        return step.images.std()\n"
     )
     found["a loss of the whole set"] = steps | {"losses": "whole", "sets": TINY, "plugin": str(whole)}
+    found["fourier"] = steps | {"losses": "dm,dkkt", "ipc": 1, "sets": TINY | {"parametrization": "fourier"}}
     found["batch norm"] = steps | {"losses": "dm", "sets": TINY | {"network.norm": "batch"}}
     return found
 

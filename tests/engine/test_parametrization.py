@@ -1,61 +1,76 @@
-"""Several images decoded from each stored one: exact, differentiable, the same wherever a set is read."""
+"""Images made of what a set stores: exact, differentiable, the same wherever a set is read, and of a budget that every figure states."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from ddkit_parametrizations import Fourier, Grid, enlarged_parts
 
 import ddkit
 from ddkit.components.options import Parameter
-from ddkit.engine.bank import Bank, decoded, encoded
+from ddkit.engine.bank import Bank
 from ddkit.files import read_tensors, write_tensors
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
-FOUR = ["--set", "decode.factor=2"]
+GRID, FOURIER = ["--set", "parametrization=grid"], ["--set", "parametrization=fourier"]
+KINDS = {"grid": GRID, "fourier": FOURIER}
 
 
-def test_the_parts_of_an_image_come_row_by_row_and_are_enlarged() -> None:
+def test_the_parts_of_a_grid_come_row_by_row_and_are_enlarged() -> None:
     image = torch.zeros(1, 1, 4, 4)
     image[0, 0, :2, 2:] = 1.0  # the second part
     image[0, 0, 2:, :2] = 2.0  # the third
-    assert [part.unique().tolist() for part in decoded(image, 2)] == [[0.0], [1.0], [2.0], [0.0]]
+    assert [part.unique().tolist() for part in enlarged_parts(image, 2)] == [[0.0], [1.0], [2.0], [0.0]]
     wide = torch.arange(12.0).view(1, 1, 2, 6)
-    assert decoded(wide, 2).shape == (4, 1, 2, 6)
+    assert enlarged_parts(wide, 2).shape == (4, 1, 2, 6)
     reference = torch.nn.functional.interpolate(wide[:, :, 1:, 3:], (2, 6), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(decoded(wide, 2)[3:], reference)
+    torch.testing.assert_close(enlarged_parts(wide, 2)[3:], reference)
 
 
-def test_decoding_is_affine_so_normalised_or_not_makes_no_difference() -> None:
-    images = torch.rand(3, 2, 6, 6, dtype=torch.float64)
-    torch.testing.assert_close(decoded((images - 0.3) / 0.2, 3), (decoded(images, 3) - 0.3) / 0.2)
-    assert torch.autograd.gradcheck(lambda x: decoded(x, 2), images[:, :, :4, :4].clone().requires_grad_())
-
-
-def test_encoding_keeps_order_and_smooth_images_survive_both() -> None:
+def test_a_grid_keeps_order_and_smooth_images_survive_it() -> None:
+    grid = Grid(factor=2)
     flat = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 8, 8)
-    assert torch.equal(decoded(encoded(flat, 2), 2), flat)
+    assert torch.equal(grid.decode(grid.encode(flat, {}), (3, 8, 8), {}), flat)
     ramp = torch.linspace(0, 1, 32).expand(4, 1, 32, 32)
-    assert (decoded(encoded(ramp, 2), 2) - ramp).abs()[..., 2:-2].max() < 0.02
+    assert (grid.decode(grid.encode(ramp, {}), (1, 32, 32), {}) - ramp).abs()[..., 2:-2].max() < 0.02
 
 
-def test_one_changes_nothing() -> None:
-    images = torch.rand(2, 1, 5, 7)
-    assert decoded(images, 1) is images
-    assert encoded(images, 1) is images
+def _slow_wave(u: int, v: int, height: int, width: int) -> torch.Tensor:
+    """Returns one wave (height, width) of the cosine transform, of length 1, from its definition."""
+    rows = [np.cos(np.pi * u * (2 * y + 1) / (2 * height)) for y in range(height)]
+    columns = [np.cos(np.pi * v * (2 * x + 1) / (2 * width)) for x in range(width)]
+    found = torch.tensor(rows, dtype=torch.float64)[:, None] * torch.tensor(columns, dtype=torch.float64)
+    return found / found.norm()
 
 
-def test_rows_and_parameters_of_a_bank_are_those_of_the_decoded_images() -> None:
+def test_fourier_is_the_least_squares_of_the_lowest_waves_in_every_channel() -> None:
+    height, width, images = 6, 10, torch.randn(3, 2, 6, 10, dtype=torch.float64)
+    makes = Fourier(images=4)
+    stored = makes.encode(images, {})
+    assert stored.shape == (3, 2, 15)
+    lowest = sorted(((u / height) ** 2 + (v / width) ** 2, u, v) for u in range(height) for v in range(width))[:15]
+    waves = torch.stack([_slow_wave(u, v, height, width).flatten() for _, u, v in lowest])
+    wanted = torch.linalg.lstsq(waves.T, images.view(6, -1).T).solution.T.view(3, 2, 15)
+    torch.testing.assert_close(stored, wanted)
+    torch.testing.assert_close(makes.decode(stored, (2, height, width), {}), (wanted @ waves).view_as(images))
+    whole = Fourier(images=1)
+    torch.testing.assert_close(whole.decode(whole.encode(images, {}), (2, height, width), {}), images)
+
+
+def test_rows_and_parameters_of_a_bank_are_those_of_the_images() -> None:
     labels = torch.tensor([0, 0, 1])
-    bank = Bank(torch.rand(3, 1, 4, 4), labels, {"multipliers": Parameter(shape=(), per="sample")}, {}, factor=2)
+    declared = {"multipliers": Parameter(shape=(), per="sample")}
+    bank = Bank(torch.rand(3, 1, 4, 4), labels, declared, {}, parametrization=Grid(factor=2), shape=(1, 4, 4))
     assert bank.decoded_labels.tolist() == [0] * 8 + [1] * 4
     assert bank.parameters["multipliers"].shape == (12,)
-    assert bank.rows(range(1, 2)) == slice(8, 12)
+    assert (bank.rows(range(1, 2)), bank.stored_numbers) == (slice(8, 12), 48)
     whole = bank.decoded(bank.rows(None))
     assert torch.equal(bank.decoded(slice(8, 12)), whole[8:])
     whole.sum().backward()
@@ -63,23 +78,57 @@ def test_rows_and_parameters_of_a_bank_are_those_of_the_decoded_images() -> None
     assert bool((bank.images.grad > 0).all())
 
 
-def test_losses_see_four_times_as_many_images_as_are_stored_and_so_do_networks(cli: Cli) -> None:
-    made = cli("distill", "--losses", "dm,dkkt", "--ipc", 2, "--pipc", 10, *SMALL_FLAGS, *FOUR, "--out", "run", "--json")
+class Shared(ddkit.Parametrization):
+    """Rows times a number that all classes share."""
+
+    def encode(self, images: torch.Tensor, shared: Any) -> torch.Tensor:
+        return images / shared["scale"]
+
+    def decode(self, stored: torch.Tensor, shape: Any, shared: Any) -> torch.Tensor:
+        return stored * shared["scale"]
+
+    def shared(self, shape: Any) -> dict[str, torch.Tensor]:
+        return {"scale": torch.tensor([2.0])}
+
+
+def test_what_all_classes_share_is_optimised_kept_and_counted_and_no_loss_may_have_its_name() -> None:
+    images, labels = torch.rand(2, 1, 4, 4), torch.arange(2)
+    bank = Bank(images / 2, labels, {}, {}, parametrization=Shared(), shape=(1, 4, 4))
+    torch.testing.assert_close(bank.decoded(bank.rows(None)), images)
+    assert bank.stored_numbers == 33
+    bank.update({"images": torch.zeros_like(images), "scale": torch.ones(1)})
+    assert bank.parameters["scale"].item() == pytest.approx(1.9)
+    again = Bank(images, labels, {}, {}, parametrization=Shared(), shape=(1, 4, 4))
+    again.load_state(bank.own_part(bank.state()))
+    assert torch.equal(again.decoded(again.rows(None)), bank.decoded(bank.rows(None)))
+    with pytest.raises(ddkit.InputError, match="both have a parameter 'scale'"):
+        Bank(images, labels, {"scale": Parameter()}, {}, parametrization=Shared(), shape=(1, 4, 4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_networks_see_the_images_that_are_made_and_a_file_alone_gives_them(cli: Cli, kind: str) -> None:
+    made = cli("distill", "--losses", "dm,dkkt", "--ipc", 2, "--pipc", 10, *SMALL_FLAGS, *KINDS[kind], "--out", "run", "--json")
     assert made.code == 0, made.err
     stored, record = read_tensors(Path("run/synthetic.safetensors"))
-    assert (stored["images"].shape, stored["labels"].shape, record["ipc"]) == ((20, 1, 8, 8), (20,), 2)
-    assert record["decode"] == {"factor": 2}
+    shapes = {"grid": ("images", (20, 1, 8, 8)), "fourier": ("stored", (80, 1, 16))}
+    name, shape = shapes[kind]
+    assert (stored[name].shape, len(stored["labels"]), record["ipc"], record["parametrization"]["use"]) == (shape, shape[0], 2, kind)
     assert stored["multipliers"].shape == (80,)
-    found = ddkit.load("run")
-    assert (found.images.shape, found.stored_images.shape) == ((80, 1, 8, 8), (20, 1, 8, 8))
+    Path("run/synthetic.safetensors").rename("alone.safetensors")
+    found = ddkit.load("alone.safetensors")
+    assert (found.images.shape, len(found.as_dataset()), found.stored_as_images) == ((80, 1, 8, 8), 80, 2)
     assert found.labels.tolist() == [label for label in range(10) for _ in range(8)]
-    assert torch.equal(found.images, decoded(found.stored_images, 2))
-    assert len(found.as_dataset()) == 80
+    state, _ = read_tensors(next(Path("run/checkpoints").glob("*2.safetensors")))
+    makes = ddkit.create("parametrization", kind)
+    torch.testing.assert_close(found.normalised, makes.decode(state["bank.images"], (1, 8, 8), {}))
+    Path("alone.safetensors").rename("run/synthetic.safetensors")
     again = cli("evaluate", "run", "--json")
-    assert json.loads(again.out)["evaluations"] == json.loads(made.out)["evaluations"]
+    rows = json.loads(made.out)["evaluations"]
+    assert json.loads(again.out)["evaluations"] == rows
+    assert (rows[0]["stored_numbers"], rows[0]["stored_as_images"]) == (128, 2)
 
 
-def test_random_real_images_beside_it_are_as_many_as_are_stored(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_real_images_beside_it_are_as_many_as_have_its_numbers(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     import ddkit_evaluators.trainer as trainer
 
     seen: dict[str, int] = {}
@@ -91,18 +140,43 @@ def test_random_real_images_beside_it_are_as_many_as_are_stored(cli: Cli, monkey
         return found
 
     monkeypatch.setattr(trainer.Trainer, "training_set", spy)
-    flags = [*SMALL_FLAGS, *FOUR, "--set", "evaluators.accuracy.workers=1"]
-    told = cli("distill", "--losses", "dm", "--ipc", 2, "--pipc", 10, *flags, "--out", "run")
-    assert seen == {"synthetic": 80, "random real": 20}
-    assert "% (2 a class, beside 8 decoded ones)" in told.out
+    for kind, images, budget in (("grid", 8, "128 (2 images)"), ("fourier", 6, "126 (1.97 images)")):
+        more = ["--set", "parametrization.images=3"] if kind == "fourier" else []
+        flags = [*SMALL_FLAGS, *KINDS[kind], *more, "--set", "evaluators.accuracy.workers=1"]
+        told = cli("distill", "--losses", "dm", "--ipc", 2, "--pipc", 10, *flags, "--out", kind)
+        assert seen == {"synthetic": 10 * images, "random real": 20}
+        assert f"% (2 a class, beside {images} decoded ones)" in told.out
+        assert budget in told.out
 
 
-def test_the_first_image_of_a_run_without_steps_is_a_grid_of_accessible_ones(tmp_path: Path) -> None:
-    sets = SMALL | {"decode.factor": 2, "steps": 0}
-    ddkit.distill(losses="dm", ipc=1, pipc=4, sets=sets, evaluators="none", out=tmp_path / "four", device="cpu")
-    sets = SMALL | {"steps": 0}
-    ddkit.distill(losses="dm", ipc=4, pipc=4, sets=sets, evaluators="none", out=tmp_path / "plain", device="cpu")
-    torch.testing.assert_close(ddkit.load(tmp_path / "four").stored_images, encoded(ddkit.load(tmp_path / "plain").images, 2))
+def test_networks_trained_apart_see_the_same_images(tmp_path: Path) -> None:
+    ddkit.distill(losses="dm", pipc=4, sets=SMALL | {"parametrization": "fourier"}, evaluators="none", out=tmp_path / "run", device="cpu")
+    rows = [
+        ddkit.evaluate(tmp_path / "run", repeats=2, sets={"evaluators.accuracy.workers": count, "evaluators.accuracy.epochs": 2})[0]
+        for count in (1, 2)
+    ]
+    assert rows[0].details["accuracies"] == pytest.approx(rows[1].details["accuracies"], abs=0.02)
+
+
+def test_the_first_rows_are_what_the_initializer_made_and_the_plan_tells_how_far_it_is(cli: Cli) -> None:
+    plain = cli("distill", "--losses", "dm", "--ipc", 4, "--pipc", 4, *SMALL_FLAGS, "--steps", 0, "--evaluate", "none", "--out", "plain")
+    assert plain.code == 0, plain.err
+    real = ddkit.load("plain")
+    for kind, makes in (("grid", Grid()), ("fourier", Fourier())):
+        flags = ("distill", "--losses", "dm", "--pipc", 4, *SMALL_FLAGS, *KINDS[kind], "--steps", 0, "--evaluate", "none")
+        assert cli(*flags, "--out", kind).code == 0
+        error = json.loads(cli(*flags, "--plan", "--json").out)["parametrization"]["encoding_error"]
+        wanted = makes.decode(makes.encode(real.normalised, {}), (1, 8, 8), {})
+        torch.testing.assert_close(ddkit.load(kind).normalised, wanted, atol=1e-5, rtol=0)
+        assert error == pytest.approx(float((wanted - real.normalised).square().mean().sqrt()), rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_in_chunks_of_classes_does_the_same_steps(kind: str, tmp_path: Path) -> None:
+    for chunk in (0, 3):
+        sets = SMALL | {"parametrization": kind, "engine.chunk": chunk, "steps": 3}
+        ddkit.distill(losses="dm,dkkt", pipc=4, sets=sets, evaluators="none", out=tmp_path / str(chunk), device="cpu")
+    torch.testing.assert_close(ddkit.load(tmp_path / "0").images, ddkit.load(tmp_path / "3").images, atol=1e-3, rtol=0)
 
 
 def test_too_few_real_images_are_used_again_mirrored_if_asked(tmp_path: Path) -> None:
@@ -114,33 +188,50 @@ def test_too_few_real_images_are_used_again_mirrored_if_asked(tmp_path: Path) ->
     assert torch.equal(more, torch.cat([three, three.flip(3), three[:2]]))
 
 
-def test_sets_that_are_decoded_differently_cannot_be_averaged_and_alike_ones_can(cli: Cli) -> None:
-    for name, flags in (("plain", []), ("four", FOUR)):
+def test_sets_that_are_made_differently_cannot_be_averaged_and_alike_ones_can(cli: Cli) -> None:
+    for name, flags in (("plain", []), *KINDS.items()):
         made = cli("distill", "--losses", "dm", "--pipc", 4, "--evaluate", "none", *SMALL_FLAGS, *flags, "--out", name)
         assert made.code == 0, made.err
-    refused = cli("blend", "plain", "four", "--out", "both")
-    assert refused.code == 4
-    assert "not in the same way" in " ".join(refused.err.split())
-    assert cli("blend", "four", "four", "--out", "same").code == 0
-    torch.testing.assert_close(ddkit.load("same").images, ddkit.load("four").images)
+    for one, other in (("plain", "grid"), ("grid", "fourier")):
+        refused = cli("blend", one, other, "--out", "both")
+        assert refused.code == 4
+        assert "not in the same way" in " ".join(refused.err.split())
+    for name in KINDS:
+        assert cli("blend", name, name, "--out", f"same-{name}").code == 0
+        torch.testing.assert_close(ddkit.load(f"same-{name}").images, ddkit.load(name).images)
 
 
-def test_a_file_that_decodes_what_it_cannot_is_refused(tmp_path: Path) -> None:
-    ddkit.distill(losses="dm", pipc=4, evaluators="none", sets=SMALL | {"decode.factor": 2}, out=tmp_path / "run", device="cpu")
-    tensors, record = read_tensors(tmp_path / "run" / "synthetic.safetensors")
-    for factor in (3, 0, "two"):
-        write_tensors(tmp_path / "bad.safetensors", tensors, {**record, "decode": {"factor": factor}})
-        with pytest.raises(ddkit.RunFilesError, match=r"bad\.safetensors is no synthetic set"):
-            ddkit.load(tmp_path / "bad.safetensors")
+def test_a_file_that_makes_images_that_it_cannot_is_refused(tmp_path: Path) -> None:
+    bad: dict[str, list[dict[str, Any]]] = {
+        "grid": [{"parametrization": {"use": "grid", "factor": factor}} for factor in (3, 0, "two")] + [{"decode": {"factor": 3}}],
+        "fourier": [
+            {"image_shape": [1, 8, 9]}, {"image_shape": [1, 10**6, 10**6]}, {"image_shape": None}, {"parametrization": {"use": "pixels"}},
+            {"parametrization": {"use": 3}}, {"parametrization": {"use": "fourier", "images": 5}},
+        ],
+    }  # fmt: skip
+    for kind, changes in bad.items():
+        sets = SMALL | {"parametrization": kind, "steps": 0}
+        ddkit.distill(losses="dm", pipc=4, evaluators="none", sets=sets, out=tmp_path / kind, device="cpu")
+        tensors, record = read_tensors(tmp_path / kind / "synthetic.safetensors")
+        for change in changes:
+            write_tensors(tmp_path / "bad.safetensors", tensors, {**record, **change})
+            with pytest.raises(ddkit.RunFilesError, match=r"bad\.safetensors is no synthetic set"):
+                ddkit.load(tmp_path / "bad.safetensors")
+    with pytest.raises(ddkit.InputError, match="every command takes as it is"):
+        ddkit.import_file(tmp_path / "fourier" / "synthetic.safetensors", tmp_path / "again")
 
 
-def test_the_report_and_the_picture_show_what_is_stored_and_other_exports_what_networks_see(cli: Cli) -> None:
-    made = cli("distill", "--losses", "dm", "--pipc", 4, "--evaluate", "none", *SMALL_FLAGS, *FOUR, "--out", "run")
-    assert made.code == 0, made.err
-    page = Path("run/report.html").read_text(encoding="utf-8")
-    assert ">10</b>" in page
-    assert "Start and end" in page
-    for name in ("npz", "png"):
-        assert cli("export", "run", "--to", name, "--out", name).code == 0
-    assert np.load(next(Path("npz").glob("*.npz")))["x_train"].shape == (40, 1, 8, 8)
-    assert "decoded from 10 stored images, each a grid of 4" in Path("npz/README.md").read_text(encoding="utf-8")
+def test_the_report_and_the_picture_show_what_can_be_looked_at_and_exports_what_networks_see(cli: Cli) -> None:
+    for kind, shown in (("grid", 10), ("fourier", 40)):
+        made = cli("distill", "--losses", "dm", "--pipc", 4, "--evaluate", "none", *SMALL_FLAGS, *KINDS[kind], "--out", kind)
+        assert made.code == 0, made.err
+        page = Path(kind, "report.html").read_text(encoding="utf-8")
+        assert f">{shown}</b>" in page
+        assert "Start and end" in page
+        assert f"as many as 1 images of this size have; {kind} makes 4 of them" in page
+        for name in ("npz", "png"):
+            assert cli("export", kind, "--to", name, "--out", f"{kind}-{name}").code == 0
+        assert np.load(next(Path(f"{kind}-npz").glob("*.npz")))["x_train"].shape == (40, 1, 8, 8)
+        assert f"64 stored numbers a class, as many as 1 image of this size has (parametrization {kind})" in Path(
+            f"{kind}-npz/README.md"
+        ).read_text(encoding="utf-8")

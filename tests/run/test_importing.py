@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ddkit_parametrizations import enlarged_parts
 from safetensors.torch import save_file
 from torch import Tensor
 
 import ddkit
 from ddkit.components import registry
 from ddkit.components.base import DataInfo
-from ddkit.engine.bank import decoded
 from ddkit.files import write_tensors
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import load_teacher, read_teacher
@@ -126,13 +126,14 @@ def test_one_of_several_sets_is_taken_by_its_number(tmp_path: Path, caplog: pyte
 
 def test_a_grid_of_images_is_decoded_as_declared_and_keeps_that_when_it_is_imported_again(tmp_path: Path) -> None:
     file = _saved([IMAGES, LABELS], tmp_path / "x.pt")
-    found = ddkit.import_file(file, tmp_path / "out", pixels="unit", sets={"decode.factor": 2}, classes=["cat", "dog"], **NORM)
+    found = ddkit.import_file(file, tmp_path / "out", pixels="unit", sets={"parametrization.factor": 2}, classes=["cat", "dog"], **NORM)
     assert isinstance(found, Artifact)
     again = ddkit.import_file(tmp_path / "out" / "synthetic.safetensors", tmp_path / "again")
     for each in (found, ddkit.load(tmp_path / "out"), again):
-        assert torch.equal(each.images, decoded(IMAGES, 2))
+        assert torch.equal(each.images, enlarged_parts(IMAGES, 2))
         assert torch.equal(each.stored_images, IMAGES)
-        assert (each.metadata["decode"], each.metadata["ipc"], each.class_names) == ({"factor": 2}, 2, ["cat", "dog"])
+        assert (each.metadata["parametrization"], each.metadata["ipc"]) == ({"use": "grid", "factor": 2}, 2)
+        assert each.class_names == ["cat", "dog"]
 
 
 def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_file_is_read(tmp_path: Path) -> None:
@@ -318,8 +319,10 @@ REFUSED = [
     (f"state.pt {TEACHER} --pixels unit --index 0 --set teacher.use=x", 2, "--pixels, --index, --set teacher.use have no effect"),
     (f"set.pt {SET} --size 64 --model nosuch --set nonsense=1", 2, "--size, --model, --set nonsense have no effect"),
     (f"bytes.pt {SET}", 2, "--pixels has no effect: the images of"),
-    (f"set.pt {SET} --set decode.factor=3", 4, "decode.factor = 3 cuts an image into 3 x 3 equal parts"),
-    (f"set.pt {SET} --set decode.factor=9", 4, "decode.factor = 9 is not possible"),
+    (f"set.pt {SET} --set parametrization.factor=3", 4, "parametrization.factor = 3 cuts an image into 3 x 3 equal parts"),
+    (f"set.pt {SET} --set decode.factor=2", 4, "--set parametrization.use=grid --set parametrization.factor=2"),
+    (f"set.pt {SET} --set parametrization.use=fourier", 4, "the parametrization 'fourier', which stores none"),
+    (f"set.pt {SET} --set parametrization.factor=9", 4, "parametrization.factor = 9 is not possible"),
     (f"set.pt {SET} --classes 1001", 2, "--classes: 1,001 for 4 images; at most 1,000 are taken"),
     (f"state.pt {TEACHER} --model convnett", 3, "Did you mean 'convnet'?"),
     ("state.pt --mean 0.25 --std 0.5 --classes 10 --size 8,8,8", 2, "--size is height and width in pixels"),

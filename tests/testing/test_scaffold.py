@@ -95,7 +95,7 @@ def test_its_own_test_passes(outcomes: dict[str, list[ElementTree.Element]], kin
 
 
 def test_a_run_uses_all_of_them_at_once(run: Run, folder: Path) -> None:
-    sets = ("--set", "steps=2", "--set", "train.epochs=1")
+    sets = ("--set", "steps=2", "--set", "train.epochs=1", "--set", "parametrization=my-parametrization")
     done = run(
         "-m", "ddkit", "distill", "--dataset", "my-dataset", "--losses", "dm,my-loss:0.5", "--init", "my-initializer", "--augment",
         "my-augmenter", "--model", "my-model", "--evaluate", "my-evaluator", "--pipc", 5, "--out", "run", "--verbose", *sets, fork=True,

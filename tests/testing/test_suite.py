@@ -354,6 +354,11 @@ def _initializer(change: Callable[[ddkit.InitContext, Tensor], Any]) -> type[ddk
     return type("Broken", (_Initializer,), {"change": staticmethod(change), "__doc__": "Broken."})
 
 
+def _parametrization(**members: Any) -> type[ddkit.Parametrization]:
+    whole = {"encode": lambda self, images, shared: images, "decode": lambda self, stored, shape, shared: stored}
+    return type("Broken", (ddkit.Parametrization,), {"__doc__": "Broken.", "linear": True, "stores_images": True, **whole, **members})
+
+
 class _Augmenter(ddkit.Augmenter):
     """Broken in one of its lines."""
 
@@ -485,6 +490,16 @@ BROKEN: dict[tuple[str, str], tuple[Any, str]] = {
     ("initializer", "same-seed-same-images"): (_initializer(lambda start, images: images + torch.randn(images.shape)), "same seed"),
     ("initializer", "a-class-does-not-depend-on-others"): (_initializer(lambda start, images: images - images.mean(0)), "made alone"),
     ("initializer", "inputs-are-unchanged"): (_initializer(lambda start, images: start.real_images[: len(images)]), "real images"),
+    ("parametrization", "one-channel"): (_parametrization(decode=lambda self, stored, shape, shared: stored[:, :1].double()), "float64"),
+    ("parametrization", "three-channels"): (_parametrization(decode=lambda self, stored, shape, shared: stored[:, :1]), "(2, 1, 12, 12)"),
+    ("parametrization", "images-that-are-not-square"): (_parametrization(decode=lambda self, stored, shape, shared: stored.transpose(2, 3)), "(2, 3, 18, 12)"),
+    ("parametrization", "one-row"): (_parametrization(decode=lambda self, stored, shape, shared: stored / stored.std(0, correction=0)), "finite"),
+    ("parametrization", "it-keeps-to-the-budget"): (_parametrization(images_per_class=lambda self, ipc: 2 * ipc), "12 images have"),
+    ("parametrization", "a-row-depends-on-its-own-images-only"): (_parametrization(decode=lambda self, stored, shape, shared: stored - stored.mean(0)), "among others"),
+    ("parametrization", "encodes-near-images"): (_parametrization(encode=lambda self, images, shared: -images), "far"),
+    ("parametrization", "flags-as-declared"): (_parametrization(decode=lambda self, stored, shape, shared: stored.tanh()), "linear"),
+    ("parametrization", "gradients-reach-every-number"): (_parametrization(decode=lambda self, stored, shape, shared: stored.detach() + 0 * stored), "do not depend"),
+    ("parametrization", "inputs-are-unchanged"): (_parametrization(decode=lambda self, stored, shape, shared: stored.mul_(1.5)), "rows"),
     ("augmenter", "one-channel"): (_augmenter(lambda x, shift: x[:, :, 1:]), "(5, 1, 7, 8)"),
     ("augmenter", "three-channels"): (_augmenter(lambda x, shift: x.mean(1, keepdim=True)), "(5, 1, 8, 8)"),
     ("augmenter", "images-that-are-not-square"): (_augmenter(lambda x, shift: x.transpose(2, 3)), "(5, 3, 11, 6)"),
@@ -539,6 +554,7 @@ def test_a_broken_component_fails_its_check_with_the_reason(kind: str, check: st
 GOOD: dict[str, Any] = {
     "loss": Good,
     "initializer": _initializer(lambda start, images: images),
+    "parametrization": _parametrization(),
     "augmenter": _augmenter(),
     "evaluator": _evaluator(lambda self, artifact, data, teacher: [_row()]),
     "model": _model(_linear),

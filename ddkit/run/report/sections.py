@@ -73,6 +73,10 @@ def head(files: Files) -> dict[str, Any]:
     title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
     tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}")]
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
+    images_a_class = len(artifact.images) / len(artifact.class_names)
+    told = f"numbers stored for a class, as many as {artifact.stored_as_images:.3g} images of this size have"
+    told += f"; {artifact.parametrization.name} makes {images_a_class:.3g} of them" if artifact.parametrization else ""
+    tiles += [("budget", f"{artifact.stored_numbers:,.6g}", told)]
     tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
     own = [row for labels in ("hard", "soft") for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
     for row in own[:1]:  # a baseline's is no figure of this set

@@ -17,6 +17,7 @@ from ddkit.files import write_atomic
 USES = {
     "loss": "ddkit distill --losses dm,$name --steps 20",
     "initializer": "ddkit distill --init $name --steps 20",
+    "parametrization": "ddkit distill --set parametrization.use=$name --steps 20",
     "augmenter": "ddkit distill --augment $name --steps 20",
     "evaluator": "ddkit distill --evaluate $name --steps 20",
     "model": "ddkit distill --model $name --steps 20",

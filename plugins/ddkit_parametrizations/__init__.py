@@ -1,0 +1,132 @@
+"""How images are made of what a set stores: of itself, of a grid, of low frequencies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import ddkit
+
+Shape = tuple[int, int, int]
+
+
+class Pixels(ddkit.Parametrization):
+    """The images themselves are stored."""
+
+    stores_images = True
+    linear = True
+
+    def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        return images
+
+    def decode(self, stored: Tensor, shape: Shape, shared: Mapping[str, Tensor]) -> Tensor:
+        return stored
+
+
+class Grid(ddkit.Parametrization):
+    """A stored image is a grid of factor x factor images, each enlarged bilinearly to the full size.
+
+    So a set of ipc images a class teaches as more of them, each coarser: the multi-formation of Kim et al., Dataset Condensation via
+    Efficient Synthetic-Data Parameterization, ICML 2022, arXiv 2205.14959, Section 4. First images are shrunken (antialiased), which
+    is near the least squares of the enlargement, not equal to it.
+    """
+
+    stores_images = True
+    linear = True
+    factor: int = ddkit.option(2, "images along each side of a stored one: a divisor of height and width", ge=1, le=8)
+
+    @property
+    def per_row(self) -> int:
+        return self.factor**2
+
+    def check(self, shape: Shape) -> None:
+        _, height, width = shape
+        if height % self.factor or width % self.factor:
+            raise ddkit.InputError(
+                f"parametrization.factor = {self.factor} cuts an image into {self.factor} x {self.factor} equal parts, and the data's have "
+                f"{height} x {width} pixels. Choose a divisor of both (1: no grid), or set data.size.",
+                "parametrization.factor",
+            )
+
+    def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        if self.factor == 1:
+            return images
+        return torch.stack([ddkit.data.grid(parts, self.factor) for parts in images.split(self.per_row)])
+
+    def decode(self, stored: Tensor, shape: Shape, shared: Mapping[str, Tensor]) -> Tensor:
+        return enlarged_parts(stored, self.factor)
+
+
+def enlarged_parts(images: Tensor, factor: int) -> Tensor:
+    """Returns (n * factor², C, H, W): the parts of each of the images (n, C, H, W), row by row, enlarged bilinearly to H x W.
+
+    Differentiable, and affine in the images, so that it does not matter whether they are normalised. factor 1 changes nothing.
+    """
+    if factor == 1:
+        return images
+    count, channels, height, width = images.shape
+    cells = images.view(count, channels, factor, height // factor, factor, width // factor)
+    parts = cells.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // factor, width // factor)
+    return functional.interpolate(parts, (height, width), mode="bilinear", align_corners=False)
+
+
+class Fourier(ddkit.Parametrization):
+    """The lowest frequencies of each channel are stored: several images share the numbers of one.
+
+    A stored row has, for each channel, the height * width / images (rounded down) lowest coefficients of the orthonormal cosine
+    transform (DCT-II) of one image; the others are 0. First images are encoded by least squares: their coefficients. Shin, Shin and Moon,
+    Frequency Domain-based Dataset Distillation, NeurIPS 2023, arXiv 2311.08819, keep for each class the coefficients whose variance
+    over its first images is largest, and do not count the list of their places; here all classes keep the same, so that there is no list.
+    """
+
+    linear = True
+    images: int = ddkit.option(4, "images that share the numbers of one stored image", ge=1)
+
+    def images_per_class(self, ipc: int) -> int:
+        return ipc * self.images
+
+    def check(self, shape: Shape) -> None:
+        if shape[1] * shape[2] < self.images:
+            raise ddkit.InputError(
+                f"parametrization.images = {self.images}: an image of {shape[1]} x {shape[2]} pixels has {shape[1] * shape[2]} "
+                "coefficients a channel, and each image that shares them needs one. Choose fewer.",
+                "parametrization.images",
+            )
+
+    def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        places, rows, columns = self._kept(images.shape[2], images.shape[3], images)
+        return (rows @ images @ columns.T).flatten(2)[:, :, places]
+
+    def decode(self, stored: Tensor, shape: Shape, shared: Mapping[str, Tensor]) -> Tensor:
+        places, rows, columns = self._kept(shape[1], shape[2], stored)
+        spectrum = stored.new_zeros((*stored.shape[:2], len(rows) * len(columns))).index_copy(2, places, stored)
+        return rows.T @ spectrum.unflatten(2, (len(rows), len(columns))) @ columns
+
+    def _kept(self, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return lowest(height, width, height * width // self.images, like.device, like.dtype)
+
+
+@cache
+def lowest(height: int, width: int, count: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the places (count,) of the lowest frequencies in a matrix (a, b), row by row, and the waves (a, height) and (b, width).
+
+    Frequency (u, v) has u / height and v / width half waves a pixel; the length of that vector orders them, and u where it is equal.
+    """
+    u, v = torch.arange(height, dtype=torch.float64)[:, None] / height, torch.arange(width, dtype=torch.float64) / width
+    order = (u.square() + v.square()).flatten().argsort(stable=True)[:count]
+    down, across = order // width, order % width
+    rows, columns = (waves(int(side.max()) + 1, size).to(device, dtype) for side, size in ((down, height), (across, width)))
+    return (down * len(columns) + across).to(device), rows, columns
+
+
+def waves(count: int, pixels: int) -> Tensor:
+    """Returns the `count` lowest waves (count, pixels) of the orthonormal DCT-II, float64."""
+    frequency = torch.arange(count, dtype=torch.float64)[:, None]
+    found = (math.pi / pixels * frequency * (torch.arange(pixels, dtype=torch.float64) + 0.5)).cos() * math.sqrt(2 / pixels)
+    found[0] /= math.sqrt(2)
+    return found
