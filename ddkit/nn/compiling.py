@@ -74,9 +74,9 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
 
     `graphs`: CUDA graphs are recorded. `static`: the code is for inputs of one shape, and compiled anew for another.
 
-    What torch compiles is kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another folder. torch unpickles
-    what it finds there, and its own default is a folder that another user may have made. So where ddkit's is not private the code is
-    compiled for this process alone.
+    What torch compiles, its precompiled headers included, is kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR
+    names another folder. torch unpickles what it finds there, and its own default is a folder that another user may have made. So where
+    ddkit's is not private the code is compiled for this process alone.
     """
     if not wanted:
         return module
@@ -90,6 +90,9 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
             log.warning("Compiled code is not kept for the next time. %s", error, extra={"news": True})
             folder = passing_folder()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    from torch._inductor import codecache
+
+    codecache._HEADER_DIR = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "precompiled_headers")  # in the shared /tmp otherwise
     options = OPTIONS | ({"triton.cudagraphs": True} if graphs else {})
     return Compiled(module, torch.compile(module, options=options, dynamic=False if static else None))  # type: ignore[arg-type]
 

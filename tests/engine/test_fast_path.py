@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._inductor import codecache
 
 import ddkit
 from ddkit.components import registry
@@ -493,7 +494,9 @@ def test_what_torch_compiles_is_kept_where_nobody_else_can_write(
     def chosen(own: str = "") -> Path:
         monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", own)
         compiled(lambda x: x, wanted=True)
-        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+        assert Path(codecache._HEADER_DIR) == folder / "precompiled_headers"
+        return folder
 
     assert chosen() == private / "compile"
     assert all(stat.S_IMODE(folder.stat().st_mode) == 0o700 for folder in (private.parent, private, private / "compile"))
