@@ -20,6 +20,7 @@ from ddkit.recipes.resolve import Part, flattened, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
 
 if TYPE_CHECKING:
+    from ddkit.nn.experts import Experts
     from ddkit.nn.teacher import Teacher
     from ddkit.run.artifact import Artifact
     from ddkit.run.blend import blend
@@ -38,9 +39,15 @@ TRAINING = Part(  # what of a recipe `train` uses
     ("data.batch", "data.test", "data.held_out", "teacher.use", "teacher.mean", "teacher.std"),
     "`ddkit train` trains a teacher on all training images.",
 )
+TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses
+    ("data", "network", "experts", "train", "seed", "pipc"),
+    ("data.batch", "data.test", "data.held_out", "network.source", "network.first", "network.last", "network.inner_epochs",
+     "network.inner_lr", "network.renew_every", "experts.use", "train.epochs"),
+    "`ddkit train --experts` trains networks on real images.",
+)  # fmt: skip
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
-__all__ = ["Artifact", "Run", "blend", "distill", "evaluate", "export", "import_file", "plan", "report", "resume", "train"]
+__all__ = ["Artifact", "Run", "blend", "distill", "evaluate", "export", "import_file", "plan", "report", "resume", "train", "train_experts"]
 
 
 def plan(
@@ -219,6 +226,54 @@ def train(
         teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, watchers=watchers)
         save_teacher(path, teacher)
     return teacher
+
+
+def train_experts(
+    out: str | Path,
+    *,
+    experts: int | None = None,
+    epochs: int | None = None,
+    save_every: int | None = None,
+    dataset: Any = None,
+    model: str | None = None,
+    pipc: int | str | None = None,
+    data_dir: str | None = None,
+    seed: int | None = None,
+    recipe: str | Path | Mapping[str, Any] | None = None,
+    sets: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    observers: Sequence[Any] = (),
+    allow_code: bool = False,
+) -> Experts:
+    """Trains `experts` networks on real images into the folder `out`, with their weights after every `save_every` epochs; returns them.
+
+    They are of the recipe's [network], trained on the accessible images (`pipc` of each class) as [train] and [experts] say. A folder that
+    has some of them already, of the same settings, is completed. The other arguments are as for train. Raises DdkitError.
+    """
+    path = Path(out)
+    check_out(path)
+    watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
+    kept = watchers.interruptible(lambda: "The experts that are done are kept: give the same command again, and it goes on.")
+    flags = {"dataset": dataset, "model": model, "pipc": pipc, "data_dir": data_dir, "seed": seed, "evaluators": "none"}
+    numbers = {"experts.count": experts, "experts.epochs": epochs, "experts.save_every": save_every}
+    sets = {**(sets or {}), **{key: value for key, value in numbers.items() if value is not None}}
+    with _resolved(recipe, sets, flags, allow_code=allow_code, part=TRAINING_EXPERTS) as built, kept, folders_of(path / "experts.json"):
+        from ddkit.data.real import RealData, check_classes, open_dataset
+        from ddkit.nn.device import pick_device
+        from ddkit.nn.experts import COUNT, check_folder, open_experts, settings_of
+        from ddkit.nn.experts import train_experts as train_into
+
+        where = pick_device(device)
+        found = open_dataset(built.data)
+        check_classes(found)
+        few = built.pipc or 1 if built.experts.data == "all" else built.pipc  # those of "all" are read when they are trained on
+        real = RealData(found, few, built.seed, watchers=watchers)
+        network = registry.create("model", built.network.model, built.network.options, data=real.info, where="network")
+        settings = settings_of(built, real, network, seed=built.seed)
+        check_folder(path, settings)
+        check_writable(path / "experts.json")
+        train_into(path, settings, built.experts.count or COUNT, real, network, where, watchers)
+        return open_experts(path, built.experts, settings, network)
 
 
 def __getattr__(name: str) -> Any:

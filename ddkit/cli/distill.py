@@ -18,6 +18,7 @@ from ddkit.cli.common import (
     percent,
     protocol,
     quiet,
+    refuse_given,
     set_verbosity,
     shared,
     show,
@@ -123,13 +124,14 @@ def _show_plan(plan: dict[str, Any]) -> None:
     height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
     found, cost = plan["teacher_accuracy"], plan["estimate"]
     known = "" if found is None else f" (right on {100 * found['accuracy']:.1f} % of {found['images']} accessible images)"
+    experts = f"; experts: {plan['experts']}{', which are trained first and kept' if plan['experts_are_trained_first'] else ''}"
     waits = ", which is trained first and kept for the next time" if plan["teacher_is_trained_first"] else ""
     makes = plan["parametrization"]
     far = f", {makes['encoding_error']:.3f} from those of the initializer (root mean square, normalised units)"
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
-        f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}{known}{waits}."
+        f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}{known}{waits}{experts if plan['experts'] else ''}."
     )
     show(
         f"Stored a class: {budget(makes['stored_numbers'], makes['stored_as_images'])}, of which {makes['use']} makes "
@@ -172,18 +174,35 @@ def _show_run(run: Any, as_json: bool) -> None:
     metavar="NAME|FILE",
     help="Recipe whose [teacher] and [train] tables are used (default: default).",
 )
-@click.option("--out", required=True, metavar="FILE", type=Place(), help="Teacher file to write, .safetensors.")
+@click.option("--out", required=True, metavar="FILE|DIR", type=Place(), help="Teacher file to write, .safetensors, or folder of experts.")
+@click.option("--experts", type=click.IntRange(min=1), help="Train so many networks of [network], with their weights after epochs.")
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs of each expert (default: 10).")
+@click.option("--save-every", type=click.IntRange(min=1), help="Epochs between two saved ones of an expert (default: 1).")
+@click.option("--pipc", type=PIPC, help="Real images per class that experts are trained on, or all.")
 @quiet
 @verbose
 def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Train a teacher on all training images and save it.
+    """Train a teacher on all training images and save it; or --experts, on the accessible images, into a folder.
 
-    Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8
+    Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8; of experts [network], [experts]
+    and [train]. If training experts was interrupted, the same command goes on.
     """
     set_verbosity(quiet, verbose)
     from ddkit import api
     from ddkit.cli.progress import watching
 
+    if flags["experts"] is not None:
+        with watching(quiet, verbose) as observers:
+            experts = api.train_experts(observers=observers, **flags)
+        facts = {"experts": experts.count, "epochs": list(experts.epochs), "accuracy": experts.accuracy}
+        if as_json:
+            echo_json({"schema": 1, "folder": str(flags["out"]), **facts})
+        else:
+            show(f"experts  {flags['out']}\ntraining accuracy  {percent(experts.accuracy[-1], None)} after epoch {experts.epochs[-1]}")
+        return
+    refuse_given(("epochs", "save_every", "pipc"), "it is of --experts.")
+    for name in ("experts", "epochs", "save_every", "pipc"):
+        del flags[name]
     with watching(quiet, verbose) as observers:
         teacher = api.train(observers=observers, **flags)
     found = teacher.info["test_accuracy"]

@@ -61,8 +61,9 @@ def checkpoint_written(index: int, images: Tensor, labels: Tensor, class_names: 
 def stage_started(stage: str, text: str, done: int, total: int) -> None:
     """Called: when a stage begins. Receives: its name, what is done in a line for people, and how far it is in its own units.
 
-    The stages are "reading" (images), "teacher" (epochs), "start" (the first images), "distilling" (steps), "evaluation" (networks, once
-    for each evaluator) and "writing". `total` is 0 where it is not known; `done` is above 0 where a run goes on.
+    The stages are "reading" (images), "teacher" (epochs), "experts" (networks), "start" (the first images), "distilling" (steps),
+    "evaluation" (networks, once for each evaluator) and "writing". `total` is 0 where it is not known; `done` is above 0 where a run goes
+    on.
     May: write or draw. May not: assume that every stage comes, or comes once. Since: 0.2.
     """
 

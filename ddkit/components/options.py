@@ -158,6 +158,7 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
     real: bool = False
     network: bool = False
     teacher: bool = False
+    experts: bool = False
     second_order: bool = False
     views: tuple[str, ...] = ()
     parameters: Mapping[str, Parameter] = {}

@@ -321,7 +321,7 @@ OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside 
     "data": {"use", "dir", "batch", "test", "held_out", "memory"},
     "teacher": {"use", "model", "mean", "std"},
     "train": {"epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "augmenter"},
-    "network": {"model", "renew_every", "inner_epochs", "inner_lr"},
+    "network": {"model", "source", "first", "last", "renew_every", "inner_epochs", "inner_lr"},
     "losses": {"use", "weight"},
     "initializer": {"use"},
     "parametrization": {"use"},

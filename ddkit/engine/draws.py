@@ -21,7 +21,8 @@ from ddkit.errors import RunFailed
 from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
-from ddkit.nn.networks import build_network, network_tensors, redraw
+from ddkit.nn.experts import Experts, Trajectory
+from ddkit.nn.networks import build_network, load_weights, network_tensors, redraw
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.training import Schedule, fit
@@ -44,7 +45,8 @@ class StepSource:
     on the disk stay there. In a run of several processes `real_labels` are those of all classes and `real_images` those of this one's.
     `twice` gives the teacher's logits to losses that differentiate its gradients (None: plain operations do), and what `differentiate`
     makes of the network gives its gradients by class.
-    `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not).
+    `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not). A network is drawn
+    from the `experts` at one of their epochs from first to last if `network_epochs` are given, else fresh.
     """
 
     seed: int
@@ -64,6 +66,8 @@ class StepSource:
     twice: SecondOrder | None = None
     differentiate: Callable[[nn.Module], ClassGradients] = ClassGradients
     inner: Schedule | None = None
+    experts: Experts | None = None
+    network_epochs: tuple[int, int | None] | None = None
     ranks: Ranks = ALONE
     gradients: ClassGradients | None = None
     _embedder: Embedder | None = None
@@ -138,7 +142,7 @@ class StepSource:
         return images + spec.noise * to_device(torch.cat(noise), images.device).to(images.dtype)
 
     def embedder(self, index: int, *, gradients: bool = False) -> Embedder:
-        """Returns the embedder of step `index`: its network's weights are a function of the seed and index // renew_every.
+        """Returns the embedder of step `index`: its network, fresh or an expert's, is a function of the seed and index // renew_every.
 
         Where the network is trained, they are those that `advance` made of them. `gradients`: whether they require gradients.
         """
@@ -148,8 +152,11 @@ class StepSource:
         if self._embedder is None:
             module = build_network(self.model, self.info, self.seed, "network", draw).to(self.device)
             self._embedder = Embedder(module, self.arithmetic, block=self.block)
-        elif draw != self._network_index:
+        elif draw != self._network_index and self.network_epochs is None:
             redraw(self._embedder.module, self.model, self.info, self.seed, "network", draw)
+        if draw != self._network_index and self.network_epochs is not None:
+            first, last = self.network_epochs
+            load_weights(self._embedder.module, self._experts.drawn(generator(self.seed, "network", draw), first=first, last=last).start)
         if self.arithmetic.graphs and self._graph_index != index:
             torch.compiler.cudagraph_mark_step_begin()
         self._network_index, self._graph_index = draw, index
@@ -161,6 +168,22 @@ class StepSource:
         if self.gradients is None or self.gradients.module is not network:
             self.gradients = self.differentiate(network)
         return self.gradients
+
+    @property
+    def _experts(self) -> Experts:
+        if self.experts is None:
+            raise RunFailed("This run has no experts.")
+        return self.experts
+
+    def trajectory(self, index: int, span: int, first: int, last: int | None) -> Trajectory:
+        """Returns one expert's weights at a saved epoch from `first` to `last` and `span` epochs later, on the device; drawn once."""
+
+        def draw() -> Trajectory:
+            found = self._experts.drawn(generator(self.seed, "experts", index), span=span, first=first, last=last)
+            moved = [{name: to_device(value, self.device) for name, value in each.items()} for each in (found.start, found.end)]
+            return found._replace(start=moved[0], end=moved[1])
+
+        return self._once(index, f"experts {span} {first} {last}", draw)
 
     def advance(self, index: int, synthetic: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Makes the network, where it is trained, that of step `index`; `synthetic()` is its whole set: images (n, C, H, W), labels (n,).

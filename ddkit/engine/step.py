@@ -20,6 +20,7 @@ from ddkit.engine.losses import WeightedLoss
 from ddkit.errors import RunFailed
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
+from ddkit.nn.experts import Trajectory
 from ddkit.nn.teacher import Teacher
 from ddkit.seeding import generator
 
@@ -55,6 +56,27 @@ class View(NamedTuple):
     images: Tensor
     labels: Tensor
     teacher_logits: Tensor
+
+
+class ExpertStep:
+    """The experts of a step."""
+
+    def __init__(self, source: StepSource, index: int, watch: Watch) -> None:
+        self._source = source
+        self._index = index
+        self._watch = watch
+
+    def draw(self, span: int = 0, *, first: int = 0, last: int | None = None) -> Trajectory:
+        """Returns `expert`, `epoch` t, and by name the weights and buffers at t (`start`) and at t + `span` (`end`), without gradients.
+
+        The expert and t, from the saved epochs `first` to `last` (None: the last that has a later one), are a function of seed and
+        step. Raises InputError where no two saved epochs are so. To differentiate by the weights, make leaves of them.
+        """
+        found = self._source.trajectory(self._index, span, first, last)
+        for part in (found.start, found.end):
+            for name, value in part.items():
+                self._watch.note(f"the experts' {name}", value)
+        return found
 
 
 class RealStep:
@@ -343,6 +365,11 @@ class Step:
         """The teacher's parameters by name; they require gradients where second_order is declared."""
         gradients = self._differentiates("teacher")
         return {name: value.detach().requires_grad_(gradients) for name, value in self.teacher.parameters.items()}
+
+    @_member(needs="experts")
+    def experts(self) -> ExpertStep:
+        """Networks trained on real images, with their weights at several epochs; `draw` gives those of one (declare experts)."""
+        return ExpertStep(self._source, self._index, self._watch)
 
     def view(self, name: str) -> View:
         """Returns images, labels and teacher logits of a named view (declare teacher and the view's name in views)."""

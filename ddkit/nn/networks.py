@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -32,10 +32,14 @@ def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose:
 
     `module` must be one that `model` built for `info`. The draw is made on the CPU, whatever the module's device.
     """
-    drawn = network_tensors(build_network(model, info, seed, *purpose))
+    load_weights(module, network_tensors(build_network(model, info, seed, *purpose)))
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Writes weights and buffers by name into `module`, in place: compiled code and hooks stay valid."""
     with torch.no_grad():
         for name, value in network_tensors(module).items():
-            value.copy_(to_device(drawn[name], value.device))
+            value.copy_(to_device(weights[name], value.device))
 
 
 def couples_samples(module: nn.Module, info: DataInfo) -> bool:

@@ -66,12 +66,30 @@ class TrainTable(PluginTable):
 
 
 class NetworkTable(PluginTable):
-    """The network that embeds or is matched: fresh every `renew_every` steps, between them trained for `inner_epochs`."""
+    """The network that embeds or is matched: drawn every `renew_every` steps, between them trained for `inner_epochs`."""
 
     model: str = "convnet"
+    source: Annotated[
+        Literal["fresh", "experts"], Option("where a drawn network comes from: fresh weights, or those of an expert at one of its epochs")
+    ] = "fresh"
+    first: Annotated[int, Option("first epoch of the experts that is drawn; 0: before training", ge=0)] = 0
+    last: Annotated[int, Option("last epoch of the experts that is drawn; left out: their last", ge=0)] | None = None
     inner_epochs: Annotated[int, Option("epochs on the synthetic set between the steps that share a network", ge=0)] = 0
     inner_lr: Annotated[float, Option("learning rate of those epochs", gt=0)] = 0.01
-    renew_every: Annotated[int, Option("steps that share one fresh network", ge=1)] = 1
+    renew_every: Annotated[int, Option("steps that share one drawn network", ge=1)] = 1
+
+
+class ExpertsTable(Table):
+    """Networks of [network] trained on real images as [train] says, with their weights at the start and after epochs."""
+
+    use: Annotated[str, Option("folder of `ddkit train --experts`, or auto: train them on first use and cache them")] = "auto"
+    count: Annotated[int, Option("networks; left out: 20, or all of the folder", ge=1)] | None = None
+    epochs: Annotated[int, Option("epochs of each network; left out: 10, or those of the folder", ge=1)] | None = None
+    save_every: Annotated[int, Option("epochs between two saved ones; left out: 1, or as in the folder", ge=1)] | None = None
+    data: Annotated[
+        Literal["accessible", "all"], Option("the images that they are trained on: the accessible ones, or the whole training split")
+    ] = "accessible"
+    precision: Annotated[Literal["bfloat16", "float32"], Option("type of the saved weights of experts that are trained")] = "bfloat16"
 
 
 class InitializerTable(PluginTable):
@@ -153,6 +171,7 @@ class Recipe(Table):
     teacher: TeacherTable = msgspec.field(default_factory=TeacherTable)
     train: TrainTable = msgspec.field(default_factory=TrainTable)
     network: NetworkTable = msgspec.field(default_factory=NetworkTable)
+    experts: ExpertsTable = msgspec.field(default_factory=ExpertsTable)
     initializer: InitializerTable = msgspec.field(default_factory=InitializerTable)
     parametrization: ParametrizationTable = msgspec.field(default_factory=ParametrizationTable)
     augmenter: AugmenterTable = msgspec.field(default_factory=AugmenterTable)
@@ -173,6 +192,7 @@ TABLES: dict[str, type[Table]] = {
     "teacher": TeacherTable,
     "train": TrainTable,
     "network": NetworkTable,
+    "experts": ExpertsTable,
     "initializer": InitializerTable,
     "parametrization": ParametrizationTable,
     "augmenter": AugmenterTable,
@@ -197,7 +217,7 @@ CHOOSING = {  # tables that choose a component: the key that does, and the kind
     "evaluators": ("use", "evaluator"),
 }
 NAMED_BY_LABEL = ("losses", "evaluators")  # whose entry is called as its component, unless it says `use`
-SHORTHAND = {"data": "use", "teacher": "use", "initializer": "use", "parametrization": "use", "augmenter": "use"}
+SHORTHAND = {"data": "use", "teacher": "use", "experts": "use", "initializer": "use", "parametrization": "use", "augmenter": "use"}
 
 T = TypeVar("T", bound=Table)
 DEEPEST = 32  # levels of tables and arrays in a recipe

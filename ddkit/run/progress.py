@@ -10,7 +10,13 @@ from typing import Any
 from ddkit.components.observers import hookimpl
 from ddkit.errors import printable
 
-UNITS = {"reading": "image", "teacher": "epoch", "distilling": "step", "evaluation": "network"}  # what a stage is counted in
+UNITS = {
+    "reading": "image",
+    "teacher": "epoch",
+    "experts": "network",
+    "distilling": "step",
+    "evaluation": "network",
+}  # what a stage is counted in
 
 
 class ProgressLines:
@@ -139,7 +145,7 @@ def in_notebook() -> bool:
 
 def _new_bar(name: str, total: int, done: int = 0) -> Any:
     given: dict[str, Any] = {"total": total, "desc": name, "leave": False, **({"initial": done} if done else {})}
-    if name == "evaluation":  # parts of networks count
+    if UNITS.get(name) == "network":  # parts of networks count
         given["bar_format"] = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
     if in_notebook():
         from tqdm.auto import tqdm  # a notebook's bar where ipywidgets is installed, else text

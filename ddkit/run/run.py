@@ -41,7 +41,7 @@ from ddkit.run.evaluation import run_evaluators
 from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_manifest
 from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
-from ddkit.run.setup import AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup, estimated
+from ddkit.run.setup import AUTOMATIC_EXPERTS, AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup, estimated
 from ddkit.run.snapshots import add_frame, is_frame
 
 log = logging.getLogger("ddkit")
@@ -114,6 +114,8 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "teacher": recipe.teacher.use if setup.needs_teacher else None,
             "teacher_is_trained_first": setup.teacher is not None and not setup.teacher.path,
             "teacher_accuracy": None if setup.tested is None else msgspec.structs.asdict(setup.tested),
+            "experts": recipe.experts.use if setup.needs_experts else None,
+            "experts_are_trained_first": setup.experts is not None and not setup.experts.path,
             "estimate": estimated(setup),
             "plugins": setup.plugins_used,
         }
@@ -217,9 +219,9 @@ def _check_inputs(began: Mapping[str, str], setup: RunSetup, path: Path) -> None
         if then in (None, digest):
             continue
         told = f"{name} is not what the run at {path} began with (sha256 {str(then)[:12]} then, {digest[:12]} now)"
-        if name != AUTOMATIC_TEACHER:
+        if name not in (AUTOMATIC_TEACHER, AUTOMATIC_EXPERTS):
             raise RunFilesError(f"{told}, so it cannot be continued exactly. Restore it, or start anew.")
-        log.warning("%s: it was trained again. The run goes on with this one, and is not the one that it would have been.", told)
+        log.warning("%s: trained again. The run goes on with this one, and is not the one that it would have been.", told)
 
 
 def _finished(directory: RunDirectory, watchers: Observers) -> Run:
@@ -399,6 +401,7 @@ def _facts(setup: RunSetup) -> dict[str, Any]:
         teacher = {"path": setup.teacher.path, "sha256": setup.teacher.sha256, "test_accuracy": setup.teacher.info.get("test_accuracy")}
         tested = setup.tested
         teacher |= {} if tested is None else {"accessible_accuracy": tested.accuracy, "accessible_images": tested.images}
+    experts = setup.experts
     processes = {"count": setup.ranks.world_size, "exchanged_bytes": dict(setup.ranks.exchanged)}
     return {
         "seed": setup.recipe.seed,
@@ -407,6 +410,7 @@ def _facts(setup: RunSetup) -> dict[str, Any]:
         "plugins": setup.plugins_used,
         **({"plugin_files": setup.plugin_files} if setup.plugin_files else {}),
         "teacher": teacher,
+        **({"experts": {"path": experts.path, "sha256": experts.digest, "count": experts.count}} if experts else {}),
         **known_spectrum(setup.real.sample()),
         "real_files": setup.real.sources,
         **({"processes": processes} if setup.ranks.world_size > 1 else {}),

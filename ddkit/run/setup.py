@@ -31,6 +31,7 @@ from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
+from ddkit.nn.experts import Experts, experts_of, untrained
 from ddkit.nn.networks import build_network, no_second_derivative, training_flops
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
@@ -40,6 +41,7 @@ from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.seeding import generator
 
 AUTOMATIC_TEACHER = "the automatic teacher"
+AUTOMATIC_EXPERTS = "the automatic experts"
 TEACHER_FILE = "the teacher "  # and the name of its file
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
 SHARE = 0.4  # of the rate of large matrix products that networks reach on a CPU: 0.2 uncompiled to 0.68 (docs/performance.md)
@@ -73,6 +75,7 @@ class RunSetup:
         self.encoding_error = 0.0  # of the first images, once they are made
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
+        self.experts: Experts | None = None
         self._normalisation: Normalisation | None = None
         self.real = RealData.of(recipe, self.dataset, self._shape(), ranks, self.watchers)
         self.info: DataInfo = self.real.info
@@ -215,6 +218,8 @@ class RunSetup:
         if self.teacher is not None and self._distils_with_teacher:
             name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"{TEACHER_FILE}{Path(self.recipe.teacher.use).name}"
             found[name] = self.teacher.sha256 or ""
+        if self.experts is not None:
+            found[AUTOMATIC_EXPERTS if self.recipe.experts.use == "auto" else "the experts"] = self.experts.digest
         return found
 
     @property
@@ -232,6 +237,7 @@ class RunSetup:
         Writes nothing but caches. `train_it`: as in load_teacher.
         """
         self.load_teacher(train_it=train_it)
+        self.load_experts(train_it=train_it)
         self.bank = self.initial_bank()
         self.resolved_recipe = self.resolved()
         self.ranks.check_same("The resolved recipe", dict(flattened(recipe_dict(self.resolved_recipe))))
@@ -266,8 +272,35 @@ class RunSetup:
         self.tested = tested(self.teacher, self.real, self.device)
 
     @property
+    def _draws_experts(self) -> bool:
+        """Whether the networks of the steps are experts."""
+        return self.recipe.network.source == "experts" and self.decided.needs_network
+
+    @property
+    def needs_experts(self) -> bool:
+        return self._draws_experts or any(requires.experts for requires in self.requires)
+
+    def load_experts(self, *, train_it: bool = True) -> None:
+        """Loads the experts, or trains automatic ones; a recipe that needs none gets none. `train_it`: as in load_teacher."""
+        if not self.needs_experts:
+            return
+        table, recipe, channels = self.recipe.network, self.recipe, self.info.channels
+        units = self.normalisation if self.teacher is not None and self._distils_with_teacher else None
+        stand_in = untrained(self.model, self.info, recipe.experts, units or Normalisation([0.5] * channels, [0.25] * channels))
+        if self._draws_experts and recipe.experts.use == "auto":
+            stand_in.rows(table.first, table.last)  # before they are trained
+        self.experts = experts_of(
+            recipe, self.real, self.model, self.device, self.watchers, units=units, ranks=self.ranks, train_it=train_it
+        )
+        self.experts = self.experts or stand_in
+        self.ranks.check_same("The experts", self.experts.digest)
+        if self._draws_experts:
+            self.experts.rows(table.first, table.last)
+        self._normalisation = self.experts.normalisation
+
+    @property
     def normalisation(self) -> Normalisation:
-        """The teacher's statistics where there is a teacher (load it first), else those of the accessible images.
+        """The teacher's statistics where there is a teacher (load it first), else the experts', else those of the accessible images.
 
         An automatic teacher that evaluators alone ask for does not count: what is distilled does not depend on them.
         """
@@ -369,6 +402,7 @@ class RunSetup:
             inner=Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
             if trained
             else None,
+            experts=self.experts, network_epochs=(table.first, table.last) if self._draws_experts else None,
         )  # fmt: skip
         return Engine(bank, source, self.losses, chunk=self.decided.chunk)
 
@@ -389,6 +423,12 @@ class RunSetup:
             teacher, training = resolved_training(teacher, training, self.info)
         else:
             teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
+        experts = recipe.experts
+        if self.experts is not None:
+            experts = replace(
+                experts, count=self.experts.count, epochs=self.experts.trained, save_every=self.experts.save_every,
+                use=experts.use if experts.use == "auto" else str(Path(experts.use).absolute()),
+            )  # fmt: skip
         data = recipe.data
         if isinstance(self.dataset, NoImages):  # the data are not opened, and may not even be there
             data_options = registry.options_of("dataset", data.use, data.options, "data")
@@ -401,6 +441,7 @@ class RunSetup:
             notes={},
             teacher=teacher,
             train=training,
+            experts=experts,
             data=replace(written(data, "use", data_options), held_out=self.real.held_out or data.held_out),
             network=written(recipe.network, "model", self.model.options),
             initializer=written(recipe.initializer, "use", self.initializer.options),
@@ -425,7 +466,7 @@ class RunSetup:
 
     def _plugins_used(self) -> list[dict[str, str]]:
         """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
-        trains = self.needs_teacher and self.recipe.teacher.use == "auto"
+        trains = (self.needs_teacher and self.recipe.teacher.use == "auto") or (self.needs_experts and self.recipe.experts.use == "auto")
         in_use = {"network": self.decided.needs_network, "teacher": self.needs_teacher, "train": trains}
         named = {(kind, name) for kind, name, _, where in named_components(self.recipe) if in_use.get(where, True)}
         used = [registry.find(kind, registry.split_name(name)[0]) for kind, name in sorted(named)]
@@ -463,6 +504,10 @@ def estimated(setup: RunSetup) -> dict[str, Any]:
         "teacher": training_flops(setup.teacher.module, setup.info, images=len(setup.dataset.labels("train")), epochs=recipe.train.epochs)
         if setup.teacher is not None and not setup.teacher.path
         else 0.0,
+        "experts": training_flops(
+            build_network(setup.model, info, 0, "probe"), info, epochs=setup.experts.trained,
+            images=len(setup.dataset.labels("train") if recipe.experts.data == "all" else setup.real.labels) * setup.experts.count,
+        ) if setup.experts is not None and not setup.experts.path else 0.0,
         "steps": decided.step_flops() * recipe.steps / setup.ranks.world_size,
         "evaluation": sum(
             each.operations(

@@ -19,7 +19,7 @@ from ddkit.testing.suite import Broken, ShapeConformance, changed, check, copies
 from ddkit.testing.world import Setting, World, in_parts, part_of
 
 DOUBLE = Setting(dtype=torch.float64)
-REQUIREMENTS = ("real", "network", "teacher")
+REQUIREMENTS = ("real", "network", "teacher", "experts")
 
 
 class LossConformance(ShapeConformance):

@@ -23,8 +23,10 @@ from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import Step
 from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.embedder import Embedder
+from ddkit.nn.experts import untrained
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher
+from ddkit.recipes.tables import ExpertsTable
 from ddkit.seeding import generator
 
 T = TypeVar("T")
@@ -99,6 +101,7 @@ class World:
             seed=0, info=info, normalisation=Normalisation([0.5] * info.channels, [0.25] * info.channels), batch=max(setting.real),
             real_images=real, real_labels=real_labels, augmenter=_augmenter("dsa", info), views=views, model=_model("instance", info),
             renew_every=1, teacher=untrained_teacher(info, dtype), device=CPU, arithmetic=PLAIN,
+            experts=untrained(_model("instance", info), info, ExpertsTable(), Normalisation([0.5] * info.channels, [0.25] * info.channels)),
         )  # fmt: skip
         self.source.dtype = dtype
         labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.rows))

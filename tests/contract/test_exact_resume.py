@@ -36,6 +36,7 @@ def cases() -> dict[str, dict[str, Any]]:
     both = {"losses": "dm,dkkt"}
     recipes = {name: resolve(name, ipc=2) for name in own("recipe")}
     renewed = {"network.renew_every": 2, "network.inner_epochs": 1}
+    experts = {"network.source": "experts", "experts.count": 2, "experts.epochs": 2}
     momentum = {"optimizer.images.kind": "sgd", "optimizer.images.momentum": 0.9}
     return {
         **{f"loss {name}": {"losses": name} for name in own("loss")},
@@ -50,6 +51,8 @@ def cases() -> dict[str, dict[str, Any]]:
             f"recipe {name}": {"recipe": name, "sets": renewed if recipe.network.inner_epochs else {}}
             for name, recipe in recipes.items() if recipe.losses
         },
+        "networks of experts": both | {"sets": experts},
+        "networks of experts, trained on the set": {"losses": "dm", "sets": experts | renewed},
         "adam": both | {"sets": {"optimizer.images.kind": "adam"}},
         "sgd": both | {"sets": momentum},
         "all losses": {"losses": ",".join(own("loss"))},

@@ -54,6 +54,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "stationarity, layer-cosine, noise": ("dkkt", {"losses.dkkt-stationarity.distance": "layer-cosine", "views.default.noise": 0.2}),
     "chunks": ("dm,dkkt", {"engine.chunk": 2}),
+    "networks of experts": ("dm", {"network.source": "experts", "experts.count": 2, "experts.epochs": 1}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
 EACH_RECIPE = ("default", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")

@@ -29,6 +29,7 @@ def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
     """Returns job, bank and engine of a recipe, as a run makes them, with nothing written."""
     job = RunSetup(parse_recipe(table), device="cpu")
     job.load_teacher()
+    job.load_experts()
     bank = job.initial_bank()
     return job, bank, job.engine_over(bank)
 

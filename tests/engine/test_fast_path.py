@@ -28,10 +28,12 @@ from ddkit.engine.step import Step
 from ddkit.nn.compiling import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16
 from ddkit.nn.device import products, tune_process
 from ddkit.nn.embedder import Embedder
-from ddkit.nn.networks import build_network, forward_flops, redraw, training_flops
+from ddkit.nn.experts import untrained
+from ddkit.nn.networks import build_network, forward_flops, load_weights, redraw, training_flops
 from ddkit.nn.second_order import SecondOrder
 from ddkit.nn.training import Schedule, fit
-from ddkit.recipes.tables import OptimizerTable
+from ddkit.recipes.tables import ExpertsTable, OptimizerTable
+from ddkit.seeding import generator
 from tests.conftest import SMALL_FLAGS, Result
 
 INFO = ddkit.DataInfo(class_names=("a", "b", "c"), channels=3, size=(12, 12))
@@ -161,6 +163,18 @@ def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str
         redraw(embedder.module, model(), INFO, 0, "network", number)
         plain = Embedder(build_network(model(), INFO, 0, "network", number), PLAIN)
         torch.testing.assert_close(embedder(x).detach(), plain(x).detach(), rtol=1e-4, atol=1e-5)
+    redraw(embedder.module, model(), INFO, 0, "network")
+
+
+def test_weights_of_experts_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
+    embedder = compiled_embedders["float32"]
+    steps, x = source(arithmetic=embedder.arithmetic), torch.randn((5, *INFO.shape), generator=draw())
+    steps._embedder, steps.network_epochs = embedder, (1, None)
+    steps.experts = untrained(model(), INFO, ExpertsTable(count=2, epochs=2), steps.normalisation)
+    for index in (0, 1):
+        plain = Embedder(build_network(model(), INFO, 0, "other"), PLAIN)
+        load_weights(plain.module, steps.experts.drawn(generator(0, "network", index), first=1).start)
+        torch.testing.assert_close(steps.embedder(index)(x).detach(), plain(x).detach(), rtol=1e-4, atol=1e-5)
     redraw(embedder.module, model(), INFO, 0, "network")
 
 
