@@ -285,6 +285,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
     An evaluator that trains no network has no accuracy (None), and tells in `details`, under "summary" in a few words.
 
+    `labels` says whose labels the networks learned: "hard" (the likeliest class), "stored" (the set's own probabilities) or "teacher" (what
+    it says of each augmented batch; "soft" is its name in versions up to 0.2).
     `images` names what the networks were trained on: "synthetic", or a baseline; random real stands beside synthetic.
     `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
     `details["variant"]` says in a few words what differs from the protocol; rows of another variant stand beside each other.
@@ -297,7 +299,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     evaluator: str
     model: str
     protocol: str
-    labels: Literal["hard", "soft"]
+    labels: Literal["hard", "stored", "teacher", "soft"]
     repeats: Annotated[int, Option(ge=0)]
     accuracy_mean: Fraction | None
     accuracy_std: Spread | None
@@ -311,6 +313,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.labels == "soft":
+            msgspec.structs.force_setattr(self, "labels", "teacher")
 
 
 class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):

@@ -131,18 +131,22 @@ class Parameter(msgspec.Struct, frozen=True):
     """An extra parameter of the synthetic set, declared by a loss in its `requires`.
 
     It is optimised with the images, projected, checkpointed and written to the artifact. `per` is "sample" (one value
-    of `shape` per row) or "set" (one for the whole set); `constraint` "nonnegative" clamps it at 0 after each update.
-    `lr` is that of its Adam optimizer, unless the recipe has a table `[optimizer.NAME]`.
+    of `shape` per row) or "set" (one for the whole set). After each update `constraint` "nonnegative" clamps it at 0, and "simplex" makes
+    its last dimension the nearest probabilities. `lr` is that of its Adam optimizer, unless the recipe has a table `[optimizer.NAME]`.
+    With `direction` "max" its updates increase the weighted sum of the losses, while those of the images decrease it.
     """
 
     shape: tuple[Count, ...] = ()
     per: Literal["sample", "set"] = "sample"
     init: float = 1.0
-    constraint: Literal["nonnegative"] | None = None
+    constraint: Literal["nonnegative", "simplex"] | None = None
     lr: Annotated[float, Option(ge=0)] = 0.1
+    direction: Literal["min", "max"] = "min"
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.constraint == "simplex" and not self.shape:
+            raise ValueError("Parameter: constraint='simplex' is about the last dimension of a shape, and this shape is ()")
 
 
 class Requires(msgspec.Struct, frozen=True, kw_only=True):

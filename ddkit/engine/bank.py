@@ -70,9 +70,10 @@ class Bank:
 
     def _optimizer(self, name: str, tensor: Tensor, settings: Mapping[str, OptimizerTable]) -> torch.optim.Optimizer:
         setting = settings.get(name) or self._usual(name)
+        rising = name in self.declared and self.declared[name].direction == "max"
         if setting.kind == "sgd":
-            return torch.optim.SGD([tensor], lr=setting.lr, momentum=setting.momentum)
-        return torch.optim.Adam([tensor], lr=setting.lr, betas=setting.betas)
+            return torch.optim.SGD([tensor], lr=setting.lr, momentum=setting.momentum, maximize=rising)
+        return torch.optim.Adam([tensor], lr=setting.lr, betas=setting.betas, maximize=rising)
 
     def _usual(self, name: str) -> OptimizerTable:
         """Returns the optimizer of a parameter that the recipe says nothing of."""
@@ -134,6 +135,8 @@ class Bank:
             for name, spec in self.declared.items():
                 if spec.constraint == "nonnegative":
                     self.parameters[name].clamp_(min=0)
+                elif spec.constraint == "simplex":
+                    self.parameters[name].copy_(on_simplex(self.parameters[name]))
 
     def smaller_rate(self, name: str) -> str:
         """Returns the --set that makes the learning rate of a parameter ten times smaller, and at most its default."""
@@ -196,6 +199,20 @@ class Bank:
             own = {key: value.clone() if key == "step" else value.clone().to(tensor.device) for key, value in kept[name].items()}
             self.optimizers[name].state[tensor].clear()
             self.optimizers[name].state[tensor].update(own)
+
+
+def on_simplex(values: Tensor) -> Tensor:
+    """Returns the nearest probabilities (..., K) of values (..., K): at least 0, their sum 1; probabilities are returned unchanged.
+
+    Source: Duchi et al., Efficient Projections onto the l1-Ball, ICML 2008, Figure 1.
+
+    >>> on_simplex(torch.tensor([[0.75, 0.75, -1.0], [0.0, 1.0, 0.0]])).tolist()
+    [[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]
+    """
+    falling = values.sort(dim=-1, descending=True).values
+    excess = (falling.cumsum(-1) - 1) / torch.arange(1, values.shape[-1] + 1, device=values.device)
+    kept = (falling > excess).sum(-1, keepdim=True).clamp_min(1)  # 0 for values that are not finite
+    return (values - excess.gather(-1, kept - 1)).clamp_min(0)
 
 
 def check_like(name: str, value: Tensor, other: Tensor) -> None:

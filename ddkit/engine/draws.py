@@ -26,6 +26,7 @@ from ddkit.nn.networks import build_network, load_weights, network_tensors, redr
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.training import Schedule, fit
+from ddkit.recipes.tables import LabelsTable
 from ddkit.seeding import generator
 
 T = TypeVar("T")
@@ -46,7 +47,8 @@ class StepSource:
     `twice` gives the teacher's logits to losses that differentiate its gradients (None: plain operations do), and what `differentiate`
     makes of the network gives its gradients by class.
     `inner` says how the network is trained on the synthetic set between the steps that share it (None: it is not). A network is drawn
-    from the `experts` at one of their epochs from first to last if `network_epochs` are given, else fresh.
+    from the `experts` at one of their epochs from first to last if `network_epochs` are given, else fresh. `labels` says how the set is
+    labelled.
     """
 
     seed: int
@@ -68,6 +70,7 @@ class StepSource:
     inner: Schedule | None = None
     experts: Experts | None = None
     network_epochs: tuple[int, int | None] | None = None
+    labels: LabelsTable = field(default_factory=LabelsTable)
     ranks: Ranks = ALONE
     gradients: ClassGradients | None = None
     _embedder: Embedder | None = None
@@ -83,7 +86,7 @@ class StepSource:
         if not on_disk(self.real_images):
             self.real_images = self.real_images.to(self.device)
 
-    def _once(self, index: int, purpose: str, make: Callable[[], T]) -> T:
+    def once(self, index: int, purpose: str, make: Callable[[], T]) -> T:
         """Returns what `make` gives for `purpose` at step `index`, made once a step, whatever its chunks."""
         if (index, purpose) not in self._draws:
             self._draws = {key: drawn for key, drawn in self._draws.items() if key[0] == index}
@@ -93,7 +96,7 @@ class StepSource:
 
     def real_rows(self, index: int) -> Tensor:
         """Returns the rows of the real images of this step, ascending, at most `batch` of each class, drawn anew where there are more."""
-        return self._once(index, "real", lambda: self._drawn_rows(index, "real", self.batch))
+        return self.once(index, "real", lambda: self._drawn_rows(index, "real", self.batch))
 
     def _drawn_rows(self, index: int, purpose: str, batch: int) -> Tensor:
         count = len(self.real_labels)
@@ -117,14 +120,14 @@ class StepSource:
         """Returns the real images of this step of all processes, exchanged once a step."""
         drawn = self.real_rows(index)
         own = drawn[class_rows(self.real_labels[drawn], self.own_classes)]
-        return self._once(index, "all real", lambda: self.ranks.all_gather(self.real_of(own), "real images"))
+        return self.once(index, "all real", lambda: self.ranks.all_gather(self.real_of(own), "real images"))
 
     def augmented(self, index: int, x: Tensor, labels: Tensor, *, view: str = "") -> Tensor:
         """Returns x (n, C, H, W) under the augmentation of step `index`, or of a view; what is drawn for a class is drawn once a step."""
         augmenter = self.views[view].augmenter if view else self.augmenter
         purpose = f"view {view}" if view else "augmentation"
         with blamed("augmenter", augmenter):
-            drawn = self._once(index, purpose, lambda: augmenter.sample(generator(self.seed, purpose, index), self.info.classes))
+            drawn = self.once(index, purpose, lambda: augmenter.sample(generator(self.seed, purpose, index), self.info.classes))
             return augmenter.apply(x, {key: value[labels] for key, value in drawn.items()})
 
     def viewed(self, index: int, name: str, images: Tensor, labels: Tensor) -> Tensor:
@@ -183,10 +186,11 @@ class StepSource:
             moved = [{name: to_device(value, self.device) for name, value in each.items()} for each in (found.start, found.end)]
             return found._replace(start=moved[0], end=moved[1])
 
-        return self._once(index, f"experts {span} {first} {last}", draw)
+        return self.once(index, f"experts {span} {first} {last}", draw)
 
     def advance(self, index: int, synthetic: Callable[[], tuple[Tensor, Tensor]]) -> None:
-        """Makes the network, where it is trained, that of step `index`; `synthetic()` is its whole set: images (n, C, H, W), labels (n,).
+        """Makes the network, where it is trained, that of step `index`; `synthetic()` is its whole set: images (n, C, H, W),
+        labels (n,) or (n, K).
 
         It is a fresh one, or that of the step before trained on this set. Nothing happens where it is of step `index` already.
         """
@@ -202,7 +206,7 @@ class StepSource:
             modes = {each: each.training for each in module.modules()}
             images, labels = synthetic()
             fit(
-                module, images.detach(), labels, self.inner, augmenter=self.augmenter,
+                module, images.detach(), labels.detach(), self.inner, augmenter=self.augmenter,
                 generator=generator(self.seed, "inner training", index), channels_last=embedder.layout == torch.channels_last,
             )  # fmt: skip
             for each, mode in modes.items():

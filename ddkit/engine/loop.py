@@ -27,9 +27,10 @@ from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Sums, dependent_sums, parts_of
 from ddkit.engine.draws import StepSource
 from ddkit.engine.guards import interruption
+from ddkit.engine.labels import SOFT_LABELS, begin_labels, targets_of
 from ddkit.engine.losses import WeightedLoss, differentiated
 from ddkit.engine.step import Step
-from ddkit.errors import DdkitError, Interrupted, RunFailed
+from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed
 from ddkit.nn.device import differentiable_attention
 
 Record = dict[str, Any]
@@ -73,7 +74,7 @@ def distill(engine: Engine, start: int, stop: int, hooks: Hooks = Hooks(), *, dr
     with interruption() as signals:
         for index in range(start, stop):
             with finite.around(index), differentiable_attention(engine.second_order):
-                engine.source.advance(index, engine.whole_set)
+                engine.source.advance(index, partial(engine.whole_set, index))
                 found = Evaluated({}, {}, {}, {}, {})
                 sums = engine.record_sums(index)
                 for classes, losses in engine.parts:
@@ -114,7 +115,8 @@ class Engine:
         self.second_order = any(each.requires.second_order for each in self.losses)
 
     def start(self) -> None:
-        """Fills the extra parameters whose initial values a loss computes from the first step."""
+        """Fills learned labels, and the extra parameters whose initial values a loss computes from the first step."""
+        begin_labels(self.source, self.bank)
         with differentiable_attention(self.second_order):
             step = Step(self.source, self.bank, 0, None, self.losses)
             for each in self.losses:
@@ -149,10 +151,13 @@ class Engine:
         assert found is not None
         return found
 
-    def whole_set(self) -> tuple[Tensor, Tensor]:
-        """Returns the images and labels of the set, of all processes, as losses see them."""
-        images = self.ranks.all_gather(self.bank.decoded(self.bank.rows(None)), "the network's training")
-        return images, self.ranks.all_gather(self.bank.decoded_labels, "the network's training")
+    def whole_set(self, index: int) -> tuple[Tensor, Tensor]:
+        """Returns the images (n, C, H, W) of all processes before step `index`, and their labels: hard ones (n,), or others (n, K)."""
+        bank, rows = self.bank, self.bank.rows(None)
+        images = self.ranks.all_gather(bank.decoded(rows), "the network's training")
+        hard = self.source.labels.kind == "hard"
+        labels = bank.decoded_labels if hard else targets_of(self.source, bank, index, rows).detach()
+        return images, self.ranks.all_gather(labels, "the network's training")
 
     def record_sums(self, index: int) -> dict[str, Sums]:
         """Returns what losses add up over all chunks, by label: the first of two passes over these losses."""
@@ -201,6 +206,12 @@ class Engine:
 
     def complete(self, found: Evaluated, sums: Mapping[str, Sums]) -> None:
         """Makes what was added up over the parts of the set that of all of it: sums over the processes, roots, zeros."""
+        if SOFT_LABELS in self.bank.parameters and SOFT_LABELS not in found.gradients:
+            raise InputError(
+                f"labels.kind = learned: none of the losses ({', '.join(each.label for each in self.losses)}) uses step.targets, so the "
+                "labels would stay what they were. Add a loss that does, for example feature-regression, or use --set labels.kind=teacher.",
+                "labels.kind",
+            )
         for name, tensor in self.bank.tensors().items():
             found.gradients.setdefault(name, torch.zeros_like(tensor))
         for label, own in sums.items():

@@ -16,6 +16,7 @@ from ddkit.distributed import class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Exchange, Sums
 from ddkit.engine.draws import StepSource, class_slices
+from ddkit.engine.labels import targets_of
 from ddkit.engine.losses import WeightedLoss
 from ddkit.errors import RunFailed
 from ddkit.nn.device import to_device
@@ -228,13 +229,13 @@ class Step:
 
     @_member(watched="the labels")
     def labels(self) -> Tensor:
-        """(n,) int64, rows grouped by ascending class."""
+        """(n,) int64, the classes of the images, rows grouped by ascending class."""
         return self._bank.decoded_labels[self._rows]
 
     @_member(watched="the targets")
     def targets(self) -> Tensor:
-        """(n, K) the labels as rows of probabilities, one-hot, of the images' type."""
-        return (self.labels[:, None] == torch.arange(self.info.classes, device=self.labels.device)).to(self.images.dtype)
+        """(n, K) the labels as rows of probabilities, of the images' type: one-hot, the teacher's, or learned and differentiable."""
+        return targets_of(self._source, self._bank, self._index, self._rows)
 
     @_member()
     def class_slices(self) -> Mapping[int, slice]:

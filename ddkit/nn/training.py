@@ -62,7 +62,7 @@ def fit(
     targets: Targets | None = None,
     temperature: float = 1.0,
 ) -> None:
-    """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64.
+    """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64, or probabilities (n, K).
 
     Images on the disk come as what Normalisation.lazily returns.
 

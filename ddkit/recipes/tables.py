@@ -152,6 +152,18 @@ class EvaluatorTable(PluginTable):
     use: str | None = None
 
 
+class LabelsTable(Table):
+    """The labels of the synthetic images: their classes, the teacher's probabilities, or probabilities that are learned."""
+
+    kind: Annotated[
+        Literal["hard", "teacher", "learned"],
+        Option("hard: the class; teacher: what it says of each image as it is; learned: optimised with the images"),
+    ] = "hard"
+    temperature: Annotated[float, Option("of the teacher's probabilities, softmax(logits / temperature)", gt=0)] = 1.0
+    lr: Annotated[float, Option("learning rate of learned labels, in units of probability", gt=0)] = 0.01
+    init: Annotated[Literal["hard", "teacher"], Option("what learned labels begin as")] = "hard"
+
+
 class RuleTable(Table):
     when: dict[Literal["ipc_min", "ipc_max", "pipc_min", "pipc_max"], int]
     set: dict[str, Any]
@@ -180,7 +192,13 @@ class Recipe(Table):
     engine: EngineTable = msgspec.field(default_factory=EngineTable)
     losses: dict[str, LossTable] = {}
     evaluators: dict[str, EvaluatorTable] = {}
+    labels: LabelsTable | None = None
     notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
+
+    @property
+    def own_labels(self) -> LabelsTable:
+        """Returns how the set is labelled; a recipe that says nothing has hard labels."""
+        return self.labels or LabelsTable()
 
     def loss_name(self, label: str) -> str:
         """Returns the plugin name of the loss labelled `label`."""
@@ -197,6 +215,7 @@ TABLES: dict[str, type[Table]] = {
     "parametrization": ParametrizationTable,
     "augmenter": AugmenterTable,
     "engine": EngineTable,
+    "labels": LabelsTable,
 }
 NAMED_TABLES: dict[str, type[Table]] = {
     "views": ViewTable,

@@ -40,6 +40,8 @@ class Provenance(msgspec.Struct, frozen=True, kw_only=True):
 class Artifact:
     """A synthetic set: `images` (n, C, H, W) float32 in pixel units (0..1 nominal, not clipped), `labels` (n,) int64.
 
+    If its labels are not hard, `soft_labels` (n, K) are rows of probabilities (else None), and `labels` the likeliest class of each image.
+
     Its file holds `stored`, rows of which the parametrization that the metadata name makes the images, and `row_labels` of these rows;
     without one they are the images. `stored_images` and `stored_labels` are to look at: the rows if they are images, else the images that
     are made. `mean` and `std` are the channel statistics that training on it should use; `parameters` are extra tensors: those that losses
@@ -69,6 +71,11 @@ class Artifact:
             if not makes.stores_images:
                 self.stored_images = self.images
                 self.stored_labels = self.labels
+        self.soft_labels = self.parameters.get("soft_labels")
+        if self.soft_labels is not None:
+            own = self.soft_labels.gather(1, self.labels[:, None])[:, 0]
+            best = self.soft_labels.max(1)
+            self.labels = torch.where(own < best.values, best.indices, self.labels)
 
     @property
     def stored_numbers(self) -> float:
@@ -115,9 +122,15 @@ class Artifact:
         """(n, C, H, W) images as (x - mean) / std."""
         return Normalisation(self.mean, self.std).normalise(self.images)
 
-    def as_dataset(self, *, normalised: bool = True) -> TensorDataset:
-        """Returns a torch Dataset of (image, label), normalised or in pixel units."""
-        return TensorDataset(self.normalised if normalised else self.images, self.labels)
+    @property
+    def targets(self) -> Tensor:
+        """(n, K) float32 labels as rows of probabilities, which cross-entropy takes as they are."""
+        hard = torch.nn.functional.one_hot(self.labels, len(self.class_names)).float()
+        return hard if self.soft_labels is None else self.soft_labels
+
+    def as_dataset(self, *, normalised: bool = True, targets: bool = False) -> TensorDataset:
+        """Returns a torch Dataset of (image, label), normalised or in pixel units; with `targets` a label is probabilities (K,)."""
+        return TensorDataset(self.normalised if normalised else self.images, self.targets if targets else self.labels)
 
     def save(self, path: Path) -> None:
         """Writes the set as safetensors, whole or not at all."""
@@ -235,4 +248,13 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
         return "a class name stands there twice"
     if not (int(labels.min()) >= 0 and int(labels.max()) < len(record.class_names)):
         return "a label lies outside its class names"
+    soft, rows = tensors.get("soft_labels"), len(images) * (1 if makes is None else makes.per_row)
+    if soft is not None and not are_probabilities(soft, (rows, len(record.class_names))):
+        return f"its soft_labels ({soft.dtype}, {tuple(soft.shape)}) are not float32 probabilities of its classes, a row for each image"
     return None if bool(images.isfinite().all()) else "an image value is not finite"
+
+
+def are_probabilities(values: Tensor, shape: tuple[int, int]) -> bool:
+    """Whether `values` are float32 rows of `shape` that are at least 0 and add up to 1, with a tolerance of 0.001."""
+    fits = values.shape == shape and values.dtype == torch.float32
+    return fits and bool((values >= 0).all()) and bool(((values.sum(1) - 1).abs() < 1e-3).all())

@@ -70,8 +70,8 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     """Returns the set (1 - alpha) * first + alpha * second, in pixel units; alpha 0 is the first, 1 the second.
 
     Images are matched by class name, and within a class by their order in each file. The result has the order, the
-    normalisation and the other metadata of the first, without its multipliers. Raises FlagError for an alpha outside
-    0..1, InputError where classes, images a class or shapes differ.
+    normalisation and the other metadata of the first, without its multipliers. Labels that are not hard are averaged too. Raises
+    FlagError for an alpha outside 0..1, InputError where classes, images a class or shapes differ.
     """
     if not 0 <= alpha <= 1:
         raise FlagError(f"--alpha {alpha}: it is the share of the second set, from 0 to 1.")
@@ -83,7 +83,13 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     pipc = {} if not known else {"pipc": "all" if "all" in known else max(known)}  # that both together had access to
     seeds = sorted({seed for part in (first, second) for seed in part.seeds})
     metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | pipc
-    return Artifact(rows, first.row_labels, {key: value for key, value in metadata.items() if key != "schema"})
+    soft = {}
+    if first.soft_labels is not None or second.soft_labels is not None:
+        metadata["labels"] = "blended"
+        theirs = second.targets.unflatten(0, (len(partner), -1))[partner].flatten(0, 1)  # a stored image may be decoded into several
+        columns = [second.class_names.index(name) for name in first.class_names]
+        soft = {"soft_labels": torch.lerp(first.targets, theirs[:, columns], alpha)}
+    return Artifact(rows, first.row_labels, {key: value for key, value in metadata.items() if key != "schema"}, soft)
 
 
 def partners(first: Artifact, second: Artifact) -> Tensor:

@@ -263,7 +263,7 @@ class RunDirectory:
         found = read_json(file) if file.is_file() else {"evaluations": []}
         checked(found, _Evaluations, file)
         rows: list[dict[str, Any]] = found["evaluations"]
-        return rows
+        return [row | {"labels": "teacher"} if row["labels"] == "soft" else row for row in rows]  # as versions up to 0.2 call them
 
     def reopen(self) -> None:
         """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.

@@ -25,7 +25,7 @@ from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
 from ddkit.recipes.resolve import flattened, resolve
 from ddkit.recipes.tables import instead_of_decode
-from ddkit.run.artifact import Artifact, Record, made_with, parametrization_of
+from ddkit.run.artifact import Artifact, Record, are_probabilities, made_with, parametrization_of
 from ddkit.run.directory import RunDirectory, save_set
 
 log = logging.getLogger("ddkit")
@@ -56,12 +56,12 @@ def import_file(
     """Writes a synthetic set or a teacher of another project as ddkit's own file, and returns it.
 
     `path` is a file of torch.save, .npz or .safetensors; it is read as tensors alone, so that none of its code runs. A set
-    is images (n, C, H, W) and labels (n,), and becomes the folder `out`; `pixels` says whether floats are normalised with `mean`
-    and `std` or in 0..1, and `index` which of several sets is taken. If each image is a grid of 2 x 2, `sets` says so:
-    {"parametrization.factor": 2}. A teacher is a state dict of `model` (with the options that `sets` gives: {"teacher.norm": "batch"}) for
-    images of `size` (height, width), and becomes the file `out`. `classes` are the class names, or their number. What the file itself
-    records is taken if it is not given: `mean` and `std`, and of ddkit's own files the class names, the grid and that pixels are in 0..1.
-    What is given and has no effect on the file is refused. Raises DdkitError.
+    is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or logits, and becomes the folder `out`; `pixels` says
+    whether floats are normalised with `mean` and `std` or in 0..1, and `index` which of several sets is taken. If each image is a grid
+    of 2 x 2, `sets` says so: {"parametrization.factor": 2}. A teacher is a state dict of `model` (with the options that `sets` gives:
+    {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file `out`. `classes` are the class names, or their
+    number. What the file itself records is taken if it is not given: `mean` and `std`, and of ddkit's own files the class names, the
+    grid and that pixels are in 0..1. What is given and has no effect on the file is refused. Raises DdkitError.
     """
     source, target = Path(path), Path(out)
     found, recorded = _read(source)
@@ -80,7 +80,9 @@ def import_file(
         makes = {path.partition(".")[2]: value for path, value in settings.items()}
         makes = {"use": "grid", **makes} if makes else recorded.get("parametrization", {})
         norm, names = _statistics(source, mean, std), classes or recorded.get("classes")
-        return _import_set(source, target, pair, norm, names, pixels or recorded.get("pixels"), makes)
+        apart = found.get("soft_labels") if isinstance(found, Mapping) else None
+        soft = pair[1] if pair[1].ndim == 2 and pair[1].is_floating_point() else apart
+        return _import_set(source, target, pair, soft, norm, names, pixels or recorded.get("pixels"), makes)
     state = _state_in(found) if kind in ("auto", "teacher") else None
     if state is None:
         no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
@@ -265,17 +267,23 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 
 
 def _import_set(
-    path: Path, out: Path, pair: Pair, norm: Normalisation, classes: Classes, pixels: str | None, makes: Mapping[str, Any]
+    path: Path, out: Path, pair: Pair, soft: Any, norm: Normalisation, classes: Classes, pixels: str | None, makes: Mapping[str, Any]
 ) -> Artifact:
     images = _images(path, pair[0], norm, pixels)
     labels = _plain(pair[1], "labels", path)
+    found = parametrization_of({"parametrization": makes})
+    if soft is not None:
+        soft = _probabilities(path, soft, len(images), 1 if found is None else found.per_row)
+        labels = soft[:: len(soft) // len(images)].argmax(1) if labels.ndim == 2 else labels
     fits = labels.ndim == 1 and len(labels) == len(images) and labels.dtype != torch.bool
     if not fits or not bool((labels == labels.long()).all()):
         raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers, one for each image.")
     labels = labels.long()
     if int(labels.min()) < 0 or int(labels.max()) >= most_classes(len(labels)):
         raise InputError(f"{path}: labels go from {int(labels.min())} to {int(labels.max())}; they count from 0.")
-    names = _names(classes, int(labels.max()) + 1, path)
+    names = _names(classes, int(labels.max()) + 1 if soft is None else soft.shape[1], path)
+    if soft is not None and len(names) != soft.shape[1]:
+        raise FlagError(f"--classes: {len(names)} of them, and {path} has labels of {soft.shape[1]} classes.")
     if len(names) > most_classes(len(images)):
         raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
     order = labels.argsort(stable=True)
@@ -283,7 +291,6 @@ def _import_set(
         log.warning("The images were not in order of class; they are now, in each class in the order of the file.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     record: dict[str, Any] = {"class_names": names, "mean": list(norm.mean), "std": list(norm.std), "recipe": "imported"}
-    found = parametrization_of({"parametrization": makes})
     if found is not None:
         if not found.stores_images:
             raise InputError(f"parametrization.use: a set of images cannot be of the parametrization '{found.name}', which stores none.")
@@ -294,11 +301,28 @@ def _import_set(
     else:
         told = ", ".join(f"{name} {count}" for name, count in zip(names[:20], counts, strict=False))
         log.warning("The classes have different numbers of images (%s): evaluate takes them as they are, blend needs the same.", told)
-    result = Artifact(images[order], labels[order], record)
+    own = {}
+    if soft is not None:
+        record["labels"] = "imported"
+        own["soft_labels"] = soft.unflatten(0, (len(order), -1))[order].flatten(0, 1)
+    result = Artifact(images[order], labels[order], record, own)
     with RunDirectory.whole_or_absent(out) as directory:
         save_set(result, directory)
         directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": {"path": str(path.absolute()), "sha256": sha256(path)}})
     return result
+
+
+def _probabilities(path: Path, soft: Any, images: int, per_row: int) -> Tensor:
+    """Returns labels (n, K) as probabilities, a row for each decoded image: as they are, or softmax of other numbers, with a warning."""
+    values = _plain(soft, "soft labels", path).float() if isinstance(soft, Tensor) else torch.empty(0)
+    if values.ndim != 2 or values.shape[1] < 2 or len(values) not in (images, images * per_row) or not bool(values.isfinite().all()):
+        raise InputError(f"{path}: labels (n, K) are finite numbers, a row for each of {images} images; got {tuple(values.shape)}.")
+    if not are_probabilities(values, (len(values), values.shape[1])):
+        log.warning(
+            "The labels are no probabilities (at least 0, a row adding up to 1): they are taken as logits, whose softmax is stored."
+        )
+        values = values.softmax(1)
+    return values.repeat_interleave(images * per_row // len(values), 0)
 
 
 def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None) -> Tensor:

@@ -26,6 +26,7 @@ from ddkit.data.loading import left_alone
 from ddkit.data.real import passed_dataset
 from ddkit.distributed import Ranks
 from ddkit.engine.guards import deterministic
+from ddkit.engine.labels import SOFT_LABELS, targets_of
 from ddkit.engine.loop import Hooks, distill
 from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
 from ddkit.files import write_json
@@ -380,6 +381,8 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         name: (_whole(setup, tensor.detach()) if bank.is_rowwise(f"bank.{name}") else tensor.detach()).cpu()
         for name, tensor in bank.parameters.items()
     }
+    if recipe.own_labels.kind == "teacher":
+        extra[SOFT_LABELS] = _whole(setup, targets_of(setup.engine.source, bank, recipe.steps, bank.rows(None))).cpu()
     if not setup.ranks.is_main or stored is None:
         return
     metadata = {
@@ -391,6 +394,7 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         "seed": recipe.seed,
         "recipe": recipe.name,
         **made_with(makes, recipe.parametrization.use, setup.info.shape),
+        **({"labels": recipe.own_labels.kind} if SOFT_LABELS in extra else {}),
     }
     save_set(Artifact(stored, setup.stored_labels, metadata, extra), directory)
 

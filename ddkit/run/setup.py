@@ -23,6 +23,7 @@ from ddkit.data.real import NoImages, RealData, check_classes, class_counts, col
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.labels import label_parameters
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.planning import ExecutionPlan
@@ -229,7 +230,9 @@ class RunSetup:
     @property
     def _distils_with_teacher(self) -> bool:
         asked = [*self.requires, self.initializer.requires]
-        return any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
+        labels = self.recipe.own_labels
+        labelled = labels.kind == "teacher" or (labels.kind == "learned" and labels.init == "teacher")
+        return labelled or any(requires.teacher for requires in asked) or self.recipe.teacher.use != "auto"
 
     def prepare(self, *, train_it: bool = True) -> None:
         """Makes teacher, first images, engine and resolved recipe: what fails after this is a step, an evaluation or the disk.
@@ -327,8 +330,9 @@ class RunSetup:
         with blamed("parametrization", self.parametrization, building=True):
             stored = self.parametrization.encode(images, self.parametrization.shared(self.info.shape))
         each = self.images_per_class // self.parametrization.per_row
+        declared = {**declared_by(self.losses), **label_parameters(self.recipe.own_labels, self.info.classes)}
         bank = Bank(
-            stored.to(self.device), rows[:: self.parametrization.per_row].to(self.device), declared_by(self.losses), self.recipe.optimizer,
+            stored.to(self.device), rows[:: self.parametrization.per_row].to(self.device), declared, self.recipe.optimizer,
             parametrization=self.parametrization, shape=self.info.shape, start=own.start * each, size=self.info.classes * each,
         )  # fmt: skip
         self.stored_labels = torch.arange(self.info.classes).repeat_interleave(each)
@@ -403,6 +407,7 @@ class RunSetup:
             if trained
             else None,
             experts=self.experts, network_epochs=(table.first, table.last) if self._draws_experts else None,
+            labels=self.recipe.own_labels,
         )  # fmt: skip
         return Engine(bank, source, self.losses, chunk=self.decided.chunk)
 

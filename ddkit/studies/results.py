@@ -63,7 +63,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         """The system, as a row of the table names it."""
-        return self.title + (" (soft)" if self.labels == "soft" else "")
+        return self.title + (f" ({self.labels})" if self.labels != "hard" else "")
 
     @property
     def label(self) -> str:
@@ -193,8 +193,10 @@ def report_table(report: Report, style: str = "simple") -> str:
     teachers = dict.fromkeys(figure.teacher for figure in figures if figure.teacher)
     notes = [f"{report.study}: accuracy in % on {'held-out training images' if held_out else 'the test set'}, "
              "mean ± sample standard deviation over all networks; std of sets: of the means of the sets; n = sets x networks."]  # fmt: skip
-    if any(figure.labels == "soft" for figure in figures):
-        notes.append("Systems marked (soft) train on the teacher's probabilities: never compare them with the others.")
+    if any(figure.labels != "hard" for figure in figures):
+        notes.append(
+            "Systems marked (soft) train on the teacher's probabilities, (stored) on the set's own: never compare them with others."
+        )
     notes.append(f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}."))
     if held_out and any(figure.published is not None for figure in figures):
         notes.append("Published figures are of a test split, these are not, so no difference is shown.")

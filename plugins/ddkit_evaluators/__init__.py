@@ -15,6 +15,7 @@ from ddkit_evaluators.trainer import SoftLabels, Task, Trainer, fields_of, real_
 from ddkit_evaluators.workers import threads_of, trained_apart
 
 log = logging.getLogger("ddkit")
+Labels = Literal["hard", "stored", "teacher"]
 
 
 class Protocol(NamedTuple):
@@ -55,8 +56,9 @@ class Accuracy(ddkit.Evaluator):
     """Test accuracy, last epoch, of networks trained from scratch on the set, beside random real images.
 
     Protocol "short" is dm-official cut from 1,000 to 300 epochs and from 20 to 3 networks: for a first look, not for a
-    table beside published figures. With soft labels networks learn the teacher's probabilities of every augmented batch;
-    these are rows of their own, random real and baselines learn them too, and networks are trained in one process, in turn.
+    table beside published figures. Each row says whose labels networks learned: hard ones, those stored with the set, or the teacher's
+    probabilities of every augmented batch. Random real and baselines learn the teacher's too, where the set's networks do, and else their
+    hard labels. With the teacher's, networks are trained in one process, in turn.
     """
 
     shares = True
@@ -73,15 +75,20 @@ class Accuracy(ddkit.Evaluator):
     baselines: tuple[Literal["pipc-real", "class-mean"], ...] = ddkit.option((), "rows of their own: all accessible images, class means")
     augment: str = ddkit.option("auto", "augmenter of the networks' training; auto: the protocol's")
     ema: float = ddkit.option(0.0, "decay of an average of the weights, which is tested in their place; 0: none", ge=0, lt=1)
-    labels: Literal["hard", "soft", "both"] = ddkit.option("hard", "soft: the teacher's probabilities, in rows of their own")
-    temperature: float = ddkit.option(1.0, "of soft labels", gt=0)
+    labels: Literal["auto", "hard", "stored", "teacher", "soft", "both"] = ddkit.option(
+        "auto", "auto: those stored with the set, or else hard; both: hard and teacher, in rows of their own; soft: as teacher"
+    )
+    temperature: float = ddkit.option(1.0, "of the teacher's labels", gt=0)
+    lr: Literal["stored"] | None = ddkit.option(
+        None, "learning rate; left out: the protocol's; stored: the step_size that the set has learned"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = ddkit.option("auto")
     compile: Literal["auto", "always", "never"] = ddkit.option("auto", "auto: where it pays back")
     workers: int | Literal["auto"] = ddkit.option("auto", "processes that train networks at the same time", ge=1)
     cache: bool = ddkit.option(True, "whether random real and baselines that an earlier evaluation trained are used again")
 
     def requires(self) -> ddkit.Requires:
-        return ddkit.Requires(teacher=self.labels != "hard", real=not self.synthetic)
+        return ddkit.Requires(teacher=self.labels in ("teacher", "soft", "both"), real=not self.synthetic)
 
     def check(self, info: ddkit.DataInfo) -> None:
         if not self.synthetic and not self.baselines:
@@ -106,23 +113,42 @@ class Accuracy(ddkit.Evaluator):
     def __call__(
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
     ) -> list[ddkit.Evaluation]:
-        guides: list[SoftLabels | None] = [None] if self.labels in ("hard", "both") else []  # by what networks are taught; None: the labels
-        if self.labels != "hard":
-            if teacher is None:
-                path = f"{self.recipe_path}.labels"
-                raise ddkit.InputError(f"{path} = {self.labels} needs a teacher: give --teacher FILE.", path)
-            guides.append(SoftLabels(teacher, artifact, self.temperature))
+        kinds, path = self._label_kinds(artifact), f"{self.recipe_path}.labels"
+        if "teacher" in kinds and teacher is None:
+            raise ddkit.InputError(f"{path} = {self.labels} needs a teacher: give --teacher FILE.", path)
+        if "stored" in kinds and artifact.soft_labels is None:
+            raise ddkit.InputError(f"{path} = stored: this set has hard labels. Leave it out.", path)
+        self._schedule(artifact)  # an unusable step size is an error before networks are trained
         counts, words = real_counts(artifact, data.real_labels)
         if self.random_real and len(data.real_images) and sum(counts) < int(artifact.stored_counts.sum()):
             log.warning(
                 "There are fewer accessible real images than the set has: random real is %s. A larger --pipc helps if they exist.",
                 words,
             )
-        rounds = [(name, model, soft) for name, model in self._models(data.info).items() for soft in guides]
+        rounds = [(name, model, labels) for name, model in self._models(data.info).items() for labels in kinds]
         rows: list[ddkit.Evaluation] = []
-        for number, (name, model, soft) in enumerate(rounds):
-            rows += self._evaluations(name, model, artifact, _round(data, number, len(rounds)), soft)
+        for number, (name, model, labels) in enumerate(rounds):
+            soft = SoftLabels(teacher, artifact, self.temperature) if teacher is not None and labels == "teacher" else None
+            rows += self._evaluations(name, model, artifact, _round(data, number, len(rounds)), labels, soft)
         return rows
+
+    def _label_kinds(self, artifact: ddkit.Artifact) -> list[Labels]:
+        """Returns whose labels networks learn, in the order of the rows."""
+        if self.labels == "auto":
+            return ["hard" if artifact.soft_labels is None else "stored"]
+        found: dict[str, list[Labels]] = {"hard": ["hard"], "stored": ["stored"], "both": ["hard", "teacher"]}
+        return found.get(self.labels, ["teacher"])
+
+    def _schedule(self, artifact: ddkit.Artifact) -> ddkit.nn.Schedule:
+        """Returns how a network is trained on this set, with its own learning rate if `lr` says so."""
+        if self.lr is None:
+            return self.schedule
+        path, found = f"{self.recipe_path}.lr", artifact.parameters.get("step_size")
+        if found is None or found.numel() != 1:
+            raise ddkit.InputError(f"{path} = stored: this set has no parameter step_size of one number. Leave it out.", path)
+        if not float(found) > 0:
+            raise ddkit.InputError(f"{path} = stored: the step_size of this set is {float(found):g}, and a learning rate is above 0.", path)
+        return ddkit.nn.Schedule(**fields_of(self.schedule) | {"lr": float(found)})
 
     @property
     def _repeats(self) -> int:
@@ -186,7 +212,13 @@ class Accuracy(ddkit.Evaluator):
         return own[:1]
 
     def _evaluations(
-        self, name: str, model: ddkit.Model, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, soft: SoftLabels | None
+        self,
+        name: str,
+        model: ddkit.Model,
+        artifact: ddkit.Artifact,
+        data: ddkit.data.EvaluationData,
+        labels: Labels,
+        soft: SoftLabels | None,
     ) -> list[ddkit.Evaluation]:
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
         kinds, repeats = self._kinds(data), self._repeats
@@ -194,7 +226,10 @@ class Accuracy(ddkit.Evaluator):
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.data.on_disk(data.real_images) or ddkit.data.on_disk(data.test_images)  # too large to be copied for other processes
         workers = plan.workers if soft is None and not on_disk else 1
-        trainer = Trainer(name, model, artifact, data, self.schedule, self.augmenter, plan.arithmetic, soft, threads=plan.threads)
+        schedule, stored = self._schedule(artifact), labels == "stored"
+        trainer = Trainer(
+            name, model, artifact, data, schedule, self.augmenter, plan.arithmetic, soft, stored=stored, threads=plan.threads
+        )  # fmt: skip
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         cache = CachedAccuracies(trainer, wanted=self.cache)
 
@@ -210,8 +245,10 @@ class Accuracy(ddkit.Evaluator):
         facts |= self._changed
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
+        facts |= {"lr": schedule.lr} if self.lr else {}
         counts, words = real_counts(artifact, data.real_labels)
-        beside = {"random_real_images": counts} | ({"random_real": words} if words else {}) if real else {}
+        beside_words = ", ".join(filter(None, [words, "hard labels" if stored else ""]))
+        beside = {"random_real_images": counts} | ({"random_real": beside_words} if beside_words else {}) if real else {}
         fewer = {"summary": words} if sum(counts) < int(artifact.stored_counts.sum()) else {}
         own: dict[str, dict[str, Any]] = {"synthetic": beside, "class-mean": fewer}
         rows = []
@@ -220,7 +257,8 @@ class Accuracy(ddkit.Evaluator):
             known = cached["random real" if kind == "synthetic" else kind]
             figures = {"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": drawn}
             row = ddkit.Evaluation(
-                evaluator=self.name, model=name, protocol=self.protocol, labels="hard" if soft is None else "soft", images=kind,
+                evaluator=self.name, model=name, protocol=self.protocol, labels=labels if soft or kind == "synthetic" else "hard",
+                images=kind,
                 repeats=repeats, accuracy_mean=sum(made) / len(made), accuracy_std=_std(made),
                 random_real_mean=sum(drawn) / len(drawn) if drawn else None, random_real_std=_std(drawn),
                 details=figures | facts | own.get(kind, {}) | ({"cached": known} if known else {}),
@@ -235,6 +273,7 @@ class Accuracy(ddkit.Evaluator):
         changed = {
             "epochs": None if self.epochs in (None, own.epochs) else self.epochs,
             "ema": self.ema or None,
+            "lr": self.lr,
             "augment": None if self.augment == "auto" else self.augment,
         }
         changed = {key: value for key, value in changed.items() if value is not None}

@@ -55,7 +55,9 @@ class Ranking(ddkit.Evaluator):
 
     def _accuracy(self, info: ddkit.DataInfo, augment: str) -> ddkit.Evaluator:
         own = {key: value for key, value in fields_of(self.options).items() if key != "full" and value is not None}
-        made: ddkit.Evaluator = ddkit.create("evaluator", "accuracy", own | {"augment": augment}, data=info, where=self.recipe_path)
+        made: ddkit.Evaluator = ddkit.create(
+            "evaluator", "accuracy", own | {"augment": augment, "labels": "hard"}, data=info, where=self.recipe_path
+        )
         return made
 
     def __call__(

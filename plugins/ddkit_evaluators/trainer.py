@@ -12,7 +12,7 @@ import ddkit
 
 Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
 Images = Tensor | ddkit.data.NormalisedRows
-Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,)
+Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,) or probabilities (n, K)
 Keep = Callable[[Task, int, float], object]  # called with a network, the threads of the process that trained it, and its accuracy
 
 
@@ -62,7 +62,8 @@ class SoftLabels:
 class Trainer:
     """Trains networks of one kind, re-drawn in place so that a compiled forward stays valid; each is tested once.
 
-    With `soft` they learn what a teacher says of every augmented batch, else the labels.
+    With `soft` they learn what a teacher says of every augmented batch, if the labels are `stored` the set's own probabilities, else its
+    hard labels.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Trainer:
         arithmetic: ddkit.nn.Arithmetic,
         soft: SoftLabels | None = None,
         *,
+        stored: bool = False,
         threads: int = 0,
     ) -> None:
         """`threads` train a network; 0: all that torch has."""
@@ -86,6 +88,7 @@ class Trainer:
         self.schedule = schedule
         self.arithmetic = arithmetic
         self.soft = soft
+        self.stored = stored
         self.threads = threads
         self.augmenter_name = augmenter
         self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
@@ -163,7 +166,7 @@ class Trainer:
         """
         norm = units(self.artifact)
         if kind == "synthetic":
-            return self.artifact.normalised, self.artifact.labels
+            return self.artifact.normalised, self.artifact.targets if self.stored else self.artifact.labels
         if kind == "pipc-real":
             return norm.lazily(self.data.real_images), self.data.real_labels
         if kind == "random real":

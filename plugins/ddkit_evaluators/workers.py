@@ -98,7 +98,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
         "name": trainer.name, "model_options": fields_of(trainer.model.options), "where": trainer.model.recipe_path,
         "schedule": fields_of(trainer.schedule), "augmenter": trainer.augmenter_name, "arithmetic": fields_of(trainer.arithmetic),
         "info": fields_of(data.info),
-        "seed": data.seed, "threads": threads, "threads_of_a_network": trainer.threads,
+        "seed": data.seed, "threads": threads, "threads_of_a_network": trainer.threads, "stored": trainer.stored,
         "artifact": {key: value for key, value in artifact.metadata.items() if key in KEPT},
     }  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
@@ -119,8 +119,8 @@ def _read(folder: Path) -> Trainer:
     schedule = ddkit.nn.Schedule(**settings["schedule"])
     arithmetic = ddkit.nn.Arithmetic(**settings["arithmetic"])
     model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])
-    threads = settings["threads_of_a_network"]
-    return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic, threads=threads)
+    how = {"stored": settings["stored"], "threads": settings["threads_of_a_network"]}
+    return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic, **how)
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from PIL import Image
 import ddkit
 from ddkit_exporters.card import Layout, eight_bit, write_card
 
-NPZ, SHEET, CLASSES, METADATA = "synthetic.npz", "sheet.png", "classes.json", "metadata.jsonl"
+NPZ, SHEET, CLASSES, METADATA, SOFT = "synthetic.npz", "sheet.png", "classes.json", "metadata.jsonl", "soft_labels.csv"
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 SPLITS = re.compile(r"(?<![^-._ 0-9])(?=(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![^-._ 0-9]))")
@@ -32,7 +33,8 @@ class Npz(ddkit.Exporter):
     """NumPy arrays in one .npz file, bit for bit: x_train, y_train, class_names, mean and std; read without pickle.
 
     `x_train` (n, C, H, W) is float32 in pixel units, `y_train` (n,) int64; `mean` and `std` (C,) are float32. `unclipped` says
-    that values may lie outside 0..1: the dataset `npz:PATH` takes them where it is there. Learned labels are `soft_labels`.
+    that values may lie outside 0..1: the dataset `npz:PATH` takes them where it is there.
+    Labels that are not hard are `soft_labels` (n, K).
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
@@ -44,8 +46,8 @@ class Npz(ddkit.Exporter):
             "std": np.array(artifact.std, dtype=np.float32),
             "unclipped": np.array(True),
         }
-        if "soft_labels" in artifact.parameters:
-            arrays["soft_labels"] = np.ascontiguousarray(artifact.parameters["soft_labels"])
+        if artifact.soft_labels is not None:
+            arrays["soft_labels"] = np.ascontiguousarray(artifact.soft_labels)
         np.savez(Path(folder, NPZ), **arrays)
         write_card(artifact, folder, Layout(LOAD_NPZ, files=[Path(folder, NPZ)]))
 
@@ -55,22 +57,29 @@ class ImageFolder(ddkit.Exporter):
 
     PNG has 8 bits: values are clipped to 0..1 and rounded to 256 levels, and the card says by how much at most. A class name
     that is no good folder name is escaped, "a/b" as "a%2Fb"; `classes.json` and `train/metadata.jsonl` have the names as they are.
+    Labels that are not hard are in `soft_labels.csv`: a line for each file, with the probability of every class.
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
         _check_channels("imagefolder", artifact)
         pixels, rounding = eight_bit(artifact.images)
         folders = folder_names(artifact.class_names)
-        rows = []
+        rows, order = [], []
         for label in sorted(set(artifact.labels.tolist())):
             Path(folder, "train", folders[label]).mkdir(parents=True)
-            mine = pixels[artifact.labels == label]
+            own = (artifact.labels == label).nonzero().flatten()
+            mine = pixels[own]
             for number, image in enumerate(mine, 1):
                 name = f"{folders[label]}/{number:0{max(4, len(str(len(mine))))}d}.png"
                 grid = image[0] if len(image) == 1 else image.permute(1, 2, 0)
                 Image.fromarray(np.ascontiguousarray(grid)).save(Path(folder, "train", name), format="PNG")
                 rows.append({"file_name": name, "label": label, "class_name": artifact.class_names[label]})
+            order += own.tolist()
         Path(folder, "train", METADATA).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+        if artifact.soft_labels is not None:
+            with Path(folder, SOFT).open("w", encoding="utf-8", newline="") as stream:
+                lines = [[row["file_name"], *soft] for row, soft in zip(rows, artifact.soft_labels[order].tolist(), strict=True)]
+                csv.writer(stream, lineterminator="\n").writerows([["file_name", *artifact.class_names], *lines])
         count = artifact.labels.bincount(minlength=len(folders)).tolist()
         classes = [
             {"label": label, "name": name, "folder": folders[label], "images": count[label]}

@@ -98,6 +98,7 @@ def card(artifact: ddkit.Artifact, layout: Layout) -> str:
         std=", ".join(f"{value:.6g}" for value in artifact.std),
         optimised=found.manifest.get("steps") != 0 or "blend" in found.manifest,
         start=start,
+        labels="" if artifact.soft_labels is None else artifact.metadata.get("labels", "soft"),
         load=layout.load,
         folders=layout.folders,
         folded=FOLDED,
@@ -176,9 +177,10 @@ def _made(artifact: ddkit.Artifact) -> list[tuple[str, Any]]:
 
 
 def _accuracies(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[Any]]]]:
-    """Returns (title, rows) of accuracies, hard and soft labels apart."""
+    """Returns (title, rows) of accuracies, rows of different labels apart."""
     groups = []
-    for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels (the teacher's probabilities)")):
+    titles = {"hard": "Hard labels", "stored": "Labels stored with the set", "teacher": "The teacher's labels of each augmented batch"}
+    for labels, title in titles.items():
         lines = []
         for row in rows:
             if row.get("labels", "hard") != labels or row.get("accuracy_mean") is None:

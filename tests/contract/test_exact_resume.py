@@ -56,6 +56,8 @@ def cases() -> dict[str, dict[str, Any]]:
         "adam": both | {"sets": {"optimizer.images.kind": "adam"}},
         "sgd": both | {"sets": momentum},
         "all losses": {"losses": ",".join(own("loss"))},
+        "learned labels": {"losses": "feature-regression", "sets": renewed | {"labels.kind": "learned", "labels.init": "teacher"}},
+        "the teacher's labels": {"losses": "feature-regression", "sets": renewed | {"labels.kind": "teacher", "labels.temperature": 2.0}},
     }  # fmt: skip
 
 

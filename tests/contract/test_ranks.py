@@ -55,6 +55,8 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "stationarity, layer-cosine, noise": ("dkkt", {"losses.dkkt-stationarity.distance": "layer-cosine", "views.default.noise": 0.2}),
     "chunks": ("dm,dkkt", {"engine.chunk": 2}),
     "networks of experts": ("dm", {"network.source": "experts", "experts.count": 2, "experts.epochs": 1}),
+    "learned labels": ("dm,feature-regression", {"labels.kind": "learned", "network.renew_every": 2, "network.inner_epochs": 1}),
+    "the teacher's labels": ("feature-regression", {"labels.kind": "teacher", "labels.temperature": 2.0, "engine.chunk": 2}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
 EACH_RECIPE = ("default", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")

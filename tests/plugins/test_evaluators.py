@@ -281,8 +281,8 @@ def test_soft_labels_are_rows_of_their_own_beside_unchanged_hard_ones() -> None:
     guide = taught()
     hard, soft = evaluated(labels="both", epochs=60, teacher=guide)
     assert [hard] == evaluated(epochs=60)
-    assert [soft] == evaluated(labels="soft", epochs=60, teacher=guide)
-    assert (hard.labels, soft.labels) == ("hard", "soft")
+    assert [soft] == evaluated(labels="teacher", epochs=60, teacher=guide) == evaluated(labels="soft", epochs=60, teacher=guide)
+    assert (hard.labels, soft.labels) == ("hard", "teacher")
     assert soft.details["accuracies"] != hard.details["accuracies"]
     assert soft.details["random_real_accuracies"] != hard.details["random_real_accuracies"]
     assert (soft.details["temperature"], soft.details["teacher"], soft.details["workers"]) == (1.0, "abc", 1)
@@ -293,7 +293,7 @@ def test_random_real_and_baselines_are_taught_softly_too(monkeypatch: pytest.Mon
     seen: list[Any] = []
     monkeypatch.setattr(ddkit.nn, "fit", lambda *_, **options: seen.append(options.get("targets")), raising=False)
     rows = evaluated(labels="both", baselines=BASELINES, teacher=taught())
-    assert [row.labels for row in rows] == ["hard"] * 3 + ["soft"] * 3
+    assert [row.labels for row in rows] == ["hard"] * 3 + ["teacher"] * 3
     assert [soft is not None for soft in seen] == [False] * 8 + [True] * 8
 
 
@@ -375,7 +375,7 @@ def test_a_run_without_a_teacher_of_its_own_gets_one_for_soft_labels_and_distils
     assert torch.equal(ddkit.load("run").images, ddkit.load(plain).images)
     hard, soft = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
     assert [hard] == json.loads((plain / "evaluation.json").read_text())["evaluations"]
-    assert (soft["labels"], soft["details"]["teacher"]) == ("soft", manifests[0]["teacher"]["sha256"])
+    assert (soft["labels"], soft["details"]["teacher"]) == ("teacher", manifests[0]["teacher"]["sha256"])
     later = shutil.copytree(plain, Path("later"))
     told = cli("evaluate", later, "--set", "evaluators.accuracy.labels=soft")
     assert told.code == 0, told.err

@@ -74,7 +74,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_npz_holds_the_floats_bit_for_bit_and_reads_without_pickle(tmp_path: Path) -> None:
     made = a_set(["b", "a", "ü c"])
-    made.parameters["soft_labels"] = torch.rand(6, 3)
+    made = ddkit.Artifact(made.stored_images, made.labels, made.metadata, {"soft_labels": torch.rand(6, 3).softmax(1)})
     out = exported(made, "npz", tmp_path / "out")
     with np.load(out / "synthetic.npz", allow_pickle=False) as data:
         assert {name: data[name].dtype.str for name in ("x_train", "y_train", "mean", "std")} == {
@@ -232,8 +232,8 @@ def test_every_exporter_writes_a_card(tmp_path: Path, run: Path, name: str) -> N
 def test_its_accuracies_are_those_recorded_hard_and_soft_apart_random_real_beside(tmp_path: Path, run: Path) -> None:
     text = card_of(run, tmp_path / "out")
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
-    assert [row["labels"] for row in rows] == ["hard", "soft"]
-    hard, soft = text.partition("### Hard labels")[2].split("### Soft labels")
+    assert [row["labels"] for row in rows] == ["hard", "teacher"]
+    hard, soft = text.partition("### Hard labels")[2].split("### The teacher's labels")
     for row, part in zip(rows, (hard, soft), strict=True):
         told = [f"{100 * row[f'{key}_mean']:.1f} ± {100 * row[f'{key}_std']:.1f}" for key in ("accuracy", "random_real")]
         assert f"| synthetic | convnet | short, 2 epochs | test | 2 | {told[0]} | {told[1]} |" in part

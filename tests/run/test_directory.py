@@ -120,7 +120,7 @@ def test_metrics_hold_first_last_and_every_log_every_th_step_raw_and_weighted(fi
 def _check_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert [key for key in row if key != "details"] == ROW
-        assert row["labels"] in ("hard", "soft")
+        assert row["labels"] in ("hard", "teacher")
         assert (row["images"], row["split"]) == ("synthetic", "test")
         for key in FIGURES:
             assert 0 <= row[key] <= 1

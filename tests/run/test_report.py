@@ -234,10 +234,10 @@ def test_a_report_takes_well_under_a_second(run: Path) -> None:
     assert min(seconds) < 0.5
 
 
-def test_hard_and_soft_rows_stand_apart(run: Path) -> None:
-    ddkit.evaluate(run, sets={"evaluators.accuracy.labels": "soft"}, device="cpu")
+def test_rows_of_hard_labels_and_of_the_teachers_stand_apart(run: Path) -> None:
+    ddkit.evaluate(run, sets={"evaluators.accuracy.labels": "teacher"}, device="cpu")
     content = (run / "report.html").read_text()
-    hard, soft = content.partition("<h3>Hard labels</h3>")[2].split("<h3>Soft labels")
+    hard, soft = content.partition("<h3>Hard labels</h3>")[2].split("<h3>The teacher&#39;s labels")
     assert hard.count('<th scope="row">accuracy</th>') == 1
     assert soft.count('<th scope="row">accuracy</th>') == 1
 

@@ -24,6 +24,7 @@ from ddkit.run.snapshots import Film
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
 FILM_ROWS, FILM_COLUMNS = 10, 7
+LABELS = {"hard": "Hard labels", "stored": "Labels stored with the set", "teacher": "The teacher's labels of each augmented batch"}
 FOLDERS = re.compile(r"(?<![\w.~/])(?:/[^\s/:'\",]+)+/(?=[^\s/])")  # of an absolute path in a message, as far as its last part
 Found = dict[str, Any] | None  # what a section shows, None where it has nothing
 
@@ -78,13 +79,22 @@ def head(files: Files) -> dict[str, Any]:
     told += f"; {artifact.parametrization.name} makes {images_a_class:.3g} of them" if artifact.parametrization else ""
     tiles += [("budget", f"{artifact.stored_numbers:,.6g}", told)]
     tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
-    own = [row for labels in ("hard", "soft") for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
+    tiles += [("labels", str(artifact.metadata.get("labels", "soft")), _of_labels(artifact))] if artifact.soft_labels is not None else []
+    own = [row for labels in LABELS for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
     for row in own[:1]:  # a baseline's is no figure of this set
         beside = f"random real {_random_real(row)}; " if row.get("random_real_mean") is not None else ""
         told = f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}"
         tiles += [("accuracy", _percent(row, "accuracy"), told)]
     usual = "The average of two synthetic sets." if "blend" in files.facts else "A synthetic training set, made by dataset distillation."
     return {"title": title, "summary": str(recipe.get("summary", "")) or usual, "tiles": tiles}
+
+
+def _of_labels(artifact: Artifact) -> str:
+    """Returns in words how far the stored labels of a set are from hard ones."""
+    assert artifact.soft_labels is not None
+    classes = artifact.row_labels.repeat_interleave(len(artifact.labels) // len(artifact.row_labels))
+    kept, share = int((artifact.labels == classes).sum()), float(artifact.soft_labels.gather(1, classes[:, None]).mean())
+    return f"probability of an image's own class {share:.2f} on average, the largest for {kept:,} of {len(classes):,}"
 
 
 def images(files: Files) -> dict[str, Any]:
@@ -255,9 +265,9 @@ def _random_real(row: Mapping[str, Any]) -> str:
 
 
 def evaluation(files: Files) -> dict[str, Any]:
-    """Returns accuracies with random real beside, hard and soft labels apart, a ceiling, and what evaluators say in words."""
+    """Returns accuracies with random real beside, rows of different labels apart, a ceiling, and what evaluators say in words."""
     groups = []
-    for labels, title in (("hard", "Hard labels"), ("soft", "Soft labels: the teacher's probabilities")):
+    for labels, title in LABELS.items():
         found = _rows(files, labels)
         lines, shown = [], []
         for row in found:

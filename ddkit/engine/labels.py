@@ -1,0 +1,55 @@
+"""The labels of the set as rows of probabilities (n, K): one-hot, the teacher's of the images as they are, or learned with them.
+
+Learned labels are a parameter of the bank, `soft_labels`: probabilities, which are optimised as they are and put back onto the simplex
+after each update. Logits cannot say "this class alone", so a set with learned labels could not begin as the plain one, and what is
+stored would not be what is optimised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ddkit.components.options import Parameter
+from ddkit.engine.bank import Bank
+from ddkit.engine.draws import StepSource
+from ddkit.recipes.tables import LabelsTable
+
+SOFT_LABELS = "soft_labels"
+AT_ONCE = 500  # images that the teacher labels in one pass
+
+
+def label_parameters(table: LabelsTable, classes: int) -> dict[str, Parameter]:
+    """Returns what a bank has beside the parameters of its losses: the learned labels, {} if they are not learned."""
+    if table.kind != "learned":
+        return {}
+    return {SOFT_LABELS: Parameter(shape=(classes,), init=1 / classes, constraint="simplex", lr=table.lr)}
+
+
+def begin_labels(source: StepSource, bank: Bank) -> None:
+    """Fills learned labels with what they begin as."""
+    if SOFT_LABELS in bank.parameters:
+        rows = bank.rows(None)
+        bank.fill(SOFT_LABELS, _teachers(source, bank.decoded(rows)) if source.labels.init == "teacher" else _one_hot(source, bank, rows))
+
+
+def targets_of(source: StepSource, bank: Bank, index: int, rows: slice) -> Tensor:
+    """Returns the labels (n, K) at step `index` of the bank's decoded rows, of the images' type; learned ones with their graph."""
+    if SOFT_LABELS in bank.parameters:
+        return bank.parameters[SOFT_LABELS][rows]
+    if source.labels.kind == "teacher":
+        return source.once(index, f"targets {rows.start}:{rows.stop}", lambda: _teachers(source, bank.decoded(rows)))
+    return _one_hot(source, bank, rows)
+
+
+def _one_hot(source: StepSource, bank: Bank, rows: slice) -> Tensor:
+    labels = bank.decoded_labels[rows]
+    return (labels[:, None] == torch.arange(source.info.classes, device=labels.device)).to(bank.images.dtype)
+
+
+def _teachers(source: StepSource, images: Tensor) -> Tensor:
+    """Returns softmax(logits / temperature) of the teacher on the run's normalised images, without a graph."""
+    assert source.teacher is not None
+    with torch.no_grad():
+        logits = torch.cat([source.teacher.logits(part) for part in images.split(AT_ONCE)])
+        return (logits.to(images.dtype) / source.labels.temperature).softmax(1)
