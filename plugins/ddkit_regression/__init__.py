@@ -39,7 +39,8 @@ class FeatureRegression(ddkit.Loss):
     What a network's last layer would learn from the set, in closed form, is judged by real images. Both sides are augmented
     as in training a network, not by class: an augmentation that a class shares would give the class away.
     Source: Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719, Eq. 5; their networks are trained on the set in between
-    (`network.inner_epochs`), their kernel solve is in float32 and their labels are learned, which these are not.
+    (`network.inner_epochs`) and their kernel solve is in float32. Their labels are learned, as here with `labels.kind = "learned"`, but are
+    any numbers around 0; these are probabilities, of which 1 / K is subtracted.
     """
 
     ridge: float = ddkit.option(0.001, "regularisation, relative to the mean squared feature norm", gt=0)
