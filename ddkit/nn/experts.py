@@ -268,7 +268,8 @@ def open_experts(folder: Path, table: ExpertsTable, wanted: Settings, model: Mod
         norm = Normalisation(manifest.mean, manifest.std)
     except ValueError as error:
         raise InputError(f"The experts {folder} have channel statistics that are none: {error}.", "experts.use") from None
-    accuracy = [None, *(sum(row) / count for row in list(zip(*(entry.accuracy for entry in manifest.experts[:count]), strict=False))[1:])]
+    rows = list(zip(*(entry.accuracy for entry in manifest.experts[:count]), strict=False))
+    accuracy = [None if None in row else sum(filter(None, row)) / count for row in rows]
     digest = hashlib.sha256("".join(entry.sha256 for entry in manifest.experts[:count]).encode()).hexdigest()
     return Experts(
         count=count, trained=settings.epochs, save_every=settings.save_every, normalisation=norm, weights=weights, accuracy=accuracy,

@@ -90,7 +90,8 @@ class RunSetup:
     def _without_data(self) -> Dataset | None:
         """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""
         recipe = self.recipe
-        if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators:
+        of_experts = recipe.network.source == "experts" or any(requires.experts for requires in self.requires)
+        if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators or of_experts:
             return None
         names = self._teacher_record.get("class_names")
         return NoImages(names) if names else None
