@@ -40,7 +40,8 @@ class Fine(ddkit.Loss):
         return step.images.square().mean()
 '''
 KINDS = (
-    "loss", "loss-group", "initializer", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "study", "observer",
+    "loss", "loss-group", "initializer",
+    "parametrization", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "study", "observer",
 )  # fmt: skip
 
 

@@ -178,7 +178,7 @@ def check_same(one: Path, several: Path) -> None:
     assert losses_of(several) == pytest.approx(losses_of(one), rel=LOSSES, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*EACH_LOSS, *EACH_RECIPE, HEAVY])
+@pytest.mark.parametrize("name", [*EACH_LOSS, *EACH_RECIPE, HEAVY, "fourier"])
 def test_the_result_of_two_processes_is_that_of_one(results: Path, name: str) -> None:
     check_same(results / "1" / name, results / "2" / name)
 

@@ -119,7 +119,7 @@ def test_png_files_are_within_half_a_grey_level_except_where_clipped(tmp_path: P
         assert torch.equal(pixels[~inside], image[~inside].clamp(0, 1).double() * 255)
         assert bool((~inside).any())
     levels = a_set(["a", "b"], channels=channels)
-    levels.images = levels.stored_images = (levels.images.clamp(0, 1) * 255).round() / 255  # nothing is lost of these
+    levels.images = levels.stored = (levels.images.clamp(0, 1) * 255).round() / 255  # nothing is lost of these
     again = exported(levels, "imagefolder", tmp_path / "levels")
     kept = ddkit.create("dataset", f"imagefolder:{again}").images("train", range(4))
     assert torch.equal(torch.stack([image.float() / 255 for image in kept]), levels.images)
@@ -194,7 +194,7 @@ def test_no_folder_is_taken_for_a_split(name: str) -> None:
 
 def test_a_set_of_four_channels_has_no_png(tmp_path: Path) -> None:
     made = a_set(["a", "b"], channels=3)
-    made.images = made.stored_images = torch.rand(4, 4, 5, 5)
+    made.images = made.stored = torch.rand(4, 4, 5, 5)
     made.metadata |= {"mean": [0.5] * 4, "std": [0.2] * 4}
     for name in ("imagefolder", "png"):
         with pytest.raises(ddkit.InputError, match="1 or 3 channels, and this set has 4"):
