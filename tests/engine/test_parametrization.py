@@ -16,6 +16,7 @@ import ddkit
 from ddkit.components.options import Parameter
 from ddkit.engine.bank import Bank
 from ddkit.files import read_tensors, write_tensors
+from ddkit.studies.results import Figure, Report, report_table
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
@@ -235,3 +236,15 @@ def test_the_report_and_the_picture_show_what_can_be_looked_at_and_exports_what_
         assert f"64 stored numbers a class, as many as 1 image of this size has (parametrization {kind})" in Path(
             f"{kind}-npz/README.md"
         ).read_text(encoding="utf-8")
+
+
+def test_a_study_says_which_systems_of_a_cell_have_another_budget_and_is_silent_if_they_have_the_same() -> None:
+    def table(*numbers: float | None) -> str:
+        figures = [
+            Figure(ipc=1, pipc=10, system=f"s{n}", title=f"s{n}", protocol="short", labels="hard", steps=1, wanted=1, stored_numbers=each)
+            for n, each in enumerate(numbers)
+        ]
+        return report_table(Report(study="x", summary="", source="", split="test", published_on=None, figures=figures, pictures=[]))
+
+    assert "Of different budgets at ipc 1, pipc 10, so not to be compared: s0 64 numbers a class, s1 65 numbers" in table(64, 65)
+    assert "budgets" not in table(64, 64, None)
