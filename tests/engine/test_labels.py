@@ -265,3 +265,13 @@ def test_processes_that_train_networks_at_the_same_time_learn_the_stored_labels_
     assert rows[0].details["accuracies"] == rows[1].details["accuracies"]
     hard = ddkit.evaluate("run", sets=sets | {"evaluators.accuracy.labels": "hard"}, device="cpu")[0]
     assert hard.details["accuracies"] != rows[0].details["accuracies"], "the figures could differ"
+
+
+def test_each_image_of_a_grid_has_labels_of_its_own_that_survive_an_import(cli: Cli) -> None:
+    distilled(cli, "--set", "parametrization.use=grid", "--set", "parametrization.factor=2", "--pipc", 5)
+    soft = ddkit.load("run").soft_labels
+    assert soft is not None
+    assert soft.shape == (40, 10)
+    assert len(ddkit.load("run").as_dataset(targets=True)) == 40
+    assert cli("import", "run/synthetic.safetensors", "--out", "again").code == 0
+    assert torch.equal(ddkit.load("again").targets, soft)
