@@ -169,8 +169,9 @@ shared = options(
     as_json,
 )
 protocol = click.option(
-    "--protocol", metavar="NAME", help="Evaluation protocol: short, dm-official, dc-official, practical-sam (of the evaluator accuracy)."
-)
+    "--protocol", type=Names("protocol", files=".toml"), metavar="NAME|FILE",
+    help="Evaluation protocol: short, dm-official, dc-official, practical-sam, idc, ncfm, mtt, rded, or a file: ./mine.toml.",
+)  # fmt: skip
 quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
 verbose = click.option("--verbose", is_flag=True, help="Lines instead of a bar: what is done, and the losses of every logged step.")
 

@@ -126,18 +126,20 @@ def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROU
 
 
 @click.command()
+@click.argument("kind", type=click.Choice(["recipe", "protocol"]), default="recipe", required=False)
 @click.option("--json", "as_json", is_flag=True, help="The same on one line.")
-def schema(as_json: bool) -> None:
-    """Print the JSON schema of a recipe file. It has the options of ddkit's own components.
+def schema(kind: str, as_json: bool) -> None:
+    """Print the JSON schema of a recipe or protocol file. A recipe's has the options of ddkit's own components.
 
     For editors that check TOML against a schema, and for programs that write recipes.
     """
-    from ddkit.recipes.schema import recipe_schema
+    from ddkit.recipes.schema import protocol_schema, recipe_schema
 
+    found = recipe_schema() if kind == "recipe" else protocol_schema()
     if as_json:
-        echo_json(recipe_schema())
+        echo_json(found)
     else:
-        show(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+        show(json.dumps(found, indent=2, ensure_ascii=False))
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The facts of a component, recipe or study, as data and as the page that `ddkit info` prints and docs/components holds."""
+"""The facts of a component, recipe, protocol or study, as data and as the page that `ddkit info` prints and docs/components holds."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ USED = {  # the first command of each kind; NAME is the component's
     "model": "ddkit distill --model NAME",
     "dataset": "ddkit distill --dataset NAME",
     "exporter": "ddkit export my-run --to NAME --out exported",
+    "protocol": "ddkit distill --protocol NAME",
     "study": "ddkit reproduce NAME --show",
 }
 MORE_USES = {
@@ -30,6 +31,7 @@ MORE_USES = {
     "evaluator": ["ddkit evaluate my-run --evaluate NAME"],
     "model": ["ddkit train --model NAME --out teacher.safetensors", "ddkit evaluate my-run --model convnet,NAME"],
     "dataset": ["ddkit train --dataset NAME --out teacher.safetensors", "ddkit evaluate set.safetensors --dataset NAME"],
+    "protocol": ["ddkit evaluate my-run --protocol NAME"],
     "study": ["ddkit reproduce NAME"],
 }
 PATHS = {  # where the options of a kind stand in a recipe
@@ -59,7 +61,7 @@ def namesakes(plugin: registry.Plugin, among: Collection[str] = registry.GROUPS)
 
 
 def facts(plugin: registry.Plugin) -> dict[str, Any]:
-    """Returns what `ddkit info --json` prints: docstring, options and requirements of a component, the text of a recipe or study."""
+    """Returns what `ddkit info --json` prints: docstring, options and requirements of a component, the text of one that is a file."""
     base: dict[str, Any] = {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
     base |= {"namesakes": namesakes(plugin)}
     if plugin.kind == "loss-group":
@@ -88,7 +90,7 @@ def facts(plugin: registry.Plugin) -> dict[str, Any]:
 
 
 def page(told: Mapping[str, Any], width: int = WIDEST) -> str:
-    """Returns the page of a component, recipe or study in Markdown, `told` being its facts; prose fits into `width`."""
+    """Returns the page of a component, recipe, protocol or study in Markdown, `told` being its facts; prose fits into `width`."""
     kind, name = told["kind"], told["name"]
     text = told.get("description", "")
     if "text" in told:
@@ -124,6 +126,8 @@ def _commands(told: Mapping[str, Any]) -> str:
         return f"ddkit train --recipe {name} --out teacher.safetensors" if trains else f"ddkit distill --recipe {name} --plan"
     lines = [*([USED[kind]] if kind in USED else []), *MORE_USES.get(kind, ())]
     lines = [line.replace("NAME", f"{name}:{argument.upper()}" if argument else name) for line in lines]
+    if kind == "protocol":
+        lines += ["--set evaluators.accuracy.KEY=VALUE"]
     if told.get("options"):
         lines += [f"--set {path}.OPTION=VALUE".replace("NAME", name) for path in PATHS.get(kind, ())]
         lines += ["--set OPTION=VALUE"] if kind == "exporter" else []

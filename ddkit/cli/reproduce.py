@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import ROWS, Kind, Place, as_json, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.cli.common import ROWS, Kind, Names, Place, as_json, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
 from ddkit.components import trust
 from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFailed, doubles
@@ -37,7 +37,12 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--alphas", type=Kind("alpha,...", _alphas), help="Blends of the study at these alone: 0,0.5. Default: all.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
-@click.option("--protocol", metavar="NAME", help="Evaluation protocol for all systems (default: the study's).")
+@click.option(
+    "--protocol",
+    type=Names("protocol", files=".toml"),
+    metavar="NAME|FILE",
+    help="Evaluation protocol for all systems (default: the study's).",
+)
 @click.option(
     "--steps", type=click.IntRange(min=0), help="Updates of each set (default: the recipes'); a system that sets its own keeps them."
 )

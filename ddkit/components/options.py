@@ -279,6 +279,11 @@ def _alternatives(kind: type[msgspec.Struct], name: str) -> list[msgspec.inspect
     return unfolded(types[name]) if name in types else []
 
 
+def takes(kind: type[msgspec.Struct], name: str, table: type[msgspec.Struct]) -> bool:
+    """Whether field `name` of `kind` may be a `table`."""
+    return any(isinstance(part, msgspec.inspect.StructType) and part.cls is table for part in _alternatives(kind, name))
+
+
 def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: str, also: Collection[str] = (), *, flag: str = "") -> T:
     """Returns a plugin's options; errors name the plugin as well as the recipe path. `also`: as in parse_struct.
 
@@ -310,7 +315,11 @@ def describe_options(component: type) -> list[dict[str, Any]]:
         described.append(
             {
                 "name": name,
-                "type": " | ".join(str(word) for part in alternatives for word in part.get("enum") or [part.get("type", "any")]),
+                "type": " | ".join(
+                    str(word)
+                    for part in alternatives
+                    for word in part.get("enum") or [part.get("type", "table" if "$ref" in part else "any")]
+                ),
                 "default": list(default) if isinstance(default, tuple) else default,
                 "bounds": ", ".join(text.format(merged[key]) for key, text in _BOUNDS.items() if key in merged),
                 "description": merged.get("description", ""),

@@ -36,10 +36,11 @@ GROUPS = {
     "dataset": "ddkit.datasets",
     "exporter": "ddkit.exporters",
     "recipe": "ddkit.recipes",
+    "protocol": "ddkit.protocols",
     "study": "ddkit.studies",
     "observer": "ddkit.hooks",
 }
-DATA_KINDS = ("loss-group", "recipe", "study")  # TOML files of a package, located without importing it
+DATA_KINDS = ("loss-group", "recipe", "protocol", "study")  # TOML files of a package, located without importing it
 GROUPS_FILE = "groups.toml"  # beside recipes: names of several losses that are chosen together
 BASES: dict[str, type[base.Component]] = {
     "loss": base.Loss,
@@ -56,7 +57,7 @@ NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
 class Plugin(msgspec.Struct, frozen=True, kw_only=True):
-    """A component as its distribution's metadata tells it; `value` is "module:Class", or the path of a recipe or study.
+    """A component as its distribution's metadata tells it; `value` is "module:Class", or the path of a recipe, protocol or study.
 
     `file` and `sha256` are those of a plugin file (`--plugin`), whose name stands for the distribution.
     """

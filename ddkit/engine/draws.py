@@ -25,7 +25,8 @@ from ddkit.nn.experts import Experts, Trajectory
 from ddkit.nn.networks import build_network, load_weights, network_tensors, redraw
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher
-from ddkit.nn.training import Schedule, fit
+from ddkit.nn.training import fit
+from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.tables import LabelsTable
 from ddkit.seeding import generator
 

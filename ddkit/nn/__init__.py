@@ -15,19 +15,23 @@ if TYPE_CHECKING:
     from ddkit.nn.device import products, to_device, tune_process
     from ddkit.nn.networks import build_network, redraw, training_flops
     from ddkit.nn.teacher import Teacher
-    from ddkit.nn.training import Schedule, accuracy, fit
+    from ddkit.nn.training import accuracy, fit
+    from ddkit.recipes.protocols import Protocol, Schedule
+    from ddkit.recipes.resolve import read_protocol
 
 _HOMES = {
     "ddkit.nn.compiling": "Arithmetic compiled decide_arithmetic is_compiled",
     "ddkit.nn.device": "products to_device tune_process",
     "ddkit.nn.networks": "build_network redraw training_flops",
     "ddkit.nn.teacher": "Teacher",
-    "ddkit.nn.training": "Schedule accuracy fit",
+    "ddkit.nn.training": "accuracy fit",
+    "ddkit.recipes.protocols": "Protocol Schedule",
+    "ddkit.recipes.resolve": "read_protocol",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [
-    "Arithmetic", "Schedule", "Teacher", "accuracy", "build_network", "compiled", "decide_arithmetic", "fit", "is_compiled",
-    "products", "redraw", "to_device", "training_flops", "tune_process",
+    "Arithmetic", "Protocol", "Schedule", "Teacher", "accuracy", "build_network", "compiled", "decide_arithmetic", "fit", "is_compiled",
+    "products", "read_protocol", "redraw", "to_device", "training_flops", "tune_process",
 ]  # fmt: skip
 
 

@@ -27,7 +27,8 @@ from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.networks import build_network, training_flops
 from ddkit.nn.teacher import Teacher, all_finite, load_teacher, save_teacher
-from ddkit.nn.training import Schedule, accuracy, fit
+from ddkit.nn.training import accuracy, fit
+from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.tables import TeacherTable, TrainTable
 from ddkit.seeding import generator
 

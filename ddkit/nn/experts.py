@@ -48,7 +48,8 @@ from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.networks import build_network, network_tensors, redraw, training_flops
 from ddkit.nn.teacher import all_finite
-from ddkit.nn.training import Schedule, fit
+from ddkit.nn.training import fit
+from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.tables import ExpertsTable, Recipe, TrainTable
 from ddkit.seeding import drawn_from, generator
 

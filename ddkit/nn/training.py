@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from ddkit.components.base import Augmenter
-from ddkit.components.options import Option, check_fields
 from ddkit.data.images import NormalisedRows
 from ddkit.nn.device import to_device
+from ddkit.recipes.protocols import Schedule
 
 Parameters = dict[str, Tensor]
 Targets = Callable[[Tensor, Tensor], Tensor]
-
-
-class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """How a network is trained: `momentum` is of sgd.
-
-    "step" multiplies the rate by 0.1 after half of the epochs; "one-cycle" warms up over a fifth. `rho` above 0 is
-    sharpness-aware minimisation (Foret et al., ICLR 2021): each update takes the gradient at the point that lies rho away
-    from the weights along the gradient of the same batch. It needs two passes for each batch. With `ema` above 0 the network ends
-    with an exponential moving average of its weights and running statistics, of that decay, in the place of the last ones.
-    """
-
-    epochs: Annotated[int, Option(ge=1)]
-    batch: Annotated[int, Option(ge=1)] = 256
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: Annotated[float, Option(gt=0)] = 0.01
-    momentum: Annotated[float, Option(ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Option(ge=0)] = 5e-4
-    schedule: Literal["one-cycle", "constant", "step"] = "step"
-    rho: Annotated[float, Option(ge=0)] = 0.0
-    ema: Annotated[float, Option(ge=0, lt=1)] = 0.0
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    @property
-    def passes(self) -> int:
-        """Forward and backward passes of a batch."""
-        return 2 if self.rho else 1
 
 
 def fit(
@@ -67,16 +39,19 @@ def fit(
     Images on the disk come as what Normalisation.lazily returns.
 
     Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
-    batch, parameters per image). Everything random comes from `generator`. `forward` is a compiled version of
-    `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
-    after each epoch, `on_batch(logits, labels)` after each batch, with its logits (b, K) as they were before the update.
+    batch, parameters per image) and then mixed as the schedule says. Everything random comes from `generator`. `forward` is a
+    compiled version of `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
+    after each epoch, `on_batch(logits, labels)` after each batch, with its logits (b, K) as they were before the update and the labels
+    (b,) that it had before it was mixed.
 
     With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
     returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
     temperature squared, so that gradients keep their scale.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    module.train().to(memory_format=layout)
+    module.to(memory_format=layout)
+    mixed = None if schedule.mix == "none" else _mixing(schedule, _classes(module, images[torch.zeros(1, dtype=torch.int64)]), generator)
+    module.train()
     forward = forward or module
     count = -(-len(images) // schedule.batch)
     optimizer, scheduler = _optimizer(list(module.parameters()), schedule, count)
@@ -85,7 +60,8 @@ def fit(
         moving = torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema)
         average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=moving, use_buffers=True)
     for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
-        x, wanted = x.contiguous(memory_format=layout), y if targets is None else targets(x, y)
+        x, mixed_y = (x, y) if mixed is None else mixed(x, y)
+        x, wanted = x.contiguous(memory_format=layout), mixed_y if targets is None else targets(x, y)
 
         def gradient(x: Tensor = x, y: Tensor = y, wanted: Tensor = wanted) -> None:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -125,7 +101,11 @@ def _optimizer(
         if schedule.schedule == "constant":
             return 1.0
         if schedule.schedule == "step":
-            return 1.0 if step < -(-schedule.epochs // 2) * batches else 0.1
+            return 1.0 if step < -(-schedule.epochs // 2) * batches else schedule.gamma
+        if schedule.schedule == "multi-step":
+            return schedule.gamma ** sum(step >= round(part * schedule.epochs) * batches for part in schedule.milestones)
+        if schedule.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / total))
         return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
 
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
@@ -133,9 +113,39 @@ def _optimizer(
     optimizer: torch.optim.Optimizer
     if schedule.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, **chosen)
+    elif schedule.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(parameters, **chosen)
     else:
         optimizer = torch.optim.SGD(parameters, **chosen, momentum=schedule.momentum)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def _classes(module: nn.Module, image: Tensor) -> int:
+    """Returns how many classes `module` tells apart, which it is asked in evaluation."""
+    with torch.no_grad():
+        return int(module.eval()(image).shape[1])
+
+
+def _mixing(schedule: Schedule, classes: int, generator: torch.Generator) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Returns a function that mixes images (b, C, H, W) and labels (b,), which become probabilities (b, K), of a batch in a call.
+
+    torchvision draws from the global generator, which is set for the call from a generator that `generator` seeds, and is then as before.
+    """
+    from torchvision.transforms import v2
+
+    mixer = {"cutmix": v2.CutMix, "mixup": v2.MixUp}[schedule.mix](alpha=schedule.mix_alpha, num_classes=classes)
+    own = torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+
+    def mix(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        seed = int(torch.randint(2**62, (), generator=own))
+        if float(torch.rand((), generator=own)) >= schedule.mix_share:
+            return x, y
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            mixed: tuple[Tensor, Tensor] = mixer(x, y)
+        return mixed
+
+    return mix
 
 
 def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> None:

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ddkit.components import registry, trust
-from ddkit.components.options import fields, options_type, parse_struct
+from ddkit.components.options import fields, options_type, parse_struct, takes
 from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
 from ddkit.files import MOST_TOML, read_text, with_home
+from ddkit.recipes.protocols import Protocol
 from ddkit.recipes.tables import (
     CHOOSING,
     NAMED_BY_LABEL,
@@ -47,14 +48,32 @@ FLAGS = {  # what a flag of the command line sets in the recipe, where it is not
 
 
 def read_recipe(name: str, kind: str = "recipe") -> Raw:
-    """Returns the TOML data of an installed recipe (or study), or of a file; raises InputError with the nearest name."""
-    if "/" in name or name.endswith(".toml"):
+    """Returns the TOML data of an installed recipe (study, protocol), or of a file; raises InputError with the nearest name."""
+    if _is_file(name):
         return parse_toml(Path(with_home(name)), kind)
     known = {p.name: p for p in reversed(registry.plugins()) if p.kind == kind}
     if name not in known:
         hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
         raise InputError(f"{hint} A file is given by its path: {'--recipe ' if kind == 'recipe' else ''}./{name or 'FILE'}.toml")
     return parse_toml(Path(known[name].value), kind)
+
+
+def _is_file(name: str) -> bool:
+    return "/" in name or name.endswith(".toml")
+
+
+def read_protocol(name: str, known: Mapping[str, Protocol] | None = None) -> Protocol:
+    """Returns a protocol that a file holds, that is in the tables `known` of a recipe, or that is installed, in this order.
+
+    Where the values of a file or table are not those of the protocol that has its name already, `usual` has the latter's. Raises InputError
+    for a name that nothing has, with the nearest one, and for a file that is missing or bad.
+    """
+    known, short = known or {}, Path(name).stem if _is_file(name) else name
+    installed = any(p.kind == "protocol" and p.name == short for p in registry.plugins())
+    usual = Protocol.of_file(read_recipe(short, "protocol"), short) if installed else known.get(short)
+    if short in known and not _is_file(name):
+        return known[short].called(short, usual)
+    return Protocol.of_file(read_recipe(name, "protocol"), name).called(short, usual)
 
 
 def parse_toml(path: Path, kind: str = "recipe") -> Raw:
@@ -130,6 +149,7 @@ def resolve(
             others = [path for path, _ in flattened(dict(sets)) if path.split(".")[0] not in part.used or path in part.unused]
             refuse_unused([f"--set {path}" for path in others], part.why)
         built = msgspec.structs.replace(built, evaluators=_with_options(built.evaluators, evaluation or {}, model))
+        built = _with_protocols(built)
         with trust.granting(everything=True):  # to read options runs no code that they name; to build the component does
             check_options(built, part)
     return built
@@ -340,6 +360,39 @@ def _with_options(tables: Mapping[str, EvaluatorTable], asked: Mapping[str, Any]
         name: msgspec.structs.replace(table, options=table.options | {k: v for k, v in given.items() if k in known[name]})
         for name, table in tables.items()
     }
+
+
+def _with_protocols(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the values of every protocol that an evaluator names, so that a figure can be had again without its file."""
+    protocols, evaluators = dict(recipe.protocols), dict(recipe.evaluators)
+    for label, table in recipe.evaluators.items():
+        kind = options_type(registry.load("evaluator", table.use or label))
+        if not takes(kind, "protocol", Protocol):
+            continue
+        name, path = table.options.get("protocol", fields(kind)["protocol"].default), f"evaluators.{label}.protocol"
+        if isinstance(name, Mapping):
+            raise InputError(f"{path} is the name of a protocol, or a file. Write its values under [protocols.NAME].", path)
+        installed = {p.name for p in registry.plugins() if p.kind == "protocol"}
+        if isinstance(name, str) and not _is_file(name) and name not in {*protocols, *installed}:
+            near = suggestion(name, {*protocols, *installed})
+            raise InputError(f"{path} = {name!r}: there is no such protocol. {near} A file is given by its path: ./{name}.toml", path)
+        if isinstance(name, str):
+            found = read_protocol(name, recipe.protocols)
+            protocols[found.name] = found
+            evaluators[label] = msgspec.structs.replace(table, options=table.options | {"protocol": found.name})
+    return msgspec.structs.replace(recipe, protocols=protocols, evaluators=evaluators)
+
+
+def evaluator_options(recipe: Recipe, label: str) -> dict[str, Any]:
+    """Returns the options of an evaluator, with the values of its protocol in the place of the name if it takes them.
+
+    A recipe of an earlier version has the name alone.
+    """
+    table = recipe.evaluators[label]
+    values = recipe.protocols.get(str(table.options.get("protocol")))
+    if values is None or not takes(options_type(registry.load("evaluator", table.use or label)), "protocol", Protocol):
+        return table.options
+    return table.options | {"protocol": values}
 
 
 def named_components(recipe: Recipe) -> list[tuple[str, str, Mapping[str, Any], str]]:

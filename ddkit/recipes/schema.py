@@ -1,4 +1,4 @@
-"""The JSON schema of a recipe file, with the options of ddkit's own components, for editors and other programs."""
+"""The JSON schemas of recipe and protocol files, a recipe's with the options of ddkit's own components, for editors and programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import msgspec
 
 from ddkit.components import registry
 from ddkit.components.options import options_type
+from ddkit.recipes.protocols import ProtocolFile
 from ddkit.recipes.tables import CHOOSING, NAMED_BY_LABEL, NAMED_TABLES, SHORTHAND, TABLES, Recipe, RuleTable, own_keys
 
 Schema = dict[str, Any]
@@ -37,6 +38,12 @@ def recipe_schema() -> Schema:
     whole = {"$schema": DIALECT, "title": "A recipe of ddkit", **structs[0], "$defs": definitions}
     found: Schema = msgspec.json.decode(msgspec.json.encode(whole))
     return found
+
+
+def protocol_schema() -> Schema:
+    """Returns the JSON schema (draft 2020-12) of a protocol file, read as TOML."""
+    found: Schema = msgspec.json.schema(ProtocolFile)
+    return {"$schema": DIALECT, "title": "A protocol of ddkit", **found}
 
 
 def _choose(definitions: Schema, table: str, struct: type[Any]) -> Schema:

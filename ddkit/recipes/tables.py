@@ -9,6 +9,7 @@ import msgspec
 
 from ddkit.components.options import Option, fields, parse_struct
 from ddkit.errors import InputError, shown
+from ddkit.recipes.protocols import Protocol
 
 Positive = Annotated[int, Option(ge=1)]
 Beta = Annotated[float, Option(ge=0, lt=1)]
@@ -192,6 +193,7 @@ class Recipe(Table):
     engine: EngineTable = msgspec.field(default_factory=EngineTable)
     losses: dict[str, LossTable] = {}
     evaluators: dict[str, EvaluatorTable] = {}
+    protocols: dict[str, Protocol] = {}
     labels: LabelsTable | None = None
     notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
 
@@ -217,11 +219,12 @@ TABLES: dict[str, type[Table]] = {
     "engine": EngineTable,
     "labels": LabelsTable,
 }
-NAMED_TABLES: dict[str, type[Table]] = {
+NAMED_TABLES: dict[str, type[Table] | type[Protocol]] = {
     "views": ViewTable,
     "optimizer": OptimizerTable,
     "losses": LossTable,
     "evaluators": EvaluatorTable,
+    "protocols": Protocol,
 }
 CHOOSING = {  # tables that choose a component: the key that does, and the kind
     "data": ("use", "dataset"),
@@ -238,11 +241,11 @@ CHOOSING = {  # tables that choose a component: the key that does, and the kind
 NAMED_BY_LABEL = ("losses", "evaluators")  # whose entry is called as its component, unless it says `use`
 SHORTHAND = {"data": "use", "teacher": "use", "experts": "use", "initializer": "use", "parametrization": "use", "augmenter": "use"}
 
-T = TypeVar("T", bound=Table)
+T = TypeVar("T", bound=msgspec.Struct)
 DEEPEST = 32  # levels of tables and arrays in a recipe
 
 
-def own_keys(kind: type[Table]) -> set[str]:
+def own_keys(kind: type[msgspec.Struct]) -> set[str]:
     """Returns the keys of a table that are ddkit's own, not a plugin's options."""
     return fields(kind).keys() - {"options"}
 
@@ -257,10 +260,10 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     for key, kind in TABLES.items():
         if key in table:
             values[key] = _parse_table(kind, table[key], key)
-    for key, kind in NAMED_TABLES.items():
+    for key, named in NAMED_TABLES.items():
         if key in table:
             entries = _as_table(table[key], key)
-            values[key] = {name: _parse_table(kind, item, f"{key}.{name}") for name, item in entries.items()}
+            values[key] = {name: _parse_table(named, item, f"{key}.{name}") for name, item in entries.items()}
     return parse_struct(Recipe, values, "")
 
 

@@ -47,10 +47,10 @@ class Checkpoint(NamedTuple):
 def recipe_keys(table: Mapping[str, Any]) -> tuple[str, str]:
     """Returns the key of a recipe that its checkpoints record, and the one that those of 0.1 record.
 
-    It says nothing of the number of steps, which a run may prolong, and of the places of data and teacher, which may be moved: their
-    content has digests of its own.
+    It says nothing of the number of steps, which a run may prolong, of protocols, to which a later evaluation may add, and of the places of
+    data and teacher, which may be moved: their content has digests of its own.
     """
-    kept = {key: value for key, value in table.items() if key != "steps"}
+    kept = {key: value for key, value in table.items() if key not in ("steps", "protocols")}
     makes = kept.get("parametrization")
     if isinstance(makes, dict) and makes.get("use") == "grid":
         kept["decode"] = {"factor": kept.pop("parametrization").get("factor")}  # as version 0.1 wrote it

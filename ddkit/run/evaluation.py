@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import tomli_w
 import torch
 
 from ddkit.components import trust
@@ -38,7 +39,9 @@ from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
 log = logging.getLogger("ddkit")
-EVALUATING = Part(("data", "teacher", "train", "evaluators", "seed", "pipc"), ("data.batch",), "the set is evaluated as it is.")
+EVALUATING = Part(
+    ("data", "teacher", "train", "evaluators", "protocols", "seed", "pipc"), ("data.batch",), "the set is evaluated as it is."
+)
 
 
 def evaluate(
@@ -98,7 +101,7 @@ def evaluate(
         own_recipe = parse_recipe(directory.read_recipe())  # whichever split was tested on, and in whatever memory
         data_of = [msgspec.structs.replace(each.data, test="test", memory=1) for each in (recipe, own_recipe)]
         if data_of[0] == data_of[1] and (recipe.pipc, recipe.seed) == (own_recipe.pipc, own_recipe.seed):
-            _record_evaluation(directory, rows, judged_file)  # rows on other data than the run's are returned, not recorded
+            _record_evaluation(directory, rows, judged_file, recipe)  # rows on other data than the run's are returned, not recorded
     return rows
 
 
@@ -196,8 +199,10 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
     check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
 
 
-def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_file: Mapping[str, Any] | None) -> None:
-    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity.
+def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_file: Mapping[str, Any] | None, recipe: Recipe) -> None:
+    """Adds rows to evaluation.json, a new row replacing an older one of the same _identity, and their protocols to the run's recipe.
+
+    A protocol of a name that the run has already stays as it is: a row says what was other with it.
 
     Where a run is being written there just now, or its set is not that of `judged_file` any more, a warning says that they were not
     added.
@@ -214,6 +219,10 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_f
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]
         older = [row for row in directory.read_evaluations() if _identity(row) not in keys]
+        table = directory.read_recipe()
+        known = table.get("protocols", {})
+        if added := {name: each for name, each in recipe_dict(recipe).get("protocols", {}).items() if name not in known}:
+            directory.rewrite(RECIPE, tomli_w.dumps(table | {"protocols": known | added}).encode())
         directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
         renew_report(directory)
 

@@ -36,8 +36,8 @@ from ddkit.nn.experts import Experts, experts_of, untrained
 from ddkit.nn.networks import build_network, no_second_derivative, training_flops
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
-from ddkit.nn.training import Schedule
-from ddkit.recipes.resolve import flattened, named_components
+from ddkit.recipes.protocols import Schedule
+from ddkit.recipes.resolve import evaluator_options, flattened, named_components
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.seeding import generator
 
@@ -466,7 +466,8 @@ class RunSetup:
                 for each in self.losses
             },
             evaluators={
-                label: replace(recipe.evaluators[label], options=written_options(each.options)) for label, each in self.evaluators.items()
+                label: replace(recipe.evaluators[label], options=_named(written_options(each.options)))
+                for label, each in self.evaluators.items()
             },
         )  # fmt: skip
 
@@ -483,10 +484,16 @@ class RunSetup:
         ]
 
 
+def _named(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the written options of an evaluator with the name of its protocol, whose values the recipe's [protocols] has."""
+    protocol = options.get("protocol")
+    return options | {"protocol": protocol["name"]} if isinstance(protocol, dict) and "usual" in protocol else options
+
+
 def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
     """Returns the evaluators of `recipe` for the data, by label, checked; raises InputError where one needs real images and has none."""
     made: dict[str, Evaluator] = {
-        label: registry.create("evaluator", table.use or label, table.options, data=info, where=f"evaluators.{label}")
+        label: registry.create("evaluator", table.use or label, evaluator_options(recipe, label), data=info, where=f"evaluators.{label}")
         for label, table in recipe.evaluators.items()
     }
     for evaluator in made.values():

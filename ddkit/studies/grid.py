@@ -14,7 +14,7 @@ import msgspec
 from ddkit.components.base import Fraction
 from ddkit.components.options import fields
 from ddkit.errors import DdkitError, FlagError, InputError, shown
-from ddkit.files import path_part, read_with_digest, sha256
+from ddkit.files import path_part, read_with_digest, sha256, with_home
 from ddkit.recipes.resolve import flattened, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.manifest import MANIFEST, checked
@@ -42,7 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     alphas: tuple[float, ...] | None = None  # of the study's blends, those that are wanted
 
 
-class Evaluating(msgspec.Struct, frozen=True, kw_only=True):
+class Evaluating(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a set is evaluated: all that its figure depends on beside the set. networks None: the protocol's own."""
 
     protocol: str
@@ -50,6 +50,7 @@ class Evaluating(msgspec.Struct, frozen=True, kw_only=True):
     images: str
     networks: int | None
     teacher: str  # sha256 of the teacher file that gives soft labels, where one is named
+    content: str = ""  # sha256 of the protocol's file, if it is given by its path
 
     @property
     def key(self) -> str:
@@ -99,13 +100,16 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
 
 
 def _evaluating(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> Evaluating:
+    chosen = settings.protocol or protocol
     return Evaluating(
-        protocol=settings.protocol or protocol, labels=labels, images=images, networks=settings.networks or study.networks,
+        protocol=chosen, labels=labels, images=images, networks=settings.networks or study.networks,
         teacher=_content(settings.teacher) if labels == "soft" and settings.teacher else "",
+        content=_content(with_home(chosen)) if "/" in chosen or chosen.endswith(".toml") else "",
     )  # fmt: skip
 
 
-SAYS_NOTHING_OF_A_SET = ("name", "summary", "source", "notes", "evaluators")  # keys of a recipe; all others are in the name of its set
+# Keys of a recipe; all others are in the name of its set.
+SAYS_NOTHING_OF_A_SET = ("name", "summary", "source", "notes", "evaluators", "protocols")
 RESERVED = {  # what a study itself decides: by which of its keys, and by which flags of a call
     "ipc": ("[[cells]]", "--cells"),
     "pipc": ("[[cells]], or `pipc` of a system", "--cells"),
@@ -168,9 +172,9 @@ def _real_images(study: Study, cell: Cell, seed: int, settings: Settings) -> dic
 
 
 @cache
-def _content(teacher: str) -> str:
-    """Returns the sha256 of a teacher file, read once; "" for `auto`."""
-    return sha256(Path(teacher)) if Path(teacher).is_file() else ""
+def _content(file: str) -> str:
+    """Returns the sha256 of a teacher's or protocol's file, read once; "" for `auto`."""
+    return sha256(Path(file)) if Path(file).is_file() else ""
 
 
 def _short(content: bytes) -> str:

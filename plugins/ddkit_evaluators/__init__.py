@@ -5,35 +5,22 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
 
 import ddkit
 from ddkit_evaluators.cached import CachedAccuracies
-from ddkit_evaluators.trainer import SoftLabels, Task, Trainer, fields_of, real_counts, trained_in_turn
+from ddkit_evaluators.trainer import SoftLabels, Task, Trainer, augmenter_of, fields_of, real_counts, trained_in_turn
 from ddkit_evaluators.workers import threads_of, trained_apart
 
 log = logging.getLogger("ddkit")
 Labels = Literal["hard", "stored", "teacher"]
 
 
-class Protocol(NamedTuple):
-    """How networks are trained on a synthetic set, and how many."""
-
-    schedule: ddkit.nn.Schedule
-    augmenter: str
-    repeats: int
-
-
-# SGD 0.01, momentum 0.9, weight decay 5e-4, batch 256, rate x 0.1 after half: the public DC, DSA and DM code.
-# practical-sam: epochs, rate and rho are published (arXiv 2405.00348), the rest is ours.
-PROTOCOLS = {
-    "dm-official": Protocol(ddkit.nn.Schedule(epochs=1000), "dsa", 20),
-    "dc-official": Protocol(ddkit.nn.Schedule(epochs=300), "none", 20),
-    "practical-sam": Protocol(ddkit.nn.Schedule(epochs=5000, lr=0.1, rho=0.001), "dsa", 5),
-    "short": Protocol(ddkit.nn.Schedule(epochs=300), "dsa", 3),
-}
+# The keys of a protocol that decide a figure, in the order of the words for what is changed; each is an option of the evaluator too.
+KEYS = [key for key in ddkit.nn.Protocol.__struct_fields__ if key not in ("name", "source", "usual")]
 
 
 class Plan(NamedTuple):
@@ -63,42 +50,78 @@ class Accuracy(ddkit.Evaluator):
 
     shares = True
 
-    protocol: Literal["short", "dm-official", "dc-official", "practical-sam"] = ddkit.option("short", "how networks are trained")
-    model: str = ddkit.option("convnet", "network, or several separated by commas")
+    protocol: str | ddkit.nn.Protocol = ddkit.option("short", "how networks are trained: the name of a protocol, or a file's path")
+    model: str | None = ddkit.option(None, "network, or several separated by commas; left out: the protocol's")
     model_options: dict[str, Any] = ddkit.option(
         dict(), "options, each for the models that have it; in a table of a model's name, for that one alone"
     )
     repeats: int | None = ddkit.option(None, "networks; left out: the protocol's", ge=1)
     epochs: int | None = ddkit.option(None, "passes over the set; left out: the protocol's", ge=1)
+    batch: int | None = ddkit.option(None, "images of a batch; left out: the protocol's", ge=1)
+    optimizer: Literal["sgd", "adam", "adamw"] | None = ddkit.option(None, "left out: the protocol's")
+    lr: float | Literal["stored"] | None = ddkit.option(
+        None, "learning rate, at its highest; stored: the step_size that the set has learned; left out: the protocol's", gt=0
+    )
+    momentum: float | None = ddkit.option(None, "of sgd; left out: the protocol's", ge=0, lt=1)
+    weight_decay: float | None = ddkit.option(None, "left out: the protocol's", ge=0)
+    schedule: Literal["one-cycle", "constant", "step", "cosine", "multi-step"] | None = ddkit.option(None, "left out: the protocol's")
+    milestones: tuple[float, ...] | None = ddkit.option(None, "of multi-step, fractions; left out: the protocol's", gt=0, lt=1)
+    gamma: float | None = ddkit.option(None, "of step and multi-step; left out: the protocol's", gt=0, le=1)
+    rho: float | None = ddkit.option(None, "of sharpness-aware minimisation; left out: the protocol's", ge=0)
+    ema: float | None = ddkit.option(None, "decay of the weights' average, which is tested; left out: the protocol's", ge=0, lt=1)
+    mix: Literal["none", "cutmix", "mixup"] | None = ddkit.option(None, "mixing of the images of a batch; left out: the protocol's")
+    mix_alpha: float | None = ddkit.option(None, "of the Beta distribution of mixing; left out: the protocol's", gt=0)
+    mix_share: float | None = ddkit.option(None, "share of mixed batches; left out: the protocol's", ge=0, le=1)
+    augmenter: str | None = ddkit.option(None, "of the networks' training; left out: the protocol's")
+    augmenter_options: dict[str, Any] | None = ddkit.option(None, "left out: the protocol's, none for another augmenter than its own")
+    labels: Literal["auto", "hard", "stored", "teacher", "soft", "both"] | None = ddkit.option(
+        None,
+        "auto: those stored with the set, or else hard; both: hard and teacher, a row each; soft: as teacher; left out: the protocol's",
+    )
+    temperature: float | None = ddkit.option(None, "of the teacher's labels; left out: the protocol's", gt=0)
     synthetic: bool = ddkit.option(True, "false: the baselines alone, not the set and the random real images beside it")
     random_real: bool = ddkit.option(True, "whether random real images are evaluated beside the set")
     baselines: tuple[Literal["pipc-real", "class-mean"], ...] = ddkit.option((), "rows of their own: all accessible images, class means")
-    augment: str = ddkit.option("auto", "augmenter of the networks' training; auto: the protocol's")
-    ema: float = ddkit.option(0.0, "decay of an average of the weights, which is tested in their place; 0: none", ge=0, lt=1)
-    labels: Literal["auto", "hard", "stored", "teacher", "soft", "both"] = ddkit.option(
-        "auto", "auto: those stored with the set, or else hard; both: hard and teacher, in rows of their own; soft: as teacher"
-    )
-    temperature: float = ddkit.option(1.0, "of the teacher's labels", gt=0)
-    lr: Literal["stored"] | None = ddkit.option(
-        None, "learning rate; left out: the protocol's; stored: the step_size that the set has learned"
-    )
+    augment: str = ddkit.option("auto", "the augmenter as version 0.1 calls it; auto: that of the option augmenter")
     precision: Literal["auto", "float32", "bfloat16"] = ddkit.option("auto")
     compile: Literal["auto", "always", "never"] = ddkit.option("auto", "auto: where it pays back")
     workers: int | Literal["auto"] = ddkit.option("auto", "processes that train networks at the same time", ge=1)
     cache: bool = ddkit.option(True, "whether random real and baselines that an earlier evaluation trained are used again")
 
     def requires(self) -> ddkit.Requires:
-        return ddkit.Requires(teacher=self.labels in ("teacher", "soft", "both"), real=not self.synthetic)
+        return ddkit.Requires(teacher=self._labels in ("teacher", "soft", "both"), real=not self.synthetic)
+
+    @cached_property
+    def own(self) -> ddkit.nn.Protocol:
+        """The protocol as it is, without the options that override it."""
+        return ddkit.nn.read_protocol(self.protocol) if isinstance(self.protocol, str) else self.protocol
+
+    @cached_property
+    def training(self) -> ddkit.nn.Protocol:
+        """The protocol with the options that override it."""
+        given = {key: getattr(self, key) for key in KEYS if key != "labels"} | {"augmenter": self._augmenter}
+        given = {key: value for key, value in given.items() if value is not None}
+        if given.get("augmenter", self.own.augmenter) != self.own.augmenter:
+            given = {"augmenter_options": {}} | given
+        return ddkit.nn.Protocol(**fields_of(self.own) | given)
+
+    @property
+    def _augmenter(self) -> str | None:
+        return self.augmenter if self.augment == "auto" else self.augment
+
+    @property
+    def _labels(self) -> str:
+        return self.labels or self.own.labels
 
     def check(self, info: ddkit.DataInfo) -> None:
         if not self.synthetic and not self.baselines:
             path = f"{self.recipe_path}.synthetic"
             raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
         self._modules(info)  # an image too small for a network is an error before the run
-        ddkit.create("augmenter", self.augmenter, data=info)
+        augmenter_of(self.training, info, f"{self.recipe_path}.augmenter_options")
 
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
-        where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.model.split(",")]
+        where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.training.model.split(",")]
         found = split_options(names, self.model_options, where)
         return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
 
@@ -106,19 +129,19 @@ class Accuracy(ddkit.Evaluator):
         return [ddkit.nn.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
 
     def work(self, data: ddkit.data.EvaluationData) -> str:
-        networks = " and ".join([f"{self._repeats} on {kind} images" for kind in self._kinds(data)])
+        networks = " and ".join([f"{self.training.repeats} on {kind} images" for kind in self._kinds(data)])
         names = ", ".join(self._models(data.info))
-        return f"{names}: {networks}, {self.schedule.epochs} epochs each"
+        return f"{names}: {networks}, {self.training.epochs} epochs each"
 
     def __call__(
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
     ) -> list[ddkit.Evaluation]:
         kinds, path = self._label_kinds(artifact), f"{self.recipe_path}.labels"
         if "teacher" in kinds and teacher is None:
-            raise ddkit.InputError(f"{path} = {self.labels} needs a teacher: give --teacher FILE.", path)
+            raise ddkit.InputError(f"{path} = {self._labels} needs a teacher: give --teacher FILE.", path)
         if "stored" in kinds and artifact.soft_labels is None:
             raise ddkit.InputError(f"{path} = stored: this set has hard labels. Leave it out.", path)
-        self._schedule(artifact)  # an unusable step size is an error before networks are trained
+        self._training_on(artifact)  # an unusable step size is an error before networks are trained
         counts, words = real_counts(artifact, data.real_labels)
         if self.random_real and len(data.real_images) and sum(counts) < int(artifact.stored_counts.sum()):
             log.warning(
@@ -128,49 +151,34 @@ class Accuracy(ddkit.Evaluator):
         rounds = [(name, model, labels) for name, model in self._models(data.info).items() for labels in kinds]
         rows: list[ddkit.Evaluation] = []
         for number, (name, model, labels) in enumerate(rounds):
-            soft = SoftLabels(teacher, artifact, self.temperature) if teacher is not None and labels == "teacher" else None
+            soft = SoftLabels(teacher, artifact, self.training.temperature) if teacher is not None and labels == "teacher" else None
             rows += self._evaluations(name, model, artifact, _round(data, number, len(rounds)), labels, soft)
         return rows
 
     def _label_kinds(self, artifact: ddkit.Artifact) -> list[Labels]:
         """Returns whose labels networks learn, in the order of the rows."""
-        if self.labels == "auto":
+        if self._labels == "auto":
             return ["hard" if artifact.soft_labels is None else "stored"]
         found: dict[str, list[Labels]] = {"hard": ["hard"], "stored": ["stored"], "both": ["hard", "teacher"]}
-        return found.get(self.labels, ["teacher"])
+        return found.get(self._labels, ["teacher"])
 
-    def _schedule(self, artifact: ddkit.Artifact) -> ddkit.nn.Schedule:
+    def _training_on(self, artifact: ddkit.Artifact) -> ddkit.nn.Protocol:
         """Returns how a network is trained on this set, with its own learning rate if `lr` says so."""
-        if self.lr is None:
-            return self.schedule
+        if self.training.lr != "stored":
+            return self.training
         path, found = f"{self.recipe_path}.lr", artifact.parameters.get("step_size")
         if found is None or found.numel() != 1:
-            raise ddkit.InputError(f"{path} = stored: this set has no parameter step_size of one number. Leave it out.", path)
+            raise ddkit.InputError(f"{path} = stored: this set has no parameter step_size of one number. Give a learning rate.", path)
         if not float(found) > 0:
             raise ddkit.InputError(f"{path} = stored: the step_size of this set is {float(found):g}, and a learning rate is above 0.", path)
-        return ddkit.nn.Schedule(**fields_of(self.schedule) | {"lr": float(found)})
-
-    @property
-    def _repeats(self) -> int:
-        return self.repeats or PROTOCOLS[self.protocol].repeats
-
-    @property
-    def schedule(self) -> ddkit.nn.Schedule:
-        """How a network is trained: the protocol's, with the passes that were asked for."""
-        own = PROTOCOLS[self.protocol].schedule
-        return ddkit.nn.Schedule(**fields_of(own) | {"epochs": self.epochs or own.epochs, "ema": self.ema})
-
-    @property
-    def augmenter(self) -> str:
-        """The name of the augmenter under which networks are trained."""
-        return PROTOCOLS[self.protocol].augmenter if self.augment == "auto" else str(self.augment)
+        return ddkit.nn.Protocol(**fields_of(self.training) | {"lr": float(found)})
 
     def operations(self, info: ddkit.DataInfo, *, rows: int, real: int, tests: int) -> float:
         """Returns the operations of all networks' training and testing, all kinds of images and labels counted."""
-        schedule, own = self.schedule, self.synthetic
+        schedule, own = self.training, self.synthetic
         kinds = [rows] * own + [min(rows, real)] * (own and self.random_real and real > 0)
         kinds += [real if name == "pipc-real" else min(rows, real) for name in self.baselines if real]
-        networks = self._repeats * (2 if self.labels == "both" else 1)
+        networks = schedule.repeats * (2 if self._labels == "both" else 1)
         epochs = schedule.epochs * schedule.passes
         modules = self._modules(info)
         each = [ddkit.nn.training_flops(module, info, images=count, epochs=epochs, tests=tests) for module in modules for count in kinds]
@@ -183,7 +191,7 @@ class Accuracy(ddkit.Evaluator):
 
         `model`: None is the first of the option. Depends on no timing.
         """
-        model, schedule = model or next(iter(self._models(info).values())), self.schedule
+        model, schedule = model or next(iter(self._models(info).values())), self.training
         module = ddkit.nn.build_network(model, info, 0, "evaluate", "probe")
         work = networks * ddkit.nn.training_flops(module, info, images=rows, epochs=schedule.epochs * schedule.passes, tests=tests)
         step_work = ddkit.nn.training_flops(module, info, images=min(rows, schedule.batch), epochs=schedule.passes)
@@ -221,15 +229,13 @@ class Accuracy(ddkit.Evaluator):
         soft: SoftLabels | None,
     ) -> list[ddkit.Evaluation]:
         """Returns the row of the set, and one of each baseline; how they are computed is decided on the set, also where it has no row."""
-        kinds, repeats = self._kinds(data), self._repeats
+        kinds, repeats = self._kinds(data), self.training.repeats
         networks = repeats * (1 + (self.random_real and len(data.real_images) > 0))
         plan = self.plan(data.info, data.device, rows=len(artifact.labels), tests=len(data.test_labels), networks=networks, model=model)
         on_disk = ddkit.data.on_disk(data.real_images) or ddkit.data.on_disk(data.test_images)  # too large to be copied for other processes
         workers = plan.workers if soft is None and not on_disk else 1
-        schedule, stored = self._schedule(artifact), labels == "stored"
-        trainer = Trainer(
-            name, model, artifact, data, schedule, self.augmenter, plan.arithmetic, soft, stored=stored, threads=plan.threads
-        )  # fmt: skip
+        protocol, stored = self._training_on(artifact), labels == "stored"
+        trainer = Trainer(name, model, artifact, data, protocol, plan.arithmetic, soft, stored=stored, threads=plan.threads)
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         cache = CachedAccuracies(trainer, wanted=self.cache)
 
@@ -242,10 +248,10 @@ class Accuracy(ddkit.Evaluator):
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
-        facts |= self._changed
+        facts |= self._changed(soft)
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
-        facts |= {"lr": schedule.lr} if self.lr else {}
+        facts |= {"lr": protocol.lr} if self.training.lr == "stored" else {}
         counts, words = real_counts(artifact, data.real_labels)
         beside_words = ", ".join(filter(None, [words, "hard labels" if stored else ""]))
         beside = {"random_real_images": counts} | ({"random_real": beside_words} if beside_words else {}) if real else {}
@@ -255,9 +261,9 @@ class Accuracy(ddkit.Evaluator):
         for kind, made in by_kind.items():
             drawn = real if kind == "synthetic" else []
             known = cached["random real" if kind == "synthetic" else kind]
-            figures = {"epochs": self.schedule.epochs, "accuracies": made, "random_real_accuracies": drawn}
+            figures = {"epochs": self.training.epochs, "accuracies": made, "random_real_accuracies": drawn}
             row = ddkit.Evaluation(
-                evaluator=self.name, model=name, protocol=self.protocol, labels=labels if soft or kind == "synthetic" else "hard",
+                evaluator=self.name, model=name, protocol=self.own.name, labels=labels if soft or kind == "synthetic" else "hard",
                 images=kind,
                 repeats=repeats, accuracy_mean=sum(made) / len(made), accuracy_std=_std(made),
                 random_real_mean=sum(drawn) / len(drawn) if drawn else None, random_real_std=_std(drawn),
@@ -266,19 +272,24 @@ class Accuracy(ddkit.Evaluator):
             rows.append(row)
         return rows
 
-    @property
-    def _changed(self) -> dict[str, Any]:
-        """The options that override the protocol, e.g. {"epochs": 100, "variant": "100 epochs"}; {} if it is used unchanged."""
-        own = PROTOCOLS[self.protocol].schedule
-        changed = {
-            "epochs": None if self.epochs in (None, own.epochs) else self.epochs,
-            "ema": self.ema or None,
-            "lr": self.lr,
-            "augment": None if self.augment == "auto" else self.augment,
-        }
-        changed = {key: value for key, value in changed.items() if value is not None}
-        words = [f"{value} epochs" if key == "epochs" else f"{key} {value}" for key, value in changed.items()]
+    def _changed(self, soft: SoftLabels | None) -> dict[str, Any]:
+        """The values that are not the protocol's, e.g. {"epochs": 100, "variant": "100 epochs"}; {} if it is used unchanged.
+
+        Model, labels and repeats of a row stand in it in any case, and a temperature is of soft labels alone.
+        """
+        told = {"model", "labels", "repeats", *(["temperature"] if soft is None else [])}
+        usual = fields_of(self.own) | self.own.usual
+        changed = {key: getattr(self.training, key) for key in KEYS if key not in told and getattr(self.training, key) != usual[key]}
+        changed = {"augment" if key == "augmenter" else key: value for key, value in changed.items()}  # as rows of 0.1 call it
+        words = [f"{value} epochs" if key == "epochs" else f"{key.replace('_', ' ')} {_words(value)}" for key, value in changed.items()]
         return changed | ({"variant": ", ".join(words)} if words else {})
+
+
+def _words(value: Any) -> str:
+    """Returns a value of a protocol as a row says it: "0.5 0.75" for a list, "compose 2" for a table."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key} {_words(item)}" for key, item in value.items()) or "none"
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _round(data: ddkit.data.EvaluationData, number: int, of: int) -> ddkit.data.EvaluationData:

@@ -73,7 +73,7 @@ class CachedAccuracies:
             "mean": trainer.artifact.mean, "std": trainer.artifact.std,
             "network": [trainer.name, fields_of(trainer.model.options), repr(network), _digest(network.state_dict().values())],
             "kind": kind, "repeat": repeat, "seed": data.seed, "schedule": fields_of(trainer.schedule),
-            "augmenter": [trainer.augmenter_name, fields_of(trainer.augmenter.options)],
+            "augmenter": [trainer.protocol.augmenter, fields_of(trainer.augmenter.options)],
             "soft": None if trainer.soft is None else [trainer.soft.teacher.sha256, trainer.soft.temperature],
         }  # fmt: skip
 

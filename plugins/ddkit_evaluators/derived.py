@@ -19,7 +19,7 @@ class Transfer(Accuracy):
     What a set teaches to an architecture that it was not made with is what its users get. Every option is that of `accuracy`.
     """
 
-    model: str = ddkit.option("convnet,mlp,lenet,resnet18,vgg11", "networks, separated by commas")
+    model: str | None = ddkit.option("convnet,mlp,lenet,resnet18,vgg11", "networks, separated by commas")
 
 
 class Ranking(ddkit.Evaluator):
@@ -38,7 +38,7 @@ class Ranking(ddkit.Evaluator):
 
     shares = True
 
-    protocol: str = ddkit.option("short", "of accuracy")
+    protocol: str | ddkit.nn.Protocol = ddkit.option("short", "of accuracy: the name of a protocol, or a file's path")
     model: str = ddkit.option("convnet", "network")
     model_options: dict[str, Any] = ddkit.option(dict(), "options of that model")
     repeats: int | None = ddkit.option(None, "networks; left out: the protocol's", ge=1)

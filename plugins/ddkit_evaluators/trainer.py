@@ -26,6 +26,12 @@ def units(of: ddkit.Artifact | ddkit.nn.Teacher) -> ddkit.data.Normalisation:
     return ddkit.data.Normalisation(of.mean, of.std)
 
 
+def augmenter_of(protocol: ddkit.nn.Protocol, info: ddkit.DataInfo, where: str = "augmenter") -> ddkit.Augmenter:
+    """Returns the augmenter of a protocol for the data; `where` is a recipe path, for messages."""
+    made: ddkit.Augmenter = ddkit.create("augmenter", protocol.augmenter, protocol.augmenter_options, data=info, where=where)
+    return made
+
+
 def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int], str]:
     """Returns how many random real images of each class stand beside a set, and in words how that differs from the set, "" if it does not.
 
@@ -72,8 +78,7 @@ class Trainer:
         model: ddkit.Model,
         artifact: ddkit.Artifact,
         data: ddkit.data.EvaluationData,
-        schedule: ddkit.nn.Schedule,
-        augmenter: str,
+        protocol: ddkit.nn.Protocol,
         arithmetic: ddkit.nn.Arithmetic,
         soft: SoftLabels | None = None,
         *,
@@ -85,13 +90,13 @@ class Trainer:
         self.model = model
         self.artifact = artifact
         self.data = data
-        self.schedule = schedule
+        self.protocol = protocol
+        self.schedule = ddkit.nn.Schedule(**{key: getattr(protocol, key) for key in ddkit.nn.Schedule.__struct_fields__})
         self.arithmetic = arithmetic
         self.soft = soft
         self.stored = stored
         self.threads = threads
-        self.augmenter_name = augmenter
-        self.augmenter = ddkit.create("augmenter", augmenter, data=data.info)
+        self.augmenter = augmenter_of(protocol, data.info)
         self.module = ddkit.nn.build_network(model, data.info, data.seed, "evaluate", name, 0).to(data.device)
         self.forward: Callable[[Tensor], Tensor] = ddkit.nn.compiled(self.module, wanted=arithmetic.compile, graphs=arithmetic.graphs)
         self.gave_up_compiling = False

@@ -96,7 +96,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
     save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, folder / TENSORS)  # it refuses shared memory
     settings = {
         "name": trainer.name, "model_options": fields_of(trainer.model.options), "where": trainer.model.recipe_path,
-        "schedule": fields_of(trainer.schedule), "augmenter": trainer.augmenter_name, "arithmetic": fields_of(trainer.arithmetic),
+        "protocol": fields_of(trainer.protocol), "arithmetic": fields_of(trainer.arithmetic),
         "info": fields_of(data.info),
         "seed": data.seed, "threads": threads, "threads_of_a_network": trainer.threads, "stored": trainer.stored,
         "artifact": {key: value for key, value in artifact.metadata.items() if key in KEPT},
@@ -116,11 +116,11 @@ def _read(folder: Path) -> Trainer:
     )  # fmt: skip
     parameters = {name.partition(".")[2]: value for name, value in tensors.items() if name.startswith("parameters.")}
     artifact = ddkit.Artifact(tensors["images"], tensors["labels"], settings["artifact"], parameters)
-    schedule = ddkit.nn.Schedule(**settings["schedule"])
+    protocol = ddkit.nn.Protocol(**settings["protocol"])
     arithmetic = ddkit.nn.Arithmetic(**settings["arithmetic"])
     model = ddkit.create("model", settings["name"], settings["model_options"], data=info, where=settings["where"])
     how = {"stored": settings["stored"], "threads": settings["threads_of_a_network"]}
-    return Trainer(settings["name"], model, artifact, data, schedule, settings["augmenter"], arithmetic, **how)
+    return Trainer(settings["name"], model, artifact, data, protocol, arithmetic, **how)
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class Fine(ddkit.Loss):
 '''
 KINDS = (
     "loss", "loss-group", "initializer",
-    "parametrization", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "study", "observer",
+    "parametrization", "augmenter", "evaluator", "model", "dataset", "exporter", "recipe", "protocol", "study", "observer",
 )  # fmt: skip
 
 
@@ -540,9 +540,9 @@ def test_info_describes_every_component_in_sections_in_order_with_options_and_co
         assert command_line.commands[words[0]].make_context(words[0], words[1:]).params
     found = json.loads(facts.out)
     assert (found["schema"], found["kind"], found["name"], found["distribution"]) == (1, kind, name, "ddkit")
-    if kind in ("recipe", "study"):
+    if kind in ("recipe", "protocol", "study"):
         assert found["text"] == Path(registry.find(kind, name).value).read_text()
-        noted = kind == "recipe" and "[notes]" in found["text"]
+        noted = kind != "study" and "[notes]" in found["text"]
         assert flat(found["source" if noted else "text"]) in flat(page.out)
         return
     assert flat(found["description"].partition("\n\n")[0]) in flat(page.out)

@@ -112,7 +112,7 @@ def test_every_component_has_a_summary_and_ships() -> None:
     for group, points in ENTRY_POINTS.items():
         for name, value in points.items():
             assert value.partition(":")[0].split(".")[0] in PLUGIN_PACKAGES
-            if group in ("ddkit.recipes", "ddkit.studies"):
+            if group in ("ddkit.recipes", "ddkit.protocols", "ddkit.studies"):
                 folder = source.package_folder(value)
                 assert folder is not None
                 assert list(folder.glob("*.toml"))

@@ -88,6 +88,9 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "badcell": f"{SYSTEM}[[cells]]\nipc = 0\npipc = 2\n",
         "badsystem": f"{SYSTEM}picp = 1\n[[cells]]\nipc = 1\npipc = 2\n",
         "twocells": f"{SYSTEM}[[cells]]\nipc = 1\npipc = 2\n[[cells]]\nipc = 1\npipc = 2\n",
+        "protocol-key": "epochs = 3\nbacth = 4\n",
+        "protocol-bounds": "epochs = 3\nmix = 'cutmx'\n",
+        "protocol-epochs": "lr = 0.1\n",
         "reserved": f"set = {{seed = 3}}\n{SYSTEM}[[cells]]\nipc = 1\npipc = 2\n",
     }
     for name, text in recipes.items():

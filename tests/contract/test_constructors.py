@@ -27,7 +27,7 @@ def info(**values: Any) -> ddkit.DataInfo:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: ddkit.nn.Schedule(epochs=1, optimizer="adamw"), "Did you mean 'adam'?"),  # type: ignore[arg-type]
+        (lambda: ddkit.nn.Schedule(epochs=1, optimizer="adamm"), "Did you mean 'adam'?"),  # type: ignore[arg-type]
         (lambda: ddkit.nn.Schedule(epochs=1, schedule="one_cycle"), "Did you mean 'one-cycle'?"),  # type: ignore[arg-type]
         (lambda: ddkit.nn.Schedule(epochs=0), "epochs=0"),
         (lambda: ddkit.nn.Schedule(epochs=1, batch=0), "batch=0"),

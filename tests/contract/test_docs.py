@@ -105,7 +105,8 @@ def _check_names(flags: dict[str, Any]) -> None:
     if words & made_on_the_page or "/" in str(flags.get("recipe") or "") or str(flags.get("recipe")).endswith(".toml"):
         return
     names = ("losses", "evaluators", "model", "sets", "ipc", "pipc", "dataset", "init", "augment")
-    resolve(flags["recipe"], evaluation={"protocol": flags.get("protocol")}, **{name: flags[name] for name in names if flags.get(name)})
+    protocol = None if str(flags.get("protocol")).endswith(".toml") else flags.get("protocol")
+    resolve(flags["recipe"], evaluation={"protocol": protocol}, **{name: flags[name] for name in names if flags.get(name)})
 
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from ddkit_evaluators import PROTOCOLS, Accuracy
+from ddkit_evaluators import Accuracy
 from ddkit_evaluators.trainer import SoftLabels, Trainer
 
 import ddkit
 from ddkit.cli.common import evaluation_table
-from ddkit.components.options import describe_options
+from ddkit.components import registry
 from ddkit.data.real import RealData, open_dataset
 from ddkit.nn.training import Schedule, fit
 from ddkit.recipes.tables import DataTable
@@ -175,7 +175,7 @@ def evaluated(
 def trainer(made: ddkit.Artifact, given: ddkit.data.EvaluationData) -> Trainer:
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
     arithmetic = ddkit.nn.Arithmetic(compile=False, precision="float32")
-    return Trainer("mlp", model, made, given, ddkit.nn.Schedule(epochs=1), "none", arithmetic)
+    return Trainer("mlp", model, made, given, ddkit.nn.Protocol(epochs=1, augmenter="none"), arithmetic)
 
 
 def test_an_evaluation_follows_its_seed() -> None:
@@ -472,8 +472,7 @@ def test_the_plan_counts_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_protocol_is_offered_everywhere(cli: CLI) -> None:
-    option = next(o for o in describe_options(Accuracy) if o["name"] == "protocol")
-    assert set(option["type"].split(" | ")) == set(PROTOCOLS)
+    protocols = [p.name for p in registry.plugins() if p.kind == "protocol" and p.first_party]
     pages = [" ".join(cli(command, "--help").out.split()) for command in ("distill", "evaluate")]
-    pages += [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("method.md", "getting-started.md")]
-    assert [name for name in PROTOCOLS for page in pages if name not in page.replace("- ", "-")] == []
+    pages += [(ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("protocols.md", "getting-started.md")]
+    assert [name for name in protocols for page in pages if name not in page.replace("- ", "-")] == []
