@@ -121,7 +121,8 @@ def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[...
     usual = cli("distill", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--out", "run")
     assert (usual.code, "\r" in usual.err, caplog.messages) == (0, False, [])  # stderr is no terminal: no bar
     lines = usual.out.splitlines()
-    assert lines[0].split() == ["evaluator", "model", "protocol", "labels", "accuracy", "random", "real", "networks"]
+    columns = ["evaluator", "model", "protocol", "labels", "accuracy", "random real", "networks", "stored a class"]
+    assert lines[0].split() == " ".join(columns).split()
     assert lines[3] == ""
     assert [line.split()[0] for line in lines[4:]] == ["2", "run", "picture", "report"]
     words = ("distill", "--losses", "dkkt", "--pipc", 2, *SMALL_FLAGS, "--set", "train.epochs=2", "--evaluate", "none")

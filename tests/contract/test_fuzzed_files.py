@@ -133,8 +133,9 @@ def fuzz(runs: Path, tmp_path: Path, most: int) -> dict[str, int]:
 
 def _restore(run: Path, original: Path) -> None:
     """Undoes what the last evaluation wrote."""
-    for name in ("evaluation.json", "report.html"):
-        shutil.copyfile(original / name, run / name)
+    for name in ("evaluation.json", "recipe.toml", "report.html"):
+        if (original / name).exists():
+            shutil.copyfile(original / name, run / name)
 
 
 def _write(run: Path, file: str, content: Any, manifest: dict[str, Any]) -> None:

@@ -179,7 +179,7 @@ def evaluation_data(real_rows: int = 12, seed: int = 0, report: Callable[[int, i
 
 
 def evaluated(data: ddkit.data.EvaluationData | None = None, **options: Any) -> list[ddkit.Evaluation]:
-    table = {"epochs": 2, "repeats": 3, "model_options": {"width": 8}} | options
+    table = {"epochs": 2, "repeats": 3, "model_options": {"width": 8}, "cache": False} | options
     evaluator = ddkit.create("evaluator", "accuracy", table, data=INFO)
     return evaluator(artifact(), data or evaluation_data(), None)
 

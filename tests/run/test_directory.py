@@ -27,7 +27,7 @@ FILES = {
     "synthetic.safetensors", "checkpoints",
 }  # fmt: skip
 FIGURES = ["accuracy_mean", "accuracy_std", "random_real_mean", "random_real_std"]
-ROW = ["evaluator", "model", "protocol", "labels", "repeats", *FIGURES, "images", "split"]
+ROW = ["evaluator", "model", "protocol", "labels", "repeats", *FIGURES, "images", "split", "stored_numbers", "stored_as_images"]
 BOTH = ["--losses", "dm:0.01,dkkt:0.5", "--ipc", 1, "--pipc", 4, *SMALL_FLAGS, "--set", "engine.log_every=1"]
 
 
