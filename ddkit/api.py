@@ -266,8 +266,7 @@ def train_experts(
         where = pick_device(device)
         found = open_dataset(built.data)
         check_classes(found)
-        few = built.pipc or 1 if built.experts.data == "all" else built.pipc  # those of "all" are read when they are trained on
-        real = RealData(found, few, built.seed, watchers=watchers)
+        real = RealData(found, built.pipc or 1, built.seed, watchers=watchers)  # with pipc 0 one shows the shape of all
         network = registry.create("model", built.network.model, built.network.options, data=real.info, where="network")
         settings = settings_of(built, real, network, seed=built.seed)
         check_folder(path, settings)

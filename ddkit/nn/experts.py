@@ -177,7 +177,7 @@ def settings_of(recipe: Recipe, real: RealData, model: Model, *, units: Normalis
     """Returns the settings of the experts that `recipe` asks for; `units`: the statistics of its teacher, if it distils with one."""
     table, train, info = recipe.experts, recipe.train, real.info
     everything = table.data == "all"
-    if not everything and not len(real.labels):
+    if not everything and recipe.pipc == 0:
         raise InputError("With pipc 0 there are no images to train experts on. Give --pipc 1 or more, or --set experts.data=all.", "pipc")
     if (table.save_every or SAVE_EVERY) > (table.epochs or EPOCHS):
         raise InputError(
