@@ -22,7 +22,7 @@ from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
 from ddkit.nn.experts import Experts, Trajectory
-from ddkit.nn.networks import build_network, load_weights, network_tensors, redraw
+from ddkit.nn.networks import build_network, load_weights, modes_kept, network_tensors, redraw
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher
 from ddkit.nn.training import fit
@@ -163,7 +163,8 @@ class StepSource:
             load_weights(self._embedder.module, self._experts.drawn(generator(self.seed, "network", draw), first=first, last=last).start)
         if self.arithmetic.graphs and self._graph_index != index:
             torch.compiler.cudagraph_mark_step_begin()
-        self._network_index, self._graph_index = draw, index
+        self._network_index = draw
+        self._graph_index = index
         self._embedder.module.requires_grad_(gradients)
         return self._embedder
 
@@ -204,14 +205,12 @@ class StepSource:
         embedder = self.embedder(index, gradients=True)
         module = embedder.module
         if index % self.renew_every:
-            modes = {each: each.training for each in module.modules()}
             images, labels = synthetic()
-            fit(
-                module, images.detach(), labels.detach(), self.inner, augmenter=self.augmenter,
-                generator=generator(self.seed, "inner training", index), channels_last=embedder.layout == torch.channels_last,
-            )  # fmt: skip
-            for each, mode in modes.items():
-                each.training = mode
+            with modes_kept(module):
+                fit(
+                    module, images.detach(), labels.detach(), self.inner, augmenter=self.augmenter,
+                    generator=generator(self.seed, "inner training", index), channels_last=embedder.layout == torch.channels_last,
+                )  # fmt: skip
             for parameter in module.parameters():
                 parameter.grad = None
         if len(self.real_labels) and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in module.modules()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,18 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, value in network_tensors(module).items():
             value.copy_(to_device(weights[name], value.device))
+
+
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Puts each module of `module` back afterwards in the mode, of training or evaluation, that it has now."""
+    modes = {each: each.training for each in module.modules()}
+    try:
+        yield
+    finally:
+        for each, mode in modes.items():
+            if each.training != mode:
+                each.training = mode
 
 
 def couples_samples(module: nn.Module, info: DataInfo) -> bool:

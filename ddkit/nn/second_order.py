@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from ddkit.components.base import DataInfo
 from ddkit.nn.compiling import Arithmetic, compiled, is_compiled
 from ddkit.nn.device import differentiable_attention
+from ddkit.nn.networks import modes_kept
 
 NEARLY = 1e-3  # how far from double backward's a gradient in float32 may be, of its norm, on a network that forward mode can take
 
@@ -124,15 +125,12 @@ class ClassGradients:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts a module in evaluation mode inside, and each of its modules back in its own mode afterwards."""
-    training = [each for each in module.modules() if each.training]
-    for each in training:
-        each.training = False
-    try:
+    """Puts a module in evaluation mode inside."""
+    with modes_kept(module):
+        for each in module.modules():
+            if each.training:
+                each.training = False
         yield
-    finally:
-        for each in training:
-            each.training = True
 
 
 class _Passes:
@@ -159,7 +157,8 @@ class _Passes:
         """Returns J^T u for the `chosen` parameters, u (n, K)."""
         if not self._graph:  # another gradient has used it up
             self.logits()
-        graph, self._graph = self._graph, []
+        graph = self._graph
+        self._graph = []
         wanted = [self.varied[index] for index in chosen]
         parts = [
             torch.autograd.grad(logits, wanted, cotangent, materialize_grads=True)
@@ -176,7 +175,7 @@ class _Passes:
         return torch.cat([part.detach() for part in derivatives])[: self.count]
 
     def image_gradient(self, g: Tensor) -> Tensor:
-        """Returns the gradient by the images (n, C, H, W): of <f, g>, g (n, K), and of what waits of the same backward pass."""
+        """Returns the gradient (n, C, H, W) of <f, g> by the images, g (n, K), plus the gradients that wait in this backward pass."""
         waiting = [each for each in self._waiting if each.of == current_pass()]
         self._waiting = []
         if waiting:
