@@ -40,7 +40,8 @@ class Ranks:
     travel over gloo, others over the default group's backend (NCCL).
     """
 
-    rank, world_size = 0, 1
+    rank = 0
+    world_size = 1
 
     def __init__(self, group: Any = None) -> None:
         self.exchanged: Counter[str] = Counter()
@@ -48,7 +49,8 @@ class Ranks:
         if group is not None:
             import torch.distributed
 
-            self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+            self.rank = torch.distributed.get_rank()
+            self.world_size = torch.distributed.get_world_size()
 
     @property
     def is_main(self) -> bool:

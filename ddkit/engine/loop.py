@@ -246,7 +246,8 @@ class Finiteness:
         self.save = save
         self.losses = [each.label for each in engine.losses]
         self.parameters = list(engine.bank.tensors())
-        self.index, self.state = start, engine.state(start)  # the last that was read to be finite
+        self.index = start  # the last step that was read to be finite
+        self.state = engine.state(start)
         device = engine.bank.images.device
         self.values = torch.zeros(len(self.losses), device=device)  # of each loss, where it was first not finite
         self.first = torch.full((2 * len(self.losses) + len(self.parameters),), -1, device=device)  # step, -1: finite so far
@@ -266,7 +267,8 @@ class Finiteness:
         """Makes the state before step `index` the one that is kept; raises RunFailed if something was not finite since the last."""
         if not self.engine.ranks.all(bool((self.first < 0).all())):
             self._fail()
-        self.index, self.state = index, self.engine.state(index)
+        self.index = index
+        self.state = self.engine.state(index)
 
     def _fail(self) -> None:
         engine = self.engine

@@ -129,13 +129,13 @@ class ExecutionPlan:
 
     @property
     def teacher_block(self) -> int:
-        """The images that the teacher is differentiated with at once: parts of one size, so that code of one shape takes them all."""
+        """How many images the teacher is differentiated with at once. All parts have this size: one compiled shape serves them all."""
         most = -(-self.info.classes // self.ranks.world_size)
         return self._parts((min(self.chunk, most) or most) * self._images, self._teacher())
 
     @property
     def gradient_blocks(self) -> tuple[int, int]:
-        """The synthetic and the real images of a class that the network is differentiated with at once, likewise."""
+        """How many synthetic and how many real images of a class the network is differentiated with at once."""
         return self._parts(self._images, self._probe), self._parts(max(1, *self._real), self._probe)
 
     def _parts(self, rows: int, network: nn.Module) -> int:

@@ -98,7 +98,7 @@ class InitializerTable(PluginTable):
 
 
 class ParametrizationTable(PluginTable):
-    """How images are made of what is stored; `ipc` counts the images that have as many numbers as are stored."""
+    """How images are made of what is stored. `ipc` is the number of plain images with as many numbers as a class stores."""
 
     use: str = "pixels"
 

@@ -141,7 +141,7 @@ class Artifact:
 def made_with(makes: Parametrization, use: str, shape: Sequence[int]) -> dict[str, Any]:
     """Returns what the metadata of a set say of its parametrization, called `use`: name and options; {} if the rows are the images.
 
-    `shape` (C, H, W) of the images is told if the rows do not show it.
+    It has the `shape` (C, H, W) of the images if the rows do not show it.
     """
     if use == "pixels":
         return {}

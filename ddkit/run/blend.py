@@ -111,7 +111,7 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
         raise InputError("Images are made of the numbers of one set and not in the same way of the other's; the two cannot be averaged.")
     makes = first.parametrization
     if makes is not None and not (makes.linear and (makes.stores_images or (first.mean, first.std) == (second.mean, second.std))):
-        why = "the two have different normalisation" if makes.linear else "the average of what is stored makes no average of the images"
+        why = "their normalisations differ" if makes.linear else "averaged numbers do not make averaged images"
         raise InputError(f"The sets are stored as {makes.name}, and {why}; they cannot be averaged.")
     partner = torch.empty(len(first.row_labels), dtype=torch.int64)
     for label, name in enumerate(ours):

@@ -45,7 +45,8 @@ class FolderLock:
         return False
 
     def _forget(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
+        descriptor = self._descriptor
+        self._descriptor = -1
         if descriptor >= 0:
             with suppress(OSError):
                 os.close(descriptor)

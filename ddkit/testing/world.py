@@ -222,7 +222,8 @@ def part_of(world: World, ranks: Ranks) -> World:
     """Returns the world of one part: its classes' rows and real images."""
     found = copy.copy(world)
     found.source = copy.copy(world.source)
-    found.source.ranks, found.source.own_classes = ranks, ranks.classes(world.info.classes)
+    found.source.ranks = ranks
+    found.source.own_classes = ranks.classes(world.info.classes)
     found.source.own_real = class_rows(world.source.real_labels, found.source.own_classes)
     found.source.real_images = world.source.real_images[found.source.own_real]
     found.source._embedder = None  # a network of its own
