@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
@@ -119,10 +120,11 @@ def printable(text: str) -> str:
     ('cat\\u001b[31m', 'chat é')
     """
 
-    def shows(char: str) -> bool:
-        return " " <= char <= "~" or char in "\n\t" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    def shown(char: re.Match[str]) -> str:
+        hides = unicodedata.category(char[0]) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        return json.dumps(char[0])[1:-1] if hides else char[0]
 
-    return "".join(char if shows(char) else json.dumps(char)[1:-1] for char in text)
+    return re.sub(r"[^ -~\n\t]", shown, text)
 
 
 def is_text(text: str) -> bool:

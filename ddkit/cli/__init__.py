@@ -13,12 +13,13 @@ import signal
 import sys
 import textwrap
 import traceback
+from collections.abc import Iterator, Mapping
+from importlib import import_module
 from types import FrameType
 from typing import NoReturn
 
 import click
 
-from ddkit.cli import bench, components, distill, files, reproduce
 from ddkit.cli.common import LogFormat, prepared
 from ddkit.distributed import LastWords, ending_signals, follows, launched
 from ddkit.errors import DdkitError, out_of_memory, printable
@@ -30,9 +31,37 @@ ENDED_BY_TORCHRUN = (
 )
 INTERRUPTED = "Interrupted. Nothing half-written is left: give the same command again."
 SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
+COMMANDS = {  # name: module, and the function there
+    "blend": ("reproduce", "blend"), "bench": ("bench", "bench"), "check": ("components", "check"), "distill": ("distill", "distill"),
+    "evaluate": ("distill", "evaluate"), "export": ("files", "export"), "import": ("files", "import_"), "info": ("components", "info"),
+    "list": ("components", "list_components"), "new": ("components", "new"), "report": ("files", "report"),
+    "reproduce": ("reproduce", "reproduce"), "schema": ("components", "schema"), "train": ("distill", "train"),
+}  # fmt: skip
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+class Commands(Mapping[str, click.Command]):
+    """The commands by name. One is imported when it is asked for: `ddkit list` waits for no code of the others."""
+
+    def __init__(self) -> None:
+        self._imported: dict[str, click.Command] = {}
+
+    def __getitem__(self, name: str) -> click.Command:
+        if name not in self._imported:
+            module, function = COMMANDS[name]
+            command: click.Command = getattr(import_module(f"ddkit.cli.{module}"), function)
+            assert command.callback is not None
+            command.callback = prepared(command.callback)
+            self._imported[name] = command
+        return self._imported[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(COMMANDS)
+
+    def __len__(self) -> int:
+        return len(COMMANDS)
+
+
+@click.group(commands=Commands(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ddkit", message="%(prog)s %(version)s")
 @click.option("--traceback", "show_traceback", is_flag=True, help="Show where in the code an error comes from.")
 def cli(show_traceback: bool) -> None:
@@ -44,27 +73,6 @@ def cli(show_traceback: bool) -> None:
     ddkit info practical                       # what a recipe or component does
     ddkit reproduce practical-table1 --show    # the paper's table, published beside measured
     """
-
-
-for command in (
-    distill.distill,
-    distill.train,
-    distill.evaluate,
-    files.import_,
-    files.export,
-    files.report,
-    components.schema,
-    reproduce.reproduce,
-    reproduce.blend,
-    bench.bench,
-    components.list_components,
-    components.info,
-    components.check,
-    components.new,
-):
-    assert command.callback is not None
-    command.callback = prepared(command.callback)
-    cli.add_command(command)
 
 
 def main() -> NoReturn:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import gc
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
@@ -75,10 +77,17 @@ def summary(value: str) -> tuple[str, str]:
 @lru_cache(maxsize=64)
 def _parsed(file: Path, changed: int) -> ast.Module:
     """Returns the syntax tree of a file as it is at its modification time `changed`: a module may define many components."""
-    text, collects = read_text(file), gc.isenabled()
-    gc.disable()  # a tree is many objects and no garbage, and looking for some took a quarter of the time
+    with _no_collection():
+        return ast.parse(read_text(file))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Inside, Python looks for no garbage: what is parsed is many objects and none, and looking took a quarter of the time."""
+    collects = gc.isenabled()
+    gc.disable()
     try:
-        return ast.parse(text)
+        yield
     finally:
         if collects:
             gc.enable()
@@ -98,7 +107,8 @@ def _definition(tree: ast.Module, name: str) -> ast.stmt | None:
 def _table(file: Path) -> tuple[str, dict[str, Any]]:
     """Returns (status, content) of a TOML file."""
     try:
-        return "ok", tomllib.loads(read_text(file, most=MOST_TOML))
+        with _no_collection():
+            return "ok", tomllib.loads(read_text(file, most=MOST_TOML))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         return f"{type(error).__name__}: {error}", {}
 
