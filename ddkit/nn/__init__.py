@@ -13,25 +13,29 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ddkit.nn.compiling import Arithmetic, compiled, decide_arithmetic, is_compiled
     from ddkit.nn.device import products, to_device, tune_process
+    from ddkit.nn.embedder import layer_features
     from ddkit.nn.networks import build_network, redraw, training_flops
     from ddkit.nn.teacher import Teacher
     from ddkit.nn.training import accuracy, fit
+    from ddkit.nn.unrolling import unrolled_sgd
     from ddkit.recipes.protocols import Protocol, Schedule
     from ddkit.recipes.resolve import read_protocol
 
 _HOMES = {
     "ddkit.nn.compiling": "Arithmetic compiled decide_arithmetic is_compiled",
     "ddkit.nn.device": "products to_device tune_process",
+    "ddkit.nn.embedder": "layer_features",
     "ddkit.nn.networks": "build_network redraw training_flops",
     "ddkit.nn.teacher": "Teacher",
     "ddkit.nn.training": "accuracy fit",
+    "ddkit.nn.unrolling": "unrolled_sgd",
     "ddkit.recipes.protocols": "Protocol Schedule",
     "ddkit.recipes.resolve": "read_protocol",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [
     "Arithmetic", "Protocol", "Schedule", "Teacher", "accuracy", "build_network", "compiled", "decide_arithmetic", "fit", "is_compiled",
-    "products", "read_protocol", "redraw", "to_device", "training_flops", "tune_process",
+    "layer_features", "products", "read_protocol", "redraw", "to_device", "training_flops", "tune_process", "unrolled_sgd",
 ]  # fmt: skip
 
 

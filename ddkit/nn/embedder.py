@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddkit.errors import RunFailed
+from ddkit.errors import InputError, RunFailed, suggestion
 from ddkit.nn.compiling import Arithmetic, compiled, is_compiled
 
 
@@ -30,6 +32,64 @@ def embed(module: nn.Module, x: Tensor) -> Tensor:
     finally:
         handle.remove()
     return seen[-1].flatten(1)
+
+
+def layer_features(
+    module: nn.Module,
+    x: Tensor,
+    layers: str | type[nn.Module] | tuple[type[nn.Module], ...],
+    *,
+    inputs: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Returns the outputs (`inputs`: the first inputs) of the `layers` of `module` on x (n, C, H, W), by name and in order of use.
+
+    `layers` is a class of layers or several, or a pattern of their names such as `features.*` (`*`, `?`, `[...]`). A layer that is used k
+    times is `NAME`, `NAME:2`, ..., `NAME:k`. `weights` are used in the place of the module's own parameters and buffers, by name. The
+    module's running statistics stay as they are. Differentiable by x and `weights`. Raises InputError if there is no such layer.
+
+    >>> import torch
+    >>> network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2), torch.nn.ReLU())
+    >>> {name: tuple(value.shape) for name, value in layer_features(network, torch.ones(5, 2), torch.nn.ReLU).items()}
+    {'1': (5, 3), '3': (5, 2)}
+    """
+    named = dict(module.named_modules())
+    if isinstance(layers, str):
+        chosen = {name: each for name, each in named.items() if fnmatchcase(name, layers)}
+        missing = f"called {layers}. {suggestion(layers, named)}"
+    else:
+        chosen = {name: each for name, each in named.items() if isinstance(each, layers)}
+        missing = f"of the class {' or '.join(each.__name__ for each in (layers if isinstance(layers, tuple) else (layers,)))}."
+    if not chosen:
+        raise InputError(f"The network {type(module).__name__} has no layer {missing}")
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, value: Tensor) -> None:
+        uses = 1 + sum(key.partition(":")[0] == name for key in found)
+        found[name if uses == 1 else f"{name}:{uses}"] = value
+
+    def hook(name: str, each: nn.Module) -> Any:
+        if inputs:
+            return each.register_forward_pre_hook(lambda layer, given: keep(name, given[0]))
+        return each.register_forward_hook(lambda layer, given, made: keep(name, made.clone()))  # the next layer may work in place
+
+    hooks = [hook(name, each) for name, each in chosen.items()]
+    try:
+        with_weights(module, x, weights or {})
+    finally:
+        for each in hooks:
+            each.remove()
+    return found
+
+
+def with_weights(module: nn.Module, x: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """Returns the output of `module` on x with `weights`, parameters and buffers by name, in the place of its own.
+
+    Running statistics that the pass updates are copies, so that no loss or step depends on the pass of another.
+    """
+    buffers = {name: value.clone() for name, value in module.named_buffers() if name not in weights}
+    found: Tensor = torch.func.functional_call(module, {**buffers, **weights}, (x,)) if buffers or weights else module(x)
+    return found
 
 
 def features_of(module: nn.Module, images: Tensor) -> Tensor:
@@ -85,9 +145,8 @@ class Embedder:
                 x = x.contiguous(memory_format=self.layout)
                 torch._dynamo.maybe_mark_dynamic(x, 0)
                 features = self._forward(x)[:rows]
-            else:  # running statistics that the pass updates are copies, so no loss or step depends on another's pass
-                buffers = {f"network.{name}": value.clone() for name, value in self.module.named_buffers()}
-                features = torch.func.functional_call(_Features(self.module), buffers, (x,)) if buffers else embed(self.module, x)
+            else:
+                features = with_weights(_Features(self.module), x, {})
         features = features if features.dtype == torch.float64 else features.float()
         return features.clone() if self.arithmetic.graphs else features  # a graph's next replay overwrites its output
 
