@@ -234,6 +234,9 @@ class RunDirectory:
                 table.pop("blend", None)  # version 0.1 wrote there what the manifest says too
             if "decode" in table and "parametrization" not in table:  # version 0.1 called it so
                 table["parametrization"] = {"use": "grid", **table.pop("decode")}
+            data = table.get("data", {})
+            if isinstance(data, dict) and data.get("use") in ("imagefolder", "ddkit/imagefolder"):  # before 0.3 there was no other order
+                data.setdefault("class_order", "alphabetical")
             parse_recipe(table)
         except (OSError, ValueError, RecursionError, InputError) as error:
             raise RunFilesError(f"{file} cannot be read: {error}.") from None

@@ -23,18 +23,18 @@ from torch import Tensor
 import ddkit
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
+from ddkit_datasets.tables import TABLES, TEST, TRAIN, Row, natural, read_table, table_in
 
 log = logging.getLogger("ddkit")
 MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second
 DECODING = 2  # its version, part of the fingerprint: the first did not turn files as EXIF says
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-UNREAD = (  # endings of images that are not read: whether Pillow can depends on how it was built
+UNREAD = (  # endings of images, arrays and films that are not read: whether Pillow can depends on how it was built
     ".apng", ".arw", ".avif", ".cr2", ".cr3", ".dcm", ".dng", ".exr", ".hdr", ".heic", ".heif", ".ico", ".j2k", ".jp2", ".jpx", ".jxl",
-    ".jxr", ".nef", ".nii", ".orf", ".pbm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg", ".tga",
+    ".jxr", ".mat", ".mov", ".mp4", ".nef", ".nii", ".npy", ".npz", ".orf", ".pbm", ".pnm", ".psd", ".qoi", ".raf", ".raw", ".rw2", ".svg",
+    ".tga",
 )  # fmt: skip
-TRAIN = ("train", "training")
-TEST = ("test", "testing", "val", "valid", "validation")  # the first that has class folders is the test split
 SYSTEM = (  # what systems and programs leave behind, in lower case; hidden folders are passed over anyway
     "__macosx", "@eadir", "@recycle", "#recycle", "$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__",
 )  # fmt: skip
@@ -63,15 +63,21 @@ class Files(NamedTuple):
 class ImageFolder(ddkit.Dataset):
     """Class folders of image files: PATH/train/CLASS and PATH/test/CLASS, or PATH/CLASS with a seeded held-out split.
 
-    Classes are in alphabetical order; folders inside of a class folder belong to the class. `train` may be called training, and `test`
-    testing, val, valid or validation, in any case. Listing reads names only; a file is opened when its image is asked for. If all
-    accessible images are grey, headers of other training files are read, to learn whether there are any in colour.
+    Classes are in alphabetical order, with numbers as numbers; folders inside of a class folder belong to the class. `train` may be
+    called training, and `test` testing, val, valid or validation, in any case. Instead of class folders there may be a table of files and
+    labels: metadata.csv or metadata.jsonl in PATH or in its split folders, Tiny-ImageNet's val_annotations.txt, or a CSV or JSONL file
+    that is named as PATH. Listing reads names only; a file is opened when its image is asked for. If all accessible images are grey,
+    headers of other training files are read, to learn whether there are any in colour.
     """
 
     takes_directory = False
     argument = "path"
 
-    path: str = ddkit.option("", "the folder")
+    path: str = ddkit.option("", "the folder, or a CSV or JSONL file of paths and labels")
+    class_order: Literal["natural", "alphabetical"] = ddkit.option(
+        "natural", "order of the classes: natural has 2 before 10, alphabetical 10 before 2, as runs of older versions have it"
+    )
+    columns: tuple[str, ...] = ddkit.option((), "columns of file and label in a table; left out: found by their names")
     size: tuple[int, ...] | None = ddkit.option(None, "height and width to resize to; left out: the most common size")
     channels: Literal[1, 3] | None = ddkit.option(None, "1 for grey or 3 for colour; left out: 1 if all training images are grey, else 3")
     bits: int = ddkit.option(16, "bits that hold the values of 16-bit grey files: 12 scales 0..4095 to 0..255", ge=8, le=16)
@@ -85,31 +91,86 @@ class ImageFolder(ddkit.Dataset):
             raise ddkit.InputError(f"data.size = {list(size)}: it is [height, width], both at least 1.", "data.size")
         if not self.path:
             raise ddkit.InputError(f"The dataset '{self.name}' needs a folder: --dataset {self.name}:PATH", "data.path")
+        if len(self.columns) not in (0, 2):
+            raise ddkit.InputError(f"data.columns = {list(self.columns)}: it is [FILE, LABEL], the names of two columns.", "data.columns")
         self.root = Path(self.path).absolute()
         self.path = str(self.root)
-        if self.root.exists() and not self.root.is_dir():
-            raise ddkit.InputError(f"{self.root} is a file, and the dataset '{self.name}' reads a folder: --dataset {self.name}:FOLDER")
-        if not self.root.is_dir():
+        table = self.root if self.root.is_file() and self.root.suffix.lower() in TABLES else None
+        if table is None and self.root.exists() and not self.root.is_dir():
+            raise ddkit.InputError(
+                f"{self.root} is a file, and the dataset '{self.name}' reads a folder, or a table ({', '.join(TABLES)}): "
+                f"--dataset {self.name}:FOLDER"
+            )
+        if not self.root.exists():
             near = difflib.get_close_matches(self.root.name, subfolders(self.root.parent) if self.root.parent.is_dir() else [], n=1)
             hint = f" Did you mean '{near[0]}'?" if near else ""
             raise ddkit.InputError(f"The image folder {self.root} does not exist.{hint}")
+        self.root = self.root if table is None else self.root.parent
         self._how = Decoding(size, self.channels, self.bits)
-        self.train_root, names, self.test_root, said = layout_of(self.root)
-        check_case(self.train_root, names)
-        self._names, self._listing, unread = _classes(self.train_root, names)
         self._test_listing: Files | None = None
-        if self.test_root is not None:
-            found = subfolders(self.test_root)
-            unknown = sorted(set(found).difference(self._names))
-            if unknown:
-                raise ddkit.InputError(f"{self.test_root} has a class '{unknown[0]}' that {self.train_root} lacks.")
-            walked = [walk(self.test_root / name) if name in found else Walked([], Counter(), run=False) for name in self._names]
-            unread = sum((each.unread for each in walked), unread)
-            self._test_listing = _files(self.test_root, self._names, walked)
+        rows = _listed(self.root, table, self.columns)
+        said, unread = self._read_rows(rows) if rows else self._read_folders()
         if said:
             log.warning("%s: %s.", self.root, said, extra={"news": True})
         if unread:
-            log.warning("%s: images that ddkit does not read are left out: %s. Convert them to .png or .jpg.", self.root, _counted(unread))
+            log.warning("%s: files that ddkit does not read are left out: %s. Convert images to .png or .jpg.", self.root, _counted(unread))
+
+    def _read_folders(self) -> tuple[str, Counter[str]]:
+        """Finds the images of class folders; returns a line that says what is not obvious, and what was left out, by ending."""
+        if self.columns:
+            raise ddkit.InputError(
+                f"data.columns: {self.root} has no table with labels, so there are no columns. Leave it out.", "data.columns"
+            )
+        train_root, names, test_root, said = layout_of(self.root)
+        self._holds_out = train_root == self.root or train_root.name.casefold() in TEST
+        check_case(train_root, names)
+        self._names, self._listing, unread = _classes(train_root, self._ordered(names))
+        if test_root is None:
+            return said, unread
+        found = subfolders(test_root)
+        table = None if set(found) & set(self._names) else table_in(test_root)
+        rows = [] if table is None else read_table(table, self.root)
+        unknown = sorted({row.label for row in rows}.difference(self._names) if rows else set(found).difference(self._names))
+        if unknown:
+            raise ddkit.InputError(f"{table or test_root} has a class '{unknown[0]}' that {train_root} lacks.")
+        if rows:
+            self._test_listing = _files_of(self.root, self._names, rows)
+            return said, unread
+        walked = [walk(test_root / name) if name in found else Walked([], Counter(), run=False) for name in self._names]
+        self._test_listing = _files(test_root, self._names, walked)
+        return said, sum((each.unread for each in walked), unread)
+
+    def _read_rows(self, rows: Sequence[Row]) -> tuple[str, Counter[str]]:
+        """Finds the images of a table; returns as _read_folders does."""
+        train = [row for row in rows if row.split.casefold() in ("", *TRAIN)]
+        tests = sorted({row.split for row in rows} - {row.split for row in train}, key=lambda name: TEST.index(name.casefold()))
+        if not train:
+            raise ddkit.InputError(
+                f"{self.root}: its table has images of {_quoted(tests)} alone; those to train on are of the split train."
+            )
+        self._holds_out = not any(row.split for row in train)
+        self._names = self._ordered({row.label for row in train})
+        self._listing = _files_of(self.root, self._names, train)
+        said = ["labels are those of a table"]
+        if tests:
+            own = [row for row in rows if row.split == tests[0]]
+            unknown = sorted({row.label for row in own}.difference(self._names))
+            if unknown:
+                raise ddkit.InputError(
+                    f"{self.root}: the split '{tests[0]}' of its table has a class '{unknown[0]}' that the training split lacks."
+                )
+            self._test_listing = _files_of(self.root, self._names, own)
+            said.append(f"the test split is '{tests[0]}'")
+            said += [f"not used: {_quoted(tests[1:])}"] if tests[1:] else []
+        walked = walk(self.root)
+        others = len(set(walked.names).difference(row.file for row in rows))
+        said += (
+            [f"{others} image{'s' if others > 1 else ''} that it does not list {'are' if others > 1 else 'is'} left out"] if others else []
+        )
+        return "; ".join(said), walked.unread
+
+    def _ordered(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=natural) if self.class_order == "natural" else sorted(names)
 
     @property
     def class_names(self) -> Sequence[str]:
@@ -119,7 +180,7 @@ class ImageFolder(ddkit.Dataset):
     def _split_files(self) -> dict[str, Files]:
         if self._test_listing is not None:
             return {"train": self._listing, "test": self._test_listing}
-        if self.train_root != self.root:
+        if not self._holds_out:
             return {"train": self._listing, "test": self._listing.rows(torch.arange(0))}
         kept, held = holdout(self._listing.labels, self.holdout, self.holdout_seed)
         return {"train": self._listing.rows(kept), "test": self._listing.rows(held)}
@@ -187,6 +248,26 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counte
     return classes, _files(root, classes, [walked[name] for name in classes]), unread
 
 
+def _listed(root: Path, table: Path | None, columns: Sequence[str]) -> list[Row]:
+    """Returns the images of the table that was named, or that lies in `root` or in its split folders; [] if none has labels."""
+    if table is not None:
+        return read_table(table, root, columns)
+    found = table_in(root)
+    if found is not None and (rows := read_table(found, root, columns)):
+        return rows
+    splits = [root / name for name in subfolders(root) if name.casefold() in (*TRAIN, *TEST)]
+    if not any(split.name.casefold() in TRAIN and table_in(split) for split in splits):
+        return []
+    return [row for split in splits if (found := table_in(split)) for row in read_table(found, root, columns)]
+
+
+def _files_of(root: Path, names: Sequence[str], rows: Iterable[Row]) -> Files:
+    """Returns the files of a table's rows, class by class."""
+    label_of = {name: label for label, name in enumerate(names)}
+    ordered = sorted((label_of[row.label], row.file) for row in rows)
+    return Files([root.as_posix()] * len(names), torch.tensor([label for label, _ in ordered]), [file for _, file in ordered])
+
+
 def _counted(unread: Counter[str]) -> str:
     """Returns for example "12 .heic, 1 .avif"."""
     return ", ".join(f"{count} {ending}" for ending, count in unread.most_common())
@@ -217,6 +298,9 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
     Raises InputError if `root` holds no classes, or could be read in two ways.
     """
     inside = subfolders(root)
+    if len(inside) == 1 and any(name.casefold() in TRAIN for name in subfolders(root / inside[0])):
+        found = layout_of(root / inside[0])
+        return (*found[:3], "; ".join([f"the images are in '{inside[0]}'", *filter(None, found[3:])]))
     train = [name for name in inside if name.casefold() in TRAIN]
     tests = sorted((name for name in inside if name.casefold() in TEST), key=lambda name: (TEST.index(name.casefold()), name))
     others = [name for name in inside if name not in train and name not in tests]
@@ -225,12 +309,21 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
         raise ddkit.InputError(f"{root} has two training splits, {_quoted(splits)}. Name one: --dataset imagefolder:{root / splits[0]}")
     base = root / splits[0] if splits else root
     names = subfolders(base) if splits else sorted([*train, *others])
+    if not names and len(tests) == 1 and len(subfolders(root / tests[0])) > 1:
+        base = root / tests[0]
+        return (
+            base,
+            subfolders(base),
+            None,
+            f"without a training split, '{tests[0]}' is trained on, but for a part that is held out for testing",
+        )
     if not set(names) - set(train) and not splits:
         raise ddkit.InputError(_without_classes(root, train, tests))
     test, unlabelled = None, []
     for name in tests:
         below = subfolders(root / name)
-        if test is None and (len(below) > 1 or set(below) & set(names)):  # one that is no class holds images without labels
+        labelled = len(below) > 1 or set(below) & set(names)  # one that is no class holds images without labels
+        if test is None and (labelled or table_in(root / name)):
             test = root / name
         else:
             unlabelled.append(name)
@@ -321,15 +414,17 @@ def walk(folder: Path) -> Walked:
         images: list[str] = []
         for entry in entries:
             name = entry.name.lower()
-            if _is_shown(name) and _is_folder(entry):
+            if not _is_shown(name):
+                continue
+            if _is_folder(entry):
                 inner = _identity(entry.path)
                 if inner not in seen:
                     seen.add(inner)
                     waiting.append(f"{below}/{entry.name}" if below else entry.name)
-            elif name.endswith(SUFFIXES) and not name.startswith("."):  # a pipe or a link to nothing too: refused when it is read
+            elif name.endswith(SUFFIXES):  # a pipe or a link to nothing too: refused when it is read
                 images.append(entry.name)
-            elif name.endswith(UNREAD) and not name.startswith("."):
-                unread[os.path.splitext(name)[1]] += 1
+            elif name.endswith(UNREAD) or "." not in name:
+                unread[os.path.splitext(name)[1] or "without an ending"] += 1
         found.append((below, sorted(images)))
     return Walked([f"{below}/{name}" if below else name for below, names in sorted(found) for name in names], unread, run)
 

@@ -23,6 +23,7 @@ from ddkit.data.images import Kinds, Normalisation, channel_statistics, conform
 from ddkit.data.real import RealData, class_indices, open_dataset
 from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.tables import DataTable
+from ddkit.run.directory import RunDirectory
 from tests.conftest import SMALL, SMALL_FLAGS, Result, png_of
 
 
@@ -239,6 +240,14 @@ SYSTEMS = ("__MACOSX/a/._1.png", "@eaDir/1.png", ".ipynb_checkpoints/1.png", "$R
         (
             (*CLASSES, "test/images/1.png", "val/images/2.png"), CLASSES, [], "not used, without class folders: 'test', 'val'",
         ),
+        (
+            ("set/train/a/1.png", "set/train/b/1.png", "set/Val/a/2.png"), ("set/train/a/1.png", "set/train/b/1.png"), ["set/Val/a/2.png"],
+            "the images are in 'set'; the test split is 'Val'",
+        ),
+        (
+            ("val/a/1.png", "val/b/1.png"), ("val/a/1.png", "val/b/1.png"), [],
+            "without a training split, 'val' is trained on, but for a part that is held out for testing",
+        ),
         (("a/1.png", "b/1.png", "a/desktop.ini", *SYSTEMS, *(f"a/{name}" for name in SYSTEMS)), ("a/1.png", "b/1.png"), [], ""),
     ],
 )  # fmt: skip
@@ -261,7 +270,7 @@ def test_splits_are_found_by_common_names_and_what_is_not_obvious_is_said(
         ),
         (("bus/1.png", "train/1.png", "test/1.png"), "are these classes, or splits", None),
         (("train/a/1.png", "train/b/1.png", "training/a/1.png"), "two training splits", "train"),
-        (("val/a/1.png", "val/b/1.png"), "no training split", "val"),
+        (("val/a/1.png", "val/b/1.png", "test/a/1.png", "test/b/1.png"), "no training split", "test"),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(tmp_path: Path, files: Sequence[str], message: str, advised: str | None) -> None:
@@ -271,6 +280,70 @@ def test_what_could_be_read_in_two_ways_is_refused(tmp_path: Path, files: Sequen
     if advised:
         assert f"--dataset imagefolder:{tmp_path / advised}" in str(caught.value)
         assert len(opened(f"imagefolder:{tmp_path / advised}").class_names) == 2  # the advice works as printed
+
+
+def test_a_table_gives_labels_in_the_place_of_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """metadata.csv of all images, metadata.jsonl of each split, Tiny-ImageNet's annotations, and a table of any name with its columns."""
+    one, two, tiny = tmp_path / "one", tmp_path / "two", tmp_path / "tiny-imagenet-200"
+    make(one, *(f"img/{row}.png" for row in range(6)))
+    lines = [f"img/{row}.png;{2 + 8 * (row % 2)}.0;{'train' if row < 4 else 'Val'}" for row in range(5)]
+    (one / "metadata.csv").write_text("\n".join(["file_name;label;split", *lines]))
+    data = opened(f"imagefolder:{one}")
+    assert (list(data.class_names), split_of(data, "train")) == (["2", "10"], ["img/0.png", "img/2.png", "img/1.png", "img/3.png"])
+    assert split_of(data, "test") == ["img/4.png"]
+    said = "labels are those of a table; the test split is 'Val'; 1 image that it does not list is left out"
+    assert caplog.messages == [f"{one}: {said}."]
+    for split in ("train", "test"):
+        make(two / split, "0.png", "1.png")
+        (two / split / "metadata.jsonl").write_text('{"file_name": "0.png", "label": 1}\n{"file_name": "1.png", "label": 0}\n')
+    data = opened(f"imagefolder:{two}")
+    assert [split_of(data, split) for split in ("train", "test")] == [[f"{split}/1.png", f"{split}/0.png"] for split in ("train", "test")]
+    make(tiny, "train/n2/images/0.png", "train/n1/images/0.png", "val/images/v0.png", "val/images/v1.png", "test/images/x.png")
+    (tiny / "val/val_annotations.txt").write_text("v0.png\tn2\t0\t0\t9\t9\nv1.png\tn1\t0\t0\t9\t9\n")
+    data = opened(f"imagefolder:{tiny}")
+    assert (list(data.class_names), split_of(data, "test")) == (["n1", "n2"], ["val/images/v1.png", "val/images/v0.png"])
+    (one / "mine.csv").write_text("id,kind\nimg/0.png,b\nimg/1.png,a\n")
+    data = opened(f"imagefolder:{one / 'mine.csv'}", columns=["id", "kind"])
+    assert (list(data.class_names), split_of(data, "train")) == (["a", "b"], ["img/1.png", "img/0.png"])
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("file_name,label\na.png,1\na.png,2\n", "line 3: 'a.png' is listed twice"),
+        ("file_name,label\na.png,1\nb.png,2\n", "line 3: there is no file"),
+        ("file_name,label\n../a.png,1\n", "line 2: '../a.png' does not lie below"),
+        ("file_name,label\na.png,\n", "line 2: label is empty"),
+        ("file_name,label,split\na.png,1,dev\n", "line 2: the split 'dev' is none of train"),
+        ("file_name,label,split\na.png,1,test\n", "'test' alone"),
+        ("id,label\na.png,1\n", "it has id, label. Name those of file and label: --set 'data.columns="),
+        ("file_name,label\n", "lists no image"),
+        ("file_name,label\na.png,\xff\n", "cannot be read"),
+        ('{"file_name": "a.png", "label": ["x", "y"]}', r"line 1: label holds several values \(\['x', 'y'\]\)"),
+        ('{"file_name": "a.png", "label": "x"}\n{"file_name":', "line 2 is no JSON"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused_with_its_line(tmp_path: Path, table: str, message: str) -> None:
+    name = "metadata.jsonl" if table.startswith("{") else "metadata.csv"
+    (make(tmp_path, "a.png") / name).write_bytes(table.encode("latin-1"))
+    with pytest.raises(ddkit.InputError, match=message):
+        opened(f"imagefolder:{tmp_path}")
+
+
+def test_numbers_in_class_names_sort_as_numbers_and_recorded_runs_keep_their_order(tmp_path: Path) -> None:
+    make(tmp_path / "images", *(f"{name}/{row}.png" for name in (*range(12), "x 2", "x 10") for row in range(2)))
+    use = f"imagefolder:{tmp_path / 'images'}"
+    natural = [*map(str, range(12)), "x 2", "x 10"]
+    assert list(opened(use).class_names) == natural
+    assert list(opened(use, class_order="alphabetical").class_names) == sorted(natural)
+    run = ddkit.distill(losses="dm", dataset=use, pipc=1, steps=0, sets=SMALL, evaluators="none", out=tmp_path / "run")
+    assert ddkit.load(run.path).class_names == natural
+    for recorded, expected in ((run.path, "natural"), (tmp_path / "old", "alphabetical")):
+        recorded.mkdir(exist_ok=True)
+        lines = (run.path / "recipe.toml").read_text().splitlines(keepends=True)
+        if expected == "alphabetical":  # as a run of 0.2 wrote it
+            (recorded / "recipe.toml").write_text("".join(line for line in lines if not line.startswith("class_order")))
+        assert RunDirectory(recorded).read_recipe()["data"]["class_order"] == expected
 
 
 def test_folders_inside_of_a_class_belong_to_it_in_the_order_of_torchvision(tmp_path: Path) -> None:
@@ -292,12 +365,12 @@ def test_folders_inside_of_a_class_belong_to_it_in_the_order_of_torchvision(tmp_
 
 def test_images_of_other_formats_are_counted_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_image(tmp_path / "train/a/1.jpg", rgb(50)).rename(tmp_path / "train/a/1.JFIF")
-    make(tmp_path, *CLASSES, "train/a/x.HEIC", "train/a/deep/y.heic", "train/b/z.avif", "test/a/z.jp2", "train/a/notes.txt")
+    make(tmp_path, *CLASSES, "train/a/x.HEIC", "train/a/deep/y.heic", "train/b/z.npy", "test/a/z", "train/a/notes.txt")
     data = opened(f"imagefolder:{tmp_path}")
     assert split_of(data, "train") == ["train/a/1.JFIF", *CLASSES]
     assert data.images("train", [0])[0].shape == (3, 6, 6)
     (message,) = caplog.messages
-    assert "images that ddkit does not read are left out: 2 .heic, 1 .avif, 1 .jp2." in message
+    assert "files that ddkit does not read are left out: 2 .heic, 1 .npy, 1 without an ending." in message
     make(tmp_path, "train/c/only.heic")
     with pytest.raises(ddkit.InputError, match=r"train/c holds no image \(1 \.heic, which ddkit does not read"):
         opened(f"imagefolder:{tmp_path}")
