@@ -1,4 +1,4 @@
-"""How images are made of what a set stores: of itself, of a grid, of low frequencies."""
+"""How images are made of what a set stores: of itself, of a grid, of low frequencies, of bases and coefficients."""
 
 from __future__ import annotations
 
@@ -109,6 +109,92 @@ class Fourier(ddkit.Parametrization):
 
     def _kept(self, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return lowest(height, width, height * width // self.images, like.device, like.dtype)
+
+
+class Bases(ddkit.Parametrization):
+    """Each of several images is a combination of fewer, smaller stored ones, the bases.
+
+    A stored row has the numbers of `pooled` images: the values of its bases, then the coefficients (images, bases). The bases are as large
+    as the room allows, of the images' proportions, and are enlarged by their cosine waves. First images are encoded by least squares: the
+    largest singular vectors. The combinations are those of Deng and Russakovsky, Remember the Past, NeurIPS 2022, arXiv 2206.02916,
+    Section 3, where all classes share the bases; here the images of a row do, so that a class does not depend on another one.
+
+    `decoder` adds a convolution that all classes share, in the place of the hallucinators of Liu et al., Dataset Distillation via
+    Factorization, NeurIPS 2022, arXiv 2210.16774, which are larger: a kernel of 3 x 3 between all channels and a level of each.
+    It begins as the identity; both are stored in tenths, so that they move more slowly than pixels. They come on top of the budget.
+    """
+
+    images: int = ddkit.option(4, "images made of the numbers of one stored image", ge=1)
+    bases: int = ddkit.option(2, "bases in the place of one stored image, at most as many as images", ge=1)
+    pooled: int = ddkit.option(1, "stored images whose bases their images share: a divisor of ipc; ipc: by the whole class", ge=1)
+    decoder: bool = ddkit.option(False, "whether a convolution that all classes share ends it")
+
+    @property
+    def per_row(self) -> int:
+        return self.images * self.pooled
+
+    def images_per_class(self, ipc: int) -> int:
+        if ipc % self.pooled:
+            raise ddkit.InputError(
+                f"parametrization.pooled = {self.pooled} is no divisor of ipc, which is {ipc}. "
+                f"Choose one, such as {math.gcd(self.pooled, ipc)}.",
+                "parametrization.pooled",
+            )
+        return ipc * self.images
+
+    def check(self, shape: Shape) -> None:
+        if self.bases > self.images:
+            raise ddkit.InputError(
+                f"parametrization.bases = {self.bases}: {self.images} images (parametrization.images) are combinations of as many bases at "
+                "most. Choose fewer bases, or more images.",
+                "parametrization.bases",
+            )
+        if shape[0] * math.prod(self._size(shape)) < self.bases * self.pooled:
+            raise ddkit.InputError(
+                f"parametrization.bases = {self.bases}: an image of {shape[1]} x {shape[2]} pixels has too few numbers for as many bases, "
+                f"and their coefficients for {self.per_row} images. Choose fewer bases or images.",
+                "parametrization.bases",
+            )
+
+    def shared(self, shape: Shape) -> Mapping[str, Tensor]:
+        channels = shape[0]
+        return {"decoder": torch.zeros(channels, channels * 9 + 1)} if self.decoder else {}
+
+    def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        shape = (images.shape[1], images.shape[2], images.shape[3])
+        (rows, columns), count = self._enlarging(shape, images), self.bases * self.pooled
+        shrunk = rows.T @ images @ columns * (rows.shape[1] * columns.shape[1] / math.prod(shape[1:]))  # waves are orthogonal
+        left, sizes, right = torch.linalg.svd(shrunk.unflatten(0, (-1, self.per_row)).flatten(2), full_matrices=False)
+        scale = math.sqrt(self.per_row)  # so that coefficients are about 1, and bases as large as images
+        bases, coefficients = sizes[:, :count, None] * right[:, :count] / scale, left[:, :, :count] * scale
+        return torch.cat([bases.flatten(1), coefficients.flatten(1)], 1)
+
+    def decode(self, stored: Tensor, shape: Shape, shared: Mapping[str, Tensor]) -> Tensor:
+        (rows, columns), count = self._enlarging(shape, stored), self.bases * self.pooled
+        bases, coefficients = stored.split([stored.shape[1] - self.per_row * count, self.per_row * count], 1)
+        small = coefficients.unflatten(1, (-1, count)) @ bases.unflatten(1, (count, -1))
+        made = rows @ small.flatten(0, 1).unflatten(1, (shape[0], *self._size(shape))) @ columns.T
+        if not self.decoder:
+            return made
+        kernel, level = (shared["decoder"] / 10).split([shape[0] * 9, 1], 1)
+        return made + functional.conv2d(made, kernel.view(shape[0], shape[0], 3, 3), level[:, 0], padding=1)
+
+    def _size(self, shape: Shape) -> tuple[int, int]:
+        """Returns the height and width of a base."""
+        room = (math.prod(shape) / self.bases - self.per_row) / math.prod(shape)  # as a share of an image
+        side = math.sqrt(max(room, 0))
+        return int(shape[1] * side + 1e-9), int(shape[2] * side + 1e-9)
+
+    def _enlarging(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the matrices (size of an image, size of a base) that enlarge a base along its height and its width."""
+        height, width = self._size(shape)
+        return enlarging(height, shape[1], like.device, like.dtype), enlarging(width, shape[2], like.device, like.dtype)
+
+
+@cache
+def enlarging(small: int, large: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns the matrix (large, small) that enlarges `small` values to `large` by their cosine waves; even values stay as they are."""
+    return (math.sqrt(large / small) * waves(small, large).T @ waves(small, small)).to(device, dtype)
 
 
 @cache

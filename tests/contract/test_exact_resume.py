@@ -37,6 +37,7 @@ def cases() -> dict[str, dict[str, Any]]:
     recipes = {name: resolve(name, ipc=2) for name in own("recipe")}
     renewed = {"network.renew_every": 2, "network.inner_epochs": 1}
     experts = {"network.source": "experts", "experts.count": 2, "experts.epochs": 2}
+    shared = {"bases": {"parametrization.decoder": True}}  # by all classes
     momentum = {"optimizer.images.kind": "sgd", "optimizer.images.momentum": 0.9}
     return {
         **{f"loss {name}": {"losses": name} for name in own("loss")},
@@ -44,7 +45,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "features of the teacher": {"losses": "dm", "init": "kmeans", "sets": {"initializer.features": "teacher"}},
         **{f"augmenter {name}": both | {"augment": name} for name in own("augmenter")},
         **{
-            f"parametrization {name}": both | {"sets": {"parametrization": name, "initializer.reuse": True}}
+            f"parametrization {name}": both | {"sets": {"parametrization": name, "initializer.reuse": True} | shared.get(name, {})}
             for name in own("parametrization") if name != "pixels"
         },
         **{

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ddkit_parametrizations import Fourier, Grid, enlarged_parts
+from ddkit_parametrizations import Bases, Fourier, Grid, enlarged_parts
 
 import ddkit
 from ddkit.components.options import Parameter
@@ -63,6 +63,32 @@ def test_fourier_is_the_least_squares_of_the_lowest_waves_in_every_channel() -> 
     torch.testing.assert_close(makes.decode(stored, (2, height, width), {}), (wanted @ waves).view_as(images))
     whole = Fourier(images=1)
     torch.testing.assert_close(whole.decode(whole.encode(images, {}), (2, height, width), {}), images)
+
+
+def test_bases_are_the_least_squares_of_fewer_smaller_images_and_all_that_they_store_is_within_the_budget() -> None:
+    shape, makes = (2, 6, 10), Bases(images=3, bases=2, pooled=2)
+    images = torch.randn(12, *shape, dtype=torch.float64)
+    stored = makes.encode(images, {})
+    height, width = 4, 6  # 2 * 4 * 6 values and 6 coefficients for each of 4 bases, which is the most that fits: 216 of 240 numbers
+    assert stored.shape == (2, 4 * (2 * height * width + 6))
+    waves = torch.stack([_slow_wave(u, v, 6, 10).flatten() for u in range(height) for v in range(width)])
+    near = images.flatten(2) @ waves.T @ waves
+    left, sizes, right = torch.linalg.svd(near.view(2, 6, -1), full_matrices=False)
+    wanted = left[..., :4] * sizes[:, None, :4] @ right[:, :4]
+    torch.testing.assert_close(makes.decode(stored, shape, {}), wanted.view_as(images))
+    flat = torch.full((12, *shape), 0.7)
+    torch.testing.assert_close(makes.decode(makes.encode(flat, {}), shape, {}), flat)
+
+
+def test_the_decoder_of_bases_begins_as_the_identity_and_is_a_convolution_of_all_channels() -> None:
+    shape, makes, plain = (2, 8, 6), Bases(decoder=True), Bases()
+    stored, shared = makes.encode(torch.randn(4, *shape), {}), dict(makes.shared(shape))
+    made = plain.decode(stored, shape, {})
+    assert torch.equal(makes.decode(stored, shape, shared), made)
+    shared["decoder"][1, 4] = 10.0  # the middle of the kernel from the first channel to the second
+    shared["decoder"][0, -1] = 3.0  # the level of the first
+    wanted = torch.stack([made[:, 0] + 0.3, made[:, 1] + made[:, 0]], 1)
+    torch.testing.assert_close(makes.decode(stored, shape, shared), wanted)
 
 
 def test_rows_and_parameters_of_a_bank_are_those_of_the_images() -> None:
@@ -172,12 +198,15 @@ def test_the_first_rows_are_what_the_initializer_made_and_the_plan_tells_how_far
         assert error == pytest.approx(float((wanted - real.normalised).square().mean().sqrt()), rel=1e-3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "bases"])
 def test_a_run_in_chunks_of_classes_does_the_same_steps(kind: str, tmp_path: Path) -> None:
     for chunk in (0, 3):
         sets = SMALL | {"parametrization": kind, "engine.chunk": chunk, "steps": 3}
+        sets |= {"parametrization.decoder": True} if kind == "bases" else {}
         ddkit.distill(losses="dm,dkkt", pipc=4, sets=sets, evaluators="none", out=tmp_path / str(chunk), device="cpu")
     torch.testing.assert_close(ddkit.load(tmp_path / "0").images, ddkit.load(tmp_path / "3").images, atol=1e-3, rtol=0)
+    numbers = {"grid": 64, "fourier": 64, "bases": 2 * (5 * 5 + 4) + 10 / 10}  # ten classes share the ten numbers of the decoder
+    assert ddkit.load(tmp_path / "0").stored_numbers == numbers[kind]
 
 
 def test_too_few_real_images_are_used_again_mirrored_if_asked(tmp_path: Path) -> None:

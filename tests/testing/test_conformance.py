@@ -40,6 +40,7 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("parametrization", "pixels"): [{}],
     ("parametrization", "grid"): [{}, {"factor": 3}, {"factor": 1}],
     ("parametrization", "fourier"): [{}, {"images": 1}, {"images": 7}],
+    ("parametrization", "bases"): [{}, {"images": 5, "bases": 3, "pooled": 2, "decoder": True}],
     ("augmenter", "none"): [{}],
     ("augmenter", "dsa"): [{}, {"compose": 6}],
     ("augmenter", "dsv"): [{}],
