@@ -1,11 +1,12 @@
-"""Writes what the code can write: components.md, a page for each component, cli.md, and the marked parts of the pages of kinds.
+"""Writes what the code can write: components.md, a page for each component, cli.md, and the marked parts of the pages of kinds and methods.
 
-`python docs/generate.py`. In docs/kinds/ everything between `<!-- generated: WHAT -->` and `<!-- end -->` is written anew; the
-prose around it is written by hand.
+`python docs/generate.py`. In docs/kinds/ and docs/methods/ what is between `<!-- generated: WHAT -->` and `<!-- end -->` is written anew;
+the prose around it is written by hand.
 """
 
 from __future__ import annotations
 
+import csv
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -22,12 +23,14 @@ from ddkit.cli.manual import USED as CHOSEN
 from ddkit.cli.manual import facts, page
 from ddkit.components import base, observers, registry
 from ddkit.components.options import describe_options
+from ddkit.recipes.resolve import resolve
 from ddkit.run import artifact
 from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
 PAGES = {"loss-group": "recipe"}  # the kinds that are described on another kind's page
 KINDS = DOCS / "kinds"
+METHODS = DOCS / "methods"
 MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# Components
 
@@ -64,7 +67,7 @@ def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
     own = [p for p in registry.plugins() if p.first_party and p.kind not in registry.DATA_KINDS]
     found = {DOCS / "components.md": _list(), DOCS / "cli.md": _commands(), **{DOCS / _file(p): _component(p) for p in own}}
-    return found | {page: _filled(page) for page in sorted(KINDS.glob("*.md"))}
+    return found | {page: _filled(page) for page in sorted([*KINDS.glob("*.md"), *METHODS.glob("*.md")])}
 
 
 def _file(plugin: registry.Plugin) -> str:
@@ -142,7 +145,7 @@ def _option(option: dict[str, Any]) -> str:
 
 
 def _filled(page: Path) -> str:
-    """Returns a page of docs/kinds with its marked parts as the code has them."""
+    """Returns a page with its marked parts as the code has them."""
 
     def fill(match: re.Match[str]) -> str:
         return f"{match[1]}\n{PARTS[match[2]](match[3] or page.stem)}\n\n{match[4]}"
@@ -267,8 +270,101 @@ def _names(_: str) -> str:
     return "\n".join(rows)
 
 
+# The pages of methods: the recipe, docs/data/methods.csv and CITATION.cff, one row, file and reference a method
+
+
+def _figures() -> dict[str, dict[str, str]]:
+    """Returns the published and measured figures of every method, by the name of its recipe, in the order of the file."""
+    with (DOCS / "data" / "methods.csv").open(encoding="utf-8") as file:
+        return {row["recipe"]: row for row in csv.DictReader(file)}
+
+
+def _needs(name: str) -> str:
+    """Returns what a recipe needs beside images and fresh networks, as its tables and losses say."""
+    recipe = resolve(name)
+    losses = [registry.create("loss", recipe.loss_name(label), table.options) for label, table in recipe.losses.items()]
+    needs = {
+        "networks trained on the set": recipe.network.inner_epochs > 0,
+        "networks trained on real images": recipe.network.source == "experts" or any(loss.requires.experts for loss in losses),
+        "a trained model": any(loss.requires.teacher for loss in losses),
+        "second derivatives": any(loss.requires.second_order for loss in losses),
+        f"the parametrization {recipe.parametrization.use}": recipe.parametrization.use != "pixels",
+        f"{recipe.own_labels.kind} labels": recipe.own_labels.kind != "hard",
+    }
+    return ", ".join(need for need, wanted in needs.items() if wanted) or "fresh networks alone"
+
+
+def _accuracy(row: dict[str, str], of: str) -> str:
+    return f"{row[of]} ± {row[f'{of}_std']}" if row[of] else "-"
+
+
+def _share(row: dict[str, str]) -> str:
+    """Returns how much of the published gain over random real images ours is, in percent."""
+    if not row["ours"]:
+        return "-"
+    ours, random, published = (float(row[key]) for key in ("ours", "random", "published_1"))
+    return f"{100 * (ours - random) / (published - random):.0f} %"
+
+
+def _published(row: dict[str, str]) -> str:
+    return " / ".join(row[f"published_{ipc}"] or "-" for ipc in (1, 10, 50))
+
+
+def _command(row: dict[str, str]) -> str:
+    return f"ddkit distill --recipe {row['recipe']} --dataset imagefolder:cifar --ipc 1 {row['flags']}".strip()
+
+
+def _paper(name: str) -> tuple[str, str]:
+    """Returns a recipe's paper as CITATION.cff has it, in words and as a link."""
+    (found,) = re.findall(r"arXiv (\d{4}\.\d{5})", resolve(name).source)[:1]
+    references = (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8").split("\n  - type:")
+    reference = next(each for each in references if f"arXiv:{found}" in each)  # add it there
+    names = re.findall(r'(?:family-names|- name): "?([^"\n]+)"?', reference.partition("year:")[0])
+    title, year = (re.search(rf'{key}: "?([^"\n]+)"?', reference)[1] for key in ("title", "year"))  # type: ignore[index]
+    return f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]}, {title}, {year}", f"[{found}](https://arxiv.org/abs/{found})"
+
+
+def _methods(_: str) -> str:
+    """Returns the table of all methods."""
+    head = "method | paper | needs | published, ipc 1 / 10 / 50 | random real, ipc 1 | ours, ipc 1 | share of the gain | command of ours"
+    rows = [f"| {head} |", "|" + "---|" * (head.count("|") + 1)]
+    for name, row in _figures().items():
+        link = f"[`{name}`]({name}.md)" if (METHODS / f"{name}.md").is_file() else f"`{name}`"
+        measured = [_accuracy(row, "random"), _accuracy(row, "ours"), _share(row), f"`{_command(row)}`" if row["ours"] else "-"]
+        rows.append(f"| {' | '.join([link, _paper(name)[1], _needs(name), _published(row), *measured])} |")
+    return "\n".join(rows)
+
+
+def _method(name: str) -> str:
+    """Returns the head of a method's page: its facts, the command of the measured run, and its picture."""
+    row, recipe = _figures()[name], resolve(name)
+    losses = [f"[`{recipe.loss_name(label)}`](../components/loss-{recipe.loss_name(label)}.md)" for label in recipe.losses]
+    facts = {
+        "paper": f"{_paper(name)[0]}, arXiv {_paper(name)[1]}",
+        "recipe": f"`ddkit info recipe {name}`: every setting with its origin",
+        "losses": ", ".join(losses),
+        "needs": _needs(name),
+        "published, CIFAR-10, ipc 1 / 10 / 50": f"{_published(row)} %",
+    }
+    made = []
+    if row["step_1_10"]:
+        facts["seconds a step"] = f"{row['step_1_10']} at ipc 1 with 10 real images a class, {row['step_10_50']} at ipc 10 with 50"
+    if row["ours"]:
+        facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}: {_share(row)} of the published gain over random real images"
+        facts["random real, ipc 1"] = f"{_accuracy(row, 'random')} %, under the same protocol"
+        picture = f"![Ten images made by {name}, one of each class of CIFAR-10](../images/methods/{name}.png)"
+        made = ["", "```bash", _command(row), "```", "", picture]
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), *made])
+
+
+def _citation(name: str) -> str:
+    words, link = _paper(name)
+    return f"{words}, arXiv {link}. It is in [CITATION.cff](../../CITATION.cff)."
+
+
 PARTS: dict[str, Callable[[str], str]] = {
     "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names,
+    "methods": _methods, "method": _method, "citation": _citation,
 }  # fmt: skip
 
 

@@ -241,6 +241,24 @@ def test_a_changed_option_flag_signature_or_docstring_would_be_noticed(monkeypat
     assert "**`check(ipc: int, available: int, more: str = x) -> None`**\n\nRaises for another reason." in text
 
 
+METHODS = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]
+
+
+@pytest.mark.parametrize("page", METHODS, ids=lambda page: page.stem)
+def test_the_page_of_a_method_has_its_parts_and_its_recipe_is_short_and_says_where_each_value_is_from(page: Path) -> None:
+    titles = re.findall(r"^## (.+)$", prose(page), re.MULTILINE)
+    parts = ["What it does", "Formula", "The paper's settings, and ours", "Checked against the public code", "What is missing", "Citation"]
+    assert titles == parts
+    (recipe,) = (Path(p.value) for p in registry.plugins() if (p.kind, p.name) == ("recipe", page.stem))
+    lines = recipe.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 40
+    raw = tomllib.loads("\n".join(lines))
+    set_here = raw.keys() - {"summary", "source", "rules", "notes"}
+    noted = {path.split(".")[0] for path in raw["notes"]}
+    assert noted >= set_here
+    assert all(note.startswith(("paper: ", "ours: ")) for note in raw["notes"].values())
+
+
 def _documented_keys(title: str) -> dict[str, str]:
     """Returns {key: default} of the table under a heading of docs/recipes.md."""
     text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")

@@ -59,7 +59,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "the teacher's labels": ("feature-regression", {"labels.kind": "teacher", "labels.temperature": 2.0, "engine.chunk": 2}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
-EACH_RECIPE = ("default", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
+EACH_RECIPE = ("default", "dsa", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
 HEAVY = "practical-plus, heavy"  # its regression outweighs the rest: less steep
 IN_THREE = ("every loss", "stationarity, layer-cosine, noise", "some of the real images")
 SLOW_IN_THREE = tuple(name for name in (*EACH_LOSS, *EACH_RECIPE, HEAVY) if name not in IN_THREE)
@@ -122,7 +122,8 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
     heavy = {"losses.feature-regression.weight": 10.0}
     found[HEAVY] = steps | {"recipe": "practical-plus", "sets": TINY | heavy}
     found["practical-plus"]["steps"] = 10  # a steep one: after 50 one thread and two differ by 5e-3, after 10 by 5e-7
-    found["dc"]["sets"] = TINY | {"network.inner_epochs": 1}  # 50 take a minute
+    for name in ("dc", "dsa"):
+        found[name]["sets"] = TINY | {"network.inner_epochs": 1}  # 50 take a minute
     found |= {f"start {name}": common | {"steps": 0, "losses": "dm", "init": name, "sets": TINY} for name in EACH_START}
     judge = {"dataset": f"npz:{world.data}", "pipc": 6, "evaluators": "accuracy,spectrum", "repeats": 3}
     judge["sets"] = {f"evaluators.accuracy.{key}": value for key, value in {"epochs": 2, "model_options.width": 8, "cache": False}.items()}
