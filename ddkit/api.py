@@ -78,7 +78,7 @@ def distill(
     *,
     losses: str | Sequence[str] | None = None,
     dataset: Any = None,
-    ipc: int | None = None,
+    ipc: int | Mapping[str, int] | None = None,
     pipc: int | str | None = None,
     steps: int | None = None,
     seed: int | None = None,

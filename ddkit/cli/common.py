@@ -81,6 +81,20 @@ def _pipc(text: str) -> int | str:
     return int(number)
 
 
+def _ipc(text: str) -> int | dict[str, int]:
+    """Returns the number of "10", or of "10,tail=3" {"default": 10, "tail": 3}."""
+    wrong = f"{text!r} is neither a number nor one with those of some classes, such as 10,tail=3."
+    pairs = [part.rpartition("=") for part in text.split(",")]
+    names = [name.strip() if equals else "default" for name, equals, _ in pairs]
+    numbers = converted([number for _, _, number in pairs], int, wrong)
+    for name in doubles(names):
+        raise ValueError(f"{text!r} has a number for {name} twice. Name it once.")
+    found = dict(zip(names, numbers, strict=True))
+    if min(found.values()) < 1:
+        raise ValueError(f"{text!r}: a class has at least 1 image.")
+    return found["default"] if list(found) == ["default"] else found
+
+
 def _cells(text: str, *, whole: bool) -> tuple[tuple[int, int | str], ...]:
     """Returns pairs IPC:PIPC; with `whole` PIPC may also be 0 or "all"."""
     wrong = f"{text!r} is not a list of cells such as 1:10,10:50{',1:all' if whole else ''}."
@@ -97,6 +111,7 @@ def _cells(text: str, *, whole: bool) -> tuple[tuple[int, int | str], ...]:
     return cells
 
 
+IPC = Kind("n|n,class=n,...", _ipc)
 PIPC = Kind("n|all", _pipc)
 CELLS = Kind("ipc:pipc,...", functools.partial(_cells, whole=False))
 ROWS = Kind("ipc:pipc,...", functools.partial(_cells, whole=True))

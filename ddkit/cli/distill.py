@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from ddkit.cli.common import (
+    IPC,
     PIPC,
     Names,
     Place,
@@ -34,7 +35,7 @@ recipe_flags = options(
         metavar="NAMES",
         help="Losses, with weights if you like: dm,dkkt or dm:200,dkkt-primal:1.",
     ),
-    click.option("--ipc", type=click.IntRange(min=1), help="Synthetic images per class."),
+    click.option("--ipc", type=IPC, help="Synthetic images per class, or with other numbers for some: 10,tail=3."),
     click.option("--pipc", type=PIPC, help="Real images per class that may be used, or all."),
     click.option("--steps", type=click.IntRange(min=0), help="Updates of the synthetic set."),
     click.option("--teacher", metavar="FILE|auto", help="Trained model; auto trains one on all training images and caches it."),
@@ -127,6 +128,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
     experts = f"; experts: {plan['experts']}{', which are trained first and kept' if plan['experts_are_trained_first'] else ''}"
     waits = ", which is trained first and kept for the next time" if plan["teacher_is_trained_first"] else ""
     makes = plan["parametrization"]
+    each = makes["images_per_class"]
+    made = f"{each} image{'s' if each != 1 else ''}" if isinstance(each, int) else f"{min(each.values())} to {max(each.values())} images"
     far = f", {makes['encoding_error']:.3f} from those of the initializer (root mean square, normalised units)"
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
@@ -135,7 +138,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
     )
     show(
         f"Stored a class: {budget(makes['stored_numbers'], makes['stored_as_images'])}, of which {makes['use']} makes "
-        f"{makes['images_per_class']} image{'s' if makes['images_per_class'] != 1 else ''}{far if makes['encoding_error'] else ''}."
+        f"{made}{far if makes['encoding_error'] else ''}."
     )
     minutes = cost["seconds"] / 60
     about = "a minute or less" if minutes < 1.5 else f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours"

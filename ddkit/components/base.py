@@ -190,7 +190,7 @@ class Initializer(Component):
     @property
     def remedy(self) -> str:
         """What else helps where there are fewer, beside a larger --pipc."""
-        return "lower --ipc, or use --init noise"
+        return "lower --ipc, use --init noise, or --set initializer.reuse=true"
 
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
         """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run.

@@ -324,7 +324,7 @@ OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside 
     "train": {"epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "augmenter"},
     "network": {"model", "source", "first", "last", "renew_every", "inner_epochs", "inner_lr"},
     "losses": {"use", "weight"},
-    "initializer": {"use"},
+    "initializer": {"use", "reuse"},
     "parametrization": {"use"},
     "augmenter": {"use"},
     "views": {"augmenter", "compose", "noise"},

@@ -129,6 +129,24 @@ def class_indices(labels: Tensor, classes: int, seed: int, part: slice) -> list[
     return torch.cat([order[:0], *chosen]).tolist()
 
 
+def repeated(images: Tensor, labels: Tensor, wanted: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Returns images (n, C, H, W) and ascending labels of which each class that is there has at least as many as `wanted` of it.
+
+    The images of a class that has fewer are taken again, every second time mirrored.
+    """
+    rows, mirrored = [], []
+    for own, least in zip(torch.arange(len(labels)).split(class_counts(labels, len(wanted))), wanted, strict=True):
+        again = own.repeat(-(-least // max(1, len(own))))[: max(least, len(own))] if len(own) < least else own
+        rows.append(again)
+        mirrored.append(torch.arange(len(again)) // max(1, len(own)) % 2 == 1)
+    chosen, flipped = torch.cat(rows), torch.cat(mirrored)
+    if len(chosen) == len(labels):
+        return images, labels
+    found = rows_of(images, chosen)
+    found[flipped] = found[flipped].flip(3)
+    return found, labels[chosen]
+
+
 def colour(dataset: Dataset, shape: Shape) -> Shape:
     """Returns the shape of a run's images, `shape` being that of the accessible ones: with 3 channels if others are in colour."""
     return (3, *shape[1:]) if shape[0] == 1 and not dataset.grey() else shape

@@ -41,11 +41,11 @@ class ExecutionPlan:
         ranks: Ranks,
         real_counts: Iterable[int],
         *,
-        images_per_class: int,
+        images_per_class: Sequence[int],
         network: Callable[[], nn.Module],
         teacher: Callable[[], nn.Module],
     ) -> None:
-        """`real_counts` are the accessible images of each class, `images_per_class` those of the set.
+        """`real_counts` are the accessible images of each class, `images_per_class` those of each in the set.
 
         `network` and `teacher` make one of the run's, to look at.
         """
@@ -54,7 +54,8 @@ class ExecutionPlan:
         self.info = info
         self.device = device
         self.ranks = ranks
-        self._images = images_per_class
+        self._counts = images_per_class
+        self._images = max(images_per_class)
         self._network = network
         self._teacher = teacher
         self._real = [min(count, recipe.data.batch) for count in real_counts]
@@ -87,7 +88,7 @@ class ExecutionPlan:
         That is some of "network" (as embedder), "gradients" (the network's, by class) and "teacher".
         """
         engine, work, reasons = self.recipe.engine, {}, []
-        synthetic = self.info.classes * self._images
+        synthetic = sum(self._counts)
         real = sum(self._real) if any(each.real for each in self.requires) else 0
         views = {view for each in self.requires if each.teacher and each.second_order for view in each.views}
         if self.needs_network and self._coupled:
@@ -131,7 +132,9 @@ class ExecutionPlan:
     def teacher_block(self) -> int:
         """How many images the teacher is differentiated with at once. All parts have this size: one compiled shape serves them all."""
         most = -(-self.info.classes // self.ranks.world_size)
-        return self._parts((min(self.chunk, most) or most) * self._images, self._teacher())
+        classes = min(self.chunk, most) or most
+        rows = max(sum(self._counts[first : first + classes]) for first in range(self.info.classes))
+        return self._parts(rows, self._teacher())
 
     @property
     def gradient_blocks(self) -> tuple[int, int]:
@@ -166,7 +169,7 @@ class ExecutionPlan:
         Features of real images are taken without gradient. Where gradients of parameters are matched, the synthetic images' are
         differentiated again.
         """
-        synthetic, real = self.info.classes * self._images, sum(self._real)
+        synthetic, real = sum(self._counts), sum(self._real)
         total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
         teacher_flops = forward_flops(self._teacher(), self.info) if any(each.teacher for each in self.requires) else 0.0
         for each in self.requires:

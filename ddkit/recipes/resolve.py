@@ -169,8 +169,9 @@ def _blaming_flags(given: Mapping[str, Any], evaluation: Mapping[str, Any]) -> I
         yield
     except InputError as error:
         path = error.path or ""
-        if path in ("ipc", "pipc", "steps", "seed") and path in given and "is not possible" in str(error):
-            raise FlagError(f"--{path}: {error}") from None
+        flag = path.partition(".")[0]
+        if flag in ("ipc", "pipc", "steps", "seed") and flag in given and "is not possible" in str(error):
+            raise FlagError(f"--{flag}: {error}") from None
         if path.endswith(".protocol") and evaluation.get("protocol") is not None:
             raise FlagError(f"--protocol: {error}") from None
         raise
@@ -191,6 +192,8 @@ def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
     rules = result.pop("rules", [])
     if not isinstance(rules, list):
         raise InputError("rules is an array of tables: [[rules]].", "rules")
+    if isinstance(ipc, Mapping):  # a recipe's rules go by the number of most classes
+        ipc = ipc.get("default", max((each for each in ipc.values() if isinstance(each, int)), default=1))
     values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
     known = all(isinstance(value, int | float) for value in values.values())  # else the recipe's own check names the bad value
     for number, entry in enumerate(rules):

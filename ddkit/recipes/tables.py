@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from ddkit.components.options import Option, fields, parse_struct
-from ddkit.errors import InputError, shown
+from ddkit.errors import InputError, shown, suggestion
 from ddkit.recipes.protocols import Protocol
 
 Positive = Annotated[int, Option(ge=1)]
@@ -95,6 +95,7 @@ class ExpertsTable(Table):
 
 class InitializerTable(PluginTable):
     use: str = "real"
+    reuse: Annotated[bool, Option("where a class has too few real images: take them again, every second time mirrored")] = False
 
 
 class ParametrizationTable(PluginTable):
@@ -176,7 +177,10 @@ class Recipe(Table):
     name: str = ""
     summary: str = ""
     source: str = ""
-    ipc: Positive = 1
+    ipc: (
+        Annotated[int, Option("synthetic images a class, or a table of them by class name, in which `default` is that of the others", ge=1)]
+        | dict[str, Positive]
+    ) = 1
     pipc: Annotated[int, Option("real images a class that may be used", ge=0)] | Literal["all"] = 50
     steps: Annotated[int, Option("updates of the synthetic set", ge=0)] = 300
     seed: Seed = 0
@@ -201,6 +205,22 @@ class Recipe(Table):
     def own_labels(self) -> LabelsTable:
         """Returns how the set is labelled; a recipe that says nothing has hard labels."""
         return self.labels or LabelsTable()
+
+    def ipc_of(self, class_names: Sequence[str]) -> list[int]:
+        """Returns the synthetic images of each class; raises InputError for a name that is no class, and a class without a number."""
+        if isinstance(self.ipc, int):
+            return [self.ipc] * len(class_names)
+        for name in self.ipc:
+            if name not in class_names and name != "default":
+                raise InputError(f"ipc names the class '{name}', which the data does not have. {suggestion(name, class_names)}", "ipc")
+        counts = [self.ipc.get(name, self.ipc.get("default")) for name in class_names]
+        if None in counts:
+            raise InputError(
+                f"ipc has no number for the class '{class_names[counts.index(None)]}'. Name it, or give one for the others: "
+                "--ipc 10,CLASS=3, or in a recipe ipc = { default = 10, CLASS = 3 }.",
+                "ipc",
+            )
+        return [count for count in counts if count is not None]
 
     def loss_name(self, label: str) -> str:
         """Returns the plugin name of the loss labelled `label`."""

@@ -37,7 +37,8 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
         known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
         copied = ("data", "teacher", "train", "seed", "pipc")
         table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
-        ipc = int(result.metadata.get("ipc") or result.stored_counts.max())
+        counts = {name: count for name, count in zip(result.class_names, result.stored_counts.tolist(), strict=True) if count}
+        ipc = result.metadata.get("ipc") or (counts if len(set(counts.values())) > 1 else max(counts.values()))
         recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
         if known:
             directory.write_recipe(recipe_dict(recipe))

@@ -104,10 +104,10 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "classes": list(setup.info.class_names),
             "image_shape": list(setup.info.shape),
             "accessible_images": len(setup.real.indices),
-            "synthetic_images": setup.info.classes * recipe.ipc,  # those that are stored
+            "synthetic_images": sum(setup.ipc),  # those that are stored
             "parametrization": {
                 "use": setup.parametrization.name,
-                "images_per_class": setup.images_per_class,
+                "images_per_class": _by_class(setup, setup.images_per_class),
                 "encoding_error": setup.encoding_error,
                 "stored_numbers": setup.bank.stored_numbers / setup.info.classes,
                 "stored_as_images": setup.bank.stored_numbers / setup.info.classes / math.prod(setup.info.shape),
@@ -120,6 +120,11 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "estimate": estimated(setup),
             "plugins": setup.plugins_used,
         }
+
+
+def _by_class(setup: RunSetup, counts: Sequence[int]) -> int | dict[str, int]:
+    """Returns the count of every class, or counts by class name where they differ."""
+    return counts[0] if len(set(counts)) == 1 else dict(zip(setup.info.class_names, counts, strict=True))
 
 
 def run(recipe: Recipe, directory: RunDirectory, place: Place) -> Run:
@@ -303,11 +308,10 @@ def _doubts(setup: RunSetup, artifact: Artifact, lines: Sequence[Mapping[str, An
     told, constant = silent(lines, weights), constant_losses(lines, weights)
     logged = f"at all {len(lines)} logged steps" if len(lines) > 1 else "at the only step"
     if constant and all(constant.get(label) == 0 for label, weight in weights.items() if weight > 0):
-        fewest, helps = min(setup.real.counts().values(), default=0), "Use another loss or --init noise."
-        if (
-            setup.initializer.needed(setup.images_per_class) and 0 < fewest <= setup.images_per_class
-        ):  # it is compared with these very images
-            counts = f"(ipc {recipe.ipc}; {fewest} accessible)"
+        helps = "Use another loss or --init noise."
+        pairs = list(zip(setup.real.counts().values(), setup.images_per_class, strict=True))
+        if any(0 < real <= each and setup.initializer.needed(each) for real, each in pairs):  # it is compared with these very images
+            counts = f"(ipc {min(setup.ipc)}; {min(real for real, _ in pairs)} accessible)"
             helps = f"It began as all accessible images {counts}: raise --pipc, lower --ipc, or use another loss or --init noise."
         told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {helps}"]
     else:
@@ -323,9 +327,7 @@ def _iterate(setup: RunSetup, directory: RunDirectory, start: int, began: float)
         losses = ", ".join(sorted(recipe.losses))
         on = f", from step {start} on" if start else ""
         compiles = "; the first step compiles the network, which takes a while" if every.compile else ""
-        text = (
-            f"Distilling {setup.info.classes * recipe.ipc:,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
-        )
+        text = f"Distilling {sum(setup.ipc):,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
         watchers.begin("distilling", text, done=start, total=recipe.steps)
 
     def show(index: int) -> None:
@@ -389,7 +391,7 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         "class_names": list(setup.info.class_names),
         "mean": list(setup.normalisation.mean),
         "std": list(setup.normalisation.std),
-        "ipc": recipe.ipc,
+        **({"ipc": setup.ipc[0]} if len(set(setup.ipc)) == 1 else {}),  # else the labels tell it
         "pipc": recipe.pipc,
         "seed": recipe.seed,
         "recipe": recipe.name,

@@ -19,7 +19,7 @@ from ddkit.components.guard import blamed, called
 from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, channel_statistics, on_disk
-from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
+from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset, repeated
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource, ViewSpec
@@ -27,7 +27,7 @@ from ddkit.engine.labels import label_parameters
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.planning import ExecutionPlan
-from ddkit.errors import DdkitError, InputError, RunFailed
+from ddkit.errors import DdkitError, InputError, RunFailed, shown
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.device import pick_device, product_rate, products
@@ -110,17 +110,21 @@ class RunSetup:
         self.initializer: Initializer = registry.create("initializer", table.use, table.options, where="initializer")
         makes = self.recipe.parametrization
         self.parametrization: Parametrization = registry.create("parametrization", makes.use, makes.options, where="parametrization")
-        self.images_per_class = self.parametrization.images_per_class(self.recipe.ipc)
-        if not self.begun:
-            self.initializer.check(self.images_per_class, available)
+        self.ipc = self.recipe.ipc_of(self.dataset.class_names)
+        self.images_per_class = [self.parametrization.images_per_class(ipc) for ipc in self.ipc]
+        for each in [] if self.begun else sorted(set(self.images_per_class)):
+            own = {name: available[name] for name, images in zip(available, self.images_per_class, strict=True) if images == each}
+            if table.reuse:
+                own = {name: max(count, self.initializer.needed(each)) if count else 0 for name, count in own.items()}
+            self.initializer.check(each, own)
 
     def _check_memory(self) -> None:
         """Raises InputError if the synthetic images, their gradient and Adam's two averages are larger than this machine's memory."""
-        images, memory = 4 * len(self.own_classes) * self.images_per_class * math.prod(self.info.shape), machine_bytes()
+        images, memory = 4 * sum(self.counts(self.own_classes)) * math.prod(self.info.shape), machine_bytes()
         if (4 * images if self.recipe.steps else images) > memory:
             more = " Updating them takes four times as much." if images <= memory else ""
             raise InputError(
-                f"ipc = {self.recipe.ipc} makes {images / 2**30:,.0f} GiB of images, and this machine has "
+                f"ipc = {shown(self.recipe.ipc)} makes {images / 2**30:,.0f} GiB of images, and this machine has "
                 f"{memory / 2**30:,.0f} GiB of memory.{more} Use a smaller ipc.",
                 "ipc",
             )
@@ -128,6 +132,14 @@ class RunSetup:
     @property
     def own_classes(self) -> range:
         return self.ranks.classes(self.info.classes)
+
+    def counts(self, classes: range) -> list[int]:
+        """Returns the images of each of `classes` in the set, as losses see them."""
+        return self.images_per_class[classes.start : classes.stop]
+
+    def labels_of(self, classes: range) -> Tensor:
+        """Returns (n,) int64, ascending: the labels of the images of `classes`."""
+        return torch.tensor(classes).repeat_interleave(torch.tensor(self.counts(classes)))
 
     def _shape(self) -> tuple[int, int, int] | None:
         """Returns the image shape of a recipe without accessible images; None if these show it, or if nothing does."""
@@ -326,20 +338,19 @@ class RunSetup:
         own = self.own_classes
         if not self.begun:
             self.watchers.begin("start", f"Making the first images ({registry.split_name(self.recipe.initializer.use)[0]})")
-        rows = torch.arange(own.start, own.stop).repeat_interleave(self.images_per_class)
+        rows = self.labels_of(own)
         images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
         with blamed("parametrization", self.parametrization, building=True):
             stored = self.parametrization.encode(images, self.parametrization.shared(self.info.shape))
-        each = self.images_per_class // self.parametrization.per_row
+        labels, per_row = self.labels_of(range(self.info.classes)), self.parametrization.per_row
         declared = {**declared_by(self.losses), **label_parameters(self.recipe.own_labels, self.info.classes)}
         bank = Bank(
-            stored.to(self.device), rows[:: self.parametrization.per_row].to(self.device), declared, self.recipe.optimizer,
-            parametrization=self.parametrization, shape=self.info.shape, start=own.start * each, size=self.info.classes * each,
+            stored.to(self.device), rows[::per_row].to(self.device), declared, self.recipe.optimizer,
+            parametrization=self.parametrization, shape=self.info.shape, start=sum(self.counts(range(own.start))) // per_row,
+            size=len(labels) // per_row,
         )  # fmt: skip
-        self.stored_labels = torch.arange(self.info.classes).repeat_interleave(each)
-        self.shown_labels = self.stored_labels
-        if not self.parametrization.stores_images:
-            self.shown_labels = self.stored_labels.repeat_interleave(self.parametrization.per_row)
+        self.stored_labels = labels[::per_row]
+        self.shown_labels = self.stored_labels if self.parametrization.stores_images else labels
         if stored is not images:
             made = bank.decoded(bank.rows(None))
             if (made.shape, made.dtype) != (images.shape, torch.float32) or not bool(made.isfinite().all()):
@@ -350,7 +361,7 @@ class RunSetup:
         if stored is not images and not self.begun:
             square = (made.detach().cpu() - images).double().square().sum()
             total = self.ranks.all_reduce([square], "encoding")[0]
-            self.encoding_error = math.sqrt(float(total) / (self.info.classes * self.images_per_class * math.prod(self.info.shape)))
+            self.encoding_error = math.sqrt(float(total) / (len(labels) * math.prod(self.info.shape)))
             far = f"{self.encoding_error:.3f} (root mean square, normalised units)"
             self.watchers.begin("start", f"The first images as {self.parametrization.name} are {far} from those of the initializer")
         return bank
@@ -362,13 +373,17 @@ class RunSetup:
         """
         together = self.ranks.world_size > 1 and not self.initializer.by_class
         if together:
-            labels = torch.arange(self.info.classes).repeat_interleave(self.images_per_class)
+            labels = self.labels_of(range(self.info.classes))
+        real = self.real.all_images() if together else self.real.images
+        real_labels = self.real.labels if together else self.real.labels[self.real.own]
+        if self.recipe.initializer.reuse:
+            real, real_labels = repeated(real, real_labels, [self.initializer.needed(each) for each in self.images_per_class])
         guide = self.teacher if self.initializer.requires.teacher else None
         start = InitContext(
             labels=labels,
             shape=self.info.shape,
-            real_images=self.normalisation.lazily(self.real.all_images() if together else self.real.images),
-            real_labels=self.real.labels if together else self.real.labels[self.real.own],
+            real_images=self.normalisation.lazily(real),
+            real_labels=real_labels,
             generator=lambda label: generator(self.recipe.seed, "initializer", label),
             class_names=self.info.class_names,
             normalisation=self.normalisation,
@@ -524,7 +539,7 @@ def estimated(setup: RunSetup) -> dict[str, Any]:
         "steps": decided.step_flops() * recipe.steps / setup.ranks.world_size,
         "evaluation": sum(
             each.operations(
-                info, rows=info.classes * setup.images_per_class, real=len(setup.real.labels), tests=len(setup.real.test_set[1])
+                info, rows=sum(setup.images_per_class), real=len(setup.real.labels), tests=len(setup.real.test_set[1])
             ) for each in setup.evaluators.values()
         ),
     }  # fmt: skip
@@ -532,7 +547,7 @@ def estimated(setup: RunSetup) -> dict[str, Any]:
     rate = product_rate(setup.device, decided.arithmetic.precision, side=side, count=count)
     held = [setup.real.images, setup.real.test_set[0]] if setup.evaluators else [setup.real.images]
     images = sum(each.nbytes for each in held if not on_disk(each))
-    bank = BANK_COPIES * 4 * len(setup.own_classes) * setup.images_per_class * math.prod(info.shape)
+    bank = BANK_COPIES * 4 * sum(setup.counts(setup.own_classes)) * math.prod(info.shape)
     return {
         "seconds": round(sum(operations.values()) / (SHARE * rate), 1),
         "memory_mib": round(PROCESS_MIB + (images + bank + decided.step_bytes()) / 2**20),

@@ -163,7 +163,8 @@ def _check_images(study: Study, task: Task) -> None:
     baseline = study.systems[task.cell.system].baseline
     makes = registry.create("parametrization", recipe.parametrization.use, recipe.parametrization.options, where="parametrization")
     initializer = registry.create("initializer", table.use, table.options, where="initializer")
-    count = initializer.needed(makes.images_per_class(recipe.ipc))
+    count = initializer.needed(makes.images_per_class(task.cell.ipc))
+    count = min(count, 1) if table.reuse else count
     who, changes = (f"baseline {baseline}", "`pipc`") if baseline else (f"initializer {table.use}", "`pipc` or initializer")
     needing = [] if recipe.pipc or baseline else [each.label for each in losses_of(recipe) if each.requires.real]
     if needing:

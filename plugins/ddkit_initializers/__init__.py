@@ -50,20 +50,12 @@ class Real(ddkit.Initializer):
 
     requires = ddkit.Requires(real=True)
 
-    reuse: bool = ddkit.option(False, "where a class has too few: take them again, every second time mirrored")
-
     def needed(self, ipc: int) -> int:
-        return 1 if self.reuse else ipc
-
-    @property
-    def remedy(self) -> str:
-        return "lower --ipc, use --init noise" + ("" if self.reuse else ", or --set initializer.reuse=true")
+        return ipc
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = []
         for each in classes(start):
             chosen = torch.randperm(len(each.rows), generator=start.generator(each.label))[: each.ipc]
-            own = each.take(chosen.sort().values)  # in order: ipc = pipc gives exactly the real set
-            rounds = [own if turn % 2 == 0 else own.flip(3) for turn in range(-(-each.ipc // len(own)))]
-            parts.append(torch.cat(rounds)[: each.ipc])
+            parts.append(each.take(chosen.sort().values))  # in order: ipc = pipc gives exactly the real set
         return torch.cat(parts)

@@ -25,7 +25,7 @@ class Mix(ddkit.Initializer):
 
     @property
     def remedy(self) -> str:
-        return "lower --set initializer.factor, or use --init noise"
+        return "lower --set initializer.factor, use --init noise, or --set initializer.reuse=true"
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         factor, size = self.factor, start.shape[1:]

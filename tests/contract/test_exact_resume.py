@@ -54,6 +54,7 @@ def cases() -> dict[str, dict[str, Any]]:
         },
         "networks of experts": both | {"sets": experts},
         "networks of experts, trained on the set": {"losses": "dm", "sets": experts | renewed},
+        "classes of their own numbers": both | {"ipc": {"default": 2, "1": 5}, "sets": {"initializer.reuse": True}},
         "adam": both | {"sets": {"optimizer.images.kind": "adam"}},
         "sgd": both | {"sets": momentum},
         "all losses": {"losses": ",".join(own("loss"))},
@@ -78,7 +79,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def run(data: str, out: Path, steps: int = STEPS, seed: int = 0, **given: Any) -> Path:
     sets = TINY | given.pop("sets", {})
-    ddkit.distill(dataset=data, ipc=2, pipc=4, steps=steps, seed=seed, evaluators="none", sets=sets, device="cpu", out=out, **given)
+    given = {"ipc": 2} | given
+    ddkit.distill(dataset=data, pipc=4, steps=steps, seed=seed, evaluators="none", sets=sets, device="cpu", out=out, **given)
     return out
 
 

@@ -57,6 +57,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "networks of experts": ("dm", {"network.source": "experts", "experts.count": 2, "experts.epochs": 1}),
     "learned labels": ("dm,feature-regression", {"labels.kind": "learned", "network.renew_every": 2, "network.inner_epochs": 1}),
     "the teacher's labels": ("feature-regression", {"labels.kind": "teacher", "labels.temperature": 2.0, "engine.chunk": 2}),
+    "classes of their own numbers": ("dm,dkkt,feature-regression", {"ipc": {"default": 2, "1": 8, "4": 1}, "initializer.reuse": True}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
 EACH_RECIPE = ("default", "dsa", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
@@ -117,7 +118,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def cases_of(world: World) -> dict[str, dict[str, Any]]:
     common = {"dataset": f"npz:{world.data}", "teacher": str(world.teacher), "ipc": 2, "pipc": 6}
     steps = common | {"steps": STEPS}
-    found = {name: steps | {"losses": losses, "sets": TINY | sets} for name, (losses, sets) in EACH_LOSS.items()}
+    found = {
+        name: steps | {"losses": losses, "sets": TINY | sets} | {key: sets[key] for key in ("ipc",) if key in sets}
+        for name, (losses, sets) in EACH_LOSS.items()
+    }
     found |= {name: steps | {"recipe": name, "sets": TINY} for name in EACH_RECIPE}
     heavy = {"losses.feature-regression.weight": 10.0}
     found[HEAVY] = steps | {"recipe": "practical-plus", "sets": TINY | heavy}

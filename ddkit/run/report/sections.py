@@ -72,7 +72,9 @@ def head(files: Files) -> dict[str, Any]:
     source = data.get("use", "") + (f" ({Path(data['path']).name})" if data.get("path") else "")
     name = artifact.metadata.get("recipe") or recipe.get("name") or ("blend" if "blend" in files.facts else "synthetic set")
     title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
-    tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}")]
+    counts = artifact.stored_labels.bincount(minlength=len(artifact.class_names)).tolist()
+    uneven = f"; {min(counts)} to {max(counts)} a class" if len(set(counts)) > 1 else ""
+    tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}{uneven}")]
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
     images_a_class = len(artifact.images) / len(artifact.class_names)
     told = f"numbers stored for a class, as many as {artifact.stored_as_images:.3g} images of this size have"
