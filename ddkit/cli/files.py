@@ -33,11 +33,19 @@ def _classes(text: str) -> int | list[str]:
     return [name.strip() for name in text.split(",")]
 
 
+def _step_size(text: str) -> float | str:
+    """Returns a number, or the name of a file."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!r} is not a list of numbers separated by commas."))
 
 
 @click.command(name="import")
-@click.argument("file", type=Place())
+@click.argument("files", metavar="FILE...", nargs=-1, required=True, type=Place())
 @click.option("--out", required=True, metavar="PATH", type=Place(), help="New folder of the set, or file of the teacher.")
 @click.option("--as", "kind", type=click.Choice(["auto", "set", "teacher"]), default="auto", show_default=True, help="What the file is.")
 @click.option("--mean", type=VALUES, help="Mean of each channel, of pixels in 0..1.")
@@ -46,26 +54,43 @@ VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!
 @click.option(
     "--pixels", type=click.Choice(["normalised", "unit"]), help="Unit of a set's floats: normalised, or 0 for black to 1 for white."
 )
-@click.option("--index", type=click.IntRange(min=0), help="Number of the set, if the file holds several (default: 0, the first).")
+@click.option(
+    "--labels",
+    multiple=True,
+    metavar="FILE|argmax",
+    help="File of labels that lie apart; argmax: store the likeliest class of rows (n, K).",
+)
+@click.option("--ipc", type=click.IntRange(min=1), help="Images of each class, if they have no labels and are in order of class.")
+@click.option(
+    "--run",
+    "--index",
+    "index",
+    type=click.IntRange(min=0),
+    help="Number of the set, if the file holds several runs (default: 0, the first).",
+)
+@click.option("--grid", type=click.IntRange(1, 8), help="Each image is a grid of so many images along each side; 1: it is none.")
+@click.option("--step-size", type=Kind("x|file", _step_size), help="Learning rate that was learned with the set, or a file of it.")
 @click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
-@set_option("Option of a teacher's model, e.g. teacher.norm=batch; parametrization.factor=2 if a set's images are grids of 2 x 2.")
+@set_option("Option of a teacher's model, e.g. teacher.norm=batch, or of a set's parametrization.")
 @plugin_files
 @as_json
 @quiet
-def import_(file: Path, out: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Import a set or a teacher of another project. FILE was written by torch.save, or is a .npz or .safetensors file.
+def import_(files: tuple[Path, ...], out: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
+    """Import a set or a teacher of another project. FILE was written by torch.save, or is a .npz, .npy or .safetensors file.
 
-    Only tensors are read, so that no code in the file can run. --mean and --std say how images were normalised.
+    Only tensors and numbers are read, so that no code in the file can run. --mean and --std say how images were normalised. Several
+    files are joined to one set.
 
     \b
+    ddkit import images_best.pt --labels labels_best.pt --out mtt-set --pixels normalised --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
     ddkit import res_DM_CIFAR10_ConvNet_10ipc.pt --out dm-set --pixels normalised --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
     ddkit import convnet.pt --out teacher.safetensors --classes 10 --size 32 --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
     """
     set_verbosity(quiet)
     from ddkit import api
 
-    found = api.import_file(file, out, **flags)
+    found = api.import_file(files, out, **flags)
     if isinstance(found, api.Artifact):
         facts = {"kind": "set", "images": list(found.images.shape), "classes": found.class_names}
         told = f"{len(found.images)} images of {len(found.class_names)} classes"

@@ -1,11 +1,13 @@
-"""NumPy archives of strangers: plain arrays alone, and only after what the archive declares was looked at."""
+"""NumPy files of third parties: plain arrays alone, and only after what the archive declares was looked at."""
 
 from __future__ import annotations
 
 import math
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ddkit.errors import InputError
 from ddkit.files import not_permitted, open_regular
@@ -17,15 +19,21 @@ SMALL_RATIO, LARGE_RATIO = 100, 10
 
 
 def read_arrays(path: Path) -> dict[str, Any]:
-    """Returns the arrays of an .npz file by name; raises InputError naming a file that cannot be used.
+    """Returns the arrays of an .npz file by name, or that of an .npy file by the file's; raises InputError for one that cannot be used.
 
     Nothing is unpickled. Before anything is unpacked the declared sizes are checked, as check_declared does, and that the header of every
     array matches its size.
     """
     try:
+        with open_regular(path) as stream:
+            if stream.peek(6).startswith(b"\x93NUMPY"):
+                return {path.stem: _array(lambda: open_regular(path), path.name, path.stat().st_size)}
         with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             check_declared(archive, path)
-            return {info.filename.removesuffix(".npy"): _array(archive, info) for info in archive.infolist() if not info.is_dir()}
+            members = [info for info in archive.infolist() if not info.is_dir()]
+            return {
+                info.filename.removesuffix(".npy"): _array(partial(archive.open, info), info.filename, info.file_size) for info in members
+            }
     except InputError:
         raise
     except FileNotFoundError:
@@ -33,7 +41,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise InputError(f"The data file {not_permitted(path, error)}") from None
     except Exception as error:  # a damaged or hostile archive can raise anything
-        raise InputError(f"{path} cannot be read as a NumPy .npz archive of plain arrays: {error or type(error).__name__}.") from None
+        raise InputError(f"{path} cannot be read as a NumPy .npz or .npy file of plain arrays: {error or type(error).__name__}.") from None
 
 
 def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
@@ -50,20 +58,20 @@ def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
         )
 
 
-def _array(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Any:
-    """Returns the array of an .npy member; raises ValueError where its header is not that of a plain array of the member's size."""
+def _array(opened: Callable[[], IO[bytes]], name: str, size: int) -> Any:
+    """Returns the array of an .npy file of `size` bytes; raises ValueError if its header is not that of a plain array of this size."""
     from numpy.lib import format as npy
 
-    with archive.open(info) as stream:
+    with opened() as stream:
         version = npy.read_magic(stream)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
-            raise ValueError(f"{info.filename} is of the .npy version {version}")
+            raise ValueError(f"{name} is of the .npy version {version}")
         shape, _, dtype = read(stream)
         needed = stream.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
-        raise ValueError(f"{info.filename} holds Python objects, which would have to be unpickled")
-    if min(shape, default=0) < 0 or needed != info.file_size:
-        raise ValueError(f"{info.filename} declares an array of shape {shape}, {needed} bytes, and has {info.file_size}")
-    with archive.open(info) as stream:
+        raise ValueError(f"{name} holds Python objects, which would have to be unpickled")
+    if min(shape, default=0) < 0 or needed != size:
+        raise ValueError(f"{name} declares an array of shape {shape}, {needed} bytes, and has {size}")
+    with opened() as stream:
         return npy.read_array(stream, allow_pickle=False)

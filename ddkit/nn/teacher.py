@@ -165,6 +165,8 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
     `recorded`: whether the file itself says which model it is.
     """
     own = module.state_dict()
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}  # which are not used in evaluation mode
+    tensors = {**counters, **tensors}
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
         f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()}, the model's {tuple(own[key].shape)}"

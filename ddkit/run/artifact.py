@@ -176,7 +176,8 @@ def load(path: str | Path) -> Artifact:
     try:
         tensors, metadata = read_tensors(file)
     except ValueError as error:
-        hint = "" if file.suffix == ".safetensors" else " Name a run directory or a synthetic set's file."
+        hint = f" `ddkit import {file} --out NAME` makes a set of a file of another project."
+        hint = "" if file.suffix == ".safetensors" else f"{hint} Name a run directory or a synthetic set's file."
         raise RunFilesError(f"{error}.{hint}") from None
     problem = _problem(tensors, metadata)
     if problem:

@@ -3,44 +3,36 @@
 from __future__ import annotations
 
 import logging
-import re
-import zipfile
+import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import msgspec
 import torch
 from torch import Tensor
 
 from ddkit.components import registry, trust
 from ddkit.components.base import DataInfo
 from ddkit.components.options import written_options
-from ddkit.data.arrays import check_declared, read_arrays
 from ddkit.data.images import Normalisation, most_classes, to_unit
-from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, refuse_unused
-from ddkit.files import check_out, open_regular, read_tensors, sha256
+from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
+from ddkit.files import check_out, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
 from ddkit.recipes.resolve import flattened, resolve
 from ddkit.recipes.tables import instead_of_decode
-from ddkit.run.artifact import Artifact, Record, are_probabilities, made_with, parametrization_of
+from ddkit.run.artifact import Artifact, are_probabilities, made_with, parametrization_of
 from ddkit.run.directory import RunDirectory, save_set
+from ddkit.run.doubts import looks_like_grid
+from ddkit.run.foreign import Found, fitted, labels_in, number_of, plain, read, sets_in, state_in
 
 log = logging.getLogger("ddkit")
 
-IMAGES = ("images", "image", "data", "x", "x_train", "image_syn", "images_syn")
-LABELS = ("labels", "label", "targets", "target", "y", "y_train", "label_syn", "labels_syn")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network")
-PREFIXES = ("module.", "_orig_mod.")  # of torch's DataParallel, and of torch.compile
-
-Pair = tuple[Tensor, Tensor]
 Classes = Sequence[str] | int | None
 
 
 def import_file(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     out: str | Path,
     *,
     mean: Sequence[float] | None = None,
@@ -48,192 +40,86 @@ def import_file(
     kind: Literal["auto", "set", "teacher"] = "auto",
     classes: Sequence[str] | int | None = None,
     pixels: Literal["normalised", "unit"] | None = None,
+    labels: str | Path | Sequence[str | Path] = (),
+    ipc: int | None = None,
     index: int | None = None,
+    grid: int | None = None,
+    step_size: float | str | Path | None = None,
     size: Sequence[int] | None = None,
     model: str | None = None,
     sets: Mapping[str, Any] | None = None,
 ) -> Artifact | Teacher:
     """Writes a synthetic set or a teacher of another project as ddkit's own file, and returns it.
 
-    `path` is a file of torch.save, .npz or .safetensors; it is read as tensors alone, so that none of its code runs. A set
-    is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or logits, and becomes the folder `out`; `pixels` says
-    whether floats are normalised with `mean` and `std` or in 0..1, and `index` which of several sets is taken. If each image is a grid
-    of 2 x 2, `sets` says so: {"parametrization.factor": 2}. A teacher is a state dict of `model` (with the options that `sets` gives:
-    {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file `out`. `classes` are the class names, or their
-    number. What the file itself records is taken if it is not given: `mean` and `std`, and of ddkit's own files the class names, the
-    grid and that pixels are in 0..1. What is given and has no effect on the file is refused. Raises DdkitError.
+    `path` is a file of torch.save, .npz, .npy or .safetensors, or several that are joined to one set; they are read as tensors and numbers
+    alone, so that none of their code runs. A set is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or logits, and
+    becomes the folder `out`. `labels` are files of labels that lie apart; with "argmax" among them rows become the likeliest class. With
+    `ipc` the images are in order of class, `ipc` of each. `pixels` says whether floats are normalised with `mean` and `std` or in 0..1,
+    `index` which of several sets (runs) is taken, and `grid` that each image is a grid of grid x grid images (1: none). `step_size` is
+    the learning rate that was learned with the set, or a file of it. A teacher is a state dict of `model` (with the options that `sets`
+    gives: {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file `out`. `classes` are the class names, or
+    their number. What a file itself records is taken if it is not given: `mean`, `std` and `step_size`, and of ddkit's own files the class
+    names, the grid and that pixels are in 0..1. What is given and has no effect on the file is refused. Raises DdkitError.
     """
-    source, target = Path(path), Path(out)
-    found, recorded = _read(source)
-    if mean is None or std is None:
-        mean, std = mean or recorded.get("mean"), std or recorded.get("std")
+    sources = [Path(each) for each in ([path] if isinstance(path, str | Path) else path)]
+    wanted = [str(each) for each in ([labels] if isinstance(labels, str | Path) else labels)]
     settings = dict(flattened(dict(sets or {})))
-    pair = _set_in(found, index or 0) if kind in ("auto", "set") else None
-    if pair is not None:
+    contents = [read(source) for source in sources]
+    found, recorded = contents[0]
+    parts = [sets_in(content) if kind in ("auto", "set") else [] for content, _ in contents]
+    of_sets = {
+        "--pixels": pixels, "--labels": wanted or None, "--ipc": ipc, "--run": index, "--grid": grid, "--step-size": step_size,
+    }  # fmt: skip
+    if all(parts):
         unused = [flag for flag, value in (("--size", size), ("--model", model)) if value is not None]
         if "decode.factor" in settings:
             raise InputError(f"--set decode.factor: {instead_of_decode(settings['decode.factor'])}.", "decode.factor")
         unused += [f"--set {path}" for path in settings if not path.startswith("parametrization.")]
         refuse_unused(
-            unused, f"{source} is a synthetic set, of which --set takes parametrization.* alone, for example parametrization.factor=2."
+            unused, f"{sources[0]} is a synthetic set, of which --set takes parametrization.* alone, for example parametrization.factor=2."
         )
-        makes = {path.partition(".")[2]: value for path, value in settings.items()}
-        makes = {"use": "grid", **makes} if makes else recorded.get("parametrization", {})
-        norm, names = _statistics(source, mean, std), classes or recorded.get("classes")
-        apart = found.get("soft_labels") if isinstance(found, Mapping) else None
-        soft = pair[1] if pair[1].ndim == 2 and pair[1].is_floating_point() else apart
-        return _import_set(source, target, pair, soft, norm, names, pixels or recorded.get("pixels"), makes)
-    state = _state_in(found) if kind in ("auto", "teacher") else None
+        if any(other != recorded for _, other in contents):
+            raise InputError(f"{' and '.join(map(str, sources))} record different things (mean, std, class names): import them one by one.")
+        joined = _joined(sources, [_chosen(each, index, source) for each, source in zip(parts, sources, strict=True)])
+        joined = _labelled(sources[0], joined, wanted, ipc)
+        joined = joined._replace(step_size=_step_size(sources[0], step_size, joined))
+        norm, names = _statistics(sources[0], mean or recorded.get("mean"), std or recorded.get("std")), classes or recorded.get("classes")
+        makes = _parametrization(settings, grid, recorded)
+        return _import_set(sources, Path(out), joined, norm, names, pixels or recorded.get("pixels"), makes, declared=grid is not None)
+    if len(sources) > 1:
+        without = sources[[not part for part in parts].index(True)]
+        raise InputError(f"Files that are joined are sets, and {without} holds none. If it holds the labels: --labels {without}")
+    source = sources[0]
+    state = state_in(found, any_names=kind == "teacher") if kind in ("auto", "teacher") else None
     if state is None:
-        no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
-        no_teacher = "no teacher (a state dict of tensors by name)"
-        wanted = {"set": no_set, "teacher": no_teacher}.get(kind, f"{no_set}, and {no_teacher}")
-        content = f"a {type(found).__name__}" + (f" of {len(found)} items" if isinstance(found, list | tuple) else "")
-        if isinstance(found, Mapping):
-            content = f"a dict of {', '.join(str(key) for key in list(found)[:8])}" if found else "an empty dict"
-        raise InputError(f"{source} holds {content}: that is {wanted}.")
+        raise InputError(f"{source} holds {_content(found)}: that is {_missing(kind)}.")
     own = ("teacher.use", "teacher.mean", "teacher.std")
-    unused = [flag for flag, value in (("--pixels", pixels), ("--index", index)) if value is not None]
+    unused = [flag for flag, value in of_sets.items() if value is not None]
     unused += [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
     refuse_unused(unused, f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch.")
-    return _import_teacher(source, target, state, _statistics(source, mean, std), classes, size, model, settings)
+    return _import_teacher(source, Path(out), state, _statistics(source, mean, std), classes, size, model, settings)
 
 
-# Reading
+def _content(found: Any) -> str:
+    """Returns what a file holds in words, with the shapes of its tensors."""
 
+    def each(value: Any) -> str:
+        return str(tuple(value.shape)) if isinstance(value, torch.Tensor) else type(value).__name__
 
-def _read(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Returns the tensors of a file in their dicts and lists, and what it records of a set; raises InputError for a file of other things.
-
-    A set may record "mean" and "std", and one of ddkit's own "classes", "pixels" and "parametrization".
-    """
-    try:
-        with open_regular(path) as stream:
-            start = stream.read(9)
-    except FileNotFoundError:
-        raise InputError(f"The file {path} does not exist.") from None
-    except OSError as error:
-        raise InputError(f"The file {path} cannot be read: {error}.") from None
-    is_archive = zipfile.is_zipfile(path)
-    of_torch = start.startswith(b"\x80")  # how a pickle begins, which torch.save wrote before archives
-    if start[8:] == b"{" and not is_archive:
-        return _read_safetensors(path)
-    if is_archive:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                check_declared(archive, path)
-                of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
-        except DdkitError:
-            raise
-        except Exception as error:  # a third-party archive can raise anything
-            raise InputError(f"{path} cannot be read: {error}.") from None
-    if is_archive and not of_torch:
-        arrays = read_arrays(path)
-        found = {name: torch.from_numpy(each) for name, each in arrays.items() if each.dtype.kind in "fiu" and each.dtype.isnative}
-        recorded = _statistics_in(found)
-        names = arrays.get("class_names")
-        if "x_train" in found:
-            recorded |= {"pixels": "unit"} if "unclipped" in arrays else {}
-            recorded |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
-        return found, recorded
-    if not of_torch:
-        raise InputError(f"{path} is no file of torch.save, .npz or .safetensors that can be read (it begins as none of them does).")
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a third-party file can raise anything
-        raise InputError(_refusal(path, str(error))) from None
-    return loaded, _statistics_in(loaded)
-
-
-def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
-    try:
-        tensors, metadata = read_tensors(path)
-    except ValueError as error:
-        raise InputError(f"{error}.") from None
-    with suppress(msgspec.ValidationError):  # the metadata of somebody else's
-        own = msgspec.convert(metadata, Record)
-        if "stored" in tensors:
-            raise InputError(f"{path} is a set of ddkit's own, which every command takes as it is.")
-        if "images" in tensors:
-            table = own.parametrization or ({"use": "grid", **own.decode} if own.decode else {})
-            return tensors, {
-                "pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, "parametrization": table,
-            }  # fmt: skip
-    return tensors, _statistics_in(tensors)
-
-
-def _statistics_in(found: Any) -> dict[str, Any]:
-    """Returns "mean" and "std" of a set that records both as vectors."""
-    if not isinstance(found, Mapping) or not any(name in found for name in IMAGES):
-        return {}
-    values = {name: found[name] for name in ("mean", "std") if isinstance(found.get(name), Tensor) and found[name].ndim == 1}
-    return {name: value.double().tolist() for name, value in values.items() if len(values) == 2}
-
-
-def _refusal(path: Path, text: str) -> str:
-    named = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", text)
-    if named is None and "WeightsUnpickler" not in text and "weights_only" not in text:
-        return f"{path} is no file of torch.save, .npz or .safetensors that can be read ({' '.join(text.split())[:200]})."
-    what = f"holds {named.group(1)} beside tensors" if named else "holds more than tensors"
-    return (
-        f"{path} {what}. To build that is to run what the file says, so ddkit reads tensors alone. Where you trust the file, keep the "
-        f"tensors of it in Python: found = torch.load({str(path)!r}, weights_only=False), look at what it is, and "
-        'torch.save({"images": ..., "labels": ...}, "set.pt"), or torch.save(state_dict, "teacher.pt").'
-    )
-
-
-# What is in it
-
-
-def _set_in(found: Any, index: int) -> Pair | None:
-    """Returns (images, labels), number `index` of several; None where there is no set."""
-    pairs: list[Pair] | None = None
+    if isinstance(found, torch.Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
     if isinstance(found, Mapping):
-        images, labels = (next((found[name] for name in names if name in found), None) for names in (IMAGES, LABELS))
-        if isinstance(images, Tensor) and isinstance(labels, Tensor):
-            pairs = [(images, labels)]
-        found = found.get("data")
-    if pairs is None and isinstance(found, list | tuple):
-        pairs = [(found[0], found[1])] if _is_pair(found) else [(item[0], item[1]) for item in found if _is_pair(item)]
-        if not _is_pair(found) and len(pairs) < len(found):
-            return None
-    if not pairs:
-        return None
-    if len(pairs) == 1 and index:
-        raise InputError(f"The file holds one set, so --index is 0; got {index}.")
-    if not 0 <= index < len(pairs):
-        raise InputError(f"The file holds {len(pairs)} sets, so --index is a number from 0 to {len(pairs) - 1}; got {index}.")
-    if len(pairs) > 1:
-        log.warning("The file holds %d sets; number %d is taken (--index).", len(pairs), index)
-    return pairs[index]
+        return f"a dict of {', '.join(f'{key} {each(value)}' for key, value in list(found.items())[:8])}" if found else "an empty dict"
+    return f"a {type(found).__name__}" + (f" of {len(found)} items" if isinstance(found, list) else "")
 
 
-def _is_pair(item: Any) -> bool:
-    return isinstance(item, list | tuple) and len(item) == 2 and all(isinstance(part, Tensor) for part in item)
+def _missing(kind: str) -> str:
+    no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
+    no_teacher = "no teacher (a state dict of tensors by name)"
+    return {"set": no_set, "teacher": no_teacher}.get(kind, f"{no_set}, and {no_teacher}")
 
 
-def _state_in(found: Any) -> dict[str, Tensor] | None:
-    """Returns the state dict in what was read, its names without prefixes of wrappers; None where there is none."""
-    for name in WRAPPERS:
-        if isinstance(found, Mapping) and isinstance(found.get(name), Mapping):
-            found = found[name]
-    if not isinstance(found, Mapping) or not found:
-        return None
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in found.items()):
-        return None
-    state = dict(found)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
-def _plain(tensor: Tensor, what: str, path: Path) -> Tensor:
-    """Returns a tensor as an ordinary one; raises InputError where it is of another kind, or larger than what the file holds of it."""
-    strange = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta
-    if strange or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise InputError(f"{path}: {what} is no plain tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}).")
-    return tensor.detach().contiguous()
+# What is given
 
 
 def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation:
@@ -266,14 +152,126 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 # Sets
 
 
+def _chosen(sets: Sequence[Found], index: int | None, path: Path) -> Found:
+    """Returns set number `index` of those in a file; of several the first if it is not given, with a warning."""
+    number = index or 0
+    if len(sets) == 1 and number:
+        raise InputError(f"{path} holds one set, so --run is 0; got {number}.")
+    if not 0 <= number < len(sets):
+        raise InputError(f"{path} holds {len(sets)} sets, so --run is a number from 0 to {len(sets) - 1}; got {number}.")
+    if len(sets) > 1 and index is None:
+        log.warning("%s holds %d sets; number 0 is taken (--run).", path, len(sets))
+    return sets[number]
+
+
+def _joined(paths: Sequence[Path], parts: Sequence[Found]) -> Found:
+    """Returns several sets as one, their images in the order of the files."""
+    if len(parts) == 1:
+        return parts[0]
+    columns: list[Tensor | None] = []
+    for what in ("images", "labels", "soft"):
+        tensors = [plain(each, what, path) for path, part in zip(paths, parts, strict=True) if (each := getattr(part, what)) is not None]
+        kinds = {(tuple(each.shape[1:]), each.dtype) for each in tensors}
+        if len(kinds) > 1 or 0 < len(tensors) < len(parts):
+            told = ", ".join(f"{path.name} {None if each is None else (tuple(each.shape), each.dtype)}" for path, each in (
+                (path, getattr(part, what)) for path, part in zip(paths, parts, strict=True)
+            ))  # fmt: skip
+            raise InputError(f"Files that are joined have {what} of one shape and type, and these have: {told}.")
+        columns.append(torch.cat(tensors) if tensors else None)
+    sizes = {part.step_size for part in parts}
+    if len(sizes) > 1:
+        raise InputError(f"The files record different step sizes ({', '.join(map(str, sizes))}): import them one by one.")
+    assert columns[0] is not None
+    return Found(columns[0], columns[1], columns[2], parts[0].step_size)
+
+
+def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) -> Found:
+    """Returns a set with its labels: its own, those of files apart, or by count; with "argmax" rows become the likeliest class."""
+    apart = [Path(each) for each in wanted if each != "argmax"]
+    given = [f"--labels {each}" for each in apart] + ([f"--ipc {ipc}"] if ipc is not None else [])
+    if found.labels is not None:
+        refuse_unused(given, f"{path} holds the labels of its images.")
+    elif len(given) > len(apart) > 0:
+        raise FlagError(f"--ipc gives each image its label by count, and so does --labels {apart[0]}: leave one of them out.")
+    elif apart:
+        tensors = [_labels_of(each) for each in apart]
+        if len({each.shape[1:] for each in tensors}) > 1:
+            raise InputError(f"The files of --labels differ: {', '.join(f'{tuple(each.shape)}' for each in tensors)}.")
+        found = found._replace(labels=torch.cat(tensors))
+    elif ipc is not None:
+        if ipc < 1 or len(found.images) % ipc:
+            raise InputError(f"--ipc {ipc}: {path} holds {len(found.images)} images, which is no multiple of it.")
+        found = found._replace(labels=torch.arange(len(found.images) // ipc).repeat_interleave(ipc))
+    else:
+        raise InputError(
+            f"{path} holds images {tuple(found.images.shape)} and no labels: give their file, --labels FILE, or, if they are in order of "
+            "class with as many of each, how many: --ipc N"
+        )
+    assert found.labels is not None
+    labels = plain(found.labels, "labels", path)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    rows = labels.float() if labels.ndim == 2 else None
+    if rows is not None and bool(((rows == 0) | (rows == 1)).all()):
+        if not bool((rows.sum(1) == 1).all()):
+            raise InputError(f"{path}: its labels (n, K) name several classes of an image, or none. A set has one class for each image.")
+        log.warning("The labels are one-hot: they are stored as classes.")
+        return found._replace(labels=rows.argmax(1), soft=torch.empty(0, rows.shape[1]))
+    soft = rows if rows is not None and labels.is_floating_point() else found.soft
+    if "argmax" in wanted:
+        refuse_unused([] if soft is not None else ["--labels argmax"], f"the labels of {path} are classes already.")
+        assert soft is not None
+        return found._replace(labels=labels if labels.ndim == 1 else labels.argmax(1), soft=torch.empty(0, soft.shape[-1]))
+    return found._replace(labels=labels, soft=soft)
+
+
+def _labels_of(path: Path) -> Tensor:
+    found = labels_in(read(path)[0])
+    if found is None:
+        raise InputError(f"--labels {path}: it holds no labels, whole numbers (n,) or rows (n, K).")
+    return plain(found, "labels", path)
+
+
+def _step_size(path: Path, given: float | str | Path | None, found: Found) -> float | None:
+    """Returns the step size of a set: the number that was given, that of a file, or the one that the set records, with a warning."""
+    if isinstance(given, int | float):
+        if not 0 < given < math.inf:
+            raise FlagError(f"--step-size {given}: a learning rate is finite and above 0.")
+        return given
+    if given is None and found.step_size is None:
+        return None
+    value = found.step_size if given is None else number_of(read(Path(given))[0])
+    if value is None or not 0 < value < math.inf:
+        raise InputError(f"{given or path}: the step size of a set is one finite number above 0; got {value}.")
+    if given is None:
+        log.warning("%s records the step size %g: it is kept, and `--set evaluators.accuracy.lr=stored` trains with it.", path, value)
+    return value
+
+
+def _parametrization(settings: Mapping[str, Any], grid: int | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the table [parametrization] of a set: as --grid or --set say, else as the file records it."""
+    makes = {path.partition(".")[2]: value for path, value in settings.items()}
+    if grid is None:
+        return {"use": "grid", **makes} if makes else recorded.get("parametrization", {})
+    if makes:
+        raise FlagError(f"--grid {grid} is --set parametrization.factor={grid}: leave one of them out.")
+    if not 1 <= grid <= 8:
+        raise FlagError(f"--grid {grid}: an image is a grid of 2 x 2 to 8 x 8 images, or of none, --grid 1.")
+    return {"use": "grid", "factor": grid} if grid > 1 else {}
+
+
 def _import_set(
-    path: Path, out: Path, pair: Pair, soft: Any, norm: Normalisation, classes: Classes, pixels: str | None, makes: Mapping[str, Any]
-) -> Artifact:
-    images = _images(path, pair[0], norm, pixels)
-    labels = _plain(pair[1], "labels", path)
-    found = parametrization_of({"parametrization": makes})
-    if soft is not None:
-        soft = _probabilities(path, soft, len(images), 1 if found is None else found.per_row)
+    paths: Sequence[Path], out: Path, found: Found, norm: Normalisation, classes: Classes, pixels: str | None,
+    makes: Mapping[str, Any], *, declared: bool,
+) -> Artifact:  # fmt: skip
+    path, labels = paths[0], found.labels
+    images = _images(path, found.images, norm, pixels)
+    made = parametrization_of({"parametrization": makes})
+    width = None if found.soft is None else found.soft.shape[-1]  # of rows (n, K), also of those that became classes
+    soft = None
+    assert labels is not None
+    if found.soft is not None and len(found.soft):
+        soft = _probabilities(path, found.soft, len(images), 1 if made is None else made.per_row)
         labels = soft[:: len(soft) // len(images)].argmax(1) if labels.ndim == 2 else labels
     fits = labels.ndim == 1 and len(labels) == len(images) and labels.dtype != torch.bool
     if not fits or not bool((labels == labels.long()).all()):
@@ -281,9 +279,9 @@ def _import_set(
     labels = labels.long()
     if int(labels.min()) < 0 or int(labels.max()) >= most_classes(len(labels)):
         raise InputError(f"{path}: labels go from {int(labels.min())} to {int(labels.max())}; they count from 0.")
-    names = _names(classes, int(labels.max()) + 1 if soft is None else soft.shape[1], path)
-    if soft is not None and len(names) != soft.shape[1]:
-        raise FlagError(f"--classes: {len(names)} of them, and {path} has labels of {soft.shape[1]} classes.")
+    names = _names(classes, width or int(labels.max()) + 1, path)
+    if width is not None and len(names) != width:
+        raise FlagError(f"--classes: {len(names)} of them, and {path} has labels of {width} classes.")
     if len(names) > most_classes(len(images)):
         raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
     order = labels.argsort(stable=True)
@@ -291,30 +289,33 @@ def _import_set(
         log.warning("The images were not in order of class; they are now, in each class in the order of the file.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     record: dict[str, Any] = {"class_names": names, "mean": list(norm.mean), "std": list(norm.std), "recipe": "imported"}
-    if found is not None:
-        if not found.stores_images:
-            raise InputError(f"parametrization.use: a set of images cannot be of the parametrization '{found.name}', which stores none.")
-        found.check((images.shape[1], images.shape[2], images.shape[3]))
-        record |= made_with(found, makes["use"], images.shape[1:])
+    if made is not None:
+        if not made.stores_images:
+            raise InputError(f"parametrization.use: a set of images cannot be of the parametrization '{made.name}', which stores none.")
+        made.check((images.shape[1], images.shape[2], images.shape[3]))
+        record |= made_with(made, makes["use"], images.shape[1:])
+    elif not declared and (factor := looks_like_grid(images)):
+        log.warning("Each image looks like a grid of %d x %d images. If it is one: --grid %d; if not: --grid 1", factor, factor, factor)
     if len(set(counts)) == 1:
         record["ipc"] = counts[0]
     else:
         told = ", ".join(f"{name} {count}" for name, count in zip(names[:20], counts, strict=False))
         log.warning("The classes have different numbers of images (%s): evaluate takes them as they are, blend needs the same.", told)
-    own = {}
+    own = {} if found.step_size is None else {"step_size": torch.tensor(found.step_size)}
     if soft is not None:
         record["labels"] = "imported"
         own["soft_labels"] = soft.unflatten(0, (len(order), -1))[order].flatten(0, 1)
     result = Artifact(images[order], labels[order], record, own)
+    origins = [{"path": str(each.absolute()), "sha256": sha256(each)} for each in paths]
     with RunDirectory.whole_or_absent(out) as directory:
         save_set(result, directory)
-        directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": {"path": str(path.absolute()), "sha256": sha256(path)}})
+        directory.write_manifest({"steps": 0, "seconds": 0.0, "imported": origins[0] | ({"joined": origins[1:]} if origins[1:] else {})})
     return result
 
 
-def _probabilities(path: Path, soft: Any, images: int, per_row: int) -> Tensor:
+def _probabilities(path: Path, soft: Tensor, images: int, per_row: int) -> Tensor:
     """Returns labels (n, K) as probabilities, a row for each decoded image: as they are, or softmax of other numbers, with a warning."""
-    values = _plain(soft, "soft labels", path).float() if isinstance(soft, Tensor) else torch.empty(0)
+    values = plain(soft, "soft labels", path).float()
     if values.ndim != 2 or values.shape[1] < 2 or len(values) not in (images, images * per_row) or not bool(values.isfinite().all()):
         raise InputError(f"{path}: labels (n, K) are finite numbers, a row for each of {images} images; got {tuple(values.shape)}.")
     if not are_probabilities(values, (len(values), values.shape[1])):
@@ -326,21 +327,30 @@ def _probabilities(path: Path, soft: Any, images: int, per_row: int) -> Tensor:
 
 
 def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None) -> Tensor:
-    """Returns the images in pixel units, float32."""
-    if images.ndim != 4 or images.numel() == 0 or images.shape[1] != len(norm.mean):
-        raise InputError(f"{path}: images have the shape {tuple(images.shape)}; with this --mean it must be (n, {len(norm.mean)}, H, W).")
-    plain = _plain(images, "images", path)
-    if plain.dtype == torch.uint8:
+    """Returns the images (n, C, H, W) in pixel units, float32; those with channels last or none are turned, with a warning."""
+    channels = len(norm.mean)
+    if images.ndim == 3 and channels == 1:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
+        log.warning("The images %s have their channels last: they are turned.", tuple(images.shape))
+        images = images.permute(0, 3, 1, 2)
+    if images.ndim != 4 or images.numel() == 0 or images.shape[1] != channels:
+        raise InputError(f"{path}: images have the shape {tuple(images.shape)}; with this --mean it must be (n, {channels}, H, W).")
+    found = plain(images, "images", path)
+    if found.dtype == torch.uint8:
         refuse_unused(["--pixels"] if pixels else [], f"the images of {path} are bytes.")
-        return to_unit(plain)
-    if not plain.is_floating_point():
-        raise InputError(f"{path}: images are {plain.dtype}; they must be uint8 or floats.")
+        return to_unit(found)
+    if not found.is_floating_point():
+        raise InputError(f"{path}: images are {found.dtype}; they must be uint8 or floats.")
     if pixels is None:
         raise InputError(f"{path} does not tell what its images are: give --pixels normalised, or --pixels unit for 0 black and 1 white.")
-    found = norm.to_pixels(plain.float()) if pixels == "normalised" else plain.float()
+    found = norm.to_pixels(found.float()) if pixels == "normalised" else found.float()
     if not bool(found.isfinite().all()):
         raise InputError(f"{path}: an image value is not finite.")
     low, high = float(found.min()), float(found.max())
+    if pixels == "unit" and low >= 0 and 2 < high <= 255:
+        log.warning("Pixels go from %.2f to %.2f: they are taken as 0 black to 255 white, and divided by 255.", low, high)
+        return found / 255
     if low < -1 or high > 2:
         log.warning("Pixels go from %.2f to %.2f, where 0 is black and 1 is white: do --pixels, --mean and --std fit this file?", low, high)
     return found
@@ -377,7 +387,7 @@ def _import_teacher(
         factory = registry.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher")
     own = module.state_dict()
-    tensors = {name: _plain(value, name, path) for name, value in state.items()}
+    tensors = {name: plain(value, name, path) for name, value in fitted(state, own).items()}
     load_state(module, {name: value.to(own[name].dtype) if name in own else value for name, value in tensors.items()}, path, table.model)
     kept = {key: value for key, value in written_options(factory.options).items() if not key.startswith("weights")}  # these are newer
     record = {

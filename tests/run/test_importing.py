@@ -51,6 +51,16 @@ FORMS: dict[str, Any] = {
     "result of the DC and DM code": {"data": [[IMAGES, LABELS]], "accs_all_exps": {"ConvNet": [0.5]}},
     "double precision": {"images": IMAGES.double(), "labels": LABELS.int()},
     "parameter": {"images": torch.nn.Parameter(IMAGES), "labels": LABELS},
+    "other names": {"distilled": IMAGES, "classes_of_them": LABELS, "history": [0.5, 0.6]},
+    "dict in a dict": {"result": {"image_syn": IMAGES, "label_syn": LABELS}, "args": {"ipc": 2}},
+    "arrays of NumPy": {"images": IMAGES.numpy(), "labels": np.asfortranarray(LABELS.numpy().astype(">i4")), "acc": np.float32(0.5)},
+    "list of labels": {"images": IMAGES, "labels": LABELS.tolist()},
+    "list of scalars": [IMAGES, list(LABELS)],
+    "one-hot": {"images": IMAGES, "labels": torch.eye(2)[LABELS]},
+    "labels (n, 1)": [IMAGES, LABELS[:, None]],
+    "channels last": [IMAGES[:, 0, :, :, None], LABELS],
+    "grey without a channel": [IMAGES[:, 0], LABELS],
+    "floats to 255": [IMAGES * 255, LABELS],
 }
 
 
@@ -59,8 +69,9 @@ def test_every_form_of_a_set_is_read(form: str, tmp_path: Path) -> None:
     found = ddkit.import_file(_saved(FORMS[form], tmp_path / "x.pt"), tmp_path / "out", pixels="unit", **NORM)
     assert isinstance(found, Artifact)
     read = ddkit.load(tmp_path / "out")
-    assert torch.equal(read.images, IMAGES)
+    torch.testing.assert_close(read.images, IMAGES, atol=0, rtol=1e-6 if "255" in form else 0)
     assert torch.equal(read.labels, LABELS)
+    assert read.soft_labels is None
     assert (read.class_names, read.mean, read.std) == (["0", "1"], [0.25], [0.5])
     assert read.metadata["ipc"] == 2
 
@@ -120,7 +131,7 @@ def test_one_of_several_sets_is_taken_by_its_number(tmp_path: Path, caplog: pyte
     assert "holds 2 sets; number 0 is taken" in caplog.text
     ddkit.import_file(file, tmp_path / "second", pixels="unit", index=1, **NORM)
     assert torch.equal(ddkit.load(tmp_path / "second").images, IMAGES / 2)
-    with pytest.raises(ddkit.InputError, match="--index is a number from 0 to 1; got 2"):
+    with pytest.raises(ddkit.InputError, match="--run is a number from 0 to 1; got 2"):
         ddkit.import_file(file, tmp_path / "third", pixels="unit", index=2, **NORM)
 
 
@@ -134,6 +145,65 @@ def test_a_grid_of_images_is_decoded_as_declared_and_keeps_that_when_it_is_impor
         assert torch.equal(each.stored_images, IMAGES)
         assert (each.metadata["parametrization"], each.metadata["ipc"]) == ({"use": "grid", "factor": 2}, 2)
         assert each.class_names == ["cat", "dog"]
+
+
+def _smooth(count: int, size: int = 32) -> Tensor:
+    """Returns images (count, 1, size, size) like photographs: neighbouring pixels differ little."""
+    coarse = torch.rand(count, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    return torch.nn.functional.interpolate(coarse, (size, size), mode="bilinear")
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4])
+def test_what_looks_like_a_grid_and_was_not_declared_so_is_said(factor: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.stack([ddkit.data.grid(each, factor) for each in _smooth(4 * factor**2).split(factor**2)])
+    file = _saved([images, LABELS], tmp_path / "x.pt")
+    ddkit.import_file(file, tmp_path / "out", pixels="unit", **NORM)
+    assert (f"looks like a grid of {factor} x {factor} images" in caplog.text) == (factor > 1)
+    caplog.clear()
+    for declared in {1, factor}:
+        found = ddkit.import_file(file, tmp_path / f"{declared}", pixels="unit", grid=declared, **NORM)
+        assert isinstance(found, Artifact)
+        assert (len(found.images), caplog.text) == (4 * declared**2, "")
+
+
+def test_labels_that_lie_apart_or_go_by_count_are_joined_with_the_images_of_several_files(cli: Cli) -> None:
+    _saved(IMAGES[:2], Path("a.pt"))
+    np.save("b.npy", IMAGES[2:].numpy())
+    _saved({"labels": np.array([1, 0])}, Path("la.pt"))
+    np.save("lb.npy", np.array([0, 1]))
+    _saved(0.02, Path("lr_best.pt"))
+    flags = ("--mean", 0.25, "--std", 0.5, "--pixels", "unit")
+    result = cli(
+        "import", "a.pt", "b.npy", "--labels", "la.pt", "--labels", "lb.npy", "--step-size", "lr_best.pt", *flags, "--out", "apart"
+    )
+    assert result.code == 0, result.err
+    apart = ddkit.load("apart")
+    assert torch.equal(apart.images, IMAGES[[1, 2, 0, 3]])
+    assert (apart.labels.tolist(), float(apart.parameters["step_size"])) == ([0, 0, 1, 1], pytest.approx(0.02))
+    assert [Path(each["path"]).name for each in read_manifest(Path("apart"))["imported"]["joined"]] == ["b.npy"]
+    assert cli("import", "a.pt", "b.npy", "--ipc", 2, *flags, "--out", "counted").code == 0
+    assert torch.equal(ddkit.load("counted").images, IMAGES)
+    assert ddkit.load("counted").labels.tolist() == [0, 0, 1, 1]
+
+
+def test_rows_of_labels_are_kept_or_become_the_likeliest_class(tmp_path: Path) -> None:
+    rows = torch.tensor([[0.9, 0.1, 0], [0.6, 0.4, 0], [0.2, 0.8, 0], [0.3, 0.7, 0]])
+    file = _saved({"images": IMAGES, "labels": rows}, tmp_path / "x.pt")
+    kept = ddkit.import_file(file, tmp_path / "kept", pixels="unit", **NORM)
+    hard = ddkit.import_file(file, tmp_path / "hard", pixels="unit", labels="argmax", **NORM)
+    assert isinstance(kept, Artifact)
+    assert isinstance(hard, Artifact)
+    assert torch.equal(kept.targets, rows)
+    assert hard.soft_labels is None
+    assert (hard.labels.tolist(), hard.class_names) == ([0, 0, 1, 1], ["0", "1", "2"])
+
+
+def test_a_step_size_that_a_file_records_is_kept_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = _saved({"images": IMAGES, "labels": LABELS, "syn_lr": torch.tensor([0.03])}, tmp_path / "x.pt")
+    found = ddkit.import_file(file, tmp_path / "out", pixels="unit", **NORM)
+    assert isinstance(found, Artifact)
+    assert float(ddkit.load(tmp_path / "out").parameters["step_size"]) == pytest.approx(0.03)
+    assert "records the step size 0.03: it is kept" in caplog.text
 
 
 def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_file_is_read(tmp_path: Path) -> None:
@@ -193,6 +263,15 @@ WRAPS: dict[str, Callable[[Any], Any]] = {
     "net": lambda state: {"net": state, "acc": 0.9},
     "parallel": lambda state: {f"module.{name}": value for name, value in state.items()},
     "compiled": lambda state: {"state_dict": {f"_orig_mod.{name}": value for name, value in state.items()}},
+    "wrapped twice": lambda state: {f"_orig_mod.module.{name}": value for name, value in state.items()},
+    "prefix of a framework": lambda state: {
+        "state_dict": {f"model.{name}": value for name, value in state.items()} | {"a": state["classifier.bias"]}
+    },
+    "behind a normalising layer": lambda state: {f"backbone.{name}": value for name, value in state.items()} | {"0.mean": torch.zeros(3)},
+    "params": lambda state: {"params": state, "optimizer": {"state": {0: {"momentum_buffer": torch.rand(3, 3)}}, "lr": np.float64(0.1)}},
+    "ema alone": lambda state: {"ema": {"shadow": state}, "step": 3},
+    "numbers beside": lambda state: {**state, "epoch": 3, "accuracy": np.float32(0.9)},
+    "without counters": lambda state: {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
     "half precision": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
 }
 
@@ -267,18 +346,21 @@ class _Stranger:
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("files")
     _saved([IMAGES, LABELS], root / "set.pt")
-    _saved({"data": [[IMAGES, LABELS]], "accs_all_exps": {"ConvNet": [np.float64(0.5)]}}, root / "scalars.pt")
+    _saved(IMAGES, root / "bare.pt")
+    _saved([IMAGES, torch.tensor([[1, 1], [0, 1], [1, 0], [0, 1]])], root / "several.pt")
+    _saved({"images": IMAGES, "labels": LABELS, "names": np.array(["a", None])}, root / "objects.pt")
     _saved({"images": IMAGES, "labels": LABELS, "more": _Stranger()}, root / "stranger.pt")
     _saved(_network(width=8), root / "network.pt")
     _saved(_network(width=8).state_dict(), root / "state.pt")
     _saved({"a": 1}, root / "numbers.pt")
     _saved([], root / "empty.pt")
-    _saved([IMAGES[:, 0], LABELS], root / "flat.pt")
+    _saved({"images": IMAGES.flatten(1), "labels": LABELS}, root / "flat.pt")
     _saved([IMAGES, LABELS[:3]], root / "short.pt")
     _saved([IMAGES, LABELS - 1], root / "negative.pt")
     _saved([IMAGES, torch.rand(4)], root / "soft.pt")
     _saved([IMAGES * torch.nan, LABELS], root / "nan.pt")
     _saved([torch.zeros(1).expand(10**6, 1, 1000, 1000), torch.zeros(1).expand(10**6)], root / "bomb.pt")
+    _saved({"mine": IMAGES, "theirs": torch.zeros(1).expand(10**15)}, root / "names_bomb.pt")
     _saved([IMAGES.to(torch.complex64), LABELS], root / "complex.pt")
     _saved([IMAGES, LABELS * 0], root / "one.pt")
     _saved([(IMAGES * 255).to(torch.uint8), LABELS], root / "bytes.pt")
@@ -301,22 +383,43 @@ REFUSED = [
     (f"set.pt {SET} --classes cat,cat", 2, "every class has a name of its own; got cat, cat"),
     (f"set.pt {SET} --classes cat", 4, "set.pt has the label 1, and there are 1 classes"),
     (f"set.pt {SET} --as teacher", 4, "set.pt holds a list of 2 items: that is no teacher (a state dict of tensors by name)"),
-    (f"set.pt {SET} --index 1", 4, "The file holds one set, so --index is 0; got 1"),
+    (f"set.pt {SET} --run 1", 4, "set.pt holds one set, so --run is 0; got 1"),
     ("set.pt --mean 0.1,0.2,0.3 --std 1,1,1 --pixels unit", 4, "with this --mean it must be (n, 3, H, W)"),
-    (f"flat.pt {SET}", 4, "flat.pt: images have the shape (4, 4, 4)"),
+    (f"flat.pt {SET}", 4, "flat.pt: images have the shape (4, 16)"),
     (f"short.pt {SET}", 4, "short.pt: labels are torch.int64 (3,)"),
     (f"soft.pt {SET}", 4, "soft.pt: labels are torch.float32 (4,); they must be whole numbers"),
     (f"negative.pt {SET}", 4, "negative.pt: labels go from -1 to 0"),
     (f"nan.pt {SET}", 4, "nan.pt: an image value is not finite"),
     (f"one.pt {SET}", 4, "one.pt has the label 0, and there are 1 classes"),
-    (f"bomb.pt {SET}", 4, "bomb.pt: images is no plain tensor"),
+    (f"bomb.pt {SET}", 4, "bomb.pt: labels is no plain tensor"),
+    (f"names_bomb.pt {SET}", 4, "names_bomb.pt holds a dict of mine (4, 1, 4, 4), theirs (1000000000000000,): that is no set"),
     (f"complex.pt {SET}", 4, "complex.pt: images is no plain tensor (torch.complex64"),
-    (f"numbers.pt {SET}", 4, "numbers.pt holds a dict of a: that is no set"),
+    (f"numbers.pt {SET}", 4, "numbers.pt holds a dict of a int: that is no set"),
     (f"empty.pt {SET} --as set", 4, "empty.pt holds a list of 0 items: that is no set"),
     ("state.pt --mean 0.25 --std 0.5", 4, "state.pt is a state dict, which does not record classes and image size: give --classes 10"),
     (f"state.pt {TEACHER}", 4, "does not fit the model 'convnet'; of another shape: classifier.weight is (10, 32)"),
     (f"state.pt {TEACHER} --set train.epochs=3", 2, "--set train.epochs has no effect"),
-    (f"state.pt {TEACHER} --pixels unit --index 0 --set teacher.use=x", 2, "--pixels, --index, --set teacher.use have no effect"),
+    (f"state.pt {TEACHER} --pixels unit --index 0 --set teacher.use=x", 2, "--pixels, --run, --set teacher.use have no effect"),
+    (
+        f"state.pt {TEACHER} --labels argmax --ipc 1 --grid 2 --step-size 1",
+        2,
+        "--labels, --ipc, --grid, --step-size have no effect",
+    ),
+    (f"bare.pt {SET}", 4, "bare.pt holds images (4, 1, 4, 4) and no labels: give their file, --labels FILE, or"),
+    (f"bare.pt {SET} --ipc 3", 4, "--ipc 3: "),
+    (f"bare.pt {SET} --ipc 2 --labels FILES/set.pt", 2, "leave one of them out"),
+    (f"bare.pt {SET} --labels FILES/gone.pt", 4, "gone.pt does not exist"),
+    (f"bare.pt {SET} --labels FILES/numbers.pt", 4, "numbers.pt: it holds no labels"),
+    (f"bare.pt FILES/bytes.pt {SET} --ipc 2", 4, "Files that are joined have images of one shape and type"),
+    (f"set.pt FILES/state.pt {SET}", 4, "state.pt holds none"),
+    (f"set.pt {SET} --labels FILES/set.pt", 2, "set.pt has no effect: "),
+    (f"set.pt {SET} --ipc 2", 2, "--ipc 2 has no effect: "),
+    (f"set.pt {SET} --labels argmax", 2, "the labels of "),
+    (f"set.pt {SET} --grid 2 --set parametrization.factor=2", 2, "--grid 2 is --set parametrization.factor=2: leave one"),
+    (f"set.pt {SET} --step-size nan", 2, "--step-size nan: a learning rate is finite and above 0"),
+    (f"set.pt {SET} --step-size FILES/set.pt", 4, "the step size of a set is one finite number above 0; got None"),
+    (f"several.pt {SET}", 4, "name several classes of an image, or none"),
+    (f"objects.pt {SET}", 4, "it holds a NumPy array of the type 'O8', which is no number"),
     (f"set.pt {SET} --size 64 --model nosuch --set nonsense=1", 2, "--size, --model, --set nonsense have no effect"),
     (f"bytes.pt {SET}", 2, "--pixels has no effect: the images of"),
     (f"set.pt {SET} --set parametrization.factor=3", 4, "parametrization.factor = 3 cuts an image into 3 x 3 equal parts"),
@@ -327,17 +430,16 @@ REFUSED = [
     (f"state.pt {TEACHER} --model convnett", 3, "Did you mean 'convnet'?"),
     ("state.pt --mean 0.25 --std 0.5 --classes 10 --size 8,8,8", 2, "--size is height and width in pixels"),
     ("state.pt --mean 0.25 --std 0.5 --classes 1 --size 8", 2, "1 is no number of classes from 2 to 100,000"),
-    (f"scalars.pt {SET}", 4, "holds numpy._core.multiarray.scalar beside tensors"),
     (f"stranger.pt {SET}", 4, "holds tests.run.test_importing._Stranger beside tensors"),
     (f"network.pt {SET}", 4, "Where you trust the file, keep the tensors of it in Python: found = torch.load("),
-    (f"text.pt {SET}", 4, "text.pt is no file of torch.save, .npz or .safetensors that can be read ("),
-    (f"torn.pt {SET}", 4, "torn.pt is no file of torch.save, .npz or .safetensors that can be read ("),
+    (f"text.pt {SET}", 4, "text.pt is no file of torch.save, .npz, .npy or .safetensors that can be read ("),
+    (f"torn.pt {SET}", 4, "torn.pt is no file of torch.save, .npz, .npy or .safetensors that can be read ("),
 ]
 
 
 @pytest.mark.parametrize(("command", "code", "message"), REFUSED, ids=[command for command, _, _ in REFUSED])
 def test_what_cannot_be_imported_is_told_and_nothing_is_written(files: Path, cli: Cli, command: str, code: int, message: str) -> None:
-    result = cli("import", *f"{files}/{command} --out new".split())
+    result = cli("import", *f"{files}/{command} --out new".replace("FILES", str(files)).split())
     assert message in said(result.err)
     assert (result.code, result.out) == (code, "")
     assert list(Path.cwd().iterdir()) == []

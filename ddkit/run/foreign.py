@@ -1,0 +1,318 @@
+"""Files of other projects: read as tensors, numbers and text alone, and searched for a set or a state dict."""
+
+from __future__ import annotations
+
+import logging
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from torch.serialization import safe_globals
+
+from ddkit.data.arrays import check_declared, read_arrays
+from ddkit.errors import DdkitError, InputError
+from ddkit.files import open_regular, read_tensors
+from ddkit.run.artifact import Record
+
+log = logging.getLogger("ddkit")
+
+IMAGES = ("images", "image", "data", "x", "x_train", "image_syn", "images_syn", "syn_images", "syn_data", "imgs")
+LABELS = ("labels", "label", "targets", "target", "y", "y_train", "label_syn", "labels_syn", "syn_labels", "syn_label")
+STEP_SIZES = ("step_size", "syn_lr", "lr_syn", "learned_lr", "lr")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights", "ema")  # of several the first
+OF_NETWORKS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # how the names in a state dict end
+
+
+class Found(NamedTuple):
+    """A set in a file: images, labels (None: there are none beside), rows of soft labels, and the step size that it records."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    soft: Tensor | None = None
+    step_size: float | None = None
+
+
+# Reading
+
+
+def read(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Returns the tensors of a file in their dicts and lists, and what it records of a set; raises InputError for a file of other things.
+
+    `path` was written by torch.save, or is a .npz, .npy or .safetensors file. Arrays of NumPy are returned as tensors, its scalars as
+    numbers. A set may record "mean" and "std", and one of ddkit's own "classes", "pixels" and "parametrization".
+    """
+    try:
+        with open_regular(path) as stream:
+            start = stream.read(9)
+    except FileNotFoundError:
+        raise InputError(f"The file {path} does not exist.") from None
+    except OSError as error:
+        raise InputError(f"The file {path} cannot be read: {error}.") from None
+    is_archive = zipfile.is_zipfile(path)
+    of_torch = start.startswith(b"\x80")  # how a pickle begins, which torch.save wrote before archives
+    if start[8:] == b"{" and not is_archive:
+        return _read_safetensors(path)
+    if is_archive:
+        try:
+            with zipfile.ZipFile(path) as archive:
+                check_declared(archive, path)
+                of_torch = any(name.endswith("data.pkl") for name in archive.namelist())
+        except DdkitError:
+            raise
+        except Exception as error:  # a third-party archive can raise anything
+            raise InputError(f"{path} cannot be read: {error}.") from None
+    if start.startswith(b"\x93NUMPY"):
+        return _as_tensor(read_arrays(path)[path.stem]), {}
+    if is_archive and not of_torch:
+        return _read_npz(path)
+    if not of_torch:
+        raise InputError(f"{path} is no file of torch.save, .npz, .npy or .safetensors that can be read (it begins as none of them does).")
+    try:
+        with safe_globals(NUMPY):
+            loaded = _plain_values(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # a third-party file can raise anything
+        raise InputError(_refusal(path, str(error))) from None
+    return loaded, _statistics_in(loaded)
+
+
+def _read_npz(path: Path) -> tuple[Any, dict[str, Any]]:
+    arrays = read_arrays(path)
+    found = {name: _as_tensor(each) for name, each in arrays.items() if each.dtype.kind in "fiub"}
+    recorded = _statistics_in(found)
+    names = arrays.get("class_names")
+    if "x_train" in found:
+        recorded |= {"pixels": "unit"} if "unclipped" in arrays else {}
+        recorded |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
+    return found, recorded
+
+
+def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise InputError(f"{error}.") from None
+    with suppress(msgspec.ValidationError):  # the metadata of somebody else's
+        own = msgspec.convert(metadata, Record)
+        if "stored" in tensors:
+            raise InputError(f"{path} is a set of ddkit's own, which every command takes as it is.")
+        if "images" in tensors:
+            table = own.parametrization or ({"use": "grid", **own.decode} if own.decode else {})
+            return tensors, {
+                "pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, "parametrization": table,
+            }  # fmt: skip
+    return tensors, _statistics_in(tensors)
+
+
+def _statistics_in(found: Any) -> dict[str, Any]:
+    """Returns "mean" and "std" of a set that records both as vectors."""
+    if not isinstance(found, Mapping) or not any(name in found for name in IMAGES):
+        return {}
+    values = {name: found[name] for name in ("mean", "std") if isinstance(found.get(name), Tensor) and found[name].ndim == 1}
+    return {name: value.double().tolist() for name, value in values.items() if len(values) == 2}
+
+
+def _refusal(path: Path, text: str) -> str:
+    named = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", text)
+    if named is None and "WeightsUnpickler" not in text and "weights_only" not in text:
+        return f"{path} is no file of torch.save, .npz, .npy or .safetensors that can be read ({' '.join(text.split())[:200]})."
+    what = f"holds {named.group(1)} beside tensors" if named else "holds more than tensors"
+    return (
+        f"{path} {what}. To build that is to run what the file says, so ddkit reads tensors and numbers alone. Where you trust the file, "
+        f"keep the tensors of it in Python: found = torch.load({str(path)!r}, weights_only=False), look at what it is, and "
+        'torch.save({"images": ..., "labels": ...}, "set.pt"), or torch.save(state_dict, "teacher.pt").'
+    )
+
+
+# NumPy in files of torch.save: these stand in for NumPy's own functions, so that none of them is called by a file
+
+
+class _Type:
+    """Stands in for numpy.dtype: of numbers and text alone."""
+
+    def __init__(self, code: str, *_: Any) -> None:
+        if not re.fullmatch(r"[biufSU]\d{1,9}", code):
+            raise ValueError(f"it holds a NumPy array of the type {code!r}, which is no number")
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands in for numpy.ndarray."""
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, by_columns, content = state
+        flat = np.frombuffer(content, kind.dtype)
+        self.value = flat.reshape(shape[::-1]).T if by_columns else flat.reshape(shape)
+
+
+def _scalar(kind: _Type, content: bytes) -> Any:
+    return np.frombuffer(content, kind.dtype)[0].item()
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+NUMPY: list[Any] = [
+    (made, f"numpy.{name}")
+    for made, names in (
+        (_Type, ("dtype",)),
+        (_Array, ("ndarray",)),
+        (_scalar, ("core.multiarray.scalar", "_core.multiarray.scalar")),
+        (_array, ("core.multiarray._reconstruct", "_core.multiarray._reconstruct")),
+    )
+    for name in names
+]
+
+
+def _plain_values(found: Any, depth: int = 0) -> Any:
+    """Returns what was loaded with arrays of numbers as tensors; raises ValueError if it is nested too deep."""
+    if depth > 100:
+        raise ValueError("it is nested too deep")
+    if isinstance(found, _Array):
+        return _as_tensor(found.value) if found.value.dtype.kind in "biuf" else found.value.tolist()
+    if isinstance(found, Mapping):
+        return {key: _plain_values(value, depth + 1) for key, value in found.items()}
+    return [_plain_values(value, depth + 1) for value in found] if isinstance(found, list | tuple) else found
+
+
+def _as_tensor(array: Any) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+
+
+# What is in it
+
+
+def sets_in(found: Any, *, outermost: bool = True) -> list[Found]:
+    """Returns every set in what was read: images (n, C, H, W) with labels beside, or at the top of the file without.
+
+    A set is a dict of both, under common names or as its only two tensors that fit, or a list that begins with both.
+    """
+    if outermost and isinstance(found, Tensor):
+        return [Found(found)] if found.ndim >= 3 else []
+    if isinstance(found, Mapping):
+        return _set_of(found, outermost) or [each for value in found.values() for each in sets_in(value, outermost=False)]
+    if not isinstance(found, list):
+        return []
+    if len(found) > 1 and _is_pair(found[0], found[1]):
+        return [Found(found[0], tensor_of(found[1]), None, number_of(found[2]) if len(found) > 2 else None)]
+    return [each for value in found for each in sets_in(value, outermost=False)]
+
+
+def _set_of(found: Mapping[Any, Any], outermost: bool) -> list[Found]:
+    names = [name for name in found if isinstance(name, str)]
+    if any(name.rpartition(".")[2] in OF_NETWORKS for name in names):
+        return []
+    own = {name.lower(): found[name] for name in names}
+    step_size = next((number_of(own[name]) for name in STEP_SIZES if name in own), None)
+    soft = tensor_of(own.get("soft_labels"))
+    images = next((own[name] for name in IMAGES if isinstance(own.get(name), Tensor) and own[name].ndim > 1), None)
+    labels = next((each for name in LABELS if (each := tensor_of(own.get(name))) is not None), soft)
+    if images is not None and (labels is not None or outermost):
+        return [Found(images, labels, soft, step_size)]
+    named = [(a, tensor_of(b)) for a in found.values() for b in found.values() if a is not b and _is_pair(a, b)]
+    pairs = [(a, b) for a, b in named if b is not None and len(a) == len(b) and is_plain(b) and (b.ndim == 2 or not bool((b % 1).any()))]
+    return [Found(*pairs[0], None, step_size)] if len(pairs) == 1 else []
+
+
+def _is_pair(images: Any, labels: Any) -> bool:
+    """Whether two values look like images and their labels, by their dimensions."""
+    other = tensor_of(labels)
+    return isinstance(images, Tensor) and images.ndim > 2 and other is not None and other.ndim < 3
+
+
+def tensor_of(value: Any) -> Tensor | None:
+    """Returns a tensor, or a list of numbers as one; None for anything else."""
+    if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
+        return torch.tensor(value)
+    if isinstance(value, list) and value and all(isinstance(each, Tensor) and each.ndim < 2 for each in value):
+        with suppress(RuntimeError):  # of several lengths
+            return torch.stack(value)
+    return value if isinstance(value, Tensor) and value.ndim > 0 else None
+
+
+def number_of(value: Any) -> float | None:
+    """Returns a number, also of a tensor of one, or of a dict that records a step size; None for anything else."""
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in STEP_SIZES if name in value), None)
+    value = value.item() if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() else value
+    return float(value) if isinstance(value, int | float) else None
+
+
+def labels_in(found: Any) -> Tensor | None:
+    """Returns the labels of a file that holds labels alone, or beside other things under a common name."""
+    if isinstance(found, Mapping):
+        own = {str(name).lower(): value for name, value in found.items()}
+        named = next((own[name] for name in ("soft_labels", *LABELS) if name in own), None)
+        return tensor_of(named if named is not None else next(iter(own.values()), None) if len(own) == 1 else None)
+    return tensor_of(found)
+
+
+def state_in(found: Any, *, any_names: bool) -> dict[str, Tensor] | None:
+    """Returns the state dict in what was read, of several that under the most common name, with a warning; None where there is none.
+
+    It is a dict with names of weights, or with `any_names` any dict of tensors. Other things beside its tensors are left out.
+    """
+    states = dict(_states_in(found, ""))
+    if not states and any_names:
+        inner = next((found[name] for name in WRAPPERS if isinstance(found, Mapping) and isinstance(found.get(name), Mapping)), found)
+        whole = isinstance(inner, Mapping) and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in inner.items())
+        return dict(inner) if whole and inner else None
+    order = sorted(states, key=lambda name: WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS))
+    if len(order) > 1:
+        log.warning("The file holds several state dicts (%s); '%s' is taken.", ", ".join(states), order[0])
+    return states[order[0]] if order else None
+
+
+def _states_in(found: Any, name: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    if not isinstance(found, Mapping):
+        return
+    tensors = {key: value for key, value in found.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if any(key.rpartition(".")[2] in OF_NETWORKS for key in tensors):
+        yield name, tensors
+        return
+    for key, value in found.items():
+        yield from _states_in(value, str(key))
+
+
+def fitted(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]:
+    """Returns a state dict under the names `own` of a network: without the prefix that wrappers such as DataParallel put before them.
+
+    Tensors that are not under the prefix are left out, with a warning. If no prefix makes it fit, common ones are taken off.
+    """
+    state = {name.replace("_orig_mod.", ""): value for name, value in state.items()}  # of torch.compile, also within a name
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    if needed <= state.keys():
+        return state
+    prefixes = {name[: place + 1] for name in state for place, letter in enumerate(name) if letter == "."}
+    fitting = [prefix for prefix in sorted(prefixes) if needed <= {name.removeprefix(prefix) for name in state if name.startswith(prefix)}]
+    if not fitting:
+        first = re.match(r"((module|model|net|network|backbone)\.)+", next(iter(state)))
+        common = first[0] if first and all(name.startswith(first[0]) for name in state) else ""
+        return {name.removeprefix(common): value for name, value in state.items()}
+    others = [name for name in state if not name.startswith(fitting[0])]
+    if others:
+        log.warning("The names of the network begin with '%s'; what is beside it is left out: %s.", fitting[0], ", ".join(others[:6]))
+    return {name.removeprefix(fitting[0]): value for name, value in state.items() if name.startswith(fitting[0])}
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one, no larger than what its file holds of it."""
+    strange = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta
+    return not strange and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+
+
+def plain(tensor: Tensor, what: str, path: Path) -> Tensor:
+    """Returns an ordinary tensor, detached and contiguous; raises InputError for another."""
+    if not is_plain(tensor):
+        raise InputError(f"{path}: {what} is no plain tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}).")
+    return tensor.detach().contiguous()
