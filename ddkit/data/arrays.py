@@ -24,9 +24,11 @@ def read_arrays(path: Path) -> dict[str, Any]:
     Nothing is unpickled. Before anything is unpacked the declared sizes are checked, as check_declared does, and that the header of every
     array matches its size.
     """
+    form = ".npz archive"
     try:
         with open_regular(path) as stream:
             if stream.peek(6).startswith(b"\x93NUMPY"):
+                form = ".npy file"
                 return {path.stem: _array(lambda: open_regular(path), path.name, path.stat().st_size)}
         with open_regular(path) as stream, zipfile.ZipFile(stream) as archive:
             check_declared(archive, path)
@@ -41,7 +43,7 @@ def read_arrays(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise InputError(f"The data file {not_permitted(path, error)}") from None
     except Exception as error:  # a damaged or hostile archive can raise anything
-        raise InputError(f"{path} cannot be read as a NumPy .npz or .npy file of plain arrays: {error or type(error).__name__}.") from None
+        raise InputError(f"{path} cannot be read as a NumPy {form} of plain arrays: {error or type(error).__name__}.") from None
 
 
 def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
