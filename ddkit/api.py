@@ -17,7 +17,7 @@ from ddkit.distributed import group, own_device
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of
 from ddkit.recipes.resolve import Part, flattened, resolve
-from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.recipes.tables import NetworkTable, Recipe, own_keys, recipe_dict
 
 if TYPE_CHECKING:
     from ddkit.nn.experts import Experts
@@ -41,8 +41,8 @@ TRAINING = Part(  # what of a recipe `train` uses
 )
 TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses
     ("data", "network", "experts", "train", "seed", "pipc"),
-    ("data.batch", "data.test", "data.held_out", "network.source", "network.first", "network.last", "network.inner_epochs",
-     "network.inner_lr", "network.renew_every", "experts.use", "train.epochs"),
+    ("data.batch", "data.test", "data.held_out", *(f"network.{key}" for key in own_keys(NetworkTable) - {"model"}), "experts.use",
+     "train.epochs"),
     "`ddkit train --experts` trains networks on real images.",
 )  # fmt: skip
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle

@@ -140,6 +140,8 @@ def _show_plan(plan: dict[str, Any]) -> None:
         f"Stored a class: {budget(makes['stored_numbers'], makes['stored_as_images'])}, of which {makes['use']} makes "
         f"{made}{far if makes['encoding_error'] else ''}."
     )
+    if plan["training"]:
+        show(plan["training"])
     minutes = cost["seconds"] / 60
     about = "a minute or less" if minutes < 1.5 else f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:.0f} hours"
     show(

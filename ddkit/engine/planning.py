@@ -14,7 +14,7 @@ from ddkit.components.options import Requires
 from ddkit.distributed import Ranks
 from ddkit.errors import InputError
 from ddkit.nn.compiling import Arithmetic, decide_arithmetic
-from ddkit.nn.networks import couples_samples, forward_flops, saved_bytes
+from ddkit.nn.networks import batch_norms, couples_samples, forward_flops, saved_bytes
 from ddkit.nn.second_order import no_forward_mode
 from ddkit.recipes.tables import Recipe
 
@@ -58,20 +58,22 @@ class ExecutionPlan:
         self._images = max(images_per_class)
         self._network = network
         self._teacher = teacher
-        self._real = [min(count, recipe.data.batch) for count in real_counts]
+        counts = list(real_counts)
+        self._real = [min(count, recipe.data.batch) for count in counts]
+        self._accessible = sum(counts)
         self.needs_embedder = any(each.network and not each.second_order for each in requires)
         self.needs_network = any(each.network for each in requires)
         self.chunk = self._automatic_chunk() if recipe.engine.chunk == "auto" else recipe.engine.chunk
         if ranks.world_size > 1 and self.needs_network and self._coupled:
             raise InputError(
-                f"The network's features of an image depend on its batch (batch norm), so the classes cannot be dealt out to "
-                f"{ranks.world_size} processes. Use --set network.norm=instance, or one process.",
+                f"The network's features of an image depend on its batch (batch norm without real images), so the classes cannot be dealt "
+                f"out to {ranks.world_size} processes. Use --set network.norm=instance, or one process.",
                 "network.norm",
             )
         if self.chunk and self.needs_network and self._coupled:
             raise InputError(
-                "engine.chunk: the network's features of an image depend on its batch (batch norm), so classes cannot be "
-                "done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
+                "engine.chunk: the network's features of an image depend on its batch (batch norm without real images), so classes cannot "
+                "be done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
         self.arithmetic, self.compiled, self.step_work = self._decided()
@@ -91,13 +93,14 @@ class ExecutionPlan:
         synthetic = sum(self._counts)
         real = sum(self._real) if any(each.real for each in self.requires) else 0
         views = {view for each in self.requires if each.teacher and each.second_order for view in each.views}
-        if self.needs_network and self._coupled:
-            reasons.append("the network's features of an image depend on the batch (batch norm)")
+        fixed = not self.needs_network or not (self._coupled or batch_norms(self._probe))
+        if not fixed:
+            reasons.append("the network's features of an image depend on the images of the step (batch norm)")
         elif self.needs_embedder and not hasattr(self._probe, "embed"):  # its features are a by-product, by a hook
             reasons.append("the network's model has no method embed")
         elif self.needs_embedder:
             work["network"] = forward_flops(self._probe, self.info, features=True) * (real + 2 * synthetic)
-        if self.needs_network and any(each.network and each.second_order for each in self.requires) and not self._coupled:
+        if self.needs_network and any(each.network and each.second_order for each in self.requires) and fixed:
             work["gradients"] = forward_flops(self._probe, self.info) * (SECOND_ORDER_PASSES * synthetic + 3 * real)
         if views:
             work["teacher"] = forward_flops(self._teacher(), self.info) * SECOND_ORDER_PASSES * len(views) * synthetic
@@ -157,7 +160,10 @@ class ExecutionPlan:
 
     @cached_property
     def _probe(self) -> nn.Module:
-        return self._network()
+        probe = self._network()
+        for layer in batch_norms(probe) if self._accessible else ():
+            layer.eval()  # as in a step, whose real images give the statistics
+        return probe
 
     @cached_property
     def _coupled(self) -> bool:
@@ -178,7 +184,14 @@ class ExecutionPlan:
             if each.teacher:
                 passes = (SECOND_ORDER_PASSES if each.second_order else 3) * len(each.views or ("default",))
                 total += teacher_flops * passes * synthetic
-        return total
+        return total + (self._training_flops() if self.needs_network else 0.0)
+
+    def _training_flops(self) -> float:
+        """Returns about how many operations the training of a network between two steps takes."""
+        table = self.recipe.network
+        images = {"none": 0, "real": self._accessible, "synthetic": self.info.classes * self._images}[table.trained_on]
+        seen = table.inner_steps * min(table.batch, images) or table.inner_epochs * images
+        return 3 * forward_flops(self._probe, self.info) * seen * (1 - 1 / table.renew_every)
 
     def step_bytes(self) -> int:
         """Returns about how much memory the images and activations of a step take at a time."""

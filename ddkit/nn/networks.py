@@ -55,6 +55,27 @@ def modes_kept(module: nn.Module) -> Iterator[None]:
                 each.training = mode
 
 
+def batch_norms(module: nn.Module) -> list[nn.Module]:
+    """Returns the layers of batch norm that have running statistics."""
+    return [each for each in module.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.track_running_stats]
+
+
+def set_statistics(module: nn.Module, images: Tensor) -> None:
+    """Makes the running statistics of batch norm those of normalised images (n, C, H, W), and these layers use them from then on.
+
+    Else the network stays in the mode that it has. Then the features of an image do not depend on the others in its batch.
+    """
+    layers: list[Any] = batch_norms(module)
+    momenta = [layer.momentum for layer in layers]
+    with modes_kept(module), torch.no_grad():
+        module.eval()
+        for layer in layers:
+            layer.train().momentum = 1.0
+        module(images)
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.eval().momentum = momentum
+
+
 def couples_samples(module: nn.Module, info: DataInfo) -> bool:
     """Returns whether the features of an image depend on the others in its batch (batch norm in training mode)."""
     x = torch.randn((4, *info.shape), generator=torch.Generator().manual_seed(0))

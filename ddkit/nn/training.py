@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,8 @@ def fit(
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
     targets: Targets | None = None,
     temperature: float = 1.0,
+    steps: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
     """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64, or probabilities (n, K).
 
@@ -47,6 +51,9 @@ def fit(
     With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
     returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
     temperature squared, so that gradients keep their scale.
+
+    With `steps` above 0 it takes so many batches, of as many epochs as it needs, in the place of the schedule's. An `optimizer` of the
+    parameters of `module` that is given goes on with what it has kept; without one a new one is made.
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.to(memory_format=layout)
@@ -54,12 +61,16 @@ def fit(
     module.train()
     forward = forward or module
     count = -(-len(images) // schedule.batch)
-    optimizer, scheduler = _optimizer(list(module.parameters()), schedule, count)
+    if steps:
+        schedule = msgspec.structs.replace(schedule, epochs=-(-steps // count))
+    optimizer = optimizer or optimizer_of(module, schedule)
+    scheduler = _scheduler(optimizer, schedule, count)
     average = None
     if schedule.ema:
         moving = torch.optim.swa_utils.get_ema_multi_avg_fn(schedule.ema)
         average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=moving, use_buffers=True)
-    for number, (x, y) in enumerate(_batches(images, labels, schedule, augmenter, generator), start=1):
+    batches = islice(_batches(images, labels, schedule, augmenter, generator), steps or None)
+    for number, (x, y) in enumerate(batches, start=1):
         x, mixed_y = (x, y) if mixed is None else mixed(x, y)
         x, wanted = x.contiguous(memory_format=layout), mixed_y if targets is None else targets(x, y)
 
@@ -90,10 +101,20 @@ def fit(
     module.eval()
 
 
-def _optimizer(
-    parameters: list[nn.Parameter], schedule: Schedule, batches: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-    """Returns the optimizer of a schedule, and the scheduler of its rate for so many batches an epoch."""
+def optimizer_of(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
+    """Returns the optimizer of a schedule for the parameters of `module`."""
+    parameters = list(module.parameters())
+    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
+    chosen: dict[str, Any] = {"lr": schedule.lr, "weight_decay": schedule.weight_decay, "fused": fused}
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(parameters, **chosen)
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, **chosen)
+    return torch.optim.SGD(parameters, **chosen, momentum=schedule.momentum)
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule, batches: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Returns what sets the rate of an optimizer, for so many batches an epoch."""
     total = schedule.epochs * batches
     warm = max(1, total // 5)
 
@@ -108,16 +129,7 @@ def _optimizer(
             return 0.5 * (1 + math.cos(math.pi * step / total))
         return min((step + 1) / warm, max(0.0, (total - step) / max(1, total - warm)))
 
-    fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters)
-    chosen: dict[str, Any] = {"lr": schedule.lr, "weight_decay": schedule.weight_decay, "fused": fused}
-    optimizer: torch.optim.Optimizer
-    if schedule.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, **chosen)
-    elif schedule.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(parameters, **chosen)
-    else:
-        optimizer = torch.optim.SGD(parameters, **chosen, momentum=schedule.momentum)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def _classes(module: nn.Module, image: Tensor) -> int:

@@ -67,7 +67,10 @@ class TrainTable(PluginTable):
 
 
 class NetworkTable(PluginTable):
-    """The network that embeds or is matched: drawn every `renew_every` steps, between them trained for `inner_epochs`."""
+    """The network that embeds or is matched.
+
+    Each step has one of `pool` networks. One is drawn anew after `renew_every` steps, and trained after each of them but the last.
+    """
 
     model: str = "convnet"
     source: Annotated[
@@ -75,9 +78,66 @@ class NetworkTable(PluginTable):
     ] = "fresh"
     first: Annotated[int, Option("first epoch of the experts that is drawn; 0: before training", ge=0)] = 0
     last: Annotated[int, Option("last epoch of the experts that is drawn; left out: their last", ge=0)] | None = None
-    inner_epochs: Annotated[int, Option("epochs on the synthetic set between the steps that share a network", ge=0)] = 0
-    inner_lr: Annotated[float, Option("learning rate of those epochs", gt=0)] = 0.01
-    renew_every: Annotated[int, Option("steps that share one drawn network", ge=1)] = 1
+    renew_every: Annotated[int, Option("steps that a network serves before another is drawn in its place", ge=1)] = 1
+    pool: Annotated[int, Option("networks that are kept and trained; each step takes one of them, by chance", ge=1)] = 1
+    train_on: (
+        Annotated[
+            Literal["none", "synthetic", "real"],
+            Option(
+                "what a network is trained on between its steps: the synthetic set, or accessible real images; left out: synthetic if "
+                "inner_epochs or inner_steps is given"
+            ),
+        ]
+        | None
+    ) = None
+    inner_epochs: Annotated[int, Option("epochs of training after each step of a network", ge=0)] = 0
+    inner_steps: Annotated[int, Option("batches of training after each step of a network, in the place of epochs", ge=0)] = 0
+    inner_lr: Annotated[float, Option("learning rate of that training", gt=0)] = 0.01
+    batch: Annotated[int, Option("images of its batches", ge=1)] = 256
+    inner_optimizer: Annotated[Literal["sgd", "adam", "adamw"], Option("of that training, kept while the network is")] = "sgd"
+    inner_momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.0
+    inner_weight_decay: Annotated[float, Option("of that training", ge=0)] = 0.0
+    inner_augment: Annotated[bool, Option("whether its batches are augmented, by the augmenter of the run")] = True
+    inner_mix: Annotated[Literal["none", "cutmix", "mixup"], Option("mixing of the images of a batch, and of their labels")] = "none"
+    inner_mix_share: Annotated[float, Option("share of the batches that are mixed", ge=0, le=1)] = 1.0
+
+    @property
+    def trained_on(self) -> Literal["none", "synthetic", "real"]:
+        """What a network is trained on between its steps."""
+        return self.train_on or ("synthetic" if self.inner_epochs or self.inner_steps else "none")
+
+    @property
+    def sentence(self) -> str:
+        """How networks are trained, in a sentence; "" if they are not."""
+        images = "real images" if self.trained_on == "real" else "the synthetic set"
+        lasts = f"{self.inner_steps} batches" if self.inner_steps else f"{self.inner_epochs} epochs"
+        mixed = "" if self.inner_mix == "none" else f", with {self.inner_mix},"
+        which = "The network serves" if self.pool == 1 else f"Each of {self.pool} networks serves"
+        sentence = f"{which} {self.renew_every} steps, and is trained on {images} for {lasts}{mixed} between them."
+        return "" if self.trained_on == "none" or self.renew_every == 1 else sentence
+
+    def check(self) -> None:
+        """Raises InputError, with what helps, where settings of the training contradict one another or have no effect."""
+        trained, lasts, usual = self.trained_on != "none", self.inner_epochs or self.inner_steps, NetworkTable()
+        serves_once = self.renew_every == 1 and (self.pool > 1 or self.train_on == "real")
+        how = 'Add network.train_on = "synthetic" or "real"'
+        many = ": experts.count is the number of experts" if self.source == "experts" else ""
+        checks = [
+            ("inner_steps", self.inner_epochs and self.inner_steps, "network.inner_epochs is given too. Set one of the two to 0"),
+            ("train_on", trained and not lasts, "it is not said for how long. Add network.inner_steps, for example 10"),
+            ("train_on", lasts and not trained, "that is no training. Set network.inner_epochs and network.inner_steps to 0"),
+            ("pool", self.pool > 1 and not trained, f"a pool is of networks that are trained. {how}, or leave it out{many}"),
+            ("renew_every", trained and serves_once, "a network that serves one step is never trained. Use more, for example 10"),
+            *((key, not trained and getattr(self, key) != getattr(usual, key), f"no network is trained. {how}") for key in TRAINING),
+            ("inner_momentum", self.inner_momentum and self.inner_optimizer != "sgd", "it is of sgd alone. Set it to 0"),
+            ("inner_mix_share", self.inner_mix_share != 1 and self.inner_mix == "none", "nothing is mixed. Add network.inner_mix"),
+        ]
+        for key, wrong, reason in checks:
+            if wrong:
+                raise InputError(f"network.{key} = {shown(getattr(self, key))} is not possible: {reason}.", f"network.{key}")
+
+
+TRAINING = ("inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share", "batch")
 
 
 class ExpertsTable(Table):
@@ -284,7 +344,11 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         if key in table:
             entries = _as_table(table[key], key)
             values[key] = {name: _parse_table(named, item, f"{key}.{name}") for name, item in entries.items()}
-    return parse_struct(Recipe, values, "")
+    recipe: Recipe = parse_struct(Recipe, values, "")
+    recipe.network.check()
+    if recipe.network.trained_on == "real" and recipe.pipc == 0:
+        raise InputError("With pipc 0 there are no real images to train networks on. Give --pipc 1 or more.", "pipc")
+    return recipe
 
 
 def _instead_of_blend(table: Mapping[str, Any]) -> str:

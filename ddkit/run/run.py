@@ -117,6 +117,7 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "teacher_accuracy": None if setup.tested is None else msgspec.structs.asdict(setup.tested),
             "experts": recipe.experts.use if setup.needs_experts else None,
             "experts_are_trained_first": setup.experts is not None and not setup.experts.path,
+            "training": recipe.network.sentence if setup.decided.needs_network else "",
             "estimate": estimated(setup),
             "plugins": setup.plugins_used,
         }

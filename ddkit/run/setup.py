@@ -22,7 +22,7 @@ from ddkit.data.images import Normalisation, channel_statistics, on_disk
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset, repeated
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
-from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.draws import Inner, StepSource, ViewSpec
 from ddkit.engine.labels import label_parameters
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
@@ -33,12 +33,12 @@ from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.experts import Experts, experts_of, untrained
-from ddkit.nn.networks import build_network, no_second_derivative, training_flops
+from ddkit.nn.networks import build_network, network_tensors, no_second_derivative, training_flops
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.resolve import evaluator_options, flattened, named_components
-from ddkit.recipes.tables import Recipe, recipe_dict
+from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
 from ddkit.seeding import generator
 
 AUTOMATIC_TEACHER = "the automatic teacher"
@@ -178,6 +178,20 @@ class RunSetup:
             teacher=self._teacher_probe,
         )  # fmt: skip
         self._check_second_order()
+        self._check_pool()
+
+    def _check_pool(self) -> None:
+        """Raises InputError if the pool's weights, and what their optimizers keep, are larger than this machine's memory."""
+        table, memory = self.recipe.network, machine_bytes()
+        if table.pool > 1 and self.decided.needs_network:
+            copies = 1 + (2 if table.inner_optimizer != "sgd" else 1 if table.inner_momentum else 0)
+            each = copies * sum(value.nbytes for value in network_tensors(build_network(self.model, self.info, 0, "probe")).values())
+            if table.pool * each > memory:
+                raise InputError(
+                    f"network.pool = {table.pool}: its networks take {table.pool * each / 2**30:,.0f} GiB, and this machine has "
+                    f"{memory / 2**30:,.0f} GiB of memory. Use at most {memory // each // 2}.",
+                    "network.pool",
+                )
 
     def _check_deterministic(self) -> None:
         """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
@@ -405,7 +419,6 @@ class RunSetup:
     def engine_over(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
         table = self.recipe.network
-        trained = table.inner_epochs and self.decided.needs_network
         twice = None
         if self.teacher is not None and "teacher" in self.decided.compiled:
             twice = SecondOrder(self.teacher.module, self.decided.arithmetic_of("teacher"), block=self.decided.teacher_block)
@@ -419,9 +432,7 @@ class RunSetup:
             model=self.model if self.decided.needs_network else None, renew_every=table.renew_every, teacher=self.teacher,
             device=self.device, arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, twice=twice,
             differentiate=differentiate, ranks=self.ranks,
-            inner=Schedule(epochs=table.inner_epochs, lr=table.inner_lr, momentum=0.0, weight_decay=0.0, schedule="constant")
-            if trained
-            else None,
+            pool=table.pool, inner=_inner(table) if table.trained_on != "none" and self.decided.needs_network else None,
             experts=self.experts, network_epochs=(table.first, table.last) if self._draws_experts else None,
             labels=self.recipe.own_labels,
         )  # fmt: skip
@@ -497,6 +508,15 @@ class RunSetup:
             | ({"file": p.file, "sha256": p.sha256} if p.file else {})
             for p in used
         ]
+
+
+def _inner(table: NetworkTable) -> Inner:
+    """Returns how [network] says that networks are trained between steps."""
+    schedule = Schedule(
+        epochs=table.inner_epochs or 1, batch=table.batch, optimizer=table.inner_optimizer, lr=table.inner_lr, schedule="constant",
+        momentum=table.inner_momentum, weight_decay=table.inner_weight_decay, mix=table.inner_mix, mix_share=table.inner_mix_share,
+    )  # fmt: skip
+    return Inner(schedule, steps=table.inner_steps, real=table.trained_on == "real", augmented=table.inner_augment)
 
 
 def _named(options: dict[str, Any]) -> dict[str, Any]:

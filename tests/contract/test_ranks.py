@@ -42,6 +42,7 @@ SIZES = (2, 3)
 IMAGES, LOSSES = 1e-4, 1e-4  # how far images (pixel units) and losses (relative) may be from those of one process
 TINY = {"network.width": 8, "network.depth": 1, "engine.checkpoint_every": 25}
 LOSSES_OF_DDKIT = [plugin.name for plugin in registry.plugins() if plugin.kind == "loss" and plugin.first_party]
+POOL = {"norm": "batch", "pool": 2, "renew_every": 3, "train_on": "real", "inner_steps": 2, "batch": 8, "inner_mix": "mixup"}
 EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "every loss": (",".join(LOSSES_OF_DDKIT), {"losses.feature-regression.mixup": 0.3, "losses.dkkt-primal.masked": True}),
     "stationarity, l1": (
@@ -58,6 +59,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned labels": ("dm,feature-regression", {"labels.kind": "learned", "network.renew_every": 2, "network.inner_epochs": 1}),
     "the teacher's labels": ("feature-regression", {"labels.kind": "teacher", "labels.temperature": 2.0, "engine.chunk": 2}),
     "classes of their own numbers": ("dm,dkkt,feature-regression", {"ipc": {"default": 2, "1": 8, "4": 1}, "initializer.reuse": True}),
+    "a pool trained on real images, batch norm": ("dm,gm", {f"network.{key}": value for key, value in POOL.items()}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
 EACH_RECIPE = ("default", "dsa", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
@@ -67,7 +69,6 @@ SLOW_IN_THREE = tuple(name for name in (*EACH_LOSS, *EACH_RECIPE, HEAVY) if name
 EACH_START = ("real", "noise", "kmeans", "herding", "k-center", "mix", "multiplier")
 REFUSED = {
     "a loss of the whole set": "sees the whole synthetic set at once",
-    "batch norm": "Use --set network.norm=instance, or one process.",
 }
 
 
@@ -145,7 +146,6 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
     found["fourier"] = steps | {"losses": "dm,dkkt", "ipc": 1, "sets": TINY | {"parametrization": "fourier"}}
     bases = {"parametrization": "bases", "parametrization.decoder": True, "initializer.reuse": True}
     found["bases"] = steps | {"losses": "dm", "ipc": 1, "sets": TINY | bases}
-    found["batch norm"] = steps | {"losses": "dm", "sets": TINY | {"network.norm": "batch"}}
     return found
 
 

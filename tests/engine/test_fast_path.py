@@ -21,7 +21,7 @@ import ddkit
 from ddkit.components import registry
 from ddkit.data.images import Normalisation
 from ddkit.engine.bank import Bank
-from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.draws import Inner, StepSource, ViewSpec
 from ddkit.engine.loop import Engine, Finiteness, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
 from ddkit.engine.step import Step
@@ -184,7 +184,8 @@ def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedder
     features = []
     for embedder in (compiled_embedders["float32"], Embedder(build_network(model(), INFO, 0, "network").requires_grad_(False), PLAIN)):
         steps = source(arithmetic=embedder.arithmetic)
-        steps.renew_every, steps.inner = 3, Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant")
+        steps.renew_every = 3
+        steps.inner = Inner(Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant"))
         steps._embedder, found = embedder, []
         for index in range(4):
             steps.advance(index, lambda: (x, labels))

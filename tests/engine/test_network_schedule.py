@@ -132,20 +132,83 @@ def test_chunks_of_classes_share_the_trained_network(recipe: Maker, name: str) -
     torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)
 
 
-def test_running_statistics_come_from_real_images_and_the_network_stays_in_training_mode(recipe: Maker) -> None:
-    job, bank, engine = made(recipe("gm", network={"norm": "batch"}))
-    modules = []
-    for index in (0, 1):
-        engine.source.advance(index, lambda: (bank.images, bank.labels))
-        module = engine.source.embedder(index).module
-        assert all(each.training for each in module.modules())
-        modules.append({name: value.clone() for name, value in network_tensors(module).items()})
-    fresh = build_network(job.model, job.info, 0, "network", 0)
-    rows = engine.source._drawn_rows(0, "batch norm", NORM_IMAGES)
-    assert torch.bincount(job.real.labels[rows]).tolist() == [NORM_IMAGES] * CLASSES
-    fresh(job.normalisation.normalise(job.real.images[rows]))
-    assert same(modules[0], network_tensors(fresh))
-    assert int(modules[1]["features.1.num_batches_tracked"]) == 4, "two passes over real images, two epochs"
+def by_the_book(job: RunSetup, source: Any, sets: list[Tensor], images: Tensor | None, labels: Tensor) -> list[dict[str, Tensor]]:
+    """Returns the tensors of each step's network, of a pool trained on `images` (None: the set after the step, of `sets`) and `labels`."""
+    table, networks, found = job.recipe.network, {}, []
+    for index in range(len(sets)):
+        turn = source.turn(index)
+        if turn.draw not in networks:
+            module = build_network(job.model, job.info, job.recipe.seed, "network", turn.draw)
+            networks[turn.draw] = module, torch.optim.SGD(module.parameters(), lr=table.inner_lr, momentum=table.inner_momentum)
+        module, optimizer = networks[turn.draw]
+        found.append({name: value.clone() for name, value in network_tensors(module).items()})
+        for _ in range((table.inner_steps or table.inner_epochs) if turn.age + 1 < table.renew_every and index + 1 < len(sets) else 0):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(module(sets[index + 1] if images is None else images), labels).backward()
+            optimizer.step()
+    return found
+
+
+POOL = {"pool": 2, "inner_epochs": 0, "inner_steps": 2, "inner_momentum": 0.9, "inner_lr": 0.1, "train_on": "synthetic"}
+
+
+@pytest.mark.parametrize("on", ["synthetic", "real"])
+def test_each_network_of_a_pool_goes_on_with_its_weights_and_momentum_until_it_is_renewed(recipe: Maker, on: str) -> None:
+    job, bank, engine = made(recipe("dm", network=POOL | {"train_on": on}, augmenter="none", steps=12))
+    watch = Watch()
+    advance(Engine(bank, engine.source, [*engine.losses, WeightedLoss("watch", watch, 1.0)]), 0, 12)
+    seen = watch.__dict__["seen"]
+    turns = [engine.source.turn(index) for index in range(12)]
+    assert {turn.place for turn in turns} == {0, 1}
+    assert max(turn.age for turn in turns) == SHARED - 1
+    assert max(turn.draw for turn in turns) > 2, "some were renewed"
+    real = job.normalisation.normalise(job.real.images) if on == "real" else None
+    labels = torch.arange(CLASSES).repeat_interleave(2) if real is None else job.real.labels
+    right = by_the_book(job, engine.source, [images for _, _, images in seen], real, labels)
+    for (tensors, _, _), expected in zip(seen, right, strict=True):
+        for key, value in expected.items():
+            torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_training_on_a_few_real_images_takes_new_ones_each_time(recipe: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[Tensor, Any]] = []
+    monkeypatch.setattr("ddkit.engine.draws.fit", lambda module, images, labels, schedule, **how: taken.append((images, how)))
+    network = {"train_on": "real", "inner_epochs": 0, "inner_steps": 2, "batch": 5, "inner_augment": False}
+    job, _, engine = made(recipe("dm", network=network))
+    advance(engine, 0, 3)
+    every = job.normalisation.normalise(job.real.images)
+    rows = [[(every == image).flatten(1).all(1).nonzero().item() for image in images] for images, _ in taken]
+    assert [len(set(each)) for each in rows] == [10, 10]
+    assert rows[0] != rows[1]
+    assert [(how["steps"], how["augmenter"]) for _, how in taken] == [(2, None)] * 2
+
+
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_batch_norm_has_the_statistics_of_real_images_so_that_an_image_does_not_depend_on_others(recipe: Maker, epochs: int) -> None:
+    job, bank, engine = made(recipe("dm", network={"norm": "batch", "inner_epochs": epochs}))
+    engine.evaluate(0)
+    if epochs:
+        engine.source.advance(1, lambda: (bank.images, bank.labels))
+    embedder = engine.source.embedder(1)
+    layers = [each for each in embedder.module.modules() if isinstance(each, nn.BatchNorm2d)]
+    assert [each.training for each in layers] == [False]
+    real = job.normalisation.normalise(job.real.images[engine.source._drawn_rows(1, "batch norm", NORM_IMAGES)])
+    assert len(real) == CLASSES * NORM_IMAGES
+    entering: list[Tensor] = []
+    layers[0].register_forward_pre_hook(lambda layer, inputs: entering.append(inputs[0]))
+    together = embedder(real)
+    torch.testing.assert_close(layers[0].running_mean, entering[0].mean((0, 2, 3)))
+    torch.testing.assert_close(layers[0].running_var, entering[0].transpose(0, 1).flatten(1).var(1))
+    torch.testing.assert_close(together[:1], embedder(real[:1]))
+
+
+def test_chunks_share_the_statistics_of_batch_norm(recipe: Maker) -> None:
+    sets = []
+    for chunk in (0, 1):
+        _, bank, engine = made(recipe("dm", network={"norm": "batch"} | POOL, engine={"chunk": chunk}))
+        advance(engine, 0, STEPS)
+        sets.append(bank.images.detach())
+    torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)
 
 
 # Exact repetition
@@ -200,6 +263,18 @@ def test_a_step_whose_network_was_not_trained_up_to_it_is_refused(recipe: Maker)
     _, _, engine = made(recipe("gm"))
     with pytest.raises(ddkit.RunFailed, match="network of step 2 is trained from that of step 1"):
         engine.evaluate(2)
+
+
+def test_a_network_of_a_pool_that_a_checkpoint_lacks_is_reported(recipe: Maker) -> None:
+    _, _, engine = made(recipe("dm", network=POOL))
+    advance(engine, 0, 11)
+    state = engine.state(11)
+    assert {key.split(".")[1] for key in state if key.startswith("network.")} == {str(turn.place) for turn in engine.source._waiting(11)}
+    assert any("optimizer.momentum_buffer" in key for key in state)
+    engine.load_state(11, state)
+    name = next(key for key in state if key.startswith("network."))
+    with pytest.raises(KeyError):
+        engine.load_state(11, {key: value for key, value in state.items() if key != name})
 
 
 # Bad values, and the recipe
