@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit import api
+from ddkit.distributed import ALONE, Ranks
 from ddkit.engine.draws import NORM_IMAGES
 from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
@@ -20,8 +21,9 @@ from ddkit.files import read_tensors, write_tensors
 from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network, network_tensors
 from ddkit.recipes.resolve import resolve
-from ddkit.recipes.tables import Recipe
+from ddkit.recipes.tables import Recipe, parse_recipe
 from ddkit.run.setup import RunSetup
+from ddkit.testing.world import in_parts
 from tests.engine.runs import made, same, write_npz
 
 CLASSES, STEPS, SHARED = 3, 6, 3  # steps 0, 1, 2 share one network, and 3, 4, 5
@@ -209,6 +211,21 @@ def test_chunks_share_the_statistics_of_batch_norm(recipe: Maker) -> None:
         advance(engine, 0, STEPS)
         sets.append(bank.images.detach())
     torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)
+
+
+def test_two_processes_train_a_pool_on_real_images_as_one_does_to_the_last_bit(recipe: Maker) -> None:
+    network = POOL | {"train_on": "real", "norm": "batch", "batch": 8, "inner_mix": "cutmix"}
+    table = recipe("dm", network=network, augmenter="dsa")
+
+    def trained(ranks: Ranks) -> dict[str, Tensor]:
+        setup = RunSetup(parse_recipe(table), device="cpu", ranks=ranks)
+        engine = setup.engine_over(setup.initial_bank())
+        advance(engine, 0, STEPS)
+        return engine.source._tensors()
+
+    alone = trained(ALONE)
+    assert any("momentum_buffer" in name for name in alone)
+    assert all(same(alone, each) for each in in_parts(2, trained))
 
 
 # Exact repetition
