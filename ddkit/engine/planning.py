@@ -189,7 +189,7 @@ class ExecutionPlan:
     def _training_flops(self) -> float:
         """Returns about how many operations the training of a network between two steps takes."""
         table = self.recipe.network
-        images = {"none": 0, "real": self._accessible, "synthetic": self.info.classes * self._images}[table.trained_on]
+        images = {"none": 0, "real": self._accessible, "synthetic": sum(self._counts)}[table.trained_on]
         seen = table.inner_steps * min(table.batch, images) or table.inner_epochs * images
         return 3 * forward_flops(self._probe, self.info) * seen * (1 - 1 / table.renew_every)
 
