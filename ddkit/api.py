@@ -223,7 +223,7 @@ def train(
         found = open_dataset(built.data)
         check_classes(found)
         check_writable(path)  # before an hour of training
-        teacher = train_teacher(found, None, built.teacher, built.train, seed=built.seed, device=where, watchers=watchers)
+        teacher = train_teacher(found, None, built.teacher, built.train, data=built.data, seed=built.seed, device=where, watchers=watchers)
         save_teacher(path, teacher)
     return teacher
 
@@ -271,7 +271,7 @@ def train_experts(
         settings = settings_of(built, real, network, seed=built.seed)
         check_folder(path, settings)
         check_writable(path / "experts.json")
-        train_into(path, settings, built.experts.count or COUNT, real, network, where, watchers)
+        train_into(path, settings, built.experts.count or COUNT, real, network, where, watchers, built.data)
         return open_experts(path, built.experts, settings, network)
 
 

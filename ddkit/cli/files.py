@@ -69,10 +69,16 @@ VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!
     help="Number of the set, if the file holds several runs (default: 0, the first).",
 )
 @click.option("--grid", type=click.IntRange(1, 8), help="Each image is a grid of so many images along each side; 1: it is none.")
+@click.option(
+    "--whitened/--not-whitened",
+    default=None,
+    help="Its networks see images whitened by ZCA of all training images of --dataset; or they are not, whatever it looks like.",
+)
+@click.option("--dataset", type=Names("dataset"), metavar="NAME[:ARG]", help="Real data whose training images --whitened whitens by.")
 @click.option("--step-size", type=Kind("x|file", _step_size), help="Learning rate that was learned with the set, or a file of it.")
 @click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
-@set_option("Option of a teacher's model, e.g. teacher.norm=batch, or of a set's parametrization.")
+@set_option("Option of a teacher's model, e.g. teacher.norm=batch, or of a set's parametrization; with --whitened data.whiten_eps=0.1.")
 @plugin_files
 @as_json
 @quiet

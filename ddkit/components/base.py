@@ -217,8 +217,8 @@ class Parametrization(Component):
 
     A row depends on its own images alone, and an image on its own row and on the tensors that all classes share. `stores_images` says
     that rows are images (C, H, W) and that it makes no difference in which units a channel is encoded and decoded: such a set is stored
-    in pixel units, any other in the units of the run. `linear` says that the images of an average of rows are the average of the images,
-    so that two sets can be blended.
+    in pixel units unless it is whitened, any other in the units of the run. `linear` says that the images of an average of rows are the
+    average of the images, so that two sets can be blended.
     """
 
     stores_images: ClassVar[bool] = False

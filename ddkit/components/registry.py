@@ -319,7 +319,7 @@ def _blamed(plugin: Plugin, failed: str, helps: str) -> Iterator[None]:
 
 
 OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside them, which ddkit.recipes.tables declares
-    "data": {"use", "dir", "batch", "test", "held_out", "memory"},
+    "data": {"use", "dir", "batch", "test", "held_out", "memory", "whiten", "whiten_eps", "whiten_absolute"},
     "teacher": {"use", "model", "mean", "std"},
     "train": {"epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "augmenter"},
     "network": {

@@ -12,10 +12,13 @@ import math
 import mmap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from ddkit.data.whitening import Whitening
 
 LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow converts
 PART_BYTES = 2**24  # of pages of a file that are in memory at once
@@ -161,11 +164,12 @@ def channel_statistics(
 
 
 class Normalisation:
-    """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back."""
+    """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back; if there is a `whitening`, to whitened ones."""
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float], whitening: Whitening | None = None) -> None:
         self.mean = tuple(map(float, mean))
         self.std = tuple(map(float, std))
+        self.whitening = whitening
         if len(self.mean) != len(self.std) or not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std, default=0) <= 0:
             raise ValueError(f"Normalisation(mean={mean}, std={std}): a finite mean and a finite std above 0 for each channel are needed.")
         self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -180,8 +184,15 @@ class Normalisation:
     def normalise(self, images: Tensor) -> Tensor:
         """Returns float32 normalised images (n, C, H, W) from uint8 or pixel units."""
         x = to_unit(images)
+        if self.whitening is not None:
+            return self.whitening.whiten(x)
         mean, std = self._constants(x)
         return (x - mean) / std
+
+    def same(self, other: Normalisation) -> bool:
+        """Whether both give the same images."""
+        digests = [None if each.whitening is None else each.whitening.digest for each in (self, other)]
+        return (self.mean, self.std, digests[0]) == (other.mean, other.std, digests[1])
 
     def lazily(self, images: Tensor) -> Tensor | NormalisedRows:
         """Returns normalised images: a tensor, or where `images` lie on the disk, rows that are normalised where they are looked at."""
@@ -189,6 +200,8 @@ class Normalisation:
 
     def to_pixels(self, images: Tensor) -> Tensor:
         """Returns images in pixel units from normalised ones; not clipped."""
+        if self.whitening is not None:
+            return self.whitening.undo(images)
         mean, std = self._constants(images)
         return images * std + mean
 

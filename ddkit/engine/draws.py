@@ -100,6 +100,7 @@ class StepSource:
     labels: LabelsTable = field(default_factory=LabelsTable)
     ranks: Ranks = ALONE
     gradients: ClassGradients | None = None
+    _whitened: Tensor | None = None
     _embedder: Embedder | None = None
     _network_index: int = -1  # the draw that the network is of
     _others: dict[int, dict[str, Tensor]] = field(default_factory=dict)  # by draw, those of the pool that will serve again
@@ -117,6 +118,8 @@ class StepSource:
         self.counts = torch.bincount(self.real_labels, minlength=self.info.classes)
         if not on_disk(self.real_images):
             self.real_images = self.real_images.to(self.device)
+            if self.normalisation.whitening is not None:  # once: it may cost as much as embedding them
+                self._whitened = self.normalisation.normalise(self.real_images)
 
     def once(self, index: int, purpose: str, make: Callable[[], T]) -> T:
         """Returns what `make` gives for `purpose` at step `index`, made once a step, whatever its chunks."""
@@ -142,6 +145,8 @@ class StepSource:
     def real_of(self, rows: Tensor) -> Tensor:
         """Returns `rows` (on the CPU) of the real images, which are of this process's classes, normalised, on the device."""
         rows = rows - self.own_real.start
+        if self._whitened is not None:
+            return self._whitened if len(rows) == len(self._whitened) else self._whitened[to_device(rows, self.device)]
         if on_disk(self.real_images):
             pixels = to_device(rows_of(self.real_images, rows), self.device)
         else:

@@ -17,9 +17,10 @@ from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.observers import Observers, Report
 from ddkit.components.options import written_options
-from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.data.images import Normalisation, NormalisedRows
 from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import data_info
+from ddkit.data.whitening import normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import RunFailed, RunFilesError
 from ddkit.files import SCHEMA, cache_folder, make_folder, path_part, read_tensors, sha256, tensors_bytes, vouch, vouched
@@ -29,7 +30,7 @@ from ddkit.nn.networks import build_network, training_flops
 from ddkit.nn.teacher import Teacher, all_finite, load_teacher, save_teacher
 from ddkit.nn.training import accuracy, fit
 from ddkit.recipes.protocols import Schedule
-from ddkit.recipes.tables import TeacherTable, TrainTable
+from ddkit.recipes.tables import DataTable, TeacherTable, TrainTable
 from ddkit.seeding import generator
 
 log = logging.getLogger("ddkit")
@@ -41,11 +42,12 @@ def train_teacher(
     table: TeacherTable,
     train: TrainTable,
     *,
+    data: DataTable,
     seed: int,
     device: torch.device,
     watchers: Observers | None = None,
 ) -> Teacher:
-    """Returns a teacher trained on all of the training split; its test accuracy, if there is a test split, is recorded.
+    """Returns a teacher trained on all of the training split, whitened if `data` says so; its test accuracy, if it can be, is recorded.
 
     Raises RunFailed where the training diverges.
     """
@@ -53,7 +55,7 @@ def train_teacher(
     count = f"{len(labels):,} images"
     reading = watchers.begin("reading", f"Reading all {count} of the training split, for the teacher", total=len(labels))
     images = load_images(dataset, "train", range(len(labels)), shape, reading)
-    norm = Normalisation(*channel_statistics(images))
+    norm = normalisation_of(images, data)
     info = data_info(dataset, images.shape[1:])
     model = registry.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
@@ -76,7 +78,7 @@ def train_teacher(
         "test_accuracy": _test_accuracy(module, dataset, info, norm, device),
         "training": {**msgspec.structs.asdict(train), "seed": seed},
     }
-    return Teacher(module, mean=norm.mean, std=norm.std, info=record)
+    return Teacher(module, mean=norm.mean, std=norm.std, whitening=norm.whitening, info=record)
 
 
 def _fit(
@@ -139,6 +141,7 @@ def automatic_teacher(
     device: torch.device,
     watchers: Observers | None = None,
     *,
+    data: DataTable,
     ranks: Ranks = ALONE,
     train_it: bool = True,
 ) -> Teacher | None:
@@ -168,6 +171,7 @@ def automatic_teacher(
         "model": table.model,
         "options": table.options,
         "train": msgspec.structs.asdict(train),
+        **whitening_key(data),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"{path_part(table.model)}-{digest}.safetensors"
@@ -184,14 +188,14 @@ def automatic_teacher(
                 f"The cache folder {folder} cannot be written ({error.strerror or error}), so a teacher cannot be kept there. "
                 "Name another with the environment variable DDKIT_CACHE, or give --teacher FILE."
             ) from None
-        made = train_teacher(dataset, shape, table, train, seed=0, device=device, watchers=watchers)
+        made = train_teacher(dataset, shape, table, train, data=data, seed=0, device=device, watchers=watchers)
         if not _kept(path, made):
             if ranks.world_size > 1:
                 raise RunFilesError(f"The other processes of the run read the teacher from the cache, {folder}. Give --teacher FILE.")
             module = made.module.to(memory_format=torch.contiguous_format)  # and the rest is as if it were read from its file
-            digest = hashlib.sha256(tensors_bytes(module.state_dict(), made.info)).hexdigest()
+            digest = hashlib.sha256(tensors_bytes(made.tensors, made.info)).hexdigest()
             record = json.loads(json.dumps({"schema": SCHEMA, **made.info}))
-            return Teacher(module, mean=made.mean, std=made.std, info=record, sha256=digest)
+            return Teacher(module, mean=made.mean, std=made.std, whitening=made.whitening, info=record, sha256=digest)
     ranks.broadcast([path.name, sha256(path)])  # the others wait for this
     return load_teacher(TeacherTable(use=str(path), model=table.model), info, device)
 

@@ -26,9 +26,10 @@ from ddkit.components import registry
 from ddkit.components.base import DataInfo, Model
 from ddkit.components.observers import Observers, Report
 from ddkit.components.options import written_options
-from ddkit.data.images import Normalisation, NormalisedRows, channel_statistics
+from ddkit.data.images import Normalisation, NormalisedRows
 from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import RealData
+from ddkit.data.whitening import Whitening, normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import (
@@ -50,11 +51,12 @@ from ddkit.nn.networks import build_network, network_tensors, redraw, training_f
 from ddkit.nn.teacher import all_finite
 from ddkit.nn.training import fit
 from ddkit.recipes.protocols import Schedule
-from ddkit.recipes.tables import ExpertsTable, Recipe, TrainTable
+from ddkit.recipes.tables import DataTable, ExpertsTable, Recipe, TrainTable
 from ddkit.seeding import drawn_from, generator
 
 log = logging.getLogger("ddkit")
 MANIFEST = "experts.json"
+WHITENING = "whitening.safetensors"
 COUNT, EPOCHS, SAVE_EVERY = 20, 10, 1  # of experts that are trained, if the recipe leaves them open
 TRAINED = "ddkit train --experts"
 
@@ -139,8 +141,11 @@ class _Data(msgspec.Struct, forbid_unknown_fields=True):
     images: int
 
 
-class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """All that decides the weights of an expert, by its number; `units` are mean and std of a teacher, if it is trained in those."""
+class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """All that decides the weights of an expert, by its number; `units` are mean and std of a teacher, if it is trained in those.
+
+    `whiten` says how its images are whitened, {} if they are not: `whiten` as in whitening_key, or the `sha256` of the teacher's.
+    """
 
     data: _Data
     class_names: list[str]
@@ -153,6 +158,7 @@ class Settings(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     save_every: Annotated[int, msgspec.Meta(ge=1)]
     precision: str
     seed: int
+    whiten: dict[str, Any] = {}
 
     @property
     def digest(self) -> str:
@@ -171,6 +177,7 @@ class _Manifest(msgspec.Struct, forbid_unknown_fields=True):
     mean: list[float]
     std: list[float]
     experts: list[_File]
+    whitening: str | None = None  # the sha256 of its file
 
 
 def settings_of(recipe: Recipe, real: RealData, model: Model, *, units: Normalisation | None = None, seed: int = 0) -> Settings:
@@ -196,6 +203,7 @@ def settings_of(recipe: Recipe, real: RealData, model: Model, *, units: Normalis
         class_names=list(info.class_names), input_shape=info.shape, units=None if units is None else (list(units.mean), list(units.std)),
         model=registry.split_name(recipe.network.model)[0], options=written_options(model.options), train=training,
         epochs=table.epochs or EPOCHS, save_every=table.save_every or SAVE_EVERY, precision=table.precision, seed=seed,
+        whiten={"sha256": units.whitening.digest} if units and units.whitening else {} if units else whitening_key(recipe.data),
     )  # fmt: skip
     return msgspec.json.decode(msgspec.json.encode(found), type=Settings)  # as a manifest gives them back, to be compared
 
@@ -234,7 +242,7 @@ def experts_of(
         log.info("There are no experts in the cache that can be used. %s", error)
     if found is None and train_it:
         log.warning("The run needs experts. %d are trained, and kept for the next time.", table.count, extra={"news": True})
-        train_experts(make_folder(folder), wanted, table.count or COUNT, real, model, device, watchers)
+        train_experts(make_folder(folder), wanted, table.count or COUNT, real, model, device, watchers, units or recipe.data)
         found = open_experts(folder, table, wanted, model)
     ranks.broadcast(None if found is None else str(folder))  # the others wait for this
     return found
@@ -266,9 +274,9 @@ def open_experts(folder: Path, table: ExpertsTable, wanted: Settings, model: Mod
         return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     try:
-        norm = Normalisation(manifest.mean, manifest.std)
+        norm = Normalisation(manifest.mean, manifest.std, _whitening_in(folder, manifest))
     except ValueError as error:
-        raise InputError(f"The experts {folder} have channel statistics that are none: {error}.", "experts.use") from None
+        raise InputError(f"The experts {folder} cannot be used: {error}.", "experts.use") from None
     rows = list(zip(*(entry.accuracy for entry in manifest.experts[:count]), strict=False))
     accuracy = [None if None in row else sum(filter(None, row)) / count for row in rows]
     digest = hashlib.sha256("".join(entry.sha256 for entry in manifest.experts[:count]).encode()).hexdigest()
@@ -318,12 +326,25 @@ def _check_fit(folder: Path, table: ExpertsTable, manifest: _Manifest, wanted: S
         keys = sorted(key for key in {*theirs.options, *wanted.options} if theirs.options.get(key) != wanted.options.get(key))
         sets = " ".join([f"--set network.model={theirs.model}", *(f"--set network.{key}={theirs.options.get(key)}" for key in keys)])
         refuse(f"they are of another network than [network], {theirs.model}", f"Theirs is {sets}", "network.model")
-    if wanted.units not in (None, (manifest.mean, manifest.std)):
+    if bool(wanted.whiten) != bool(theirs.whiten):
+        what = "whitened" if theirs.whiten else "plain"
+        refuse(f"they are trained on {what} images", f"Use --set data.whiten={str(bool(theirs.whiten)).lower()}.", "data.whiten")
+    if wanted.units not in (None, (manifest.mean, manifest.std)) or (wanted.units and wanted.whiten != theirs.whiten):
         refuse("their images are not normalised as the teacher's", "Leave experts.use at auto, which trains them so.")
     for key in ("epochs", "save_every"):
         asked = getattr(table, key)
         if asked is not None and asked != getattr(theirs, key):
             refuse(f"they have {key} = {getattr(theirs, key)}", f"Leave experts.{key} out.", f"experts.{key}")
+
+
+def _whitening_in(folder: Path, manifest: _Manifest) -> Whitening | None:
+    """Returns the whitening of a folder's images; raises ValueError where its file is not that of the manifest."""
+    if not manifest.settings.whiten:
+        return None
+    path = folder / WHITENING
+    if not path.is_file() or sha256(path) != manifest.whitening:
+        raise ValueError(f"{WHITENING} is not the file that {MANIFEST} lists")
+    return Whitening.taken(read_tensors(path)[0], manifest.settings.input_shape)
 
 
 def _check_file(path: Path, known: str, digest: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -349,9 +370,12 @@ def _check_file(path: Path, known: str, digest: str, shapes: Mapping[str, tuple[
 
 
 def train_experts(
-    folder: Path, settings: Settings, count: int, real: RealData, model: Model, device: torch.device, watchers: Observers
-) -> None:
+    folder: Path, settings: Settings, count: int, real: RealData, model: Model, device: torch.device, watchers: Observers,
+    units: Normalisation | DataTable,
+) -> None:  # fmt: skip
     """Trains `count` experts into a folder; those that are there already, whole and with the same settings, stay as they are.
+
+    `units` is the normalisation of a teacher, or the table that says whether the images are whitened.
 
     On a CPU that need not compile, as many are trained side by side as there are threads, each by one: their bytes do not depend on it.
     Raises RunFailed where a training diverges.
@@ -365,7 +389,7 @@ def train_experts(
         pixels = load_images(real.dataset, "train", range(len(labels)), info.shape, reading)
     else:
         pixels, labels = real.all_images(), real.labels
-    norm = Normalisation(*(settings.units or channel_statistics(pixels)))
+    norm = normalisation_of(pixels, units) if isinstance(units, DataTable) else units
     images, labels = norm.lazily(pixels).to(device), labels.to(device)
     if left and not (folder / MANIFEST).exists():
         _write_manifest(folder, settings, norm, [])  # so that it can go on after a kill
@@ -418,7 +442,7 @@ def check_folder(folder: Path, settings: Settings) -> None:
     except InputError as error:
         raise RunFilesError(f"--out: {error}") from None
     ours = msgspec.to_builtins(settings)
-    unlike = [f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if theirs[key] != ours[key]]
+    unlike = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
     if unlike:
         raise RunFilesError(f"--out {folder} holds other experts: {'; '.join(unlike)}. Name a new folder, or give the same settings.")
 
@@ -537,4 +561,7 @@ def _accuracy_of(path: Path, settings: Settings) -> list[float | None] | None:
 
 def _write_manifest(folder: Path, settings: Settings, norm: Normalisation, entries: Sequence[Mapping[str, Any]]) -> None:
     content = {"schema": SCHEMA, "settings": msgspec.to_builtins(settings), "mean": list(norm.mean), "std": list(norm.std)}
+    if norm.whitening is not None:
+        write_tensors(folder / WHITENING, norm.whitening.tensors, {"settings": settings.digest})
+        content["whitening"] = sha256(folder / WHITENING)
     write_json(folder / MANIFEST, with_digest({**content, "experts": list(entries)}))

@@ -17,6 +17,7 @@ from ddkit.components import registry
 from ddkit.components.base import DataInfo
 from ddkit.data.images import Normalisation, NormalisedRows, rows_of, spread
 from ddkit.data.real import RealData
+from ddkit.data.whitening import Whitening
 from ddkit.errors import InputError
 from ddkit.files import not_permitted, open_regular, read_tensors, sha256, write_tensors
 from ddkit.nn.networks import build_network
@@ -31,20 +32,31 @@ JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: ev
 class Teacher:
     """A trained classifier in evaluation mode and what is recorded of it.
 
-    `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1); `info` holds the metadata of its
-    file ({} for a bare state dict); `sha256` is that of the file.
+    `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1), and `whitening` is theirs, if they are whitened;
+    `info` holds the metadata of its file ({} for a bare state dict); `sha256` is that of the file.
     """
 
     module: nn.Module
     _: KW_ONLY
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    whitening: Whitening | None = None
     info: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     path: str = ""
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """Makes its inputs of images in pixel units."""
+        return Normalisation(self.mean, self.std, self.whitening)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """What its file holds: the state dict, and the tensors of its whitening."""
+        return {**self.module.state_dict(), **({} if self.whitening is None else self.whitening.tensors)}
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -123,10 +135,14 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     if shape is not None and tuple(shape) != info.shape:
         raise InputError(f"The teacher {path} takes images of shape {tuple(shape)} (C, H, W), the data has {info.shape}.")
     mean, std = _statistics(table, record, info.channels, path)
+    try:
+        whitening = Whitening.taken(tensors, info.shape)
+    except ValueError as error:
+        raise InputError(f"The teacher {path} cannot be used: {error}.", "teacher.use") from None
     model, options = record.get("model", table.model), record.get("options", table.options)
     module = build_network(registry.create("model", model, options, data=info, where="teacher"), info, 0, "teacher shape")
     load_state(module, tensors, path, model, recorded=bool(record))
-    return Teacher(module.to(device), mean=mean, std=std, info=record, sha256=sha256(path), path=str(path.absolute()))
+    return Teacher(module.to(device), mean=mean, std=std, whitening=whitening, info=record, sha256=sha256(path), path=str(path.absolute()))
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -198,7 +214,7 @@ def all_finite(tensors: Mapping[str, Tensor]) -> bool:
 def save_teacher(path: Path, teacher: Teacher) -> None:
     """Writes a teacher file: its state dict, and its record as metadata."""
     record = {key: value for key, value in teacher.info.items() if key != "schema"}
-    write_tensors(path, teacher.module.state_dict(), record)
+    write_tensors(path, teacher.tensors, record)
 
 
 class Tested(msgspec.Struct, frozen=True):
@@ -217,7 +233,7 @@ def tested(teacher: Teacher, real: RealData, device: torch.device) -> Tested | N
     if not len(rows):
         return None
     own = rows[(rows >= real.own.start) & (rows < real.own.stop)]
-    images = NormalisedRows(rows_of(real.images, own - real.own.start), Normalisation(teacher.mean, teacher.std), device)
+    images = NormalisedRows(rows_of(real.images, own - real.own.start), teacher.normalisation, device)
     labels, classes = real.labels[own], real.info.classes
     found = predicted(teacher.module, images, batch=100).cpu() if len(own) else labels
     counts = [labels[found == labels].bincount(minlength=classes), labels.bincount(minlength=classes)]

@@ -45,6 +45,19 @@ class DataTable(PluginTable):
         | None
     ) = None
     memory: Annotated[int, Option("MiB that decoded images may take; more of them are read from the disk as they are needed", ge=1)] = 2048
+    whiten: Annotated[bool, Option("whether networks see whitened images: by ZCA of the accessible ones, or as the teacher")] = False
+    whiten_eps: (
+        Annotated[
+            float,
+            Option(
+                "regularisation of the whitening, a share of the mean variance of a pixel; left out: 0.1, more for few images",
+                ge=1e-6,
+                le=1e6,
+            ),
+        ]
+        | None
+    ) = None
+    whiten_absolute: Annotated[bool, Option("whether whiten_eps is a variance, of pixels in 0..1, and no share of the mean")] = False
 
 
 class TeacherTable(PluginTable):
@@ -348,6 +361,8 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     recipe.network.check()
     if recipe.network.trained_on == "real" and recipe.pipc == 0:
         raise InputError("With pipc 0 there are no real images to train networks on. Give --pipc 1 or more.", "pipc")
+    if not recipe.data.whiten and (recipe.data.whiten_eps is not None or recipe.data.whiten_absolute):
+        raise InputError("data.whiten_eps and data.whiten_absolute have no effect without --set data.whiten=true.", "data.whiten_eps")
     return recipe
 
 

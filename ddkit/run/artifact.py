@@ -17,6 +17,7 @@ from ddkit.components.base import Parametrization
 from ddkit.components.guard import blamed
 from ddkit.components.options import Count, written_options
 from ddkit.data.images import Normalisation, most_classes
+from ddkit.data.whitening import NAMES, Whitening
 from ddkit.errors import InputError, RunFailed, RunFilesError, shown
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.manifest import SET, check_finished, check_listed, check_own
@@ -44,31 +45,38 @@ class Artifact:
 
     Its file holds `stored`, rows of which the parametrization that the metadata name makes the images, and `row_labels` of these rows;
     without one they are the images. `stored_images` and `stored_labels` are to look at: the rows if they are images, else the images that
-    are made. `mean` and `std` are the channel statistics that training on it should use; `parameters` are extra tensors: those that losses
-    declared (DKKT's multipliers), and those that all classes share to make images; `metadata` is what the file records; `provenance` is
-    filled in for exporters.
+    are made. `mean` and `std` are the channel statistics that training on it should use, and `whitening` the transform if its networks
+    see whitened images; `normalisation` applies them. `parameters` are extra tensors: those that losses declared (DKKT's multipliers), and
+    those that all classes share to make images; `metadata` is what the file records; `provenance` is filled in for exporters.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
-        """`images` and `labels` are those to be stored: of a parametrization the rows. Raises InputError if these make no images."""
+        """`images` and `labels` are those to be stored: of a parametrization the rows. The tensors of a whitening are among `parameters`.
+
+        Raises InputError if these make no images.
+        """
         self.stored = images
         self.row_labels = labels
         self.metadata = metadata
         self.parameters = dict(parameters or {})
         self.provenance = Provenance()
         self.parametrization = parametrization_of(metadata)
+        in_pixels = stored_in_pixels(self.parametrization, NAMES[0] in self.parameters)
+        shape = tuple(images.shape[1:] if in_pixels else metadata["image_shape"])
+        self.whitening = Whitening.taken(self.parameters, shape)
+        self.normalisation = Normalisation(self.mean, self.std, self.whitening)
         self.images = images
         self.labels = labels
         self.stored_images = images
         self.stored_labels = labels
         if self.parametrization is not None:
             makes = self.parametrization
-            channels, height, width = images.shape[1:] if makes.stores_images else metadata["image_shape"]
+            channels, height, width = shape
             with blamed("parametrization", makes):
                 made = makes.decode(images, (channels, height, width), self.parameters)
-            self.images = made if makes.stores_images else Normalisation(self.mean, self.std).to_pixels(made)
+            self.images = made if in_pixels else self.normalisation.to_pixels(made)
             self.labels = labels if makes.per_row == 1 else labels.repeat_interleave(makes.per_row)
-            if not makes.stores_images:
+            if not in_pixels:
                 self.stored_images = self.images
                 self.stored_labels = self.labels
         self.soft_labels = self.parameters.get("soft_labels")
@@ -119,8 +127,8 @@ class Artifact:
 
     @property
     def normalised(self) -> Tensor:
-        """(n, C, H, W) images as (x - mean) / std."""
-        return Normalisation(self.mean, self.std).normalise(self.images)
+        """(n, C, H, W) images as networks see them: (x - mean) / std, or whitened."""
+        return self.normalisation.normalise(self.images)
 
     @property
     def targets(self) -> Tensor:
@@ -134,19 +142,29 @@ class Artifact:
 
     def save(self, path: Path) -> None:
         """Writes the set as safetensors, whole or not at all."""
-        name = "images" if self.parametrization is None or self.parametrization.stores_images else "stored"
-        write_tensors(path, {**self.parameters, name: self.stored, "labels": self.row_labels}, self.metadata)
+        name = "images" if stored_in_pixels(self.parametrization, self.whitening is not None) else "stored"
+        write_tensors(path, {**self.all_parameters, name: self.stored, "labels": self.row_labels}, self.metadata)
+
+    @property
+    def all_parameters(self) -> dict[str, Tensor]:
+        """The parameters with the tensors of the whitening, as they are given to make such a set."""
+        return {**self.parameters, **({} if self.whitening is None else self.whitening.tensors)}
 
 
-def made_with(makes: Parametrization, use: str, shape: Sequence[int]) -> dict[str, Any]:
+def stored_in_pixels(makes: Parametrization | None, whitened: bool) -> bool:
+    """Whether a set stores images in pixel units: not if others are made of them and it makes a difference in which units."""
+    return makes is None or (makes.stores_images and not whitened)
+
+
+def made_with(makes: Parametrization, use: str, shape: Sequence[int], *, whitened: bool = False) -> dict[str, Any]:
     """Returns what the metadata of a set say of its parametrization, called `use`: name and options; {} if the rows are the images.
 
-    It has the `shape` (C, H, W) of the images if the rows do not show it.
+    It has the `shape` (C, H, W) of the images if the rows do not show it, or are not in pixel units as those of a `whitened` set.
     """
     if use == "pixels":
         return {}
     found = {"parametrization": {"use": use, **written_options(makes.options)}}
-    return found if makes.stores_images else {**found, "image_shape": list(shape)}
+    return found if stored_in_pixels(makes, whitened) else {**found, "image_shape": list(shape)}
 
 
 def parametrization_of(metadata: Mapping[str, Any]) -> Parametrization | None:
@@ -226,7 +244,7 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
     shape = record.image_shape if "images" not in tensors else (images.shape[1], images.shape[2], images.shape[3])
     try:
         makes = parametrization_of(metadata)
-        if shape is None or (makes is None or makes.stores_images) != ("images" in tensors):
+        if shape is None or stored_in_pixels(makes, NAMES[0] in tensors) != ("images" in tensors):
             return "its tensors are not those of its parametrization"
         if makes is not None:
             makes.check(shape)
@@ -237,6 +255,10 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
                 return f"its images of {shape} values would be more than {MOST_MADE:,} times as many as are stored"
     except InputError as error:
         return f"its images cannot be made: {error}"
+    try:
+        Whitening.taken(dict(tensors), shape)
+    except ValueError as error:
+        return str(error)
     if len(record.mean) != shape[0] or len(record.std) != shape[0]:
         return "its mean and std do not fit its channels"
     if not all(math.isfinite(value) for value in (*record.mean, *record.std)) or min(record.std) <= 0:

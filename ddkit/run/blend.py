@@ -14,7 +14,7 @@ from ddkit.errors import FlagError, InputError
 from ddkit.files import sha256
 from ddkit.recipes.tables import parse_recipe, recipe_dict
 from ddkit.run import warnings
-from ddkit.run.artifact import Artifact, load
+from ddkit.run.artifact import Artifact, load, stored_in_pixels
 from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.manifest import MANIFEST, RECIPE, SET, read_manifest
 from ddkit.run.report import close_run
@@ -44,7 +44,7 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
             directory.write_recipe(recipe_dict(recipe))
         save_set(result, directory)
         add_frame(directory.path, 0, ours.stored_images, ours.stored_labels)
-        partner = Artifact(theirs.stored[partners(ours, theirs)], ours.row_labels, theirs.metadata, theirs.parameters)
+        partner = Artifact(theirs.stored[partners(ours, theirs)], ours.row_labels, theirs.metadata, theirs.all_parameters)
         add_frame(directory.path, 1, partner.stored_images, ours.stored_labels)
         facts = _facts([place.absolute() for place in places], alpha)
         close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
@@ -77,19 +77,19 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     if not 0 <= alpha <= 1:
         raise FlagError(f"--alpha {alpha}: it is the share of the second set, from 0 to 1.")
     partner = partners(first, second)
-    if (first.mean, first.std) != (second.mean, second.std):
+    if not first.normalisation.same(second.normalisation):
         log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
     rows = torch.lerp(first.stored, second.stored[partner], alpha)
     known = [part.metadata["pipc"] for part in (first, second) if part.metadata.get("pipc") is not None]
     pipc = {} if not known else {"pipc": "all" if "all" in known else max(known)}  # that both together had access to
     seeds = sorted({seed for part in (first, second) for seed in part.seeds})
     metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | pipc
-    soft = {}
+    soft = {} if first.whitening is None else first.whitening.tensors
     if first.soft_labels is not None or second.soft_labels is not None:
         metadata["labels"] = "blended"
         theirs = second.targets.unflatten(0, (len(partner), -1))[partner].flatten(0, 1)  # a stored image may be decoded into several
         columns = [second.class_names.index(name) for name in first.class_names]
-        soft = {"soft_labels": torch.lerp(first.targets, theirs[:, columns], alpha)}
+        soft |= {"soft_labels": torch.lerp(first.targets, theirs[:, columns], alpha)}
     return Artifact(rows, first.row_labels, {key: value for key, value in metadata.items() if key != "schema"}, soft)
 
 
@@ -111,7 +111,8 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
     if made[0] != made[1]:
         raise InputError("Images are made of the numbers of one set and not in the same way of the other's; the two cannot be averaged.")
     makes = first.parametrization
-    if makes is not None and not (makes.linear and (makes.stores_images or (first.mean, first.std) == (second.mean, second.std))):
+    in_pixels = all(stored_in_pixels(makes, each.whitening is not None) for each in (first, second))
+    if makes is not None and not (makes.linear and (in_pixels or first.normalisation.same(second.normalisation))):
         why = "their normalisations differ" if makes.linear else "averaged numbers do not make averaged images"
         raise InputError(f"The sets are stored as {makes.name}, and {why}; they cannot be averaged.")
     partner = torch.empty(len(first.row_labels), dtype=torch.int64)

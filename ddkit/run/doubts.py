@@ -113,6 +113,28 @@ def looks_like_grid(images: Tensor) -> int | None:
     return None
 
 
+def looks_whitened(images: Tensor) -> bool:
+    """Whether images (n, C, H, W) as a file has them look whitened: about half negative, not skewed, neighbours hardly alike, heavy tails.
+
+    Normalised photographs and digits have neighbours that are alike, and kurtosis 2; noise has light tails, kurtosis 3 if it is normal.
+    Measured on 10 and 100 images of digits and CIFAR-10, whitened as the public code of kernel inducing points and of trajectory matching
+    do: 50 to 60 % negative, skewness up to 0.4, correlation of neighbours 0.04 to 0.67, kurtosis 3.5 to 4.5.
+    """
+    if (
+        not images.is_floating_point()
+        or images.ndim != 4
+        or min(images.shape[2:]) < 2
+        or not 0.3 < float((images < 0).float().mean()) < 0.7
+    ):
+        return False
+    x = images.double() - images.double().mean()
+    variance = float(x.square().mean())
+    skewness, kurtosis = float((x**3).mean()) / variance**1.5, float((x**4).mean()) / variance**2
+    alike = float((x[..., 1:] * x[..., :-1]).mean() + (x[..., 1:, :] * x[..., :-1, :]).mean()) / 2 / variance
+    heavy = 3 + max(0.3, 4 * math.sqrt(24 / x.numel()))  # four standard deviations of the kurtosis of so many normal numbers
+    return abs(skewness) < 0.7 and alike < 0.75 and kurtosis > heavy
+
+
 def below_random_real(row: Any, tests: int) -> list[str]:
     """Returns what to say of a row of an evaluation, on `tests` images, whose set is worse than random real images beyond the spread.
 

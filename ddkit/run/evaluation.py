@@ -40,7 +40,9 @@ from ddkit.run.setup import evaluators_of
 
 log = logging.getLogger("ddkit")
 EVALUATING = Part(
-    ("data", "teacher", "train", "evaluators", "protocols", "seed", "pipc"), ("data.batch",), "the set is evaluated as it is."
+    ("data", "teacher", "train", "evaluators", "protocols", "seed", "pipc"),
+    ("data.batch", "data.whiten", "data.whiten_eps", "data.whiten_absolute"),
+    "the set is evaluated as it is, whitened if it was made so.",
 )
 
 
@@ -166,7 +168,9 @@ def judged(
     teacher: Teacher | None = None
     if recipe.teacher.use == "auto":
         if required:
-            teacher = automatic_teacher(real.dataset, real.info.shape, recipe.teacher, recipe.train, where, watchers, ranks=ranks)
+            teacher = automatic_teacher(
+                real.dataset, real.info.shape, recipe.teacher, recipe.train, where, watchers, data=recipe.data, ranks=ranks
+            )
     elif required or with_teacher:
         teacher = load_teacher(recipe.teacher, real.info, where)
     if teacher is not None:

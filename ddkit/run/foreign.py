@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from ddkit.data.arrays import check_declared, read_arrays
+from ddkit.data.whitening import Whitening
 from ddkit.errors import DdkitError, InputError
 from ddkit.files import open_regular, read_tensors
 from ddkit.run.artifact import Record
@@ -89,6 +90,7 @@ def _read_npz(path: Path) -> tuple[Any, dict[str, Any]]:
     names = arrays.get("class_names")
     if "x_train" in found:
         recorded |= {"pixels": "unit"} if "unclipped" in arrays else {}
+        recorded |= _whitening_in(found, found["x_train"], path)
         recorded |= {"classes": names.tolist()} if names is not None and names.dtype.kind == "U" and names.ndim == 1 else {}
     return found, recorded
 
@@ -106,8 +108,18 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
             table = own.parametrization or ({"use": "grid", **own.decode} if own.decode else {})
             return tensors, {
                 "pixels": "unit", "classes": own.class_names, "mean": own.mean, "std": own.std, "parametrization": table,
+                **_whitening_in(tensors, tensors["images"], path),
             }  # fmt: skip
     return tensors, _statistics_in(tensors)
+
+
+def _whitening_in(tensors: dict[str, Any], images: Tensor, path: Path) -> dict[str, Any]:
+    """Returns the "whitening" of one of ddkit's own sets, {} if it has none."""
+    try:
+        found = Whitening.taken(tensors, tuple(images.shape[1:]))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be used: {error}.") from None
+    return {} if found is None else {"whitening": found}
 
 
 def _statistics_in(found: Any) -> dict[str, Any]:

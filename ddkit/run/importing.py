@@ -15,20 +15,29 @@ from ddkit.components import registry, trust
 from ddkit.components.base import DataInfo
 from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, most_classes, to_unit
+from ddkit.data.loading import load_images
+from ddkit.data.real import open_dataset, passing
+from ddkit.data.whitening import EPS, Whitening, normalisation_of
 from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import check_out, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
-from ddkit.recipes.resolve import flattened, resolve
+from ddkit.recipes.resolve import Part, flattened, resolve
 from ddkit.recipes.tables import instead_of_decode
 from ddkit.run.artifact import Artifact, are_probabilities, made_with, parametrization_of
 from ddkit.run.directory import RunDirectory, save_set
-from ddkit.run.doubts import looks_like_grid
+from ddkit.run.doubts import looks_like_grid, looks_whitened
 from ddkit.run.foreign import Found, fitted, labels_in, number_of, plain, read, sets_in, state_in
 
 log = logging.getLogger("ddkit")
 
 Classes = Sequence[str] | int | None
+WHITENED = "--whitened says how images are normalised: by the training images of the dataset."
+OF_WHITENING = Part(
+    ("data",),
+    ("data.batch", "data.test", "data.held_out", "data.whiten"),
+    "of the data --whitened takes data.whiten_eps, data.whiten_absolute and options of the dataset.",
+)
 
 
 def import_file(
@@ -44,6 +53,8 @@ def import_file(
     ipc: int | None = None,
     index: int | None = None,
     grid: int | None = None,
+    whitened: bool | None = None,
+    dataset: Any = None,
     step_size: float | str | Path | None = None,
     size: Sequence[int] | None = None,
     model: str | None = None,
@@ -51,21 +62,25 @@ def import_file(
 ) -> Artifact | Teacher:
     """Writes a synthetic set or a teacher of another project as ddkit's own file, and returns it.
 
-    `path` is a file of torch.save, .npz, .npy or .safetensors, or several that are joined to one set; they are read as tensors and numbers
-    alone, so that none of their code runs. A set is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or logits, and
-    becomes the folder `out`. `labels` are files of labels that lie apart; with "argmax" among them rows become the likeliest class. With
-    `ipc` the images are in order of class, `ipc` of each. `pixels` says whether floats are normalised with `mean` and `std` or in 0..1,
-    `index` which of several sets (runs) is taken, and `grid` that each image is a grid of grid x grid images (1: none). `step_size` is
-    the learning rate that was learned with the set, or a file of it. A teacher is a state dict of `model` (with the options that `sets`
-    gives: {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file `out`. `classes` are the class names, or
-    their number. What a file itself records is taken if it is not given: `mean`, `std` and `step_size`, and of ddkit's own files the class
-    names, the grid and that pixels are in 0..1. What is given and has no effect on the file is refused. Raises DdkitError.
+    `path` is a file of torch.save, .npz, .npy or .safetensors, or several that are joined to one set; they are read as tensors and
+    numbers alone, so that none of their code runs. A set is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or
+    logits, and becomes the folder `out`. `labels` are files of labels that lie apart; with "argmax" among them rows become the
+    likeliest class. With `ipc` the images are in order of class, `ipc` of each. `pixels` says whether floats are normalised with `mean`
+    and `std` or in 0..1, `index` which of several sets (runs) is taken, and `grid` that each image is a grid of grid x grid images (1:
+    none). `whitened` says that a set's networks, or the teacher, see images whitened by ZCA of all training images of `dataset`,
+    regularised as `sets` says: {"data.whiten_eps": 0.1}. `step_size` is the learning rate that was learned with the set, or a file of
+    it. A teacher is a state dict of `model` (with the options that `sets` gives: {"teacher.norm": "batch"}) for images of `size`
+    (height, width), and becomes the file `out`. `classes` are the class names, or their number. What a file itself records is taken if
+    it is not given: `mean`, `std` and `step_size`, and of ddkit's own files the class names, the grid and that pixels are in 0..1. What
+    is given and has no effect on the file is refused. Raises DdkitError.
     """
     sources = [Path(each) for each in ([path] if isinstance(path, str | Path) else path)]
     wanted = [str(each) for each in ([labels] if isinstance(labels, str | Path) else labels)]
     settings = dict(flattened(dict(sets or {})))
     contents = [read(source) for source in sources]
     found, recorded = contents[0]
+    refuse_unused(["--dataset"] if dataset is not None and not whitened else [], "it is for --whitened.")
+    data = {path: settings.pop(path) for path in list(settings) if whitened and path.startswith("data.")}
     parts = [sets_in(content) if kind in ("auto", "set") else [] for content, _ in contents]
     of_sets = {
         "--pixels": pixels, "--labels": wanted or None, "--ipc": ipc, "--run": index, "--grid": grid, "--step-size": step_size,
@@ -83,9 +98,18 @@ def import_file(
         joined = _joined(sources, [_chosen(each, index, source) for each, source in zip(parts, sources, strict=True)])
         joined = _labelled(sources[0], joined, wanted, ipc)
         joined = joined._replace(step_size=_step_size(sources[0], step_size, joined))
-        norm, names = _statistics(sources[0], mean or recorded.get("mean"), std or recorded.get("std")), classes or recorded.get("classes")
+        names = classes or recorded.get("classes")
+        if whitened:
+            refuse_unused(["--whitened"] if "pixels" in recorded else [], f"{sources[0]} records that its images are in pixel units.")
+            refuse_unused(_given(mean, std) + (["--pixels"] if pixels else []), WHITENED)
+            norm, named = _whitening(dataset, data)
+            _check_shape(sources[0], joined.images, norm)
+            names = classes or named
+        else:
+            norm = _statistics(sources[0], mean or recorded.get("mean"), std or recorded.get("std"), recorded.get("whitening"))
+        pixels = "normalised" if whitened else pixels or recorded.get("pixels")
         makes = _parametrization(settings, grid, recorded)
-        return _import_set(sources, Path(out), joined, norm, names, pixels or recorded.get("pixels"), makes, declared=grid is not None)
+        return _import_set(sources, Path(out), joined, norm, names, pixels, makes, declared=grid is not None, plain=whitened is False)
     if len(sources) > 1:
         without = sources[[not part for part in parts].index(True)]
         raise InputError(f"Files that are joined are sets, and {without} holds none. If it holds the labels: --labels {without}")
@@ -97,7 +121,11 @@ def import_file(
     unused = [flag for flag, value in of_sets.items() if value is not None]
     unused += [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
     refuse_unused(unused, f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch.")
-    return _import_teacher(source, Path(out), state, _statistics(source, mean, std), classes, size, model, settings)
+    refuse_unused(["--not-whitened"] if whitened is False else [], f"{source} is a teacher.")
+    if whitened:
+        refuse_unused(_given(mean, std), WHITENED)
+    norm = _whitening(dataset, data)[0] if whitened else _statistics(source, mean, std)
+    return _import_teacher(source, Path(out), state, norm, classes, size, model, settings)
 
 
 def _content(found: Any) -> str:
@@ -122,7 +150,34 @@ def _missing(kind: str) -> str:
 # What is given
 
 
-def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation:
+def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[str]:
+    return [flag for flag, value in (("--mean", mean), ("--std", std)) if value]
+
+
+def _whitening(dataset: Any, settings: Mapping[str, Any]) -> tuple[Normalisation, list[str]]:
+    """Returns the normalisation of all training images of a dataset, which whitens, and the names of its classes."""
+    if dataset is None:
+        raise InputError("--whitened computes the whitening from the training images of a dataset: name it with --dataset NAME[:PATH].")
+    with passing(dataset) as named, trust.granting({"dataset": dataset}, settings):
+        own = {key: value for key, value in named.items() if key != "dataset"}
+        recipe = {"name": "import", "data": {"whiten": True, "whiten_eps": EPS}}
+        table = resolve(recipe, dataset=named["dataset"], evaluators="none", sets={**own, **settings}, part=OF_WHITENING).data
+        found = open_dataset(table)
+        images = load_images(found, "train", range(len(found.labels("train"))), None)
+    return normalisation_of(images, table), list(found.class_names)
+
+
+def _check_shape(path: Path, images: Tensor, norm: Normalisation) -> None:
+    """Raises InputError where images have not the shape of those that the whitening is of."""
+    shape = () if norm.whitening is None else tuple(norm.whitening.centre.shape)
+    if tuple(images.shape[1:]) != shape or not images.is_floating_point():
+        raise InputError(
+            f"{path}: whitened images are floats of the shape {shape} of those of --dataset; these are {images.dtype} of "
+            f"{tuple(images.shape[1:])}. Name the dataset that they were made of; --set data.size sets its size."
+        )
+
+
+def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] | None, whitening: Whitening | None = None) -> Normalisation:
     """Returns what images are normalised with, which files of others do not record."""
     if mean is None or std is None:
         raise InputError(
@@ -136,7 +191,7 @@ def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] |
     if max(mean) > 1:
         of_unit = [",".join(f"{value / 255:.4g}" for value in values) for values in (mean, std)]
         raise FlagError(f"--mean is that of pixels in 0..1, so at most 1. If yours is of 0..255: --mean {of_unit[0]} --std {of_unit[1]}")
-    return Normalisation(mean, std)
+    return Normalisation(mean, std, whitening)
 
 
 def _names(classes: Classes, least: int, path: Path) -> list[str]:
@@ -262,11 +317,13 @@ def _parametrization(settings: Mapping[str, Any], grid: int | None, recorded: Ma
 
 def _import_set(
     paths: Sequence[Path], out: Path, found: Found, norm: Normalisation, classes: Classes, pixels: str | None,
-    makes: Mapping[str, Any], *, declared: bool,
+    makes: Mapping[str, Any], *, declared: bool, plain: bool,
 ) -> Artifact:  # fmt: skip
     path, labels = paths[0], found.labels
     images = _images(path, found.images, norm, pixels)
     made = parametrization_of({"parametrization": makes})
+    if norm.whitening is not None and made is not None:
+        images = norm.normalise(images)  # as such a set stores them
     width = None if found.soft is None else found.soft.shape[-1]  # of rows (n, K), also of those that became classes
     soft = None
     assert labels is not None
@@ -293,7 +350,7 @@ def _import_set(
         if not made.stores_images:
             raise InputError(f"parametrization.use: a set of images cannot be of the parametrization '{made.name}', which stores none.")
         made.check((images.shape[1], images.shape[2], images.shape[3]))
-        record |= made_with(made, makes["use"], images.shape[1:])
+        record |= made_with(made, makes["use"], images.shape[1:], whitened=norm.whitening is not None)
     elif not declared and (factor := looks_like_grid(images)):
         log.warning("Each image looks like a grid of %d x %d images. If it is one: --grid %d; if not: --grid 1", factor, factor, factor)
     if len(set(counts)) == 1:
@@ -301,7 +358,15 @@ def _import_set(
     else:
         told = ", ".join(f"{name} {count}" for name, count in zip(names[:20], counts, strict=False))
         log.warning("The classes have different numbers of images (%s): evaluate takes them as they are, blend needs the same.", told)
-    own = {} if found.step_size is None else {"step_size": torch.tensor(found.step_size)}
+    if norm.whitening is not None:
+        record["whitening"] = norm.whitening.facts
+    elif not plain and looks_whitened(found.images):
+        log.warning(
+            "The images look whitened (ZCA): they have no mean, neighbours are hardly alike, and some values are large. If they are: "
+            "--whitened --dataset NAME; if not: --not-whitened"
+        )
+    own = {} if norm.whitening is None else norm.whitening.tensors
+    own |= {} if found.step_size is None else {"step_size": torch.tensor(found.step_size)}
     if soft is not None:
         record["labels"] = "imported"
         own["soft_labels"] = soft.unflatten(0, (len(order), -1))[order].flatten(0, 1)
@@ -382,6 +447,8 @@ def _import_teacher(
     names = _names(classes, 2, path)
     check_outputs(path, names, state)
     info = DataInfo(class_names=tuple(names), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
+    if norm.whitening is not None and tuple(norm.whitening.centre.shape) != info.shape:
+        raise FlagError(f"--size: images of --dataset are of shape {tuple(norm.whitening.centre.shape)} (C, H, W), not {info.shape}.")
     table = resolve({"name": "import"}, model=model, sets=sets).teacher
     with trust.granting({"model": model}, sets):
         factory = registry.create("model", table.model, table.options, data=info, where="teacher")
@@ -396,6 +463,6 @@ def _import_teacher(
         "class_names": list(info.class_names), "input_shape": list(info.shape), "test_accuracy": None,
         "imported": {"path": str(path.absolute()), "sha256": sha256(path)},
     }  # fmt: skip
-    teacher = Teacher(module, mean=norm.mean, std=norm.std, info=record, path=str(out))
+    teacher = Teacher(module, mean=norm.mean, std=norm.std, whitening=norm.whitening, info=record, path=str(out))
     save_teacher(out, teacher)
     return teacher

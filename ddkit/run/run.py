@@ -112,6 +112,7 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
                 "stored_numbers": setup.bank.stored_numbers / setup.info.classes,
                 "stored_as_images": setup.bank.stored_numbers / setup.info.classes / math.prod(setup.info.shape),
             },
+            "whitening": None if setup.normalisation.whitening is None else setup.normalisation.whitening.facts,
             "teacher": recipe.teacher.use if setup.needs_teacher else None,
             "teacher_is_trained_first": setup.teacher is not None and not setup.teacher.path,
             "teacher_accuracy": None if setup.tested is None else msgspec.structs.asdict(setup.tested),
@@ -371,7 +372,7 @@ def _pixels(setup: RunSetup) -> Tensor | None:
     Of a set that stores no images those that are made.
     """
     bank = setup.bank
-    images = bank.images if setup.parametrization.stores_images else bank.decoded(bank.rows(None))
+    images = bank.images if setup.stores_pixels else bank.decoded(bank.rows(None))
     images = _whole(setup, setup.normalisation.to_pixels(images.detach())).cpu()
     return images if setup.ranks.is_main else None
 
@@ -379,7 +380,7 @@ def _pixels(setup: RunSetup) -> Tensor | None:
 def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
     recipe, bank = setup.resolved_recipe, setup.bank
     makes = setup.parametrization
-    stored = _pixels(setup) if makes.stores_images else _whole(setup, bank.images.detach()).cpu()
+    stored = _pixels(setup) if setup.stores_pixels else _whole(setup, bank.images.detach()).cpu()
     extra = {
         name: (_whole(setup, tensor.detach()) if bank.is_rowwise(f"bank.{name}") else tensor.detach()).cpu()
         for name, tensor in bank.parameters.items()
@@ -388,6 +389,8 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         extra[SOFT_LABELS] = _whole(setup, targets_of(setup.engine.source, bank, recipe.steps, bank.rows(None))).cpu()
     if not setup.ranks.is_main or stored is None:
         return
+    whitening = setup.normalisation.whitening
+    extra |= {} if whitening is None else whitening.tensors
     metadata = {
         "class_names": list(setup.info.class_names),
         "mean": list(setup.normalisation.mean),
@@ -396,7 +399,8 @@ def _write_set(setup: RunSetup, directory: RunDirectory) -> None:
         "pipc": recipe.pipc,
         "seed": recipe.seed,
         "recipe": recipe.name,
-        **made_with(makes, recipe.parametrization.use, setup.info.shape),
+        **made_with(makes, recipe.parametrization.use, setup.info.shape, whitened=whitening is not None),
+        **({} if whitening is None else {"whitening": whitening.facts}),
         **({"labels": recipe.own_labels.kind} if SOFT_LABELS in extra else {}),
     }
     save_set(Artifact(stored, setup.stored_labels, metadata, extra), directory)
@@ -418,6 +422,7 @@ def _facts(setup: RunSetup) -> dict[str, Any]:
         **({"plugin_files": setup.plugin_files} if setup.plugin_files else {}),
         "teacher": teacher,
         **({"experts": {"path": experts.path, "sha256": experts.digest, "count": experts.count}} if experts else {}),
+        **({} if setup.normalisation.whitening is None else {"whitening": setup.normalisation.whitening.facts}),
         **known_spectrum(setup.real.sample()),
         "real_files": setup.real.sources,
         **({"processes": processes} if setup.ranks.world_size > 1 else {}),

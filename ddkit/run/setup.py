@@ -20,6 +20,7 @@ from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, channel_statistics, on_disk
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset, repeated
+from ddkit.data.whitening import Whitening, shared, whitening_of
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import Inner, StepSource, ViewSpec
@@ -39,6 +40,7 @@ from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.resolve import evaluator_options, flattened, named_components
 from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
+from ddkit.run.artifact import stored_in_pixels
 from ddkit.seeding import generator
 
 AUTOMATIC_TEACHER = "the automatic teacher"
@@ -288,18 +290,35 @@ class RunSetup:
             return
         if self.recipe.teacher.use == "auto":
             self.teacher = automatic_teacher(
-                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, self.watchers, ranks=self.ranks,
-                train_it=train_it,
+                self.dataset, self.info.shape, self.recipe.teacher, self.recipe.train, self.device, self.watchers,
+                data=self.recipe.data, ranks=self.ranks, train_it=train_it,
             )  # fmt: skip
             if self.teacher is None:
                 channels = self.info.channels
                 units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
-                self.teacher = Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std)
+                self.teacher = Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std, whitening=units.whitening)
                 return
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
+            self._check_whitened(self.teacher)
         self.ranks.check_same("The teacher", self.teacher.sha256)
         self.tested = tested(self.teacher, self.real, self.device)
+
+    def _check_whitened(self, teacher: Teacher) -> None:
+        """Raises InputError where a teacher that takes part was trained on whitened images and the run's are plain, or the reverse."""
+        whiten, data = self.recipe.data.whiten, registry.split_name(self.recipe.data.use)[0]
+        if (teacher.whitening is not None) == whiten or not self._distils_with_teacher:
+            return
+        if whiten:
+            raise InputError(
+                f"data.whiten: the teacher {teacher.path} was trained on plain images, and networks of this run see whitened ones. Leave "
+                f"data.whiten out, or train a teacher on whitened images: ddkit train --dataset {data} --set data.whiten=true --out FILE.",
+                "data.whiten",
+            )
+        raise InputError(
+            f"The teacher {teacher.path} was trained on whitened images, and this run's are plain. Use --set data.whiten=true.",
+            "data.whiten",
+        )
 
     @property
     def _draws_experts(self) -> bool:
@@ -322,7 +341,10 @@ class RunSetup:
         self.experts = experts_of(
             recipe, self.real, self.model, self.device, self.watchers, units=units, ranks=self.ranks, train_it=train_it
         )
-        self.experts = self.experts or stand_in
+        if self.experts is None:
+            self.experts = stand_in
+            if recipe.data.whiten and units is None and len(self.real.labels):
+                stand_in.normalisation = self.normalisation
         self.ranks.check_same("The experts", self.experts.digest)
         if self._draws_experts:
             self.experts.rows(table.first, table.last)
@@ -337,15 +359,27 @@ class RunSetup:
         if self._normalisation is not None:  # a cached_property holds a lock, and this waits for other parts of the run
             return self._normalisation
         if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
-            self._normalisation = Normalisation(self.teacher.mean, self.teacher.std)
+            self._normalisation = self.teacher.normalisation
         elif len(self.real.labels) == 0:
             raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
         else:
             together = channel_statistics(
                 self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.all_reduce([own], "channel statistics")[0]
             )
-            self._normalisation = Normalisation(*together)
+            self._normalisation = Normalisation(*together, self._whitening() if self.recipe.data.whiten else None)
         return self._normalisation
+
+    def _whitening(self) -> Whitening:
+        """Returns the ZCA of the accessible images, which the main process computes."""
+        self.watchers.begin("start", f"Whitening: the covariance of {len(self.real.labels):,} images")
+        made = whitening_of(self.real.all_images(), self.recipe.data) if self.ranks.is_main else None
+        return shared(made, self.info.shape, self.ranks)
+
+    @property
+    def stores_pixels(self) -> bool:
+        """Whether what the set stores are images in pixel units."""
+        whitened = self.recipe.data.whiten and self.recipe.parametrization.use != "pixels"
+        return stored_in_pixels(self.parametrization, whitened)
 
     def initial_bank(self) -> Bank:
         """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
@@ -364,7 +398,7 @@ class RunSetup:
             size=len(labels) // per_row,
         )  # fmt: skip
         self.stored_labels = labels[::per_row]
-        self.shown_labels = self.stored_labels if self.parametrization.stores_images else labels
+        self.shown_labels = self.stored_labels if self.stores_pixels else labels
         if stored is not images:
             made = bank.decoded(bank.rows(None))
             if (made.shape, made.dtype) != (images.shape, torch.float32) or not bool(made.isfinite().all()):

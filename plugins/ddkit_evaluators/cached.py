@@ -71,6 +71,7 @@ class CachedAccuracies:
             "threads": [threads, trainer.threads], "arithmetic": fields_of(trainer.arithmetic),
             "trained on": self._training_digest(kind, repeat), "tested on": self._test_digest,
             "mean": trainer.artifact.mean, "std": trainer.artifact.std,
+            **({} if trainer.artifact.whitening is None else {"whitening": trainer.artifact.whitening.digest}),
             "network": [trainer.name, fields_of(trainer.model.options), repr(network), _digest(network.state_dict().values())],
             "kind": kind, "repeat": repeat, "seed": data.seed, "schedule": fields_of(trainer.schedule),
             "augmenter": [trainer.protocol.augmenter, fields_of(trainer.augmenter.options)],

@@ -81,7 +81,7 @@ class Ranking(ddkit.Evaluator):
             raise ddkit.InputError(f"{self.recipe_path} needs a teacher, or --set {self.recipe_path}.full=ACCURACY.")
         if data.split != "test":
             log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.recipe_path)
-        images = ddkit.data.Normalisation(teacher.mean, teacher.std).lazily(data.test_images).to(data.device)
+        images = teacher.normalisation.lazily(data.test_images).to(data.device)
         return ddkit.nn.accuracy(teacher.module, images, data.test_labels.to(data.device))
 
 

@@ -21,11 +21,6 @@ def fields_of(record: Any) -> dict[str, Any]:
     return {name: getattr(record, name) for name in record.__struct_fields__}
 
 
-def units(of: ddkit.Artifact | ddkit.nn.Teacher) -> ddkit.data.Normalisation:
-    """Returns the channel statistics of a set's or a teacher's images."""
-    return ddkit.data.Normalisation(of.mean, of.std)
-
-
 def augmenter_of(protocol: ddkit.nn.Protocol, info: ddkit.DataInfo, where: str = "augmenter") -> ddkit.Augmenter:
     """Returns the augmenter of a protocol for the data; `where` is a recipe path, for messages."""
     made: ddkit.Augmenter = ddkit.create("augmenter", protocol.augmenter, protocol.augmenter_options, data=info, where=where)
@@ -54,12 +49,13 @@ class SoftLabels:
     def __init__(self, teacher: ddkit.nn.Teacher, artifact: ddkit.Artifact, temperature: float) -> None:
         self.teacher = teacher
         self.temperature = temperature
-        self._from = units(artifact)
-        self._to = units(teacher)
+        self._from = artifact.normalisation
+        self._to = teacher.normalisation
+        self._same = self._from.same(self._to)
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Returns probabilities (n, K) of normalised images (n, C, H, W), whatever their labels."""
-        if (self._from.mean, self._from.std) != (self._to.mean, self._to.std):
+        if not self._same:
             images = self._to.normalise(self._from.to_pixels(images))
         with torch.no_grad():
             return (self.teacher.logits(images).float() / self.temperature).softmax(1)
@@ -106,7 +102,7 @@ class Trainer:
     def tests(self) -> Labelled:
         """Normalised test images and their labels, on the device; made once for all networks, unless they lie on the disk."""
         if self._tests is None:
-            images = units(self.artifact).lazily(self.data.test_images).to(self.data.device)
+            images = self.artifact.normalisation.lazily(self.data.test_images).to(self.data.device)
             self._tests = images, self.data.test_labels.to(self.data.device)
         return self._tests
 
@@ -169,7 +165,7 @@ class Trainer:
         are of disjoint groups of accessible images, as many a class as the set has, or fewer for want of images: the groups of a class
         hold all of its images and differ in size by one at most.
         """
-        norm = units(self.artifact)
+        norm = self.artifact.normalisation
         if kind == "synthetic":
             return self.artifact.normalised, self.artifact.targets if self.stored else self.artifact.labels
         if kind == "pipc-real":

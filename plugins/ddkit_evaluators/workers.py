@@ -89,7 +89,7 @@ def _write(trainer: Trainer, folder: Path, tasks: Sequence[Task], *, threads: in
     wanted = slice(None) if any(kind != "synthetic" for kind, _ in tasks) else slice(0)
     tensors = {
         "images": artifact.stored, "labels": artifact.row_labels,
-        **{f"parameters.{name}": value for name, value in artifact.parameters.items()},
+        **{f"parameters.{name}": value for name, value in artifact.all_parameters.items()},
         "test_images": data.test_images, "test_labels": data.test_labels,
         "real_images": data.real_images[wanted], "real_labels": data.real_labels[wanted],
     }  # fmt: skip

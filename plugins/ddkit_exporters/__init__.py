@@ -16,7 +16,14 @@ from PIL import Image
 import ddkit
 from ddkit_exporters.card import Layout, eight_bit, write_card
 
-NPZ, SHEET, CLASSES, METADATA, SOFT = "synthetic.npz", "sheet.png", "classes.json", "metadata.jsonl", "soft_labels.csv"
+NPZ, SHEET, ZCA, CLASSES, METADATA, SOFT = (
+    "synthetic.npz",
+    "sheet.png",
+    "whitening.npz",
+    "classes.json",
+    "metadata.jsonl",
+    "soft_labels.csv",
+)
 LONGEST = 200  # bytes of a folder's name; file systems take 255
 WINDOWS = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 SPLITS = re.compile(r"(?<![^-._ 0-9])(?=(?:train|training|validation|valid|val|dev|test|testing|eval|evaluation)(?![^-._ 0-9]))")
@@ -27,6 +34,12 @@ LOAD_NPZ = [
     'images, labels, names = data["x_train"], data["y_train"], data["class_names"]  # pixel units, 0 to 1, not clipped',
     'inputs = (images - data["mean"].reshape(1, -1, 1, 1)) / data["std"].reshape(1, -1, 1, 1)',
 ]
+WHITENED = [  # the last lines in their place, of a set whose networks see whitened images
+    'rows = (images - data["whitening.centre"]).reshape(len(images), -1)',
+    'vectors, gains = data["whitening.vectors"], data["whitening.gains"]',
+    "inputs = gains[-1] * rows + (rows @ vectors.T * (gains[:-1] - gains[-1])) @ vectors",
+    "inputs = inputs.reshape(images.shape)  # whitened; do the same to test images",
+]
 
 
 class Npz(ddkit.Exporter):
@@ -34,7 +47,7 @@ class Npz(ddkit.Exporter):
 
     `x_train` (n, C, H, W) is float32 in pixel units, `y_train` (n,) int64; `mean` and `std` (C,) are float32. `unclipped` says
     that values may lie outside 0..1: the dataset `npz:PATH` takes them where it is there.
-    Labels that are not hard are `soft_labels` (n, K).
+    Labels that are not hard are `soft_labels` (n, K). A whitened set has the three tensors of its whitening; its images are plain.
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
@@ -48,8 +61,9 @@ class Npz(ddkit.Exporter):
         }
         if artifact.soft_labels is not None:
             arrays["soft_labels"] = np.ascontiguousarray(artifact.soft_labels)
-        np.savez(Path(folder, NPZ), **arrays)
-        write_card(artifact, folder, Layout(LOAD_NPZ, files=[Path(folder, NPZ)]))
+        np.savez(Path(folder, NPZ), **arrays | _whitening(artifact))
+        load = LOAD_NPZ if artifact.whitening is None else [*LOAD_NPZ[:-1], *WHITENED]
+        write_card(artifact, folder, Layout(load, files=[Path(folder, NPZ)]))
 
 
 class ImageFolder(ddkit.Exporter):
@@ -58,6 +72,7 @@ class ImageFolder(ddkit.Exporter):
     PNG has 8 bits: values are clipped to 0..1 and rounded to 256 levels, and the card says by how much at most. A class name
     that is no good folder name is escaped, "a/b" as "a%2Fb"; `classes.json` and `train/metadata.jsonl` have the names as they are.
     Labels that are not hard are in `soft_labels.csv`: a line for each file, with the probability of every class.
+    The whitening of a set is in `whitening.npz`; the pictures are plain.
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
@@ -88,11 +103,24 @@ class ImageFolder(ddkit.Exporter):
         Path(folder, CLASSES).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
         mean, std = ([float(f"{value:.6g}") for value in values] for values in (artifact.mean, artifact.std))
         grey = "t.Grayscale(), " if artifact.images.shape[1] == 1 else ""
+        made = f"t.Normalize({mean}, {std})"
+        read = []
+        if artifact.whitening is not None:
+            np.savez(Path(folder, ZCA), **_whitening(artifact))
+            made = 't.LinearTransformation(matrix, data["whitening.centre"].flatten())'
+            read = [
+                "import numpy as np",
+                "import torch",
+                f'data = {{name: torch.tensor(array) for name, array in np.load("{ZCA}").items()}}',
+                'vectors, gains = data["whitening.vectors"], data["whitening.gains"]',
+                "matrix = gains[-1] * torch.eye(vectors.shape[1]) + (vectors.T * (gains[:-1] - gains[-1])) @ vectors",
+            ]
         load = [
+            *read,
             "from torchvision import transforms as t",
             "from torchvision.datasets import ImageFolder",
             "",
-            f"transform = t.Compose([{grey}t.ToTensor(), t.Normalize({mean}, {std})])",
+            f"transform = t.Compose([{grey}t.ToTensor(), {made}])",
             'data = ImageFolder("train", transform)  # labels in alphabetical order of the folders: data.classes',
         ]
         write_card(artifact, folder, Layout(load, folders=folders, rounding=rounding))
@@ -108,6 +136,11 @@ class Sheet(ddkit.Exporter):
         picture = ddkit.data.sheet_png(artifact.stored_images, artifact.stored_labels, artifact.class_names, columns=self.columns)
         Path(folder, SHEET).write_bytes(picture)
         write_card(artifact, folder, Layout((), files=[Path(folder, SHEET)], rounding=eight_bit(artifact.images)[1]))
+
+
+def _whitening(artifact: ddkit.Artifact) -> dict[str, Any]:
+    """Returns the arrays of a set's whitening, by the names of its tensors; {} if it has none."""
+    return {} if artifact.whitening is None else {name: np.asarray(tensor) for name, tensor in artifact.whitening.tensors.items()}
 
 
 def _check_channels(name: str, artifact: ddkit.Artifact) -> None:

@@ -26,7 +26,7 @@ LOAD_SET = [
     "",
     'synthetic = ddkit.load("synthetic.safetensors")',
     "images, labels = synthetic.images, synthetic.labels  # pixel units, 0 to 1, not clipped",
-    "data = synthetic.as_dataset()  # a torch Dataset, normalised by the mean and std of the set",
+    "data = synthetic.as_dataset()  # a torch Dataset, as networks should see it: normalised, or whitened",
 ]
 
 
@@ -96,6 +96,7 @@ def card(artifact: ddkit.Artifact, layout: Layout) -> str:
         high=float(artifact.images.max()),
         mean=", ".join(f"{value:.6g}" for value in artifact.mean),
         std=", ".join(f"{value:.6g}" for value in artifact.std),
+        whitened=artifact.whitening is not None,
         optimised=found.manifest.get("steps") != 0 or "blend" in found.manifest,
         start=start,
         labels="" if artifact.soft_labels is None else artifact.metadata.get("labels", "soft"),
@@ -167,6 +168,7 @@ def _made(artifact: ddkit.Artifact) -> list[tuple[str, Any]]:
         "source data": _source(artifact),
         "accessible while distilling": accessible if pipc != "" else "",
         "recipe": metadata.get("recipe") or found.recipe.get("name", ""),
+        "whitening": "" if artifact.whitening is None else f"ZCA, {len(artifact.whitening.vectors):,} directions",
         "losses and weights": ", ".join(f"{label} {_figure(table.get('weight', 1.0), '{:g}')}" for label, table in losses.items()),
         "steps": found.manifest.get("steps", found.recipe.get("steps", "")),
         "seed": metadata.get("seed", ""),

@@ -146,6 +146,7 @@ def cases_of(world: World) -> dict[str, dict[str, Any]]:
     found["fourier"] = steps | {"losses": "dm,dkkt", "ipc": 1, "sets": TINY | {"parametrization": "fourier"}}
     bases = {"parametrization": "bases", "parametrization.decoder": True, "initializer.reuse": True}
     found["bases"] = steps | {"losses": "dm", "ipc": 1, "sets": TINY | bases}
+    found["whitened"] = steps | {"losses": "dm", "sets": TINY | {"data.whiten": True}}
     return found
 
 
@@ -185,7 +186,7 @@ def check_same(one: Path, several: Path) -> None:
     assert losses_of(several) == pytest.approx(losses_of(one), rel=LOSSES, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*EACH_LOSS, *EACH_RECIPE, HEAVY, "fourier", "bases"])
+@pytest.mark.parametrize("name", [*EACH_LOSS, *EACH_RECIPE, HEAVY, "fourier", "bases", "whitened"])
 def test_the_result_of_two_processes_is_that_of_one(results: Path, name: str) -> None:
     check_same(results / "1" / name, results / "2" / name)
 

@@ -415,7 +415,7 @@ def automatic(folder: Path, caplog: pytest.LogCaptureFixture, **changed: Any) ->
     table = TeacherTable(model=changed.pop("model", "convnet"), options={"width": changed.pop("width", 8)})
     caplog.clear()
     with caplog.at_level(logging.WARNING, "ddkit"):
-        teacher = automatic_teacher(dataset, (3, 12, 12), table, TrainTable(epochs=1, **changed), CPU)
+        teacher = automatic_teacher(dataset, (3, 12, 12), table, TrainTable(epochs=1, **changed), CPU, data=DataTable())
     said = "One is trained on all training images" in caplog.text
     assert said == bool(caplog.text)
     return teacher, said
@@ -543,7 +543,7 @@ def test_renamed_classes_of_an_npz_train_anew(own_cache: Path, tmp_path: Path, c
     for names in (["a", "b", "c"], ["b", "a", "c"]):
         np.savez(tmp_path / "data.npz", x_train=x, y_train=np.arange(12) % 3, x_test=x, y_test=np.arange(12) % 3, class_names=names)
         dataset = open_dataset(DataTable(use=f"npz:{tmp_path / 'data.npz'}"))
-        found.append(automatic_teacher(dataset, (1, 4, 4), TeacherTable(options={"width": 8}), TrainTable(epochs=1), CPU))
+        found.append(automatic_teacher(dataset, (1, 4, 4), TeacherTable(options={"width": 8}), TrainTable(epochs=1), CPU, data=DataTable()))
     assert [teacher.info["class_names"] for teacher in found] == [["a", "b", "c"], ["b", "a", "c"]]
 
 

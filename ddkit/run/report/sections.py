@@ -81,6 +81,11 @@ def head(files: Files) -> dict[str, Any]:
     told += f"; {artifact.parametrization.name} makes {images_a_class:.3g} of them" if artifact.parametrization else ""
     tiles += [("budget", f"{artifact.stored_numbers:,.6g}", told)]
     tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
+    if artifact.whitening is not None:
+        directions = len(artifact.whitening.vectors)
+        tiles += [
+            ("whitened", f"{directions:,}", "directions of the ZCA through which networks see the images, which are shown as they are")
+        ]
     tiles += [("labels", str(artifact.metadata.get("labels", "soft")), _of_labels(artifact))] if artifact.soft_labels is not None else []
     own = [row for labels in LABELS for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
     for row in own[:1]:  # a baseline's is no figure of this set
