@@ -323,8 +323,8 @@ OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside 
     "teacher": {"use", "model", "mean", "std"},
     "train": {"epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "augmenter"},
     "network": {
-        "model", "source", "first", "last", "renew_every", "pool", "train_on", "inner_epochs", "inner_steps", "inner_lr", "batch",
-        "inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share",
+        "model", "source", "first", "last", "interpolate", "renew_every", "pool", "train_on", "inner_epochs", "inner_steps", "inner_lr",
+        "batch", "inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share",
     },
     "losses": {"use", "weight"},
     "initializer": {"use", "reuse"},

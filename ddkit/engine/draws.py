@@ -73,8 +73,8 @@ class StepSource:
     `twice` gives the teacher's logits to losses that differentiate its gradients (None: plain operations do), and what `differentiate`
     makes of the network gives its gradients by class.
     Each step has one of a `pool` of networks, which is drawn anew after `renew_every` steps. `inner` says how it is trained between them
-    (None: it is not). A network is drawn from the `experts` at one of their epochs from first to last if `network_epochs` are given, else
-    fresh. `labels` says how the set is labelled.
+    (None: it is not). A network is drawn from the `experts` at one of their epochs from first to last (`interpolate`: between these two) if
+    `network_epochs` are given, else fresh. `labels` says how the set is labelled.
     """
 
     seed: int
@@ -97,6 +97,7 @@ class StepSource:
     inner: Inner | None = None
     experts: Experts | None = None
     network_epochs: tuple[int, int | None] | None = None
+    interpolate: bool = False
     labels: LabelsTable = field(default_factory=LabelsTable)
     ranks: Ranks = ALONE
     gradients: ClassGradients | None = None
@@ -244,7 +245,9 @@ class StepSource:
             redraw(self._embedder.module, self.model, self.info, self.seed, "network", draw)
         if kept is None and self.network_epochs is not None:
             first, last = self.network_epochs
-            kept = dict(self._experts.drawn(generator(self.seed, "network", draw), first=first, last=last).start)
+            drawn = generator(self.seed, "network", draw)
+            between = self._experts.between(drawn, first, last) if self.interpolate else None
+            kept = between or dict(self._experts.drawn(drawn, first=first, last=last).start)
         if kept is not None:
             load_weights(self._embedder.module, kept)
         if self.inner is not None:

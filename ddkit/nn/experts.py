@@ -119,6 +119,16 @@ class Experts:
         start = self.weights(expert, row)
         return Trajectory(expert, self.epochs[row], start, self.weights(expert, later) if span else start)
 
+    def between(self, draw: torch.Generator, first: int, last: int | None) -> dict[str, Tensor]:
+        """Returns weights at a point, drawn evenly, of the line between those of one expert at the epochs `first` and `last`."""
+        ends = self.drawn(draw, span=self.span(first, last), first=first, last=first)
+        share = float(torch.rand((), generator=draw))
+        return {name: start.lerp(ends.end[name], share) if start.is_floating_point() else start for name, start in ends.start.items()}
+
+    def span(self, first: int, last: int | None) -> int:
+        """Returns the epochs from `first` to `last` (None: the end)."""
+        return (self.epochs[-1] if last is None else last) - first
+
 
 def untrained(model: Model, info: DataInfo, table: ExpertsTable, normalisation: Normalisation) -> Experts:
     """Returns fresh networks in the place of experts: for the checks of a plan, and of losses."""

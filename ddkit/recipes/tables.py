@@ -91,6 +91,9 @@ class NetworkTable(PluginTable):
     ] = "fresh"
     first: Annotated[int, Option("first epoch of the experts that is drawn; 0: before training", ge=0)] = 0
     last: Annotated[int, Option("last epoch of the experts that is drawn; left out: their last", ge=0)] | None = None
+    interpolate: Annotated[
+        bool, Option("whether an expert's weights are taken at a drawn point between those of epoch first and those of epoch last")
+    ] = False
     renew_every: Annotated[int, Option("steps that a network serves before another is drawn in its place", ge=1)] = 1
     pool: Annotated[int, Option("networks that are kept and trained; each step takes one of them, by chance", ge=1)] = 1
     train_on: (
@@ -132,18 +135,23 @@ class NetworkTable(PluginTable):
     def check(self) -> None:
         """Raises InputError, with what helps, where settings of the training contradict one another or have no effect."""
         trained, lasts, usual = self.trained_on != "none", self.inner_epochs or self.inner_steps, NetworkTable()
-        serves_once = self.renew_every == 1 and (self.pool > 1 or self.train_on == "real")
-        how = 'Add network.train_on = "synthetic" or "real"'
+        serves_once = self.renew_every == 1 and (self.pool > 1 or self.train_on == "real" or self.inner_steps)
+        how = "Use --set network.train_on=real --set network.inner_steps=10 --set network.renew_every=10"
         many = ": experts.count is the number of experts" if self.source == "experts" else ""
         checks = [
-            ("inner_steps", self.inner_epochs and self.inner_steps, "network.inner_epochs is given too. Set one of the two to 0"),
-            ("train_on", trained and not lasts, "it is not said for how long. Add network.inner_steps, for example 10"),
+            ("interpolate", self.interpolate and self.source != "experts", "it is of experts. Add --set network.source=experts"),
+            ("inner_steps", self.inner_epochs and self.inner_steps, "network.inner_epochs is given too. Use --set network.inner_epochs=0"),
+            ("train_on", trained and not lasts, "it is not said for how long. Add --set network.inner_steps=10"),
             ("train_on", lasts and not trained, "that is no training. Set network.inner_epochs and network.inner_steps to 0"),
             ("pool", self.pool > 1 and not trained, f"a pool is of networks that are trained. {how}, or leave it out{many}"),
-            ("renew_every", trained and serves_once, "a network that serves one step is never trained. Use more, for example 10"),
+            ("renew_every", trained and serves_once, "a network that serves one step is never trained. Use --set network.renew_every=10"),
             *((key, not trained and getattr(self, key) != getattr(usual, key), f"no network is trained. {how}") for key in TRAINING),
             ("inner_momentum", self.inner_momentum and self.inner_optimizer != "sgd", "it is of sgd alone. Set it to 0"),
-            ("inner_mix_share", self.inner_mix_share != 1 and self.inner_mix == "none", "nothing is mixed. Add network.inner_mix"),
+            (
+                "inner_mix_share",
+                self.inner_mix_share != 1 and self.inner_mix == "none",
+                "nothing is mixed. Add --set network.inner_mix=cutmix",
+            ),
         ]
         for key, wrong, reason in checks:
             if wrong:

@@ -337,7 +337,7 @@ class RunSetup:
         units = self.normalisation if self.teacher is not None and self._distils_with_teacher else None
         stand_in = untrained(self.model, self.info, recipe.experts, units or Normalisation([0.5] * channels, [0.25] * channels))
         if self._draws_experts and recipe.experts.use == "auto":
-            stand_in.rows(table.first, table.last)  # before they are trained
+            _check_epochs(stand_in, table)  # before they are trained
         self.experts = experts_of(
             recipe, self.real, self.model, self.device, self.watchers, units=units, ranks=self.ranks, train_it=train_it
         )
@@ -347,7 +347,7 @@ class RunSetup:
                 stand_in.normalisation = self.normalisation
         self.ranks.check_same("The experts", self.experts.digest)
         if self._draws_experts:
-            self.experts.rows(table.first, table.last)
+            _check_epochs(self.experts, table)
         self._normalisation = self.experts.normalisation
 
     @property
@@ -468,6 +468,7 @@ class RunSetup:
             differentiate=differentiate, ranks=self.ranks,
             pool=table.pool, inner=_inner(table) if table.trained_on != "none" and self.decided.needs_network else None,
             experts=self.experts, network_epochs=(table.first, table.last) if self._draws_experts else None,
+            interpolate=table.interpolate,
             labels=self.recipe.own_labels,
         )  # fmt: skip
         return Engine(bank, source, self.losses, chunk=self.decided.chunk)
@@ -542,6 +543,13 @@ class RunSetup:
             | ({"file": p.file, "sha256": p.sha256} if p.file else {})
             for p in used
         ]
+
+
+def _check_epochs(experts: Experts, table: NetworkTable) -> None:
+    """Raises InputError if the experts have not saved the epochs that networks are drawn from."""
+    experts.rows(table.first, table.last)
+    if table.interpolate:
+        experts.rows(table.first, table.first, experts.span(table.first, table.last))
 
 
 def _inner(table: NetworkTable) -> Inner:

@@ -249,6 +249,21 @@ def test_the_network_of_a_step_is_an_expert_at_one_of_the_epochs(data: str, fold
     assert not any(same(fresh, each) for each in allowed)
 
 
+def test_the_network_of_a_step_lies_between_two_epochs_of_an_expert(data: str, folder: Path) -> None:
+    experts, seen = watched(table(data, folder, first=2, last=4, interpolate=True))
+    ends = [[torch.cat([each.flatten() for each in experts.weights(expert, row).values()]) for row in (1, 2)] for expert in range(COUNT)]
+    shares = []
+    for network, *_ in seen:
+        point = torch.cat([each.flatten() for each in network.values()])
+        for start, end in ends:
+            share = float((point - start) @ (end - start) / (end - start).square().sum())
+            if torch.allclose(point, start.lerp(end, share), atol=1e-5):
+                shares.append(share)
+    assert len(shares) == len(seen)
+    assert all(0 <= share <= 1 for share in shares)
+    assert len(set(shares)) == len(seen)
+
+
 def test_a_loss_draws_weights_of_one_expert_at_two_epochs(data: str, folder: Path) -> None:
     experts, seen = watched(table(data, folder))
     for _, spanned, last in seen:
