@@ -1,4 +1,4 @@
-"""`ddkit bench`: how fast the steps, the evaluation and the loading are here, beside plain loops and the machine's limit."""
+"""`ddkit bench`: how fast steps, methods, evaluation and loading are here, beside plain loops and the machine's limit."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from ddkit.errors import FlagError, InputError, PluginError, RunFailed, RunFiles
 from ddkit.recipes.resolve import select_losses
 from ddkit.run.children import handed_over
 
-PARTS = ("steps", "evaluation", "loading", "startup")
+PARTS = ("steps", "methods", "evaluation", "loading", "startup")
 Row = dict[str, Any]
 Report = Callable[[str], None]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
-    """What is measured: the products of losses, cells (ipc, pipc), classes, sizes and devices; `runs` runs of `steps` steps."""
+    """What is measured: the products of losses or recipes, cells (ipc, pipc), classes, sizes and devices; `runs` runs of `steps` steps."""
 
     parts: tuple[str, ...] = ("steps", "evaluation")
     losses: tuple[str, ...] = ("dm",)
+    recipes: tuple[str, ...] = ()
     cells: tuple[tuple[int, int], ...] = ((1, 10), (10, 50))
     classes: tuple[int, ...] = (10,)
     sizes: tuple[int, ...] = (32,)
@@ -67,6 +68,9 @@ def bench(settings: Settings, report: Report = lambda text: None) -> Row:
         result["limits"] = [_limit(device, settings) for device in settings.devices]
     if "steps" in settings.parts:
         result["steps"] = _with_exponents([_step_row(case, settings, result, report) for case in cases(settings)])
+    if "methods" in settings.parts:
+        alike = dict.fromkeys(case._replace(losses="") for case in cases(settings))
+        result["methods"] = [_method_row(recipe, case, settings, report) for recipe in settings.recipes for case in alike]
     if "evaluation" in settings.parts:
         wanted = dict.fromkeys(case._replace(losses="", pipc=0) for case in cases(settings))
         result["evaluation"] = [_evaluation_row(case, settings, report) for case in wanted]
@@ -172,6 +176,23 @@ def _step_row(case: Case, settings: Settings, result: Row, report: Report) -> Ro
         row["flops"] = facts["plain"]["flops"]
         row["limit_fraction"] = row["flops"] / row["seconds_per_step"] / rates.get(row["precision"], rates["float32"])
     return row
+
+
+def _method_row(recipe: str, case: Case, settings: Settings, report: Report) -> Row:
+    """Returns the cost of a recipe, with its own initializer, a teacher that is not trained, and experts that are trained anew."""
+    report(f"methods: {recipe}, ipc {case.ipc}, pipc {case.pipc}, {case.classes} classes, {case.size} pixels, {case.device}")
+    spec = {
+        "kind": "steps", **case._asdict(), "recipe": recipe, "channels": settings.channels, "sets": list(settings.sets),
+        "steps": settings.steps, "run_steps": settings.run_steps, "tuned": True, "count": False,
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ddkit-bench-") as cache:
+        facts, rounds = _measured({"": spec}, settings.runs, {"DDKIT_CACHE": cache})
+    seconds = [run["seconds"] for run in rounds[""]]
+    where = {key: value for key, value in case._asdict().items() if key != "losses"}
+    return {
+        "recipe": recipe, **where, "seconds_per_step": statistics.median(seconds), "runs": seconds, "peak_mib": rounds[""][-1]["peak_mib"],
+        **{key: facts[""][key] for key in ("setup_seconds", "first_step_seconds", "precision", "compiled", "chunk", "block")},
+    }  # fmt: skip
 
 
 # Tables of a recipe that change what a step computes; the plain loops have the values of the recipe practical.

@@ -111,8 +111,11 @@ def _steps(spec: Spec) -> Measuring:
 
     start_mib = _peak_mib()
     with tempfile.TemporaryDirectory() as folder:
-        setup = RunSetup(_recipe(spec, Path(folder)), device=spec["device"])
+        recipe = _recipe(spec, Path(folder))
+        began = time.perf_counter()
+        setup = RunSetup(recipe, device=spec["device"])
         setup.prepare()
+    setup_seconds = time.perf_counter() - began
     engine, decided = setup.engine, setup.decided
     index = 0
 
@@ -132,6 +135,7 @@ def _steps(spec: Spec) -> Measuring:
     made: list[Any] = [engine.source.embedder(index)] if decided.needs_embedder else []
     made += [each for each in (engine.source.twice, engine.source.gradients) if each]
     yield {
+        "setup_seconds": setup_seconds,
         "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,
         "compiled": any(each.compiled for each in made), "chunk": decided.chunk, "block": decided.block, "start_mib": start_mib,
     }  # fmt: skip
@@ -161,12 +165,13 @@ def _recipe(spec: Spec, folder: Path) -> Any:
     pixels = random.integers(0, 256, (rows, *info.shape), dtype=np.uint8)
     labels = np.repeat(np.arange(info.classes), spec["pipc"])
     np.savez(folder / "random.npz", x_train=pixels, y_train=labels, x_test=pixels[:1], y_test=labels[:1])
-    sets = {"data.use": f"npz:{folder / 'random.npz'}", "initializer.use": "noise"} | dict(spec["sets"])
+    start = {} if "recipe" in spec else {"initializer.use": "noise"}
+    sets = {"data.use": f"npz:{folder / 'random.npz'}"} | start | dict(spec["sets"])
     if spec["losses"] != "dm" and "teacher.use" not in sets:
         sets["teacher.use"] = str(folder / "teacher.safetensors")
         save_teacher(folder / "teacher.safetensors", _teacher(info))
-    asked = {name: spec[name] for name in ("losses", "ipc", "pipc")}
-    return resolve("practical", evaluators="none", steps=spec["run_steps"], sets=sets, **asked)
+    asked = {"ipc": spec["ipc"], "pipc": spec["pipc"], "losses": spec["losses"] or None}
+    return resolve(spec.get("recipe", "practical"), evaluators="none", steps=spec["run_steps"], sets=sets, **asked)
 
 
 def _teacher(info: Any) -> Any:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ddkit.cli.common import CELLS, Kind, as_json, converted, echo_json, quiet, refuse_given, set_option, show
-from ddkit.components import trust
+from ddkit.components import registry, trust
 from ddkit.errors import FlagError
 
 
@@ -22,16 +23,20 @@ def _numbers(text: str, least: int = 1) -> tuple[int, ...]:
 
 NUMBERS = Kind("n,n,...", _numbers)
 USED_BY = {  # flag: the parts that it changes; a flag that is not here changes all parts
-    **dict.fromkeys(("losses", "steps", "run_steps", "sets"), ("steps",)), "networks": ("evaluation",), "files": ("loading",),
-    **dict.fromkeys(("ipc", "channels", "devices", "plain"), ("steps", "evaluation")), "pipc": ("steps", "loading"),
-    **dict.fromkeys(("cells", "classes", "size"), ("steps", "evaluation", "loading")),
+    "losses": ("steps",), "recipes": ("methods",), "networks": ("evaluation",), "files": ("loading",), "plain": ("steps", "evaluation"),
+    **dict.fromkeys(("steps", "run_steps", "sets"), ("steps", "methods")), "pipc": ("steps", "methods", "loading"),
+    **dict.fromkeys(("ipc", "channels", "devices"), ("steps", "methods", "evaluation")),
+    **dict.fromkeys(("cells", "classes", "size"), ("steps", "methods", "evaluation", "loading")),
 }  # fmt: skip
 
 
 @click.command()
-@click.argument("parts", nargs=-1, metavar="[steps|evaluation|loading|startup]...")
+@click.argument("parts", nargs=-1, metavar="[steps|methods|evaluation|loading|startup]...")
 @click.option(
     "--losses", multiple=True, default=("dm",), show_default=True, metavar="NAMES", help="Losses of a run; give it again for another."
+)
+@click.option(
+    "--recipe", "recipes", multiple=True, metavar="NAME", help="Recipe of the methods, again for another; left out: every installed one."
 )
 @click.option("--ipc", type=NUMBERS, default="1,10", show_default=True, help="Synthetic images per class.")
 @click.option("--pipc", type=NUMBERS, default="10,50", show_default=True, help="Real images per class; a step sees 256 of each at most.")
@@ -65,6 +70,7 @@ def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> N
     \b
     steps       a step's time and memory, its ratio to the reference loop, a plain implementation of the same losses
                 (and to ddkit's own plain path), and the share of this machine's matrix-product rate that it reaches
+    methods     a step's time, memory and set-up (initial images, experts) of every recipe, at --cells 1:10,10:50 unless you choose
     evaluation  networks a minute under dm-official, and the ratio to the published code's loop
     loading     seconds until the accessible images of an image folder are there, first and second time
     startup     seconds of --help, of list, and of a run of one step
@@ -84,11 +90,20 @@ def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> N
         refuse_given(("ipc", "pipc"), "--cells has the pairs.")
     for losses in flags["losses"]:
         resolve("practical", losses=losses, evaluators="none", sets=sets)
+    installed = [plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"]
+    found = {name: resolve(name, evaluators="none", sets=sets) for name in flags["recipes"] or installed if "methods" in parts}
+    without = [name for name, recipe in found.items() if not recipe.losses]
+    if flags["recipes"] and without:
+        raise FlagError(f"--recipe {without[0]}: this recipe has no losses, so it has no steps to measure.")
+    flags["recipes"] = tuple(name for name in found if name not in without)
     for device in flags["devices"]:
         if device not in ("auto", "cpu"):
             pick_device(device)
     if min(flags["files"]) < flags["classes"][0]:
         raise FlagError(f"--files {min(flags['files'])}: a folder of {flags['classes'][0]} classes needs an image for each of them.")
+    source = click.get_current_context().get_parameter_source
+    if "methods" in parts and not cells and ParameterSource.COMMANDLINE not in (source("ipc"), source("pipc")):
+        cells = benching.Settings().cells
     ipcs, pipcs = flags.pop("ipc"), flags.pop("pipc")
     pairs = tuple((ipc, pipc) for ipc in ipcs for pipc in pipcs)
     settings = benching.Settings(
@@ -112,6 +127,7 @@ def _exponent(value: dict[str, Any]) -> str:
 
 
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # key of a row: (title of its column, value to text)
+    "recipe": ("recipe", str),
     "losses": ("losses", str), "files": ("files", str), "ipc": ("ipc", str), "pipc": ("pipc", str), "classes": ("classes", str),
     "size": ("size", str), "device": ("device", str), "command": ("command", str),
     "seconds_per_step": ("s/step", _number(4)), "steps_per_second": ("steps/s", _number(2)),
@@ -124,6 +140,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # key of a row: (title
     "ratio_to_reference": ("times as fast", _number(2, unit="x")), "plain_seconds_per_step": ("plain path s/step", _number(4)),
     "ratio_to_plain": ("times as fast", _number(2, unit="x")), "first_network_seconds": ("first network s", _number(1)),
     "peak_mib": ("peak MiB", _number(0)), "plain_peak_mib": ("plain path MiB", _number(0)),
+    "setup_seconds": ("set-up s", _number(1)),
     "limit_fraction": ("of the limit", _number(0, 100, " %")), "first_step_seconds": ("first step s", _number(1)),
     "workers": ("workers", str), "precision": ("precision", str), "compiled": ("compiled", lambda value: "yes" if value else "no"),
     "exponent": ("exponent of", _exponent),

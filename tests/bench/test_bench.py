@@ -28,7 +28,7 @@ def measured(forks: Any) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ddkit.bench.subprocess", forks)
         patch.setattr("ddkit.run.children.subprocess", forks)
-        return bench(Settings(**SMALL, parts=benching.PARTS[:3], files=(20,)))  # type: ignore[arg-type]
+        return bench(Settings(**SMALL, parts=benching.PARTS[:4], recipes=("dm",), files=(20,)))  # type: ignore[arg-type]
 
 
 def test_steps_are_measured_beside_the_reference_loop_and_the_plain_path(measured: dict[str, Any]) -> None:
@@ -58,6 +58,19 @@ def test_evaluation_is_of_the_whole_protocol(measured: dict[str, Any]) -> None:
     assert row["networks_per_minute"] == pytest.approx(60 / row["seconds_per_network"])
     assert row["ratio_to_reference"] > 0
     assert row["seconds_per_network"] > 500 * row["epoch_seconds"] > 0
+
+
+def test_a_method_is_measured_with_its_set_up(measured: dict[str, Any]) -> None:
+    (row,) = measured["methods"]
+    assert (row["recipe"], row["ipc"], row["pipc"]) == ("dm", 1, 2)
+    assert min(row["seconds_per_step"], row["setup_seconds"], row["peak_mib"]) > 0
+
+
+@pytest.mark.parametrize(("name", "words"), [("nosuch", "There is no recipe"), ("teacher", "no losses")])
+def test_a_recipe_that_cannot_be_measured_is_refused_before_anything_is(cli: Callable[..., Result], name: str, words: str) -> None:
+    result = cli("bench", "methods", "--recipe", name)
+    assert (result.code > 0, result.out) == (True, "")
+    assert words in " ".join(result.err.split())
 
 
 def test_loading_is_measured_without_and_with_the_cache(measured: dict[str, Any]) -> None:
@@ -154,10 +167,12 @@ def test_the_published_evaluation_learns() -> None:
 def test_the_table_shows_what_was_measured(measured: dict[str, Any]) -> None:
     from ddkit.cli.bench import _tables
 
-    limits, steps, evaluation, loading = _tables(measured, benching.PARTS)
+    limits, steps, methods, evaluation, loading = _tables(measured, benching.PARTS)
     assert "GFLOP/s" in limits
     assert "reference loop s/step" in steps
     assert f"{measured['steps'][0]['ratio_to_reference']:.2f}x" in steps
+    assert "set-up s" in methods
+    assert "| dm " in methods
     assert "networks/min" in evaluation
     assert "again s" in loading
 

@@ -97,7 +97,6 @@ def _check_names(flags: dict[str, Any]) -> None:
     from ddkit.recipes.resolve import resolve
 
     made_on_the_page = {
-        "attention-matching",
         "centre",
         "class-mean",
     }

@@ -62,7 +62,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "a pool trained on real images, batch norm": ("dm,gm", {f"network.{key}": value for key, value in POOL.items()}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
-EACH_RECIPE = ("default", "dsa", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
+EACH_RECIPE = ("default", "dsa", "m3d", "datadam", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
 HEAVY = "practical-plus, heavy"  # its regression outweighs the rest: less steep
 IN_THREE = ("every loss", "stationarity, layer-cosine, noise", "some of the real images")
 SLOW_IN_THREE = tuple(name for name in (*EACH_LOSS, *EACH_RECIPE, HEAVY) if name not in IN_THREE)

@@ -25,7 +25,7 @@ from tests.conftest import CHECKOUT, SMALL_FLAGS
 from tests.forks import HEAVY, forking
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "third-party"
-NAMES = ("attention-matching", "batch-norm-statistics", "second-moment")
+NAMES = ("batch-norm-statistics", "second-moment", "sliced-wasserstein")
 Ddkit = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -172,38 +172,23 @@ def test_an_example_is_short_says_its_source_and_keeps_what_a_loss_has_to_keep(i
         getattr(suite, method)()
 
 
-def test_attention_of_a_network_without_places_is_refused(imported: Callable[[str], Any]) -> None:
-    module = imported("attention-matching")
-    flat = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4), torch.nn.ReLU())
-    with pytest.raises(Exception, match="convolutional"):
-        module.attention_maps(flat, torch.rand(2, 1, 4, 4), 4.0)
-
-
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_attention_agrees_with_loops_and_finite_differences(imported: Callable[[str], Any]) -> None:
-    attention = imported("attention-matching").attention
-    x = normal(2, 3, 2, 4)
-    for row, found in zip(x, attention(x, 4.0), strict=True):
-        sums = [sum(abs(float(row[c, i, j])) ** 4 for c in range(3)) for i in range(2) for j in range(4)]
-        length = sum(value * value for value in sums) ** 0.5
-        assert found.tolist() == pytest.approx([value / length for value in sums], rel=1e-10)
-    assert torch.autograd.gradcheck(lambda t: attention(t, 4.0), (x.requires_grad_(),))
-
-
-def test_attention_is_taken_after_every_activation_but_the_last(imported: Callable[[str], Any]) -> None:
-    module = imported("attention-matching")
-    network = torch.nn.Sequential(
-        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.AvgPool2d(2), torch.nn.Conv2d(4, 5, 3, padding=1), torch.nn.ReLU(),
-        torch.nn.Conv2d(5, 6, 3), torch.nn.ReLU(),
-    ).double()  # fmt: skip
-    x = normal(3, 1, 8, 6)
-    maps = module.attention_maps(network, x, 2.0)
-    assert [tuple(each.shape) for each in maps] == [(3, 48), (3, 12)]
-    torch.testing.assert_close(maps[1], module.attention(network[:5](x), 2.0))
-    assert not any(layer._forward_hooks for layer in network)
+@pytest.mark.parametrize("count", [1, 2, 5, 9])
+def test_the_sliced_distance_is_that_of_sorted_values_at_quantiles(imported: Callable[[str], Any], count: int) -> None:
+    distance = imported("sliced-wasserstein").sliced_distance
+    real, synthetic = normal(5, 3), normal(count, 3, seed=1).requires_grad_()
+    directions = torch.nn.functional.normalize(normal(3, 4, seed=2), dim=0)
+    total = 0.0
+    for line in directions.T.tolist():
+        ours = sorted(sum(a * b for a, b in zip(row, line, strict=True)) for row in synthetic.tolist())
+        theirs = sorted(sum(a * b for a, b in zip(row, line, strict=True)) for row in real.tolist())
+        wanted = np.quantile(theirs, [(i + 0.5) / count for i in range(count)], method="hazen")
+        total += sum((a - b) ** 2 for a, b in zip(ours, wanted, strict=True)) / count
+    assert float(distance(real, synthetic.detach(), directions)) == pytest.approx(total / 4, rel=1e-12)
+    assert torch.autograd.gradcheck(lambda x: distance(real, x, directions), (synthetic,))
 
 
 def test_the_distance_of_statistics_is_that_of_loops_over_channels(imported: Callable[[str], Any]) -> None:

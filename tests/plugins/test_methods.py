@@ -1,0 +1,123 @@
+"""The losses of published methods, in float64, against slow versions that are obviously right; their recipes on digits."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+import pkgutil
+from pathlib import Path
+
+import ddkit_methods
+import pytest
+import torch
+from ddkit_methods.attention import attention, attention_maps
+from ddkit_methods.mmd import squared_mmd
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+import ddkit
+from ddkit.components import registry
+from tests.conftest import SMALL
+
+F64 = torch.float64
+RECIPES = [p.name for p in registry.plugins() if p.kind == "recipe" and "ddkit_methods" in p.value]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.iter_modules(ddkit_methods.__path__)])
+def test_examples_in_docstrings_hold(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"ddkit_methods.{name}"))
+    assert (result.failed, result.attempted > 0) == (0, True)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_runs_on_digits_as_its_paper_has_it(name: str, tmp_path: Path) -> None:
+    small = {path: value for path, value in SMALL.items() if not path.startswith("evaluators")}
+    run = ddkit.distill(name, ipc=1, pipc=5, steps=2, evaluators="none", sets=small, out=tmp_path / "run", device="cpu")
+    assert ddkit.load(run.path).images.isfinite().all()
+
+
+# Maximum mean discrepancy
+
+
+def slow_mmd(real: list[list[float]], synthetic: list[list[float]], scales: int) -> float:
+    rows = real + synthetic
+    gaps = {(i, j): sum((a - b) ** 2 for a, b in zip(x, y, strict=True)) for i, x in enumerate(rows) for j, y in enumerate(rows)}
+    width = sum(gaps.values()) / (len(rows) * (len(rows) - 1))
+    m, total = len(real), 0.0
+    for (i, j), gap in gaps.items():
+        kernel = sum(math.exp(-gap / (width * 2.0 ** (s - scales // 2))) for s in range(scales))
+        side = [1 / m if row < m else -1 / len(synthetic) for row in (i, j)]
+        total += kernel * side[0] * side[1]
+    return total
+
+
+@pytest.mark.parametrize("scales", [1, 4, 5])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (6, 1), (3, 4)])
+def test_mmd_agrees_with_loops_over_pairs_and_finite_differences(m: int, n: int, scales: int) -> None:
+    real, synthetic = normal(m, 4), normal(n, 4, seed=1).requires_grad_()
+    value = squared_mmd(real, synthetic, "gaussian", scales)
+    assert float(value.detach()) == pytest.approx(slow_mmd(real.tolist(), synthetic.tolist(), scales), rel=1e-10, abs=1e-14)
+    assert float(squared_mmd(real, synthetic.detach(), "linear")) == pytest.approx(
+        sum((float(real[:, k].mean()) - float(synthetic[:, k].detach().mean())) ** 2 for k in range(4)), rel=1e-12
+    )
+    assert gradcheck(lambda x: squared_mmd(real, x, "linear"), (synthetic,))
+
+
+def test_the_gradient_of_mmd_is_that_with_the_width_held() -> None:
+    real, synthetic = normal(5, 3), normal(2, 3, seed=1)
+    both = torch.cat([real, synthetic])
+    width = float(torch.cdist(both, both).square().sum() / 42)
+
+    def held(x: Tensor) -> Tensor:
+        rows = torch.cat([real, x])
+        gaps = (rows[:, None] - rows).square().sum(2)
+        side = torch.cat([torch.full((5,), 1 / 5, dtype=F64), torch.full((2,), -1 / 2, dtype=F64)])
+        return torch.stack([side @ torch.exp(-gaps / (width * 2.0**s)) @ side for s in range(-2, 3)]).sum()
+
+    x = synthetic.clone().requires_grad_()
+    assert gradcheck(held, (x,))
+    (found,) = torch.autograd.grad(squared_mmd(real, x), x)
+    (wanted,) = torch.autograd.grad(held(x), x)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_mmd_sees_the_spread_that_a_mean_does_not_and_is_zero_with_a_finite_gradient_if_all_is_equal() -> None:
+    real, wide = normal(200, 2), 3 * normal(200, 2)
+    assert float(squared_mmd(real - real.mean(0), wide - wide.mean(0))) > 0.05
+    assert float(squared_mmd(real - real.mean(0), wide - wide.mean(0), "linear")) < 1e-20
+    x = torch.ones(2, 3, dtype=F64, requires_grad=True)
+    value = squared_mmd(torch.ones(4, 3, dtype=F64), x)
+    assert float(value.detach()) == pytest.approx(0, abs=1e-15)
+    assert torch.autograd.grad(value, x)[0].isfinite().all()
+
+
+# Attention matching
+
+
+def test_attention_agrees_with_loops_and_finite_differences() -> None:
+    x = normal(2, 3, 2, 4)
+    for row, found in zip(x, attention(x, 4.0), strict=True):
+        sums = [sum(abs(float(row[c, i, j])) ** 4 for c in range(3)) for i in range(2) for j in range(4)]
+        assert found.tolist() == pytest.approx([value / math.hypot(*sums) for value in sums], rel=1e-10)
+    assert gradcheck(lambda t: attention(t, 4.0), (x.requires_grad_(),))
+
+
+def test_attention_is_taken_after_every_activation_but_the_last() -> None:
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 6, 3), nn.ReLU(),
+    ).double()  # fmt: skip
+    x = normal(3, 1, 8, 6)
+    maps = attention_maps(network, x, 2.0)
+    assert [tuple(each.shape) for each in maps] == [(3, 48), (3, 12)]
+    torch.testing.assert_close(maps[1], attention(network[:5](x), 2.0))
+
+
+def test_attention_in_a_network_without_places_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ddkit.InputError, match="convolutional"):
+        ddkit.distill(losses="attention-matching", model="mlp", steps=2, evaluators="none", out=tmp_path / "run")
+    assert not list(tmp_path.rglob("synthetic.safetensors"))
