@@ -34,7 +34,7 @@ from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.experts import Experts, experts_of, untrained
-from ddkit.nn.networks import build_network, network_tensors, no_second_derivative, training_flops
+from ddkit.nn.networks import batch_norms, build_network, network_tensors, no_second_derivative, training_flops
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
@@ -180,20 +180,32 @@ class RunSetup:
             teacher=self._teacher_probe,
         )  # fmt: skip
         self._check_second_order()
-        self._check_pool()
+        if recipe.network.trained_on != "none" and self.decided.needs_network:
+            self._check_training()
 
-    def _check_pool(self) -> None:
-        """Raises InputError if the pool's weights, and what their optimizers keep, are larger than this machine's memory."""
-        table, memory = self.recipe.network, machine_bytes()
-        if table.pool > 1 and self.decided.needs_network:
-            copies = 1 + (2 if table.inner_optimizer != "sgd" else 1 if table.inner_momentum else 0)
-            each = copies * sum(value.nbytes for value in network_tensors(build_network(self.model, self.info, 0, "probe")).values())
-            if table.pool * each > memory:
+    def _check_training(self) -> None:
+        """Raises InputError if the pool's weights, and what their optimizers keep, are larger than this machine's memory, or if a batch of
+        one image is left that batch norm cannot take."""
+        table, memory, probe = self.recipe.network, machine_bytes(), build_network(self.model, self.info, 0, "probe")
+        copies = 1 + (2 if table.inner_optimizer != "sgd" else 1 if table.inner_momentum else 0)
+        each = copies * sum(value.nbytes for value in network_tensors(probe).values())
+        if table.pool > 1 and table.pool * each > memory:
+            raise InputError(
+                f"network.pool = {table.pool}: its networks take {table.pool * each / 2**30:,.0f} GiB, and this machine has "
+                f"{memory / 2**30:,.0f} GiB of memory. Use at most {memory // each // 2}.",
+                "network.pool",
+            )
+        images = len(self.real.labels) if table.trained_on == "real" else sum(self.images_per_class)
+        reached = not table.inner_steps or table.inner_steps * table.batch > images
+        if batch_norms(probe) and (table.batch == 1 or (images % table.batch == 1 and reached)):
+            try:
+                probe.train()(torch.zeros(1, *self.info.shape))
+            except ValueError as error:
                 raise InputError(
-                    f"network.pool = {table.pool}: its networks take {table.pool * each / 2**30:,.0f} GiB, and this machine has "
-                    f"{memory / 2**30:,.0f} GiB of memory. Use at most {memory // each // 2}.",
-                    "network.pool",
-                )
+                    f"network.batch = {table.batch}: of {images} images it leaves a batch of one, which batch norm cannot take ({error}). "
+                    f"Use --set network.batch={table.batch + 1}.",
+                    "network.batch",
+                ) from None
 
     def _check_deterministic(self) -> None:
         """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""

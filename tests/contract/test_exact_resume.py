@@ -58,7 +58,7 @@ def cases() -> dict[str, dict[str, Any]]:
         "networks of experts, trained on the set": {"losses": "dm", "sets": experts | renewed},
         "classes of their own numbers": both | {"ipc": {"default": 2, "1": 5}, "sets": {"initializer.reuse": True}},
         "a pool trained on the set": {"losses": "dm", "sets": pool | {"network.inner_momentum": 0.9}},
-        "a pool trained on real images": {"losses": "dm,gm", "sets": pool | adam},
+        "a pool trained on real images": {"losses": "dm", "sets": pool | adam},
         "whitened": {"losses": "dm", "sets": {"data.whiten": True, "parametrization": "grid", "initializer.reuse": True}},
         "adam": both | {"sets": {"optimizer.images.kind": "adam"}},
         "sgd": both | {"sets": momentum},

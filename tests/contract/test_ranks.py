@@ -59,7 +59,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned labels": ("dm,feature-regression", {"labels.kind": "learned", "network.renew_every": 2, "network.inner_epochs": 1}),
     "the teacher's labels": ("feature-regression", {"labels.kind": "teacher", "labels.temperature": 2.0, "engine.chunk": 2}),
     "classes of their own numbers": ("dm,dkkt,feature-regression", {"ipc": {"default": 2, "1": 8, "4": 1}, "initializer.reuse": True}),
-    "a pool trained on real images, batch norm": ("dm,gm", {f"network.{key}": value for key, value in POOL.items()}),
+    "a pool trained on real images, batch norm": ("dm", {f"network.{key}": value for key, value in POOL.items()}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
 EACH_RECIPE = ("default", "dsa", "m3d", "datadam", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
