@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ddkit
 from ddkit.data.real import RealData, open_dataset
@@ -49,6 +50,23 @@ def test_a_set_alone_is_whitened_by_the_accessible_images_and_its_pictures_are_p
     state, _ = read_tensors(next((whitened / "checkpoints").glob("*2.safetensors")))
     torch.testing.assert_close(seen, state["bank.images"], atol=1e-4, rtol=0)
     assert found.metadata["whitening"]["sha256"] == made.digest
+
+
+def test_exported_pictures_look_like_digits_and_what_networks_see_does_not(whitened: Path, cli: Cli) -> None:
+    real = RealData(open_dataset(DataTable()), "all", 0)
+    means = torch.stack([real.images[real.labels == label].flatten(1).mean(0) for label in range(10)])
+    assert cli("export", whitened, "--to", "imagefolder", "--out", "pictures").code == 0
+    files = sorted(Path("pictures/train").glob("*/*.png"))
+    shown = torch.stack([torch.tensor(np.asarray(Image.open(file))) for file in files]).flatten(1) / 255
+    labels = torch.tensor([int(file.parent.name) for file in files])
+
+    def distance(images: torch.Tensor, labels: torch.Tensor) -> float:
+        """Returns how far images are from the mean of the real ones of their class, root mean square."""
+        return float((images.flatten(1) - means[labels]).square().mean().sqrt())
+
+    usual = distance(real.images, real.labels)
+    assert distance(shown, labels) < 1.2 * usual
+    assert distance(ddkit.load(whitened).normalised, labels) > 2 * usual
 
 
 @pytest.mark.parametrize("kind", ["grid", "fourier"])
