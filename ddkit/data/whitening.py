@@ -48,8 +48,10 @@ class Whitening:
         Raises ValueError if its tensors cannot be used.
         """
         found = [tensors[name] for name in NAMES if name in tensors]
-        if len(found) < len(NAMES):
+        if not found:
             return None
+        if len(found) < len(NAMES):
+            raise ValueError(f"of the tensors of its whitening, {', '.join(NAMES)}, some are missing")
         centre, vectors, gains = found
         rows, numbers = len(gains.flatten()) - 1, math.prod(shape)
         fits = tuple(centre.shape) == shape and tuple(vectors.shape) == (rows, numbers) and gains.ndim == 1 and rows <= numbers

@@ -64,4 +64,6 @@ def test_images_that_do_not_differ_and_tensors_that_are_no_whitening_are_refused
     for change in ({NAMES[1]: vectors[:, 1:]}, {NAMES[1]: vectors * torch.inf}, {NAMES[2]: -good[NAMES[2]]}, {NAMES[0]: torch.zeros(2)}):
         with pytest.raises(ValueError, match="whitening"):
             Whitening.taken(good | change, SHAPE)
+    with pytest.raises(ValueError, match="missing"):
+        Whitening.taken({NAMES[1]: vectors}, SHAPE)
     assert Whitening.taken({"images": vectors}, SHAPE) is None
