@@ -123,8 +123,8 @@ def whitening_key(table: DataTable) -> dict[str, Any]:
 def whitening_of(images: Tensor, table: DataTable) -> Whitening:
     """Returns the ZCA of images (n, C, H, W) in pixel units; raises InputError if there is none, or no memory for it.
 
-    Where `table` leaves the regularisation open it is 0.1 of the mean variance, and s / (1 - s) of it more: s is the intensity with which
-    Ledoit and Wolf (2004) shrink the covariance of so few images, 0 for very many. Computed in one thread, so that its bytes do not
+    Where `table` leaves whiten_eps open it is 0.1, and s / (1 - s) of the mean variance more: s is the intensity with which Ledoit and Wolf
+    (2004) shrink the covariance of so few images, 0 for very many. Computed in one thread, so that its bytes do not
     depend on their number.
     """
     count, numbers = len(images), math.prod(images.shape[1:])
@@ -156,8 +156,9 @@ def whitening_of(images: Tensor, table: DataTable) -> Whitening:
             raise InputError(
                 f"data.whiten: the {count} images do not differ, so there is nothing to whiten. Use more (--pipc).", "data.whiten"
             )
-        eps = EPS + _shrinkage(values, norms, numbers) if table.whiten_eps is None else table.whiten_eps
-        regular = eps if table.whiten_absolute else eps * variance
+        regular = (table.whiten_eps or EPS) * (1.0 if table.whiten_absolute else variance)
+        if table.whiten_eps is None:
+            regular += _shrinkage(values, norms, numbers) * variance
         kept = values > LEAST * regular
         vectors = own[:, kept].T
         if count <= numbers:
@@ -171,8 +172,8 @@ def whitening_of(images: Tensor, table: DataTable) -> Whitening:
 def _shrinkage(values: Tensor, norms: Tensor, numbers: int) -> float:
     """Returns s / (1 - s) for the intensity s of Ledoit and Wolf, from the eigenvalues and the squared norms of the centred rows.
 
-    Theirs is (1 - s) C + s v I, which is C + s / (1 - s) v I but for a factor. Source: their lemma 3.2 to 3.4, with the estimators of
-    section 3.3.
+    Theirs is (1 - s) C + s v I, which is C + s / (1 - s) v I but for a factor. Source: their estimators m, d^2
+    and b^2, lemmas 3.2 to 3.4.
     """
     count, mean = len(norms), float(norms.mean()) / numbers
     squares = float(values.square().sum())
