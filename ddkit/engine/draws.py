@@ -262,9 +262,12 @@ class StepSource:
         self._optimizer.state.clear()
         for name, parameter in module.named_parameters():
             own = {key: f"optimizer.{key}.{name}" for key in MEMORY[inner.schedule.optimizer]}
-            found = {key: to_device(tensors[full], self.device).clone() for key, full in own.items() if full in tensors}
-            if found:
-                self._optimizer.state[parameter] = found
+            found = {key: to_device(tensors[full], self.device) for key, full in own.items() if full in tensors}
+            if found:  # in the parameter's layout, which fused optimizers rely on
+                self._optimizer.state[parameter] = {
+                    key: torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value.clone()
+                    for key, value in found.items()
+                }
 
     def _tensors(self) -> dict[str, Tensor]:
         """Returns copies of what the network is, and of what its optimizer keeps, by name."""

@@ -294,6 +294,17 @@ def test_a_network_of_a_pool_that_a_checkpoint_lacks_is_reported(recipe: Maker) 
         engine.load_state(11, {key: value for key, value in state.items() if key != name})
 
 
+def test_momentum_that_is_read_back_has_the_layout_of_its_parameter_as_fused_updates_need_it(recipe: Maker) -> None:
+    _, _, engine = made(recipe("dm", network=POOL | {"pool": 1}))
+    advance(engine, 0, 2)
+    engine.source.embedder(1).module.to(memory_format=torch.channels_last)
+    engine.load_state(2, {name: value.clone(memory_format=torch.contiguous_format) for name, value in engine.state(2).items()})
+    optimizer, module = engine.source._optimizer, engine.source.embedder(1).module
+    assert optimizer is not None
+    kept = {name: optimizer.state[parameter]["momentum_buffer"].stride() for name, parameter in module.named_parameters()}
+    assert kept == {name: parameter.stride() for name, parameter in module.named_parameters()}
+
+
 # Bad values, and the recipe
 
 

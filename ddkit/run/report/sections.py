@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddkit.data.pictures import eight_bits, radial_spectrum
 from ddkit.files import path_part, without_folders
+from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
 from ddkit.run.doubts import shares, typical_shares
 from ddkit.run.manifest import SET
@@ -81,6 +82,8 @@ def head(files: Files) -> dict[str, Any]:
     told += f"; {artifact.parametrization.name} makes {images_a_class:.3g} of them" if artifact.parametrization else ""
     tiles += [("budget", f"{artifact.stored_numbers:,.6g}", told)]
     tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
+    network = NetworkTable(**{key: value for key, value in recipe.get("network", {}).items() if key in own_keys(NetworkTable)})
+    tiles += [("networks", str(network.pool), network.sentence)] if network.sentence else []
     if artifact.whitening is not None:
         directions = len(artifact.whitening.vectors)
         tiles += [
