@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cached_property
@@ -49,13 +49,13 @@ def passed_dataset() -> Passed | None:
 def passing(dataset: Any) -> Iterator[dict[str, Any]]:
     """Inside, `dataset` is the recipe's; yields the flags and recipe paths that say so.
 
-    `dataset` is a name or None, which are yielded as they are, a dataset, or (training, test). Raises FlagError for anything else,
-    InputError for a dataset that cannot be used.
+    `dataset` is a name or None, which are yielded as they are, a dataset, (training, test), or a dict of splits, such as Hugging Face's
+    DatasetDict. Raises FlagError for anything else, InputError for a dataset that cannot be used.
     """
     if dataset is None or isinstance(dataset, str):
         yield {"dataset": dataset}
         return
-    pair = dataset if isinstance(dataset, tuple) else (dataset, None)
+    pair = _splits(dataset) if isinstance(dataset, Mapping) else dataset if isinstance(dataset, tuple) else (dataset, None)
     if len(pair) != 2:
         raise FlagError(f"dataset: a tuple is (training, test), two datasets; got one of {len(pair)}.")
     for each in pair:
@@ -73,6 +73,17 @@ def passing(dataset: Any) -> Iterator[dict[str, Any]]:
         yield {"dataset": PYTHON, "data.labels": made.options.labels}  # by these an evaluation knows whether it is the run's own data
     finally:
         _PASSED.reset(token)
+
+
+def _splits(parts: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns (training, test) of a dict of splits, with the validation split if it has no test; raises FlagError without training."""
+    train = next((parts[name] for name in ("train", "training") if name in parts), None)
+    if train is None:
+        raise FlagError(f"dataset: a dict of splits has the key 'train'; got {shown(list(parts))}. Pass (training, test).")
+    test = next((name for name in ("test", "testing", "validation", "valid", "val") if name in parts), None)
+    if test not in (None, "test"):
+        log.warning("The test split is '%s'.", test)
+    return train, None if test is None else parts[test]
 
 
 def open_dataset(table: DataTable) -> Dataset:

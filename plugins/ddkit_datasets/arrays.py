@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from importlib.util import find_spec
@@ -15,7 +16,9 @@ import torch
 from torch import Tensor
 
 import ddkit
+from ddkit_datasets import layout
 
+log = logging.getLogger("ddkit")
 Splits = dict[str, tuple[Tensor, Tensor]]
 DIGITS = tuple("0123456789")
 FINE_LABELS = (  # of CIFAR-100, in the order of its labels
@@ -155,10 +158,13 @@ class Cifar100(Torchvision):
 
 
 class Npz(InMemory):
-    """A NumPy .npz file of the user's: arrays x_train, y_train, x_test, y_test (and class_names, if you like).
+    """NumPy arrays of the user's: an .npz file, a folder of .npy files, or an .npy file of images with `labels`.
 
-    Images are (n, H, W), (n, H, W, C) or (n, C, H, W) with C 1 or 3; uint8, or floats in 0..1. Labels are integers
-    from 0. Without x_test, `holdout` of each class becomes the test split. With an array `unclipped`, as the exporter npz
+    Images are x_train or train_images, labels y_train or train_labels; the test split is x_test or test_images, else x_val or val_images.
+    X and y, or images and labels, stand for all, or for the splits that an array `split` of names tells. Images are (n, H, W),
+    (n, H, W, C) or (n, C, H, W) with C 1, 3 or 4 (transparency is left out), or rows of numbers that `shape` arranges; bytes, floats in
+    0..1, or floats to 255. Labels are integers from 0, also (n, 1), whole floats or one-hot rows, or texts, which become the class names;
+    else these are `class_names`. Without a test split, `holdout` of each class becomes it. With an array `unclipped`, as the exporter npz
     writes it, floats may lie outside 0..1. Nothing is unpickled. A packed file may declare 1,024 MiB, or 100 times its own size up to
     4,096 MiB, or 10 times its own size; more is refused before it is unpacked.
     """
@@ -166,8 +172,10 @@ class Npz(InMemory):
     takes_directory = False
     argument = "path"
 
-    path: str = ddkit.option("", "the .npz file")
-    holdout: float = ddkit.option(0.2, "test share of each class, without x_test", gt=0, lt=1)
+    path: str = ddkit.option("", "the .npz file, the folder of .npy files, or the .npy file of images")
+    labels_: str = ddkit.option("", "the .npy file of labels, if path is one of images")
+    shape: tuple[int, ...] = ddkit.option((), "shape of an image, if images are rows of numbers: height, width and channels, in any order")
+    holdout: float = ddkit.option(0.2, "test share of each class, without a test split", gt=0, lt=1)
     holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
 
     def __init__(self, **options: Any) -> None:
@@ -176,17 +184,94 @@ class Npz(InMemory):
             raise ddkit.InputError(f"The dataset '{self.name}' needs a file: --dataset {self.name}:PATH", "data.path")
         path = Path(self.path).absolute()
         self.path = str(path)
-        arrays = ddkit.data.read_arrays(path)
-        if "x_train" not in arrays or "y_train" not in arrays:
-            raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {', '.join(sorted(arrays)) or 'none'}.")
-        self.splits = {"train": _split(arrays, "train", path)}
-        if "x_test" in arrays:
-            self.splits["test"] = _split(arrays, "test", path)
+        if self.labels_:
+            self.labels_ = str(Path(self.labels_).absolute())
+        arrays = self._arrays(path)
+        splits = layout.splits_of(list(arrays))
+        if "train" not in splits or not splits["train"].labels:
+            raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {_listed(arrays)}.{self._help(path)}")
+        try:
+            self.splits, self.names = self._read(arrays, splits, path)
+        except ValueError as error:
+            raise ddkit.InputError(f"{path}: {error}.") from None
+
+    def _arrays(self, path: Path) -> dict[str, Any]:
+        """Returns the arrays by name, an array `split` taken apart: X and y become x_train, y_train, x_test and so on."""
+        if path.is_dir():
+            found = {name: array for file in sorted(path.glob("*.npy")) for name, array in ddkit.data.read_arrays(file).items()}
         else:
-            images, labels = self.splits["train"]
-            kept, held = holdout(labels, self.holdout, self.holdout_seed)
-            self.splits = {"train": (images[kept], labels[kept]), "test": (images[held], labels[held])}
-        self.names = _class_names(arrays, torch.cat([labels for _, labels in self.splits.values()]), path)
+            found = ddkit.data.read_arrays(path)
+            if len(found) == 1 and path.suffix == ".npy":
+                found = {"x": found[path.stem]}
+        if self.labels_:
+            labels = Path(self.labels_)
+            read = ddkit.data.read_arrays(labels)
+            if set(found) != {"x"} or set(read) != {labels.stem}:
+                raise ddkit.InputError("data.labels is the .npy file of labels, and path that of images, an .npy file too.", "data.labels")
+            found["y"] = read[labels.stem]
+        plain, of_rows = layout.splits_of(list(found)).get("train"), found.get("split")
+        if of_rows is None or of_rows.ndim != 1 or of_rows.dtype.kind not in "US" or plain is None or not plain.labels:
+            return found
+        rows = [each.decode() if isinstance(each, bytes) else str(each) for each in of_rows]
+        parts: dict[str, Any] = {name: array for name, array in found.items() if name not in (*plain, "split")}
+        for name in sorted(set(rows)):
+            chosen = np.array([row == name for row in rows])
+            if any(len(found[each]) != len(rows) for each in plain):
+                raise ddkit.InputError(f"{path}: split has {len(rows)} names, and {plain.images} {len(found[plain.images])} images.")
+            parts |= {f"x_{name}": found[plain.images][chosen], f"y_{name}": found[plain.labels][chosen]}
+        return parts
+
+    def _help(self, path: Path) -> str:
+        """Returns how to name the labels of an .npy file of images."""
+        return " Name the file of its labels: --set data.labels=LABELS.npy" if path.suffix == ".npy" else ""
+
+    def _read(self, arrays: dict[str, Any], found: dict[str, layout.Pair], path: Path) -> tuple[Splits, list[str]]:
+        """Returns the splits and the class names; raises ValueError saying what is wrong."""
+        used = {"train": found["train"]}
+        test = next((split for split in ("test", "val") if split in found), None)
+        if test is not None:
+            used["test"] = found[test]
+        images: dict[str, Any] = {}
+        labels: dict[str, Any] = {}
+        told = []
+        named = 0
+        for split, (x, y) in used.items():
+            images[split] = layout.pixels_of(layout.images_of(arrays[x], self.shape, x), x)
+            if not y:
+                raise ValueError(f"y_{split} must be integers, one for each image of {x}, and there is none")
+            try:
+                labels[split], classes, what = layout.labels_of(arrays[y])
+            except ValueError as error:
+                raise ValueError(f"{y} must be integers, or one-hot rows, or texts, one for each image of {x}: {error}") from None
+            if len(labels[split]) != len(images[split]):
+                raise ValueError(f"{y} must be integers, one for each image of {x}: they are {len(labels[split])} and {len(images[split])}")
+            named = max(named, classes)
+            told += [f"{y} {what}"] if what and split == "train" else []
+        if not len(images["train"]):
+            raise ValueError(f"{used['train'].images} holds no image")
+        names = None
+        if any(each.dtype == object for each in labels.values()):
+            names, labels = layout.numbered(labels)
+        for split, y in labels.items():
+            if len(y) and int(y.min()) < 0:
+                raise ValueError(f"{used[split].labels} holds a negative label; labels count from 0")
+        floats = {used[split].images: x for split, x in images.items() if x.dtype.kind == "f"}
+        divisor = 1 if "unclipped" in arrays else layout.divisor_of(floats)
+        told += ["floats to 255, which are divided by 255"] if divisor > 1 else []
+        if not {name for pair in used.values() for name in pair} <= layout.PLAIN or set(found) - {"train", "test"}:
+            left = ", ".join(found[split].images for split in found if split not in ("train", test))
+            told = [
+                f"training images {used['train'].images}", f"test images {used['test'].images}" if test else "no test images", *told,
+                *([f"{left} not used"] if left else []),
+            ]  # fmt: skip
+        if told:
+            log.warning("%s: %s.", path.name, "; ".join(told))
+        splits = {split: (_tensor(x, divisor), torch.from_numpy(labels[split])) for split, x in images.items()}
+        if test is None:
+            whole, classes_of_it = splits["train"]
+            kept, held = holdout(classes_of_it, self.holdout, self.holdout_seed)
+            splits = {"train": (whole[kept], classes_of_it[kept]), "test": (whole[held], classes_of_it[held])}
+        return splits, names or _class_names(arrays, torch.cat([y for _, y in splits.values()]), named, path)
 
 
 def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -201,31 +286,21 @@ def holdout(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(kept).sort().values, torch.cat(held).sort().values
 
 
-def _split(arrays: dict[str, Any], split: str, path: Path) -> tuple[Tensor, Tensor]:
-    x, y = arrays[f"x_{split}"], arrays.get(f"y_{split}")
-    if x.ndim == 3:
-        x = x[:, None]
-    elif x.ndim == 4 and x.shape[-1] in (1, 3) and x.shape[1] not in (1, 3):
-        x = x.transpose(0, 3, 1, 2)
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ddkit.InputError(f"{path}: x_{split} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1 or 3.")
-    if x.dtype != np.uint8:
-        outside = bool(x.size) and "unclipped" not in arrays and (x.min() < 0 or x.max() > 1)
-        if x.dtype.kind != "f" or not np.isfinite(x).all() or outside:
-            raise ddkit.InputError(f"{path}: x_{split} must be uint8, or finite floats in 0..1.")
-    if y is None or y.ndim != 1 or len(y) != len(x) or y.dtype.kind not in "iu":
-        raise ddkit.InputError(f"{path}: y_{split} must be integers, one for each image of x_{split}.")
-    if split == "train" and len(y) == 0:
-        raise ddkit.InputError(f"{path}: x_train holds no image.")
-    if len(y) and int(y.min()) < 0:
-        raise ddkit.InputError(f"{path}: y_{split} holds a negative label; labels count from 0.")
-    x = np.ascontiguousarray(x, dtype=np.uint8 if x.dtype == np.uint8 else np.float32)
-    images = torch.from_numpy(x).view(-1).view(x.shape)  # with one channel at the end its strides would choose another convolution
-    return images, torch.from_numpy(y.astype(np.int64))
+def _listed(arrays: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {array.shape}" for name, array in sorted(arrays.items())) or "none"
 
 
-def _class_names(arrays: dict[str, Any], labels: Tensor, path: Path) -> list[str]:
-    classes = int(labels.max()) + 1
+def _tensor(x: Any, divisor: int) -> Tensor:
+    """Returns images as a contiguous tensor, uint8 or float32; floats are divided."""
+    x = np.ascontiguousarray(
+        x if divisor == 1 or x.dtype == np.uint8 else x / divisor, dtype=np.uint8 if x.dtype == np.uint8 else np.float32
+    )
+    return torch.from_numpy(x).view(-1).view(x.shape)  # with one channel at the end its strides would choose another convolution
+
+
+def _class_names(arrays: dict[str, Any], labels: Tensor, named: int, path: Path) -> list[str]:
+    """Returns the class names: those that the arrays give, else numbers; `named` is how many classes one-hot labels have."""
+    classes = max(named, int(labels.max()) + 1)
     if classes > len(labels):  # so that a stray label makes an error, not a million classes
         raise ddkit.InputError(f"{path}: the largest label is {classes - 1}, but there are only {len(labels)} images; labels count from 0.")
     if "class_names" not in arrays:

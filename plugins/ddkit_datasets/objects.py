@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -17,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 import ddkit
+from ddkit_datasets import layout
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import channels_first, upright
 
@@ -27,10 +29,13 @@ class Python(ddkit.Dataset):
     """A Dataset object passed to ddkit.distill(dataset=...) in Python: (image, label) by index, as torch's map-style datasets have it.
 
     Pass (training, test), or one of which `holdout` of each class becomes the test split. Images are PIL images, or arrays and tensors
-    of uint8, or of floats in 0..1: (H, W), or (C, H, W) as tensors and (H, W, C) as arrays, C up to 4. Labels come from `.targets` or
-    `.labels`, class names from `.classes`, also through torch's Subset, ConcatDataset and TensorDataset; without these every item is
-    opened once for its label, and classes are called by number. What a transform draws at random is drawn anew for each image, from its
-    index, and is the same in every run. A file cannot hold an object: to continue or evaluate such a run, pass the dataset again.
+    of uint8, or of floats in 0..1, or to 255: (H, W), or (C, H, W) as tensors and (H, W, C) as arrays, C up to 4. Labels are integers from
+    0, whole floats, one-hot rows, or texts, which become the class names. They come from `.targets` or `.labels`, class names from
+    `.classes`, also through torch's Subset, ConcatDataset and TensorDataset; without these every item is opened once for its label, and
+    classes are called by number. Items may be dicts, as those of a Dataset or DatasetDict of Hugging Face or of a list: the types of
+    `.features` tell image, label and class names, else the names of the columns. What a transform draws at random is drawn anew for each
+    image, from its index, and is the same in every run. A file cannot hold an object: to continue or evaluate such a run, pass the dataset
+    again.
     """
 
     takes_directory = False
@@ -53,7 +58,7 @@ class Python(ddkit.Dataset):
                 "data.use",
             )
         if "python" not in passed.known:
-            passed.known["python"] = [_Items(each) for each in (passed.train, passed.test) if each is not None]
+            passed.known["python"] = _numbered([_Items(each) for each in (passed.train, passed.test) if each is not None])
         self._passed: list[_Items] = passed.known["python"]
         train, test = self._passed[0], self._passed[-1]
         kept, held = torch.arange(len(train)), torch.arange(len(test))
@@ -72,7 +77,7 @@ class Python(ddkit.Dataset):
     @cached_property
     def class_names(self) -> Sequence[str]:
         """At least as many as there are labels: those that are missing by number, those that are there twice with their number."""
-        names = self._passed[0].names or []
+        names = self._passed[0].texts or self._passed[0].names or []
         classes = 1 + max(int(each.labels.max()) for each in self._passed)
         whole = [*names, *(str(label) for label in range(len(names), classes))]
         often = Counter(whole)
@@ -111,32 +116,67 @@ class _Items:
             raise ddkit.InputError(f"The dataset that was passed, {self.title}, has no length ({_said(error)}).") from error
         if self._length == 0:
             raise ddkit.InputError(f"The dataset that was passed, {self.title}, is empty.")
-        self.names = _names_of(dataset)
+        self.columns: tuple[str, str] | None = None  # of items that are dicts: image and label
+        self.labels = torch.empty(0, dtype=torch.int64)
+        self.texts: list[str] | None = None
 
     def __len__(self) -> int:
         return self._length
 
     @cached_property
-    def labels(self) -> Tensor:
-        """(n,) int64."""
+    def given(self) -> Any:
+        """(n,) labels as they are: an array of int64, or of texts."""
         found = _labels_of(self.dataset)
+        if found is None:
+            found = _read_labels(self._column())
         if found is None or len(found) != len(self):
             log.warning("%s has no labels (.targets or .labels): all of its %d items are opened once for them.", self.title, len(self))
-            found = torch.tensor([self._label(row, self._item(row)[1]) for row in range(len(self))])
-        if int(found.min()) < 0:
+            each = [self._label(row, self._item(row)[1]) for row in range(len(self))]
+            for row, label in enumerate(each):
+                if type(label) is not type(each[0]):
+                    raise self._wrong(row, f"has the label {label!r}; it has to be an integer from 0, or all labels texts")
+            found = np.array(each, dtype=object if isinstance(each[0], str) else np.int64)
+        if found.dtype != object and int(found.min()) < 0:
             raise ddkit.InputError(f"The dataset that was passed, {self.title}, has the label {int(found.min())}; labels count from 0.")
         return found
+
+    def _column(self) -> Any:
+        """Returns the labels of a dataset of columns, such as Hugging Face's, None of another."""
+        if not hasattr(self.dataset, "column_names"):
+            return None
+        self._item(0)
+        column = self.columns[1] if self.columns else None
+        return None if column is None else list(self.dataset[column])
+
+    @property
+    def names(self) -> list[str] | None:
+        """The class names that it has, None if it has none; known once the labels are."""
+        features = getattr(self.dataset, "features", None)
+        if self.columns and isinstance(features, Mapping):
+            return getattr(features.get(self.columns[1]), "names", None)
+        return _names_of(self.dataset)
 
     def image(self, row: int) -> Tensor:
         """Returns image `row`, (1 or 3, H, W), uint8 or float32 in 0..1; raises InputError naming an item that cannot be used."""
         image, label = self._item(row)
-        found, listed = self._label(row, label), int(self.labels[row])
+        found, listed = self._label(row, label), self.given[row]
         if found != listed:
             raise self._wrong(row, f"has the label {found}, but its .targets or .labels say {listed}")
         try:
-            return _pixels(image)
+            return _pixels(image, self._divisor if _floats(image) else 1)
         except Exception as error:
             raise self._wrong(row, f"is no image that can be used: {error}") from error
+
+    @cached_property
+    def _divisor(self) -> int:
+        """By what floats are divided: 255 if those of some images, of 16 at most, lie between 0 and 255 and go further than 2, else 1."""
+        rows = sorted({round(row) for row in np.linspace(0, len(self) - 1, 16)})
+        images = [image for row in rows if _floats(image := self._item(row)[0])]
+        low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
+        if not (low >= 0 and 2 < high <= 255):
+            return 1
+        log.warning("The pixels of %s are floats to %.4g: they are taken as 0 black to 255 white.", self.title, high)
+        return 255
 
     def _wrong(self, row: int, what: str) -> ddkit.InputError:
         return ddkit.InputError(f"Item {row} of the dataset that was passed, {self.title}, {what}.")
@@ -147,16 +187,64 @@ class _Items:
                 found = self.dataset[row]
         except Exception as error:  # a dataset of the user's can raise anything
             raise self._wrong(row, f"cannot be had: {_said(error)}") from error
+        if isinstance(found, Mapping):
+            if self.columns is None:
+                self.columns = self._columns_of(found)
+            image, label = self.columns
+            if image not in found or label not in found:
+                raise self._wrong(row, f"has no '{label if image in found else image}'")
+            return found[image], found[label]
         if not isinstance(found, tuple | list) or len(found) < 2:
-            raise self._wrong(row, f"is a {type(found).__name__}; it has to be (image, label)")
+            raise self._wrong(row, f"is a {type(found).__name__}; it has to be (image, label), or a dict of both")
         return found[0], found[1]
 
-    def _label(self, row: int, label: Any) -> int:
-        one = (isinstance(label, Tensor) and label.numel() == 1) or (isinstance(label, np.generic | np.ndarray) and label.size == 1)
-        value = label.item() if one else label
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self._wrong(row, f"has the label {str(label)[:60]!r}; it has to be an integer from 0")
-        return value
+    def _columns_of(self, item: Mapping[str, Any]) -> tuple[str, str]:
+        """Returns the names of image and label in items that are dicts; says which label is taken if there are several."""
+        features = getattr(self.dataset, "features", None)
+        kinds = {name: type(kind).__name__ for name, kind in features.items()} if isinstance(features, Mapping) else {}
+        images = [name for name in item if kinds.get(name) == "Image"] or [name for name in layout.IMAGES if name in item]
+        images = images or [name for name, value in item.items() if isinstance(value, Image.Image)]
+        labels = [name for name in item if kinds.get(name) == "ClassLabel"]
+        labels = labels or [name for name in item if re.fullmatch(rf"(fine_|class_)?({'|'.join(layout.LABELS)}|class)", name)]
+        if not images or not labels:
+            what = "label" if images else "image"
+            raise self._wrong(0, f"is a dict of {', '.join(map(str, item))}, and none of them is the {what}. Rename it to '{what}'")
+        label = next((name for name in ("label", "labels", "fine_label") if name in labels), labels[0])
+        if len(labels) > 1:
+            log.warning(
+                "%s has several labels (%s): '%s' is taken. Rename another to 'label' to have it.", self.title, ", ".join(labels), label
+            )
+        return images[0], label
+
+    def _label(self, row: int, label: Any) -> int | str:
+        if type(label) is int or isinstance(label, str):
+            return label if type(label) is int else str(label)
+        try:
+            value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
+            if value.dtype == bool and value.size == 1:
+                raise ValueError("it is a truth value")
+            return int(layout.labels_of(value.reshape(1, -1))[0][0])
+        except Exception:
+            raise self._wrong(row, f"has the label {str(label)[:60]!r}; it has to be an integer from 0, a one-hot row or a text") from None
+
+
+def _numbered(items: list[_Items]) -> list[_Items]:
+    """Returns the datasets with `labels` as numbers (n,), int64; texts are numbered in their natural order, and are the class names."""
+    given = {str(place): each.given for place, each in enumerate(items)}
+    names = None
+    if any(each.dtype == object for each in given.values()):
+        try:
+            names, given = layout.numbered(given)
+        except ValueError as error:
+            raise ddkit.InputError(f"The dataset that was passed, {items[0].title}, and that of the test split: {error}.") from None
+    for place, each in enumerate(items):
+        each.labels = torch.from_numpy(given[str(place)])
+        each.texts = names
+    return items
+
+
+def _floats(image: Any) -> bool:
+    return (isinstance(image, Tensor) and image.is_floating_point()) or (isinstance(image, np.ndarray) and image.dtype.kind == "f")
 
 
 def _said(error: Exception) -> str:
@@ -178,30 +266,29 @@ def _own_draws(row: int) -> Iterator[None]:
         np.random.set_state(states[2])
 
 
-def _labels_of(dataset: Any) -> Tensor | None:
-    """Returns the labels that a dataset has without opening an item, None if it has none."""
+def _labels_of(dataset: Any) -> Any:
+    """Returns the labels that a dataset has without opening an item, (n,) int64 or texts, None if it has none."""
     if isinstance(dataset, torch.utils.data.Subset):
         inner = _labels_of(dataset.dataset)
-        return None if inner is None else inner[torch.as_tensor(list(dataset.indices), dtype=torch.int64)]
+        return None if inner is None else inner[np.asarray(list(dataset.indices), dtype=np.int64)]
     if isinstance(dataset, torch.utils.data.ConcatDataset):
         parts = [_labels_of(part) for part in dataset.datasets]
-        return None if any(part is None for part in parts) else torch.cat([part for part in parts if part is not None])
+        return None if any(part is None for part in parts) else np.concatenate([part for part in parts if part is not None])
     if isinstance(dataset, torch.utils.data.TensorDataset):
-        return _integers(dataset.tensors[1]) if len(dataset.tensors) > 1 else None
+        return _read_labels(dataset.tensors[1]) if len(dataset.tensors) > 1 else None
     changed: Callable[[Any], Any] | None = getattr(dataset, "target_transform", None)
-    for name in ("targets", "labels"):
+    for name in ("targets", "labels", "_labels"):
         found = getattr(dataset, name, None)
         if found is not None and not callable(found):
-            return _integers([changed(each) for each in found] if changed else found)
+            return _read_labels([changed(each) for each in found] if changed else found)
     return None
 
 
-def _integers(values: Any) -> Tensor | None:
+def _read_labels(values: Any) -> Any:
     try:
-        found = np.asarray(values)
-    except Exception:
+        return layout.labels_of(np.asarray(values))[0]
+    except Exception:  # of another kind, or third-party code
         return None
-    return torch.from_numpy(found.astype(np.int64)) if found.ndim == 1 and found.dtype.kind in "iu" else None
 
 
 def _names_of(dataset: Any) -> list[str] | None:
@@ -216,8 +303,11 @@ def _names_of(dataset: Any) -> list[str] | None:
     return [", ".join(map(str, each)) if isinstance(each, tuple | list) else str(each) for each in found]
 
 
-def _pixels(image: Any) -> Tensor:
-    """Returns (1 or 3, H, W), uint8 or float32 in 0..1; without alpha; a PIL image is turned upright. Raises ValueError saying why not."""
+def _pixels(image: Any, divisor: int) -> Tensor:
+    """Returns (1 or 3, H, W), uint8 or float32 in 0..1; without alpha; a PIL image is turned upright. Raises ValueError saying why not.
+
+    Floats are divided by `divisor`.
+    """
     if isinstance(image, Image.Image):
         return torch.from_numpy(np.array(channels_first(upright(image)), order="C"))
     if isinstance(image, np.ndarray):
@@ -242,6 +332,7 @@ def _pixels(image: Any) -> Tensor:
         return found.to(torch.uint8) * 255
     if not found.is_floating_point():
         raise ValueError(f"its pixels are {str(found.dtype).removeprefix('torch.')}, not uint8, uint16, or floats in 0..1")
+    found = found / divisor
     low, high = float(found.min()), float(found.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"its pixels lie between {low:.3g} and {high:.3g}, not in 0..1; leave out Normalize, ddkit normalises by itself")

@@ -143,10 +143,10 @@ def _write_arrays(root: Path) -> None:
         "outofrange": {"y_train": wide * 900}, "testlabel": {"y_test": wide * 2}, "floatlabels": {"y_train": wide * 0.5},
         "nan": {"x_train": images * np.nan}, "beyond": {"x_train": images + 1.5}, "below": {"x_test": images - 0.5},
         "oneclass": {"y_train": wide * 0, "y_test": wide * 0}, "noimages": {"x_train": images[:0], "y_train": wide[:0]},
-        "emptytest": {"x_test": images[:0], "y_test": wide[:0]}, "fourchannels": {"x_train": np.zeros((8, 8, 8, 4), np.uint8)},
+        "emptytest": {"x_test": images[:0], "y_test": wide[:0]}, "fivechannels": {"x_train": np.zeros((8, 8, 8, 5), np.uint8)},
         "flat": {"x_train": images[:, 0]}, "samename": {"class_names": np.array(["owl", "owl"])},
         "fewnames": {"class_names": np.array(["owl"])}, "bytenames": {"class_names": np.array([b"owl", b"\xff"])},
-        "int64": {"x_train": images.astype(np.int64)}, "scalar": {"x_train": np.uint8(3)},
+        "int64": {"x_train": images.astype(np.int64) + 300}, "scalar": {"x_train": np.uint8(3)},
         "onepixel": {"x_train": images[:, :1, :1], "x_test": images[:, :1, :1]},
     }  # fmt: skip
     for name, change in changes.items():

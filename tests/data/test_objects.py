@@ -210,8 +210,13 @@ FINE = (GREY, 0)
         ((Pictures(), Pictures(), Pictures()), ddkit.FlagError, "got one of 3"),
         ((None, Pictures()), ddkit.FlagError, "the training dataset is None"),
         (Listed(), ddkit.InputError, "Listed, is empty"),
+        (Listed((GREY, None)), ddkit.InputError, "Item 0 .* has the label 'None'; it has to be an integer from 0, a one-hot row or a text"),
+        (Listed((GREY, [0, 1, 1])), ddkit.InputError, r"Item 0 .* has the label '\[0, 1, 1\]'"),
+        (Listed({"image": GREY, "note": 3}), ddkit.InputError, "Item 0 .* is a dict of image, note, and none of them is the label"),
+        (Listed({"image": GREY, "label": 0}, {"image": GREY}), ddkit.InputError, "Item 1 .* has no 'label'"),
+        ({"validation": Pictures()}, ddkit.FlagError, "a dict of splits has the key 'train'; got"),
         (Listed(3), ddkit.InputError, "Item 0 .* is a int; it has to be"),
-        (Listed(FINE, (GREY, "cat")), ddkit.InputError, "Item 1 .* has the label 'cat'; it has to be an integer from 0"),
+        (Listed(FINE, (GREY, "cat")), ddkit.InputError, "Item 1 .* has the label 'cat'; it has to be an integer from 0, or all"),
         (Listed(FINE, (GREY, -1)), ddkit.InputError, "has the label -1; labels count from 0"),
         (Broken(FINE), ddkit.InputError, "Item 0 .* cannot be had: KeyError: 'lost'"),
         (Listed(FINE, (GREY, 2)), ddkit.InputError, "class '1' of the dataset 'python' has no training image"),
@@ -221,6 +226,82 @@ def test_what_cannot_be_passed_is_told_in_one_paragraph(dataset: Any, error: typ
     with pytest.raises(error, match=message):
         ddkit.distill(losses="dm", dataset=dataset, pipc=1, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+# Items of other libraries
+
+
+class ClassLabel:
+    """Stands for the feature type of that name of Hugging Face's library."""
+
+    names = ("cat", "dog")
+
+
+class Columns(list[dict[str, Any]]):
+    """Stands for a Dataset of Hugging Face's library."""
+
+    def __init__(self, items: Any, **features: Any) -> None:
+        super().__init__(items)
+        self.features = features
+
+
+@pytest.mark.parametrize("label", ["label", "fine_label"])
+def test_items_that_are_dicts_tell_image_label_and_class_names(label: str) -> None:
+    items = [{"coarse": 9, "img": Image.fromarray(GREY), label: row % 2} for row in range(4)]
+    for given, names in ((items, ["0", "1"]), (Columns(items, **{label: ClassLabel()}), ["cat", "dog"])):
+        data = opened({"train": given, "validation": given[:2]})
+        assert (data.labels("train").tolist(), data.labels("test").tolist(), list(data.class_names)) == ([0, 1, 0, 1], [0, 1], names)
+        np.testing.assert_array_equal(data.images("train", [1])[0].numpy(), GREY[None])
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected", "names"),
+    [
+        (["b", "a10", "a2", "b"], [2, 1, 0, 2], ["a2", "a10", "b"]),
+        ([[0, 1], [1, 0], [1, 0], [0, 1]], [1, 0, 0, 1], ["0", "1"]),
+        ([1.0, 0.0, np.float32(1), torch.tensor([1.0])], [1, 0, 1, 1], ["0", "1"]),
+    ],
+)
+def test_labels_may_be_texts_one_hot_rows_and_whole_floats(labels: list[Any], expected: list[int], names: list[str]) -> None:
+    given = Listed(*((GREY, label) for label in labels))
+    data = opened((given, given))
+    assert (data.labels("test").tolist(), list(data.class_names)) == (expected, names)
+    assert len(data.images("train", range(4))) == 4
+
+
+def test_floats_to_255_are_known_by_all_images_and_said(caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.stack([torch.full((3, 4, 4), value) for value in (1.0, 0.0, 250.0, 100.5)])
+    given = TensorDataset(images, torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
+    found = opened((given, given)).images("train", range(4))
+    assert [float(image[0, 0, 0]) for image in found] == pytest.approx([1, 0, 250, 100.5 / 255])  # bytes, but for the last
+    assert "are floats to 250: they are taken as 0 black to 255 white" in caplog.text
+
+
+@pytest.mark.slow
+def test_datasets_of_hugging_face_and_of_torchvision_are_read_as_they_are(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from torchvision.datasets import FakeData, ImageFolder
+
+    pictures = [Image.fromarray(RGB + row) for row in range(6)]
+    features = datasets.Features(
+        {"img": datasets.Image(), "fine": datasets.ClassLabel(names=["cat", "dog"]), "note": datasets.Value("string")}
+    )
+    columns = {"img": pictures, "fine": [0, 1] * 3, "note": list("abcdef")}
+    train = datasets.Dataset.from_dict(columns, features=features)
+    for given in (datasets.DatasetDict({"train": train, "test": train}), (train.with_format("torch"), train.with_format("numpy"))):
+        data = opened(given)
+        assert (list(data.class_names), data.labels("train").tolist()) == (["cat", "dog"], [0, 1] * 3)
+        for split in ("train", "test"):
+            np.testing.assert_array_equal(data.images(split, [4])[0].numpy(), (RGB + 4).transpose(2, 0, 1))
+    text = train.cast_column("fine", datasets.Value("int64")).rename_column("note", "label")
+    assert list(opened((text, text)).class_names) == list("abcdef")
+    for name, picture in zip("aabb", pictures, strict=False):
+        (tmp_path / name).mkdir(exist_ok=True)
+        picture.save(tmp_path / name / f"{len(list((tmp_path / name).iterdir()))}.png")
+    folder = ImageFolder(str(tmp_path))
+    assert list(opened((folder, folder)).class_names) == ["a", "b"]
+    fake = FakeData(8, (3, 8, 8), 2, transforms.ToTensor())
+    assert opened((fake, fake)).images("train", [0])[0].dtype == torch.uint8
 
 
 # A run

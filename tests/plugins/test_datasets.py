@@ -114,6 +114,55 @@ def test_npz_without_test_arrays_holds_out_a_share_of_each_class(tmp_path: Path,
 X = np.zeros((6, 4, 4), np.uint8)
 
 
+RGB = np.random.default_rng(0).integers(0, 255, (6, 5, 4, 3), dtype=np.uint8)
+BOTH = {"x_test": RGB, "y_test": Y}
+WILD: dict[str, dict[str, Any]] = {
+    "train_images": {"train_images": RGB, "train_labels": Y[:, None], "test_images": RGB, "test_labels": Y[:, None], "val_images": RGB[:1]},
+    "validation alone": {"images_train": RGB, "labels_train": Y, "images_val": RGB, "labels_val": Y},
+    "X and y of splits": {"X": np.concatenate([RGB, RGB]), "y": np.tile(Y, 2), "split": np.array(["train", "test"]).repeat(6)},
+    "Xtrain": {"Xtrain": RGB, "Ytrain": Y, "Xtest": RGB, "Ytest": Y},
+    "(n, 1)": {"x_train": RGB, "y_train": Y[:, None], **BOTH},
+    "one-hot": {"x_train": RGB, "y_train": np.eye(3)[Y], **BOTH},
+    "whole floats": {"x_train": RGB, "y_train": Y.astype(float), **BOTH},
+    "RGBA": {"x_train": np.concatenate([RGB, RGB[..., :1]], -1), "y_train": Y, **BOTH},
+    "integers": {"x_train": RGB.astype(np.int64), "y_train": Y, **BOTH},
+    "16 bits": {"x_train": RGB.astype(np.uint16) * 257, "y_train": Y, **BOTH},
+}
+
+
+@pytest.mark.parametrize("form", WILD)
+def test_npz_takes_arrays_as_they_are_in_the_wild(tmp_path: Path, form: str) -> None:
+    data = opened(write_npz(tmp_path / "a.npz", **WILD[form]))
+    for split in ("train", "test"):
+        np.testing.assert_array_equal(np.asarray(data.images(split, range(6))), RGB.transpose(0, 3, 1, 2))
+        assert data.labels(split).tolist() == Y.tolist()
+    assert list(data.class_names) == ["0", "1", "2"]
+
+
+def test_npz_says_what_it_took_and_texts_become_class_names(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = np.array(["owl", "b10", "b9"])[Y]
+    write_npz(tmp_path / "a.npz", x_train=RGB.astype(np.float32), y_train=names, x_val=RGB.astype(np.float64), y_val=names[:6])
+    data = opened(f"npz:{tmp_path}/a.npz")
+    assert (list(data.class_names), data.labels("train").tolist()) == (["b9", "b10", "owl"], [2, 1, 0, 2, 1, 0])
+    np.testing.assert_allclose(np.asarray(data.images("test", range(6))), RGB.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
+    said = "a.npz: training images x_train; test images x_val; y_train class names as labels; floats to 255, which are divided by 255."
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(("shape", "flat"), [((5, 4, 3), RGB), ((3, 5, 4), RGB.transpose(0, 3, 1, 2))])
+def test_rows_of_numbers_and_npy_files_become_images(tmp_path: Path, shape: tuple[int, ...], flat: Any) -> None:
+    np.save(tmp_path / "images.npy", flat.reshape(6, -1))
+    np.save(tmp_path / "classes.npy", Y)
+    data = opened(f"npz:{tmp_path}/images.npy", labels=str(tmp_path / "classes.npy"), shape=list(shape))
+    kept, _ = holdout(torch.from_numpy(Y), 0.2, 0)
+    np.testing.assert_array_equal(np.asarray(data.images("train", range(len(kept)))), RGB.transpose(0, 3, 1, 2)[kept])
+    np.save(tmp_path / "y.npy", Y)
+    (tmp_path / "classes.npy").unlink()
+    assert opened(f"npz:{tmp_path}", shape=list(shape)).labels("train").tolist() == Y[kept].tolist()
+    with pytest.raises(ddkit.InputError, match=r"rows of numbers\. Say the shape of an image"):
+        opened(f"npz:{tmp_path}")
+
+
 def test_npz_fingerprint_tells_a_changed_pixel(tmp_path: Path) -> None:
     first = opened(write_npz(tmp_path / "a.npz", x_train=X, y_train=Y, x_test=X, y_test=Y)).fingerprint()
     changed = X.copy()
