@@ -278,6 +278,7 @@ def test_floats_to_255_are_known_by_all_images_and_said(caplog: pytest.LogCaptur
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the other libraries
 def test_datasets_of_hugging_face_and_of_torchvision_are_read_as_they_are(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     from torchvision.datasets import FakeData, ImageFolder
