@@ -60,7 +60,9 @@ def train_teacher(
     model = registry.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
     name = registry.split_name(table.model)[0]
-    report = watchers.begin("teacher", f"Training a teacher ({name}, {train.epochs} epochs on {count})", total=train.epochs)
+    report = watchers.begin(
+        "teacher", f"Training a teacher ({name}, {train.epochs} epoch{'s' if train.epochs != 1 else ''} on {count})", total=train.epochs
+    )
     _fit(module, norm.lazily(images).to(device), labels.to(device), train, info, seed, report)
     if not all_finite(module.state_dict()):
         raise RunFailed(

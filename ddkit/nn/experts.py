@@ -425,7 +425,8 @@ def train_experts(
             })  # fmt: skip
         _write_expert(folder, settings, number, *trained)
 
-    text = f"Training {count} experts ({settings.model}, {settings.epochs} epochs on {len(labels):,} images)"
+    epochs = f"{settings.epochs} epoch{'s' if settings.epochs != 1 else ''}"
+    text = f"Training {count} experts ({settings.model}, {epochs} on {len(labels):,} images)"
     report = watchers.begin("experts", text, done=count - len(left), total=count)
     alone = made.compile or device.type != "cpu"
     try:

@@ -41,6 +41,7 @@ class SiameseAugmentation(ddkit.Augmenter):
     operations: tuple[Operation, ...] = ddkit.option(
         ("color", "crop", "cutout", "flip", "scale", "rotate"), "the strategy: which operations to choose from", min_length=1
     )
+    always: tuple[Operation, ...] = ddkit.option((), "operations applied in any case, before those that are chosen")
     compose: int | Literal["auto"] = ddkit.option(
         1, "distinct operations applied, in the strategy's order; auto: one for each 4 pixels of a side", ge=1
     )
@@ -64,7 +65,7 @@ class SiameseAugmentation(ddkit.Augmenter):
     @property
     def strategy(self) -> list[str]:
         """The operations in use, in order."""
-        allowed = [name for name in self.operations if name != "flip" or self.flip is not False]
+        allowed = [name for name in (*self.always, *self.operations) if name != "flip" or self.flip is not False]
         return list(dict.fromkeys(allowed))
 
     def nondeterministic(self, device: str) -> str:
@@ -74,10 +75,12 @@ class SiameseAugmentation(ddkit.Augmenter):
     def sample(self, generator: torch.Generator, groups: int) -> dict[str, Tensor]:
         """Returns `chosen` (groups, operations) bool, and uniform numbers (groups, k) for each operation."""
         names = self.strategy
-        ranks = torch.rand(groups, len(names), generator=generator).argsort(1).argsort(1)
+        order = torch.rand(groups, len(names), generator=generator)
+        always = [column for column, name in enumerate(names) if name in self.always]
+        order[:, always] -= 1  # they come first
         drawn = {name: torch.rand(groups, operations.NUMBERS[name], generator=generator) for name in names}
         compose = len(names) if self.compose == "auto" else self.compose  # without data all are applied
-        return {"chosen": ranks < compose, **drawn}
+        return {"chosen": order.argsort(1).argsort(1) < compose + len(always), **drawn}
 
     def sample_batch(self, generator: torch.Generator, rows: int) -> dict[str, Tensor]:
         """Returns the parameters of a training batch: the same operations for all, numbers per image."""

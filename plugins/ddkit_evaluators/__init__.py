@@ -131,7 +131,7 @@ class Accuracy(ddkit.Evaluator):
     def work(self, data: ddkit.data.EvaluationData) -> str:
         networks = " and ".join([f"{self.training.repeats} on {kind} images" for kind in self._kinds(data)])
         names = ", ".join(self._models(data.info))
-        return f"{names}: {networks}, {self.training.epochs} epochs each"
+        return f"{names}: {networks}, {self.training.epochs} epoch{'s' if self.training.epochs != 1 else ''} each"
 
     def __call__(
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
@@ -281,7 +281,8 @@ class Accuracy(ddkit.Evaluator):
         usual = fields_of(self.own) | self.own.usual
         changed = {key: getattr(self.training, key) for key in KEYS if key not in told and getattr(self.training, key) != usual[key]}
         changed = {"augment" if key == "augmenter" else key: value for key, value in changed.items()}  # as rows of 0.1 call it
-        words = [f"{value} epochs" if key == "epochs" else f"{key.replace('_', ' ')} {_words(value)}" for key, value in changed.items()]
+        count = f"{self.training.epochs} epoch{'s' if self.training.epochs != 1 else ''}"
+        words = [count if key == "epochs" else f"{key.replace('_', ' ')} {_words(value)}" for key, value in changed.items()]
         return changed | ({"variant": ", ".join(words)} if words else {})
 
 

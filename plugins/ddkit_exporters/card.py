@@ -188,7 +188,8 @@ def _accuracies(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[list[
             if row.get("labels", "hard") != labels or row.get("accuracy_mean") is None:
                 continue
             details = row.get("details", {})
-            epochs, variant = (f"{details['epochs']} epochs" if details.get("epochs") else ""), str(details.get("variant") or "")
+            epochs = f"{details['epochs']} epoch{'s' if details['epochs'] != 1 else ''}" if details.get("epochs") else ""
+            variant = str(details.get("variant") or "")
             told = [str(row.get("protocol", "")), "" if epochs and epochs in variant else epochs, variant]
             protocol = ", ".join(part for part in told if part)
             real = _percent(row, "random_real") + (f" ({details['random_real']})" if details.get("random_real") else "")

@@ -180,6 +180,15 @@ def test_evaluation_draws_one_operation_per_batch_and_parameters_per_image() -> 
     assert seen == set(OPERATIONS)
 
 
+def test_operations_that_are_always_applied_stand_beside_those_that_are_chosen() -> None:
+    made = augmenter(operations=["crop", "scale", "rotate"], always=["flip", "color"])
+    sets = chosen(made, made.sample(draw(), 3000))
+    assert all({"flip", "color"} < names and len(names) == 3 for names in sets)
+    assert all(850 < sum(name in names for names in sets) < 1150 for name in ("crop", "scale", "rotate"))
+    digits = augmenter(operations=["crop", "flip"], always=["flip", "color"], mirror=False)
+    assert {frozenset(names) for names in chosen(digits, digits.sample(draw(), 50))} == {frozenset({"color", "crop"})}
+
+
 def test_any_subset_of_operations_is_a_strategy() -> None:
     for strategy in (["crop"], ["rotate", "flip"], ["cutout", "color", "scale"]):
         made = augmenter(operations=strategy)

@@ -247,7 +247,7 @@ def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
 def _named(row: Mapping[str, Any]) -> str:
     """Returns "convnet, standard, 300 epochs", with the images and the split where they are not the usual ones."""
     details = row.get("details", {})
-    epochs = f"{details['epochs']} epochs" if details.get("epochs") else ""
+    epochs = f"{details['epochs']} epoch{'s' if details['epochs'] != 1 else ''}" if details.get("epochs") else ""
     variant = str(details.get("variant") or "")  # tells the epochs where they are not the protocol's
     parts = [row["model"], row["protocol"], "" if epochs and epochs in variant else epochs, variant]
     parts += [row[key] for key, usual in (("images", "synthetic"), ("split", "test")) if row.get(key, usual) != usual]
