@@ -211,6 +211,13 @@ class Initializer(Component):
         """
         raise NotImplementedError
 
+    def soft_labels(self, start: InitContext) -> Tensor | None:
+        """Returns what learned labels begin as, rows (n, K) of float32 in 0..1 for the images of a call with `start`; None: their classes.
+
+        Called after the images were made, if labels are learned and labels.init is auto.
+        """
+        return None
+
 
 class Parametrization(Component):
     """Makes the images of a set from what the set stores: rows of numbers, which are optimised, each of which gives `per_row` images.

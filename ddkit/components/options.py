@@ -152,6 +152,7 @@ class Parameter(msgspec.Struct, frozen=True):
 class Requires(msgspec.Struct, frozen=True, kw_only=True):
     """What a component asks of a run, read before it starts; every default asks for nothing.
 
+    `parameters` are those that a loss adds to the set, and those that an evaluator needs of it.
     `second_order`: parameters of network and teacher require gradients, as the loss differentiates through gradients of theirs.
     `reduce` says how the value of the whole set comes from parts of it, each some of the classes: "sum" (the sum of the parts'
     values), "mean" (the same, weighted by rows), "global" (every part computes the value of the whole set, from sums over samples

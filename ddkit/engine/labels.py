@@ -26,11 +26,14 @@ def label_parameters(table: LabelsTable, classes: int) -> dict[str, Parameter]:
     return {SOFT_LABELS: Parameter(shape=(classes,), init=1 / classes, constraint="simplex", lr=table.lr)}
 
 
-def begin_labels(source: StepSource, bank: Bank) -> None:
-    """Fills learned labels with what they begin as."""
-    if SOFT_LABELS in bank.parameters:
-        rows = bank.rows(None)
-        bank.fill(SOFT_LABELS, _teachers(source, bank.decoded(rows)) if source.labels.init == "teacher" else _one_hot(source, bank, rows))
+def begin_labels(source: StepSource, bank: Bank, given: Tensor | None) -> None:
+    """Fills learned labels with what they begin as; `given` (n, K) are those of the initializer, None if it has none."""
+    if SOFT_LABELS not in bank.parameters:
+        return
+    rows = bank.rows(None)
+    if source.labels.init == "teacher":
+        given = _teachers(source, bank.decoded(rows))
+    bank.fill(SOFT_LABELS, _one_hot(source, bank, rows) if given is None else given)
 
 
 def targets_of(source: StepSource, bank: Bank, index: int, rows: slice) -> Tensor:

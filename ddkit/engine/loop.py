@@ -87,6 +87,8 @@ def distill(engine: Engine, start: int, stop: int, hooks: Hooks = Hooks(), *, dr
                     if hooks.is_logged(index):
                         engine.measure(found, step, classes, losses, sums, gradient)
                 engine.complete(found, sums)
+                if dry and signals:
+                    raise Interrupted("Interrupted before the first step.", 128 + signals[0])
                 if dry:
                     return found
                 bank.update(found.gradients)
@@ -114,9 +116,12 @@ class Engine:
         self.parts = parts_of(self.losses, chunk if chunk < most else 0, source.own_classes)
         self.second_order = any(each.requires.second_order for each in self.losses)
 
-    def start(self) -> None:
-        """Fills learned labels, and the extra parameters whose initial values a loss computes from the first step."""
-        begin_labels(self.source, self.bank)
+    def start(self, labels: Tensor | None = None) -> None:
+        """Fills learned labels, and the extra parameters whose initial values a loss computes from the first step.
+
+        `labels` (n, K): what learned labels begin as, if the initializer has them.
+        """
+        begin_labels(self.source, self.bank, labels)
         with differentiable_attention(self.second_order):
             step = Step(self.source, self.bank, 0, None, self.losses)
             for each in self.losses:

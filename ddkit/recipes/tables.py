@@ -244,7 +244,10 @@ class LabelsTable(Table):
     ] = "hard"
     temperature: Annotated[float, Option("of the teacher's probabilities, softmax(logits / temperature)", gt=0)] = 1.0
     lr: Annotated[float, Option("learning rate of learned labels, in units of probability", gt=0)] = 0.01
-    init: Annotated[Literal["hard", "teacher"], Option("what learned labels begin as")] = "hard"
+    init: Annotated[
+        Literal["auto", "hard", "teacher"],
+        Option("what learned labels begin as; auto: those of the set that the run begins with (file:SET), or else the class"),
+    ] = "auto"
 
 
 class RuleTable(Table):

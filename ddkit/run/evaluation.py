@@ -162,7 +162,7 @@ def judged(
             "it can only be tested on data of the same classes in the same order."
         )
     _check_held_out(artifact, real)
-    made = evaluators_of(recipe, real.info)
+    made = evaluators_of(recipe, real.info, artifact.parameters)
     real.check_test_set()
     required = any(evaluator.requires.teacher for evaluator in made.values())
     teacher: Teacher | None = None

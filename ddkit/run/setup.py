@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from ddkit.data.whitening import Whitening, shared, whitening_of
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import Inner, StepSource, ViewSpec
-from ddkit.engine.labels import label_parameters
+from ddkit.engine.labels import SOFT_LABELS, label_parameters
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.planning import ExecutionPlan
@@ -76,6 +76,7 @@ class RunSetup:
         check_reduce(self.losses, ranks)
         self._check_room()
         self.encoding_error = 0.0  # of the first images, once they are made
+        self.first_labels: Tensor | None = None  # (n, K) of the first images, if the initializer has others than their classes
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
         self.experts: Experts | None = None
@@ -169,7 +170,9 @@ class RunSetup:
                 if name not in self.views and name not in BUILT_IN_VIEWS:
                     known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
                     raise InputError(f"The loss '{each.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
-        self.evaluators = evaluators_of(recipe, info)
+        self.evaluators = evaluators_of(
+            recipe, info, {*declared_by(self.losses), *({SOFT_LABELS} if recipe.own_labels.kind != "hard" else ())}
+        )
         if self.evaluators:
             self.real.check_test_set()
         if recipe.engine.deterministic:
@@ -289,7 +292,9 @@ class RunSetup:
         if self.begun:
             return
         with products(self.device, self.decided.products):
-            self.engine.start()
+            self.engine.start(self.first_labels)
+            if SOFT_LABELS in self.bank.parameters and self.recipe.steps:
+                self.engine.evaluate(0)  # an error if no loss teaches the labels, which a step shows
         if self.evaluators and self.ranks.is_main:
             _ = self.real.test_set  # a test image that cannot be read is reported before the run, not after it
 
@@ -460,7 +465,17 @@ class RunSetup:
                 f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}; it has to return finite "
                 f"floats of shape {shape}.{self.initializer.advice}"
             )
-        return images[class_rows(labels, self.own_classes)] if together else images
+        own = class_rows(labels, self.own_classes) if together else slice(None)
+        if (self.recipe.own_labels.kind, self.recipe.own_labels.init) == ("learned", "auto"):
+            with blamed("initializer", self.initializer, building=True):
+                found = self.initializer.soft_labels(start)
+            if found is not None and found.shape != (len(labels), self.info.classes):
+                raise RunFailed(
+                    f"The {called('initializer', self.initializer)} returned soft labels of shape {tuple(found.shape)}; they are rows for "
+                    f"{len(labels)} images and {self.info.classes} classes.{self.initializer.advice}"
+                )
+            self.first_labels = None if found is None else found[own]
+        return images[own]
 
     def engine_over(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
@@ -579,15 +594,24 @@ def _named(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"protocol": protocol["name"]} if isinstance(protocol, dict) and "usual" in protocol else options
 
 
-def evaluators_of(recipe: Recipe, info: DataInfo) -> dict[str, Evaluator]:
-    """Returns the evaluators of `recipe` for the data, by label, checked; raises InputError where one needs real images and has none."""
+def evaluators_of(recipe: Recipe, info: DataInfo, parameters: Collection[str]) -> dict[str, Evaluator]:
+    """Returns the evaluators of `recipe` for the data, by label, checked, for a set that has `parameters` beside its images.
+
+    Raises InputError where one needs real images and there are none, or a parameter that the set does not have.
+    """
     made: dict[str, Evaluator] = {
         label: registry.create("evaluator", table.use or label, evaluator_options(recipe, label), data=info, where=f"evaluators.{label}")
         for label, table in recipe.evaluators.items()
     }
-    for evaluator in made.values():
+    for label, evaluator in made.items():
         with blamed("evaluator", evaluator, building=True, may_draw=True):
             evaluator.check(info)
+        for name in (name for name in evaluator.requires.parameters if name not in parameters):
+            raise InputError(
+                f"evaluators.{label} is to use what is stored with the set, as an option of it or its protocol says, and this set has "
+                f"no parameter {name}. Give a value in the place of `stored`, or another protocol: `ddkit info {evaluator.name}`",
+                f"evaluators.{label}",
+            )
     needing = [label for label, evaluator in made.items() if evaluator.requires.real]
     if recipe.pipc == 0 and needing:
         raise InputError(

@@ -89,7 +89,8 @@ class Accuracy(ddkit.Evaluator):
     cache: bool = ddkit.option(True, "whether random real and baselines that an earlier evaluation trained are used again")
 
     def requires(self) -> ddkit.Requires:
-        return ddkit.Requires(teacher=self._labels in ("teacher", "soft", "both"), real=not self.synthetic)
+        needed = stored_with_a_set(lr=self.training.lr, labels=self._labels)
+        return ddkit.Requires(teacher=self._labels in ("teacher", "soft", "both"), real=not self.synthetic, parameters=needed)
 
     @cached_property
     def own(self) -> ddkit.nn.Protocol:
@@ -139,8 +140,6 @@ class Accuracy(ddkit.Evaluator):
         kinds, path = self._label_kinds(artifact), f"{self.recipe_path}.labels"
         if "teacher" in kinds and teacher is None:
             raise ddkit.InputError(f"{path} = {self._labels} needs a teacher: give --teacher FILE.", path)
-        if "stored" in kinds and artifact.soft_labels is None:
-            raise ddkit.InputError(f"{path} = stored: this set has hard labels. Leave it out.", path)
         self._training_on(artifact)  # an unusable step size is an error before networks are trained
         counts, words = real_counts(artifact, data.real_labels)
         if self.random_real and len(data.real_images) and sum(counts) < int(artifact.stored_counts.sum()):
@@ -284,6 +283,12 @@ class Accuracy(ddkit.Evaluator):
         count = f"{self.training.epochs} epoch{'s' if self.training.epochs != 1 else ''}"
         words = [count if key == "epochs" else f"{key.replace('_', ' ')} {_words(value)}" for key, value in changed.items()]
         return changed | ({"variant": ", ".join(words)} if words else {})
+
+
+def stored_with_a_set(lr: float | str, labels: str = "auto") -> dict[str, ddkit.Parameter]:
+    """Returns the parameters that a set needs to have where its own learning rate or its own labels are to be used."""
+    own = {"step_size": lr, "soft_labels": labels}
+    return {name: ddkit.Parameter(per="set") for name, value in own.items() if value == "stored"}
 
 
 def _words(value: Any) -> str:

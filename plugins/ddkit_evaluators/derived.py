@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import ddkit
-from ddkit_evaluators import Accuracy
+from ddkit_evaluators import Accuracy, stored_with_a_set
 from ddkit_evaluators.trainer import fields_of
 
 log = logging.getLogger("ddkit")
@@ -46,7 +46,8 @@ class Ranking(ddkit.Evaluator):
     full: float | None = ddkit.option(None, "accuracy with all real data; left out: the teacher's", ge=0, le=1)
 
     def requires(self) -> ddkit.Requires:
-        return ddkit.Requires(real=True, teacher=self.full is None)
+        protocol = ddkit.nn.read_protocol(self.protocol) if isinstance(self.protocol, str) else self.protocol
+        return ddkit.Requires(real=True, teacher=self.full is None, parameters=stored_with_a_set(lr=protocol.lr))
 
     def check(self, info: ddkit.DataInfo) -> None:
         if "," in self.model:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +18,14 @@ OF_A_RUN = ("synthetic.safetensors", "manifest.json", "recipe.toml")
 
 
 class Source(NamedTuple):
-    """A set to continue from: the images of each class name, `counts` known before one is opened, `images(name, n)` the first n."""
+    """A set to continue from: the images of each class name, `counts` known before one is opened, `images(name, n)` the first n.
+
+    `labels(name, n, class_names)` are the probabilities (n, K) of these images for the class names of a run; None if the set has none.
+    """
 
     counts: dict[str, int]
     images: Callable[[str, int], list[Tensor]]
+    labels: Callable[[str, int, Sequence[str]], Tensor] | None = None
 
 
 class File(ddkit.Initializer):
@@ -29,6 +33,7 @@ class File(ddkit.Initializer):
 
     Classes are matched by name, and the first ipc images of each are taken, in the order of the set or of the file names. Images of
     another size or other channels are made to fit, and a warning says so. Their pixels are normalised with the statistics of this run.
+    Learned labels (labels.kind) begin as those that are stored with the set.
     """
 
     argument = "path"
@@ -79,6 +84,13 @@ class File(ddkit.Initializer):
             )  # fmt: skip
         return start.normalisation.normalise(ddkit.data.conform(images, start.shape))
 
+    def soft_labels(self, start: ddkit.InitContext) -> Tensor | None:
+        labels = self.source.labels
+        if labels is None:
+            return None
+        counts = zip(*start.labels.unique(return_counts=True), strict=True)
+        return torch.cat([labels(start.class_names[int(label)], int(count), start.class_names) for label, count in counts])
+
 
 def _of_artifact(artifact: ddkit.Artifact) -> Source:
     names = artifact.class_names
@@ -87,7 +99,12 @@ def _of_artifact(artifact: ddkit.Artifact) -> Source:
     def images(name: str, count: int) -> list[Tensor]:
         return list(artifact.images[artifact.labels == names.index(name)][:count])
 
-    return Source({name: count for name, count in zip(names, counts, strict=True) if count}, images)
+    def labels(name: str, count: int, classes: Sequence[str]) -> Tensor:
+        assert artifact.soft_labels is not None
+        return artifact.soft_labels[artifact.labels == names.index(name)][:count, [names.index(each) for each in classes]]
+
+    found = {name: count for name, count in zip(names, counts, strict=True) if count}
+    return Source(found, images, None if artifact.soft_labels is None else labels)
 
 
 def _of_folder(path: Path) -> Source:

@@ -30,6 +30,8 @@ UNFIT: dict[str, tuple[object, ...]] = {
     "no parameter": ("--set", "losses.dkkt-stationarity.parameters=nope*"),
     "no test images that can be read": (),
     "no such parameter": ("--set", "optimizer.multiplier.lr=0.1"),
+    "labels that no loss teaches": ("--set", "labels.kind=learned"),
+    "a step size that the set does not have": ("--protocol", "mtt"),
     "an initializer of a file that is none": ("--init", "file:bare.safetensors"),
 }
 

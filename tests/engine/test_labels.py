@@ -138,6 +138,22 @@ def test_one_command_learns_labels_of_digits_stores_them_and_says_that_networks_
     assert "probability of an image&#39;s own class" in Path("run/report.html").read_text(encoding="utf-8")
 
 
+def test_a_run_that_begins_with_a_set_goes_on_with_its_learned_labels_unless_it_is_told_not_to(cli: Cli) -> None:
+    distilled(cli, "--evaluate", "none")
+    for init, wanted in (("auto", ddkit.load("run").soft_labels), ("hard", torch.eye(10))):
+        distilled(cli, "--evaluate", "none", "--init", "file:run", "--steps", 0, "--set", f"labels.init={init}", out=init)
+        torch.testing.assert_close(ddkit.load(init).soft_labels, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["grid", "fourier", "bases"])
+def test_labels_are_learned_with_every_parametrization(cli: Cli, kind: str) -> None:
+    row = distilled(cli, "--set", f"parametrization={kind}", "--ipc", 1)["evaluations"][0]
+    soft = ddkit.load("run").soft_labels
+    assert soft is not None
+    assert (soft.shape, row["labels"], row["stored_as_images"] <= 1) == ((40, 10), "stored", True)
+    assert not torch.equal(soft, torch.eye(10).repeat_interleave(4, 0)), "they moved"
+
+
 def test_rows_of_hard_stored_and_the_teachers_labels_stand_beside_one_another(cli: Cli) -> None:
     distilled(cli)
     for labels in ("hard", "teacher", "soft"):
