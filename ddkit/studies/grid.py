@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
@@ -15,10 +15,10 @@ from ddkit.components.base import Fraction
 from ddkit.components.options import fields
 from ddkit.errors import DdkitError, FlagError, InputError, shown
 from ddkit.files import path_part, read_with_digest, sha256, with_home
-from ddkit.recipes.resolve import flattened, resolve
+from ddkit.recipes.resolve import flattened, read_protocol, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.manifest import MANIFEST, checked
-from ddkit.studies.study import Cell, Study
+from ddkit.studies.study import Cell, Study, SystemTable
 
 REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are
     "name": "real-images", "steps": 0, "initializer": {"use": "real"}, "losses": {"dm": {}},
@@ -80,6 +80,9 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
         what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
         raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
+    labels = {name: _labels_of(system, system.protocol or study.protocol, settings) for name, system in study.systems.items()}
+    named = {name: msgspec.structs.replace(system, labels=labels[name]) for name, system in study.systems.items()}
+    study = msgspec.structs.replace(study, systems=named)
     tasks: list[Task] = []
     for seed in range(settings.seeds or study.seeds):
         own = []
@@ -89,7 +92,9 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
             digest = _short(json.dumps([table, _content(recipe.teacher.use)], sort_keys=True, default=str).encode())
             name = f"{path_part(recipe.name)}-ipc{recipe.ipc}-pipc{recipe.pipc}-seed{seed}-{digest}"
             images = system.baseline if system.baseline not in ("", "random-real") else "synthetic"
-            evaluating = _evaluating(study, system.protocol or study.protocol, system.labels, images, settings)
+            own_labels = "stored" if recipe.own_labels.kind != "hard" and images == "synthetic" else "hard"
+            learned = own_labels if system.labels == "auto" else system.labels
+            evaluating = _evaluating(study, system.protocol or study.protocol, learned, images, settings)
             own.append(Task(cell, seed, recipe, out / "sets" / name, evaluating))
         tasks += own + _blends(study, own, out, settings)
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
@@ -97,6 +102,17 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
         both = f"{study.blends.first} and {study.blends.second}"
         raise InputError(f"--alphas: blends need the systems {both}, which are not both chosen. Add them to --systems.", "alphas")
     return tasks
+
+
+def _labels_of(system: SystemTable, protocol: str, settings: Settings) -> Literal["auto", "hard", "stored", "soft"]:
+    """Returns whose labels networks learn: those of the system, or else of the protocol; auto: those stored with the set, or else hard."""
+    if system.labels != "auto":
+        return system.labels
+    try:
+        labels = read_protocol(settings.protocol or protocol).labels
+    except DdkitError:
+        return "auto"  # the protocol itself is reported when the study is checked
+    return "soft" if labels == "teacher" else labels
 
 
 def _evaluating(study: Study, protocol: str, labels: str, images: str, settings: Settings) -> Evaluating:
@@ -190,7 +206,10 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
         first, second = (by_cell.get(Cell(*cell, name)) for name in (study.blends.first, study.blends.second))
         if first is None or second is None:
             continue
-        evaluating = _evaluating(study, study.protocol, "hard", "synthetic", settings)
+        labels = _labels_of(SystemTable(), study.protocol, settings)
+        if labels == "auto":
+            labels = "hard" if "hard" in {task.recipe.own_labels.kind for task in (first, second)} else "stored"
+        evaluating = _evaluating(study, study.protocol, labels, "synthetic", settings)
         for alpha in (alpha for alpha in study.blends.alphas if settings.alphas is None or alpha in settings.alphas):
             key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"

@@ -26,8 +26,9 @@ class SystemTable(Table):
     pipc: Annotated[int, Option("real images a class that it uses, where that is not the cell's", ge=0)] | Literal["cell", "ipc"] = "cell"
     protocol: Annotated[str, Option("evaluation protocol, where that is not the study's")] | None = None
     labels: Annotated[
-        Literal["hard", "stored", "soft"], Option("stored: networks learn the set's own probabilities; soft: the teacher's")
-    ] = "hard"
+        Literal["auto", "hard", "stored", "soft"],
+        Option("stored: networks learn the set's own probabilities; soft: the teacher's; auto: as the protocol says"),
+    ] = "auto"
     baseline: Annotated[
         Literal["", "random-real", "pipc-real", "class-mean"], Option("real images instead of a distilled set; needs no recipe")
     ] = ""

@@ -435,6 +435,18 @@ labels = "soft"
     assert made["means"].teacher != made["soft"].teacher, "hard labels have no teacher"
 
 
+def test_a_system_that_says_nothing_of_labels_has_those_of_the_protocol_or_else_those_that_its_set_has_learned() -> None:
+    def labels(protocol: str, more: str = "") -> dict[str, str]:
+        study = parse_study(tomllib.loads(f"{STUDY}\n{more}") | {"protocol": protocol})
+        tasks = grid.planned(study, chosen_cells(study, None, None), Path("out"), grid.Settings(seeds=1))
+        return {task.cell.system: task.evaluation.labels for task in tasks}
+
+    assert set(labels("short").values()) == {"hard"}
+    assert labels("rded", "[systems.own]\nrecipe = 'dm'\nlabels = 'hard'") == dict.fromkeys(labels("short"), "soft") | {"own": "hard"}
+    learned = "[systems.learned]\nlosses = 'feature-regression'\nset = { 'labels.kind' = 'learned' }"
+    assert labels("short", learned) == labels("short") | {"learned": "stored"}
+
+
 DM, STAR, REAL, LAST = '"dm"\n', '"dm-star"\n', 'baseline = "class-mean"', "ipc = 1\npipc = 4"
 BLENDS = "\n[blends]\nfirst = 'dm'\nsecond = '{}'\nalphas = [{}]\n"
 BAD = [
