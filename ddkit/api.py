@@ -16,7 +16,7 @@ from ddkit.components.observers import Observers
 from ddkit.distributed import group, own_device
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of
-from ddkit.recipes.resolve import Part, flattened, resolve
+from ddkit.recipes.resolve import Part, check_effect, flattened, resolve
 from ddkit.recipes.tables import NetworkTable, Recipe, own_keys, recipe_dict
 
 if TYPE_CHECKING:
@@ -148,10 +148,13 @@ def _resolved(
             from ddkit.data.real import passing
 
             data = stack.enter_context(passing(dataset))
-        yield resolve(
+        built = resolve(
             recipe, losses=losses if losses is None or isinstance(losses, str) else ",".join(losses),
             evaluation={"protocol": flags.get("protocol")}, sets=sets or {}, part=part, **others, **data,
         )  # fmt: skip
+        if part is None:
+            check_effect(built, [path for path, _ in flattened(sets or {})])
+        yield built
 
 
 def resume(

@@ -27,6 +27,7 @@ from ddkit.recipes.tables import (
     NAMED_TABLES,
     SHORTHAND,
     TABLES,
+    TRAINING,
     EvaluatorTable,
     Recipe,
     RuleTable,
@@ -153,6 +154,25 @@ def resolve(
         with trust.granting(everything=True):  # to read options runs no code that they name; to build the component does
             check_options(built, part)
     return built
+
+
+def check_effect(recipe: Recipe, given: Collection[str]) -> None:
+    """Raises FlagError if there are paths among `given`, which a user has set, that the recipe makes no use of."""
+    labels, network = recipe.own_labels, recipe.network
+    learned, drawn = labels.kind == "learned", network.source == "experts"
+    experts = [path for path in given if path.split(".")[0] == "experts"]
+    losses = [(recipe.loss_name(label), table.options, f"losses.{label}") for label, table in recipe.losses.items() if experts]
+    in_use = drawn or any(registry.create("loss", name, options, where=where).requires.experts for name, options, where in losses)
+    rules = [  # whether keys are in use, why they are not, and the keys
+        (learned, "labels.kind is not learned", ["labels.lr", "labels.init"]),
+        (labels.kind == "teacher" or (learned and labels.init == "teacher"), "no label is the teacher's", ["labels.temperature"]),
+        (drawn, "network.source is not experts", ["network.first", "network.last"]),
+        (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in ("inner_lr", *TRAINING)]),
+        (in_use, "no loss uses experts, and network.source is not experts", experts),
+    ]
+    for used, why, keys in rules:
+        if not used:
+            refuse_unused([f"--set {path}" for path in given if path in keys], f"{why}.")
 
 
 def check_options(recipe: Recipe, part: Part | None = None) -> None:

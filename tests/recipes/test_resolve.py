@@ -14,7 +14,7 @@ import tomli_w
 from ddkit import api
 from ddkit.components import registry
 from ddkit.errors import FlagError, InputError, PluginError
-from ddkit.recipes.resolve import assign, described, parse_set, read_recipe, resolve, select_losses
+from ddkit.recipes.resolve import assign, check_effect, described, parse_set, read_recipe, resolve, select_losses
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, PluginTable, Recipe, own_keys, parse_recipe, recipe_dict
 from tests.conftest import SMALL_FLAGS, Result
 
@@ -347,3 +347,17 @@ def test_a_recipe_file_may_be_a_path_of_python_whatever_its_ending(tmp_path: Pat
     assert (found.name, found.ipc, found.losses["dm"].weight) == ("settings", 7, 3.0)
     with pytest.raises(InputError, match="does not exist"):
         resolve(tmp_path / "dm")
+
+
+def test_a_key_that_a_user_sets_and_the_recipe_does_not_use_is_refused_and_those_of_recipes_are_not() -> None:
+    def check(*given: str, **sets: Any) -> None:
+        check_effect(resolve("dm", sets={key.replace("__", "."): value for key, value in sets.items()}), given)
+
+    check()
+    check("labels.lr", "labels.init", labels__kind="learned")
+    check("labels.temperature", labels__kind="learned", labels__init="teacher")
+    check("network.first", "experts.count", network__source="experts")
+    check("network.inner_lr", network__inner_epochs=1)
+    for path in ("labels.lr", "labels.init", "labels.temperature", "network.first", "experts.count", "experts", "network.inner_lr"):
+        with pytest.raises(FlagError, match=f"--set {path} has no effect"):
+            check(path)
