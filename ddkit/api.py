@@ -36,7 +36,7 @@ _ELSEWHERE = {  # public functions that stand beside what they do, and the types
 }  # fmt: skip
 TRAINING = Part(  # what of a recipe `train` uses
     ("data", "teacher", "train", "seed"),
-    ("data.batch", "data.test", "data.held_out", "teacher.use", "teacher.mean", "teacher.std"),
+    ("data.batch", "data.test", "data.held_out", "teacher.use", "teacher.mean", "teacher.std", "teacher.classes", "teacher.check"),
     "`ddkit train` trains a teacher on all training images.",
 )
 TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses

@@ -22,7 +22,7 @@ from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import data_info
 from ddkit.data.whitening import normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
-from ddkit.errors import RunFailed, RunFilesError
+from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import SCHEMA, cache_folder, make_folder, path_part, read_tensors, sha256, tensors_bytes, vouch, vouched
 from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
@@ -153,6 +153,11 @@ def automatic_teacher(
 
     Of several processes the first trains it, and the others raise RunFilesError where they do not find it in the cache afterwards.
     """
+    if table.classes is not None:
+        raise InputError(
+            "teacher.classes is of a file: an automatic teacher has the data's classes. Leave it out, or name a --teacher FILE.",
+            "teacher.classes",
+        )
     info, folder = data_info(dataset, shape), cache_folder() / "teachers"
     if not ranks.is_main:
         told = ranks.broadcast(None)

@@ -20,6 +20,7 @@ from ddkit.data.real import RealData
 from ddkit.data.whitening import Whitening
 from ddkit.errors import InputError
 from ddkit.files import not_permitted, open_regular, read_tensors, sha256, write_tensors
+from ddkit.nn import class_order
 from ddkit.nn.networks import build_network
 from ddkit.nn.training import predicted
 from ddkit.recipes.tables import TeacherTable
@@ -33,7 +34,8 @@ class Teacher:
     """A trained classifier in evaluation mode and what is recorded of it.
 
     `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1), and `whitening` is theirs, if they are whitened;
-    `info` holds the metadata of its file ({} for a bare state dict); `sha256` is that of the file.
+    `info` holds the metadata of its file ({} for a bare state dict); `sha256` is that of the file. `order` has for each class its output
+    in the file, if they were in another order; the module's are in that of the data's classes.
     """
 
     module: nn.Module
@@ -44,6 +46,7 @@ class Teacher:
     info: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
     path: str = ""
+    order: list[int] | None = None
 
     def __post_init__(self) -> None:
         self.module.eval().requires_grad_(False)
@@ -122,16 +125,20 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     """Returns the teacher of a file; raises InputError with the difference where it does not fit the data."""
     path = Path(table.use)
     tensors, record = read_teacher(path)
-    names, shape = record.get("class_names"), record.get("input_shape")
+    names, shape = table.classes or record.get("class_names"), record.get("input_shape")
+    order = None if names is None else class_order.by_name(names, info.class_names)
+    if table.classes is not None and order is None:
+        raise InputError(
+            f"teacher.classes does not name each class of the data once, as it must, in the order of the teacher's outputs: "
+            f"{_difference(table.classes, info.class_names) or 'one stands there twice'}. In the data's own order it is "
+            f"{class_order.as_flag(info.class_names)}",
+            "teacher.classes",
+        )
     if names is not None and len(names) != info.classes:
         raise InputError(
             f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}. "
             "Distil the classes that it knows, or train one on this data with `ddkit train`."
         )
-    if names is not None and list(names) != list(info.class_names):
-        if sorted(names) == sorted(info.class_names):
-            raise InputError(f"The teacher {path} has the data's classes in another order: {names}.")
-        log.warning("The teacher's class names differ from the data's: %s.", _difference(names, info.class_names))
     if shape is not None and tuple(shape) != info.shape:
         raise InputError(f"The teacher {path} takes images of shape {tuple(shape)} (C, H, W), the data has {info.shape}.")
     mean, std = _statistics(table, record, info.channels, path)
@@ -142,7 +149,21 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     model, options = record.get("model", table.model), record.get("options", table.options)
     module = build_network(registry.create("model", model, options, data=info, where="teacher"), info, 0, "teacher shape")
     load_state(module, tensors, path, model, recorded=bool(record))
-    return Teacher(module.to(device), mean=mean, std=std, whitening=whitening, info=record, sha256=sha256(path), path=str(path.absolute()))
+    teacher = Teacher(
+        module.to(device), mean=mean, std=std, whitening=whitening, info=record, sha256=sha256(path), path=str(path.absolute())
+    )
+    if order is not None and order != sorted(order):
+        teacher.order = order
+        class_order.bring_into_order(teacher.module, order)
+        log.warning(
+            "The classes of the teacher %s are in another order than the data's (%s): its outputs are brought into that of the data (%s).",
+            path, _few(names or ()), _few(info.class_names), extra={"news": True},
+        )  # fmt: skip
+    return teacher
+
+
+def _few(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -224,37 +245,59 @@ class Tested(msgspec.Struct, frozen=True):
     images: int
 
 
-def tested(teacher: Teacher, real: RealData, device: torch.device) -> Tested | None:
-    """Returns how good a teacher is on the accessible images, 1,000 at most, None where there are none; warns of one that knows nothing.
+def tested(teacher: Teacher, real: RealData, device: torch.device, table: TeacherTable) -> Tested | None:
+    """Returns how good a teacher is on the accessible images, 1,000 at most, None where there are none.
 
-    Several processes test their own classes each, and all get the whole.
+    Warns of one that knows nothing, or whose outputs are in another order. If nothing but this tells which output is which class, raises
+    InputError instead, unless table.check is false. Several processes test their own classes each, and all get the whole.
     """
+    info, names = real.info, table.classes or teacher.info.get("class_names")
+    own_names = f"The teacher's class names differ from the data's: {_difference(names, info.class_names)}. " if names else ""
+    own_names = "" if names and sorted(names) == sorted(info.class_names) else own_names
     rows = spread(torch.arange(len(real.labels)), JUDGED_IMAGES)
     if not len(rows):
+        if own_names:
+            log.warning("%sWithout accessible images its order cannot be tried: output k is taken for class k.", own_names)
         return None
     own = rows[(rows >= real.own.start) & (rows < real.own.stop)]
     images = NormalisedRows(rows_of(real.images, own - real.own.start), teacher.normalisation, device)
-    labels, classes = real.labels[own], real.info.classes
-    found = predicted(teacher.module, images, batch=100).cpu() if len(own) else labels
-    counts = [labels[found == labels].bincount(minlength=classes), labels.bincount(minlength=classes)]
-    right, seen = real.ranks.all_reduce([each.double() for each in counts], "control")
-    result = Tested(float(right.sum() / seen.sum()), int(seen.sum()))
-    if at_chance(right, seen):
+    found = predicted(teacher.module, images, batch=100).cpu() if len(own) else real.labels[own]
+    labels, found = real.ranks.all_gather(torch.stack([real.labels[own], found], 1), "control").unbind(1)
+    right, seen = (each.bincount(minlength=info.classes) for each in (labels[found == labels], labels))
+    result = Tested(float((found == labels).double().mean()), len(labels))
+    share = f"{own_names}The teacher is right on {100 * result.accuracy:.1f} % of {result.images} accessible images"
+    chance, fitting = at_chance(right, seen), class_order.fitting(labels, found, info.classes)
+    share += f", no better than guessing among {info.classes} classes" * chance
+    if not chance and fitting is None:
+        if own_names:
+            log.warning("%s, output k being taken for class k.", share)
+        return result
+    if fitting is not None:
+        order = teacher.order or range(info.classes)
+        outputs = {order[output]: name for output, name in zip(fitting.tolist(), info.class_names, strict=True)}
+        flag = class_order.as_flag([outputs[output] for output in range(info.classes)])
+        again = 100 * float((fitting[labels] == found).double().mean())
+        helps = f"If its outputs are taken in another order, it is right on {again:.1f} %: {flag}"
+    else:
         epochs = teacher.info.get("training", {}).get("epochs")
         longer = f"If it was trained too short, train it longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
-        log.warning(
-            "The teacher is right on %.1f %% of %d accessible images, no better than guessing among %d classes. %sCheck how its inputs "
-            "were normalised (--set teacher.mean and teacher.std), the order of its classes, its architecture (--model), and whether it "
-            "was trained at all.", 100 * result.accuracy, result.images, classes, longer,
-        )  # fmt: skip
+        helps = (
+            f"{longer}Check how its inputs were normalised (--set teacher.mean and teacher.std), the order of its outputs (--set "
+            "teacher.classes), its architecture (--model), and whether it was trained at all."
+        )
+    if table.check and table.use != "auto" and (table.classes or not class_order.are_proof(names, info.class_names)):
+        raise InputError(
+            f"{share}. {helps}{'.' * (not helps.endswith('.'))} To take it as it is: --set teacher.check=false", "teacher.check"
+        )
+    log.warning("%s. %s", share, helps)
     return result
 
 
 def at_chance(right: Tensor, seen: Tensor) -> bool:
     """Whether a classifier that is `right` (K,) on `seen` (K,) images of each class does no better than guessing, as far as that shows.
 
-    The mean of the classes' accuracies, which a constant guess brings to 1/K, is at most two standard errors above it, and the images
-    are so many that a classifier half-way to perfection would be three of its own above that.
+    The mean of the classes' accuracies, which a constant guess brings to 1/K, is at most two standard errors above that, and more than
+    three below the mean of a classifier half-way to perfection.
 
     >>> from torch import tensor
     >>> at_chance(tensor([50, 0]), tensor([50, 50])), at_chance(tensor([45, 25]), tensor([50, 50]))
@@ -266,4 +309,4 @@ def at_chance(right: Tensor, seen: Tensor) -> bool:
     rate = float((right[known] / seen[known]).mean())
     scatter = math.sqrt(float((1 / seen[known]).sum())) / int(known.sum())
     bound, half_way = guess + 2 * scatter * math.sqrt(guess * (1 - guess)), (1 + guess) / 2
-    return rate <= bound < half_way - 3 * scatter * math.sqrt(half_way * (1 - half_way))
+    return rate <= bound and rate < half_way - 3 * scatter * math.sqrt(half_way * (1 - half_way))

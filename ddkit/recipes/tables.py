@@ -65,6 +65,10 @@ class TeacherTable(PluginTable):
     model: Annotated[str, Option("architecture, where the file does not record it")] = "convnet"
     mean: Annotated[list[float], Option("channel means the teacher was trained with, of pixels in 0..1")] | None = None
     std: Annotated[list[float], Option("channel standard deviations the teacher was trained with, of pixels in 0..1")] | None = None
+    classes: Annotated[list[str], Option("the class of each output of the file; left out: as the file names them")] | None = None
+    check: Annotated[
+        bool, Option("whether a file at chance on the accessible images is refused if its class names do not tell the order of its outputs")
+    ] = True
 
 
 class TrainTable(PluginTable):

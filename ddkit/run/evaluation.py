@@ -174,7 +174,7 @@ def judged(
     elif required or with_teacher:
         teacher = load_teacher(recipe.teacher, real.info, where)
     if teacher is not None:
-        tested(teacher, real, where)  # warns
+        tested(teacher, real, where, recipe.teacher)  # warns
     return run_evaluators(made, artifact, real, teacher, recipe.seed, where, watchers, ranks)
 
 

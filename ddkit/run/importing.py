@@ -117,7 +117,7 @@ def import_file(
     state = state_in(found, any_names=kind == "teacher") if kind in ("auto", "teacher") else None
     if state is None:
         raise InputError(f"{source} holds {_content(found)}: that is {_missing(kind)}.")
-    own = ("teacher.use", "teacher.mean", "teacher.std")
+    own = ("teacher.use", "teacher.mean", "teacher.std", "teacher.classes", "teacher.check")
     unused = [flag for flag, value in of_sets.items() if value is not None]
     unused += [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
     refuse_unused(unused, f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch.")

@@ -96,7 +96,7 @@ class RunSetup:
         of_experts = recipe.network.source == "experts" or any(requires.experts for requires in self.requires)
         if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators or of_experts:
             return None
-        names = self._teacher_record.get("class_names")
+        names = recipe.teacher.classes or self._teacher_record.get("class_names")
         return NoImages(names) if names else None
 
     @cached_property
@@ -319,7 +319,7 @@ class RunSetup:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
             self._check_whitened(self.teacher)
         self.ranks.check_same("The teacher", self.teacher.sha256)
-        self.tested = tested(self.teacher, self.real, self.device)
+        self.tested = tested(self.teacher, self.real, self.device, self.recipe.teacher)
 
     def _check_whitened(self, teacher: Teacher) -> None:
         """Raises InputError where a teacher that takes part was trained on whitened images and the run's are plain, or the reverse."""

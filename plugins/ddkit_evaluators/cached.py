@@ -66,6 +66,7 @@ class CachedAccuracies:
         kind, repeat = task
         trainer, data = self.trainer, self.trainer.data
         network = ddkit.nn.build_network(trainer.model, data.info, data.seed, "evaluate", trainer.name, repeat)
+        soft = trainer.soft
         return {
             "format": FORMAT, "ddkit": ddkit.__version__, "torch": torch.__version__, "code": self._code, "device": _device(data.device),
             "threads": [threads, trainer.threads], "arithmetic": fields_of(trainer.arithmetic),
@@ -75,7 +76,7 @@ class CachedAccuracies:
             "network": [trainer.name, fields_of(trainer.model.options), repr(network), _digest(network.state_dict().values())],
             "kind": kind, "repeat": repeat, "seed": data.seed, "schedule": fields_of(trainer.schedule),
             "augmenter": [trainer.protocol.augmenter, fields_of(trainer.augmenter.options)],
-            "soft": None if trainer.soft is None else [trainer.soft.teacher.sha256, trainer.soft.temperature],
+            "soft": None if soft is None else [soft.teacher.sha256, soft.temperature, *(soft.teacher.order or ())],
         }  # fmt: skip
 
     @cached_property

@@ -1,0 +1,132 @@
+"""A teacher whose outputs are in another order than the data's classes is brought into theirs, by name or by a flag, or is found out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ddkit
+from ddkit.files import read_tensors, write_tensors
+from ddkit.nn.class_order import fitting
+from ddkit.nn.teacher import at_chance
+from tests.conftest import SMALL_FLAGS, Result, write_image_folder
+
+Cli = Callable[..., Result]
+TURNED = [2, 0, 1]  # output k of the turned files is output TURNED[k] of the good one
+NAMES = ["cat", "dog", "owl"]
+FIT = "teacher.classes=" + json.dumps([NAMES[k] for k in TURNED], separators=(",", ":"))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with data `pets`, a good teacher, and files that are it with turned outputs under several names."""
+    root = tmp_path_factory.mktemp("order")
+    write_image_folder(root / "pets", train=20)
+    options = {"train.epochs": 30, "teacher.width": 8, "train.augmenter": "none", "train.batch": 16}
+    ddkit.train(root / "good.safetensors", dataset=f"imagefolder:{root / 'pets'}", sets=options, device="cpu")
+    tensors, record = read_tensors(root / "good.safetensors")
+    last = [name for name in tensors if name.startswith("classifier")]
+    turned = {**tensors, **{name: tensors[name][TURNED] for name in last}}
+    record = {key: value for key, value in record.items() if key not in ("schema", "sealed", "digest")}
+    numbers = {"class_names": ["0", "1", "2"]}
+    write_tensors(root / "turned.safetensors", turned, record | {"class_names": [NAMES[k] for k in TURNED]})
+    write_tensors(root / "claimed.safetensors", turned, record)
+    write_tensors(root / "numbers.safetensors", turned, record | numbers)
+    write_tensors(root / "good-numbers.safetensors", tensors, record | numbers)
+    write_tensors(root / "blind.safetensors", {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, record | numbers)
+    return root
+
+
+def distil(cli: Cli, files: Path, teacher: str, *flags: object) -> Result:
+    data = ("--dataset", f"imagefolder:{files / 'pets'}", "--pipc", 15, "--ipc", 2)
+    return cli("distill", *data, "--teacher", files / f"{teacher}.safetensors", "--losses", "dm", *SMALL_FLAGS, *flags)
+
+
+def teacher_of(run: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((Path(run) / "manifest.json").read_text())["teacher"]
+    return found
+
+
+def test_all_that_uses_a_teacher_sees_the_order_of_the_data(cli: Cli, files: Path) -> None:
+    flags = ("--losses", "dkkt,feature-regression", "--set", "labels.kind=teacher", "--init", "multiplier")
+    flags = (*flags, "--set", "evaluators.accuracy.labels=teacher", "--set", "losses.feature-regression.targets=teacher")
+    for name in ("good", "turned"):
+        result = distil(cli, files, name, *flags, "--out", name)
+        assert result.code == 0, result.err
+        assert ("brought into that of the data (cat, dog, owl)" in result.err) == (name == "turned")
+    result = distil(cli, files, "numbers", *flags, "--set", FIT, "--out", "given")
+    assert result.code == 0, result.err
+    good = ddkit.load("good")
+    assert not torch.equal(good.targets, good.targets.roll(1, 1))
+    for name in ("turned", "given"):
+        other = ddkit.load(name)
+        torch.testing.assert_close(other.images, good.images)
+        torch.testing.assert_close(other.targets, good.targets)
+        torch.testing.assert_close(other.parameters["multipliers"], good.parameters["multipliers"])
+        assert teacher_of(name)["accessible_accuracy"] == teacher_of("good")["accessible_accuracy"] > 0.8
+        assert teacher_of(name)["outputs"] == [NAMES[k] for k in TURNED]
+        rows = [json.loads((Path(run) / "evaluation.json").read_text())["evaluations"][0] for run in ("good", name)]
+        assert rows[0]["accuracy_mean"] == rows[1]["accuracy_mean"]
+    assert "outputs" not in teacher_of("good")
+    assert cli("evaluate", "good", "--teacher", files / "turned.safetensors", "--set", "evaluators.accuracy.labels=teacher").code == 0
+
+
+def test_names_that_prove_nothing_are_tried_and_the_order_that_fits_works_as_printed(cli: Cli, files: Path) -> None:
+    refused = distil(cli, files, "numbers", "--out", "no")
+    assert (refused.code, refused.out, Path("no").exists()) == (4, "", False)
+    flag = re.search(r"--set 'teacher\.classes=[^']+'", refused.err)
+    assert flag, refused.err
+    assert shlex.split(flag[0])[1] == FIT
+    assert distil(cli, files, "numbers", "--plan").code == 4
+    assert distil(cli, files, "numbers", *shlex.split(flag[0]), "--plan").code == 0
+    assert distil(cli, files, "numbers", "--plan", "--set", "teacher.check=false").code == 0
+    blind = distil(cli, files, "blind", "--out", "no")
+    assert (blind.code, "teacher.check=false" in blind.err, "teacher.classes=[" in blind.err) == (4, True, False)
+    assert distil(cli, files, "good-numbers", "--plan").code == 0  # the negative control
+    claimed = distil(cli, files, "claimed", "--plan")
+    assert (claimed.code, FIT in claimed.err) == (0, True), "names that are those of the data are believed, with a warning"
+
+
+@pytest.mark.parametrize(
+    ("classes", "said"),
+    [('["cat","dog"]', "only the data has 'owl'"), ('["cat","dog","yak"]', "'yak'"), ('["cat","cat","dog"]', "only the data has 'owl'")],
+)
+def test_classes_of_a_teacher_are_each_of_the_data_once(cli: Cli, files: Path, classes: str, said: str) -> None:
+    result = distil(cli, files, "numbers", "--set", f"teacher.classes={classes}", "--out", "no")
+    assert (result.code, result.out) == (4, "")
+    assert said in result.err
+    assert """--set 'teacher.classes=["cat","dog","owl"]'""" in " ".join(result.err.split())
+
+
+def test_classes_are_of_a_file(cli: Cli) -> None:
+    digits = "teacher.classes=" + json.dumps([str(k) for k in range(10)])
+    result = cli("distill", "--losses", "dkkt", "--pipc", 2, *SMALL_FLAGS, "--set", digits)
+    assert (result.code, "--teacher FILE" in result.err) == (4, True)
+
+
+def test_an_order_fits_where_both_halves_of_the_images_say_so() -> None:
+    draws = torch.Generator().manual_seed(0)
+    labels = torch.arange(10).repeat_interleave(10)
+    order = torch.tensor([1, 0, *range(2, 10)])
+    noisy = torch.where(torch.rand(100, generator=draws) < 0.3, torch.randint(10, (100,), generator=draws), order[labels])
+    found = fitting(labels, noisy, 10)
+    assert found is not None
+    assert found.tolist() == order.tolist()
+    for _ in range(50):  # nothing fits a guess, and nothing fits better than the truth
+        assert fitting(labels, torch.randint(10, (100,), generator=draws), 10) is None
+    weak = torch.where(torch.rand(100, generator=draws) < 0.6, torch.randint(10, (100,), generator=draws), labels)
+    assert fitting(labels, weak, 10) is None
+    assert fitting(torch.arange(10), order, 10) is None, "one image of a class tells nothing"
+
+
+def test_a_few_images_that_are_all_wrong_are_below_chance() -> None:
+    seen = torch.tensor([5, 5, 5])
+    assert at_chance(torch.tensor([0, 0, 0]), seen)
+    assert not at_chance(torch.tensor([2, 2, 2]), seen)
