@@ -161,7 +161,11 @@ def channels_first(image: Image.Image) -> Any:
 
 
 def _is_grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", *SIXTEEN_BIT) or (image.mode == "I" and image.format == "PNG")
+    return image.mode in ("1", "L", "LA") or _is_sixteen_bit(image)
+
+
+def _is_sixteen_bit(image: Image.Image) -> bool:
+    return image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
 
 
 def orientation(image: Image.Image) -> int:
@@ -179,9 +183,9 @@ def upright(image: Image.Image, bits: int = 16) -> Image.Image:
     Pillow's own conversion would clip them.
     """
     turned = orientation(image)
-    if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format == "PNG"):
+    if _is_sixteen_bit(image):
         values = np.asarray(image)
-        most = 2**bits - 1
+        most = 65535 if image.format == "PPM" else 2**bits - 1  # a PGM file tells its range, and Pillow has scaled its values
         if values.max(initial=0) > most:
             needed = int(values.max()).bit_length()
             raise TooManyBits(f"its value {values.max()} needs {needed} bits, more than data.bits = {bits}; use --set data.bits={needed}")

@@ -279,8 +279,10 @@ def test_floats_to_255_are_known_by_all_images_and_said(caplog: pytest.LogCaptur
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the other libraries
-def test_datasets_of_hugging_face_and_of_torchvision_are_read_as_they_are(tmp_path: Path) -> None:
+def test_datasets_of_hugging_face_and_of_torchvision_are_read_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
+    # Its fingerprints pickle whole modules, which fails with some releases of pyarrow.
+    monkeypatch.setattr("datasets.fingerprint.Hasher.hash", staticmethod(lambda value: "0"))
     from torchvision.datasets import FakeData, ImageFolder
 
     pictures = [Image.fromarray(RGB + row) for row in range(6)]

@@ -201,6 +201,15 @@ def test_sixteen_bit_files_with_colour_or_alpha_are_scaled(tmp_path: Path, chann
     assert data.shapes("train", [0]) == [tuple(image.shape)]
 
 
+@pytest.mark.parametrize("most", [4095, 65535])
+def test_a_sixteen_bit_pgm_file_is_scaled_by_the_range_that_it_tells(tmp_path: Path, most: int) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/1.pgm").write_bytes(b"P5\n2 1\n%d\n" % most + np.array([most, most // 5], ">u2").tobytes())
+    data = opened(f"imagefolder:{tmp_path}", bits=12)
+    assert data.images("train", [0])[0].tolist() == [[[255, 51]]]
+    assert data.shapes("train", [0]) == [(1, 1, 2)]
+
+
 def test_cmyk_becomes_rgb_and_a_palette_with_transparency_gives_no_warning(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.fromarray(rgb(200, (16, 16))).convert("CMYK").save(tmp_path / "a/1.jpg", quality=95)
