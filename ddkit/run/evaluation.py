@@ -96,7 +96,13 @@ def evaluate(
         ranks.check_same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
         kept = "" if directory is None else f" {directory.path} is as it was."
         with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):
-            rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
+            try:
+                rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
+            except InputError as error:
+                path = recipe.data.options.get("path")
+                if dataset is None and isinstance(path, str) and not Path(path).exists():
+                    error.args = (f"{error} If it was moved: ddkit evaluate {target} --dataset {recipe.data.use}:PATH",)
+                raise
     if not ranks.is_main:
         return rows
     if directory is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import logging
 import os
 import unicodedata
@@ -77,6 +78,7 @@ class ImageFolder(ddkit.Dataset):
     class_order: Literal["natural", "alphabetical"] = ddkit.option(
         "natural", "order of the classes: natural has 2 before 10, alphabetical 10 before 2, as runs of older versions have it"
     )
+    nested: bool = ddkit.option(False, "whether folders inside of class folders are classes of their own, called PARENT/CLASS")
     columns: tuple[str, ...] = ddkit.option((), "columns of file and label in a table; left out: found by their names")
     size: tuple[int, ...] | None = ddkit.option(None, "height and width to resize to; left out: the most common size")
     channels: Literal[1, 3] | None = ddkit.option(None, "1 for grey or 3 for colour; left out: 1 if all training images are grey, else 3")
@@ -123,11 +125,17 @@ class ImageFolder(ddkit.Dataset):
             )
         train_root, names, test_root, said = layout_of(self.root)
         self._holds_out = train_root == self.root or train_root.name.casefold() in TEST
+        names = innermost(train_root, names) if self.nested else names
         check_case(train_root, names)
         self._names, self._listing, unread = _classes(train_root, self._ordered(names))
+        inner = [] if self.nested else _inner_classes(self._listing)
+        if inner:
+            said = "; ".join(
+                [*filter(None, [said]), f"{_quoted(inner)} are no classes but parts of theirs, unless you say --set data.nested=true"]
+            )
         if test_root is None:
             return said, unread
-        found = subfolders(test_root)
+        found = innermost(test_root, subfolders(test_root)) if self.nested else subfolders(test_root)
         table = None if set(found) & set(self._names) else table_in(test_root)
         rows = [] if table is None else read_table(table, self.root)
         unknown = sorted({row.label for row in rows}.difference(self._names) if rows else set(found).difference(self._names))
@@ -349,6 +357,29 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
     elif unlabelled or unused:
         said.append(f"not used: {_quoted([*unlabelled, *unused])}")
     return base, names, test, "; ".join(said)
+
+
+def innermost(root: Path, names: Iterable[str]) -> list[str]:
+    """Returns the folders that hold images themselves among `names` in `root` and below; raises InputError if one lies in another."""
+    found = sorted({str(Path(name, file).parent) for name in names for file in walk(root / name).names})
+    for outer, inner in itertools.pairwise(found):
+        if inner.startswith(f"{outer}/"):
+            raise ddkit.InputError(
+                f"data.nested: {root / outer} holds images, and so does '{inner}' in it: which is the class? Move the images of one away.",
+                "data.nested",
+            )
+    return found
+
+
+def _inner_classes(listing: Files) -> list[str]:
+    """Returns folders inside of class folders that look like classes: several in each class, other ones in each, and no images beside."""
+    if not all("/" in name for name in listing.names[:1]):
+        return []
+    parts: list[set[str]] = [set() for _ in listing.folders]
+    for name, label in zip(listing.names, listing.labels.tolist(), strict=True):
+        parts[label].add(name.rpartition("/")[0])
+    found = [name for part in parts for name in sorted(part)]
+    return found if all(len(part) > 1 for part in parts) and "" not in found and len(set(found)) == len(found) else []
 
 
 def _without_classes(root: Path, train: Sequence[str], tests: Sequence[str]) -> str:

@@ -201,6 +201,36 @@ def test_sixteen_bit_files_with_colour_or_alpha_are_scaled(tmp_path: Path, chann
     assert data.shapes("train", [0]) == [tuple(image.shape)]
 
 
+def test_folders_inside_of_class_folders_are_said_and_become_classes_if_asked_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for split in ("train", "test"):
+        for name in ("animal/cat", "animal/dog", "thing/car", "thing/tram"):
+            write_image(tmp_path / split / name / "1.png", HALF_WHITE)
+    data = opened(f"imagefolder:{tmp_path}")
+    assert (list(data.class_names), data.labels("train").tolist()) == (["animal", "thing"], [0, 0, 1, 1])
+    assert "'cat', 'dog', 'car', 'tram' are no classes but parts of theirs, unless you say --set data.nested=true" in caplog.text
+    caplog.clear()
+    data = opened(f"imagefolder:{tmp_path}", nested=True)
+    assert list(data.class_names) == ["animal/cat", "animal/dog", "thing/car", "thing/tram"]
+    assert data.labels("train").tolist() == data.labels("test").tolist() == [0, 1, 2, 3]
+    assert caplog.text == ""
+    write_image(tmp_path / "train/animal/1.png", HALF_WHITE)
+    with pytest.raises(ddkit.InputError, match="animal holds images, and so does 'animal/cat' in it"):
+        opened(f"imagefolder:{tmp_path}", nested=True)
+    assert len(opened(f"imagefolder:{tmp_path}").labels("train")) == 5
+    assert "data.nested" not in caplog.text
+
+
+def test_evaluate_of_a_run_whose_images_were_moved_says_how_to_name_them(cli: Callable[..., Result]) -> None:
+    for split, name in ((split, name) for split in ("train", "test") for name in "ab"):
+        write_image(Path("old") / split / name / "1.png", HALF_WHITE)
+    run = ("distill", "--losses", "dm", "--dataset", "imagefolder:old", "--pipc", 1, "--steps", 1, "--evaluate", "none", "--out", "run")
+    assert cli(*run).code == 0
+    Path("old").rename("new")
+    result = cli("evaluate", "run")
+    assert (result.code, result.out) == (4, "")
+    assert "If it was moved: ddkit evaluate run --dataset imagefolder:PATH" in " ".join(result.err.split())
+
+
 @pytest.mark.parametrize("most", [4095, 65535])
 def test_a_sixteen_bit_pgm_file_is_scaled_by_the_range_that_it_tells(tmp_path: Path, most: int) -> None:
     (tmp_path / "a").mkdir()

@@ -445,6 +445,14 @@ def test_what_cannot_be_imported_is_told_and_nothing_is_written(files: Path, cli
     assert list(Path.cwd().iterdir()) == []
 
 
+def test_evaluate_of_a_file_of_another_project_names_the_command_that_reads_it(files: Path, cli: Cli) -> None:
+    np.savez("x.npz", images=IMAGES.numpy(), labels=LABELS.numpy())
+    for file in (files / "set.pt", Path("x.npz")):
+        result = cli("evaluate", file, "--dataset", "digits")
+        assert (result.code, result.out) == (5, "")
+        assert f"`ddkit import {file} --out NAME` makes a set of a file of another project" in said(result.err)
+
+
 def test_an_output_that_is_there_is_kept(files: Path, cli: Cli) -> None:
     Path("old").mkdir()
     Path("old/mine").write_text("mine")
