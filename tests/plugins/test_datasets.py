@@ -223,7 +223,7 @@ def test_folders_inside_of_class_folders_are_said_and_become_classes_if_asked_fo
 def test_evaluate_of_a_run_whose_images_were_moved_says_how_to_name_them(cli: Callable[..., Result]) -> None:
     for split, name in ((split, name) for split in ("train", "test") for name in "ab"):
         write_image(Path("old") / split / name / "1.png", HALF_WHITE)
-    run = ("distill", "--losses", "dm", "--dataset", "imagefolder:old", "--pipc", 1, "--steps", 1, "--evaluate", "none", "--out", "run")
+    run = ("distill", "--losses", "dm", "--dataset", "imagefolder:old", "--pipc", 1, *SMALL_FLAGS, "--evaluate", "none", "--out", "run")
     assert cli(*run).code == 0
     Path("old").rename("new")
     result = cli("evaluate", "run")
