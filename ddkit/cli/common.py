@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,8 +113,22 @@ def _cells(text: str, *, whole: bool) -> tuple[tuple[int, int | str], ...]:
 
 
 IPC = Kind("n|n,class=n,...", _ipc)
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """Returns the pairs of cat=tabby,dog=beagle, or of a TOML table, for names that have such marks: {"cat, small"="tabby"}."""
+    if text.startswith("{"):
+        pairs = list(tomllib.loads(f"pairs = {text}")["pairs"].items())
+    else:
+        pairs = [(one.strip(), other.strip()) for one, _, other in (part.partition("=") for part in text.split(","))]
+    if not all(isinstance(name, str) and name for pair in pairs for name in pair) or len(dict(pairs)) < len(pairs) or not pairs:
+        raise ValueError(f"{text!r} is not a list of pairs such as cat=tabby,dog=beagle, each class once.")
+    return dict(pairs)
+
+
 PIPC = Kind("n|all", _pipc)
 CELLS = Kind("ipc:pipc,...", functools.partial(_cells, whole=False))
+PAIRS = Kind("name=name,...", _pairs)
 ROWS = Kind("ipc:pipc,...", functools.partial(_cells, whole=True))
 
 

@@ -9,6 +9,7 @@ import click
 
 from ddkit.cli.common import (
     IPC,
+    PAIRS,
     PIPC,
     Names,
     Place,
@@ -232,6 +233,9 @@ def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
 @click.option("--repeats", type=click.IntRange(min=1), help="Networks trained (default: the protocol's).")
 @click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")
 @click.option("--pipc", type=PIPC, help="Real images per class for the random-real baseline (default: the run's).")
+@click.option(
+    "--match-classes", type=PAIRS, metavar="A=B,...", help="Classes of the set and of the data that are one: cat=tabby,dog=beagle."
+)
 @quiet
 @verbose
 def evaluate(target: str, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:

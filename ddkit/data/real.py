@@ -181,6 +181,62 @@ class NoImages(Dataset):
         return []
 
 
+class SomeClasses(Dataset):
+    """The images of some classes of another dataset, whose labels count these alone, in the order of `names`."""
+
+    def __init__(self, whole: Dataset, names: Sequence[str]) -> None:
+        super().__init__(name=whole.name)
+        self.whole = whole
+        self.mirror = whole.mirror
+        self.memory_mib = whole.memory_mib
+        self._names = list(names)
+        self._new = torch.full((len(whole.class_names),), -1)
+        for label, name in enumerate(names):
+            self._new[list(whole.class_names).index(name)] = label
+
+    @property
+    def class_names(self) -> Sequence[str]:
+        return self._names
+
+    @property
+    def resized(self) -> int:
+        return self.whole.resized
+
+    @resized.setter
+    def resized(self, count: int) -> None:
+        self.whole.resized = count
+
+    def labels(self, split: str) -> Tensor:
+        found = self._new[self.whole.labels(split)]
+        return found[found >= 0]
+
+    def _rows(self, split: str, indices: Sequence[int]) -> list[int]:
+        """Returns which images of the other dataset `indices` are."""
+        kept = (self._new[self.whole.labels(split)] >= 0).nonzero().flatten()
+        return kept[torch.tensor(list(indices), dtype=torch.int64)].tolist()
+
+    def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
+        return self.whole.images(split, self._rows(split, indices))
+
+    def shapes(self, split: str, indices: Sequence[int]) -> Sequence[Shape] | None:
+        return self.whole.shapes(split, self._rows(split, indices))
+
+    def grey(self) -> bool:
+        return self.whole.grey()
+
+    def files(self, split: str, indices: Sequence[int]) -> Sequence[str] | None:
+        return self.whole.files(split, self._rows(split, indices))
+
+    def decoding_key(self) -> str:
+        return f"{type(self.whole).__qualname__} {self.whole.decoding_key()}"
+
+    def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
+        return self.whole.sources(split, self._rows(split, indices))
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.whole.fingerprint()} {self._names}".encode()).hexdigest()
+
+
 class RealData:
     """The accessible real images of a run: `images` (m, C, H, W) in pixel units (uint8 or float), `labels` (m,).
 

@@ -21,7 +21,7 @@ from ddkit.components import trust
 from ddkit.components.base import Evaluation, EvaluationData, Evaluator
 from ddkit.components.guard import blamed
 from ddkit.components.observers import Observers
-from ddkit.data.real import RealData, check_held_out, open_dataset, passing
+from ddkit.data.real import RealData, SomeClasses, check_classes, check_held_out, open_dataset, passing
 from ddkit.distributed import ALONE, Ranks, group, own_device
 from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import json_bytes
@@ -31,6 +31,7 @@ from ddkit.nn.teacher import Teacher, load_teacher, tested
 from ddkit.recipes.resolve import Part, flattened, resolve
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run.artifact import Artifact, load
+from ddkit.run.classes import matched
 from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real
 from ddkit.run.lock import LOCK_SECONDS
@@ -58,6 +59,7 @@ def evaluate(
     teacher: str | None = None,
     seed: int | None = None,
     pipc: int | str | None = None,
+    match_classes: Mapping[str, str] | None = None,
     sets: Mapping[str, Any] | None = None,
     device: str = "auto",
     observers: Sequence[Any] = (),
@@ -67,9 +69,10 @@ def evaluate(
     """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
     Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without `dataset`, which is as for
-    distill, a run's is used. `model` may name several, separated by commas. `allow_code` lets Python code run that the run's recipe or a
-    teacher file names. `distributed`: the processes that torchrun started, all of which call this, share the networks to train. Raises
-    DdkitError.
+    distill, a run's is used. The set may have some of the data's classes alone, in any order; `match_classes`, {"cat": "tabby"}, says
+    which class of the set is which of the data if their names differ. `model` may name several, separated by commas. `allow_code` lets
+    Python code run that the run's recipe or a teacher file names. `distributed`: the processes that torchrun started, all of which call
+    this, share the networks to train. Raises DdkitError.
     """
     named = {"model": model, "dataset": dataset, "evaluators": evaluators}
     if evaluators == "none":
@@ -97,7 +100,10 @@ def evaluate(
         kept = "" if directory is None else f" {directory.path} is as it was."
         with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):
             try:
-                rows = judged(recipe, artifact, own_device(device), watchers, with_teacher=teacher is not None, ranks=ranks)
+                rows = judged(
+                    recipe, artifact, own_device(device), watchers, match_classes=match_classes, with_teacher=teacher is not None,
+                    ranks=ranks,
+                )  # fmt: skip
             except InputError as error:
                 path = recipe.data.options.get("path")
                 if dataset is None and isinstance(path, str) and not Path(path).exists():
@@ -108,7 +114,8 @@ def evaluate(
     if directory is not None:
         own_recipe = parse_recipe(directory.read_recipe())  # whichever split was tested on, and in whatever memory
         data_of = [msgspec.structs.replace(each.data, test="test", memory=1) for each in (recipe, own_recipe)]
-        if data_of[0] == data_of[1] and (recipe.pipc, recipe.seed) == (own_recipe.pipc, own_recipe.seed):
+        same_data = data_of[0] == data_of[1] and not any("classes" in row.details for row in rows)
+        if same_data and (recipe.pipc, recipe.seed) == (own_recipe.pipc, own_recipe.seed):
             _record_evaluation(directory, rows, judged_file, recipe)  # rows on other data than the run's are returned, not recorded
     return rows
 
@@ -156,17 +163,24 @@ def run_evaluators(
 
 
 def judged(
-    recipe: Recipe, artifact: Artifact, device: str, watchers: Observers, *, with_teacher: bool = False, ranks: Ranks = ALONE
+    recipe: Recipe,
+    artifact: Artifact,
+    device: str,
+    watchers: Observers,
+    *,
+    match_classes: Mapping[str, str] | None = None,
+    with_teacher: bool = False,
+    ranks: Ranks = ALONE,
 ) -> list[Evaluation]:
-    """Returns what the recipe's evaluators say of a set, on the recipe's data; `with_teacher`: whether or not they ask for one."""
+    """Returns what the recipe's evaluators say of a set, on the recipe's data, of which it may have some classes.
+
+    `match_classes` are names of the same class in the set and in the data; `with_teacher`: whether or not evaluators ask for one.
+    """
     where = pick_device(device)
     channels, height, width = artifact.images.shape[1:]
-    real = RealData.of(recipe, open_dataset(recipe.data), (channels, height, width), watchers=watchers)
-    if list(artifact.class_names) != list(real.info.class_names):
-        raise InputError(
-            f"The synthetic set has the classes {artifact.class_names[:12]}, the data set {list(real.info.class_names)[:12]}: "
-            "it can only be tested on data of the same classes in the same order."
-        )
+    own, dataset = matched(artifact, open_dataset(recipe.data), match_classes or {})
+    check_classes(dataset)
+    real = RealData.of(recipe, dataset, (channels, height, width), watchers=watchers)
     _check_held_out(artifact, real)
     made = evaluators_of(recipe, real.info, artifact.parameters)
     real.check_test_set()
@@ -181,7 +195,10 @@ def judged(
         teacher = load_teacher(recipe.teacher, real.info, where)
     if teacher is not None:
         tested(teacher, real, where, recipe.teacher)  # warns
-    return run_evaluators(made, artifact, real, teacher, recipe.seed, where, watchers, ranks)
+    rows = run_evaluators(made, own, real, teacher, recipe.seed, where, watchers, ranks)
+    if isinstance(dataset, SomeClasses):
+        rows = [msgspec.structs.replace(row, details={**row.details, "classes": own.class_names}) for row in rows]
+    return rows
 
 
 def _run_at(path: Path) -> RunDirectory | None:
@@ -204,6 +221,12 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
         raise InputError(
             f"With data.test = held-out the seed tells held-out images from accessible ones, and the set was made with seed "
             f"{made_with}. {fix}",
+            "data.test",
+        )
+    if seeds and artifact.class_names != list(real.info.class_names):
+        raise InputError(
+            "With data.test = held-out the seed and the place of a class tell held-out images from accessible ones, and the set has "
+            "not all classes of the data, or not in their order. Use --set data.test=test.",
             "data.test",
         )
     check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)

@@ -1,0 +1,106 @@
+"""A set on data of other classes: its classes get the names and the order of the data, which are reduced to the classes of the set."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ddkit.components.base import Dataset
+from ddkit.data.real import SomeClasses
+from ddkit.errors import InputError, doubles, suggestion
+from ddkit.run.artifact import Artifact
+from ddkit.run.warnings import NEWS
+
+log = logging.getLogger("ddkit")
+LONGEST = 1200  # characters of a flag in a message
+
+
+def matched(artifact: Artifact, dataset: Dataset, pairs: Mapping[str, str]) -> tuple[Artifact, Dataset]:
+    """Returns the set with its classes under the names and in the order of the data, and the data of these classes alone.
+
+    `pairs` are classes that have two names, one in the set and one in the data. Raises InputError if the data have not all classes of the
+    set, with the pairs that may be meant.
+    """
+    classes = list(dataset.class_names)
+    names = _renamed(artifact.class_names, classes, pairs)
+    missing = [name for name in names if name not in classes]
+    if missing:
+        raise InputError(
+            f"The set has classes that the data set has not: {_few(missing)}. {_advice(missing, [c for c in classes if c not in names])}"
+        )
+    own = [name for name in classes if name in names]
+    if own != classes:
+        log.warning(
+            "The data set has %d classes and the set %d of them: networks are trained and tested on the set's own (%s).",
+            len(classes), len(own), _few(own), extra=NEWS,
+        )  # fmt: skip
+        dataset = SomeClasses(dataset, own)
+    if names != own:
+        log.warning("The set's classes are brought into the order of the data (%s).", _few(own), extra=NEWS)
+    return (artifact if artifact.class_names == own else _in_order(artifact, names, own)), dataset
+
+
+def _renamed(names: Sequence[str], classes: Sequence[str], pairs: Mapping[str, str]) -> list[str]:
+    """Returns the names of the set's classes in the data."""
+    of_data: dict[str, str] = {}
+    for one, other in pairs.items():
+        own, its = (one, other) if one in names and other in classes else (other, one)
+        if own not in names or its not in classes:
+            unknown = next((name for name in (one, other) if name not in (*names, *classes)), one)
+            raise InputError(
+                f"--match-classes {one}={other}: it is a class of the set and one of the data, and '{unknown}' is neither there. "
+                f"{suggestion(unknown, {*names, *classes})}"
+            )
+        of_data[own] = its
+    found = [of_data.get(name, name) for name in names]
+    for twice in doubles(found):
+        raise InputError(f"--match-classes: two classes of the set would be the class '{twice}' of the data. Give each its own.")
+    return found
+
+
+def _in_order(artifact: Artifact, names: Sequence[str], own: Sequence[str]) -> Artifact:
+    """Returns the set whose classes are called `names`, with labels in the order of `own`."""
+    parameters = artifact.all_parameters
+    if "soft_labels" in parameters:
+        parameters["soft_labels"] = parameters["soft_labels"][:, [list(names).index(name) for name in own]]
+    place = torch.tensor([list(own).index(name) for name in names])
+    made = Artifact(artifact.stored, place[artifact.row_labels], artifact.metadata | {"class_names": list(own)}, parameters)
+    made.provenance = artifact.provenance
+    return made
+
+
+def _advice(missing: Sequence[str], others: Sequence[str]) -> str:
+    """Returns the flag that calls classes of the set as the data does: by the nearest name, else in order."""
+    if len(others) < len(missing):
+        return f"A set is evaluated on data that have all of its classes; {_few(others) or 'none'} is all that the data has beside."
+    left = list(others)
+    pairs: dict[str, str] = {}
+    for name in missing:
+        near = difflib.get_close_matches(name, left, n=1, cutoff=0.6)
+        pairs[name] = near[0] if near else ""
+        left = [other for other in left if other != pairs[name]]
+    pairs = {name: other or left.pop(0) for name, other in pairs.items()}
+    flag = f"--match-classes {shlex.quote(_written(pairs))}"
+    flag = flag if len(flag) <= LONGEST else f"--match-classes {shlex.quote(_written(dict([*pairs.items()][:2])))} and so on"
+    return f"If they have other names there, say which is which, for example: {flag}"
+
+
+def _written(pairs: Mapping[str, str]) -> str:
+    """Returns pairs as the flag takes them: cat=tabby,dog=beagle, or a TOML table if a name has a mark of these."""
+    if all(re.fullmatch(r"[^\s,={}]+", name) for name in (*pairs, *pairs.values())):
+        return ",".join(f"{one}={other}" for one, other in pairs.items())
+    return f"{{{','.join(f'{_quoted(one)}={_quoted(other)}' for one, other in pairs.items())}}}"
+
+
+def _quoted(name: str) -> str:
+    return json.dumps(name, ensure_ascii=False)
+
+
+def _few(names: Sequence[str], most: int = 12) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
