@@ -225,11 +225,14 @@ def _set_of(found: Mapping[Any, Any], outermost: bool) -> list[Found]:
     if any(name.rpartition(".")[2] in OF_NETWORKS for name in names):
         return []
     own = {name.lower(): found[name] for name in names}
-    step_size = next((number_of(own[name]) for name in STEP_SIZES if name in own), None)
+    rate = next((name for name in STEP_SIZES if name in own), None)
+    step_size = None if rate is None else number_of(own[rate])
     soft = tensor_of(own.get("soft_labels"))
     images = next((own[name] for name in IMAGES if isinstance(own.get(name), Tensor) and own[name].ndim > 1), None)
     labels = next((each for name in LABELS if (each := tensor_of(own.get(name))) is not None), soft)
     if images is not None and (labels is not None or outermost):
+        if rate is not None and step_size is None:
+            log.warning("'%s' of the file is not one number, so it is left out: --step-size gives a step size of the set.", rate)
         return [Found(images, labels, soft, step_size)]
     named = [(a, tensor_of(b)) for a in found.values() for b in found.values() if a is not b and _is_pair(a, b)]
     pairs = [(a, b) for a, b in named if b is not None and len(a) == len(b) and is_plain(b) and (b.ndim == 2 or not bool((b % 1).any()))]

@@ -204,6 +204,9 @@ def test_a_step_size_that_a_file_records_is_kept_and_said(tmp_path: Path, caplog
     assert isinstance(found, Artifact)
     assert float(ddkit.load(tmp_path / "out").parameters["step_size"]) == pytest.approx(0.03)
     assert "records the step size 0.03: it is kept" in caplog.text
+    _saved({"images": IMAGES, "labels": LABELS, "lr": torch.ones(3)}, tmp_path / "several.pt")
+    ddkit.import_file(tmp_path / "several.pt", tmp_path / "without", pixels="unit", **NORM)
+    assert "'lr' of the file is not one number, so it is left out" in caplog.text
 
 
 def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_file_is_read(tmp_path: Path) -> None:
