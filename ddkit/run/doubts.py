@@ -10,10 +10,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ddkit.recipes.tables import OptimizerTable, Recipe
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOWEST, HIGHEST, MOST_OUTSIDE = -1.0, 2.0, 0.05  # pixel units; more of the values beyond are no image any more
+EXPLODED = 10.0  # pixel units: not one value of an image is as large (the largest of some thousand sets, of good settings, is 2.3)
 ROUNDING = 1e-6  # relative: what float32 sums of the same values may differ by
 SMALL, WANTED = 0.01, 0.1
 SEAM = 1.5  # times the steps beside it: in photographs and sets made of them 0.5 to 1.3, in grids of them 2.3 to 5
@@ -58,7 +61,10 @@ def silent(lines: Sequence[Line], weights: Mapping[str, float]) -> list[str]:
             continue
         moving = [share for share in own if share > 0]
         if not moving:
-            told.append(f"The loss {label} has no gradient on the images at any logged step: it changed nothing, whatever its weight.")
+            told.append(
+                f"The loss {label} has no gradient on the images at any logged step: it changed nothing, whatever its weight. "
+                f"{without(label, weights)}"
+            )
             continue
         wanted = float(f"{weight * statistics.median((1 - share) / share for share in moving) * WANTED / (1 - WANTED):.2g}")
         told.append(
@@ -67,6 +73,12 @@ def silent(lines: Sequence[Line], weights: Mapping[str, float]) -> list[str]:
             f"{weight:g} it would have about a tenth: --set losses.{label}.weight={wanted:g}"
         )
     return told
+
+
+def without(label: str, weights: Mapping[str, float]) -> str:
+    """Returns what to do if a loss teaches nothing: the flag that leaves it out if there are others."""
+    others = any(weight > 0 for other, weight in weights.items() if other != label)
+    return f"Leave it out: --set losses.{label}.weight=0" if others else "Use another one, for example --losses dm"
 
 
 def constant_losses(lines: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:
@@ -83,13 +95,14 @@ def constant_losses(lines: Sequence[Mapping[str, Any]], weights: Mapping[str, fl
 
 
 def outside(images: Tensor, lower: str) -> list[str]:
-    """Returns what to say of images in pixel units many of whose values are far from any real one; `lower` is the flag that helps."""
+    """Returns what to say of images in pixel units with many values, or very large ones, that none has; `lower` is the flag that helps."""
     share = float(((images < LOWEST) | (images > HIGHEST)).double().mean())
-    if share <= MOST_OUTSIDE:
+    largest = float(images.abs().max())
+    if share <= MOST_OUTSIDE and largest <= EXPLODED:
         return []
     return [
-        f"{100 * share:.0f} % of the values of the images have left {LOWEST:g} to {HIGHEST:g} (real ones lie in 0 to 1; the largest is now "
-        f"{float(images.abs().max()):,.5g}): the learning rate is too high. Lower it: {lower}"
+        f"{100 * share:.2g} % of the values of the images have left {LOWEST:g} to {HIGHEST:g} (real ones lie in 0 to 1; the largest is now "
+        f"{largest:,.5g}): the learning rate is too high. Lower it: {lower}"
     ]
 
 
@@ -135,9 +148,17 @@ def looks_whitened(images: Tensor) -> bool:
     return abs(skewness) < 0.7 and alike < 0.75 and kurtosis > heavy
 
 
-def below_random_real(row: Any, tests: int) -> list[str]:
+def for_a_better_set(recipe: Recipe) -> str:
+    """Returns flags to try if the set of `recipe` is worth nothing: more steps, a usual or else smaller learning rate, a usual start."""
+    usual = OptimizerTable().lr
+    rate = recipe.optimizer.get("images", OptimizerTable()).lr
+    return f"--steps {max(100, 10 * recipe.steps)} --set optimizer.images.lr={usual if rate < usual else rate / 10:g} --init real"
+
+
+def below_random_real(row: Any, tests: int, helps: str = "") -> list[str]:
     """Returns what to say of a row of an evaluation, on `tests` images, whose set is worse than random real images beyond the spread.
 
+    `helps` are flags for a better set.
     The spread is twice the largest of three: both standard deviations, and the one that a difference has by the number of test images.
     """
     mean, real = row.accuracy_mean, row.random_real_mean
@@ -148,5 +169,6 @@ def below_random_real(row: Any, tests: int) -> list[str]:
         return []
     return [
         f"The set is worse than random real images: {100 * mean:.1f} against {100 * real:.1f} % ({row.model}, {row.protocol}, {row.labels} "
-        f"labels). Look at its images and at its losses over the steps; more steps, a smaller learning rate or another loss may help."
+        f"labels). Look at its images and at its losses over the steps. More steps, another learning rate or real images to begin with may "
+        f"help: {helps}"
     ]

@@ -30,12 +30,13 @@ from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import Teacher, load_teacher, tested
 from ddkit.recipes.resolve import Part, flattened, resolve
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
+from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.classes import matched
 from ddkit.run.directory import RunDirectory
-from ddkit.run.doubts import below_random_real
+from ddkit.run.doubts import below_random_real, for_a_better_set
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET, read_manifest
+from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET, read_manifest, write_manifest
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
@@ -98,7 +99,8 @@ def evaluate(
         )  # fmt: skip
         ranks.check_same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
         kept = "" if directory is None else f" {directory.path} is as it was."
-        with watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again."):
+        again = watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again.")
+        with again, warnings.recording():
             try:
                 rows = judged(
                     recipe, artifact, own_device(device), watchers, match_classes=match_classes, with_teacher=teacher is not None,
@@ -109,6 +111,7 @@ def evaluate(
                 if dataset is None and isinstance(path, str) and not Path(path).exists():
                     error.args = (f"{error} If it was moved: ddkit evaluate {target} --dataset {recipe.data.use}:PATH",)
                 raise
+            said = warnings.warnings()
     if not ranks.is_main:
         return rows
     if directory is not None:
@@ -116,7 +119,7 @@ def evaluate(
         data_of = [msgspec.structs.replace(each.data, test="test", memory=1) for each in (recipe, own_recipe)]
         same_data = data_of[0] == data_of[1] and not any("classes" in row.details for row in rows)
         if same_data and (recipe.pipc, recipe.seed) == (own_recipe.pipc, own_recipe.seed):
-            _record_evaluation(directory, rows, judged_file, recipe)  # rows on other data than the run's are returned, not recorded
+            _record_evaluation(directory, rows, judged_file, recipe, said)  # rows on other data than the run's are returned, not recorded
     return rows
 
 
@@ -129,8 +132,13 @@ def run_evaluators(
     device: torch.device,
     watchers: Observers,
     ranks: Ranks = ALONE,
+    *,
+    helps: str,
 ) -> list[Evaluation]:
-    """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first."""
+    """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first.
+
+    `helps` are flags to try if the set is worse than random real images.
+    """
 
     def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
         own = slice(ranks.rank, None, ranks.world_size)
@@ -157,7 +165,7 @@ def run_evaluators(
                 budget = {"stored_numbers": artifact.stored_numbers, "stored_as_images": artifact.stored_as_images} if own else {}
                 rows.append(msgspec.structs.replace(row, split=real.split, **budget))
     rows = rows if ranks.world_size == 1 else msgspec.convert(ranks.broadcast(msgspec.to_builtins(rows)), list[Evaluation])
-    for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels))):
+    for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels), helps)):
         log.warning("%s", sentence)
     return rows
 
@@ -195,7 +203,7 @@ def judged(
         teacher = load_teacher(recipe.teacher, real.info, where)
     if teacher is not None:
         tested(teacher, real, where, recipe.teacher)  # warns
-    rows = run_evaluators(made, own, real, teacher, recipe.seed, where, watchers, ranks)
+    rows = run_evaluators(made, own, real, teacher, recipe.seed, where, watchers, ranks, helps=for_a_better_set(recipe))
     if isinstance(dataset, SomeClasses):
         rows = [msgspec.structs.replace(row, details={**row.details, "classes": own.class_names}) for row in rows]
     return rows
@@ -232,8 +240,12 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
     check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
 
 
-def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_file: Mapping[str, Any] | None, recipe: Recipe) -> None:
+def _record_evaluation(
+    directory: RunDirectory, rows: list[Evaluation], judged_file: Mapping[str, Any] | None, recipe: Recipe, said: Sequence[str]
+) -> None:
     """Adds rows to evaluation.json, a new row replacing an older one of the same _identity, and their protocols to the run's recipe.
+
+    What was `said` is added to the manifest's warnings.
 
     A protocol of a name that the run has already stays as it is: a row says what was other with it.
 
@@ -257,6 +269,9 @@ def _record_evaluation(directory: RunDirectory, rows: list[Evaluation], judged_f
         if added := {name: each for name, each in recipe_dict(recipe).get("protocols", {}).items() if name not in known}:
             directory.rewrite(RECIPE, tomli_w.dumps(table | {"protocols": known | added}).encode())
         directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
+        manifest = read_manifest(directory.path)
+        if new := [sentence for sentence in said if sentence not in manifest.get("warnings", [])]:
+            write_manifest(directory.path, manifest | {"warnings": [*manifest.get("warnings", []), *new]})
         renew_report(directory)
 
 

@@ -37,7 +37,7 @@ from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, made_with
 from ddkit.run.checkpoints import is_due, keep_until
 from ddkit.run.directory import Run, RunDirectory, save_set
-from ddkit.run.doubts import constant_losses, outside, silent
+from ddkit.run.doubts import constant_losses, for_a_better_set, outside, silent, without
 from ddkit.run.evaluation import run_evaluators
 from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_manifest
 from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
@@ -289,8 +289,9 @@ def _finish(setup: RunSetup, directory: RunDirectory, *, start: int, spent: floa
     evaluations: list[Evaluation] = []
     if setup.evaluators:
         evaluations = run_evaluators(
-            setup.evaluators, made_set, setup.real, setup.teacher, recipe.seed, setup.device, watchers, setup.ranks
-        )
+            setup.evaluators, made_set, setup.real, setup.teacher, recipe.seed, setup.device, watchers, setup.ranks,
+            helps=for_a_better_set(recipe),
+        )  # fmt: skip
         if setup.ranks.is_main:
             write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(evaluations)})
     facts = _facts(setup) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
@@ -318,7 +319,9 @@ def _doubts(setup: RunSetup, artifact: Artifact, lines: Sequence[Mapping[str, An
         told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {helps}"]
     else:
         others = [label for label in constant if not any(label in sentence.split() for sentence in told)]
-        told += [f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing." for label in others]
+        told += [
+            f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing. {without(label, weights)}" for label in others
+        ]
     return told + (outside(artifact.stored_images, setup.bank.smaller_rate("images")) if recipe.steps else [])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shlex
@@ -108,6 +109,13 @@ def test_a_set_worse_than_random_real_images_is_told_in_distill_and_evaluate(wor
     assert told.count("worse than random real images") == 1
     assert any("worse than random real images" in message for message in manifest("noise")["warnings"])
     assert "worse than random real images" in words("evaluate", "noise")
+    assert "worse than random real images: " in words("evaluate", "noise", "--model", "mlp")
+    kept = [message for message in manifest("noise")["warnings"] if "worse than random real images" in message]
+    assert [name for message in kept for name in ("(convnet,", "(mlp,") if name in message] == ["(convnet,", "(mlp,"]
+    assert kept[1] in html.unescape((Path("noise") / "report.html").read_text())
+    advice = re.search(r"--steps \d+ --set optimizer\.images\.lr=\S+ --init real", told)
+    assert advice, told
+    assert words("distill", "--losses", "dm", *SMALL_FLAGS, *noise, "--plan", *shlex.split(advice[0])) == ""
     real = ("--set", "optimizer.images.lr=1e-9", "--set", "evaluators.accuracy.epochs=60", "--ipc", 5)
     assert "worse than random" not in words("distill", "--losses", "dm", *SMALL_FLAGS, *real, "--out", "real")
 
@@ -146,6 +154,10 @@ def test_a_few_values_may_leave_the_range() -> None:
     assert not outside(images, "")
     images.view(-1)[5] = -2.0
     assert outside(images, "")
+    far = torch.zeros(1, 1, 100, 100)
+    far[0, 0, 0, 0] = 11.0
+    assert outside(far, ""), "no image has one such value"
+    assert not outside(far / 2, "")
 
 
 def test_real_images_that_are_matched_with_themselves_learn_nothing_and_it_is_said(words: Words) -> None:
@@ -173,5 +185,9 @@ def test_a_constant_loss_beside_another_is_named(words: Words, tmp_path: Path) -
     flags = ("distill", "--plugin", tmp_path / "flat.py", "--evaluate", "none", *SMALL_FLAGS)
     told = words(*flags, "--losses", "flat", "--out", "alone")
     assert "The loss flat was 3 at all 2 logged steps" in told
-    assert "flat" in words(*flags, "--losses", "dm,flat", "--out", "beside")
+    assert "--losses dm" in told
+    told = words(*flags, "--losses", "dm,flat", "--out", "beside")
+    assert "flat" in told
+    assert "--set losses.flat.weight=0" in told
+    assert words(*flags, "--losses", "dm,flat", "--set", "losses.flat.weight=0", "--out", "without") == ""
     assert ddkit.load("beside").images.isfinite().all()

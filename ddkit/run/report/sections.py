@@ -66,7 +66,7 @@ def contents(files: Files) -> dict[str, Any]:
 
 
 def head(files: Files) -> dict[str, Any]:
-    """Returns title, summary and the tiles (name, value, words beside) with the figures that matter."""
+    """Returns title, summary, the tiles (name, value, words beside) with the figures that matter, and what was warned of."""
     artifact, recipe = files.artifact, files.recipe
     count, channels, height, width = artifact.stored_images.shape
     ipc, pipc, data = artifact.metadata.get("ipc"), artifact.metadata.get("pipc"), recipe.get("data", {})
@@ -96,7 +96,8 @@ def head(files: Files) -> dict[str, Any]:
         told = f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}"
         tiles += [("accuracy", _percent(row, "accuracy"), told)]
     usual = "The average of two synthetic sets." if "blend" in files.facts else "A synthetic training set, made by dataset distillation."
-    return {"title": title, "summary": str(recipe.get("summary", "")) or usual, "tiles": tiles}
+    warned = [FOLDERS.sub("", message) for message in files.facts.get("warnings", [])]
+    return {"title": title, "summary": str(recipe.get("summary", "")) or usual, "tiles": tiles, "warned": warned}
 
 
 def _of_labels(artifact: Artifact) -> str:
@@ -328,7 +329,6 @@ def made(files: Files) -> dict[str, Any]:
         parts = [f"{short_name(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in files.blend["parts"]]
         rows.append(["blend", f"alpha {files.blend['alpha']} of {' and '.join(parts)}"])
     rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
-    rows += [["warned of", FOLDERS.sub("", message)] for message in facts.get("warnings", [])]
     rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
     plugins = [[plugin.get(key, "") for key in ("kind", "name", "distribution", "version")] for plugin in facts.get("plugins", [])]
     return {"time": f"{facts.get('seconds', 0.0):,.1f} s{a_step}" if facts.get("steps") else "", "rows": rows, "plugins": plugins}
