@@ -40,7 +40,7 @@ def work(folder: Path, cases: dict[str, Case], *, distributed: bool) -> None:
                 out.with_name(f"{name}.error-{rank}").write_text(f"{error.exit_code} {error}")
                 continue
         if "evaluate" in case:
-            with _noted(out.with_name(f"{name}.trained-{rank}"), Trainer, "accuracy"):
+            with _noted(out.with_name(f"{name}.trained-{rank}"), Trainer, "tested"):
                 rows = ddkit.evaluate(ddkit.load(out), distributed=distributed, **case["evaluate"])
             out.with_name(f"{name}.rows-{rank}").write_bytes(msgspec.json.encode(rows))
 

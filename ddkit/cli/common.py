@@ -23,6 +23,7 @@ from ddkit.files import with_home
 from ddkit.run.warnings import show_from
 
 F = TypeVar("F", bound=Callable[..., Any])
+MOST_CLASSES = 50  # whose accuracies are printed
 
 
 class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -283,8 +284,24 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     columns["random real"] = [
         percent(row.random_real_mean, row.random_real_std) + (f" ({said})" if said else "") for row, said in zip(rows, more, strict=True)
     ]
+    balanced = [percent(row.details.get("balanced_mean"), row.details.get("balanced_std")) for row in rows]
+    if any(row.details.get("balanced_mean") is not None for row in rows):
+        columns["balanced accuracy"] = balanced
+        columns["balanced, random real"] = [
+            percent(row.details.get("random_real_balanced_mean"), row.details.get("random_real_balanced_std")) for row in rows
+        ]
     columns["networks"] = [row.repeats for row in rows]
     columns["stored a class"] = [budget(row.stored_numbers, row.stored_as_images) for row in rows]
     cached = [f"{row.details['cached']} of {row.repeats}" if row.details.get("cached") else "" for row in rows]
     columns |= {"baseline from cache": cached} if any(cached) else {}
-    return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)
+    tables = [tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)]
+    for row in rows:
+        classes = row.details.get("classes", {})
+        lines = [
+            [printable(name), each["test_images"], percent(each["accuracy"], None), percent(each.get("random_real"), None)]
+            for name, each in list(classes.items())[:MOST_CLASSES]
+        ]
+        rest = f"\n{len(classes) - MOST_CLASSES} more classes: --json" if len(classes) > MOST_CLASSES else ""
+        head = [f"class ({row.model}, {row.images})", "test images", "accuracy", "random real"]
+        tables += [tabulate(lines, head, tablefmt="simple", disable_numparse=True) + rest] if lines else []
+    return "\n\n".join(tables)

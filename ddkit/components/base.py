@@ -342,11 +342,11 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     device: Any
     report: Callable[[int, int], None]
     split: str = "test"
-    spread: Callable[..., list[float]] | None = None
+    spread: Callable[..., list[Any]] | None = None
     report_part: Callable[[int, int, float], None] | None = None
 
-    def shared(self, tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
-        """Returns a number for each task, which `work(some tasks)` gives: of several processes each does a share, and all get all."""
+    def shared(self, tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+        """Returns what `work(some tasks)` gives for each task, JSON data: of several processes each does a share, and all get all."""
         return list(work(tasks)) if self.spread is None else self.spread(tasks, work)
 
 

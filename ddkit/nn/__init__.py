@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ddkit.nn.embedder import layer_features
     from ddkit.nn.networks import build_network, redraw, training_flops
     from ddkit.nn.teacher import Teacher
-    from ddkit.nn.training import accuracy, fit
+    from ddkit.nn.training import accuracy, fit, predicted
     from ddkit.nn.unrolling import unrolled_sgd
     from ddkit.recipes.protocols import Protocol, Schedule
     from ddkit.recipes.resolve import read_protocol
@@ -27,7 +27,7 @@ _HOMES = {
     "ddkit.nn.embedder": "layer_features",
     "ddkit.nn.networks": "build_network redraw training_flops",
     "ddkit.nn.teacher": "Teacher",
-    "ddkit.nn.training": "accuracy fit",
+    "ddkit.nn.training": "accuracy fit predicted",
     "ddkit.nn.unrolling": "unrolled_sgd",
     "ddkit.recipes.protocols": "Protocol Schedule",
     "ddkit.recipes.resolve": "read_protocol",
@@ -35,7 +35,7 @@ _HOMES = {
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [
     "Arithmetic", "Protocol", "Schedule", "Teacher", "accuracy", "build_network", "compiled", "decide_arithmetic", "fit", "is_compiled",
-    "layer_features", "products", "read_protocol", "redraw", "to_device", "training_flops", "tune_process", "unrolled_sgd",
+    "layer_features", "predicted", "products", "read_protocol", "redraw", "to_device", "training_flops", "tune_process", "unrolled_sgd",
 ]  # fmt: skip
 
 

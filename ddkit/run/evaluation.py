@@ -140,12 +140,10 @@ def run_evaluators(
     `helps` are flags to try if the set is worse than random real images.
     """
 
-    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[float]]) -> list[float]:
-        own = slice(ranks.rank, None, ranks.world_size)
-        found = torch.zeros(len(tasks), dtype=torch.float64)
-        if tasks[own]:
-            found[own] = torch.tensor(list(work(tasks[own])), dtype=torch.float64)
-        return ranks.all_reduce([found], "evaluation")[0].tolist()
+    def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
+        own = tasks[ranks.rank :: ranks.world_size]
+        parts = ranks.all_gather_object(list(work(own)) if own else [])
+        return [parts[number % ranks.world_size][number // ranks.world_size] for number in range(len(tasks))]
 
     images, labels = real.test_set
     data = EvaluationData(

@@ -12,7 +12,7 @@ import torch
 
 import ddkit
 from ddkit_evaluators.cached import CachedAccuracies
-from ddkit_evaluators.trainer import SoftLabels, Task, Trainer, augmenter_of, fields_of, real_counts, trained_in_turn
+from ddkit_evaluators.trainer import MOST_CONFUSED, Result, SoftLabels, Task, Trainer, augmenter_of, fields_of, real_counts, trained_in_turn
 from ddkit_evaluators.workers import threads_of, trained_apart
 
 log = logging.getLogger("ddkit")
@@ -37,6 +37,7 @@ SMALL_BATCH, FEW_NETWORKS, MOST_WORKERS = 64, 4, 4
 # Operations of a step below which threads wait for one another more than they work, if the code is not compiled: 10 images of 32 pixels or
 # 100 of 8 pixels and convnet's 128 channels are 4e9 and 3e9. On a busy machine two threads then take 5 to 19 times as long as one.
 SMALL_STEP = 5e9
+UNEVEN = 1.5  # how many times as many test images a class has as another, for the accuracy to be told class by class
 
 
 class Accuracy(ddkit.Evaluator):
@@ -238,10 +239,11 @@ class Accuracy(ddkit.Evaluator):
         tasks = [(kind, repeat) for kind in kinds for repeat in range(repeats)]
         cache = CachedAccuracies(trainer, wanted=self.cache)
 
-        def train(some: Sequence[Task]) -> list[float]:
+        def train(some: Sequence[Task]) -> list[Result]:
             return trained_apart(trainer, some, workers, cache.keep) if workers > 1 else trained_in_turn(trainer, some, cache.keep)
 
-        found = data.shared(tasks, lambda some: cache.or_trained(some, threads_of(workers), train))
+        shared = data.shared(tasks, lambda some: cache.or_trained(some, threads_of(workers), train))
+        found = [Result(*each) for each in shared]
         hits = data.shared(tasks, lambda some: [float(task in cache.found) for task in some])  # other processes look up their own
         cached = Counter(kind for (kind, _), hit in zip(tasks, hits, strict=True) if hit)
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
@@ -257,8 +259,9 @@ class Accuracy(ddkit.Evaluator):
         fewer = {"summary": words} if sum(counts) < int(artifact.stored_counts.sum()) else {}
         own: dict[str, dict[str, Any]] = {"synthetic": beside, "class-mean": fewer}
         rows = []
-        for kind, made in by_kind.items():
-            drawn = real if kind == "synthetic" else []
+        for kind, results in by_kind.items():
+            of_real = real if kind == "synthetic" else []
+            made, drawn = ([each.accuracy for each in some] for some in (results, of_real))
             known = cached["random real" if kind == "synthetic" else kind]
             figures = {"epochs": self.training.epochs, "accuracies": made, "random_real_accuracies": drawn}
             row = ddkit.Evaluation(
@@ -266,7 +269,8 @@ class Accuracy(ddkit.Evaluator):
                 images=kind,
                 repeats=repeats, accuracy_mean=sum(made) / len(made), accuracy_std=_std(made),
                 random_real_mean=sum(drawn) / len(drawn) if drawn else None, random_real_std=_std(drawn),
-                details=figures | facts | own.get(kind, {}) | ({"cached": known} if known else {}),
+                details=figures | facts | own.get(kind, {}) | ({"cached": known} if known else {})
+                | by_class(artifact.class_names, results, of_real),
             )  # fmt: skip
             rows.append(row)
         return rows
@@ -314,6 +318,35 @@ def _round(data: ddkit.data.EvaluationData, number: int, of: int) -> ddkit.data.
 def _std(values: Sequence[float]) -> float | None:
     """Returns the sample standard deviation, None for fewer than two values."""
     return float(torch.tensor(values, dtype=torch.float64).std()) if len(values) > 1 else None
+
+
+def by_class(class_names: Sequence[str], results: Sequence[Result], real: Sequence[Result]) -> dict[str, Any]:
+    """Returns what a row says of classes: `confusion` (K, K), the counts of all networks, if there are not too many classes.
+
+    If the test split is uneven also the balanced accuracy, the mean of those of the classes, and `classes`: of each the test images and
+    the mean accuracy, each figure with that of networks on random `real` images beside it.
+    """
+    every = torch.tensor([each.counts for each in results])
+    found: dict[str, Any] = {"confusion": every.sum(0).tolist()} if len(class_names) <= MOST_CONFUSED else {}
+    tests = every[0].sum(1).tolist()
+    if max(tests) < UNEVEN * min(tests):
+        return found
+    known = {"accuracy": results, "random_real": real} if real else {"accuracy": results}
+    for key, each in known.items():
+        values = [one.balanced() for one in each]
+        name = "balanced" if key == "accuracy" else f"{key}_balanced"
+        found |= {f"{name}_mean": sum(values) / len(values), f"{name}_std": _std(values)}
+    means = {key: [_mean(column) for column in zip(*(one.class_accuracies() for one in each), strict=True)] for key, each in known.items()}
+    found["classes"] = {
+        name: {"test_images": tests[label], **{key: values[label] for key, values in means.items()}}
+        for label, name in enumerate(class_names)
+    }
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def split_options(names: Sequence[str], options: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 import ddkit
-from ddkit_evaluators.trainer import Task, Trainer, fields_of
+from ddkit_evaluators.trainer import Result, Task, Trainer, fields_of
 
-FORMAT = 1  # of the key: raised when the same key gives another accuracy
+FORMAT = 2  # of the key: raised when the same key gives another accuracy
 
 
 class CachedAccuracies:
@@ -32,15 +32,15 @@ class CachedAccuracies:
     def __init__(self, trainer: Trainer, *, wanted: bool) -> None:
         self.trainer = trainer
         self.wanted = wanted
-        self.found: dict[Task, float] = {}
+        self.found: dict[Task, Result] = {}
         self._entries: dict[tuple[Task, int], ddkit.data.CachedResult] = {}
         self._whole = ""  # the digest of all accessible images, on which every network of pipc-real is trained
 
-    def or_trained(self, tasks: Sequence[Task], threads: int, train: Callable[[list[Task]], list[float]]) -> list[float]:
-        """Returns the accuracy of every task: from the cache, or else from `train(tasks)`, in whose processes `threads` threads compute."""
+    def or_trained(self, tasks: Sequence[Task], threads: int, train: Callable[[list[Task]], list[Result]]) -> list[Result]:
+        """Returns the result of every task: from the cache, or else from `train(tasks)`, in whose processes `threads` threads compute."""
         for task in filter(self._may_keep, tasks):
-            if isinstance(accuracy := self._entry(task, threads).read(), float):
-                self.found[task] = accuracy
+            if (known := self._entry(task, threads).read()) is not None:
+                self.found[task] = Result(*known)
         left = [task for task in tasks if task not in self.found]
         if not left:
             self.trainer.data.report(len(tasks), len(tasks))
@@ -48,10 +48,10 @@ class CachedAccuracies:
         every = self.found | dict(zip(left, train(left), strict=True))
         return [every[task] for task in tasks]
 
-    def keep(self, task: Task, threads: int, accuracy: float) -> None:
-        """Keeps the accuracy of a network that a process of `threads` threads has trained, unless torch could not compile it."""
+    def keep(self, task: Task, threads: int, result: Result) -> None:
+        """Keeps the result of a network that a process of `threads` threads has trained, unless torch could not compile it."""
         if self._may_keep(task) and self.trainer.compiled == self.trainer.arithmetic.compile:
-            self._entry(task, threads).write(accuracy)
+            self._entry(task, threads).write(result)
 
     def _may_keep(self, task: Task) -> bool:
         soft = self.trainer.soft

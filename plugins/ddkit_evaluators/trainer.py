@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,35 @@ import ddkit
 Task = tuple[str, int]  # (what it is trained on: "synthetic", "random real" or a baseline, number of the network)
 Images = Tensor | ddkit.data.NormalisedRows
 Labelled = tuple[Images, Tensor]  # normalised images (n, C, H, W), labels (n,) or probabilities (n, K)
-Keep = Callable[[Task, int, float], object]  # called with a network, the threads of the process that trained it, and its accuracy
+MOST_CONFUSED = 30  # classes of which it is counted as which of the others a network takes each
+
+
+class Result(NamedTuple):
+    """The test accuracy of a network, and `counts`: test images by class and found class (K, K), of many classes right and wrong (K, 2)."""
+
+    accuracy: float
+    counts: list[list[int]]
+
+    @classmethod
+    def of(cls, found: Tensor, labels: Tensor, classes: int) -> Result:
+        """Returns the result of a network that finds the classes `found` (n,) for test images of `labels` (n,)."""
+        right = found == labels
+        columns, place = (classes, found) if classes <= MOST_CONFUSED else (2, (~right).long())
+        counts = (labels * columns + place).cpu().bincount(minlength=classes * columns).view(classes, columns)
+        return cls(int(right.sum()) / len(labels), counts.tolist())
+
+    def class_accuracies(self) -> list[float | None]:
+        """Returns the accuracy of each class, None without test images."""
+        every = len(self.counts) <= MOST_CONFUSED
+        return [row[label if every else 0] / sum(row) if sum(row) else None for label, row in enumerate(self.counts)]
+
+    def balanced(self) -> float:
+        """Returns the mean of the accuracies of the classes."""
+        known = [accuracy for accuracy in self.class_accuracies() if accuracy is not None]
+        return sum(known) / len(known)
+
+
+Keep = Callable[[Task, int, Result], object]  # called with a network, the threads of the process that trained it, and its result
 
 
 def fields_of(record: Any) -> dict[str, Any]:
@@ -106,8 +134,8 @@ class Trainer:
             self._tests = images, self.data.test_labels.to(self.data.device)
         return self._tests
 
-    def accuracy(self, kind: str, repeat: int, report: Callable[[int, int], None] | None = None) -> float:
-        """Returns the test accuracy of network `repeat`; whatever it is trained on, it starts from the same weights.
+    def tested(self, kind: str, repeat: int, report: Callable[[int, int], None] | None = None) -> Result:
+        """Returns the result of network `repeat`; whatever it is trained on, it starts from the same weights.
 
         `report(epoch, epochs)` is called after each epoch of its training.
         """
@@ -115,7 +143,8 @@ class Trainer:
         ddkit.nn.redraw(self.module, self.model, self.data.info, self.data.seed, "evaluate", self.name, repeat)
         with ddkit.nn.products(self.data.device, self.arithmetic.precision):
             self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat), report)
-            return ddkit.nn.accuracy(self.module, *self.tests, batch=self._test_batch, **self._how)
+            found = ddkit.nn.predicted(self.module, self.tests[0], batch=self._test_batch, **self._how)
+        return Result.of(found, self.tests[1], self.data.info.classes)
 
     @property
     def _test_batch(self) -> int:
@@ -128,7 +157,7 @@ class Trainer:
         return ddkit.nn.is_compiled(self.forward) and not self.gave_up_compiling
 
     def warm_up(self) -> None:
-        """Compiles what accuracy() runs; the network is drawn anew afterwards."""
+        """Compiles what tested() runs; the network is drawn anew afterwards."""
         schedule = ddkit.nn.Schedule(epochs=1, batch=self.schedule.batch)
         self._fit(self.artifact.normalised, self.artifact.labels, schedule, ddkit.generator(0, "warm up"))
         images, labels = self.tests
@@ -190,16 +219,16 @@ class Trainer:
             yield own[torch.randperm(len(own), generator=draw)], count
 
 
-def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], keep: Keep, *, done: int = 0) -> list[float]:
-    """Returns the accuracy of every task; `done` of them were reported before."""
-    found, total, report_part = [], done + len(tasks), trainer.data.report_part
+def trained_in_turn(trainer: Trainer, tasks: Sequence[Task], keep: Keep, *, done: int = 0) -> list[Result]:
+    """Returns the result of every task; `done` of them were reported before."""
+    found, total, report_part = list[Result](), done + len(tasks), trainer.data.report_part
     for number, task in enumerate(tasks, start=done):
 
         def tell(epoch: int, epochs: int, number: int = number) -> None:
             assert report_part is not None
             report_part(number, total, epoch / (epochs + 1))  # testing is still to come
 
-        found.append(trainer.accuracy(*task, tell if report_part else None))
+        found.append(trainer.tested(*task, tell if report_part else None))
         keep(task, torch.get_num_threads(), found[-1])
         trainer.data.report(number + 1, total)
     return found

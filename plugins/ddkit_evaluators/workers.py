@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import ddkit
-from ddkit_evaluators.trainer import Keep, Task, Trainer, fields_of, trained_in_turn
+from ddkit_evaluators.trainer import Keep, Result, Task, Trainer, fields_of, trained_in_turn
 
 log = logging.getLogger("ddkit")
 TENSORS, SETTINGS = "tensors.safetensors", "settings.json"
@@ -33,12 +33,12 @@ def threads_of(workers: int) -> int:
     return max(1, torch.get_num_threads() // workers)
 
 
-def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int, keep: Keep) -> list[float]:
-    """Returns the accuracy of every task, from `workers` processes; what they could not do is done here, and said.
+def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int, keep: Keep) -> list[Result]:
+    """Returns the result of every task, from `workers` processes; what they could not do is done here, and said.
 
     The other processes start when the first has compiled: they find the code in the cache.
     """
-    found: dict[Task, float] = {}
+    found: dict[Task, Result] = {}
     waiting, compiled, problem = iter(tasks), True, ""
     with tempfile.TemporaryDirectory(prefix="ddkit-") as place, ThreadPoolExecutor(workers) as pool, ExitStack() as children:
         folder = Path(place)
@@ -65,7 +65,7 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int, keep: K
                         continue
                     compiled &= bool(answer["compiled"])
                     if task is not None:
-                        found[task] = float(answer["accuracy"])
+                        found[task] = Result(*answer["result"])
                         if compiled:
                             keep(task, threads_of(workers), found[task])
                         trainer.data.report(len(found), len(tasks))
@@ -132,8 +132,8 @@ def main() -> None:
     ddkit.reply({"compiled": trainer.compiled or not trainer.arithmetic.compile})
     for line in sys.stdin:
         kind, repeat = json.loads(line)
-        accuracy = trainer.accuracy(kind, repeat)
-        ddkit.reply({"accuracy": accuracy, "compiled": trainer.compiled or not trainer.arithmetic.compile})
+        result = trainer.tested(kind, repeat)
+        ddkit.reply({"result": result, "compiled": trainer.compiled or not trainer.arithmetic.compile})
 
 
 if __name__ == "__main__":

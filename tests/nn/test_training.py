@@ -298,14 +298,14 @@ def test_last_epoch_is_reported_not_the_best(monkeypatch: pytest.MonkeyPatch) ->
             module.classifier.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # type: ignore[union-attr, operator]
 
     calls = []
-    original = ddkit.nn.accuracy
+    original = ddkit.nn.predicted
 
-    def counted(*arguments: Any, **options: Any) -> float:
+    def counted(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(1)
         return original(*arguments, **options)
 
     monkeypatch.setattr(ddkit.nn, "fit", spoil, raising=False)
-    monkeypatch.setattr(ddkit.nn, "accuracy", counted, raising=False)
+    monkeypatch.setattr(ddkit.nn, "predicted", counted, raising=False)
     (row,) = evaluated()
     assert row.accuracy_mean == pytest.approx(1 / 3)
     assert len(calls) == 6  # the test set is looked at once per network, after its training

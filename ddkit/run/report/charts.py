@@ -22,6 +22,7 @@ WIDTH, HEIGHT = 420, 280  # points, which are pixels of a wide page
 LEFT, RIGHT, TOP, BOTTOM = 88, 14, 14, 50  # margins of the plot
 ROW = 52  # height of a row of Dots
 LONGEST = 48  # characters of a name there
+CONFUSION, SHORT = 400, 12  # height of a picture of confusion, and characters of a class's name there
 BINS = 20  # of a histogram
 INK, GRID = "#1c2127", "#d9dde2"
 COLOURS = ("#0b6cb8", "#c8501b", "#0a8763", "#a6477f", "#96700a", "#4d5fc4")
@@ -128,6 +129,30 @@ def dots(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[float, f
         axes.set_yticks([])
 
     return Chart(file, "Accuracy", what, draw, "accuracy in %", legend=legend, height=TOP + ROW * len(rows) + BOTTOM)
+
+
+def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> Chart:
+    """Returns a picture of `counts` (K, K) by class and found class: a row is a class, a darker field a larger share of it."""
+    side = len(counts)
+
+    def draw(axes: Any) -> None:
+        from matplotlib.patches import Rectangle
+
+        for row, own in enumerate(counts):
+            for column, count in enumerate(own):
+                share = count / max(1, sum(own))
+                axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLOURS[row != column], alpha=share, linewidth=0))
+                if side <= 12 and share >= 0.005:
+                    axes.text(column + 0.5, row + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=11)
+            told = names[row] if len(names[row]) <= SHORT else f"{names[row][: SHORT - 4]} ..."
+            axes.text(-0.15, row + 0.5, printable(told), ha="right", va="center", fontsize=11 if side <= 12 else 8, parse_math=False)
+        axes.set_xlim(0, side)
+        axes.set_ylim(side, 0)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+    return Chart(file, "What networks take each class for", what, draw, "found, in the order of the classes, in %", " ", height=CONFUSION)
 
 
 def svg(chart: Chart) -> str:

@@ -19,12 +19,13 @@ from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
 from ddkit.run.doubts import shares, typical_shares
 from ddkit.run.manifest import SET
-from ddkit.run.report.charts import can_be_drawn, curves, dots, histogram, number
+from ddkit.run.report.charts import can_be_drawn, confusion, curves, dots, histogram, number
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
 from ddkit.run.snapshots import Film
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
 FILM_ROWS, FILM_COLUMNS = 10, 7
+MOST_CONFUSIONS = 3  # pictures of confusion, of the first networks
 LABELS = {"hard": "Hard labels", "stored": "Labels stored with the set", "teacher": "The teacher's labels of each augmented batch"}
 FOLDERS = re.compile(r"(?<![\w.~/])(?:/[^\s/:'\",]+)+/(?=[^\s/])")  # of an absolute path in a message, as far as its last part
 Found = dict[str, Any] | None  # what a section shows, None where it has nothing
@@ -288,7 +289,15 @@ def evaluation(files: Files) -> dict[str, Any]:
             lines.append([row["evaluator"], _named(row), row["repeats"], _percent(row, "accuracy"), _random_real(row), difference])
         what, legend = f"{title}: accuracies with error bars", ["trained on the set", "random real"]
         chart = dots(f"accuracy-{labels}", what, shown, legend)
-        groups += [{"title": title, "charts": [chart], "rows": lines}] if found else []
+        pictures_ = [
+            confusion(f"confusion-{labels}-{path_part(row['model'])}", f"Confusion: {_named(row)}", counts, files.artifact.class_names)
+            for row in found if row.get("images", "synthetic") == "synthetic" and _fits(counts := row["details"].get("confusion"), files)
+        ]  # fmt: skip
+        classes = [
+            [name, _named(row), each["test_images"], *(_share(each.get(key)) for key in ("accuracy", "random_real"))]
+            for row in found for name, each in row["details"].get("classes", {}).items()
+        ]  # fmt: skip
+        groups += [{"title": title, "charts": [chart, *pictures_[:MOST_CONFUSIONS]], "rows": lines, "classes": classes}] if found else []
     findings = [
         [row["evaluator"], "" if row["model"] == "-" else _named(row), words]
         for row in files.evaluations if (words := str(row.get("details", {}).get("summary", "")))
@@ -298,8 +307,22 @@ def evaluation(files: Files) -> dict[str, Any]:
          "trained them."]
         for row in files.evaluations if (known := row.get("details", {}).get("cached"))
     ]  # fmt: skip
+    findings += [
+        [row["evaluator"], _named(row), f"The test split is uneven: balanced accuracy {_percent(row['details'], 'balanced')}, random real "
+         f"{_percent(row['details'], 'random_real_balanced')}."]
+        for row in files.evaluations if row.get("details", {}).get("balanced_mean") is not None
+    ]  # fmt: skip
     close = any(row["evaluator"] == "memorisation" and row.get("details", {}).get("close") for row in files.evaluations)
     return {"ceiling": _ceiling(files), "groups": groups, "findings": findings, "close": close}
+
+
+def _fits(counts: Any, files: Files) -> bool:
+    """Whether `counts` are those of every class by every class."""
+    return isinstance(counts, list) and [len(row) for row in counts] == [len(files.artifact.class_names)] * len(counts) != []
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f}\u00a0%"
 
 
 def _ceiling(files: Files) -> str:
