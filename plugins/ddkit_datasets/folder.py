@@ -24,7 +24,7 @@ from torch import Tensor
 import ddkit
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
-from ddkit_datasets.tables import TABLES, TEST, TRAIN, Row, natural, read_table, table_in
+from ddkit_datasets.tables import NAMES, TABLES, TEST, TRAIN, Row, natural, read_table, table_in
 
 log = logging.getLogger("ddkit")
 MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second
@@ -248,6 +248,8 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counte
     unread = sum((each.unread for each in walked.values()), Counter[str]())
     empty = [name for name in classes if not walked[name].names]
     if empty:
+        if not any(walked[name].names for name in classes) and (packed := _packed(root)):
+            raise ddkit.InputError(f"{root} holds no image, but {packed}")
         left_out = walked[empty[0]].unread
         why = f"{_counted(left_out)}, which ddkit does not read, and none of " if left_out else ""
         raise ddkit.InputError(f"The class folder {root / empty[0]} holds no image ({why}{', '.join(SUFFIXES)}).")
@@ -391,12 +393,31 @@ def _without_classes(root: Path, train: Sequence[str], tests: Sequence[str]) -> 
             f"and test on the rest: --dataset imagefolder:{root / labelled[0]}"
         )
     base = root / train[0] if train else root
+    if packed := _packed(root):
+        return f"{root} holds no class folders, but {packed}"
     if any_image(base):
         return (
             f"{base} holds images, and no class folders. If it is one class of several, name the folder above it: "
             f"--dataset imagefolder:{base.parent}. Else sort the images into {base}/CLASS/."
         )
     return f"{base} holds no class folders; the layout is {base}/CLASS/IMAGE."
+
+
+def _packed(root: Path) -> str:
+    """Returns what a folder holds in the place of image files, and how to use that; "" if it holds none of it."""
+    files = [path.name for pattern in ("*", "*/*") for path in root.glob(pattern)]
+    for ending, call in ((".arrow", "load_from_disk"), (".parquet", "load_dataset")):
+        if any(name.endswith(ending) for name in files):
+            return (
+                f"{ending} files, as Hugging Face's library `datasets` writes them. Pass what it reads in Python: "
+                f"import datasets, ddkit; ddkit.distill(losses='dm', dataset=datasets.{call}({str(root)!r}))"
+            )
+    if any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in files):
+        return (
+            "tar files, as WebDataset's shards are, which are not read. Unpack them, and name images and labels in a table "
+            f"{root / NAMES[0]} of the columns file_name and label."
+        )
+    return ""
 
 
 def _quoted(names: Sequence[str]) -> str:
