@@ -261,16 +261,21 @@ def test_the_set_is_trained_on_as_recorded_by_networks_that_start_as_those_of_ra
 def test_small_steps_are_computed_in_one_thread_and_others_in_all(
     small: float, options: dict[str, Any], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = set()
+    seen, tested = set(), set()
+
+    def predicted(module: nn.Module, test_images: torch.Tensor, **_: Any) -> torch.Tensor:
+        tested.add(torch.get_num_threads())
+        return torch.zeros(len(test_images), dtype=torch.int64)
+
     monkeypatch.setattr(ddkit_evaluators, "SMALL_STEP", small)
     monkeypatch.setattr(ddkit.nn, "fit", lambda *_, **__: seen.add(torch.get_num_threads()), raising=False)
-    monkeypatch.setattr(ddkit.nn, "accuracy", lambda *_, **__: float(torch.get_num_threads() == 3), raising=False)
+    monkeypatch.setattr(ddkit.nn, "predicted", predicted, raising=False)
     monkeypatch.setattr(ddkit.nn, "compiled", lambda module, **_: module, raising=False)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        (row,) = evaluated(repeats=1, workers=1, **options)
-        assert (seen, torch.get_num_threads(), row.accuracy_mean) == ({threads}, 3, 1.0)
+        evaluated(repeats=1, workers=1, **options)
+        assert (seen, torch.get_num_threads(), tested) == ({threads}, 3, {3})
     finally:
         torch.set_num_threads(before)
 

@@ -48,14 +48,14 @@ def test_an_uneven_split_is_told_class_by_class_and_an_even_one_is_not() -> None
 
 def test_json_table_and_report_have_them(tmp_path: Path) -> None:
     given = data()
-    kept = torch.cat([(given.test_labels == label).nonzero().flatten()[: 1 if label else 3] for label in range(3)])
+    kept = torch.cat([(given.test_labels == label).nonzero().flatten()[: 1 if label else 3] for label in range(2)])
     uneven: Any = type(given)(**{key: getattr(given, key) for key in given.__struct_fields__} | {
         "test_images": given.test_images[kept], "test_labels": given.test_labels[kept],
     })  # fmt: skip
     rows = evaluated(artifact(), uneven, epochs=1)
     (row,) = rows
-    assert sum(map(sum, row.details["confusion"])) == row.repeats * 5
-    assert [each["test_images"] for each in row.details["classes"].values()] == [3, 1, 1]
+    assert sum(map(sum, row.details["confusion"])) == row.repeats * 4
+    assert [each["test_images"] for each in row.details["classes"].values()] == [3, 1]
     assert "balanced accuracy" in evaluation_table(rows)
     (even,) = evaluated(artifact(), given, epochs=1)
     assert "classes" not in even.details
@@ -64,7 +64,7 @@ def test_json_table_and_report_have_them(tmp_path: Path) -> None:
     (group,) = evaluation(Files(artifact=artifact(), facts={}, evaluations=[plain]))["groups"]
     assert [line[0] for line in group["classes"]] == artifact().class_names
     picture = group["charts"][1]
-    assert str(charts.svg(picture)).count("<path") >= 9
+    assert str(charts.svg(picture)).count("<path") >= 4
     assert list(charts.files(picture)) == [f"{picture.file}.pdf", f"{picture.file}.png"]
     (tmp_path / "confusion.png").write_bytes(charts.files(picture)[f"{picture.file}.png"])
     damaged = plain | {"details": row.details | {"confusion": [[1]]}}

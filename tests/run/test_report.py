@@ -529,8 +529,8 @@ def test_matplotlib_and_jinja2_are_imported_when_a_report_is_made_and_not_before
 
 def test_figures_are_pdf_and_png_files_of_every_chart_with_the_same_bytes_again(cli: Cli, run: Path) -> None:
     told = cli("report", run, "--figures", "a/paper", "--json")
-    names = [f"a/paper/{name}.{kind}" for name in ("accuracy-hard", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm", "losses",
-             "parameter-multipliers", "shares", "spectrum") for kind in ("pdf", "png")]  # fmt: skip
+    names = [f"a/paper/{name}.{kind}" for name in ("accuracy-hard", "confusion-hard-convnet", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm",
+             "losses", "parameter-multipliers", "shares", "spectrum") for kind in ("pdf", "png")]  # fmt: skip
     assert json.loads(told.out) == {"schema": 1, "run": str(run), "report": str(run / "report.html"), "figures": names}
     assert len(names) == 2 * (run / "report.html").read_text().count("<svg ")
     for name in names:
@@ -555,7 +555,7 @@ def test_figures_are_all_there_or_none_is(cli: Cli, run: Path, monkeypatch: pyte
     report._write_figures(Path("alike"), shown)
     assert sorted(entry.name for entry in Path("alike").iterdir()) == ["Loss-a-2.pdf", "Loss-a-3.pdf", "Loss-a.pdf"]
     told = cli("report", run, "--figures", "empty", "--out", "talk.html").out.splitlines()
-    assert told[:3] == ["report   talk.html", "figure   empty/accuracy-hard.pdf", "figure   empty/loss-dkkt-primal.pdf"]
+    assert told[:3] == ["report   talk.html", "figure   empty/accuracy-hard.pdf", "figure   empty/confusion-hard-convnet.pdf"]
     monkeypatch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     failed = cli("report", run, "--figures", "new/paper", "--out", "again.html")
     assert (failed.code, failed.out) == (5, "")
