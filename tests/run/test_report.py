@@ -529,8 +529,11 @@ def test_matplotlib_and_jinja2_are_imported_when_a_report_is_made_and_not_before
 
 def test_figures_are_pdf_and_png_files_of_every_chart_with_the_same_bytes_again(cli: Cli, run: Path) -> None:
     told = cli("report", run, "--figures", "a/paper", "--json")
-    names = [f"a/paper/{name}.{kind}" for name in ("accuracy-hard", "confusion-hard-convnet", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm",
-             "losses", "parameter-multipliers", "shares", "spectrum") for kind in ("pdf", "png")]  # fmt: skip
+    charts_ = (
+        "accuracy-hard", "confusion-hard-convnet", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm", "losses",
+        "parameter-multipliers", "shares", "spectrum",
+    )  # fmt: skip
+    names = [f"a/paper/{name}.{kind}" for name in charts_ for kind in ("pdf", "png")]
     assert json.loads(told.out) == {"schema": 1, "run": str(run), "report": str(run / "report.html"), "figures": names}
     assert len(names) == 2 * (run / "report.html").read_text().count("<svg ")
     for name in names:
