@@ -270,7 +270,7 @@ class Accuracy(ddkit.Evaluator):
                 repeats=repeats, accuracy_mean=sum(made) / len(made), accuracy_std=_std(made),
                 random_real_mean=sum(drawn) / len(drawn) if drawn else None, random_real_std=_std(drawn),
                 details=figures | facts | own.get(kind, {}) | ({"cached": known} if known else {})
-                | by_class(artifact.class_names, results, of_real),
+                | by_class(data.info.class_names, results, of_real),
             )  # fmt: skip
             rows.append(row)
         return rows
@@ -323,8 +323,8 @@ def _std(values: Sequence[float]) -> float | None:
 def by_class(class_names: Sequence[str], results: Sequence[Result], real: Sequence[Result]) -> dict[str, Any]:
     """Returns what a row says of classes: `confusion` (K, K), the counts of all networks, if there are not too many classes.
 
-    If the test split is uneven also the balanced accuracy, the mean of those of the classes, and `classes`: of each the test images and
-    the mean accuracy, each figure with that of networks on random `real` images beside it.
+    If the test split is uneven also the balanced accuracy, the mean of those of the classes, and `class_accuracies`: of each class the
+    test images and the mean accuracy. Each figure has that of networks on random `real` images beside it.
     """
     every = torch.tensor([each.counts for each in results])
     found: dict[str, Any] = {"confusion": every.sum(0).tolist()} if len(class_names) <= MOST_CONFUSED else {}
@@ -337,7 +337,7 @@ def by_class(class_names: Sequence[str], results: Sequence[Result], real: Sequen
         name = "balanced" if key == "accuracy" else f"{key}_balanced"
         found |= {f"{name}_mean": sum(values) / len(values), f"{name}_std": _std(values)}
     means = {key: [_mean(column) for column in zip(*(one.class_accuracies() for one in each), strict=True)] for key, each in known.items()}
-    found["classes"] = {
+    found["class_accuracies"] = {
         name: {"test_images": tests[label], **{key: values[label] for key, values in means.items()}}
         for label, name in enumerate(class_names)
     }

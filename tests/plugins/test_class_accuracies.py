@@ -41,7 +41,7 @@ def test_an_uneven_split_is_told_class_by_class_and_an_even_one_is_not() -> None
     found = by_class(names, [result(*UNEVEN), majority], [majority])
     assert found["confusion"] == [[12, 0, 0], [5, 1, 0], [2, 0, 0]]
     assert (found["balanced_mean"], found["random_real_balanced_mean"]) == (pytest.approx((4 / 9 + 1 / 3) / 2), pytest.approx(1 / 3))
-    assert found["classes"]["b"] == {"test_images": 3, "accuracy": pytest.approx(1 / 6), "random_real": 0.0}
+    assert found["class_accuracies"]["b"] == {"test_images": 3, "accuracy": pytest.approx(1 / 6), "random_real": 0.0}
     even = by_class(names, [result((0, 0), (1, 1), (2, 0))], [])
     assert even == {"confusion": [[1, 0, 0], [0, 1, 0], [1, 0, 0]]}
 
@@ -55,10 +55,10 @@ def test_json_table_and_report_have_them(tmp_path: Path) -> None:
     rows = evaluated(artifact(), uneven, epochs=1)
     (row,) = rows
     assert sum(map(sum, row.details["confusion"])) == row.repeats * 4
-    assert [each["test_images"] for each in row.details["classes"].values()] == [3, 1]
+    assert [each["test_images"] for each in row.details["class_accuracies"].values()] == [3, 1]
     assert "balanced accuracy" in evaluation_table(rows)
     (even,) = evaluated(artifact(), given, epochs=1)
-    assert "classes" not in even.details
+    assert "class_accuracies" not in even.details
     assert "balanced" not in evaluation_table([even])
     plain = {key: getattr(row, key) for key in row.__struct_fields__}
     (group,) = evaluation(Files(artifact=artifact(), facts={}, evaluations=[plain]))["groups"]

@@ -295,7 +295,7 @@ def evaluation(files: Files) -> dict[str, Any]:
         ]  # fmt: skip
         classes = [
             [name, _named(row), each["test_images"], *(_share(each.get(key)) for key in ("accuracy", "random_real"))]
-            for row in found for name, each in row["details"].get("classes", {}).items()
+            for row in found for name, each in row["details"].get("class_accuracies", {}).items()
         ]  # fmt: skip
         groups += [{"title": title, "charts": [chart, *pictures_[:MOST_CONFUSIONS]], "rows": lines, "classes": classes}] if found else []
     findings = [
