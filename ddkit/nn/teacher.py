@@ -270,7 +270,8 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
     share += f", no better than guessing among {info.classes} classes" * chance
     if not chance and fitting is None:
         if own_names:
-            log.warning("%s, output k being taken for class k.", share)
+            few = " They are too few to tell whether that is so: a larger --pipc would." * at_chance(100 * right, 100 * seen)
+            log.warning("%s, output k being taken for class k.%s", share, few)
         return result
     if fitting is not None:
         order = teacher.order or range(info.classes)

@@ -99,6 +99,8 @@ def test_names_that_prove_nothing_are_tried_and_the_order_that_fits_works_as_pri
     assert (blind.code, "teacher.check=false" in blind.err, "teacher.classes=[" in blind.err) == (4, True, False)
     assert distil(cli, files, "good-numbers", "--plan").code == 0  # the negative control
     caplog.clear()
+    assert distil(cli, files, "numbers", "--plan", "--pipc", 1, "--ipc", 1).code == 0
+    assert "too few to tell" in caplog.text
     claimed = distil(cli, files, "claimed", "--plan")
     assert (claimed.code, FIT in caplog.text) == (0, True), "names that are those of the data are believed, with a warning"
 
