@@ -15,21 +15,25 @@ SURE = 3.0  # standard errors
 
 
 def by_name(names: Sequence[str], classes: Sequence[str]) -> list[int] | None:
-    """Returns for each class of the data the output that `names` call so, None if they are other names.
+    """Returns for each class of the data the output that `names` call so, None if one has no output, or a name stands there twice.
 
-    >>> by_name(["dog", "owl", "cat"], ["cat", "dog", "owl"])
-    [2, 0, 1]
+    >>> by_name(["dog", "owl", "cat"], ["cat", "dog", "owl"]), by_name(["dog", "owl", "cat"], ["cat", "dog"])
+    ([2, 0, 1], [2, 0])
     """
-    return [list(names).index(name) for name in classes] if sorted(names) == sorted(classes) else None
+    known = set(classes) <= set(names) and len(set(names)) == len(names)
+    return [list(names).index(name) for name in classes] if known else None
 
 
 def are_proof(names: Sequence[str] | None, classes: Sequence[str]) -> bool:
-    """Whether `names` of outputs tell which class each of them is: they are those of the data, and not all of them are numbers."""
-    return names is not None and sorted(names) == sorted(classes) and not all(name.isdecimal() for name in names)
+    """Whether `names` of outputs tell which class each of them is: all of the data's are among them, and some are no numbers."""
+    return names is not None and by_name(names, classes) is not None and not all(name.isdecimal() for name in names)
 
 
 def bring_into_order(module: nn.Module, order: Sequence[int]) -> None:
-    """Makes output k of `module` the one that was output order[k], for whoever calls it; its state dict stays as it is."""
+    """Makes output k of `module` the one that was output order[k], for whoever calls it; its state dict stays as it is.
+
+    Outputs that `order` leaves out are gone.
+    """
     module.register_forward_hook(partial(_reordered, torch.tensor(order, device=next(module.parameters()).device)))
 
 

@@ -35,7 +35,7 @@ class Teacher:
 
     `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1), and `whitening` is theirs, if they are whitened;
     `info` holds the metadata of its file ({} for a bare state dict); `sha256` is that of the file. `order` has for each class its output
-    in the file, if they were in another order; the module's are in that of the data's classes.
+    in the file, if these are others or in another order; the module's are those of the data's classes.
     """
 
     module: nn.Module
@@ -134,7 +134,7 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
             f"{class_order.as_flag(info.class_names)}",
             "teacher.classes",
         )
-    if names is not None and len(names) != info.classes:
+    if names is not None and order is None and len(names) != info.classes:
         raise InputError(
             f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}. "
             "Distil the classes that it knows, or train one on this data with `ddkit train`."
@@ -147,17 +147,19 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     except ValueError as error:
         raise InputError(f"The teacher {path} cannot be used: {error}.", "teacher.use") from None
     model, options = record.get("model", table.model), record.get("options", table.options)
-    module = build_network(registry.create("model", model, options, data=info, where="teacher"), info, 0, "teacher shape")
+    own = info if names is None or order is None else msgspec.structs.replace(info, class_names=tuple(names))
+    module = build_network(registry.create("model", model, options, data=own, where="teacher"), own, 0, "teacher shape")
     load_state(module, tensors, path, model, recorded=bool(record))
     teacher = Teacher(
         module.to(device), mean=mean, std=std, whitening=whitening, info=record, sha256=sha256(path), path=str(path.absolute())
     )
-    if order is not None and order != sorted(order):
+    if order is not None and order != list(range(own.classes)):
         teacher.order = order
         class_order.bring_into_order(teacher.module, order)
+        others = "has more classes than the data" if own.classes > info.classes else "has its classes in another order than the data"
         log.warning(
-            "The classes of the teacher %s are in another order than the data's (%s): its outputs are brought into that of the data (%s).",
-            path, _few(names or ()), _few(info.class_names), extra={"news": True},
+            "The teacher %s %s (%s): its outputs are brought into that of the data (%s).",
+            path, others, _few(own.class_names), _few(info.class_names), extra={"news": True},
         )  # fmt: skip
     return teacher
 
@@ -253,7 +255,7 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
     """
     info, names = real.info, table.classes or teacher.info.get("class_names")
     own_names = f"The teacher's class names differ from the data's: {_difference(names, info.class_names)}. " if names else ""
-    own_names = "" if names and sorted(names) == sorted(info.class_names) else own_names
+    own_names = "" if names and class_order.by_name(names, info.class_names) else own_names
     rows = spread(torch.arange(len(real.labels)), JUDGED_IMAGES)
     if not len(rows):
         if own_names:
@@ -275,8 +277,10 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
         return result
     if fitting is not None:
         order = teacher.order or range(info.classes)
-        outputs = {order[output]: name for output, name in zip(fitting.tolist(), info.class_names, strict=True)}
-        flag = class_order.as_flag([outputs[output] for output in range(info.classes)])
+        outputs = list(names or info.class_names)
+        for output, name in zip(fitting.tolist(), info.class_names, strict=True):
+            outputs[order[output]] = name
+        flag = class_order.as_flag(outputs)
         again = 100 * float((fitting[labels] == found).double().mean())
         helps = f"If its outputs are taken in another order, it is right on {again:.1f} %: {flag}"
     else:

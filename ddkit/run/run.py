@@ -414,7 +414,7 @@ def _facts(setup: RunSetup) -> dict[str, Any]:
     if setup.teacher is not None:
         teacher = {"path": setup.teacher.path, "sha256": setup.teacher.sha256, "test_accuracy": setup.teacher.info.get("test_accuracy")}
         order = setup.teacher.order
-        teacher |= {} if order is None else {"outputs": [setup.info.class_names[order.index(output)] for output in range(len(order))]}
+        teacher |= {} if order is None else {"outputs": setup.recipe.teacher.classes or setup.teacher.info["class_names"]}
         tested = setup.tested
         teacher |= {} if tested is None else {"accessible_accuracy": tested.accuracy, "accessible_images": tested.images}
     experts = setup.experts

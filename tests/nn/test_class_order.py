@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import ddkit
 from ddkit.files import read_tensors, write_tensors
 from ddkit.nn.class_order import fitting
-from ddkit.nn.teacher import at_chance
+from ddkit.nn.teacher import at_chance, load_teacher
+from ddkit.recipes.resolve import resolve
+from ddkit.recipes.tables import TeacherTable
+from ddkit.run.setup import RunSetup
 from tests.conftest import SMALL_FLAGS, Result, write_image_folder
 
 Cli = Callable[..., Result]
@@ -47,6 +51,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def distil(cli: Cli, files: Path, teacher: str, *flags: object) -> Result:
     data = ("--dataset", f"imagefolder:{files / 'pets'}", "--pipc", 15, "--ipc", 2)
     return cli("distill", *data, "--teacher", files / f"{teacher}.safetensors", "--losses", "dm", *SMALL_FLAGS, *flags)
+
+
+def load(files: Path, teacher: str, sets: Mapping[str, Any] | None = None, *, pipc: int = 15) -> None:
+    """Does what a run does before anything else: loads its teacher and tries it."""
+    data, file = f"imagefolder:{files / 'pets'}", str(files / f"{teacher}.safetensors")
+    RunSetup(resolve(losses="dm", dataset=data, teacher=file, pipc=pipc, evaluators="none", sets=sets or {}), device="cpu").load_teacher()
 
 
 def teacher_of(run: str) -> dict[str, Any]:
@@ -92,17 +102,37 @@ def test_names_that_prove_nothing_are_tried_and_the_order_that_fits_works_as_pri
     flag = re.search(r"--set 'teacher\.classes=[^']+'", " ".join(refused.err.split()))
     assert flag, refused.err
     assert shlex.split(flag[0])[1] == FIT
+    load(files, "numbers", {"teacher.classes": json.loads(FIT.partition("=")[2])})
+    load(files, "numbers", {"teacher.check": False})
     assert distil(cli, files, "numbers", "--plan").code == 4
-    assert distil(cli, files, "numbers", *shlex.split(flag[0]), "--plan").code == 0
-    assert distil(cli, files, "numbers", "--plan", "--set", "teacher.check=false").code == 0
-    blind = distil(cli, files, "blind", "--out", "no")
-    assert (blind.code, "teacher.check=false" in blind.err, "teacher.classes=[" in blind.err) == (4, True, False)
-    assert distil(cli, files, "good-numbers", "--plan").code == 0  # the negative control
+    with pytest.raises(ddkit.InputError, match=r"(?s)no better than guessing(?!.*teacher.classes=.).*teacher.check=false"):
+        load(files, "blind")
     caplog.clear()
-    assert distil(cli, files, "numbers", "--plan", "--pipc", 1, "--ipc", 1).code == 0
+    load(files, "good-numbers")  # the negative control
+    assert "output k being taken for class k" in caplog.text
+    assert "too few" not in caplog.text
+    load(files, "numbers", pipc=1)
     assert "too few to tell" in caplog.text
-    claimed = distil(cli, files, "claimed", "--plan")
-    assert (claimed.code, FIT in caplog.text) == (0, True), "names that are those of the data are believed, with a warning"
+    assert FIT not in caplog.text
+    load(files, "claimed")
+    assert FIT in caplog.text, "names that are those of the data are believed, with a warning"
+
+
+def test_of_a_teacher_of_more_classes_the_outputs_of_the_data_are_used(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cpu, images = torch.device("cpu"), torch.randn((5, 3, 12, 12), generator=torch.Generator().manual_seed(0))
+    info = ddkit.DataInfo(class_names=tuple(NAMES), channels=3, size=(12, 12))
+    good = load_teacher(TeacherTable(use=str(files / "good.safetensors")), info, cpu)
+    assert not caplog.messages
+    two = msgspec.structs.replace(info, class_names=("owl", "cat"))
+    own = load_teacher(TeacherTable(use=str(files / "turned.safetensors")), two, cpu)
+    assert "has more classes than the data" in caplog.text
+    torch.testing.assert_close(own.logits(images), good.logits(images)[:, [2, 0]])
+    torch.testing.assert_close(
+        own.exact_logits(images.double(), {k: v.double() for k, v in own.parameters.items()}).float(), own.logits(images)
+    )
+    other = msgspec.structs.replace(info, class_names=("yak", "cat"))
+    with pytest.raises(ddkit.InputError, match="knows 3 classes, the data has 2"):
+        load_teacher(TeacherTable(use=str(files / "turned.safetensors")), other, cpu)
 
 
 @pytest.mark.parametrize(
