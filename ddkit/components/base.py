@@ -141,6 +141,12 @@ class Loss(Component):
         """
         raise NotImplementedError
 
+    def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
+        """Raises InputError where networks, or a teacher, of the run's kind do not suit it. Called before anything is trained.
+
+        Both are untrained, and None if the loss does not require them.
+        """
+
     def initial(self, step: Step) -> Mapping[str, Tensor]:
         """Returns initial values, by name, of declared parameters that depend on the data ({}: those declared).
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ class RunSetup:
             images_per_class=self.images_per_class, network=lambda: build_network(self.model, info, 0, "probe"),
             teacher=self._teacher_probe,
         )  # fmt: skip
-        self._check_second_order()
+        self._check_networks()
         if recipe.network.trained_on != "none" and self.decided.needs_network:
             self._check_training()
 
@@ -236,12 +236,15 @@ class RunSetup:
         options = table.options | ({} if table.compose is None else {"compose": table.compose})
         return ViewSpec(registry.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
 
-    def _check_second_order(self) -> None:
-        """Raises InputError, before a teacher is trained, where a loss differentiates twice what has no second derivative."""
-        for each in (each for each in self.losses if each.requires.second_order):
-            probes = {"teacher": self._teacher_probe, "network": lambda: build_network(self.model, self.info, 0, "probe")}
-            for name in (name for name in probes if getattr(each.requires, name)):
-                reason = no_second_derivative(probes[name]().to(self.device), self.info)
+    def _check_networks(self) -> None:
+        """Raises InputError, before a teacher is trained, where a loss cannot work with networks or teachers of the run's kind."""
+        probes = {"teacher": cache(self._teacher_probe), "network": cache(lambda: build_network(self.model, self.info, 0, "probe"))}
+        for each in self.losses:
+            needed = {name: probe().to(self.device) for name, probe in probes.items() if getattr(each.requires, name)}
+            with each.blamed():
+                each.loss.check(network=needed.get("network"), teacher=needed.get("teacher"))
+            for name, probe in needed.items() if each.requires.second_order else ():
+                reason = no_second_derivative(probe, self.info)
                 if reason:
                     raise InputError(
                         f"The {each} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "

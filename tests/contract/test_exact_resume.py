@@ -20,6 +20,7 @@ from ddkit.recipes.resolve import resolve
 STEPS, CUTS = 5, (1, 2, 4)
 TINY = {
     "teacher.width": 4,
+    "teacher.norm": "batch",
     "network.width": 4,
     "train.epochs": 1,
     "engine.log_every": 1,

@@ -65,7 +65,7 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "a pool trained on real images, batch norm": ("dm", {f"network.{key}": value for key, value in POOL.items()}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
-EACH_RECIPE = ("default", "m3d", "datadam", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
+EACH_RECIPE = ("default", "m3d", "datadam", "inversion", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
 HEAVY = "practical-plus, heavy"  # its regression outweighs the rest: less steep
 QUICK_RECIPES = ("practical-plus", "datadam", "dc", "dm", "dm-star")  # the others are slow tests
 IN_TWO = (*EACH_LOSS, *QUICK_RECIPES, "fourier", "bases", "whitened")

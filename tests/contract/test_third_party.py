@@ -25,7 +25,7 @@ from tests.conftest import CHECKOUT, SMALL_FLAGS
 from tests.forks import HEAVY, forking
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "third-party"
-NAMES = ("batch-norm-statistics", "second-moment", "sliced-wasserstein")
+NAMES = ("gram-matching", "second-moment", "sliced-wasserstein")
 Ddkit = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -141,11 +141,10 @@ def test_the_examples_run_beside_dm_and_dkkt(ddkit: Ddkit, tmp_path: Path) -> No
     assert all(lines[0][name]["raw"] > 0 and lines[0][name]["raw"] != lines[-1][name]["raw"] for name in NAMES)
 
 
-def test_a_teacher_without_running_statistics_is_refused(ddkit: Ddkit) -> None:
-    flags = ["--losses", "batch-norm-statistics", "--set", "teacher.norm=instance", "--evaluate", "none", "--out", "run", *SMALL_FLAGS]
-    done = ddkit("distill", *flags)
+def test_a_network_that_an_example_cannot_use_is_refused_before_anything_is_trained(ddkit: Ddkit) -> None:
+    done = ddkit("distill", "--losses", "gram-matching", "--model", "mlp", "--evaluate", "none", "--out", "run")
     assert (done.returncode, done.stdout) == (4, "")
-    assert "no batch norm with running statistics" in " ".join(done.stderr.split())
+    assert "no convolution" in " ".join(done.stderr.split())
 
 
 @pytest.fixture
@@ -191,22 +190,9 @@ def test_the_sliced_distance_is_that_of_sorted_values_at_quantiles(imported: Cal
     assert torch.autograd.gradcheck(lambda x: distance(real, x, directions), (synthetic,))
 
 
-def test_the_distance_of_statistics_is_that_of_loops_over_channels(imported: Callable[[str], Any]) -> None:
-    distance = imported("batch-norm-statistics").statistics_distance
-    x = normal(4, 3, 2, 5)
-    mean, variance = torch.tensor([0.1, -0.2, 0.3], dtype=torch.float64), torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
-    gaps, spreads = 0.0, 0.0
-    for channel in range(3):
-        values = x[:, channel].flatten().tolist()
-        centre = sum(values) / len(values)
-        gaps += (centre - float(mean[channel])) ** 2
-        spreads += (sum((value - centre) ** 2 for value in values) / len(values) - float(variance[channel])) ** 2
-    assert float(distance(x, mean, variance)) == pytest.approx(gaps**0.5 + spreads**0.5, rel=1e-9)
-    assert torch.autograd.gradcheck(lambda t: distance(t, mean, variance), (x.requires_grad_(),))
-
-
-def test_equal_statistics_have_no_distance_and_a_finite_gradient(imported: Callable[[str], Any]) -> None:
-    x = torch.tensor([[1.0], [3.0]], dtype=torch.float64, requires_grad=True)
-    value = imported("batch-norm-statistics").statistics_distance(x, x.new_tensor([2.0]), x.new_tensor([1.0]))
-    assert float(value.detach()) < 1e-5
-    assert bool(torch.autograd.grad(value, x)[0].isfinite().all())
+def test_a_gram_matrix_is_that_of_loops_over_places(imported: Callable[[str], Any]) -> None:
+    gram, x = imported("gram-matching").gram, normal(2, 3, 2, 2)
+    places = [x[n, :, i, j].tolist() for n in range(2) for i in range(2) for j in range(2)]
+    for row, found in enumerate(gram(x).tolist()):
+        assert found == pytest.approx([sum(place[row] * place[other] for place in places) / 8 for other in range(3)], rel=1e-12)
+    assert torch.autograd.gradcheck(gram, (x.requires_grad_(),))
