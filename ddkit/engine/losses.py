@@ -94,9 +94,12 @@ def differentiated(losses: Sequence[WeightedLoss]) -> Iterator[None]:
 
 
 def losses_of(recipe: Recipe) -> list[WeightedLoss]:
-    """Returns the losses of `recipe`, built; raises InputError or PluginError."""
-    if not recipe.losses:
-        raise InputError("The recipe has no loss. Choose some: --losses dm,dkkt (Recipes of a teacher alone are for `ddkit train`.)")
+    """Returns the losses of `recipe`, built; raises InputError or PluginError. Without steps it needs none."""
+    if recipe.steps and not recipe.losses:
+        raise InputError(
+            "The recipe has no loss. Choose some: --losses dm,dkkt, or take the first images as they are: --steps 0 (Recipes of a teacher "
+            "alone are for `ddkit train`.)"
+        )
     return [
         WeightedLoss(label, registry.create("loss", recipe.loss_name(label), table.options, where=f"losses.{label}"), table.weight)
         for label, table in recipe.losses.items()

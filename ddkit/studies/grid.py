@@ -146,7 +146,7 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
                 raise InputError(f"{there}{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
     try:
         recipe = _recipe_of_system(study, cell, seed, settings)
-        if not recipe.losses:
+        if recipe.steps and not recipe.losses:
             raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
     except FlagError as error:
         if not str(error).startswith("--losses"):

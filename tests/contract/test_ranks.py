@@ -65,14 +65,27 @@ EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "a pool trained on real images, batch norm": ("dm", {f"network.{key}": value for key, value in POOL.items()}),
     "some of the real images": ("dm,feature-regression", {"data.batch": 3, "network.renew_every": 3}),
 }
-EACH_RECIPE = ("default", "m3d", "datadam", "inversion", "dm", "dkkt", "practical", "practical-plus", "dm-star", "dsv-noise", "dsv-real", "dc")
+EACH_RECIPE = (
+    "default",
+    "m3d",
+    "datadam",
+    "inversion",
+    "dm",
+    "dkkt",
+    "practical",
+    "practical-plus",
+    "dm-star",
+    "dsv-noise",
+    "dsv-real",
+    "dc",
+)
 HEAVY = "practical-plus, heavy"  # its regression outweighs the rest: less steep
 QUICK_RECIPES = ("practical-plus", "datadam", "dc", "dm", "dm-star")  # the others are slow tests
 IN_TWO = (*EACH_LOSS, *QUICK_RECIPES, "fourier", "bases", "whitened")
 IN_THREE = ("every loss", "stationarity, layer-cosine, noise", "some of the real images")
 SLOW = (*(name for name in EACH_RECIPE if name not in QUICK_RECIPES), HEAVY)
 SLOW_IN_THREE = tuple(name for name in (*EACH_LOSS, *EACH_RECIPE, HEAVY) if name not in IN_THREE)
-EACH_START = ("real", "noise", "kmeans", "herding", "k-center", "mix", "multiplier")
+EACH_START = ("real", "noise", "kmeans", "herding", "k-center", "mix", "multiplier", "typical-crops")
 REFUSED = {
     "a loss of the whole set": "sees the whole synthetic set at once",
 }

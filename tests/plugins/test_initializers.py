@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from ddkit_dkkt.selection import gram_matrix, negative_gradients, nonnegative_solution, solve
-from ddkit_initializers import coresets
+from ddkit_initializers import coresets, crops
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
@@ -312,3 +312,52 @@ def test_noise_has_the_asked_for_deviation() -> None:
     images = ddkit.create("initializer", "noise", {"std": 0.1})(start)
     assert abs(float(images.std()) - 0.1) < 2e-3
     assert abs(float(images.mean())) < 2e-3
+
+
+# typical crops
+
+
+@pytest.mark.parametrize(("factor", "ipc"), [(1, 3), (2, 1)])
+def test_typical_crops_are_those_that_a_slow_search_finds(factor: int, ipc: int) -> None:
+    initializer, start = begin("typical-crops", ipc, [6, 5], factor=factor, crops=3, candidates=5)
+    height, width = start.shape[1:]
+    size = (height // factor, width // factor)
+    found = initializer(start)
+    for label in (0, 1):
+        draws = start.generator(label)
+        rows = (start.real_labels == label).nonzero().flatten()
+        images = start.real_images[rows[torch.randperm(len(rows), generator=draws)[:5]]]
+        numbers = torch.rand((3, len(images), 3), generator=draws, dtype=torch.float64)
+        best: list[tuple[float, Tensor]] = []
+        for image, own in zip(images, numbers.transpose(0, 1), strict=True):
+            scored = []
+            for each in own:
+                part, canvas = crops.cropped(image, each, size, 0.08), torch.zeros(1, *start.shape)
+                top, left = (height - size[0]) // 2, (width - size[1]) // 2
+                canvas[0, :, top : top + size[0], left : left + size[1]] = part
+                scored.append((-float(start.teacher.logits(canvas).log_softmax(1)[0, label]), part))
+            best.append(min(scored, key=lambda pair: pair[0]))
+        wanted = [part for _, part in sorted(best, key=lambda pair: pair[0])][: ipc * factor**2]
+        for number, picture in enumerate(found[start.labels == label]):
+            for cell, part in enumerate(wanted[number::ipc]):
+                top, left = cell // factor * size[0], cell % factor * size[1]
+                torch.testing.assert_close(picture[:, top : top + size[0], left : left + size[1]], part)
+
+
+def test_a_crop_has_the_proportions_of_its_image_and_its_share_of_the_area() -> None:
+    image = torch.arange(800.0).view(1, 20, 40)
+    whole, quarter = torch.tensor([0.9999, 0.5, 0.5]), torch.tensor([0.0, 0.0, 0.9999])
+    torch.testing.assert_close(crops.cropped(image, whole, (20, 40), 0.25), image)
+    torch.testing.assert_close(crops.cropped(image, quarter, (10, 20), 0.25), image[:, :10, 20:])
+
+
+def test_a_recipe_without_losses_makes_a_set_in_no_steps_and_is_refused_with_some(tmp_path: Path) -> None:
+    with pytest.raises(ddkit.InputError, match="--steps 0"):
+        ddkit.distill("rded", steps=1, out=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    small = {path: value for path, value in SMALL.items() if path != "steps"} | {"teacher.width": 8}
+    run = ddkit.distill("rded", ipc=1, pipc=6, sets=small, out=tmp_path / "run", device="cpu")
+    made = ddkit.load(run.path)
+    assert made.soft_labels is not None
+    assert [row.labels for row in run.evaluations] == ["teacher"]
+    assert resume(run.path).path == run.path
