@@ -283,10 +283,11 @@ def _needs(name: str) -> str:
     """Returns what a recipe needs beside images and fresh networks, as its tables and losses say."""
     recipe = resolve(name)
     losses = [registry.create("loss", recipe.loss_name(label), table.options) for label, table in recipe.losses.items()]
+    initializer = registry.create("initializer", recipe.initializer.use, recipe.initializer.options)
     needs = {
         "networks trained on the set": recipe.network.inner_epochs > 0,
         "networks trained on real images": recipe.network.source == "experts" or any(loss.requires.experts for loss in losses),
-        "a trained model": any(loss.requires.teacher for loss in losses),
+        "a trained model": any(each.requires.teacher for each in (initializer, *losses)),
         "second derivatives": any(loss.requires.second_order for loss in losses),
         f"the parametrization {recipe.parametrization.use}": recipe.parametrization.use != "pixels",
         f"{recipe.own_labels.kind} labels": recipe.own_labels.kind != "hard",
@@ -300,7 +301,7 @@ def _accuracy(row: dict[str, str], of: str) -> str:
 
 def _share(row: dict[str, str]) -> str:
     """Returns how much of the published gain over random real images ours is, in percent."""
-    if not row["ours"]:
+    if not row["ours"] or not row["published_1"]:
         return "-"
     ours, random, published = (float(row[key]) for key in ("ours", "random", "published_1"))
     return f"{100 * (ours - random) / (published - random):.0f} %"
@@ -342,7 +343,7 @@ def _method(name: str) -> str:
     facts = {
         "paper": f"{_paper(name)[0]}, arXiv {_paper(name)[1]}",
         "recipe": f"`ddkit info recipe {name}`: every setting with its origin",
-        "losses": ", ".join(losses),
+        "losses": ", ".join(losses) or "none: nothing is optimised",
         "needs": _needs(name),
         "published, CIFAR-10, ipc 1 / 10 / 50": f"{_published(row)} %",
     }
@@ -350,7 +351,8 @@ def _method(name: str) -> str:
     if row["step_1_10"]:
         facts["seconds a step"] = f"{row['step_1_10']} at ipc 1 with 10 real images a class, {row['step_10_50']} at ipc 10 with 50"
     if row["ours"]:
-        facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}: {_share(row)} of the published gain over random real images"
+        share = f": {_share(row)} of the published gain over random real images" if row["published_1"] else ""
+        facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}{share}"
         facts["random real, ipc 1"] = f"{_accuracy(row, 'random')} %, under the same protocol"
         picture = f"![Ten images made by {name}, one of each class of CIFAR-10](../images/methods/{name}.png)"
         made = ["", "```bash", _command(row), "```", "", picture]
