@@ -70,6 +70,7 @@ EACH_RECIPE = (
     "m3d",
     "datadam",
     "inversion",
+    "cafe",
     "dm",
     "dkkt",
     "practical",

@@ -7,11 +7,14 @@ import importlib
 import math
 import pkgutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import ddkit_methods
 import pytest
 import torch
 from ddkit_methods.attention import attention, attention_maps
+from ddkit_methods.class_centres import centre_loss
+from ddkit_methods.layer_means import mean_gap
 from ddkit_methods.mmd import squared_mmd
 from torch import Tensor, nn
 from torch.autograd import gradcheck
@@ -121,3 +124,40 @@ def test_attention_in_a_network_without_places_is_refused_before_the_first_step(
     with pytest.raises(ddkit.InputError, match="convolutional"):
         ddkit.distill(losses="attention-matching", model="mlp", steps=2, evaluators="none", out=tmp_path / "run")
     assert not list(tmp_path.rglob("synthetic.safetensors"))
+
+
+# Class means of layers, and class centres
+
+
+def test_layer_means_agree_with_loops_over_classes_layers_and_values() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(2, 3, 2), nn.ReLU(), nn.Flatten()).double()
+    sides, total = (normal(5, 1, 8, 6), normal(3, 1, 8, 6, seed=1)), 0.0
+    rows = ({0: slice(0, 2), 1: slice(2, 5)}, {0: slice(0, 1), 1: slice(1, 3)})
+    for factor, depth in ((0.5, 2), (1.0, 5)):
+        layers = [network[:depth](x).flatten(1).tolist() for x in sides]
+        for label in (0, 1):
+            parts = [layer[own[label]] for layer, own in zip(layers, rows, strict=True)]
+            means = [[sum(values) / len(part) for values in zip(*part, strict=True)] for part in parts]
+            total += factor * sum((a - b) ** 2 for a, b in zip(*means, strict=True))
+    real = SimpleNamespace(augmented=sides[0], class_slices=rows[0])
+    step = SimpleNamespace(real=real, augmented=sides[1], class_slices=rows[1], network=network)
+    loss = ddkit.create("loss", "layer-means", {"shallow": 0.5})
+    assert float(loss(step).detach()) == pytest.approx(total, rel=1e-10)
+
+
+def test_class_centres_agree_with_loops_over_real_images_and_finite_differences() -> None:
+    real, centres, labels = normal(4, 3), normal(2, 3, seed=1).requires_grad_(), torch.tensor([0, 1, 1, 0])
+    total = 0.0
+    for row, label in zip(real.tolist(), labels.tolist(), strict=True):
+        scores = [sum(a * b for a, b in zip(row, centre, strict=True)) for centre in centres.tolist()]
+        total += math.log(sum(math.exp(score) for score in scores)) - scores[label]
+    assert float(centre_loss(real, labels, centres).detach()) == pytest.approx(total / 4, rel=1e-12)
+    assert gradcheck(lambda x: centre_loss(real, labels, x), (centres,))
+    synthetic = normal(3, 3, seed=2).requires_grad_()
+    assert gradcheck(lambda x: mean_gap(real, x), (synthetic,))
+
+
+def test_a_network_without_activations_is_refused_before_the_first_step() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with pytest.raises(ddkit.InputError, match="no activation"):
+        ddkit.create("loss", "layer-means", {}).check(network=flat, teacher=None)

@@ -28,6 +28,8 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("loss", "gm"): [{}],
     ("loss", "total-variation"): [{}],
     ("loss", "image-norm"): [{}],
+    ("loss", "layer-means"): [{"shallow": 0.5}],
+    ("loss", "class-centres"): [{}],
     ("loss", "batch-norm-statistics"): [{"first": 10.0}],
     ("loss", "feature-regression"): [{}, {"targets": "teacher", "mixup": 0.5}],
     ("initializer", "real"): [{}],
