@@ -33,14 +33,27 @@ def centred(labels: Tensor, classes: int) -> Tensor:
     return functional.one_hot(labels, classes).float() - 1 / classes
 
 
+def label_margin(targets: Tensor) -> Tensor:
+    """Returns how far the largest of each row of targets (n, K) lies above the next one, at most 1 / K: the mean over rows, a scalar.
+
+    Source: Zhou, Nezhadarya and Ba, arXiv 2206.00719, the public code.
+
+    >>> import torch
+    >>> float(label_margin(torch.tensor([[0.5, 0.25, 0.25, 0.0], [1.0, 0.0, 0.0, 0.0]])))
+    0.25
+    """
+    first, second = targets.topk(2, dim=1).values.T
+    return (first - second).clamp_max(1 / targets.shape[1]).mean()
+
+
 class FeatureRegression(ddkit.Loss):
     """Error of ridge regression, fitted on the synthetic set's features, on the accessible real images.
 
     What a network's last layer would learn from the set, in closed form, is judged by real images. Both sides are augmented
     as in training a network, not by class: an augmentation that a class shares would give the class away.
-    Source: Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719, Eq. 5; their networks are trained on the set in between
-    (`network.inner_epochs`) and their kernel solve is in float32. Their labels are learned, as here with `labels.kind = "learned"`, but are
-    any numbers around 0; these are probabilities, of which 1 / K is subtracted.
+    Source: Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719, Eq. 5, recipe `frepo`; their networks are trained on the set in
+    between (`network.inner_steps`) and their kernel solve is in float32. Their labels are learned, as here with `labels.kind = "learned"`,
+    but are any numbers around 0; these are probabilities, of which 1 / K is subtracted.
     """
 
     ridge: float = ddkit.option(0.001, "regularisation, relative to the mean squared feature norm", gt=0)
@@ -50,6 +63,9 @@ class FeatureRegression(ddkit.Loss):
         "labels", "what the real images should get: their labels, or the teacher's probabilities"
     )
     mixup: float = ddkit.option(0.0, "largest share of another real image that is blended into each", ge=0, le=1)
+
+    mirror: bool = ddkit.option(False, "whether the mirrored synthetic images are fitted too, where a mirrored image keeps its class")
+    margin: float = ddkit.option(0.0, "weight of the margin, up to 1 / K, of the likeliest class of learned labels", ge=0)
 
     def requires(self) -> ddkit.Requires:
         return ddkit.Requires(real=True, network=True, teacher=self.targets == "teacher", reduce="global")
@@ -66,10 +82,13 @@ class FeatureRegression(ddkit.Loss):
             answers = step.all_gather(centred(step.real.labels, classes), real=True).argmax(1)
         drawn = self._augmenters(step.info)[self.augmenter]
         augmented = drawn.apply(step.images, self._rows(step, drawn.sample_batch(step.generator, step.size)))
-        targets = step.all_gather(step.targets) - 1 / classes
-        found = ridge_prediction(step.all_gather(step.embed(augmented)), targets, queries, self.ridge)
+        targets = step.all_gather(step.targets)
+        sides = [augmented, augmented.flip(3)] if self.mirror and step.info.mirror else [augmented]
+        features = torch.cat([step.all_gather(step.embed(each)) for each in sides])
+        found = ridge_prediction(features, (targets - 1 / classes).repeat(len(sides), 1), queries, self.ridge)
         step.log("accuracy", (found.argmax(1) == answers).float().mean())
-        return (found - wanted).square().sum(1).mean()
+        error = (found - wanted).square().sum(1).mean()
+        return error - self.margin * label_margin(targets) if self.margin else error
 
     def _queries(self, step: ddkit.Step) -> tuple[Tensor, Tensor]:
         """Returns augmented real images (m, C, H, W), blended where `mixup` says so, and what they should get (m, K)."""

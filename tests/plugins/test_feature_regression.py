@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from ddkit_regression import centred
+from ddkit_regression import centred, label_margin, ridge_prediction
 from torch import Tensor
+from torch.autograd import gradcheck
 
 import ddkit
 from ddkit.testing.world import Recorder, Setting, World
@@ -53,3 +55,28 @@ def test_the_teacher_judges_the_mixed_images() -> None:
 def test_a_share_outside_its_range_is_refused(value: object) -> None:
     with pytest.raises(ddkit.InputError, match="mixup"):
         ddkit.create("loss", "feature-regression", {"mixup": value})
+
+
+def test_mirrored_images_are_fitted_too_where_a_mirrored_image_keeps_its_class_and_the_margin_counts() -> None:
+    def value(keeps: bool, **options: Any) -> Tensor:
+        loss = ddkit.create("loss", "feature-regression", {"augmenter": "none", "real_augmenter": "none", **options})
+        world = World(loss, SETTING)
+        world.source.info = msgspec.structs.replace(world.source.info, mirror=keeps)
+        step = world.step()
+        images, targets = (torch.cat([each, other]) for each, other in ((step.images, step.images.flip(3)), (step.targets, step.targets)))
+        fitted = (images, targets) if options.get("mirror") and keeps else (step.images, step.targets)
+        found = ridge_prediction(step.embed(fitted[0]), fitted[1] - 1 / 3, step.embed(step.real.images), loss.ridge)
+        wanted = (found - centred(step.real.labels, 3)).square().sum(1).mean() - options.get("margin", 0) / 3  # hard labels have all of it
+        torch.testing.assert_close(loss(step), wanted)
+        return wanted.detach()
+
+    assert value(True, mirror=True) != value(True)
+    assert value(False, mirror=True) == value(False)
+    assert value(True, margin=2.0) < value(True)
+
+
+def test_the_label_margin_agrees_with_sorted_rows_and_finite_differences() -> None:
+    targets = torch.rand((5, 4), dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rows = [sorted(row) for row in targets.tolist()]
+    assert float(label_margin(targets).detach()) == pytest.approx(sum(min(row[-1] - row[-2], 0.25) for row in rows) / 5, rel=1e-12)
+    assert gradcheck(label_margin, (targets,))

@@ -31,7 +31,7 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("loss", "layer-means"): [{"shallow": 0.5}],
     ("loss", "class-centres"): [{}],
     ("loss", "batch-norm-statistics"): [{"first": 10.0}],
-    ("loss", "feature-regression"): [{}, {"targets": "teacher", "mixup": 0.5}],
+    ("loss", "feature-regression"): [{}, {"targets": "teacher", "mixup": 0.5}, {"mirror": True, "margin": 2.0}],
     ("initializer", "real"): [{}],
     ("initializer", "noise"): [{}],
     ("initializer", "kmeans"): [{}],
