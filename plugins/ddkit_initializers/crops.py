@@ -57,14 +57,9 @@ class TypicalCrops(ddkit.Initializer):
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         height, width = start.shape[1:]
-        if min(height, width) < self.factor:
-            raise ddkit.InputError(
-                f"initializer.factor = {self.factor}: images of {height} x {width} pixels have no room for {self.factor} in a row.",
-                "initializer.factor",
-            )
         pictures = []
         for each in classes(start):
-            chosen = self._chosen(each, (height // self.factor, width // self.factor))
+            chosen = self._chosen(each, (max(1, height // self.factor), max(1, width // self.factor)))
             pictures += [self._picture(chosen[number :: each.ipc], (height, width)) for number in range(each.ipc)]
         return torch.stack(pictures)
 
