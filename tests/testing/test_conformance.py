@@ -37,7 +37,7 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("initializer", "kmeans"): [{}],
     ("initializer", "herding"): [{}, {"features": "teacher"}],
     ("initializer", "k-center"): [{}],
-    ("initializer", "typical-crops"): [{}, {"factor": 2, "crops": 2, "candidates": 1}],
+    ("initializer", "typical-crops"): [{}, {"crops": 2, "candidates": 1}],
     ("initializer", "mix"): [{"factor": 1}],
     ("initializer", "multiplier"): [{}],
     ("initializer", "file:FOLDER"): [{}],
