@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,12 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tensors(root / "claimed.safetensors", turned, record)
     write_tensors(root / "numbers.safetensors", turned, record | numbers)
     write_tensors(root / "good-numbers.safetensors", tensors, record | numbers)
-    write_tensors(root / "blind.safetensors", {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, record | numbers)
+    blind = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    write_tensors(root / "weak.safetensors", blind, record | numbers)
+    write_tensors(root / "blind.safetensors", blind, {key: value for key, value in (record | numbers).items() if key != "training"})
+    for split in ("train", "test"):
+        for number, name in enumerate(NAMES):
+            shutil.copytree(root / "pets" / split / name, root / "numbered" / split / str(number))
     return root
 
 
@@ -53,9 +59,9 @@ def distil(cli: Cli, files: Path, teacher: str, *flags: object) -> Result:
     return cli("distill", *data, "--teacher", files / f"{teacher}.safetensors", "--losses", "dm", *SMALL_FLAGS, *flags)
 
 
-def load(files: Path, teacher: str, sets: Mapping[str, Any] | None = None, *, pipc: int = 15) -> None:
+def load(files: Path, teacher: str, sets: Mapping[str, Any] | None = None, *, pipc: int = 15, data: str = "pets") -> None:
     """Does what a run does before anything else: loads its teacher and tries it."""
-    data, file = f"imagefolder:{files / 'pets'}", str(files / f"{teacher}.safetensors")
+    data, file = f"imagefolder:{files / data}", str(files / f"{teacher}.safetensors")
     RunSetup(resolve(losses="dm", dataset=data, teacher=file, pipc=pipc, evaluators="none", sets=sets or {}), device="cpu").load_teacher()
 
 
@@ -116,6 +122,17 @@ def test_names_that_prove_nothing_are_tried_and_the_order_that_fits_works_as_pri
     assert FIT not in caplog.text
     load(files, "claimed")
     assert FIT in caplog.text, "names that are those of the data are believed, with a warning"
+
+
+def test_numbers_are_no_proof_and_a_weak_teacher_of_such_data_is_only_warned_of(files: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ddkit.InputError, match=r"it is right on 100.0 %: --set 'teacher.classes=\["):
+        load(files, "numbers", data="numbered")
+    with pytest.raises(ddkit.InputError, match="no better than guessing"):
+        load(files, "blind", data="numbered")
+    load(files, "good-numbers", data="numbered")
+    assert not caplog.messages
+    load(files, "weak", data="numbered")
+    assert "no better than guessing" in caplog.text
 
 
 def test_of_a_teacher_of_more_classes_the_outputs_of_the_data_are_used(files: Path, caplog: pytest.LogCaptureFixture) -> None:
