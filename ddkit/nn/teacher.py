@@ -18,7 +18,7 @@ from ddkit.components.base import DataInfo
 from ddkit.data.images import Normalisation, NormalisedRows, rows_of, spread
 from ddkit.data.real import RealData
 from ddkit.data.whitening import Whitening
-from ddkit.errors import InputError
+from ddkit.errors import LONGEST, InputError
 from ddkit.files import not_permitted, open_regular, read_tensors, sha256, write_tensors
 from ddkit.nn import class_order
 from ddkit.nn.networks import build_network
@@ -281,6 +281,9 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
         for output, name in zip(fitting.tolist(), info.class_names, strict=True):
             outputs[order[output]] = name
         flag = class_order.as_flag(outputs)
+        if len(flag) > LONGEST // 2:  # an error would cut it
+            log.warning("The order of the outputs that fits: %s", flag, extra={"news": True})
+            flag = "the flag of the line before"
         again = 100 * float((fitting[labels] == found).double().mean())
         helps = f"If its outputs are taken in another order, it is right on {again:.1f} %: {flag}"
     else:

@@ -135,6 +135,15 @@ def test_numbers_are_no_proof_and_a_weak_teacher_of_such_data_is_only_warned_of(
     assert "no better than guessing" in caplog.text
 
 
+def test_a_flag_that_an_error_would_cut_is_printed_whole_before(
+    files: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ddkit.nn.teacher.LONGEST", 60)
+    with pytest.raises(ddkit.InputError, match="the flag of the line before"):
+        load(files, "numbers")
+    assert caplog.messages == [f"The order of the outputs that fits: --set {shlex.quote(FIT)}"]
+
+
 def test_of_a_teacher_of_more_classes_the_outputs_of_the_data_are_used(files: Path, caplog: pytest.LogCaptureFixture) -> None:
     cpu, images = torch.device("cpu"), torch.randn((5, 3, 12, 12), generator=torch.Generator().manual_seed(0))
     info = ddkit.DataInfo(class_names=tuple(NAMES), channels=3, size=(12, 12))
