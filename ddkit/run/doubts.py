@@ -101,7 +101,7 @@ def outside(images: Tensor, lower: str) -> list[str]:
     if share <= MOST_OUTSIDE and largest <= EXPLODED:
         return []
     return [
-        f"{100 * share:.2g} % of the values of the images have left {LOWEST:g} to {HIGHEST:g} (real ones lie in 0 to 1; the largest is now "
+        f"{100 * share:.3g} % of the values of the images have left {LOWEST:g} to {HIGHEST:g} (real ones lie in 0 to 1; the largest is now "
         f"{largest:,.5g}): the learning rate is too high. Lower it: {lower}"
     ]
 
@@ -149,10 +149,10 @@ def looks_whitened(images: Tensor) -> bool:
 
 
 def for_a_better_set(recipe: Recipe) -> str:
-    """Returns flags to try if the set of `recipe` is worth nothing: more steps, a usual or else smaller learning rate, a usual start."""
+    """Returns flags to try if the set of `recipe` is worth nothing: more steps, the usual learning rate or a smaller one, the usual start."""
     usual = OptimizerTable().lr
     rate = recipe.optimizer.get("images", OptimizerTable()).lr
-    return f"--steps {max(100, 10 * recipe.steps)} --set optimizer.images.lr={usual if rate < usual else rate / 10:g} --init real"
+    return f"--steps {max(100, 10 * recipe.steps)} --set optimizer.images.lr={rate / 10 if rate == usual else usual:g} --init real"
 
 
 def below_random_real(row: Any, tests: int, helps: str = "") -> list[str]:
