@@ -149,7 +149,7 @@ def looks_whitened(images: Tensor) -> bool:
 
 
 def for_a_better_set(recipe: Recipe) -> str:
-    """Returns flags to try if the set of `recipe` is worth nothing: more steps, the usual learning rate or a smaller one, the usual start."""
+    """Returns flags to try if the set of `recipe` is worth nothing: more steps, the usual learning rate or less, the usual start."""
     usual = OptimizerTable().lr
     rate = recipe.optimizer.get("images", OptimizerTable()).lr
     return f"--steps {max(100, 10 * recipe.steps)} --set optimizer.images.lr={rate / 10 if rate == usual else usual:g} --init real"
