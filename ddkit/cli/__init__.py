@@ -50,6 +50,7 @@ class Commands(Mapping[str, click.Command]):
             module, function = COMMANDS[name]
             command: click.Command = getattr(import_module(f"ddkit.cli.{module}"), function)
             assert command.callback is not None
+            command.short_help = command.get_short_help_str(limit=1000)  # `ddkit --help` shows it whole, on several lines if need be
             command.callback = prepared(command.callback)
             self._imported[name] = command
         return self._imported[name]

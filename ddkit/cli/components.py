@@ -14,9 +14,12 @@ from typing import Any
 
 import click
 
+from ddkit import output
 from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show
 from ddkit.components import registry
 from ddkit.errors import DdkitError, FlagError, PluginError
+
+NARROWEST = 20  # characters that a summary has in a narrow terminal
 
 
 @click.command(name="list")
@@ -43,8 +46,14 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
         return
     from tabulate import tabulate
 
-    table = [[r["kind"], r["name"], r["distribution"], r["status"], r["summary"]] for r in rows]
-    show(tabulate(table, ["kind", "name", "from", "status", "summary"], tablefmt="simple", disable_numparse=True))
+    head = ["kind", "name", "from", "status", "summary"]
+    table = [[row[key] for key in ("kind", "name", "distribution", "status", "summary")] for row in rows]
+    shown = tabulate(table, head, tablefmt="simple", disable_numparse=True)
+    if output.answers().isatty():  # what reads a pipe gets whole summaries
+        room = max(NARROWEST, shutil.get_terminal_size().columns - shown.index(head[-1]))
+        table = [[*cells, text if len(text) <= room else f"{text[: room - 1].rstrip()}…"] for *cells, text in table]
+        shown = tabulate(table, head, tablefmt="simple", disable_numparse=True)
+    show(shown)
 
 
 _CHECKER = """

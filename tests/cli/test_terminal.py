@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import click
 import pytest
 
 import ddkit
@@ -66,6 +67,26 @@ def test_the_bar_shows_loss_terms_and_the_time_left(tmp_path: Path, monkeypatch:
     ddkit.distill(losses="dm", pipc=2, sets=sets, out=tmp_path / "run", device="cpu", observers=[ddkit.ProgressBar()])
     assert "distilling: " in shown.getvalue()
     assert "evaluation: " in shown.getvalue()
+
+
+def test_a_list_fits_the_terminal_and_is_whole_in_a_pipe(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    piped = cli("list", "protocols").out.splitlines()
+    assert max(map(len, piped)) > 90
+    assert not any("…" in line for line in piped)
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert cli("list", "protocols").code == 0
+    lines = shown.getvalue().splitlines()
+    assert len(lines) == len(piped)
+    assert max(map(len, lines)) <= 90
+    assert all(whole.startswith(line.rstrip("…")) for line, whole in zip(lines[2:], piped[2:], strict=True))
+
+
+def test_help_shows_the_summary_of_every_command_whole() -> None:
+    told = " ".join(cli.get_help(click.Context(cli, terminal_width=60)).split())
+    assert "Write a synthetic set in a format that other programs read, with a card that describes it." in told
+    assert "..." not in told
 
 
 def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable[..., Result], caplog: pytest.LogCaptureFixture) -> None:
