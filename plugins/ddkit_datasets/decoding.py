@@ -60,7 +60,7 @@ def decode_images(files: Sequence[str], how: Decoding, resized: list[str] | None
     if not files:
         return []
     told = [] if resized is None else resized
-    with _strict_pillow():
+    with strict_pillow():
         first = _decode(files[0], how, told)
         workers = 1 if first[0].size < SMALL_PIXELS else min(8, os.cpu_count() or 1)
         images = [first, *_each(lambda file: _decode(file, how, told), files[1:], workers)]
@@ -80,13 +80,13 @@ def image_shapes(files: Sequence[str], how: Decoding) -> list[tuple[int, int, in
             channels = how.channels or (1 if _is_grey(image) else 3)
             return (channels, *(how.size or (height, width)))  # type: ignore[return-value]
 
-    with _strict_pillow():
+    with strict_pillow():
         return _each(shape, files, 1)
 
 
 def any_coloured(files: Iterable[str]) -> bool:
     """Whether one of the files is in colour, from the headers alone; those that cannot be read are passed over."""
-    with _strict_pillow():
+    with strict_pillow():
         for file in files:
             with suppress(ddkit.InputError), _opened(file) as image:
                 if not _is_grey(image):
@@ -95,7 +95,7 @@ def any_coloured(files: Iterable[str]) -> bool:
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
+def strict_pillow() -> Iterator[None]:
     """Inside, an image that declares more pixels than Pillow's limit is an error before it is decoded, and nothing is a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)

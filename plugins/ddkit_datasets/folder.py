@@ -24,7 +24,7 @@ from torch import Tensor
 import ddkit
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
-from ddkit_datasets.tables import NAMES, TABLES, TEST, TRAIN, Row, natural, read_table, table_in
+from ddkit_datasets.tables import TABLES, TEST, TRAIN, Row, natural, read_table, table_in
 
 log = logging.getLogger("ddkit")
 MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second
@@ -99,6 +99,8 @@ class ImageFolder(ddkit.Dataset):
         self.path = str(self.root)
         table = self.root if self.root.is_file() and self.root.suffix.lower() in TABLES else None
         if table is None and self.root.exists() and not self.root.is_dir():
+            if packed := _packed(self.root):
+                raise ddkit.InputError(f"{self.root} is no folder, but {packed}")
             raise ddkit.InputError(
                 f"{self.root} is a file, and the dataset '{self.name}' reads a folder, or a table ({', '.join(TABLES)}): "
                 f"--dataset {self.name}:FOLDER"
@@ -404,19 +406,14 @@ def _without_classes(root: Path, train: Sequence[str], tests: Sequence[str]) -> 
 
 
 def _packed(root: Path) -> str:
-    """Returns what a folder holds in the place of image files, and how to use that; "" if it holds none of it."""
-    files = [path.name for pattern in ("*", "*/*") for path in root.glob(pattern)]
-    for ending, call in ((".arrow", "load_from_disk"), (".parquet", "load_dataset")):
-        if any(name.endswith(ending) for name in files):
-            return (
-                f"{ending} files, as Hugging Face's library `datasets` writes them. Pass what it reads in Python: "
-                f"import datasets, ddkit; ddkit.distill(losses='dm', dataset=datasets.{call}({str(root)!r}))"
-            )
-    if any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in files):
-        return (
-            "tar files, as WebDataset's shards are, which are not read. Unpack them, and name images and labels in a table "
-            f"{root / NAMES[0]} of the columns file_name and label."
-        )
+    """Returns what a folder, or a file, holds in the place of image files, and how to use that; "" if it holds none of it."""
+    files = [root.name] if root.is_file() else [path.name for pattern in ("*", "*/*") for path in root.glob(pattern)]
+    for endings, what, dataset, extra in (
+        ((".arrow", ".parquet"), "files of Hugging Face's library datasets", "huggingface", "datasets"),
+        ((".tar", ".tar.gz", ".tgz"), "tar files, as WebDataset's shards are", "webdataset", "webdataset"),
+    ):
+        if any(name.endswith(endings) for name in files):
+            return f"{what}: --dataset {dataset}:{root} reads them, if its library is installed: pip install 'ddkit[{extra}]'"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""`python`: a dataset that is an object in Python, such as torch's and torchvision's, passed to ddkit.distill."""
+"""`python`: a dataset that is an object in Python, such as torch's and torchvision's, passed to ddkit.distill; and what objects hold."""
 
 from __future__ import annotations
 
@@ -25,60 +25,36 @@ from ddkit_datasets.decoding import channels_first, upright
 log = logging.getLogger("ddkit")
 
 
-class Python(ddkit.Dataset):
-    """A Dataset object passed to ddkit.distill(dataset=...) in Python: (image, label) by index, as torch's map-style datasets have it.
-
-    Pass (training, test), or one of which `holdout` of each class becomes the test split. Images are PIL images, or arrays and tensors
-    of uint8, or of floats in 0..1, or to 255: (H, W), or (C, H, W) as tensors and (H, W, C) as arrays, C up to 4. Labels are integers from
-    0, whole floats, one-hot rows, or texts, which become the class names. They come from `.targets` or `.labels`, class names from
-    `.classes`, also through torch's Subset, ConcatDataset and TensorDataset; without these every item is opened once for its label, and
-    classes are called by number. Items may be dicts, as those of a Dataset or DatasetDict of Hugging Face or of a list: the types of
-    `.features` tell image, label and class names, else the names of the columns. What a transform draws at random is drawn anew for each
-    image, from its index, and is the same in every run. A file cannot hold an object: to continue or evaluate such a run, pass the dataset
-    again.
-    """
+class OfItems(ddkit.Dataset):
+    """Base of datasets whose splits are objects with a length and items by index."""
 
     takes_directory = False
 
     holdout: float = ddkit.option(0.2, "test share of each class, without a test dataset", gt=0, lt=1)
     holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
     mirror: bool = ddkit.option(True, "whether a mirrored image keeps its class")
-    of: str = ddkit.option("", "what was passed: type and length, filled in")
-    labels_: str = ddkit.option("", "sha256 of the labels and class names that were passed, filled in")
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        passed = ddkit.data.passed_dataset()
-        if passed is None:
-            told = f" (then: {self.of})" if self.of else ""
-            raise ddkit.InputError(
-                f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and no command or file can hold it. "
-                "Pass it again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, dataset=...). Or "
-                "keep the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
-                "data.use",
-            )
-        if "python" not in passed.known:
-            passed.known["python"] = _numbered([_Items(each) for each in (passed.train, passed.test) if each is not None])
-        self._passed: list[_Items] = passed.known["python"]
-        train, test = self._passed[0], self._passed[-1]
+    def take(self, items: list[Items]) -> None:
+        """Takes the items of the training and of the test split; of training items alone a share is held out."""
+        self.items = items
+        train, test = items[0], items[-1]
         kept, held = torch.arange(len(train)), torch.arange(len(test))
         if test is train:
             kept, held = holdout(train.labels, self.holdout, self.holdout_seed)
         self._rows = {"train": (train, kept), "test": (test, held)}  # whose items a split consists of, and which rows
-        self.of = " and ".join(f"{each.title} of {len(each):,}" for each in self._passed)
-        self.labels_ = self._digest()
 
-    def _digest(self) -> str:
+    def digest(self) -> str:
+        """Returns a sha256 of the labels and class names."""
         digest = hashlib.sha256(repr(list(self.class_names)).encode())
-        for each in self._passed:
+        for each in self.items:
             digest.update(each.labels.numpy().tobytes())
         return digest.hexdigest()
 
     @cached_property
     def class_names(self) -> Sequence[str]:
         """At least as many as there are labels: those that are missing by number, those that are there twice with their number."""
-        names = self._passed[0].texts or self._passed[0].names or []
-        classes = 1 + max(int(each.labels.max()) for each in self._passed)
+        names = self.items[0].texts or self.items[0].names or []
+        classes = 1 + max(int(each.labels.max()) for each in self.items)
         whole = [*names, *(str(label) for label in range(len(names), classes))]
         often = Counter(whole)
         return [f"{name} ({label})" if often[name] > 1 else name for label, name in enumerate(whole)]
@@ -95,7 +71,7 @@ class Python(ddkit.Dataset):
         return list(self._rows[split][1][torch.as_tensor(list(indices), dtype=torch.int64)].tolist())
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self._digest().encode())
+        digest = hashlib.sha256(self.digest().encode())
         for split in ("train", "test"):
             for index in range(len(self.labels(split))):
                 image = self.images(split, [index])[0]
@@ -104,18 +80,53 @@ class Python(ddkit.Dataset):
         return digest.hexdigest()
 
 
-class _Items:
-    """One dataset that was passed: its length, labels, class names, and images by index."""
+class Python(OfItems):
+    """A Dataset object passed to ddkit.distill(dataset=...) in Python: (image, label) by index, as torch's map-style datasets have it.
 
-    def __init__(self, dataset: Any) -> None:
+    Pass (training, test), or one of which `holdout` of each class becomes the test split. Images are PIL images, or arrays and tensors
+    of uint8, or of floats in 0..1, or to 255: (H, W), or (C, H, W) as tensors and (H, W, C) as arrays, C up to 4. Labels are integers from
+    0, whole floats, one-hot rows, or texts, which become the class names. They come from `.targets` or `.labels`, class names from
+    `.classes`, also through torch's Subset, ConcatDataset and TensorDataset; without these every item is opened once for its label, and
+    classes are called by number. Items may be dicts, as those of a Dataset or DatasetDict of Hugging Face or of a list: the types of
+    `.features` tell image, label and class names, else the names of the columns. What a transform draws at random is drawn anew for each
+    image, from its index, and is the same in every run. A file cannot hold an object: to continue or evaluate such a run, pass the dataset
+    again.
+    """
+
+    of: str = ddkit.option("", "what was passed: type and length, filled in")
+    labels_: str = ddkit.option("", "sha256 of the labels and class names that were passed, filled in")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        passed = ddkit.data.passed_dataset()
+        if passed is None:
+            told = f" (then: {self.of})" if self.of else ""
+            raise ddkit.InputError(
+                f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and no command or file can hold it. "
+                "Pass it again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, dataset=...). Or "
+                "keep the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
+                "data.use",
+            )
+        if "python" not in passed.known:
+            passed.known["python"] = numbered([Items(each) for each in (passed.train, passed.test) if each is not None])
+        self.take(passed.known["python"])
+        self.of = " and ".join(f"{each.title} of {len(each):,}" for each in self.items)
+        self.labels_ = self.digest()
+
+
+class Items:
+    """One dataset with a length and items by index: its labels, class names, and images. `path` is that of its files, if it has any."""
+
+    def __init__(self, dataset: Any, path: str = "") -> None:
         self.dataset = dataset
-        self.title = f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+        self.title = path or f"{type(dataset).__module__}.{type(dataset).__qualname__}"
+        self.named = f"dataset {path}" if path else f"dataset that was passed, {self.title},"  # in a sentence
         try:
             self._length = len(dataset)
         except Exception as error:
-            raise ddkit.InputError(f"The dataset that was passed, {self.title}, has no length ({_said(error)}).") from error
+            raise ddkit.InputError(f"The {self.named} has no length ({_said(error)}).") from error
         if self._length == 0:
-            raise ddkit.InputError(f"The dataset that was passed, {self.title}, is empty.")
+            raise ddkit.InputError(f"The {self.named} is empty.")
         self.columns: tuple[str, str] | None = None  # of items that are dicts: image and label
         self.labels = torch.empty(0, dtype=torch.int64)
         self.texts: list[str] | None = None
@@ -137,7 +148,7 @@ class _Items:
                     raise self._wrong(row, f"has the label {label!r}; it has to be an integer from 0, or all labels texts")
             found = np.array(each, dtype=object if isinstance(each[0], str) else np.int64)
         if found.dtype != object and int(found.min()) < 0:
-            raise ddkit.InputError(f"The dataset that was passed, {self.title}, has the label {int(found.min())}; labels count from 0.")
+            raise ddkit.InputError(f"The {self.named} has the label {int(found.min())}; labels count from 0.")
         return found
 
     def _column(self) -> Any:
@@ -179,7 +190,7 @@ class _Items:
         return 255
 
     def _wrong(self, row: int, what: str) -> ddkit.InputError:
-        return ddkit.InputError(f"Item {row} of the dataset that was passed, {self.title}, {what}.")
+        return ddkit.InputError(f"Item {row} of the {self.named} {what}.")
 
     def _item(self, row: int) -> tuple[Any, Any]:
         try:
@@ -228,7 +239,7 @@ class _Items:
             raise self._wrong(row, f"has the label {str(label)[:60]!r}; it has to be an integer from 0, a one-hot row or a text") from None
 
 
-def _numbered(items: list[_Items]) -> list[_Items]:
+def numbered(items: list[Items]) -> list[Items]:
     """Returns the datasets with `labels` as numbers (n,), int64; texts are numbered in their natural order, and are the class names."""
     given = {str(place): each.given for place, each in enumerate(items)}
     names = None
@@ -236,7 +247,7 @@ def _numbered(items: list[_Items]) -> list[_Items]:
         try:
             names, given = layout.numbered(given)
         except ValueError as error:
-            raise ddkit.InputError(f"The dataset that was passed, {items[0].title}, and that of the test split: {error}.") from None
+            raise ddkit.InputError(f"The {items[0].named} and that of the test split: {error}.") from None
     for place, each in enumerate(items):
         each.labels = torch.from_numpy(given[str(place)])
         each.texts = names

@@ -54,7 +54,7 @@ def read_table(table: Path, root: Path, columns: Sequence[str] = ()) -> list[Row
     found: dict[str, Row] = {}
     for number, record in records:
         where = f"{table}, line {number}"
-        name, value = (_text(record.get(column), where, column) for column in (file, label))
+        name, value = (label_text(record.get(column), where, column) for column in (file, label))
         path = os.path.relpath(os.path.join(table.parent, below, name), root)
         if path.startswith("..") or "\0" in path:
             raise ddkit.InputError(f"{where}: '{name}' does not lie below {root}. Move it there, or name the table by a folder above both.")
@@ -113,7 +113,7 @@ def _columns(table: Path, known: Sequence[str], given: Sequence[str]) -> tuple[s
     return file, label, first(SPLIT)
 
 
-def _text(value: Any, where: str, column: str) -> str:
+def label_text(value: Any, where: str, column: str) -> str:
     """Returns a file's name or a label as text; whole floats, which other programs make of integers, lose their .0."""
     if isinstance(value, list | dict):
         raise ddkit.InputError(f"{where}: {column} holds several values ({str(value)[:60]}), and an image has one label here.")

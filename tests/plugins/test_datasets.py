@@ -359,9 +359,13 @@ def test_splits_are_found_by_common_names_and_what_is_not_obvious_is_said(
         (("bus/1.png", "train/1.png", "test/1.png"), "are these classes, or splits", None),
         (("train/a/1.png", "train/b/1.png", "training/a/1.png"), "two training splits", "train"),
         (("val/a/1.png", "val/b/1.png", "test/a/1.png", "test/b/1.png"), "no training split", "test"),
-        (("train/data-0.arrow", "train/state.json", "test/data-0.arrow"), r"\.arrow files.*datasets\.load_from_disk\('/", None),
-        (("data/train-0.parquet", "README.md"), r"\.parquet files.*datasets\.load_dataset\('/", None),
-        (("train-0000.tar", "train-0001.tar"), "tar files, as WebDataset's shards are.*metadata.csv of the columns", None),
+        (
+            ("train/data-0.arrow", "train/state.json", "test/data-0.arrow"),
+            r"--dataset huggingface:/.*pip install 'ddkit\[datasets\]'",
+            None,
+        ),
+        (("data/train-0.parquet", "README.md"), "--dataset huggingface:/", None),
+        (("train-0000.tar", "train-0001.tar"), r"tar files.*--dataset webdataset:/.*pip install 'ddkit\[webdataset\]'", None),
     ],
 )
 def test_what_could_be_read_in_two_ways_is_refused(tmp_path: Path, files: Sequence[str], message: str, advised: str | None) -> None:

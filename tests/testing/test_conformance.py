@@ -81,7 +81,9 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("exporter", "png"): [{}],
     ("observer", "tensorboard"): [{}],
 }
-ELSEWHERE = {("dataset", name) for name in ("mnist", "fashion-mnist", "cifar10", "cifar100", "svhn")}  # whose images are downloaded first
+ELSEWHERE = {  # images are downloaded first, or another library, which need not be there, reads them
+    ("dataset", name) for name in ("mnist", "fashion-mnist", "cifar10", "cifar100", "svhn", "huggingface", "webdataset")
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
