@@ -1,4 +1,4 @@
-"""The public functions: distill, evaluate, train, blend. The command line calls one of them for each command.
+"""The public functions: distill, evaluate, train, blend, join and others. The command line calls one of them for each command.
 
 Names and keys are checked before torch is imported, so that an error in them is reported at once.
 """
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
     from ddkit.run.evaluation import evaluate
     from ddkit.run.exporting import export
     from ddkit.run.importing import import_file
+    from ddkit.run.join import join, split
     from ddkit.run.report import report
 
 _ELSEWHERE = {  # public functions that stand beside what they do, and the types that these give
     "Artifact": "artifact", "Run": "directory", "blend": "blend", "evaluate": "evaluation", "export": "exporting",
-    "import_file": "importing", "report": "report",
+    "import_file": "importing", "join": "join", "report": "report", "split": "join",
 }  # fmt: skip
 TRAINING = Part(  # what of a recipe `train` uses
     ("data", "teacher", "train", "seed"),
@@ -47,7 +48,10 @@ TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses
 )  # fmt: skip
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
-__all__ = ["Artifact", "Run", "blend", "distill", "evaluate", "export", "import_file", "plan", "report", "resume", "train", "train_experts"]
+__all__ = [
+    "Artifact", "Run", "blend", "distill", "evaluate", "export", "import_file", "join", "plan", "report", "resume", "split", "train",
+    "train_experts",
+]  # fmt: skip
 
 
 def plan(

@@ -19,7 +19,7 @@ from click.shell_completion import CompletionItem
 from ddkit import output
 from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFilesError, doubles, printable, refuse_unused
-from ddkit.files import with_home
+from ddkit.files import MOST_TOML, read_text, with_home
 from ddkit.run.warnings import show_from
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -125,6 +125,16 @@ def _pairs(text: str) -> dict[str, str]:
     if not all(isinstance(name, str) and name for pair in pairs for name in pair) or len(dict(pairs)) < len(pairs) or not pairs:
         raise ValueError(f"{text!r} is not a list of pairs such as cat=tabby,dog=beagle, each class once.")
     return dict(pairs)
+
+
+def names_of(text: str) -> list[str]:
+    """Returns the names of classes in a text, separated by commas, or those of a file with a name on each line."""
+    if Path(text).exists():
+        try:
+            return [line.strip() for line in read_text(text, most=MOST_TOML).splitlines() if line.strip()]
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the file {text} cannot be read: {error}.") from None
+    return [name.strip() for name in text.split(",")]
 
 
 PIPC = Kind("n|all", _pipc)

@@ -7,8 +7,20 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import Kind, Names, Place, as_json, converted, echo_json, plugin_files, quiet, set_option, set_verbosity, show
-from ddkit.files import MOST_TOML, read_text
+from ddkit.cli.common import (
+    Kind,
+    Names,
+    Place,
+    as_json,
+    converted,
+    echo_json,
+    names_of,
+    plugin_files,
+    quiet,
+    set_option,
+    set_verbosity,
+    show,
+)
 
 SHOWN = 12  # exported files that are listed by name; --json lists all
 
@@ -25,12 +37,7 @@ def _classes(text: str) -> int | list[str]:
         if not 2 <= int(text[:9]) <= 100_000:
             raise ValueError(f"{text[:20]} is no number of classes from 2 to 100,000.")
         return int(text)
-    if Path(text).exists():
-        try:
-            return [line.strip() for line in read_text(text, most=MOST_TOML).splitlines() if line.strip()]
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the file {text} cannot be read: {error}.") from None
-    return [name.strip() for name in text.split(",")]
+    return names_of(text)
 
 
 def _step_size(text: str) -> float | str:

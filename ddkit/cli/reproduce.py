@@ -1,4 +1,4 @@
-"""The commands about several sets: reproduce and blend."""
+"""The command reproduce: a paper's table, published figures beside measured ones."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ddkit.cli.common import ROWS, Kind, Names, Place, as_json, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.cli.common import ROWS, Kind, Names, Place, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
 from ddkit.components import trust
 from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFailed, doubles
@@ -102,23 +102,3 @@ def _names(text: str) -> list[str]:
     for double in doubles(names):
         raise FlagError(f"--systems '{text}' names '{double}' twice. Name it once.")
     return names
-
-
-@click.command()
-@click.argument("first", metavar="A", type=click.Path())
-@click.argument("second", metavar="B", type=click.Path())
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of B: the result is (1 - alpha) A + alpha B.")
-@click.option("--out", required=True, metavar="DIR", type=Place(), help="Run directory, absent or empty.")
-@as_json
-def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> None:
-    """Average two synthetic sets, image by image. Both have the same classes and ipc.
-
-    A and B are run directories or files. Images are matched by class name, and within a class by their order.
-    """
-    from ddkit import api
-
-    run = api.blend(first, second, alpha=alpha, out=out)
-    if as_json:
-        echo_json({"schema": 1, "run": str(run.path), "alpha": alpha, "first": first, "second": second})
-    else:
-        show(f"run      {run.path}\npicture  {run.path / 'preview.png'}\nreport   {run.path / 'report.html'}")

@@ -5,20 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddkit.errors import FlagError, InputError
-from ddkit.files import sha256
-from ddkit.recipes.tables import parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, stored_in_pixels
-from ddkit.run.directory import Run, RunDirectory, save_set
-from ddkit.run.manifest import MANIFEST, RECIPE, SET, read_manifest
-from ddkit.run.report import close_run
-from ddkit.run.snapshots import add_frame
+from ddkit.run.derived import write_derived
+from ddkit.run.directory import Run, RunDirectory
 
 log = logging.getLogger("ddkit")
 
@@ -31,40 +26,11 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     Raises DdkitError.
     """
     ours, theirs = load(first), load(second)
-    places = Path(first), Path(second)
     with warnings.recording(), RunDirectory.whole_or_absent(Path(out)) as directory:
         result = blended(ours, theirs, alpha)
-        known = [RunDirectory.existing(place).read_recipe() for place in places if (place / RECIPE).is_file()]
-        copied = ("data", "teacher", "train", "seed", "pipc")
-        table: dict[str, Any] = {key: known[0][key] for key in copied if key in known[0]} if known else {}
-        counts = {name: count for name, count in zip(result.class_names, result.stored_counts.tolist(), strict=True) if count}
-        ipc = result.metadata.get("ipc") or (counts if len(set(counts.values())) > 1 else max(counts.values()))
-        recipe = parse_recipe({**table, "name": "blend", "ipc": ipc})
-        if known:
-            directory.write_recipe(recipe_dict(recipe))
-        save_set(result, directory)
-        add_frame(directory.path, 0, ours.stored_images, ours.stored_labels)
         partner = Artifact(theirs.stored[partners(ours, theirs)], ours.row_labels, theirs.metadata, theirs.all_parameters)
-        add_frame(directory.path, 1, partner.stored_images, ours.stored_labels)
-        facts = _facts([place.absolute() for place in places], alpha)
-        close_run(directory, {"seed": recipe.seed, "steps": 0, "seconds": 0.0, **facts})
-    return Run(path=directory.path, steps=0, seconds=0.0, evaluations=[])
-
-
-def _facts(paths: Sequence[Path], alpha: float) -> dict[str, Any]:
-    """Returns what the manifest tells of a blend: its parts with their sha256, and what their own manifests tell of both."""
-    files = [path / SET if path.is_dir() else path for path in paths]
-    manifests = [read_manifest(path) for path in paths if (path / MANIFEST).is_file()]
-    plugins_ = [plugin for manifest in manifests for plugin in manifest.get("plugins", [])]
-    files_of_plugins = {file: digest for manifest in manifests for file, digest in manifest.get("plugin_files", {}).items()}
-    real = [source for manifest in manifests for source in manifest.get("real_files", [])]
-    return {
-        "threads": torch.get_num_threads(),
-        **({"plugin_files": files_of_plugins} if files_of_plugins else {}),
-        "plugins": [plugin for number, plugin in enumerate(plugins_) if plugin not in plugins_[:number]],
-        "real_files": sorted(set(real), key=str),
-        "blend": {"alpha": alpha, "parts": [{"path": str(file), "sha256": sha256(file)} for file in files]},
-    }
+        sets = [(Path(first), ours), (Path(second), theirs)]
+        return write_derived(result, sets, directory, "blend", {"alpha": alpha}, [ours.stored_images, partner.stored_images])
 
 
 def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:

@@ -36,7 +36,7 @@ from ddkit.run.classes import matched
 from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real, for_a_better_set
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import EVALUATION, MANIFEST, RECIPE, SET, read_manifest, write_manifest
+from ddkit.run.manifest import DERIVED, EVALUATION, MANIFEST, RECIPE, SET, read_manifest, write_manifest
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
@@ -117,7 +117,8 @@ def evaluate(
     if directory is not None:
         own_recipe = parse_recipe(directory.read_recipe())  # whichever split was tested on, and in whatever memory
         data_of = [msgspec.structs.replace(each.data, test="test", memory=1) for each in (recipe, own_recipe)]
-        same_data = data_of[0] == data_of[1] and not any("classes" in row.details for row in rows)
+        fewer = any("classes" in row.details for row in rows) and not set(DERIVED) & set(read_manifest(directory.path))
+        same_data = data_of[0] == data_of[1] and not fewer
         if same_data and (recipe.pipc, recipe.seed) == (own_recipe.pipc, own_recipe.seed):
             _record_evaluation(directory, rows, judged_file, recipe, said)  # rows on other data than the run's are returned, not recorded
     return rows
@@ -208,10 +209,10 @@ def judged(
 
 
 def _run_at(path: Path) -> RunDirectory | None:
-    """Returns the run at `path`; None for a file, and for an imported set or a blend of two files, which know no data."""
+    """Returns the run at `path`; None for a file, and for an imported set or one made of others, which know no data."""
     if not path.is_dir():
         return None
-    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {"blend", "imported"} & set(read_manifest(path)):
+    if not (path / RECIPE).is_file() and (path / MANIFEST).is_file() and {*DERIVED, "imported"} & set(read_manifest(path)):
         return None
     return RunDirectory.existing(path)
 

@@ -33,6 +33,7 @@ CHECKPOINT = re.compile(r"step-(\d{8,})(?:\.part-(\d+)-of-(\d+))?\.safetensors")
 STAGE = ".export"  # where an exporter writes, in the folder that it is for
 JOURNAL = ".export.json"  # the names of what is being moved up from there
 FOLDERS = (CHECKPOINTS, STAGE)
+DERIVED = ("blend", "join", "split")  # where the manifest of a set that is made of others names these
 
 
 # Which files are ddkit's own
@@ -121,6 +122,10 @@ class _Blend(msgspec.Struct):
     parts: tuple[_Source, _Source]
 
 
+class _Parts(msgspec.Struct):
+    parts: list[_Source]
+
+
 class _Manifest(msgspec.Struct):
     """What anyone reads of a manifest; more may stand in it."""
 
@@ -137,6 +142,8 @@ class _Manifest(msgspec.Struct):
     teacher: _Teacher | None = None
     imported: _Source | msgspec.UnsetType = msgspec.UNSET
     blend: _Blend | msgspec.UnsetType = msgspec.UNSET
+    join: _Parts | msgspec.UnsetType = msgspec.UNSET
+    split: _Parts | msgspec.UnsetType = msgspec.UNSET
     processes: dict[str, Any] = {}
     versions: dict[str, str] = {}
     warnings: list[str] = []

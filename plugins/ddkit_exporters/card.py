@@ -97,7 +97,7 @@ def card(artifact: ddkit.Artifact, layout: Layout) -> str:
         mean=", ".join(f"{value:.6g}" for value in artifact.mean),
         std=", ".join(f"{value:.6g}" for value in artifact.std),
         whitened=artifact.whitening is not None,
-        optimised=found.manifest.get("steps") != 0 or "blend" in found.manifest,
+        optimised=found.manifest.get("steps") != 0 or _is_derived(artifact),
         start=start,
         labels="" if artifact.soft_labels is None else artifact.metadata.get("labels", "soft"),
         load=layout.load,
@@ -139,10 +139,15 @@ def _source(artifact: ddkit.Artifact) -> str:
     return f"{name} ({Path(table['path']).name})" if table.get("path") else name
 
 
+def _is_derived(artifact: ddkit.Artifact) -> bool:
+    """Whether the set is made of others: no steps of its own tell how."""
+    return bool({"blend", "join", "split"} & set(artifact.provenance.manifest))
+
+
 def _start(artifact: ddkit.Artifact) -> str:
     """Returns what the run began with in words, "" where that is not known."""
     name = artifact.provenance.recipe.get("initializer", {}).get("use", "")
-    if not name or "blend" in artifact.provenance.manifest:
+    if not name or _is_derived(artifact):
         return ""
     kinds = {"noise": "noise", "file": "images of an earlier set or folder"}
     kind = kinds.get(name, "real images" if name in REAL_STARTS else "images")

@@ -18,7 +18,7 @@ from ddkit.files import path_part, without_folders
 from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
 from ddkit.run.doubts import shares, typical_shares
-from ddkit.run.manifest import SET
+from ddkit.run.manifest import DERIVED, SET
 from ddkit.run.report.charts import can_be_drawn, confusion, curves, dots, histogram, number
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
 from ddkit.run.snapshots import Film
@@ -28,6 +28,10 @@ FILM_ROWS, FILM_COLUMNS = 10, 7
 MOST_CONFUSIONS = 3  # pictures of confusion, of the first networks
 LABELS = {"hard": "Hard labels", "stored": "Labels stored with the set", "teacher": "The teacher's labels of each augmented batch"}
 FOLDERS = re.compile(r"(?<![\w.~/])(?:/[^\s/:'\",]+)+/(?=[^\s/])")  # of an absolute path in a message, as far as its last part
+USUAL = {  # summary of a set of which its recipe tells none, by what it is made of
+    "": "A synthetic training set, made by dataset distillation.", "blend": "The average of two synthetic sets.",
+    "join": "Synthetic sets that were joined.", "split": "Some classes of a synthetic set.",
+}  # fmt: skip
 Found = dict[str, Any] | None  # what a section shows, None where it has nothing
 
 
@@ -72,7 +76,8 @@ def head(files: Files) -> dict[str, Any]:
     count, channels, height, width = artifact.stored_images.shape
     ipc, pipc, data = artifact.metadata.get("ipc"), artifact.metadata.get("pipc"), recipe.get("data", {})
     source = data.get("use", "") + (f" ({Path(data['path']).name})" if data.get("path") else "")
-    name = artifact.metadata.get("recipe") or recipe.get("name") or ("blend" if "blend" in files.facts else "synthetic set")
+    derived = next((kind for kind in DERIVED if kind in files.facts), "")
+    name = artifact.metadata.get("recipe") or recipe.get("name") or derived or "synthetic set"
     title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
     counts = artifact.stored_labels.bincount(minlength=len(artifact.class_names)).tolist()
     uneven = f"; {min(counts)} to {max(counts)} a class" if len(set(counts)) > 1 else ""
@@ -96,9 +101,8 @@ def head(files: Files) -> dict[str, Any]:
         beside = f"random real {_random_real(row)}; " if row.get("random_real_mean") is not None else ""
         told = f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}"
         tiles += [("accuracy", _percent(row, "accuracy"), told)]
-    usual = "The average of two synthetic sets." if "blend" in files.facts else "A synthetic training set, made by dataset distillation."
     warned = [FOLDERS.sub("", message) for message in files.facts.get("warnings", [])]
-    return {"title": title, "summary": str(recipe.get("summary", "")) or usual, "tiles": tiles, "warned": warned}
+    return {"title": title, "summary": str(recipe.get("summary", "")) or USUAL[derived], "tiles": tiles, "warned": warned}
 
 
 def _of_labels(artifact: Artifact) -> str:
@@ -349,9 +353,14 @@ def made(files: Files) -> dict[str, Any]:
     teacher = facts.get("teacher")
     rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if teacher else []
     if files.blend:
-        parts = [f"{short_name(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in files.blend["parts"]]
-        rows.append(["blend", f"alpha {files.blend['alpha']} of {' and '.join(parts)}"])
+        rows.append(["blend", f"alpha {files.blend['alpha']} of {_parts(files.blend)}"])
+    rows += [[kind, f"of {_parts(facts[kind])}"] for kind in ("join", "split") if kind in facts]
     rows += [["accessible real images", f"{len(facts['real_files']):,}"]] if facts.get("real_files") else []
     rows += [["versions", ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())]]
     plugins = [[plugin.get(key, "") for key in ("kind", "name", "distribution", "version")] for plugin in facts.get("plugins", [])]
     return {"time": f"{facts.get('seconds', 0.0):,.1f} s{a_step}" if facts.get("steps") else "", "rows": rows, "plugins": plugins}
+
+
+def _parts(derived: Mapping[str, Any]) -> str:
+    """Returns in words of which sets a set is made."""
+    return " and ".join(f"{short_name(Path(part['path']))} (sha256 {part['sha256'][:12]})" for part in derived["parts"])
