@@ -286,7 +286,9 @@ def _needs(name: str) -> str:
     initializer = registry.create("initializer", recipe.initializer.use, recipe.initializer.options)
     needs = {
         "networks trained on the set": recipe.network.inner_epochs > 0,
-        "networks trained on real images": recipe.network.source == "experts" or any(loss.requires.experts for loss in losses),
+        "networks trained on real images": recipe.network.source == "experts"
+        or recipe.network.train_on == "real"
+        or any(loss.requires.experts for loss in losses),
         "a trained model": any(each.requires.teacher for each in (initializer, *losses)),
         "second derivatives": any(loss.requires.second_order for loss in losses),
         f"the parametrization {recipe.parametrization.use}": recipe.parametrization.use != "pixels",

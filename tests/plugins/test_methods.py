@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import math
 import pkgutil
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from ddkit_methods.attention import attention, attention_maps
 from ddkit_methods.class_centres import centre_loss
+from ddkit_methods.classification import class_cross_entropy
 from ddkit_methods.layer_means import mean_gap
 from ddkit_methods.mmd import squared_mmd
 from torch import Tensor, nn
@@ -164,3 +166,27 @@ def test_a_network_without_activations_is_refused_before_the_first_step() -> Non
     flat = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     with pytest.raises(ddkit.InputError, match="no activation"):
         ddkit.create("loss", "layer-means", {}).check(network=flat, teacher=None)
+
+
+# Classification
+
+
+def test_the_cross_entropy_of_classes_agrees_with_loops_and_finite_differences() -> None:
+    logits, labels = normal(5, 3), [0, 0, 2, 2, 2]  # a class may be without images
+    rows = [math.log(sum(math.exp(each) for each in row)) - row[label] for row, label in zip(logits.tolist(), labels, strict=True)]
+    found = class_cross_entropy(logits, torch.tensor(labels), 3)
+    assert float(found) == pytest.approx(sum(rows[:2]) / 2 + sum(rows[2:]) / 3, rel=1e-12)
+    assert gradcheck(lambda t: class_cross_entropy(t, torch.tensor(labels), 3), (logits.requires_grad_(),))
+
+
+def test_classification_counts_as_much_as_the_network_is_right_about_real_images(tmp_path: Path) -> None:
+    common = {"engine.log_every": 1, "losses.classification.judges": 50, "network.width": 16}
+    training = {"train_on": "real", "renew_every": 2, "inner_steps": 12, "inner_lr": 0.1, "batch": 64}
+    found = {}
+    for name, pool in {"fresh": {}, "trained": {f"network.{key}": value for key, value in training.items()}}.items():
+        out = tmp_path / name
+        ddkit.distill(losses="classification", pipc=50, ipc=1, steps=2, evaluators="none", sets=common | pool, out=out, device="cpu")
+        rows = (out / "metrics.jsonl").read_text().splitlines()
+        found[name] = [json.loads(row)["logged"]["classification"]["accuracy"] for row in rows]
+    assert found["trained"][0] == found["fresh"][0]
+    assert max(found["fresh"]) < 0.4 < 0.6 < found["trained"][1]

@@ -26,6 +26,7 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"distance": "layer-cosine", "parameters": "weights"},
     ],
     ("loss", "gm"): [{}],
+    ("loss", "classification"): [{}],
     ("loss", "total-variation"): [{}],
     ("loss", "image-norm"): [{}],
     ("loss", "layer-means"): [{"shallow": 0.5}],
