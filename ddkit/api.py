@@ -22,6 +22,7 @@ from ddkit.recipes.tables import NetworkTable, Recipe, own_keys, recipe_dict
 if TYPE_CHECKING:
     from ddkit.nn.experts import Experts
     from ddkit.nn.teacher import Teacher
+    from ddkit.recipes.citations import Citation
     from ddkit.run.artifact import Artifact
     from ddkit.run.blend import blend
     from ddkit.run.directory import Run
@@ -49,8 +50,8 @@ TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
 __all__ = [
-    "Artifact", "Run", "blend", "distill", "evaluate", "export", "import_file", "join", "plan", "report", "resume", "split", "train",
-    "train_experts",
+    "Artifact", "Run", "blend", "cite", "distill", "evaluate", "export", "import_file", "join", "plan", "report", "resume", "split",
+    "train", "train_experts",
 ]  # fmt: skip
 
 
@@ -280,6 +281,20 @@ def train_experts(
         check_writable(path / "experts.json")
         train_into(path, settings, built.experts.count or COUNT, real, network, where, watchers, built.data)
         return open_experts(path, built.experts, settings, network)
+
+
+def cite(target: str | Path) -> list[Citation]:
+    """Returns the BibTeX entries of what a recipe uses: `target` is a recipe's name, a recipe file or a run directory.
+
+    `print(*ddkit.cite("m3d"), sep="\\n\\n")` prints what `ddkit cite m3d` does. Raises DdkitError.
+    """
+    from ddkit.recipes.citations import citations
+
+    if str(target) and Path(target).is_dir() and str(target) not in {plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"}:
+        from ddkit.run.directory import RunDirectory
+
+        return citations(resolve(RunDirectory.existing(Path(target)).read_recipe()))
+    return citations(resolve(target))
 
 
 def __getattr__(name: str) -> Any:

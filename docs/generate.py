@@ -1,5 +1,7 @@
 """Writes what the code can write: components.md, a page for each component, cli.md, and the marked parts of the pages of kinds and methods.
 
+It also writes ddkit/recipes/citations.bib, the papers of CITATION.cff as `ddkit cite` prints them.
+
 `python docs/generate.py`. In docs/kinds/ and docs/methods/ what is between `<!-- generated: WHAT -->` and `<!-- end -->` is written anew;
 the prose around it is written by hand.
 """
@@ -23,6 +25,7 @@ from ddkit.cli.manual import USED as CHOSEN
 from ddkit.cli.manual import facts, page
 from ddkit.components import base, observers, registry
 from ddkit.components.options import describe_options
+from ddkit.recipes.citations import ENTRIES
 from ddkit.recipes.resolve import resolve
 from ddkit.run import artifact
 from ddkit.testing import scaffold
@@ -66,7 +69,12 @@ WHERE = {
 def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
     own = [p for p in registry.plugins() if p.first_party and p.kind not in registry.DATA_KINDS]
-    found = {DOCS / "components.md": _list(), DOCS / "cli.md": _commands(), **{DOCS / _file(p): _component(p) for p in own}}
+    found = {
+        DOCS / "components.md": _list(),
+        ENTRIES: _bibtex(),
+        DOCS / "cli.md": _commands(),
+        **{DOCS / _file(p): _component(p) for p in own},
+    }
     return found | {page: _filled(page) for page in sorted([*KINDS.glob("*.md"), *METHODS.glob("*.md")])}
 
 
@@ -317,14 +325,42 @@ def _command(row: dict[str, str]) -> str:
     return f"ddkit distill --recipe {row['recipe']} --dataset imagefolder:cifar --ipc 1 {row['flags']}".strip()
 
 
+def _references() -> dict[str, dict[str, Any]]:
+    """Returns the papers of CITATION.cff by arXiv number: title, year, authors as "Zhao, Bo", and where it appeared, "" if only there."""
+    found = {}
+    for text in (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8").split("\n  - type:")[1:]:
+        people, rest = text.split("    year:")
+        names = re.findall(r'- (?:family-names|name): "?([^"\n]+)"?(?:\n +given-names: "?([^"\n]+)"?)?', people)
+        fields = {key: re.search(rf'{key}: "?([^"\n]+)"?', text) for key in ("title", "year", "collection-title")}
+        found[re.search(r"arXiv:([\d.]+)", rest)[1]] = {  # type: ignore[index]
+            "authors": [", ".join(filter(None, pair)) for pair in names],
+            **{key: match[1] if match else "" for key, match in fields.items()},
+        }
+    return found
+
+
+def _bibtex() -> str:
+    """Returns citations.bib: ddkit's entry, then one of each paper."""
+    head = (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8")
+    title, version = (re.search(rf'^{key}: "?([^"\n]+)"?', head, re.MULTILINE)[1] for key in ("title", "version"))  # type: ignore[index]
+    entries = [("software", "ddkit", {"title": title, "author": "{The ddkit authors}", "version": version})]
+    for number, each in _references().items():
+        last = re.sub("[^a-z]", "", each["authors"][0].partition(",")[0].split()[0].lower())
+        authors = " and ".join(each["authors"]).replace(" et al.", " and others")
+        fields = {"title": f"{{{each['title']}}}", "author": authors, "booktitle": each["collection-title"], "year": each["year"]}
+        fields |= {"eprint": number, "archiveprefix": "arXiv", "url": f"https://arxiv.org/abs/{number}"}
+        entries.append(("inproceedings" if each["collection-title"] else "misc", f"{last}{each['year']}-{number}", fields))
+    lines = [(kind, key, "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)) for kind, key, fields in entries]
+    return "\n\n".join(f"@{kind}{{{key},\n{own}}}" for kind, key, own in lines) + "\n"
+
+
 def _paper(name: str) -> tuple[str, str]:
     """Returns a recipe's paper as CITATION.cff has it, in words and as a link."""
     (found,) = re.findall(r"arXiv (\d{4}\.\d{5})", resolve(name).source)[:1]
-    references = (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8").split("\n  - type:")
-    reference = next(each for each in references if f"arXiv:{found}" in each)  # add it there
-    names = re.findall(r'(?:family-names|- name): "?([^"\n]+)"?', reference.partition("year:")[0])
-    title, year = (re.search(rf'{key}: "?([^"\n]+)"?', reference)[1] for key in ("title", "year"))  # type: ignore[index]
-    return f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]}, {title}, {year}", f"[{found}](https://arxiv.org/abs/{found})"
+    paper = _references()[found]  # if it is not there, add it
+    names = [author.partition(",")[0] for author in paper["authors"]]
+    words = f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]}, {paper['title']}, {paper['year']}"
+    return words, f"[{found}](https://arxiv.org/abs/{found})"
 
 
 def _methods(_: str) -> str:

@@ -1,4 +1,4 @@
-"""The commands about components: list, info, check and new, and schema, which prints what a recipe may hold."""
+"""The commands about components: list, info, cite, check and new, and schema, which prints what a recipe may hold."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from ddkit import output
 from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show
@@ -132,6 +133,25 @@ def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROU
         hint = f" Did you mean '{near[0]}'?" if near else ""
         raise PluginError(f"There is no component '{name}'.{hint} `ddkit list` shows them all.")
     return registry.find(kinds[0], name)
+
+
+@click.command()
+@click.argument("target", metavar="RECIPE|FILE|RUN", type=Names("recipe", files=".toml"))
+@plugin_files
+@as_json
+def cite(target: str, as_json: bool) -> None:
+    """Print the BibTeX of what a recipe uses: its paper, those of its losses and other parts, and ddkit itself.
+
+    RECIPE is a recipe's name, a file, or a run directory. A line above each entry says what it is cited for. A source of a third party
+    that names no arXiv number becomes a @misc entry of its own words.
+    """
+    from ddkit import api
+
+    found = api.cite(target)
+    if as_json:
+        echo_json({"schema": 1, "citations": [msgspec.to_builtins(each) for each in found]})
+    else:
+        show("\n\n".join(map(str, found)))
 
 
 @click.command()

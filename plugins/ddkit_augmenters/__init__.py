@@ -33,7 +33,8 @@ class SiameseAugmentation(ddkit.Augmenter):
     With `compose` several operations are applied, at most all of them. Small images become ambiguous under many: "auto" is 2 for images of
     8 pixels and all six from 24 pixels on.
 
-    Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, Section 3.
+    Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, arXiv 2102.08259,
+    Section 3.
     """
 
     rowwise = True
