@@ -290,7 +290,11 @@ def cite(target: str | Path) -> list[Citation]:
     """
     from ddkit.recipes.citations import citations
 
-    if str(target) and Path(target).is_dir() and str(target) not in {plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"}:
+    if (
+        str(target)
+        and Path(target).is_dir()
+        and str(target) not in {plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"}
+    ):
         from ddkit.run.directory import RunDirectory
 
         return citations(resolve(RunDirectory.existing(Path(target)).read_recipe()))
