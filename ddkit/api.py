@@ -290,11 +290,8 @@ def cite(target: str | Path) -> list[Citation]:
     """
     from ddkit.recipes.citations import citations
 
-    if (
-        str(target)
-        and Path(target).is_dir()
-        and str(target) not in {plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"}
-    ):
+    recipes = {plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"}
+    if str(target) not in {"", *recipes} and Path(target).is_dir():
         from ddkit.run.directory import RunDirectory
 
         return citations(resolve(RunDirectory.existing(Path(target)).read_recipe()))
