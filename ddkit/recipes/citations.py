@@ -39,11 +39,11 @@ def citations(recipe: Recipe) -> list[Citation]:
     names no number.
     """
     own, *papers = ENTRIES.read_text(encoding="utf-8").strip().split("\n\n")
-    known = {found[1]: entry for entry in papers if (found := re.search(r"eprint = \{(.*)\}", entry))}
+    known = {number[1]: entry for entry in papers if (number := re.search(r"eprint = \{(.*)\}", entry))}
     entries = {own: ["ddkit itself"]}
     for part, source, is_own in _sources(recipe):
-        numbers = list(dict.fromkeys(ARXIV.findall(source)))
-        found = [known.get(number) or _entry(f"arxiv-{number}", source, number) for number in numbers]
+        named = list(dict.fromkeys(ARXIV.findall(source)))
+        found = [known.get(each) or _entry(f"arxiv-{each}", source, each) for each in named]
         if not (found or is_own):
             found = [_entry(part.removeprefix("the "), source)]
         for entry in found:
