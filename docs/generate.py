@@ -293,13 +293,14 @@ def _needs(name: str) -> str:
     losses = [registry.create("loss", recipe.loss_name(label), table.options) for label, table in recipe.losses.items()]
     initializer = registry.create("initializer", recipe.initializer.use, recipe.initializer.options)
     needs = {
-        "networks trained on the set": recipe.network.inner_epochs > 0,
-        "networks trained on real images": recipe.network.source == "experts"
-        or recipe.network.train_on == "real"
+        "networks trained on the set": recipe.network.trained_on == "synthetic",
+        "networks trained on real images": recipe.network.trained_on == "real"
+        or recipe.network.source == "experts"
         or any(loss.requires.experts for loss in losses),
         "a trained model": any(each.requires.teacher for each in (initializer, *losses)),
         "second derivatives": any(loss.requires.second_order for loss in losses),
         f"the parametrization {recipe.parametrization.use}": recipe.parametrization.use != "pixels",
+        "whitened images": recipe.data.whiten,
         f"{recipe.own_labels.kind} labels": recipe.own_labels.kind != "hard",
     }
     return ", ".join(need for need, wanted in needs.items() if wanted) or "fresh networks alone"
@@ -383,7 +384,7 @@ def _method(name: str) -> str:
         "recipe": f"`ddkit info recipe {name}`: every setting with its origin",
         "losses": ", ".join(losses) or "none: nothing is optimised",
         "needs": _needs(name),
-        "published, CIFAR-10, ipc 1 / 10 / 50": f"{_published(row)} %",
+        "published, CIFAR-10, ipc 1 / 10 / 50": f"{_published(row)} %" if row["published_1"] else "none",
     }
     made = []
     if row["step_1_10"]:
