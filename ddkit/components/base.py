@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
@@ -146,6 +146,10 @@ class Loss(Component):
 
         Both are untrained, and None if the loss does not require them.
         """
+
+    def expert_draws(self) -> Collection[tuple[int, int, int | None]]:
+        """Returns (span, first, last) of each `step.experts.draw` of a run, so that experts without these epochs are never trained."""
+        return ()
 
     def initial(self, step: Step) -> Mapping[str, Tensor]:
         """Returns initial values, by name, of declared parameters that depend on the data ({}: those declared).

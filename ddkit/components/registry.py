@@ -321,7 +321,7 @@ def _blamed(plugin: Plugin, failed: str, helps: str) -> Iterator[None]:
 OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside them, which ddkit.recipes.tables declares
     "data": {"use", "dir", "batch", "test", "held_out", "memory", "whiten", "whiten_eps", "whiten_absolute"},
     "teacher": {"use", "model", "mean", "std", "classes", "check"},
-    "train": {"epochs", "batch", "optimizer", "lr", "weight_decay", "schedule", "augmenter"},
+    "train": {"epochs", "batch", "optimizer", "lr", "momentum", "weight_decay", "schedule", "augmenter"},
     "network": {
         "model", "source", "first", "last", "interpolate", "renew_every", "pool", "train_on", "inner_epochs", "inner_steps", "inner_lr",
         "batch", "inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share",

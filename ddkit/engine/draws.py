@@ -163,10 +163,13 @@ class StepSource:
         own = rows[class_rows(self.real_labels[rows], self.own_classes)]
         return self.ranks.all_gather(self.real_of(own), "real images")
 
-    def augmented(self, index: int, x: Tensor, labels: Tensor, *, view: str = "") -> Tensor:
-        """Returns x (n, C, H, W) under the augmentation of step `index`, or of a view; what is drawn for a class is drawn once a step."""
+    def augmented(self, index: int, x: Tensor, labels: Tensor, *, view: str = "", draw: int = 0) -> Tensor:
+        """Returns x (n, C, H, W) under draw `draw` of the augmentation of step `index`, or under that of a view.
+
+        What is drawn for a class is drawn once a step.
+        """
         augmenter = self.views[view].augmenter if view else self.augmenter
-        purpose = f"view {view}" if view else "augmentation"
+        purpose = f"view {view}" if view else f"augmentation {draw}" if draw else "augmentation"
         with blamed("augmenter", augmenter):
             drawn = self.once(index, purpose, lambda: augmenter.sample(generator(self.seed, purpose, index), self.info.classes))
             return augmenter.apply(x, {key: value[labels] for key, value in drawn.items()})

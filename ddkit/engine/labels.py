@@ -13,6 +13,7 @@ from torch import Tensor
 from ddkit.components.options import Parameter
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import StepSource
+from ddkit.nn.networks import build_network, load_weights
 from ddkit.recipes.tables import LabelsTable
 
 SOFT_LABELS = "soft_labels"
@@ -33,6 +34,8 @@ def begin_labels(source: StepSource, bank: Bank, given: Tensor | None) -> None:
     rows = bank.rows(None)
     if source.labels.init == "teacher":
         given = _teachers(source, bank.decoded(rows))
+    elif source.labels.init == "experts":
+        given = _experts(source, bank.decoded(rows).detach(), _one_hot(source, bank, rows))
     bank.fill(SOFT_LABELS, _one_hot(source, bank, rows) if given is None else given)
 
 
@@ -56,3 +59,23 @@ def _teachers(source: StepSource, images: Tensor) -> Tensor:
     with torch.no_grad():
         logits = torch.cat([source.teacher.logits(part) for part in images.split(AT_ONCE)])
         return (logits.to(images.dtype) / source.labels.temperature).softmax(1)
+
+
+def _experts(source: StepSource, images: Tensor, classes: Tensor) -> Tensor:
+    """Returns the softmax of the mean logits, after the last epoch, of the experts that are right about an image, of all images (n, K).
+
+    `classes` (n, K) are one-hot, and stay where no expert is right. Source: Guo et al., arXiv 2310.05773, and its public code.
+    """
+    assert source.experts is not None
+    assert source.model is not None
+    module = build_network(source.model, source.info, source.seed, "labels").to(source.device).eval()
+    total = torch.zeros_like(classes)
+    right = torch.zeros_like(classes[:, :1])
+    for expert in range(source.experts.count):
+        load_weights(module, source.experts.weights(expert, len(source.experts.epochs) - 1))
+        with torch.no_grad():
+            logits = torch.cat([module(part).to(classes.dtype) for part in images.split(AT_ONCE)])
+        agrees = (logits.argmax(1) == classes.argmax(1))[:, None]
+        total += logits * agrees
+        right += agrees
+    return torch.where(right > 0, (total / right.clamp_min(1)).softmax(1), classes)

@@ -242,9 +242,12 @@ class Step:
         """The rows of each class as a slice, without asking the device."""
         return class_slices(self._host_labels)
 
-    def augment(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Returns x under the step's siamese augmentation: one operation and parameter set per class (None: `labels`)."""
-        return self._source.augmented(self._index, x, self._host_labels if labels is None else labels.cpu())
+    def augment(self, x: Tensor, labels: Tensor | None = None, *, draw: int = 0) -> Tensor:
+        """Returns x under the step's siamese augmentation: one operation and parameter set per class (None: `labels`).
+
+        Another `draw` from 0 on is another augmentation of the same step, for a loss that trains a network on the set.
+        """
+        return self._source.augmented(self._index, x, self._host_labels if labels is None else labels.cpu(), draw=draw)
 
     @_member(watched="the augmented images")
     def augmented(self) -> Tensor:

@@ -78,7 +78,7 @@ def train_teacher(
         "class_names": list(info.class_names),
         "input_shape": list(info.shape),
         "test_accuracy": _test_accuracy(module, dataset, info, norm, device),
-        "training": {**msgspec.structs.asdict(train), "seed": seed},
+        "training": {**train.recorded, "seed": seed},
     }
     return Teacher(module, mean=norm.mean, std=norm.std, whitening=norm.whitening, info=record)
 
@@ -106,7 +106,9 @@ def _fit(
             module,
             images,
             labels,
-            Schedule(**{key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "weight_decay", "schedule")}),
+            Schedule(
+                **{key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "momentum", "weight_decay", "schedule")}
+            ),
             augmenter=registry.create("augmenter", train.augmenter, train.options, data=info, where="train"),
             generator=generator(seed, "teacher training"),
             forward=compiled(module, wanted=made.compile),
@@ -177,7 +179,7 @@ def automatic_teacher(
         "shape": shape,
         "model": table.model,
         "options": table.options,
-        "train": msgspec.structs.asdict(train),
+        "train": train.recorded,
         **whitening_key(data),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]

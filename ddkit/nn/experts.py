@@ -100,7 +100,11 @@ class Experts:
         row_of = {epoch: row for row, epoch in enumerate(self.epochs)}
         end = self.epochs[-1] if last is None else last
         if end > self.trained:
-            raise InputError(f"The experts are trained for {self.trained} epochs, so none is of epoch {end}.", "network.last")
+            raise InputError(
+                f"The experts are trained for {self.trained} epochs, so none is of epoch {end}. Train them longer (--set "
+                f"experts.epochs={end + span}), or draw earlier ones.",
+                "network.last",
+            )
         found = [(row, row_of[epoch + span]) for epoch, row in row_of.items() if first <= epoch <= end and epoch + span in row_of]
         if not found:
             later = f" with another one {span} epochs later" if span else ""
@@ -203,7 +207,7 @@ def settings_of(recipe: Recipe, real: RealData, model: Model, *, units: Normalis
             "experts.save_every",
         )
     augmenter = registry.options_of("augmenter", train.augmenter, train.options, "train", info)
-    training = msgspec.structs.asdict(train) | {"options": written_options(augmenter)}
+    training = train.recorded | {"options": written_options(augmenter)}
     del training["epochs"]
     found = Settings(
         data=_Data(
@@ -538,7 +542,8 @@ def _fit(
         tell(number, done / batches)
 
     save(0)
-    schedule = {key: settings.train[key] for key in ("batch", "optimizer", "lr", "weight_decay", "schedule")}
+    keys = ("batch", "optimizer", "lr", "momentum", "weight_decay", "schedule")
+    schedule = {key: settings.train[key] for key in keys if key in settings.train}
     augmenter = registry.create("augmenter", settings.train["augmenter"], settings.train["options"], data=info, where="train")
     fit(
         module, images, labels, Schedule(epochs=settings.epochs, **schedule), augmenter=augmenter,

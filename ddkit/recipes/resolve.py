@@ -162,13 +162,18 @@ def check_effect(recipe: Recipe, given: Collection[str]) -> None:
     learned, drawn = labels.kind == "learned", network.source == "experts"
     experts = [path for path in given if path.split(".")[0] == "experts"]
     losses = [(recipe.loss_name(label), table.options, f"losses.{label}") for label, table in recipe.losses.items() if experts]
-    in_use = drawn or any(registry.create("loss", name, options, where=where).requires.experts for name, options, where in losses)
+    in_use = (
+        drawn
+        or (learned and labels.init == "experts")
+        or any(registry.create("loss", name, options, where=where).requires.experts for name, options, where in losses)
+    )
     rules = [  # whether keys are in use, why they are not, and the keys
         (learned, "labels.kind is not learned", ["labels.lr", "labels.init"]),
         (labels.kind == "teacher" or (learned and labels.init == "teacher"), "no label is the teacher's", ["labels.temperature"]),
+        (recipe.train.optimizer == "sgd", "train.optimizer is not sgd", ["train.momentum"]),
         (drawn, "network.source is not experts", ["network.first", "network.last"]),
         (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in ("inner_lr", *TRAINING)]),
-        (in_use, "no loss uses experts, and network.source is not experts", experts),
+        (in_use, "no loss uses experts, and neither network.source nor labels.init is experts", experts),
     ]
     for used, why, keys in rules:
         if not used:

@@ -78,9 +78,15 @@ class TrainTable(PluginTable):
     batch: Annotated[int, Option("images a step", ge=1)] = 256
     optimizer: Literal["sgd", "adam"] = "sgd"
     lr: Annotated[float, Option("peak learning rate", gt=0)] = 0.1
+    momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Option(ge=0)] = 5e-4
     schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
     augmenter: str = "dsa"
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The table as files record it, and caches know a training by; files of before `momentum` have none, where it was 0.9."""
+        return {key: value for key, value in msgspec.structs.asdict(self).items() if (key, value) != ("momentum", 0.9)}
 
 
 class NetworkTable(PluginTable):
@@ -249,8 +255,11 @@ class LabelsTable(Table):
     temperature: Annotated[float, Option("of the teacher's probabilities, softmax(logits / temperature)", gt=0)] = 1.0
     lr: Annotated[float, Option("learning rate of learned labels, in units of probability", gt=0)] = 0.01
     init: Annotated[
-        Literal["auto", "hard", "teacher"],
-        Option("what learned labels begin as; auto: those of the set that the run begins with (file:SET), or else the class"),
+        Literal["auto", "hard", "teacher", "experts"],
+        Option(
+            "what learned labels begin as; auto: those of the set that the run begins with (file:SET), or else the class; experts: the "
+            "mean logits of those that are right"
+        ),
     ] = "auto"
 
 

@@ -93,7 +93,7 @@ class RunSetup:
     def _without_data(self) -> Dataset | None:
         """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""
         recipe = self.recipe
-        of_experts = recipe.network.source == "experts" or any(requires.experts for requires in self.requires)
+        of_experts = recipe.network.source == "experts" or self._labelled_by_experts or any(each.experts for each in self.requires)
         if recipe.pipc != 0 or recipe.teacher.use == "auto" or recipe.evaluators or of_experts:
             return None
         names = recipe.teacher.classes or self._teacher_record.get("class_names")
@@ -347,17 +347,22 @@ class RunSetup:
 
     @property
     def needs_experts(self) -> bool:
-        return self._draws_experts or any(requires.experts for requires in self.requires)
+        return self._draws_experts or self._labelled_by_experts or any(requires.experts for requires in self.requires)
+
+    @property
+    def _labelled_by_experts(self) -> bool:
+        """Whether learned labels begin as those of experts."""
+        return self.recipe.own_labels.kind == "learned" and self.recipe.own_labels.init == "experts"
 
     def load_experts(self, *, train_it: bool = True) -> None:
         """Loads the experts, or trains automatic ones; a recipe that needs none gets none. `train_it`: as in load_teacher."""
         if not self.needs_experts:
             return
-        table, recipe, channels = self.recipe.network, self.recipe, self.info.channels
+        recipe, channels = self.recipe, self.info.channels
         units = self.normalisation if self.teacher is not None and self._distils_with_teacher else None
         stand_in = untrained(self.model, self.info, recipe.experts, units or Normalisation([0.5] * channels, [0.25] * channels))
-        if self._draws_experts and recipe.experts.use == "auto":
-            _check_epochs(stand_in, table)  # before they are trained
+        if recipe.experts.use == "auto":
+            self._check_epochs(stand_in)  # before they are trained
         self.experts = experts_of(
             recipe, self.real, self.model, self.device, self.watchers, units=units, ranks=self.ranks, train_it=train_it
         )
@@ -366,9 +371,21 @@ class RunSetup:
             if recipe.data.whiten and units is None and len(self.real.labels):
                 stand_in.normalisation = self.normalisation
         self.ranks.check_same("The experts", self.experts.digest)
-        if self._draws_experts:
-            _check_epochs(self.experts, table)
+        self._check_epochs(self.experts)
         self._normalisation = self.experts.normalisation
+
+    def _check_epochs(self, experts: Experts) -> None:
+        """Raises InputError where the experts have no epochs such as networks or losses ask for."""
+        table = self.recipe.network
+        if self._draws_experts:
+            experts.rows(table.first, table.last)
+        if self._draws_experts and table.interpolate:
+            experts.rows(table.first, table.first, experts.span(table.first, table.last))
+        for each in self.losses:
+            with each.blamed():
+                draws = each.loss.expert_draws()
+            for span, first, last in draws:
+                experts.rows(first, last, span)
 
     @property
     def normalisation(self) -> Normalisation:
@@ -493,7 +510,8 @@ class RunSetup:
         source = StepSource(
             seed=self.recipe.seed, info=self.info, normalisation=self.normalisation, real_images=self.real.images,
             real_labels=self.real.labels, batch=self.recipe.data.batch, augmenter=self.augmenter, views=self.views,
-            model=self.model if self.decided.needs_network else None, renew_every=table.renew_every, teacher=self.teacher,
+            model=self.model if self.decided.needs_network or self._labelled_by_experts else None,
+            renew_every=table.renew_every, teacher=self.teacher,
             device=self.device, arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, twice=twice,
             differentiate=differentiate, ranks=self.ranks,
             pool=table.pool, inner=_inner(table) if table.trained_on != "none" and self.decided.needs_network else None,
@@ -573,13 +591,6 @@ class RunSetup:
             | ({"file": p.file, "sha256": p.sha256} if p.file else {})
             for p in used
         ]
-
-
-def _check_epochs(experts: Experts, table: NetworkTable) -> None:
-    """Raises InputError if the experts have not saved the epochs that networks are drawn from."""
-    experts.rows(table.first, table.last)
-    if table.interpolate:
-        experts.rows(table.first, table.first, experts.span(table.first, table.last))
 
 
 def _inner(table: NetworkTable) -> Inner:

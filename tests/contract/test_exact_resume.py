@@ -38,12 +38,13 @@ def cases() -> dict[str, dict[str, Any]]:
     recipes = {name: resolve(name, ipc=2) for name in own("recipe")}
     renewed = {"network.renew_every": 2, "network.inner_epochs": 1}
     experts = {"network.source": "experts", "experts.count": 2, "experts.epochs": 2}
+    trained = {"experts.count": 1, "experts.epochs": 22, "losses.trajectory.steps": 2}
     shared = {"bases": {"parametrization.decoder": True}}  # by all classes
     pool = {"network.pool": 2, "network.renew_every": 3, "network.inner_steps": 2, "network.batch": 4}
     adam = {"network.train_on": "real", "network.inner_optimizer": "adam", "network.inner_mix": "cutmix", "network.norm": "batch"}
     momentum = {"optimizer.images.kind": "sgd", "optimizer.images.momentum": 0.9}
     return {
-        **{f"loss {name}": {"losses": name} for name in own("loss")},
+        **{f"loss {name}": {"losses": name} | ({"sets": trained} if name == "trajectory" else {}) for name in own("loss")},
         **{f"initializer {name}": both | {"init": name} for name in own("initializer")},
         "features of the teacher": {"losses": "dm", "init": "kmeans", "sets": {"initializer.features": "teacher"}},
         **{f"augmenter {name}": both | {"augment": name} for name in own("augmenter")},
@@ -52,7 +53,10 @@ def cases() -> dict[str, dict[str, Any]]:
             for name in own("parametrization") if name != "pixels"
         },
         **{
-            f"recipe {name}": {"recipe": name, "sets": renewed if recipe.network.inner_epochs else {}}
+            f"recipe {name}": {
+                "recipe": name,
+                "sets": trained if "trajectory" in recipe.losses else renewed if recipe.network.inner_epochs else {},
+            }
             for name, recipe in recipes.items() if recipe.losses
         },
         "networks of experts": both | {"sets": experts},
@@ -63,13 +67,14 @@ def cases() -> dict[str, dict[str, Any]]:
         "whitened": {"losses": "dm", "sets": {"data.whiten": True, "parametrization": "grid", "initializer.reuse": True}},
         "adam": both | {"sets": {"optimizer.images.kind": "adam"}},
         "sgd": both | {"sets": momentum},
-        "all losses": {"losses": ",".join(own("loss"))},
+        "all losses": {"losses": ",".join(own("loss")), "sets": trained},
         "learned labels": {"losses": "feature-regression", "sets": renewed | {"labels.kind": "learned", "labels.init": "teacher"}},
         "the teacher's labels": {"losses": "feature-regression", "sets": renewed | {"labels.kind": "teacher", "labels.temperature": 2.0}},
     }  # fmt: skip
 
 
 CASES = cases()
+SLOW = ("recipe dd", "recipe tesla")  # whose losses have cases of their own
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +130,7 @@ class Copies:
         self.copies[index] = shutil.copytree(self.path, self.path.parent / f"{self.path.name}-{index}")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
 def test_a_run_that_is_cut_off_and_continued_is_the_run_that_was_not(data: str, tmp_path: Path, name: str) -> None:
     given = CASES[name]
     if name == "initializer file":

@@ -17,6 +17,7 @@ from ddkit.run.directory import RunDirectory
 EVERY_LOSS = ",".join(sorted(p.name for p in registry.plugins() if p.kind == "loss" and p.first_party))
 MIB = 2**20
 NARROW = {"train.epochs": 1, "teacher.width": 8, "network.width": 8}
+SHORT = {"losses.trajectory.steps": 1, "losses.unrolled.epochs": 1, "experts.count": 1, "experts.epochs": 2}
 
 
 class Steps:
@@ -45,7 +46,7 @@ def growth(folder: Path, steps: int, warm: int, *others: Any, width: int = 8) ->
             pages = int(Path("/proc/self/statm").read_text().split()[1])
             sizes.append(pages * os.sysconf("SC_PAGE_SIZE") / MIB)
 
-    sets = NARROW | {"teacher.width": width, "network.width": width, "engine.log_every": 10, "engine.checkpoint_every": 50}
+    sets = NARROW | SHORT | {"teacher.width": width, "network.width": width, "engine.log_every": 10, "engine.checkpoint_every": 50}
     run(folder, EVERY_LOSS, sets, pipc=10, steps=steps, observers=[*others, Steps(look)])
     return max(sizes) - sizes[0]
 

@@ -41,7 +41,10 @@ CLASSES, STEPS = 5, 12  # neither 2 nor 3 divides the classes
 SIZES = (2, 3)
 IMAGES, LOSSES = 1e-4, 1e-4  # how far images (pixel units) and losses (relative) may be from those of one process
 TINY = {"network.width": 8, "network.depth": 1, "engine.checkpoint_every": 25}
-LOSSES_OF_DDKIT = [plugin.name for plugin in registry.plugins() if plugin.kind == "loss" and plugin.first_party]
+LOSSES_OF_DDKIT = [
+    plugin.name for plugin in registry.plugins()
+    if plugin.kind == "loss" and plugin.first_party and registry.create("loss", plugin.name).requires.reduce is not None
+]  # fmt: skip
 POOL = {"norm": "batch", "pool": 2, "renew_every": 3, "train_on": "real", "inner_steps": 2, "batch": 8, "inner_mix": "mixup"}
 EACH_LOSS: dict[str, tuple[str, dict[str, Any]]] = {
     "every loss": (

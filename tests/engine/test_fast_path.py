@@ -71,6 +71,7 @@ def source(
         seed=0, info=INFO, normalisation=Normalisation((0.5,) * 3, (0.25,) * 3), real_images=images, real_labels=labels, batch=batch,
         augmenter=ddkit.create("augmenter", "dsa", data=INFO), views={"default": ViewSpec(composed, 0.2)}, model=model(), renew_every=1,
         teacher=teacher, device=device, arithmetic=arithmetic, block=block,
+        experts=untrained(model(), INFO, ExpertsTable(), Normalisation((0.5,) * 3, (0.25,) * 3)),
     )  # fmt: skip
 
 

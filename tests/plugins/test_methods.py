@@ -43,6 +43,8 @@ def test_examples_in_docstrings_hold(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_on_digits_as_its_paper_has_it(name: str, tmp_path: Path) -> None:
     small = {path: value for path, value in SMALL.items() if not path.startswith("evaluators")}
+    if "trajectory" in resolve(name).losses:
+        small |= {"experts.count": 2, "experts.epochs": 6, "losses.trajectory.steps": 3}
     run = ddkit.distill(
         name, ipc=1, pipc=5, steps=min(2, resolve(name).steps), evaluators="none", sets=small, out=tmp_path / "run", device="cpu"
     )

@@ -27,6 +27,8 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("loss", "gm"): [{}],
     ("loss", "classification"): [{}],
+    ("loss", "trajectory"): [{"steps": 2}],
+    ("loss", "unrolled"): [{"epochs": 2}],
     ("loss", "total-variation"): [{}],
     ("loss", "image-norm"): [{}],
     ("loss", "layer-means"): [{"shallow": 0.5}],
