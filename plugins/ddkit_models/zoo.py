@@ -19,6 +19,10 @@ import ddkit
 
 log = logging.getLogger("ddkit")
 SMALL = 64  # pixels; below, halving twice before the first block leaves too little
+OURS = {  # arguments of the libraries' functions that ddkit gives itself, or that would load weights
+    "model_name", "name", "num_classes", "in_chans", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+    "cache_dir", "weights", "progress", "features_only", "scriptable", "exportable", "no_jit",
+}  # fmt: skip
 _TOLD: set[tuple[Any, ...]] = set()
 
 
@@ -80,10 +84,18 @@ class Zoo(ddkit.Model):
     stem: Literal["auto", "small", "original"] = ddkit.option(
         "auto", "small: a first 7x7/2 convolution is 3x3/1, without the max pooling; auto: so for images below 64 pixels"
     )
+    kwargs: dict[str, Any] | None = ddkit.option(None, "arguments of the library for this architecture, e.g. kwargs.patch_size = 4")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.full_name = f"{self.library}:{self.architecture}"
+        for key, value in (self.kwargs or {}).items():
+            if key in OURS:
+                raise ddkit.InputError(
+                    f"{self.full_name}: ddkit gives {key} itself, or not at all: leave kwargs.{key} out. weights = FILE reads weights."
+                )
+            if isinstance(value, dict):
+                raise ddkit.InputError(f"{self.full_name}: kwargs.{key} is a table; a number, a text, true, false or a list is taken.")
         self._fits: set[tuple[Any, ...]] = set()
         if self.weights is not None:
             self.weights = str(Path(self.weights).absolute())
@@ -107,7 +119,7 @@ class Zoo(ddkit.Model):
         raise NotImplementedError
 
     def build(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
-        """Returns the library's network with fresh weights."""
+        """Returns the library's network with fresh weights, made with `kwargs`."""
         raise NotImplementedError
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
@@ -116,6 +128,9 @@ class Zoo(ddkit.Model):
         except ddkit.DdkitError:
             raise
         except Exception as error:  # the library's own checks of size and channels
+            if self.kwargs:
+                given = ", ".join(f"{key} = {value}" for key, value in self.kwargs.items())
+                raise ddkit.InputError(f"{self.full_name} cannot be made with kwargs {given} ({_reason(error)}).") from error
             raise self._unfit(channels, size, error) from error
         if _stem(self.stem, size) == "small" and small_stem(module):
             self._say(
@@ -137,10 +152,9 @@ class Zoo(ddkit.Model):
         return module
 
     def _unfit(self, channels: int, size: tuple[int, int], error: Exception) -> ddkit.InputError:
-        reason = " ".join(str(error).split())[:200]
         return ddkit.InputError(
             f"{self.full_name} does not take images of {channels} x {size[0]} x {size[1]} (channels x height x width): "
-            f"{type(error).__name__}: {reason}. ddkit's own convnet, resnet18, vgg11, alexnet and lenet are made for small images."
+            f"{_reason(error)}. ddkit's own convnet, resnet18, vgg11, alexnet and lenet are made for small images."
         )
 
     @cached_property
@@ -174,6 +188,10 @@ class Zoo(ddkit.Model):
         if (self.full_name, *key) not in _TOLD:
             _TOLD.add((self.full_name, *key))
             log.warning("%s: %s.", self.full_name, what)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
 
 
 def _existing(weights: str) -> Path:
@@ -213,7 +231,7 @@ class Torchvision(Zoo):
             extra = {"image_size": size[0]}
         elif name.startswith("maxvit"):
             extra = {"input_size": size}
-        module: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra)
+        module: nn.Module = models.get_model(name, weights=None, num_classes=classes, **extra | (self.kwargs or {}))
         with_channels(module, channels)
         if not any(isinstance(layer, nn.Linear) for layer in module.modules()):
             module.embed = MethodType(_pooled_features, module)  # type: ignore[assignment]
@@ -241,7 +259,8 @@ class Timm(Zoo):
     def build(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         library, name = _timm(), self.architecture
         fixed = getattr(library.models.get_pretrained_cfg(name, allow_unregistered=True), "fixed_input_size", False)
-        extra = {"img_size": size} if fixed else {}
+        extra: dict[str, Any] = {"img_size": size} if fixed else {}
+        extra |= self.kwargs or {}
         module: nn.Module = library.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **extra)
         module.embed = MethodType(_pre_logits, module)  # type: ignore[assignment]
         return module

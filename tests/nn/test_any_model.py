@@ -138,8 +138,9 @@ class FakeTimm(nn.Module):
 
 @pytest.fixture
 def fake_timm(monkeypatch: pytest.MonkeyPatch) -> None:
-    def create_model(name: str, *, pretrained: bool, num_classes: int, in_chans: int, img_size: Any = None) -> nn.Module:
+    def create_model(name: str, *, pretrained: bool, num_classes: int, in_chans: int, img_size: Any = None, depth: int = 1) -> nn.Module:
         assert not pretrained
+        assert depth == 1 or name == "vit"
         return FakeTimm(in_chans, num_classes, img_size)
 
     library, models = types.ModuleType("timm"), types.ModuleType("timm.models")
@@ -160,6 +161,22 @@ def test_timm_gets_channels_classes_the_size_where_it_is_fixed_and_the_small_ste
     assert network("timm:vit", (1, 32, 32)).size == (32, 32)
     with pytest.raises(ddkit.InputError, match=r"timm has no classifier 'resnot'. Did you mean timm:resnet"):
         ddkit.create("model", "timm:resnot")
+
+
+@pytest.mark.usefixtures("fake_timm")
+def test_arguments_of_the_library_pass_through_but_those_that_load_weights() -> None:
+    def made(**kwargs: Any) -> nn.Module:
+        return ddkit.create("model", "timm:vit", {"kwargs": kwargs})(1, (32, 32), 3)  # type: ignore[no-any-return]
+
+    assert made(img_size=(16, 16), depth=2).size == (16, 16)
+    for kwargs, said in (
+        ({"nonsense": 1}, "cannot be made with kwargs nonsense = 1"),
+        ({"pretrained": True}, "ddkit gives pretrained itself"),
+        ({"checkpoint_path": "theirs.pth"}, "ddkit gives checkpoint_path itself"),
+        ({"depth": {"a": 1}}, "kwargs.depth is a table"),
+    ):
+        with pytest.raises(ddkit.InputError, match=said):
+            made(**kwargs)
 
 
 def test_without_timm_one_paragraph_says_how_to_install_it(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
