@@ -393,6 +393,7 @@ def _method(name: str) -> str:
         share = f": {_share(row)} of the published gain over random real images" if row["published_1"] else ""
         facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}{share}"
         facts["random real, ipc 1"] = f"{_accuracy(row, 'random')} %, under the same protocol"
+    if (DOCS / "images" / "methods" / f"{name}.png").is_file():
         picture = f"![Ten images made by {name}, one of each class of CIFAR-10](../images/methods/{name}.png)"
         made = ["", "```bash", _command(row), "```", "", picture]
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), *made])
