@@ -384,7 +384,7 @@ def _method(name: str) -> str:
         "recipe": f"`ddkit info recipe {name}`: every setting with its origin",
         "losses": ", ".join(losses) or "none: nothing is optimised",
         "needs": _needs(name),
-        "published, CIFAR-10, ipc 1 / 10 / 50": f"{_published(row)} %" if row["published_1"] else "none",
+        "published, CIFAR-10, ipc 1 / 10 / 50": f"{_published(row)} %".replace("- / - / - %", "none"),
     }
     made = []
     if row["step_1_10"]:
