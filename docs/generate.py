@@ -327,13 +327,13 @@ def _command(row: dict[str, str]) -> str:
 
 
 def _references() -> dict[str, dict[str, Any]]:
-    """Returns the papers of CITATION.cff by arXiv number: title, year, authors as "Zhao, Bo", and where it appeared, "" if only there."""
+    """Returns papers of CITATION.cff by number at arXiv or OpenReview: title, year, url, authors as "Zhao, Bo", where it appeared or ""."""
     found = {}
     for text in (DOCS.parent / "CITATION.cff").read_text(encoding="utf-8").split("\n  - type:")[1:]:
         people, rest = text.split("    year:")
         names = re.findall(r'- (?:family-names|name): "?([^"\n]+)"?(?:\n +given-names: "?([^"\n]+)"?)?', people)
-        fields = {key: re.search(rf'{key}: "?([^"\n]+)"?', text) for key in ("title", "year", "collection-title")}
-        found[re.search(r"arXiv:([\d.]+)", rest)[1]] = {  # type: ignore[index]
+        fields = {key: re.search(rf'{key}: "?([^"\n]+)"?', text) for key in ("title", "year", "collection-title", "url")}
+        found[re.search(r"(?:arXiv:|forum\?id=)([\w.]+)", rest)[1]] = {  # type: ignore[index]
             "authors": [", ".join(filter(None, pair)) for pair in names],
             **{key: match[1] if match else "" for key, match in fields.items()},
         }
@@ -349,7 +349,7 @@ def _bibtex() -> str:
         last = re.sub("[^a-z]", "", each["authors"][0].partition(",")[0].split()[0].lower())
         authors = " and ".join(each["authors"]).replace(" et al.", " and others")
         fields = {"title": f"{{{each['title']}}}", "author": authors, "booktitle": each["collection-title"], "year": each["year"]}
-        fields |= {"eprint": number, "archiveprefix": "arXiv", "url": f"https://arxiv.org/abs/{number}"}
+        fields |= {"eprint": number, "archiveprefix": "arXiv" if "arxiv" in each["url"] else "OpenReview", "url": each["url"]}
         entries.append(("inproceedings" if each["collection-title"] else "misc", f"{last}{each['year']}-{number}", fields))
     lines = [(kind, key, "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)) for kind, key, fields in entries]
     return "\n\n".join(f"@{kind}{{{key},\n{own}}}" for kind, key, own in lines) + "\n"
@@ -357,11 +357,12 @@ def _bibtex() -> str:
 
 def _paper(name: str) -> tuple[str, str]:
     """Returns a recipe's paper as CITATION.cff has it, in words and as a link."""
-    (found,) = re.findall(r"arXiv (\d{4}\.\d{5})", resolve(name).source)[:1]
-    paper = _references()[found]  # if it is not there, add it
+    found = re.search(r"(arXiv |forum\?id=)([\w.]+\w)", resolve(name).source)
+    assert found, name
+    paper, on_arxiv = _references()[found[2]], found[1] == "arXiv "  # if it is not there, add it
     names = [author.partition(",")[0] for author in paper["authors"]]
     words = f"{', '.join(names[:-1])}{' and ' if names[1:] else ''}{names[-1]}, {paper['title']}, {paper['year']}"
-    return words, f"[{found}](https://arxiv.org/abs/{found})"
+    return f"{words}, {'arXiv' if on_arxiv else 'at'}", f"[{found[2] if on_arxiv else 'OpenReview'}]({paper['url']})"
 
 
 def _methods(_: str) -> str:
@@ -380,7 +381,7 @@ def _method(name: str) -> str:
     row, recipe = _figures()[name], resolve(name)
     losses = [f"[`{recipe.loss_name(label)}`](../components/loss-{recipe.loss_name(label)}.md)" for label in recipe.losses]
     facts = {
-        "paper": f"{_paper(name)[0]}, arXiv {_paper(name)[1]}",
+        "paper": " ".join(_paper(name)),
         "recipe": f"`ddkit info recipe {name}`: every setting with its origin",
         "losses": ", ".join(losses) or "none: nothing is optimised",
         "needs": _needs(name),
@@ -400,8 +401,7 @@ def _method(name: str) -> str:
 
 
 def _citation(name: str) -> str:
-    words, link = _paper(name)
-    return f"{words}, arXiv {link}. It is in [CITATION.cff](../../CITATION.cff)."
+    return f"{' '.join(_paper(name))}. It is in [CITATION.cff](../../CITATION.cff)."
 
 
 PARTS: dict[str, Callable[[str], str]] = {

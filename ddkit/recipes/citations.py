@@ -1,4 +1,4 @@
-"""The papers that a recipe uses, as BibTeX: those that its source and the docstrings of its components name by arXiv number.
+"""The papers that a recipe uses, as BibTeX: those that its source and its components' docstrings name by number at arXiv or OpenReview.
 
 The entries are in citations.bib, which `python docs/generate.py` writes from CITATION.cff.
 """
@@ -42,7 +42,7 @@ def citations(recipe: Recipe) -> list[Citation]:
     known = {number[1]: entry for entry in papers if (number := re.search(r"eprint = \{(.*)\}", entry))}
     entries = {own: ["ddkit itself"]}
     for part, source, is_own in _sources(recipe):
-        named = list(dict.fromkeys(ARXIV.findall(source)))
+        named = list(dict.fromkeys([*ARXIV.findall(source), *(each for each in known if each in source)]))
         found = [known.get(each) or _entry(f"arxiv-{each}", source, each) for each in named]
         if not (found or is_own):
             found = [_entry(part.removeprefix("the "), source)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -44,15 +44,30 @@ class GradientMatching(ddkit.Loss):
     """
 
     distance: Literal["layer-cosine", "mse", "cosine"] = ddkit.option("layer-cosine", "layer-wise cosine is the original's")
+    kernels: bool = ddkit.option(
+        False, "whether the kernels of convolutions alone are compared, no linear layer, bias or norm, as IDC does"
+    )
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, second_order=True, reduce="sum")
+
+    def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
+        if not self._compared(list(step.network.parameters())):
+            raise ddkit.InputError(
+                f"{self.recipe_path}.kernels compares the kernels of convolutions, and the network has none. Use another, such as "
+                f"--set network.model=convnet, or --set {self.recipe_path}.kernels=false.",
+                f"{self.recipe_path}.kernels",
+            )
+        return {}
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, terms = step.real.class_gradients, []
         for label, synthetic in step.class_gradients.items():
             if label in real:
-                terms.append(gradient_distance(real[label], synthetic, self.distance))
+                terms.append(gradient_distance(self._compared(real[label]), self._compared(synthetic), self.distance))
             else:  # nothing to match: 0, as in distribution matching
                 terms.append(step.images[step.class_slices[label]].sum() * 0)
         return torch.stack(terms).sum()
+
+    def _compared(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [each for each in gradients if each.ndim > 2] if self.kernels else gradients

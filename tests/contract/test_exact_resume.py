@@ -39,6 +39,7 @@ def cases() -> dict[str, dict[str, Any]]:
     renewed = {"network.renew_every": 2, "network.inner_epochs": 1}
     experts = {"network.source": "experts", "experts.count": 2, "experts.epochs": 2}
     trained = {"experts.count": 1, "experts.epochs": 22, "losses.trajectory.steps": 2}
+    few = experts | {"experts.save_every": 1, "network.first": 0}
     shared = {"bases": {"parametrization.decoder": True}}  # by all classes
     pool = {"network.pool": 2, "network.renew_every": 3, "network.inner_steps": 2, "network.batch": 4}
     adam = {"network.train_on": "real", "network.inner_optimizer": "adam", "network.inner_mix": "cutmix", "network.norm": "batch"}
@@ -55,7 +56,10 @@ def cases() -> dict[str, dict[str, Any]]:
         **{
             f"recipe {name}": {
                 "recipe": name,
-                "sets": trained if "trajectory" in recipe.losses else renewed if recipe.network.inner_epochs else {},
+                "sets": trained if "trajectory" in recipe.losses
+                else renewed if recipe.network.inner_epochs
+                else few if recipe.network.source == "experts"
+                else {},
             }
             for name, recipe in recipes.items() if recipe.losses
         },

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import cmath
 import doctest
 import importlib
 import json
 import math
+import operator
 import pkgutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,12 @@ from types import SimpleNamespace
 import ddkit_methods
 import pytest
 import torch
+from ddkit_gm import GradientMatching, gradient_distance
 from ddkit_methods.attention import attention, attention_maps
+from ddkit_methods.characteristic import characteristic_distance
 from ddkit_methods.class_centres import centre_loss
 from ddkit_methods.classification import class_cross_entropy
+from ddkit_methods.covariance import covariance_distance
 from ddkit_methods.layer_means import mean_gap
 from ddkit_methods.mmd import squared_mmd
 from torch import Tensor, nn
@@ -45,6 +50,8 @@ def test_a_recipe_runs_on_digits_as_its_paper_has_it(name: str, tmp_path: Path) 
     small = {path: value for path, value in SMALL.items() if not path.startswith("evaluators")}
     if "trajectory" in resolve(name).losses:
         small |= {"experts.count": 2, "experts.epochs": 6, "losses.trajectory.steps": 3}
+    if resolve(name).network.source == "experts":
+        small |= {"experts.count": 2, "experts.epochs": 1, "experts.save_every": 1, "network.first": 0}
     run = ddkit.distill(
         name, ipc=1, pipc=5, steps=min(2, resolve(name).steps), evaluators="none", sets=small, out=tmp_path / "run", device="cpu"
     )
@@ -192,3 +199,56 @@ def test_classification_counts_as_much_as_the_network_is_right_about_real_images
         found[name] = [json.loads(row)["logged"]["classification"]["accuracy"] for row in rows]
     assert found["trained"][0] == found["fresh"][0]
     assert max(found["fresh"]) < 0.4 < 0.6 < found["trained"][1]
+
+
+# Gradients of convolutions
+
+
+def test_gradients_of_kernels_are_those_of_convolutions_alone_and_a_network_without_any_is_refused() -> None:
+    real, synthetic = ([normal(4, 2, 3, 3, seed=seed), normal(4, seed=seed), normal(5, 4, seed=seed)] for seed in (0, 1))
+    loss = GradientMatching(kernels=True)
+    kept = [loss._compared(side) for side in (real, synthetic)]
+    wanted = sum(float(a - b) ** 2 for a, b in zip(real[0].flatten(), synthetic[0].flatten(), strict=True))
+    assert float(gradient_distance(*kept, "mse")) == pytest.approx(wanted, rel=1e-12)
+    with pytest.raises(ddkit.InputError, match=r"kernels=false"):
+        loss.initial(SimpleNamespace(network=nn.Linear(2, 2)))  # type: ignore[arg-type]
+
+
+# Characteristic functions
+
+
+def test_the_distance_of_characteristic_functions_agrees_with_complex_numbers_and_finite_differences() -> None:
+    real, synthetic, frequencies = normal(5, 3), normal(2, 3, seed=1).requires_grad_(), normal(4, 3, seed=2)
+    total = 0.0
+    for t in frequencies.tolist():
+        a, b = (sum(cmath.exp(1j * sum(map(operator.mul, t, x))) for x in rows.tolist()) / len(rows) for rows in (real, synthetic))
+        total += math.sqrt(0.3 * (abs(a) - abs(b)) ** 2 + 0.7 * 2 * (abs(a) * abs(b) - (a * b.conjugate()).real)) / len(frequencies)
+    assert float(characteristic_distance(real, synthetic, frequencies, 0.3, 0.7).detach()) == pytest.approx(total, rel=1e-9)
+    assert gradcheck(lambda x: characteristic_distance(real, x, frequencies, 0.3, 0.7), (synthetic,))
+
+
+def test_equal_features_have_equal_characteristic_functions_and_a_finite_gradient() -> None:
+    x, frequencies = normal(4, 3), normal(6, 3, seed=1)
+    again = x[[2, 0, 3, 1]].requires_grad_()
+    value = characteristic_distance(x, again, frequencies, 0.5, 0.5)
+    assert float(value.detach()) < 2e-6
+    assert torch.autograd.grad(value, again)[0].isfinite().all()
+    assert float(characteristic_distance(x, x + 1, frequencies, 0.5, 0.5)) > 0.1
+    assert float(characteristic_distance(x, x + 1, frequencies, 0.5, 0.0)) < 2e-6, "a shift turns phases alone"
+
+
+# Covariance matching
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_the_distance_of_covariances_agrees_with_loops_and_finite_differences(n: int) -> None:
+    real, synthetic = normal(5, 3), normal(n, 3, seed=1)
+
+    def covariance(rows: list[list[float]], j: int, k: int) -> float:
+        means = [sum(row[each] for row in rows) / len(rows) for each in (j, k)]
+        return sum((row[j] - means[0]) * (row[k] - means[1]) for row in rows) / max(len(rows) - 1, 1)
+
+    gaps = [covariance(real.tolist(), j, k) - covariance(synthetic.tolist(), j, k) for j in range(3) for k in range(3)]
+    assert float(covariance_distance(real, synthetic)) == pytest.approx(sum(gap**2 for gap in gaps) / 3, rel=1e-10)
+    assert float(covariance_distance(real, real + 1)) < 1e-12, "means are not compared"
+    assert gradcheck(lambda x: covariance_distance(real, x), (synthetic.requires_grad_(),))

@@ -29,6 +29,8 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("loss", "classification"): [{}],
     ("loss", "trajectory"): [{"steps": 2}],
     ("loss", "unrolled"): [{"epochs": 2}],
+    ("loss", "characteristic-function"): [{"frequencies": 64}],
+    ("loss", "covariance-matching"): [{}],
     ("loss", "total-variation"): [{}],
     ("loss", "image-norm"): [{}],
     ("loss", "layer-means"): [{"shallow": 0.5}],
