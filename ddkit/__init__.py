@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ddkit import data, nn
-    from ddkit.api import blend, cite, distill, evaluate, join, resume, split, train, train_experts
+    from ddkit.api import blend, cite, compare, distill, evaluate, join, resume, split, train, train_experts
     from ddkit.components.base import (
         Augmenter,
         DataInfo,
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 _HOMES = {
-    "ddkit.api": "blend cite distill evaluate join resume split train train_experts",
+    "ddkit.api": "blend cite compare distill evaluate join resume split train train_experts",
     "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss Model Parametrization",
     "ddkit.components.observers": "hookimpl",
     "ddkit.components.options": "Parameter Requires option",
@@ -61,7 +61,7 @@ __all__ = [
     "Artifact", "Augmenter", "Child", "ChildEnded", "DataInfo", "Dataset", "DdkitError", "Evaluation", "Evaluator", "Exporter",
     "FlagError", "InitContext", "Initializer", "InputError", "Interrupted", "Loss", "Model", "Parameter",
     "Parametrization", "PluginError", "ProgressBar", "Requires", "RunFailed", "RunFilesError", "Step", "__version__", "add_plugin_file",
-    "blend", "cite", "create", "data", "distill", "evaluate", "export", "generator", "hookimpl", "import_file", "join", "load",
+    "blend", "cite", "compare", "create", "data", "distill", "evaluate", "export", "generator", "hookimpl", "import_file", "join", "load",
     "markdown", "nn", "option", "reply", "report", "resume", "split", "train", "train_experts",
 ]  # fmt: skip
 

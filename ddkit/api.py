@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ddkit.recipes.citations import Citation
     from ddkit.run.artifact import Artifact
     from ddkit.run.blend import blend
+    from ddkit.run.comparison import compare
     from ddkit.run.directory import Run
     from ddkit.run.evaluation import evaluate
     from ddkit.run.exporting import export
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from ddkit.run.report import report
 
 _ELSEWHERE = {  # public functions that stand beside what they do, and the types that these give
-    "Artifact": "artifact", "Run": "directory", "blend": "blend", "evaluate": "evaluation", "export": "exporting",
+    "Artifact": "artifact", "Run": "directory", "blend": "blend", "compare": "comparison", "evaluate": "evaluation", "export": "exporting",
     "import_file": "importing", "join": "join", "report": "report", "split": "join",
 }  # fmt: skip
 TRAINING = Part(  # what of a recipe `train` uses
@@ -50,8 +51,8 @@ TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
 __all__ = [
-    "Artifact", "Run", "blend", "cite", "distill", "evaluate", "export", "import_file", "join", "plan", "report", "resume", "split",
-    "train", "train_experts",
+    "Artifact", "Run", "blend", "cite", "compare", "distill", "evaluate", "export", "import_file", "join", "plan", "report", "resume",
+    "split", "train", "train_experts",
 ]  # fmt: skip
 
 

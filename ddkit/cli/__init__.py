@@ -33,7 +33,7 @@ INTERRUPTED = "Interrupted. Nothing half-written is left: give the same command 
 SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
 COMMANDS = {  # name: module, and the function there
     "blend": ("sets", "blend"), "bench": ("bench", "bench"), "check": ("components", "check"),
-    "cite": ("components", "cite"), "distill": ("distill", "distill"),
+    "cite": ("components", "cite"), "compare": ("sets", "compare"), "distill": ("distill", "distill"),
     "evaluate": ("distill", "evaluate"), "export": ("files", "export"), "import": ("files", "import_"), "info": ("components", "info"),
     "join": ("sets", "join"), "list": ("components", "list_components"), "new": ("components", "new"), "report": ("files", "report"),
     "reproduce": ("reproduce", "reproduce"), "schema": ("components", "schema"), "split": ("sets", "split"), "train": ("distill", "train"),

@@ -1,16 +1,20 @@
-"""The commands that make a set of others: blend, join and split."""
+"""The commands about several sets: compare, and blend, join and split, which make sets of others."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
-from ddkit.cli.common import Kind, Place, as_json, echo_json, names_of, show
+from ddkit.cli.common import Kind, Place, as_json, budget, echo_json, names_of, percent, show
+from ddkit.errors import printable
 
 if TYPE_CHECKING:
     from ddkit.api import Run
+    from ddkit.run.comparison import ComparedRow, ComparedSet
 
 out_of_set = click.option("--out", required=True, metavar="DIR", type=Place(), help="Run directory, absent or empty.")
 
@@ -81,3 +85,47 @@ def _counts(run: Run) -> dict[str, dict[str, int]]:
 
 def _show_files(run: Run) -> None:
     show(f"run      {run.path}\npicture  {run.path / 'preview.png'}\nreport   {run.path / 'report.html'}")
+
+
+@click.command()
+@click.argument("targets", metavar="RUN RUN ...|FOLDER", nargs=-1, required=True, type=click.Path())
+@click.option("--out", metavar="FILE", type=Place(), help="New .png or .pdf file: the images of the sets beside each other.")
+@click.option("--figures", metavar="DIR", type=Place(), help="New folder for the images and accuracies as PDF and PNG files.")
+@as_json
+def compare(targets: tuple[str, ...], out: Path | None, figures: Path | None, as_json: bool) -> None:
+    """Put runs beside each other: accuracy, random real, budget, cost and images. Nothing is computed anew.
+
+    RUN is a run directory or the file of a set; a FOLDER stands for the finished runs in it. The runs need the same data and one
+    evaluation in common: if there is none, the error has the command that adds it. What else differs is said below the table.
+    """
+    from ddkit import api
+
+    found = api.compare(targets, out=out, figures=figures)
+    charts = [] if figures is None else [str(chart) for chart in sorted(figures.iterdir())]
+    if as_json:
+        drawn = ({"out": str(out)} if out else {}) | ({"figures": charts} if figures else {})
+        echo_json({"schema": 1, **msgspec.to_builtins(found), **drawn})
+        return
+    tables = [f"{each}\n\n{_comparison_table(found.sets, each.rows)}" for each in found.evaluations] or [_comparison_table(found.sets, [])]
+    lines = [*found.notes, *([f"picture  {out}"] if out else []), *(f"figure   {chart}" for chart in charts)]
+    show("\n\n".join([*tables, *(["\n".join(lines)] if lines else [])]))
+
+
+def _comparison_table(sets: Sequence[ComparedSet], rows: Sequence[ComparedRow]) -> str:
+    """Returns the table of `sets`, with their figures if there are `rows` of one evaluation."""
+    from tabulate import tabulate
+
+    columns: dict[str, list[Any]] = {
+        "set": [printable(each.name) for each in sets],
+        "method": [printable(each.method) for each in sets],
+        "ipc": [each.ipc for each in sets],
+        "real images": [each.pipc for each in sets],
+        "labels": [each.labels for each in sets],
+        "stored a class": [budget(each.stored_numbers, each.stored_as_images) for each in sets],
+        "seconds": [None if each.seconds is None else f"{each.seconds:,.1f}" for each in sets],
+    }
+    if rows:
+        columns["accuracy"] = [percent(row.accuracy_mean, row.accuracy_std) for row in rows]
+        columns["random real"] = [percent(row.random_real_mean, row.random_real_std) for row in rows]
+        columns["networks"] = [row.repeats for row in rows]
+    return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True, missingval="-")

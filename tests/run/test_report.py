@@ -555,7 +555,7 @@ def test_figures_are_all_there_or_none_is(cli: Cli, run: Path, monkeypatch: pyte
     assert [entry.name for entry in Path("full").iterdir()] == ["mine.txt"]
     alike = charts.Chart("Loss-a", "title", "what", print, "x")
     shown = {key: {"charts": [alike]} for key in ("losses", "parameters", "spectrum")} | {"evaluation": {"groups": []}}
-    report._write_figures(Path("alike"), shown)
+    report.write_figures(Path("alike"), report._charts(shown))
     assert sorted(entry.name for entry in Path("alike").iterdir()) == ["Loss-a-2.pdf", "Loss-a-3.pdf", "Loss-a.pdf"]
     told = cli("report", run, "--figures", "empty", "--out", "talk.html").out.splitlines()
     assert told[:3] == ["report   talk.html", "figure   empty/accuracy-hard.pdf", "figure   empty/confusion-hard-convnet.pdf"]

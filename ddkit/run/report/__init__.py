@@ -10,7 +10,7 @@ import logging
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
 from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, read_manifest, versions
 from ddkit.run.metrics import read_metrics
-from ddkit.run.report.charts import files, svg
+from ddkit.run.report.charts import Chart, files, svg
 from ddkit.run.report.sections import Files, contents, spectrum_bins
 
 log = logging.getLogger("ddkit")
@@ -49,7 +49,7 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
         if Path(out).exists():
             raise RunFilesError(f"--out {out} exists already; name a new file.")
     if figures is not None:
-        _check_figures(Path(figures))
+        check_figures(Path(figures))
     read_manifest(directory.path)  # of what is no finished run nothing is locked
     with directory.take(wait=LOCK_SECONDS) if out is None else nullcontext():
         shown = _shown(directory.path, read_manifest(directory.path))
@@ -58,7 +58,7 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
         else:
             write_atomic(Path(out), _page(shown))
     if figures is not None:
-        _write_figures(Path(figures), shown)
+        write_figures(Path(figures), _charts(shown))
     return directory.path / REPORT if out is None else Path(out)
 
 
@@ -142,7 +142,7 @@ def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     return contents(Files(artifact=artifact, facts=facts, recipe=recipe, metrics=metrics, evaluations=evaluations, film=film))
 
 
-def _check_figures(out: Path) -> None:
+def check_figures(out: Path) -> None:
     """Raises an error where charts cannot be written to the folder `out`, which is absent or empty."""
     if not is_text(str(out)) or "\0" in str(out):
         raise FlagError(f"--figures {printable(str(out))} is no name of a folder. Name another.")
@@ -154,16 +154,20 @@ def _check_figures(out: Path) -> None:
         raise RunFilesError(f"--figures {out} exists already and is no empty folder; name a new one.")
 
 
-def _write_figures(out: Path, shown: Mapping[str, Any]) -> None:
-    """Writes the charts as files into the folder `out`, all of them or none."""
+def _charts(shown: Mapping[str, Any]) -> list[Chart]:
     sections = [shown["losses"], shown["parameters"], shown["spectrum"], *shown["evaluation"]["groups"]]
+    return [chart for section in sections if section for chart in section["charts"]]
+
+
+def write_figures(out: Path, charts: Iterable[Chart]) -> None:
+    """Writes the charts as PDF and PNG files into the folder `out`, which check_figures has let pass: all of them or none."""
     staged = out.with_name(f".{out.name}.{os.urandom(4).hex()}{TEMPORARY}")
     try:
         with folders_of(out), ExitStack() as after:
             after.callback(shutil.rmtree, staged, ignore_errors=True)
             staged.mkdir()
             used: Counter[str] = Counter()
-            for chart in (chart for section in sections if section for chart in section["charts"]):
+            for chart in charts:
                 used[chart.file.casefold()] += 1
                 number = used[chart.file.casefold()]  # of charts whose names differ in letters that no file has
                 for name, content in files(chart if number == 1 else chart._replace(file=f"{chart.file}-{number}")).items():

@@ -23,6 +23,7 @@ LEFT, RIGHT, TOP, BOTTOM = 88, 14, 14, 50  # margins of the plot
 ROW = 52  # height of a row of Dots
 LONGEST = 48  # characters of a name there
 CONFUSION, SHORT = 400, 12  # height of a picture of confusion, and characters of a class's name there
+COLUMNS = 10  # images in a row of them
 BINS = 20  # of a histogram
 INK, GRID = "#1c2127", "#d9dde2"
 COLOURS = ("#0b6cb8", "#c8501b", "#0a8763", "#a6477f", "#96700a", "#4d5fc4")
@@ -153,6 +154,37 @@ def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequ
         axes.set_yticks([])
 
     return Chart(file, "What networks take each class for", what, draw, "found, in the order of the classes, in %", " ", height=CONFUSION)
+
+
+def rows_of_images(file: str, what: str, rows: Mapping[str, Sequence[tuple[str, Tensor | None]]]) -> Chart:
+    """Returns a chart of named rows of images: as many (class name, (C, H, W) uint8 or None) in each row."""
+    across = max(map(len, rows.values()))
+    side = (WIDTH - 2 * RIGHT) / across
+    tall = side * next(image.shape[1] / image.shape[2] for row in rows.values() for _, image in row if image is not None)
+    band = tall + 24
+
+    def draw(axes: Any) -> None:
+        for number, (name, row) in enumerate(rows.items()):
+            top = 10 + number * band
+            told = name if len(name) <= LONGEST else f"... {name[4 - LONGEST :]}"
+            axes.text(0, top + 16, printable(told), fontsize=11, parse_math=False)
+            for column, (label, image) in enumerate(row):
+                left, right = column * side, (column + 0.94) * side
+                if number == 0 and (column == 0 or label != row[column - 1][0]):
+                    short = label if len(label) <= SHORT else f"{label[: SHORT - 4]} ..."
+                    axes.text(left, 12, printable(short), fontsize=7, parse_math=False)
+                if image is not None:
+                    pixels = image.expand(3, -1, -1) if len(image) == 1 else image
+                    pixels = pixels if len(pixels) == 3 else pixels.float().mean(0, keepdim=True).byte().expand(3, -1, -1)
+                    axes.imshow(pixels.permute(1, 2, 0).numpy(), extent=(left, right, top + 20 + tall, top + 20), interpolation="nearest")
+        axes.set_aspect("auto")
+        axes.set_xlim(0, across * side)
+        axes.set_ylim(10 + len(rows) * band, 0)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+
+    return Chart(file, what, what, draw, "", height=TOP + round(10 + len(rows) * band) + BOTTOM)
 
 
 def svg(chart: Chart) -> str:

@@ -1,0 +1,349 @@
+"""Several runs beside each other: their figures under the same evaluation, what they cost, and their images.
+
+`compare` reads the files of the runs and computes nothing. It refuses what cannot be compared, and says what differs beside the method.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from ddkit.components import registry
+from ddkit.components.base import Evaluation
+from ddkit.data.pictures import eight_bits
+from ddkit.errors import FlagError, RunFilesError, doubles, printable
+from ddkit.files import check_out, check_writable, folders_of, path_part, write_atomic
+from ddkit.recipes.protocols import Protocol
+from ddkit.recipes.resolve import flattened
+from ddkit.run.artifact import Artifact, load
+from ddkit.run.directory import RunDirectory
+from ddkit.run.manifest import DERIVED, MANIFEST, RECIPE, read_manifest
+from ddkit.run.report import check_figures, write_figures
+from ddkit.run.report.charts import COLUMNS, Chart, dots, files, rows_of_images
+
+MOST_COMMANDS = 2  # in an error, of which a long one would be cut
+FORMATS = (".png", ".pdf")  # of a picture
+ELSEWHERE = ("dir", "memory", "batch", "test", "held_out", "class_order", "whiten", "whiten_eps", "whiten_absolute")  # no other data
+
+
+class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one of the sets. `name` is the path as it was given.
+
+    `method` is the recipe, or the losses of the recipe `default`; `ipc` images of the class that has most; `pipc` accessible real images
+    a class; `stored_numbers` and `stored_as_images` its budget a class, as Evaluation has them; `labels` "hard", or the kind of the soft
+    ones; `seconds` of distillation on `device`, without training a teacher. None: its files do not say it.
+    """
+
+    name: str
+    method: str
+    ipc: int
+    pipc: int | str | None
+    steps: int | None
+    seed: int | None
+    labels: str
+    stored_numbers: float
+    stored_as_images: float
+    seconds: float | None
+    device: str | None
+
+
+class ComparedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one set: fractions, with sample standard deviations over `repeats` networks; None for a set that has none."""
+
+    name: str
+    repeats: int | None = None
+    accuracy_mean: float | None = None
+    accuracy_std: float | None = None
+    random_real_mean: float | None = None
+    random_real_std: float | None = None
+
+
+class ComparedEvaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures that can be compared: one row a set, of networks `model` trained under `protocol` (with what differs from it)."""
+
+    model: str
+    protocol: str
+    labels: str
+    split: str
+    rows: list[ComparedRow]
+
+    def __str__(self) -> str:
+        split = "the test split" if self.split == "test" else self.split
+        return f"{self.model}, protocol {self.protocol}, {self.labels} labels, tested on {split}"
+
+
+class Comparison(msgspec.Struct, frozen=True, kw_only=True):
+    """The sets, the evaluations that all runs among them have, and `notes`: sentences on what differs beside the method."""
+
+    sets: list[ComparedSet]
+    evaluations: list[ComparedEvaluation]
+    notes: list[str]
+
+
+class _Found(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of a set. `recipe` is {} for a file, and for a folder that no recipe made; then there are no `rows` either."""
+
+    name: str
+    artifact: Artifact
+    facts: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The recipe's data without its place."""
+        return {key: value for key, value in self.recipe.get("data", {}).items() if key not in (*ELSEWHERE, "path")}
+
+    @property
+    def dataset(self) -> str:
+        """The data as --dataset names them."""
+        data = self.recipe["data"]
+        return f"{data['use']}:{data['path']}" if data.get("path") else str(data["use"])
+
+    @property
+    def by_key(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """The rows of the set by what has to be the same to compare them; of those that differ in repeats the one of most."""
+        rows = [row for row in self.rows if row["images"] == "synthetic" and row["accuracy_mean"] is not None]
+        return {self._key(row): row for row in sorted(rows, key=lambda row: row["repeats"])}
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        held_out = (self.recipe.get("seed"), self.recipe["data"].get("held_out")) if row["split"] != "test" else ()
+        return (row["model"], row["protocol"], row["labels"], row["split"], _variant(row), row["details"].get("temperature"), *held_out)
+
+
+def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, figures: str | Path | None = None) -> Comparison:
+    """Puts runs, files of sets, and the runs inside folders beside each other; `out` and `figures` draw them too.
+
+    `out` is a new .png or .pdf file of their images; `figures` an absent or empty folder, which gets these and the accuracies as PDF and
+    PNG files. Raises FlagError for fewer than two sets, and RunFilesError for sets of other data, classes or image sizes, and for runs
+    that have no evaluation in common: model, protocol, labels and test split have to be the same.
+    """
+    picture = None if out is None else Path(out)
+    if picture is not None:
+        if picture.suffix not in FORMATS:
+            raise FlagError(f"--out {printable(str(out))}: a picture ends in {' or '.join(FORMATS)}. Name it {picture.stem or 'sets'}.png.")
+        check_out(picture)
+        if picture.exists():
+            raise RunFilesError(f"--out {picture} exists already; name a new file.")
+    if figures is not None:
+        check_figures(Path(figures))
+    names, notes = _expanded(targets)
+    found = [_opened(name) for name in names]
+    notes += _checked_data(found)
+    evaluations = _evaluations(found)
+    sets = [_described(each) for each in found]
+    made = Comparison(sets=sets, evaluations=evaluations, notes=[*notes, *_differences(sets), *_unevaluated(found, evaluations)])
+    titles = [f"{each.name} ({each.method})" for each in sets]
+    shown = [_first_images(each.artifact, found[0]) for each in found]
+    images = rows_of_images("sets", "Images of the sets", dict(zip(titles, shown, strict=True)))
+    with ExitStack() as after:
+        if picture is not None:
+            after.enter_context(folders_of(picture))
+            check_writable(picture)
+        if figures is not None:
+            write_figures(Path(figures), [images, *_charts(evaluations, titles)])
+        if picture is not None:
+            write_atomic(picture, files(images)[f"sets{picture.suffix}"])
+    return made
+
+
+def _expanded(targets: Sequence[str | Path]) -> tuple[list[str], list[str]]:
+    """Returns the paths of the sets, those of a folder of runs in its place, and a note on runs that are not finished."""
+    names, notes = [], []
+    for target in map(str, targets):
+        folder = Path(target)
+        if not folder.is_dir() or (folder / MANIFEST).exists() or (folder / RECIPE).exists():
+            names.append(target)
+            continue
+        runs = sorted(path for path in folder.iterdir() if path.is_dir() and (path / RECIPE).exists() | (path / MANIFEST).exists())
+        done = [str(path) for path in runs if (path / MANIFEST).exists()]
+        if not done:
+            raise RunFilesError(f"{target} is no run directory, and holds none that is finished. Name runs, or a folder of runs.")
+        names += done
+        notes += [
+            f"{path} is left out: it is not finished. `ddkit distill --out {shlex.quote(str(path))} --resume` finishes it."
+            for path in runs if str(path) not in done
+        ]  # fmt: skip
+    for path in doubles([Path(name).resolve() for name in names]):
+        raise FlagError(f"The set {path} is named twice. Name each once.")
+    if len(names) < 2:
+        raise FlagError(f"There is nothing to compare {printable(names[0])} with. Name another run." if names else "Name two runs or more.")
+    return names, notes
+
+
+def _opened(name: str) -> _Found:
+    artifact, path = load(name), Path(name)
+    if not (path / MANIFEST).is_file():
+        return _Found(name=name, artifact=artifact)
+    run = RunDirectory(path)
+    facts = read_manifest(path)
+    if not (path / RECIPE).is_file():
+        return _Found(name=name, artifact=artifact, facts=facts)
+    rows = msgspec.to_builtins(msgspec.convert(run.read_evaluations(), list[Evaluation]))  # with what older versions left out
+    return _Found(name=name, artifact=artifact, facts=facts, recipe=run.read_recipe(), rows=rows)
+
+
+def _checked_data(found: Sequence[_Found]) -> list[str]:
+    """Raises RunFilesError if sets are of other data, classes or image sizes; returns a note if their data are called alike elsewhere."""
+    first, notes = found[0], []
+    for each in found[1:]:
+        kinds = {
+            "images": [" x ".join(map(str, one.artifact.shape)) for one in (first, each)],
+            "classes": [", ".join(sorted(one.artifact.class_names)) for one in (first, each)],
+        }
+        for what, (one, other) in kinds.items():
+            if one != other:
+                raise _incomparable(first, each, f"they have other {what}: {_cut(one)}; {_cut(other)}")
+    runs = [each for each in found if each.recipe]
+    for each in runs[1:]:
+        paths = [one.recipe["data"].get("path") for one in (runs[0], each)]
+        places = [Path(str(path)).resolve() for path in paths]
+        moved = places[0] != places[1] and places[0].name == places[1].name and not all(place.exists() for place in places)
+        if runs[0].data != each.data or (places[0] != places[1] and not moved):
+            raise _incomparable(runs[0], each, f"they are of other data: {runs[0].dataset}; {each.dataset}")
+        notes += [f"The data of {runs[0].name} were at {paths[0]}, those of {each.name} at {paths[1]}: taken as the same."] if moved else []
+    return notes
+
+
+def _incomparable(first: _Found, other: _Found, why: str) -> RunFilesError:
+    return RunFilesError(f"{first.name} and {other.name} cannot be compared: {why}. Leave one of them out.")
+
+
+def _cut(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[: most - 4]} ..."
+
+
+def _variant(row: Mapping[str, Any]) -> str:
+    return str(row["details"].get("variant") or "")
+
+
+def _evaluations(found: Sequence[_Found]) -> list[ComparedEvaluation]:
+    """Returns the evaluations that all runs have; raises RunFilesError, with the commands that help, if there is none."""
+    runs = [each for each in found if each.recipe]
+    rows = {each.name: each.by_key for each in runs}
+    common = [key for key in rows[runs[0].name] if all(key in rows[each.name] for each in runs)] if runs else []
+    if runs and not common:
+        raise _nothing_in_common(runs)
+    made = []
+    for key in common:
+        row = rows[runs[0].name][key]
+        protocol = ", ".join(filter(None, (row["protocol"], _variant(row))))
+        fields = ComparedRow.__struct_fields__
+        figures = [{name: value for name, value in rows.get(each.name, {}).get(key, {}).items() if name in fields} for each in found]
+        compared = [ComparedRow(**known | {"name": each.name}) for each, known in zip(found, figures, strict=True)]
+        made.append(ComparedEvaluation(model=row["model"], protocol=protocol, labels=row["labels"], split=row["split"], rows=compared))
+    return made
+
+
+def _nothing_in_common(runs: Sequence[_Found]) -> RunFilesError:
+    """Returns the error that says what each run has, and the commands that add an evaluation which all of them can have."""
+    installed = {plugin.name for plugin in registry.plugins() if plugin.kind == "protocol"}
+    choices = [(run, row) for run in runs for row in run.by_key.values() if row["protocol"] in installed]
+    choices.sort(key=lambda choice: (choice[1]["labels"] == "teacher", bool(_variant(choice[1])), choice[1]["evaluator"] != "accuracy"))
+    has = [f"{run.name} has {'; '.join(_told(row) for row in run.by_key.values()) or 'none'}" for run in runs]
+    lacking = list(runs)
+    helps = [f"ddkit evaluate {shlex.quote(run.name)} --evaluate accuracy --protocol short --model convnet" for run in runs]
+    if choices:
+        owner, row = choices[0]
+        if len({run._key(row) for run in runs}) > 1:  # held-out images are others for each seed
+            row = row | {"split": "test"}
+        if row["labels"] == "stored" and any(run.artifact.soft_labels is None for run in runs):
+            row = row | {"labels": "hard"}
+        lacking = [run for run in runs if run._key(row) not in run.by_key]
+        helps = [_command(run, row, owner) for run in lacking]
+    adds = "This adds one" if len(helps) == 1 else "These add one"
+    rest = [run.name for run in lacking[MOST_COMMANDS:]]
+    more = f" (and so on for {_cut(', '.join(rest))})" if rest else ""
+    told = f"The runs have no evaluation in common: {_cut('. '.join(has), 400).rstrip('. ')}. {adds}"
+    return RunFilesError(f"{told}{more}: {' && '.join(helps[:MOST_COMMANDS])}")
+
+
+def _told(row: Mapping[str, Any]) -> str:
+    return f"{row['model']}, {', '.join(filter(None, (row['protocol'], _variant(row))))}, {row['labels']} labels, {row['split']} split"
+
+
+def _command(run: _Found, row: Mapping[str, Any], owner: _Found) -> str:
+    """Returns the command that evaluates `run` as the `row` of `owner` says, whatever its own recipe changes of the protocol."""
+    label = "accuracy"
+    protocol = owner.recipe.get("protocols", {}).get(row["protocol"], {})
+    told = {"augmenter" if key == "augment" else key: value for key, value in row["details"].items()}
+    changed = {key: told[key] for key in Protocol.__struct_fields__ if key in told and (key == "epochs" or _variant(row))}
+    own = run.recipe.get("evaluators", {}).get(label, {})
+    sets = {key: changed.get(key, protocol.get(key)) for key in Protocol.__struct_fields__ if key in own or key in changed}
+    sets = {key: value for key, value in sets.items() if key not in ("model", "labels", "repeats") and value is not None}
+    kept = {key: value for key, value in sets.items() if own.get(key, protocol.get(key)) != value}
+    split = {"data": {"test": row["split"]}} if run.recipe["data"].get("test", "test") != row["split"] else {}
+    values = flattened({"evaluators": {label: {**kept, "labels": row["labels"]}}} | split)
+    flags = [shlex.quote(f"{path}={value if isinstance(value, str) else json.dumps(value)}") for path, value in values]
+    words = ["ddkit evaluate", shlex.quote(run.name), "--evaluate", label, "--protocol", row["protocol"], "--model", row["model"]]
+    return " ".join([*words, *(f"--set {flag}" for flag in flags)])
+
+
+def _described(found: _Found) -> ComparedSet:
+    artifact, recipe, facts = found.artifact, found.recipe, found.facts
+    name = artifact.metadata.get("recipe") or recipe.get("name") or ""
+    method = " + ".join(recipe.get("losses", {})) if name in ("", "default") else name
+    if facts.get("steps") == 0 and recipe:
+        method = f"{recipe['initializer']['use']}, no steps"
+    method = next((kind for kind in (*DERIVED, "imported") if kind in facts), method or "-")
+    soft = str(artifact.metadata.get("labels", "soft"))
+    return ComparedSet(
+        name=found.name, method=method, pipc=artifact.metadata.get("pipc"),
+        ipc=int(artifact.metadata.get("ipc") or artifact.row_labels.bincount().max()),
+        steps=facts.get("steps"), seed=artifact.metadata.get("seed"), labels="hard" if artifact.soft_labels is None else soft,
+        stored_numbers=artifact.stored_numbers, stored_as_images=artifact.stored_as_images,
+        seconds=facts.get("seconds") if recipe else None, device=facts.get("device"),
+    )  # fmt: skip
+
+
+def _differences(sets: Sequence[ComparedSet]) -> Iterator[str]:
+    """Yields a sentence for whatever beside the method may explain a difference."""
+    differing: list[tuple[str, Callable[[ComparedSet], Any], str]] = [
+        ("Budgets", lambda each: f"{each.stored_numbers:,.6g}", "numbers stored a class. A set of more may be better for that alone"),
+        ("Accessible real images", lambda each: each.pipc, "a class. A method that sees more may be better for that alone"),
+        ("Devices", lambda each: each.device, "so the seconds cannot be compared"),
+    ]
+    for what, value, so in differing:
+        values = {each.name: value(each) for each in sets if value(each) is not None}
+        if len(set(values.values())) > 1:
+            yield f"{what} differ: {', '.join(f'{name} {known}' for name, known in values.items())} {so}."
+
+
+def _unevaluated(found: Sequence[_Found], evaluations: Sequence[ComparedEvaluation]) -> Iterator[str]:
+    """Yields a sentence for each set without a recipe, whose figures nothing records."""
+    run = next((each for each in found if each.recipe), None)
+    for each in found:
+        if not each.recipe:
+            how = f" --dataset {shlex.quote(run.dataset)}" if run else " --dataset NAME"
+            if run and evaluations:
+                row = next(iter(run.by_key.values()))
+                how += f" --protocol {row['protocol']} --model {row['model']}"
+            yield f"{each.name} keeps no figures, as no recipe made it: `ddkit evaluate {shlex.quote(each.name)}{how}` prints them."
+
+
+def _first_images(artifact: Artifact, first: _Found) -> list[tuple[str, torch.Tensor | None]]:
+    """Returns the first images of each of the first classes, in the order of the first set, with the class's name: (C, H, W) uint8."""
+    names = first.artifact.class_names[:COLUMNS]
+    each = max(1, COLUMNS // len(names))
+    found: list[tuple[str, torch.Tensor | None]] = []
+    for name in names:
+        own = artifact.stored_images[artifact.stored_labels == artifact.class_names.index(name)][:each]
+        found += [(name, image) for image in eight_bits(own)] + [(name, None)] * (each - len(own))
+    return found
+
+
+def _charts(evaluations: Sequence[ComparedEvaluation], titles: Sequence[str]) -> Iterator[Chart]:
+    for each in evaluations:
+        rows = []
+        for title, row in zip(titles, each.rows, strict=True):
+            pairs = [(row.accuracy_mean, row.accuracy_std), (row.random_real_mean, row.random_real_std)]
+            rows.append((title, [None if mean is None else (100 * mean, std and 100 * std) for mean, std in pairs]))
+        chart = dots(f"accuracy-{path_part(each.model)}", str(each), rows, ["trained on the set", "random real"])
+        yield chart._replace(x=f"accuracy in %, {each.model}")

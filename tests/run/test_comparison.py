@@ -1,0 +1,155 @@
+"""Runs beside each other: what `ddkit compare` shows, what it refuses, and that the commands it prints work."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import ddkit
+from tests.conftest import SMALL, Result, said, write_image_folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder of two finished runs: `dm` with 1 image a class, and `m3d`, a grid of twice the budget."""
+    folder = tmp_path_factory.mktemp("runs")
+    ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=folder / "dm", device="cpu")
+    more = SMALL | {"parametrization.use": "grid", "evaluators.accuracy.model": "mlp,convnet", "evaluators.accuracy.model_options": {}}
+    ddkit.distill("m3d", ipc=2, pipc=3, protocol="short", sets=more, out=folder / "m3d", device="cpu")
+    return folder
+
+
+@pytest.fixture
+def copied(runs: Path, cli: Callable[..., Result]) -> Callable[..., Result]:
+    """Returns the command line in a folder with copies of the runs."""
+    shutil.copytree(runs, ".", dirs_exist_ok=True)
+    return cli
+
+
+def test_runs_stand_beside_each_other_with_what_differs(copied: Callable[..., Result]) -> None:
+    told = copied("compare", "dm", "m3d", "--json")
+    assert (told.code, told.err) == (0, "")
+    found = json.loads(told.out)
+    assert [[one[key] for key in ("name", "method", "ipc", "pipc", "labels", "stored_numbers")] for one in found["sets"]] == [
+        ["dm", "dm", 1, 2, "hard", 64.0], ["m3d", "m3d", 2, 3, "hard", 128.0],
+    ]  # fmt: skip
+    assert [one["seconds"] for one in found["sets"]] == [
+        json.loads(Path(run, "manifest.json").read_text())["seconds"] for run in ("dm", "m3d")
+    ]
+    (evaluation,) = found["evaluations"]  # mlp is of one run alone
+    assert (evaluation["model"], evaluation["protocol"]) == ("convnet", "short, 2 epochs")
+    for run, row in zip(("dm", "m3d"), evaluation["rows"], strict=True):
+        own = next(each for each in json.loads(Path(run, "evaluation.json").read_text())["evaluations"] if each["model"] == "convnet")
+        assert row == {"name": run} | {key: own[key] for key in row if key != "name"}
+    assert [note.partition(":")[0] for note in found["notes"]] == ["Budgets differ", "Accessible real images differ"]
+    shown = copied("compare", "dm", "m3d").out
+    assert shown.startswith("convnet, protocol short, 2 epochs, hard labels, tested on the test split\n")
+    assert all(note in shown for note in found["notes"])
+
+
+def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(copied: Callable[..., Result]) -> None:
+    shutil.copytree("dm", "set/again")
+    shutil.copytree("dm", "set/one")
+    shutil.copytree("dm", "set/killed")
+    Path("set/killed/manifest.json").unlink()
+    found = json.loads(copied("compare", "set", "--json").out)
+    assert [one["name"] for one in found["sets"]] == ["set/again", "set/one"]
+    assert [note.partition(" is ")[0] for note in found["notes"]] == ["set/killed"]
+
+
+def test_pictures_are_written_in_both_formats(copied: Callable[..., Result]) -> None:
+    assert copied("compare", "dm", "m3d", "--out", "deep/sets.pdf", "--figures", "figures").code == 0
+    assert Path("deep/sets.pdf").read_bytes().startswith(b"%PDF")
+    drawn = {file.name: file.read_bytes()[:4] for file in Path("figures").iterdir()}
+    kinds = {".png": b"\x89PNG", ".pdf": b"%PDF"}
+    assert drawn == {f"{name}{ending}": begin for name in ("sets", "accuracy-convnet") for ending, begin in kinds.items()}
+
+
+def changed(run: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """Changes the rows of a run, and its manifest as ddkit would."""
+    from ddkit.files import json_bytes
+    from ddkit.run.directory import RunDirectory
+
+    rows = json.loads(Path(run, "evaluation.json").read_text())["evaluations"]
+    for row in rows:
+        change(row)
+    RunDirectory(Path(run)).rewrite("evaluation.json", json_bytes({"schema": 1, "evaluations": rows}))
+
+
+CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "another network": lambda row: row.update(model="lenet"),
+    "other epochs": lambda row: row["details"].update(epochs=3, variant="3 epochs"),
+    "another split": lambda row: row.update(split="held-out"),
+    "no accuracy": lambda row: row.update(accuracy_mean=None, accuracy_std=None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_without_a_common_evaluation_the_command_that_adds_one_works_as_printed(
+    copied: Callable[..., Result], change: Callable[[dict[str, Any]], None]
+) -> None:
+    changed("m3d", change)
+    refused = copied("compare", "dm", "m3d", "--out", "x.png")
+    assert (refused.code, refused.out, Path("x.png").exists()) == (5, "", False)
+    assert "no evaluation in common" in said(refused.err)
+    command = said(refused.err).partition("This adds one: ddkit ")[2]
+    assert copied(*shlex.split(command)).code == 0
+    assert copied("compare", "dm", "m3d").code == 0
+
+
+def test_a_file_has_no_figures_and_the_command_that_prints_some_is_said(copied: Callable[..., Result]) -> None:
+    shutil.copyfile("m3d/synthetic.safetensors", "alone.safetensors")
+    found = json.loads(copied("compare", "dm", "alone.safetensors", "--json").out)
+    assert found["evaluations"][0]["rows"][1]["accuracy_mean"] is None
+    (command,) = [match[1] for note in found["notes"] if (match := re.search(r"`ddkit (evaluate alone.*)`", note))]
+    assert copied(*shlex.split(command), "--repeats", 1, "--set", "evaluators.accuracy.epochs=1").code == 0
+
+
+def test_sets_of_other_data_are_refused(copied: Callable[..., Result], tmp_path: Path) -> None:
+    small = {key: value for key, value in SMALL.items() if key != "steps"}
+    for name in ("cats", "dogs"):
+        folder = write_image_folder(tmp_path / name)
+        ddkit.distill(losses="dm", pipc=2, steps=1, dataset=f"imagefolder:{folder}", evaluators="none", sets=small, out=name, device="cpu")
+    for one, other, phrase in (
+        ("dm", "cats", "other images"),
+        ("dogs", "cats", "other data"),
+        ("cats/synthetic.safetensors", "dm", "other images"),
+    ):
+        refused = copied("compare", one, other)
+        assert (refused.code, refused.out) == (5, "")
+        assert phrase in said(refused.err)
+
+
+WRONG = {
+    "one run": (("dm",), 2, "nothing to compare dm with"),
+    "twice": (("dm", "./dm"), 2, "named twice"),
+    "no such folder": (("dm", "dn"), 5, "There is no file or folder dn"),
+    "an empty folder": (("dm", "empty"), 5, "holds none that is finished"),
+    "no set": (("dm", "text.safetensors"), 5, "text.safetensors"),
+    "not finished": (("dm", "killed"), 5, "--resume"),
+    "a format": (("dm", "m3d", "--out", "x.gif"), 2, "Name it x.png"),
+    "a file that is there": (("dm", "m3d", "--out", "there.png"), 5, "exists already"),
+    "figures that are there": (("dm", "m3d", "--figures", "m3d"), 5, "exists already"),
+}
+
+
+@pytest.mark.parametrize(("words", "code", "phrase"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_is_said_and_nothing_is_written(
+    copied: Callable[..., Result], words: tuple[str, ...], code: int, phrase: str
+) -> None:
+    Path("empty").mkdir()
+    Path("text.safetensors").write_text("no set")
+    Path("there.png").write_text("mine")
+    shutil.copytree("dm", "killed")
+    Path("killed/manifest.json").unlink()
+    refused = copied("compare", *words)
+    assert (refused.code, refused.out) == (code, "")
+    assert phrase in said(refused.err)
+    assert Path("there.png").read_text() == "mine"
