@@ -30,6 +30,8 @@ NARROWEST = 20  # characters that a summary has in a narrow terminal
 @as_json
 def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     """List the installed components. KIND names one kind (losses, recipes, ...). None of them is imported."""
+    if kind in ("run", "runs"):
+        raise FlagError("Runs are no components. `ddkit compare FOLDER` puts the runs of a folder beside each other.")
     wanted = registry.parse_kind(kind) if kind else None
     if wanted in registry.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")

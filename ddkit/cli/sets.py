@@ -88,11 +88,11 @@ def _show_files(run: Run) -> None:
 
 
 @click.command()
-@click.argument("targets", metavar="RUN RUN ...|FOLDER", nargs=-1, required=True, type=click.Path())
+@click.argument("targets", metavar="RUN RUN ...|FOLDER", nargs=-1, required=True, type=Place())
 @click.option("--out", metavar="FILE", type=Place(), help="New .png or .pdf file: the images of the sets beside each other.")
 @click.option("--figures", metavar="DIR", type=Place(), help="New folder for the images and accuracies as PDF and PNG files.")
 @as_json
-def compare(targets: tuple[str, ...], out: Path | None, figures: Path | None, as_json: bool) -> None:
+def compare(targets: tuple[Path, ...], out: Path | None, figures: Path | None, as_json: bool) -> None:
     """Put runs beside each other: accuracy, random real, budget, cost and images. Nothing is computed anew.
 
     RUN is a run directory or the file of a set; a FOLDER stands for the finished runs in it. The runs need the same data and one

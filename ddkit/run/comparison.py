@@ -162,7 +162,9 @@ def _expanded(targets: Sequence[str | Path]) -> tuple[list[str], list[str]]:
         if not folder.is_dir() or (folder / MANIFEST).exists() or (folder / RECIPE).exists():
             names.append(target)
             continue
-        runs = sorted(path for path in folder.iterdir() if path.is_dir() and (path / RECIPE).exists() | (path / MANIFEST).exists())
+        there = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name))
+        found = {path.resolve(): path for path in reversed(there) if (path / RECIPE).exists() or (path / MANIFEST).exists()}
+        runs = sorted(found.values())
         done = [str(path) for path in runs if (path / MANIFEST).exists()]
         if not done:
             raise RunFilesError(f"{target} is no run directory, and holds none that is finished. Name runs, or a folder of runs.")
@@ -173,8 +175,11 @@ def _expanded(targets: Sequence[str | Path]) -> tuple[list[str], list[str]]:
         ]  # fmt: skip
     for path in doubles([Path(name).resolve() for name in names]):
         raise FlagError(f"The set {path} is named twice. Name each once.")
-    if len(names) < 2:
-        raise FlagError(f"There is nothing to compare {printable(names[0])} with. Name another run." if names else "Name two runs or more.")
+    if not names:
+        raise FlagError("There is nothing to compare. Name two runs.")
+    if len(names) == 1:
+        load(names[0])  # an error in it is reported first
+        raise FlagError(f"There is nothing to compare {printable(names[0])} with. Name another run.")
     return names, notes
 
 

@@ -59,6 +59,7 @@ def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(co
     shutil.copytree("dm", "set/one")
     shutil.copytree("dm", "set/killed")
     Path("set/killed/manifest.json").unlink()
+    Path("set/link").symlink_to("one")
     found = json.loads(copied("compare", "set", "--json").out)
     assert [one["name"] for one in found["sets"]] == ["set/again", "set/one"]
     assert [note.partition(" is ")[0] for note in found["notes"]] == ["set/killed"]
@@ -84,7 +85,6 @@ def changed(run: str, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 CHANGES: dict[str, Callable[[dict[str, Any]], None]] = {
-    "another network": lambda row: row.update(model="lenet"),
     "other epochs": lambda row: row["details"].update(epochs=3, variant="3 epochs"),
     "another split": lambda row: row.update(split="held-out"),
 }
@@ -128,6 +128,8 @@ def test_sets_of_other_data_are_refused(copied: Callable[..., Result], tmp_path:
 
 WRONG = {
     "one run": (("dm",), 2, "nothing to compare dm with"),
+    "one that is not there": (("dn",), 5, "There is no file or folder dn"),
+    "an empty name": (("dm", ""), 2, "the path is empty"),
     "twice": (("dm", "./dm"), 2, "named twice"),
     "no such folder": (("dm", "dn"), 5, "There is no file or folder dn"),
     "an empty folder": (("dm", "empty"), 5, "holds none that is finished"),
