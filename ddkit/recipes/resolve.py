@@ -167,12 +167,15 @@ def check_effect(recipe: Recipe, given: Collection[str]) -> None:
         or (learned and labels.init == "experts")
         or any(registry.create("loss", name, options, where=where).requires.experts for name, options, where in losses)
     )
+    begin, reuse = recipe.initializer, "initializer.reuse"
+    takes_real = reuse not in given or registry.create("initializer", begin.use, begin.options, where="initializer").requires.real
     rules = [  # whether keys are in use, why they are not, and the keys
         (learned, "labels.kind is not learned", ["labels.lr", "labels.init"]),
         (labels.kind == "teacher" or (learned and labels.init == "teacher"), "no label is the teacher's", ["labels.temperature"]),
         (recipe.train.optimizer == "sgd", "train.optimizer is not sgd", ["train.momentum"]),
         (drawn, "network.source is not experts", ["network.first", "network.last"]),
         (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in ("inner_lr", *TRAINING)]),
+        (takes_real, f"the initializer '{begin.use}' takes no real images", [reuse]),
         (in_use, "no loss uses experts, and neither network.source nor labels.init is experts", experts),
     ]
     for used, why, keys in rules:

@@ -358,6 +358,10 @@ def test_a_key_that_a_user_sets_and_the_recipe_does_not_use_is_refused_and_those
     check("labels.temperature", labels__kind="learned", labels__init="teacher")
     check("network.first", "experts.count", network__source="experts")
     check("network.inner_lr", network__inner_epochs=1)
+    check("initializer.reuse", initializer="real")
+    for initializer in ("noise", "file:set"):
+        with pytest.raises(FlagError, match=f"--set initializer.reuse has no effect: the initializer '{initializer[:4]}"):
+            check("initializer.reuse", initializer=initializer)
     for path in ("labels.lr", "labels.init", "labels.temperature", "network.first", "experts.count", "experts", "network.inner_lr"):
         with pytest.raises(FlagError, match=f"--set {path} has no effect"):
             check(path)
