@@ -32,12 +32,14 @@ OF_NETWORKS = ("weight", "bias", "running_mean", "running_var", "num_batches_tra
 
 
 class Found(NamedTuple):
-    """A set in a file: images, labels (None: there are none beside), rows of soft labels, and the step size that it records."""
+    """A set in a file: images, labels (None: there are none beside), rows of soft labels, the step size that it records, and the class
+    names if the labels are texts."""
 
     images: Tensor
     labels: Tensor | None = None
     soft: Tensor | None = None
     step_size: float | None = None
+    names: list[str] | None = None
 
 
 # Reading
@@ -70,7 +72,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
         except Exception as error:  # a third-party archive can raise anything
             raise InputError(f"{path} cannot be read: {error}.") from None
     if start.startswith(b"\x93NUMPY"):
-        return _as_tensor(read_arrays(path)[path.stem]), {}
+        return _as_value(read_arrays(path)[path.stem], path), {}
     if is_archive and not of_torch:
         return _read_npz(path)
     if not of_torch:
@@ -85,7 +87,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
 
 def _read_npz(path: Path) -> tuple[Any, dict[str, Any]]:
     arrays = read_arrays(path)
-    found = {name: _as_tensor(each) for name, each in arrays.items() if each.dtype.kind in "fiub"}
+    found = {name: _as_value(each, path) for name, each in arrays.items() if each.dtype.kind in "fiub" or name.lower() in LABELS}
     recorded = _statistics_in(found)
     names = arrays.get("class_names")
     if "x_train" in found:
@@ -197,6 +199,15 @@ def _plain_values(found: Any, depth: int = 0) -> Any:
     return [_plain_values(value, depth + 1) for value in found] if isinstance(found, list | tuple) else found
 
 
+def _as_value(array: Any, path: Path) -> Any:
+    """Returns an array of numbers as a tensor, and one of texts as a list."""
+    if array.dtype.kind in "US":
+        return [each.decode(errors="replace") if isinstance(each, bytes) else str(each) for each in array.flatten()]
+    if array.dtype.kind not in "fiub":
+        raise InputError(f"{path} holds an array of {array.dtype}, which is neither numbers nor text.")
+    return _as_tensor(array)
+
+
 def _as_tensor(array: Any) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
@@ -207,7 +218,8 @@ def _as_tensor(array: Any) -> Tensor:
 def sets_in(found: Any, *, outermost: bool = True) -> list[Found]:
     """Returns every set in what was read: images (n, C, H, W) with labels beside, or at the top of the file without.
 
-    A set is a dict of both, under common names or as its only two tensors that fit, or a list that begins with both.
+    A set is a dict of both, under common names or as its only two tensors that fit, or a list that begins with both, or a list of the
+    images of each class.
     """
     if outermost and isinstance(found, Tensor):
         return [Found(found)] if found.ndim >= 3 else []
@@ -216,7 +228,10 @@ def sets_in(found: Any, *, outermost: bool = True) -> list[Found]:
     if not isinstance(found, list):
         return []
     if len(found) > 1 and _is_pair(found[0], found[1]):
-        return [Found(found[0], tensor_of(found[1]), None, number_of(found[2]) if len(found) > 2 else None)]
+        labels, texts = numbered(found[1])
+        return [Found(found[0], labels, None, number_of(found[2]) if len(found) > 2 else None, texts)]
+    if outermost and (together := _of_list(found)):
+        return [together]
     return [each for value in found for each in sets_in(value, outermost=False)]
 
 
@@ -228,12 +243,15 @@ def _set_of(found: Mapping[Any, Any], outermost: bool) -> list[Found]:
     rate = next((name for name in STEP_SIZES if name in own), None)
     step_size = None if rate is None else number_of(own[rate])
     soft = tensor_of(own.get("soft_labels"))
-    images = next((own[name] for name in IMAGES if isinstance(own.get(name), Tensor) and own[name].ndim > 1), None)
-    labels = next((each for name in LABELS if (each := tensor_of(own.get(name))) is not None), soft)
+    listed = next((together for name in IMAGES if (together := _of_list(own.get(name)))), None)
+    images = next((own[name] for name in IMAGES if isinstance(own.get(name), Tensor) and own[name].ndim > 1), listed and listed.images)
+    by_place = listed.labels if listed is not None and images is listed.images else None
+    labels, texts = next((each for name in LABELS if (each := numbered(own.get(name)))[0] is not None), (soft, None))
+    labels = by_place if labels is None else labels
     if images is not None and (labels is not None or outermost):
         if rate is not None and step_size is None:
             log.warning("'%s' of the file is not one number, so it is left out: --step-size gives a step size of the set.", rate)
-        return [Found(images, labels, soft, step_size)]
+        return [Found(images, labels, soft, step_size, texts)]
     named = [(a, tensor_of(b)) for a in found.values() for b in found.values() if a is not b and _is_pair(a, b)]
     pairs = [(a, b) for a, b in named if b is not None and len(a) == len(b) and is_plain(b) and (b.ndim == 2 or not bool((b % 1).any()))]
     return [Found(*pairs[0], None, step_size)] if len(pairs) == 1 else []
@@ -241,8 +259,29 @@ def _set_of(found: Mapping[Any, Any], outermost: bool) -> list[Found]:
 
 def _is_pair(images: Any, labels: Any) -> bool:
     """Whether two values look like images and their labels, by their dimensions."""
-    other = tensor_of(labels)
+    other = numbered(labels)[0]
     return isinstance(images, Tensor) and images.ndim > 2 and other is not None and other.ndim < 3
+
+
+def _of_list(value: Any) -> Found | None:
+    """Returns the set of a list of tensors: the images (n, C, H, W) of each class, or single images (C, H, W); None of another value."""
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(each, Tensor) and is_plain(each) for each in value):
+        return None
+    if value[0].ndim not in (3, 4) or len({(each.ndim, each.shape[-3:], each.dtype) for each in value}) > 1:
+        return None
+    if value[0].ndim == 3:
+        return Found(torch.stack(value))
+    log.warning("The images are a list of %d tensors: each is taken as the images of one class.", len(value))
+    return Found(torch.cat(value), torch.arange(len(value)).repeat_interleave(torch.tensor([len(each) for each in value])))
+
+
+def numbered(value: Any) -> tuple[Tensor | None, list[str] | None]:
+    """Returns labels as a tensor, None if they are none, and the class names, in natural order, if the labels are texts."""
+    if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
+        return tensor_of(value), None
+    names = sorted(set(value), key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)])
+    number = {name: place for place, name in enumerate(names)}
+    return torch.tensor([number[each] for each in value]), names
 
 
 def tensor_of(value: Any) -> Tensor | None:
@@ -263,13 +302,13 @@ def number_of(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def labels_in(found: Any) -> Tensor | None:
-    """Returns the labels of a file that holds labels alone, or beside other things under a common name."""
+def labels_in(found: Any) -> tuple[Tensor | None, list[str] | None]:
+    """Returns the labels of a file that holds labels alone, or beside other things under a common name; see `numbered`."""
     if isinstance(found, Mapping):
         own = {str(name).lower(): value for name, value in found.items()}
         named = next((own[name] for name in ("soft_labels", *LABELS) if name in own), None)
-        return tensor_of(named if named is not None else next(iter(own.values()), None) if len(own) == 1 else None)
-    return tensor_of(found)
+        return numbered(named if named is not None else next(iter(own.values()), None) if len(own) == 1 else None)
+    return numbered(found)
 
 
 def state_in(found: Any, *, any_names: bool) -> dict[str, Tensor] | None:

@@ -98,13 +98,17 @@ def import_file(
         joined = _joined(sources, [_chosen(each, index, source) for each, source in zip(parts, sources, strict=True)])
         joined = _labelled(sources[0], joined, wanted, ipc)
         joined = joined._replace(step_size=_step_size(sources[0], step_size, joined))
-        names = classes or recorded.get("classes")
+        if joined.names is not None:
+            refuse_unused(
+                ["--classes"] if classes else [], f"the labels are texts, which are the class names: {', '.join(joined.names[:8])}."
+            )
+        names = classes or joined.names or recorded.get("classes")
         if whitened:
             refuse_unused(["--whitened"] if "pixels" in recorded else [], f"{sources[0]} records that its images are in pixel units.")
             refuse_unused(_given(mean, std) + (["--pixels"] if pixels else []), WHITENED)
             norm, named = _whitening(dataset, data)
             _check_shape(sources[0], joined.images, norm)
-            names = classes or named
+            names = classes or joined.names or named
         else:
             norm = _statistics(sources[0], mean or recorded.get("mean"), std or recorded.get("std"), recorded.get("whitening"))
         pixels = "normalised" if whitened else pixels or recorded.get("pixels")
@@ -236,8 +240,10 @@ def _joined(paths: Sequence[Path], parts: Sequence[Found]) -> Found:
     sizes = {part.step_size for part in parts}
     if len(sizes) > 1:
         raise InputError(f"The files record different step sizes ({', '.join(map(str, sizes))}): import them one by one.")
+    if any(part.names != parts[0].names for part in parts):
+        raise InputError("The files have labels of different class names: import them one by one.")
     assert columns[0] is not None
-    return Found(columns[0], columns[1], columns[2], parts[0].step_size)
+    return Found(columns[0], columns[1], columns[2], parts[0].step_size, parts[0].names)
 
 
 def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) -> Found:
@@ -249,10 +255,12 @@ def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) 
     elif len(given) > len(apart) > 0:
         raise FlagError(f"--ipc gives each image its label by count, and so does --labels {apart[0]}: leave one of them out.")
     elif apart:
-        tensors = [_labels_of(each) for each in apart]
+        tensors, texts = zip(*[_labels_of(each) for each in apart], strict=True)
         if len({each.shape[1:] for each in tensors}) > 1:
             raise InputError(f"The files of --labels differ: {', '.join(f'{tuple(each.shape)}' for each in tensors)}.")
-        found = found._replace(labels=torch.cat(tensors))
+        if any(names != texts[0] for names in texts):
+            raise InputError("The files of --labels have different class names: give one file of all labels.")
+        found = found._replace(labels=torch.cat(tensors), names=texts[0])
     elif ipc is not None:
         if ipc < 1 or len(found.images) % ipc:
             raise InputError(f"--ipc {ipc}: {path} holds {len(found.images)} images, which is no multiple of it.")
@@ -280,11 +288,11 @@ def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) 
     return found._replace(labels=labels, soft=soft)
 
 
-def _labels_of(path: Path) -> Tensor:
-    found = labels_in(read(path)[0])
+def _labels_of(path: Path) -> tuple[Tensor, list[str] | None]:
+    found, names = labels_in(read(path)[0])
     if found is None:
-        raise InputError(f"--labels {path}: it holds no labels, whole numbers (n,) or rows (n, K).")
-    return plain(found, "labels", path)
+        raise InputError(f"--labels {path}: it holds no labels, whole numbers or texts (n,), or rows (n, K).")
+    return plain(found, "labels", path), names
 
 
 def _step_size(path: Path, given: float | str | Path | None, found: Found) -> float | None:

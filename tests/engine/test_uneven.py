@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,3 +109,15 @@ def test_rules_go_by_the_number_of_most_classes() -> None:
     steps = [resolve(raw, ipc=ipc).steps for ipc in ({"default": 5, "a": 1}, {"default": 2, "a": 9}, {"a": 9, "b": 1})]
     assert steps == [7, Recipe().steps, 7]
     assert parse_recipe({"ipc": {"default": 5}}).ipc_of(["a", "b"]) == [5, 5]
+
+
+def test_sets_with_the_same_numbers_by_class_are_blended_and_the_blend_has_them(data: Path, tmp_path: Path) -> None:
+    for number, ipc in enumerate(({"default": 1, "2": 3}, {"default": 1, "2": 3}, {"default": 1})):
+        ddkit.distill(table(data, ipc, steps=0, seed=number), evaluators="none", out=tmp_path / str(number))
+    ddkit.blend(tmp_path / "0", tmp_path / "1", alpha=0.25, out=tmp_path / "blend")
+    first, second, both = (ddkit.load(tmp_path / name) for name in ("0", "1", "blend"))
+    torch.testing.assert_close(both.images, torch.lerp(first.images, second.images, 0.25))
+    assert both.labels.bincount().tolist() == [1, 1, 3]
+    assert tomllib.loads((tmp_path / "blend" / "recipe.toml").read_text())["ipc"] == {"0": 1, "1": 1, "2": 3}
+    with pytest.raises(ddkit.InputError, match="The first set has 3 images of the class '2', the second 1"):
+        ddkit.blend(tmp_path / "0", tmp_path / "2", out=tmp_path / "none")

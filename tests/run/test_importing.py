@@ -56,6 +56,11 @@ FORMS: dict[str, Any] = {
     "arrays of NumPy": {"images": IMAGES.numpy(), "labels": np.asfortranarray(LABELS.numpy().astype(">i4")), "acc": np.float32(0.5)},
     "list of labels": {"images": IMAGES, "labels": LABELS.tolist()},
     "list of scalars": [IMAGES, list(LABELS)],
+    "texts": {"images": IMAGES, "labels": [str(label) for label in LABELS.tolist()]},
+    "texts in a list": [IMAGES, [str(label) for label in LABELS.tolist()]],
+    "images of each class": [IMAGES[:2], IMAGES[2:]],
+    "images of each class in a dict": {"data": [IMAGES[:2], IMAGES[2:]]},
+    "a list of images": {"images": list(IMAGES), "labels": LABELS},
     "one-hot": {"images": IMAGES, "labels": torch.eye(2)[LABELS]},
     "labels (n, 1)": [IMAGES, LABELS[:, None]],
     "channels last": [IMAGES[:, 0, :, :, None], LABELS],
@@ -74,6 +79,22 @@ def test_every_form_of_a_set_is_read(form: str, tmp_path: Path) -> None:
     assert read.soft_labels is None
     assert (read.class_names, read.mean, read.std) == (["0", "1"], [0.25], [0.5])
     assert read.metadata["ipc"] == 2
+
+
+def test_labels_that_are_texts_become_the_class_names_in_natural_order(tmp_path: Path, cli: Cli) -> None:
+    texts = np.array(["dog 10", "dog 2", "dog 10", "dog 2"])
+    np.savez(tmp_path / "x.npz", images=IMAGES.numpy(), labels=texts)
+    np.savez(tmp_path / "bare.npz", images=IMAGES.numpy())
+    np.save(tmp_path / "y.npy", texts)
+    one = ddkit.import_file(tmp_path / "x.npz", tmp_path / "one", pixels="unit", **NORM)
+    two = ddkit.import_file(tmp_path / "bare.npz", tmp_path / "two", pixels="unit", labels=tmp_path / "y.npy", **NORM)
+    for found in (one, two):
+        assert isinstance(found, Artifact)
+        assert (found.class_names, found.labels.tolist()) == (["dog 2", "dog 10"], [0, 0, 1, 1])
+        assert torch.equal(found.images, IMAGES[[1, 3, 0, 2]])
+    refused = cli("import", tmp_path / "x.npz", "--mean", "0.5", "--std", "0.5", "--pixels", "unit", "--classes", "a,b", "--out", "three")
+    assert (refused.code, refused.out) == (2, "")
+    assert "the labels are texts, which are the class names: dog 2, dog 10" in " ".join(refused.err.split())
 
 
 def test_the_old_format_of_torch_npz_and_safetensors_are_read(tmp_path: Path) -> None:
