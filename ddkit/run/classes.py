@@ -34,6 +34,8 @@ def matched(artifact: Artifact, dataset: Dataset, pairs: Mapping[str, str]) -> t
         raise InputError(
             f"The set has classes that the data set has not: {_few(missing)}. {_advice(missing, [c for c in classes if c not in names])}"
         )
+    if len(names) < 2:
+        raise InputError(f"The set has the class '{names[0]}' alone, and a classifier needs two. `ddkit join` makes one set of several.")
     own = [name for name in classes if name in names]
     if own != classes:
         log.warning(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ddkit.components.options import written_options
 from ddkit.errors import FlagError, InputError, doubles, shown, suggestion
 from ddkit.files import sha256
 from ddkit.run import warnings
@@ -122,14 +122,12 @@ def check_parts(parts: Sequence[tuple[Path, Artifact]]) -> None:
     (place, first), *others = parts
     in_pixels = stored_in_pixels(first.parametrization, first.whitening is not None)
     pixels = "`ddkit export SET --to npz --out DIR` writes the images of such a set, and `ddkit import` makes a set of pixels of them."
-    told: Callable[[Artifact], Any]
     for other, part in others:
         for told, what, remedy in (
-            (lambda each: each.shape, "images of another shape (C, H, W)", "Distil both at one size: --set data.size=[H,W]."),
-            (lambda each: each.whitening and each.whitening.digest[:12], "another whitening", "Distil both with one, or without."),
-            (lambda each: each.parametrization and (each.parametrization.name, each.parametrization.options), "another parametrization",
-             pixels),
-        ):  # fmt: skip
+            (_shape, "images of another shape", "Distil both at one size: --set 'data.size=[HEIGHT,WIDTH]'."),
+            (_whitening, "another whitening", "Distil both with one whitening, or without."),
+            (_made_by, "another parametrization", pixels),
+        ):
             if told(first) != told(part):
                 raise InputError(f"{other} cannot be joined to {place}: it has {what}, {told(part)} and not {told(first)}. {remedy}")
         shared = _shared(part)
@@ -139,6 +137,19 @@ def check_parts(parts: Sequence[tuple[Path, Artifact]]) -> None:
             raise InputError(
                 f"{other} cannot be joined to {place}: both store numbers in normalised units, and their mean or std differ. {pixels}"
             )
+
+
+def _shape(part: Artifact) -> str:
+    return f"{part.shape} (C, H, W)"
+
+
+def _whitening(part: Artifact) -> str:
+    return "none" if part.whitening is None else f"that of sha256 {part.whitening.digest[:12]}"
+
+
+def _made_by(part: Artifact) -> str:
+    makes = part.parametrization
+    return "pixels" if makes is None else f"{makes.name} {written_options(makes.options) or ''}".strip()
 
 
 def _shared(part: Artifact) -> dict[str, Tensor]:

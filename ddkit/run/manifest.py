@@ -122,8 +122,13 @@ class _Blend(msgspec.Struct):
     parts: tuple[_Source, _Source]
 
 
+class _Part(_Source):
+    class_names: list[str] = []
+    images: int = 0
+
+
 class _Parts(msgspec.Struct):
-    parts: list[_Source]
+    parts: list[_Part]
 
 
 class _Manifest(msgspec.Struct):

@@ -133,7 +133,9 @@ def _template() -> Any:
 
 
 def _source(artifact: ddkit.Artifact) -> str:
-    """Returns the name of the source data, with the last part of the path of the user's own."""
+    """Returns the name of the source data, with the last part of the path of the user's own; "" of a joined set, which has several."""
+    if "join" in artifact.provenance.manifest:
+        return ""
     table = artifact.provenance.recipe.get("data", {})
     name = table.get("use", "")
     return f"{name} ({Path(table['path']).name})" if table.get("path") else name
@@ -142,6 +144,15 @@ def _source(artifact: ddkit.Artifact) -> str:
 def _is_derived(artifact: ddkit.Artifact) -> bool:
     """Whether the set is made of others: no steps of its own tell how."""
     return bool({"blend", "join", "split"} & set(artifact.provenance.manifest))
+
+
+def _parts(artifact: ddkit.Artifact) -> str:
+    """Returns in words the sets that a set is made of, "" if it is made of none."""
+    tables = [artifact.provenance.manifest.get(kind, {}) for kind in ("join", "split")]
+    parts = [part for table in tables for part in table.get("parts", [])]
+    return "; ".join(
+        f"{part.get('images', 0)} images of {len(part.get('class_names', []))} classes, sha256 {part['sha256'][:12]}" for part in parts
+    )
 
 
 def _start(artifact: ddkit.Artifact) -> str:
@@ -175,7 +186,8 @@ def _made(artifact: ddkit.Artifact) -> list[tuple[str, Any]]:
         "recipe": metadata.get("recipe") or found.recipe.get("name", ""),
         "whitening": "" if artifact.whitening is None else f"ZCA, {len(artifact.whitening.vectors):,} directions",
         "losses and weights": ", ".join(f"{label} {_figure(table.get('weight', 1.0), '{:g}')}" for label, table in losses.items()),
-        "steps": found.manifest.get("steps", found.recipe.get("steps", "")),
+        "made of": _parts(artifact),
+        "steps": "" if _is_derived(artifact) else found.manifest.get("steps", found.recipe.get("steps", "")),
         "seed": metadata.get("seed", ""),
         "trained model (teacher)": f"yes, sha256 {teacher.get('sha256')}" if isinstance(teacher, Mapping) else "",
         "device": found.manifest.get("device", ""),

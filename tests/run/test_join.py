@@ -109,9 +109,12 @@ WHITE = Whitening(torch.zeros(1, 4, 4), torch.eye(16)[:2], torch.ones(3)).tensor
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        (_set("x", (0,), size=5), "another shape (C, H, W), (1, 5, 5) and not (1, 4, 4)"),
+        (_set("x", (0,), size=5), "another shape, (1, 5, 5) (C, H, W) and not (1, 4, 4)"),
         (_set("x", (0,), **WHITE), "another whitening"),
-        (_set("x", (0,), more={"parametrization": {"use": "grid", "factor": 2}}), "another parametrization"),
+        (
+            _set("x", (0,), more={"parametrization": {"use": "grid", "factor": 2}}),
+            "another parametrization, grid {'factor': 2} and not pixels",
+        ),
     ],
 )
 def test_what_cannot_stand_in_one_set_is_refused_with_the_two_names(second: Artifact, said: str) -> None:
@@ -152,11 +155,17 @@ def test_the_commands_write_runs_that_tell_of_their_parts_and_can_be_evaluated(c
     small = ("--dataset", "digits", "--model", "mlp", "--set", "evaluators.accuracy.epochs=1", "--set", "evaluators.accuracy.repeats=1")
     rows = json.loads(cli("evaluate", "both", *small, "--json").out)["evaluations"]
     assert (rows[0]["details"]["classes"], rows[0]["stored_numbers"]) == (["4", "5", "7"], pytest.approx(5 * 64 / 3))
+    assert cli("export", "both", "--to", "card", "--out", "card").code == 0
+    card = Path("card/README.md").read_text()
+    assert "3 images of 2 classes" in card
+    assert "optimised" in card
     done = cli("split", "both", "--classes", "7,5", "--out", "apart")
     assert done.code == 0, done.err
     apart = ddkit.load("apart")
     assert (apart.class_names, apart.labels.tolist()) == (["5", "7"], [0, 0, 1])
+    assert cli("split", "both", "--classes", "7", "--out", "only").code == 0
     for words, code, phrase in (
+        ("evaluate only --dataset digits", 4, "the class '7' alone"),
         ("join one.safetensors --out new", 2, "two sets at least"),
         ("join both both/synthetic.safetensors --out new", 4, "are one set"),
         ("join one.safetensors nothing --out new", 5, "nothing"),

@@ -77,6 +77,7 @@ def head(files: Files) -> dict[str, Any]:
     ipc, pipc, data = artifact.metadata.get("ipc"), artifact.metadata.get("pipc"), recipe.get("data", {})
     source = data.get("use", "") + (f" ({Path(data['path']).name})" if data.get("path") else "")
     derived = next((kind for kind in DERIVED if kind in files.facts), "")
+    source = "" if derived == "join" else source  # it has several
     name = artifact.metadata.get("recipe") or recipe.get("name") or derived or "synthetic set"
     title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
     counts = artifact.stored_labels.bincount(minlength=len(artifact.class_names)).tolist()
