@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -275,8 +275,14 @@ def _accuracy(row: Any) -> str:
     return said if row.accuracy_mean is None and said else percent(row.accuracy_mean, row.accuracy_std) + (f" ({said})" if said else "")
 
 
-def budget(numbers: float | None, images: float | None) -> str:
-    """Returns the budget of a set as "640 (10 images)": the numbers that it stores for a class, and how many images have as many."""
+def budget(numbers: float | None, images: float | None, by_class: Mapping[str, float] | None = None) -> str:
+    """Returns the budget of a set as "640 (10 images)": the numbers that it stores for a class, and how many images have as many.
+
+    With the numbers of each class it is "64 to 256 (1 to 4 images)".
+    """
+    if numbers and images and by_class:
+        low, high = min(by_class.values()), max(by_class.values())
+        return f"{low:,.6g} to {high:,.6g} ({low * images / numbers:.3g} to {high * images / numbers:.3g} images)"
     return "-" if numbers is None else f"{numbers:,.6g} ({images:.3g} image{'s' if images != 1 else ''})"
 
 
@@ -301,7 +307,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
             percent(row.details.get("random_real_balanced_mean"), row.details.get("random_real_balanced_std")) for row in rows
         ]
     columns["networks"] = [row.repeats for row in rows]
-    columns["stored a class"] = [budget(row.stored_numbers, row.stored_as_images) for row in rows]
+    columns["stored a class"] = [budget(row.stored_numbers, row.stored_as_images, row.details.get("stored_by_class")) for row in rows]
     cached = [f"{row.details['cached']} of {row.repeats}" if row.details.get("cached") else "" for row in rows]
     columns |= {"baseline from cache": cached} if any(cached) else {}
     tables = [tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)]

@@ -310,7 +310,8 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     `details["cached"]` says how many networks of the row's baseline came from the cache, where an earlier evaluation had put them.
 
     `stored_numbers` is the budget of the set: the numbers that it stores for a class, without labels, on average; `stored_as_images`, how
-    many images of this size have as many. ddkit fills both in, for rows of the synthetic set; compare sets of the same budget alone.
+    many images of this size have as many. If classes differ, `details["stored_by_class"]` has the numbers of each. ddkit fills them in, for
+    rows of the synthetic set; compare sets of the same budget alone.
     """
 
     evaluator: str

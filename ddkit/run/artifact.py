@@ -92,6 +92,14 @@ class Artifact:
         return (self.stored.numel() + sum(self.parameters[name].numel() for name in names)) / len(self.class_names)
 
     @property
+    def stored_by_class(self) -> dict[str, float]:
+        """The numbers that each class stores, whose average is stored_numbers."""
+        counts = self.row_labels.bincount(minlength=len(self.class_names)).tolist()
+        each = math.prod(self.stored.shape[1:])
+        shared = self.stored_numbers - each * len(self.stored) / len(counts)
+        return {name: each * count + shared for name, count in zip(self.class_names, counts, strict=True)}
+
+    @property
     def stored_as_images(self) -> float:
         """How many images of this size have as many numbers as a class stores."""
         return self.stored_numbers / math.prod(self.shape)

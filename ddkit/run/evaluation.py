@@ -155,6 +155,7 @@ def run_evaluators(
     for label, evaluator in sorted(evaluators.items()):
         if not (ranks.is_main or evaluator.shares):
             continue
+        by_class = artifact.stored_by_class
         with blamed("evaluator", evaluator, may_draw=True):
             work = evaluator.work(data)
             report = watchers.begin("evaluation", f"Evaluating: {label}{work and f' ({work})'}")
@@ -162,7 +163,8 @@ def run_evaluators(
             for row in evaluator(artifact, seen, teacher):
                 own = row.images == "synthetic"
                 budget = {"stored_numbers": artifact.stored_numbers, "stored_as_images": artifact.stored_as_images} if own else {}
-                rows.append(msgspec.structs.replace(row, split=real.split, **budget))
+                uneven = {"stored_by_class": by_class} if own and len(set(by_class.values())) > 1 else {}
+                rows.append(msgspec.structs.replace(row, split=real.split, details=row.details | uneven, **budget))
     rows = rows if ranks.world_size == 1 else msgspec.convert(ranks.broadcast(msgspec.to_builtins(rows)), list[Evaluation])
     for sentence in (sentence for row in rows for sentence in below_random_real(row, len(labels), helps)):
         log.warning("%s", sentence)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ddkit
-from ddkit.cli.common import IPC
+from ddkit.cli.common import IPC, budget
 from ddkit.data.real import repeated
 from ddkit.recipes.tables import Recipe, parse_recipe
 from tests.conftest import SMALL_FLAGS, Result, said
@@ -118,6 +118,9 @@ def test_sets_with_the_same_numbers_by_class_are_blended_and_the_blend_has_them(
     first, second, both = (ddkit.load(tmp_path / name) for name in ("0", "1", "blend"))
     torch.testing.assert_close(both.images, torch.lerp(first.images, second.images, 0.25))
     assert both.labels.bincount().tolist() == [1, 1, 3]
+    assert both.stored_by_class == {"0": 64, "1": 64, "2": 192}
+    assert sum(both.stored_by_class.values()) / 3 == both.stored_numbers
+    assert budget(both.stored_numbers, both.stored_as_images, both.stored_by_class) == "64 to 192 (1 to 3 images)"
     assert tomllib.loads((tmp_path / "blend" / "recipe.toml").read_text())["ipc"] == {"0": 1, "1": 1, "2": 3}
     with pytest.raises(ddkit.InputError, match="The first set has 3 images of the class '2', the second 1"):
         ddkit.blend(tmp_path / "0", tmp_path / "2", out=tmp_path / "none")

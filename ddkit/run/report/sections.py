@@ -85,7 +85,9 @@ def head(files: Files) -> dict[str, Any]:
     tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}{uneven}")]
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
     images_a_class = len(artifact.images) / len(artifact.class_names)
+    by_class = artifact.stored_by_class.values()
     told = f"numbers stored for a class, as many as {artifact.stored_as_images:.3g} images of this size have"
+    told += f", on average: {min(by_class):,.6g} to {max(by_class):,.6g}" if len(set(by_class)) > 1 else ""
     told += f"; {artifact.parametrization.name} makes {images_a_class:.3g} of them" if artifact.parametrization else ""
     tiles += [("budget", f"{artifact.stored_numbers:,.6g}", told)]
     tiles += [("steps", f"{files.facts['steps']:,}", "updates of the set")] if files.facts.get("steps") else []
