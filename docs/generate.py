@@ -323,7 +323,8 @@ def _published(row: dict[str, str]) -> str:
 
 
 def _command(row: dict[str, str]) -> str:
-    return f"ddkit distill --recipe {row['recipe']} --dataset imagefolder:cifar --ipc 1 {row['flags']}".strip()
+    dataset = "" if "--dataset" in row["flags"] else "--dataset imagefolder:cifar "
+    return f"ddkit distill --recipe {row['recipe']} {dataset}--ipc 1 {row['flags']}".strip()
 
 
 def _references() -> dict[str, dict[str, Any]]:

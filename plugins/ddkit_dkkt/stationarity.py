@@ -18,16 +18,35 @@ from ddkit_dkkt.primal import VIEWS
 
 log = logging.getLogger("ddkit")
 
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 TINY = 1e-30  # keeps square roots differentiable at zero, in float32 too
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
 
-def negative_gradient(logits: Tensor, labels: Tensor, multipliers: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns (n,) the logit of each row's label minus the largest of the others, logits (n, K), K >= 2, labels (n,) int64.
+
+    Source: Buzaglo et al., Deconstructing Data Reconstruction, arXiv 2307.01827; for two classes arXiv 2206.07758.
+
+    >>> import torch
+    >>> margins(torch.tensor([[1.0, 4.0, 2.0]]), torch.tensor([2])).tolist()
+    [-2.0]
+    """
+    own = labels[:, None]
+    return logits.gather(1, own)[:, 0] - logits.scatter(1, own, -math.inf).amax(1)
+
+
+def negative_gradient(
+    logits: Tensor, labels: Tensor, multipliers: Tensor, parameters: Sequence[Tensor], objective: str = "cross-entropy"
+) -> list[Tensor]:
     """Returns - sum_i lambda_i grad_theta L(logits_i, label_i) for each of `parameters`, differentiable.
 
-    logits (n, K) must depend on the parameters; multipliers (n,) >= 0. Right-hand side of [D Eq. 6, stationarity].
+    logits (n, K) must depend on the parameters; multipliers (n,) >= 0. L is the cross-entropy, as in the right-hand side of
+    [D Eq. 6, stationarity], or for the objective "margin" minus the margin.
     """
-    weighted = (multipliers * functional.cross_entropy(logits, labels, reduction="none")).sum()
+    margin = objective == "margin"
+    values = -margins(logits, labels) if margin else functional.cross_entropy(logits, labels, reduction="none")
+    weighted = (multipliers * values).sum()
     return [-g for g in torch.autograd.grad(weighted, list(parameters), create_graph=True, materialize_grads=True)]
 
 
@@ -68,9 +87,14 @@ class Stationarity(ddkit.Loss):
     Parameter groups in which stationarity cannot be attained (scale-invariant layers, such as a convolution before
     instance norm) are found numerically and left out, unless `scale_invariant` says otherwise.
 
-    Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 8 and Algorithm 1.
+    Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 8 and Algorithm 1; with `objective = "margin"` Haim et al.,
+    Reconstructing Training Data from Trained Neural Networks, arXiv 2206.07758.
     """
 
+    objective: Literal["cross-entropy", "margin"] = ddkit.option(
+        "cross-entropy",
+        "what the gradients are of; margin: minus the logit of the class over the largest other one, for teachers without norm layers",
+    )
     distance: Literal["l1", "l2", "cosine", "layer-cosine"] = ddkit.option("cosine", "the source writes l1 (Eq. 8) and l2 (Algorithm 1)")
     average: bool = ddkit.option(True, "l1 and l2: per parameter, else the sum")
     parameters: str = ddkit.option("all", "all, weights (no biases or norms), classifier (the last layer), or a name pattern")
@@ -88,6 +112,15 @@ class Stationarity(ddkit.Loss):
         return ddkit.Requires(
             teacher=True, second_order=True, views=tuple(self.views), reduce="global", parameters={"multipliers": multipliers}
         )
+
+    def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
+        if self.objective == "margin" and teacher is not None and any(isinstance(each, NORMS) for each in teacher.modules()):
+            raise ddkit.InputError(
+                "dkkt-stationarity: the teacher has norm layers, and margins are stationary only in networks that are homogeneous in their "
+                f"parameters. Use one without: --set teacher.norm=none for convnet, or --set teacher.model=mlp; or "
+                f"--set {self.recipe_path}.objective=cross-entropy.",
+                "teacher",
+            )
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         """Returns the least-squares multipliers, -<theta, G> / <G, G> with G = sum_i grad L_i, where they were asked for."""
@@ -127,7 +160,7 @@ class Stationarity(ddkit.Loss):
         names = self._included(step)
         theta = [step.teacher_parameters[name] for name in names]
         found = step.view(view)
-        sums = step.all_reduce(negative_gradient(found.teacher_logits, found.labels, multipliers, theta))
+        sums = step.all_reduce(negative_gradient(found.teacher_logits, found.labels, multipliers, theta, self.objective))
         return list(zip([t.detach() for t in theta], sums, strict=True))
 
     def _included(self, step: ddkit.Step) -> list[str]:

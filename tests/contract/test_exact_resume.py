@@ -59,6 +59,7 @@ def cases() -> dict[str, dict[str, Any]]:
                 "sets": trained if "trajectory" in recipe.losses
                 else renewed if recipe.network.inner_epochs
                 else few if recipe.network.source == "experts"
+                else {"teacher.norm": None} if recipe.teacher.model == "mlp"  # which has none
                 else {},
             }
             for name, recipe in recipes.items() if recipe.losses
@@ -93,7 +94,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def run(data: str, out: Path, steps: int = STEPS, seed: int = 0, **given: Any) -> Path:
-    sets = TINY | given.pop("sets", {})
+    sets = {path: value for path, value in (TINY | given.pop("sets", {})).items() if value is not None}
     given = {"ipc": 2} | given
     ddkit.distill(dataset=data, pipc=4, steps=steps, seed=seed, evaluators="none", sets=sets, device="cpu", out=out, **given)
     return out

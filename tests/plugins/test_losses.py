@@ -10,12 +10,13 @@ import importlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from ddkit_dkkt.invariance import group_cosine, module_groups
 from ddkit_dkkt.primal import primal_loss
-from ddkit_dkkt.stationarity import least_squares_scale, negative_gradient, selected_parameters, stationarity_distances
+from ddkit_dkkt.stationarity import least_squares_scale, margins, negative_gradient, selected_parameters, stationarity_distances
 from ddkit_dm import dm_loss
 from ddkit_gm import EPSILON, gradient_distance
 from ddkit_priors import total_variation
@@ -141,6 +142,31 @@ def test_negative_gradient_is_the_weighted_sum_of_gradients_taken_one_image_at_a
     for actual, expected in zip(negative_gradient(network(images), labels, multipliers, parameters), sums, strict=True):
         close(actual, expected)
         assert actual.requires_grad
+
+
+def test_a_margin_is_the_logit_over_the_largest_other_one_and_its_negative_gradient_is_that_of_loops_and_finite_differences() -> None:
+    logits, labels, multipliers = normal(4, 3), torch.tensor([0, 1, 2, 2]), torch.tensor([0.5, 2.0, 0.0, 1.25], dtype=F64)
+    wanted = [row[label] - max(row[:label] + row[label + 1 :]) for row, label in zip(logits.tolist(), labels.tolist(), strict=True)]
+    assert margins(logits, labels).tolist() == wanted
+    x, weight = normal(4, 5).requires_grad_(), normal(5, 3, seed=1).requires_grad_()
+    sums = torch.zeros_like(weight)
+    for image, label, multiplier in zip(x.detach(), labels.tolist(), multipliers.tolist(), strict=True):
+        scores = (image @ weight.detach()).tolist()
+        other = max((score, k) for k, score in enumerate(scores) if k != label)[1]
+        sums[:, label] += multiplier * image
+        sums[:, other] -= multiplier * image
+    close(negative_gradient(x @ weight, labels, multipliers, [weight], "margin")[0].detach(), sums)
+    network = lambda images: (images @ weight).tanh() @ weight.T @ weight  # noqa: E731
+    assert gradcheck(lambda images: negative_gradient(network(images), labels, multipliers, [weight], "margin")[0], (x,))
+
+
+def test_margins_of_a_teacher_with_norm_layers_are_refused_before_it_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ddkit.run.setup.automatic_teacher", lambda *given, **more: pytest.fail("a teacher was trained"))
+    for norm in ("batch", "instance", "layer"):
+        sets = {"teacher.model": "convnet", "teacher.norm": norm}
+        with pytest.raises(ddkit.InputError, match="norm layers"):
+            ddkit.distill("kkt-reconstruction", steps=1, evaluators="none", sets=sets, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def slow_distance(pairs: Sequence[tuple[Tensor, Tensor]], distance: str, *, average: bool) -> float:

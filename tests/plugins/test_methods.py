@@ -19,6 +19,7 @@ from ddkit_gm import GradientMatching, gradient_distance
 from ddkit_methods.attention import attention, attention_maps
 from ddkit_methods.characteristic import characteristic_distance
 from ddkit_methods.class_centres import centre_loss
+from ddkit_methods.class_logit import class_logit, feature_distance, penultimate
 from ddkit_methods.classification import class_cross_entropy
 from ddkit_methods.covariance import covariance_distance
 from ddkit_methods.layer_means import mean_gap
@@ -252,3 +253,41 @@ def test_the_distance_of_covariances_agrees_with_loops_and_finite_differences(n:
     assert float(covariance_distance(real, synthetic)) == pytest.approx(sum(gap**2 for gap in gaps) / 3, rel=1e-10)
     assert float(covariance_distance(real, real + 1)) < 1e-12, "means are not compared"
     assert gradcheck(lambda x: covariance_distance(real, x), (synthetic.requires_grad_(),))
+
+
+# Logits of classes
+
+
+def test_class_logit_agrees_with_loops_and_finite_differences() -> None:
+    logits, labels, features, real = normal(4, 3), torch.tensor([0, 1, 2, 2]), normal(4, 5), normal(6, 5, seed=1)
+    assert float(class_logit(logits, labels)) == pytest.approx(-sum(float(logits[row, labels[row]]) for row in range(4)) / 4, rel=1e-12)
+    gaps = [(float(features[row, k]) - sum(real[:, k].tolist()) / 6) ** 2 for row in range(4) for k in range(5)]
+    assert float(feature_distance(features, real)) == pytest.approx(sum(gaps) / 20, rel=1e-12)
+    assert gradcheck(lambda t: class_logit(t, labels), (logits.requires_grad_(),))
+    assert gradcheck(lambda t: feature_distance(t, real), (features.requires_grad_(),))
+
+
+def test_class_logit_is_the_mean_over_teacher_and_others_and_holds_the_teachers_features_alone() -> None:
+    teacher, other = (nn.Sequential(nn.Flatten(), nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).double() for _ in range(2))
+    x, labels, real = normal(3, 1, 2, 3), torch.tensor([0, 1, 2]), normal(5, 1, 2, 3, seed=1)
+    step = SimpleNamespace(
+        view=lambda name: (x, labels, teacher(x)),
+        network=other,
+        teacher=SimpleNamespace(module=teacher),
+        real=SimpleNamespace(all_images=real),
+    )
+    torch.testing.assert_close(penultimate(teacher, x), teacher[:3](x))
+    held = (teacher[:3](x) - teacher[:3](real).mean(0)).square().mean()
+    own, others = (-torch.stack([network(x)[row, row] for row in range(3)]).mean() for network in (teacher, other))
+    for options, wanted in (({}, 0.25 * own + 0.75 * others + held), ({"others": 0.0, "features": 2.0}, own + 2 * held)):
+        torch.testing.assert_close(ddkit.create("loss", "class-logit", options)(step), wanted)
+    alone = ddkit.create("loss", "class-logit", {"others": 0.0, "features": 0.0})
+    assert not alone.requires.real
+    assert not alone.requires.network
+
+
+def test_a_teacher_without_a_linear_layer_is_refused_if_its_features_are_used() -> None:
+    teacher = nn.Conv2d(1, 3, 2)
+    with pytest.raises(ddkit.InputError, match="no linear layer"):
+        ddkit.create("loss", "class-logit").check(network=None, teacher=teacher)
+    ddkit.create("loss", "class-logit", {"features": 0.0}).check(network=None, teacher=teacher)
