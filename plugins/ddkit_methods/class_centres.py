@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -14,6 +13,7 @@ def centre_loss(real: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
 
     Source: Wang et al., CAFE, CVPR 2022, arXiv 2203.01531, Eq. 5 to 7.
 
+    >>> import torch
     >>> float(centre_loss(torch.ones(1, 2), torch.tensor([0]), torch.zeros(2, 2)).exp())
     2.0
     """
@@ -35,7 +35,7 @@ class ClassCentres(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         own = step.embeddings
         sums = own.new_zeros(step.info.classes, own.shape[1]).index_add(0, step.labels, own)
-        counts = torch.bincount(step.labels, minlength=step.info.classes).to(own.dtype)
+        counts = own.new_zeros(step.info.classes).index_add(0, step.labels, own.new_ones(len(own)))
         sums, counts = step.all_reduce([sums, counts])
         real = step.all_gather(step.real.embeddings, real=True)
         return centre_loss(real, step.real.all_labels, sums / counts[:, None])

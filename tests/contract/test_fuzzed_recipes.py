@@ -173,7 +173,7 @@ def test_the_recipe_that_is_mutated_is_valid() -> None:
     assert _told(lambda: api.plan(BASE, device="cpu")) is None
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(raw=recipes())
 def test_a_mutated_recipe_gives_a_plan_or_one_error(raw: dict[str, Any]) -> None:
     _told(lambda: api.plan(raw, device="cpu"))

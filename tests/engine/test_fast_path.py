@@ -110,9 +110,10 @@ def features_and_gradient(embedder: Embedder, x: Tensor) -> tuple[Tensor, Tensor
 # The stated tolerances of docs/performance.md: features relative to the largest, and the direction of the gradient. In
 # bfloat16 a value near 0 can fall on the other side of a ReLU, so single gradients differ; the direction hardly does.
 TOLERANCES = {"float32": (1e-5, 1 - 1e-6), "bfloat16": (0.02, 0.98)}
+FLOAT32 = pytest.param("float32", marks=pytest.mark.slow)  # compiling takes ten seconds for each precision
 
 
-@pytest.mark.parametrize("precision", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize("precision", [FLOAT32, "bfloat16"])
 def test_compiled_features_and_gradients_equal_plain_ones(
     compiled_embedders: dict[str, Embedder], precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,7 +128,7 @@ def test_compiled_features_and_gradients_equal_plain_ones(
     assert "did not work" not in caplog.text
 
 
-@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("precision", [FLOAT32, "bfloat16"])
 def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_batch(
     compiled_embedders: dict[str, Embedder], precision: str
 ) -> None:
@@ -140,7 +141,9 @@ def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_b
         assert torch.equal(embedder(x[rows]).detach(), alone[rows])
 
 
-@pytest.mark.parametrize(("precision", "chunk"), [("float32", 0), ("bfloat16", 0), ("plain", 0), ("plain", 2)])
+@pytest.mark.parametrize(
+    ("precision", "chunk"), [pytest.param("float32", 0, marks=pytest.mark.slow), ("bfloat16", 0), ("plain", 0), ("plain", 2)]
+)
 def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[str, Embedder], precision: str, chunk: int) -> None:
     """DM from all accessible real images is at its minimum from the first step: rounding must not move it."""
     steps = source(arithmetic=compiled_embedders[precision].arithmetic if precision in TOLERANCES else PLAIN, block=4)

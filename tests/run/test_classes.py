@@ -105,7 +105,7 @@ def test_the_pairs_of_names_that_are_suggested_work_as_printed(cli: Cli, pets: P
         (["x", "dog", "owl"], "x=catt", 4, "Did you mean 'cat'?"),
         (["x", "dog", "owl"], "x=dog", 4, "two classes of the set"),
         (["a", "b", "c", "d"], None, 4, "all of its classes"),
-        (["cat"], None, 4, "at least two"),
+        (["cat"], None, 4, "a classifier needs two"),
     ],
 )
 def test_classes_that_do_not_match_are_an_error(cli: Cli, pets: Path, names: list[str], pairs: str | None, code: int, said: str) -> None:

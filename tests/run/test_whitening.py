@@ -90,7 +90,8 @@ def test_blends_exports_and_the_report_keep_it(whitened: Path, tmp_path: Path, c
     for name in ("npz", "imagefolder"):
         assert cli("export", whitened, "--to", name, "--out", name).code == 0
         assert "whitened" in Path(name, "README.md").read_text(encoding="utf-8")
-    data = np.load("npz/synthetic.npz")
+    with np.load("npz/synthetic.npz") as file:
+        data = dict(file)
     rows = (data["x_train"] - data["whitening.centre"]).reshape(len(data["x_train"]), -1)
     vectors, gains = data["whitening.vectors"], data["whitening.gains"]
     inputs = gains[-1] * rows + (rows @ vectors.T * (gains[:-1] - gains[-1])) @ vectors
@@ -105,13 +106,13 @@ def test_an_evaluation_whitens_test_and_random_real_images_and_keeps_these_apart
 
     monkeypatch.setenv("DDKIT_CACHE", str(tmp_path / "cache"))
     tests = []
-    original = trainer.Trainer.accuracy
+    original = trainer.Trainer.tested
 
-    def spy(self: trainer.Trainer, kind: str, *given: Any) -> float:
+    def spy(self: trainer.Trainer, kind: str, *given: Any) -> Any:
         tests.append((kind, self.tests[0][:5]))
         return original(self, kind, *given)
 
-    monkeypatch.setattr(trainer.Trainer, "accuracy", spy)
+    monkeypatch.setattr(trainer.Trainer, "tested", spy)
     plain = distilled(tmp_path / "plain", sets={"data.whiten": False})
     found = ddkit.load(whitened)
     for artifact in (found, plain, found):

@@ -27,6 +27,8 @@ CASES: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"distance": "l2", "objective": "margin"},
     ],
     ("loss", "gm"): [{}],
+    ("loss", "mmd"): [{}],
+    ("loss", "attention-matching"): [{}],
     ("loss", "classification"): [{}],
     ("loss", "class-logit"): [{}, {"others": 0.0}],
     ("loss", "trajectory"): [{"steps": 2}],
