@@ -60,10 +60,12 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="r
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("steps", "warm", "width", "most"), [(100, 40, 8, 4), pytest.param(2000, 200, 32, 8, marks=pytest.mark.slow)], ids=["100", "2000"]
+    ("steps", "warm", "width", "most", "losses"),
+    [(100, 40, 8, 4, "dm,dkkt,gm"), pytest.param(2000, 200, 32, 8, EVERY_LOSS, marks=pytest.mark.slow)],
+    ids=["100", "2000"],
 )
-def test_memory_is_flat_after_the_first_steps_of_every_loss(tmp_path: Path, steps: int, warm: int, width: int, most: float) -> None:
-    assert growth(tmp_path, steps, warm, width=width) < most
+def test_memory_is_flat_after_the_first_steps(tmp_path: Path, steps: int, warm: int, width: int, most: float, losses: str) -> None:
+    assert growth(tmp_path, steps, warm, width=width, losses=losses) < most
 
 
 @needs_proc
@@ -72,7 +74,10 @@ def test_a_leak_would_be_seen(tmp_path: Path) -> None:
     assert growth(tmp_path, 100, 40, Steps(lambda index: kept.append(bytes([index % 256]) * 4 * MIB)), losses="dm") > 10
 
 
-@pytest.mark.parametrize("name", EVERY_LOSS.split(","))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("dm", "dkkt-stationarity", "gm"))) for name in EVERY_LOSS.split(",")],
+)
 def test_numbers_stay_finite_in_bfloat16(tmp_path: Path, name: str) -> None:
     directory = run(tmp_path, name, NARROW | {"engine.precision": "bfloat16", "engine.log_every": 1}, pipc=5, steps=30)
     assert bool(ddkit.load(directory.path).images.isfinite().all())

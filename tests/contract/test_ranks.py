@@ -37,7 +37,7 @@ from tests.ranked import work
 
 Cli = Callable[..., Result]
 ROOT = Path(__file__).parents[2]
-CLASSES, STEPS = 5, 12  # neither 2 nor 3 divides the classes
+CLASSES, STEPS = 5, 8  # neither 2 nor 3 divides the classes
 SIZES = (2, 3)
 IMAGES, LOSSES = 1e-4, 1e-4  # how far images (pixel units) and losses (relative) may be from those of one process
 TINY = {"network.width": 8, "network.depth": 1, "engine.checkpoint_every": 25}

@@ -110,10 +110,11 @@ def features_and_gradient(embedder: Embedder, x: Tensor) -> tuple[Tensor, Tensor
 # The stated tolerances of docs/performance.md: features relative to the largest, and the direction of the gradient. In
 # bfloat16 a value near 0 can fall on the other side of a ReLU, so single gradients differ; the direction hardly does.
 TOLERANCES = {"float32": (1e-5, 1 - 1e-6), "bfloat16": (0.02, 0.98)}
-FLOAT32 = pytest.param("float32", marks=pytest.mark.slow)  # compiling takes ten seconds for each precision
+SLOW = pytest.mark.slow  # compiling takes ten to twenty seconds for each precision
 
 
-@pytest.mark.parametrize("precision", [FLOAT32, "bfloat16"])
+@SLOW
+@pytest.mark.parametrize("precision", TOLERANCES)
 def test_compiled_features_and_gradients_equal_plain_ones(
     compiled_embedders: dict[str, Embedder], precision: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -128,7 +129,8 @@ def test_compiled_features_and_gradients_equal_plain_ones(
     assert "did not work" not in caplog.text
 
 
-@pytest.mark.parametrize("precision", [FLOAT32, "bfloat16"])
+@SLOW
+@pytest.mark.parametrize("precision", TOLERANCES)
 def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_batch(
     compiled_embedders: dict[str, Embedder], precision: str
 ) -> None:
@@ -142,7 +144,7 @@ def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_b
 
 
 @pytest.mark.parametrize(
-    ("precision", "chunk"), [pytest.param("float32", 0, marks=pytest.mark.slow), ("bfloat16", 0), ("plain", 0), ("plain", 2)]
+    ("precision", "chunk"), [pytest.param("float32", 0, marks=SLOW), pytest.param("bfloat16", 0, marks=SLOW), ("plain", 0), ("plain", 2)]
 )
 def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[str, Embedder], precision: str, chunk: int) -> None:
     """DM from all accessible real images is at its minimum from the first step: rounding must not move it."""
@@ -160,6 +162,7 @@ def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[
     assert float(engine.evaluate(3).values["dm"]) > 0
 
 
+@SLOW
 def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
     embedder = compiled_embedders["float32"]
     x = torch.randn((5, *INFO.shape), generator=draw())
@@ -170,6 +173,7 @@ def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str
     redraw(embedder.module, model(), INFO, 0, "network")
 
 
+@SLOW
 def test_weights_of_experts_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
     embedder = compiled_embedders["float32"]
     steps, x = source(arithmetic=embedder.arithmetic), torch.randn((5, *INFO.shape), generator=draw())
@@ -182,6 +186,7 @@ def test_weights_of_experts_reach_the_compiled_code(compiled_embedders: dict[str
     redraw(embedder.module, model(), INFO, 0, "network")
 
 
+@SLOW
 def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
     """The network of a step that another shares: the compiled one and the plain one are trained alike."""
     x, labels = torch.randn((6, *INFO.shape), generator=draw()), torch.arange(3).repeat_interleave(2)
