@@ -18,6 +18,7 @@ import msgspec
 from ddkit import output
 from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show
 from ddkit.components import registry
+from ddkit.components.source import no_collection
 from ddkit.errors import DdkitError, FlagError, PluginError
 
 NARROWEST = 20  # characters that a summary has in a narrow terminal
@@ -35,12 +36,13 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     wanted = registry.parse_kind(kind) if kind else None
     if wanted in registry.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
-    found = [p for p in registry.plugins() if wanted in (None, p.kind)]
     rows = []
-    for plugin in found:
-        status, summary = registry.status(plugin)
-        own = {key: getattr(plugin, key) for key in ("kind", "name", "distribution", "version")}
-        rows.append({**own, "summary": summary, "status": status})
+    with no_collection():
+        found = [p for p in registry.plugins() if wanted in (None, p.kind)]
+        for plugin in found:
+            status, summary = registry.status(plugin)
+            own = {key: getattr(plugin, key) for key in ("kind", "name", "distribution", "version")}
+            rows.append({**own, "summary": summary, "status": status})
     if check:
         for row, problem in zip(rows, _check(found), strict=True):
             row["status"] = problem if row["status"] == "ok" else row["status"]
