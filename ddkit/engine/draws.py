@@ -32,13 +32,11 @@ from ddkit.seeding import generator
 
 T = TypeVar("T")
 NORM_IMAGES = 16  # real images a class that give the statistics of batch norm, as many as in the public code of gradient matching
-
-
-MEMORY = {
+MEMORY = {  # what torch's optimizers keep for each parameter
     "sgd": {"momentum_buffer"},
     "adam": {"step", "exp_avg", "exp_avg_sq"},
     "adamw": {"step", "exp_avg", "exp_avg_sq"},
-}  # of an optimizer
+}
 
 
 class Inner(NamedTuple):

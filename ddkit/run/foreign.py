@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from ddkit.data.arrays import check_declared, read_arrays
+from ddkit.data.real import natural
 from ddkit.data.whitening import Whitening
 from ddkit.errors import DdkitError, InputError
 from ddkit.files import open_regular, read_tensors
@@ -279,7 +280,7 @@ def numbered(value: Any) -> tuple[Tensor | None, list[str] | None]:
     """Returns labels as a tensor, None if they are none, and the class names, in natural order, if the labels are texts."""
     if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
         return tensor_of(value), None
-    names = sorted(set(value), key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", name)])
+    names = sorted(set(value), key=natural)
     number = {name: place for place, name in enumerate(names)}
     return torch.tensor([number[each] for each in value]), names
 

@@ -32,8 +32,9 @@ def join(sets: Sequence[str | Path], *, out: str | Path) -> Run:
     if len(places) < 2:
         raise FlagError("`ddkit join A B ... --out DIR` needs two sets at least.")
     parts = [(place, load(place)) for place in places]
-    for double in doubles(sha256(file_of(place)) for place in places):
-        same = [str(place) for place in places if sha256(file_of(place)) == double]
+    digests = [sha256(file_of(place)) for place in places]
+    for double in doubles(digests):
+        same = [str(place) for place, digest in zip(places, digests, strict=True) if digest == double]
         raise InputError(f"{' and '.join(same)} are one set. Name each set once.")
     with warnings.recording(), RunDirectory.whole_or_absent(Path(out)) as directory:
         result = joined(parts)

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 import ddkit
+from ddkit.data import natural
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
-from ddkit_datasets.tables import TABLES, TEST, TRAIN, Row, natural, read_table, table_in
+from ddkit_datasets.tables import TABLES, TEST, TRAIN, Row, read_table, table_in
 
 log = logging.getLogger("ddkit")
 MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second

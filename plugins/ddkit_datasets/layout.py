@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddkit_datasets.tables import natural
+from ddkit.data import natural
 
 SPLITS = {
     "train": ("train", "training", "tr"),

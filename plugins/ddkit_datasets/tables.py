@@ -29,11 +29,6 @@ class Row(NamedTuple):
     split: str
 
 
-def natural(name: str) -> tuple[list[Any], str]:
-    """Returns a key by which names sort with the numbers in them as numbers: 2 before 10, "class 2" before "class 10"."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
-
-
 def table_in(folder: Path) -> Path | None:
     """Returns the table that lies in a folder: metadata.csv, metadata.jsonl, or FOLDER_annotations.txt, as in Tiny-ImageNet's val."""
     return next((folder / name for name in (*NAMES, f"{folder.name}_annotations.txt") if (folder / name).is_file()), None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit.nn import layer_features
+from ddkit_methods import class_pairs
 
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Sigmoid, nn.GELU, nn.SiLU)
 
@@ -58,7 +59,6 @@ class AttentionMatching(ddkit.Loss):
             theirs = attention_maps(step.network, real.augmented, self.power)
         total = 0.0 * images.sum()  # attached to the graph even if no class has real images
         for ours, wanted in zip(attention_maps(step.network, images, self.power), theirs, strict=True):
-            for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
-                gap = ours[step.class_slices[label]].mean(0) - wanted[real.class_slices[label]].mean(0)
-                total = total + gap.square().sum()
+            for own, other in class_pairs(step, ours, wanted):
+                total = total + (own.mean(0) - other.mean(0)).square().sum()
         return total

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import ddkit
+from ddkit_methods import class_pairs
 
 
 def characteristic_function(x: Tensor, frequencies: Tensor) -> Tensor:
@@ -60,7 +61,6 @@ class CharacteristicFunction(ddkit.Loss):
         frequencies = ddkit.nn.to_device(drawn, synthetic.device).to(synthetic.dtype)
         ours, theirs = functional.normalize(synthetic), functional.normalize(real.embeddings)
         total = 0.0 * synthetic.sum()  # attached to the graph even if no class has real images
-        for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
-            pair = theirs[real.class_slices[label]], ours[step.class_slices[label]]
-            total = total + characteristic_distance(*pair, frequencies, self.amplitude, self.phase)
+        for own, other in class_pairs(step, ours, theirs):
+            total = total + characteristic_distance(other, own, frequencies, self.amplitude, self.phase)
         return total

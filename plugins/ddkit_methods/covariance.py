@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 import ddkit
+from ddkit_methods import class_pairs
 
 
 def covariance_distance(real: Tensor, synthetic: Tensor) -> Tensor:
@@ -38,6 +39,6 @@ class CovarianceMatching(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, synthetic = step.real, step.embeddings
         total = 0.0 * synthetic.sum()  # attached to the graph even if no class has real images
-        for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
-            total = total + covariance_distance(real.embeddings[real.class_slices[label]], synthetic[step.class_slices[label]])
+        for ours, theirs in class_pairs(step, synthetic, real.embeddings):
+            total = total + covariance_distance(theirs, ours)
         return total

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import ddkit
 from ddkit.nn import layer_features
+from ddkit_methods import class_pairs
 from ddkit_methods.attention import ACTIVATIONS
 
 
@@ -47,6 +48,6 @@ class LayerMeans(ddkit.Loss):
         factors = [self.shallow] * (len(ours) - 1) + [1.0]
         total = 0.0 * images.sum()  # attached to the graph even if no class has real images
         for factor, own, wanted in zip(factors, ours, theirs, strict=True):
-            for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
-                total = total + factor * mean_gap(wanted[real.class_slices[label]], own[step.class_slices[label]])
+            for mine, other in class_pairs(step, own, wanted):
+                total = total + factor * mean_gap(other, mine)
         return total

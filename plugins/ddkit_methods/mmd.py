@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import ddkit
+from ddkit_methods import class_pairs
 
 
 def gaussian_kernel(x: Tensor, scales: int) -> Tensor:
@@ -65,7 +66,6 @@ class MaximumMeanDiscrepancy(ddkit.Loss):
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, synthetic = step.real, step.embeddings
         total = 0.0 * synthetic.sum()  # attached to the graph even if no class has real images
-        for label in sorted(step.class_slices.keys() & real.class_slices.keys()):
-            ours, theirs = synthetic[step.class_slices[label]], real.embeddings[real.class_slices[label]]
+        for ours, theirs in class_pairs(step, synthetic, real.embeddings):
             total = total + squared_mmd(theirs, ours, self.kernel, self.scales)
         return total

@@ -437,10 +437,10 @@ def _seconds(*arguments: str) -> float:
 
 
 LIBRARIES = "import click, importlib.metadata, importlib.resources, msgspec, pluggy, tabulate"
-TIMES = 3.5  # within half a second if the libraries take a seventh of one; 110 components are listed in 2.8 to 3.1 times as long
+TIMES = 3  # within half a second where the libraries take a sixth of one, as on the slowest machine that was measured
 
 
-def _against_libraries(*arguments: str, times: int = 5) -> float:
+def _against_libraries(*arguments: str, times: int = 9) -> float:
     """Returns how many times as long Python takes as with the command's libraries alone: a slow machine slows both down."""
     times = [(_seconds(*arguments), _seconds("-c", LIBRARIES)) for _ in range(times)]
     return min(own for own, _ in times) / min(libraries for _, libraries in times)
