@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from ddkit.files import MOST_TOML, read_text
 
 
 def _top_spec(name: str) -> ModuleSpec | None:
+    return _top_spec_on(name, tuple(sys.path))
+
+
+@lru_cache(maxsize=256)
+def _top_spec_on(name: str, path: tuple[str, ...]) -> ModuleSpec | None:
+    """Returns the spec of a top-level module: a package of many components is looked for once while `path` stays what it is."""
     try:
         return find_spec(name)  # of a top-level name: imports nothing
     except (ImportError, ValueError):
@@ -88,6 +95,7 @@ def no_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # so that it does not look after all of it as soon as it looks again
         if collects:
             gc.enable()
 
