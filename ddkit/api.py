@@ -285,7 +285,7 @@ def train_experts(
 
 
 def cite(target: str | Path) -> list[Citation]:
-    """Returns the BibTeX entries of what a recipe uses: `target` is a recipe's name, a recipe file or a run directory.
+    """Returns the BibTeX entries of the papers of a recipe, and of its parts. `target` is its name, a recipe file or a run directory.
 
     `print(*ddkit.cite("m3d"), sep="\\n\\n")` prints what `ddkit cite m3d` does. Raises DdkitError.
     """

@@ -113,6 +113,11 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     return f"Choose from: {', '.join(known)}." if known else "There is none to choose from."
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns "1 epoch", "2 epochs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def printable(text: str) -> str:
     r"""Returns `text` with what acts on a terminal, hides, or cannot be written as JSON's escapes: control characters, direction marks.
 

@@ -144,10 +144,10 @@ def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROU
 @plugin_files
 @as_json
 def cite(target: str, as_json: bool) -> None:
-    """Print the BibTeX of what a recipe uses: its paper, those of its losses and other parts, and ddkit itself.
+    """Print the BibTeX entries of a recipe's paper, of the papers of its losses and other parts, and of ddkit.
 
-    RECIPE is a recipe's name, a file, or a run directory. A line above each entry says what it is cited for. A source of a third party
-    that names no arXiv number becomes a @misc entry of its own words.
+    RECIPE is a recipe's name, a file, or a run directory. A line above each entry gives the part of the recipe that it is for. A source of
+    a third party that names no arXiv number becomes a @misc entry of its own words.
     """
     from ddkit import api
 

@@ -26,7 +26,7 @@ from ddkit.cli.common import (
     show,
     verbose,
 )
-from ddkit.errors import FlagError
+from ddkit.errors import FlagError, counted
 
 recipe_flags = options(
     click.option("--recipe", type=Names("recipe", files=".toml"), metavar="NAME|FILE", help="Recipe to start from (default: default)."),
@@ -130,7 +130,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
     waits = ", which is trained first and kept for the next time" if plan["teacher_is_trained_first"] else ""
     makes = plan["parametrization"]
     each = makes["images_per_class"]
-    made = f"{each} image{'s' if each != 1 else ''}" if isinstance(each, int) else f"{min(each.values())} to {max(each.values())} images"
+    made = counted(each, "image") if isinstance(each, int) else f"{min(each.values())} to {max(each.values())} images"
     far = f", {makes['encoding_error']:.3f} from those of the initializer (root mean square, normalised units)"
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "

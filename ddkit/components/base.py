@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 import msgspec
 
 from ddkit.components.options import Count, Field, Option, Requires, check_fields, declared, options_type, parse_options
-from ddkit.errors import InputError
+from ddkit.errors import InputError, counted
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -210,7 +210,7 @@ class Initializer(Component):
         needed = self.needed(ipc)
         short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
         if short:
-            wanted = f"{needed} accessible images a class for {ipc} image{'s' if ipc > 1 else ''}"
+            wanted = f"{needed} accessible images a class for {counted(ipc, 'image')}"
             told = f"{', '.join(short[:5])}{f' and {len(short) - 5} more have too few' if len(short) > 5 else ''}"
             raise InputError(f"Initializer '{self.name}' needs {wanted}, but {told}. Raise --pipc, {self.remedy}.", "ipc")
 

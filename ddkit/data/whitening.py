@@ -116,7 +116,7 @@ def normalisation_of(images: Tensor, table: DataTable) -> Normalisation:
 
 
 def whitening_key(table: DataTable) -> dict[str, Any]:
-    """Returns how `table` whitens, for the key of what is kept in the cache; {} if it does not."""
+    """Returns the settings of the whitening, as a part of a cache key; {} if `table` has none."""
     return {"whiten": [table.whiten_eps, table.whiten_absolute]} if table.whiten else {}
 
 

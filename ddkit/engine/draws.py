@@ -271,7 +271,7 @@ class StepSource:
                 }
 
     def _tensors(self) -> dict[str, Tensor]:
-        """Returns copies of what the network is, and of what its optimizer keeps, by name."""
+        """Returns copies of the network's weights and of its optimizer's state, by name."""
         assert self._embedder is not None
         tensors = network_tensors(self._embedder.module)
         for name, parameter in self._embedder.module.named_parameters():
@@ -351,7 +351,7 @@ class StepSource:
         return "network." if self.pool == 1 else f"network.{turn.place}."
 
     def network_state(self, index: int) -> dict[str, Tensor]:
-        """Returns copies of what the networks from step `index` on depend on beside the synthetic set; {} where they are only drawn."""
+        """Returns copies of the weights and optimizer states with which step `index` goes on; {} if networks are drawn and not trained."""
         waiting = self._waiting(index) if self._embedder is not None and self._network_step >= 0 else []
         found = {"network_step": torch.tensor(self._network_step)} if waiting else {}
         for turn in waiting:

@@ -22,7 +22,7 @@ from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import data_info
 from ddkit.data.whitening import normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
-from ddkit.errors import InputError, RunFailed, RunFilesError
+from ddkit.errors import InputError, RunFailed, RunFilesError, counted
 from ddkit.files import SCHEMA, cache_folder, make_folder, path_part, read_tensors, sha256, tensors_bytes, vouch, vouched
 from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
@@ -60,9 +60,7 @@ def train_teacher(
     model = registry.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(model, info, seed, "teacher").to(device)
     name = registry.split_name(table.model)[0]
-    report = watchers.begin(
-        "teacher", f"Training a teacher ({name}, {train.epochs} epoch{'s' if train.epochs != 1 else ''} on {count})", total=train.epochs
-    )
+    report = watchers.begin("teacher", f"Training a teacher ({name}, {counted(train.epochs, 'epoch')} on {count})", total=train.epochs)
     _fit(module, norm.lazily(images).to(device), labels.to(device), train, info, seed, report)
     if not all_finite(module.state_dict()):
         raise RunFailed(

@@ -31,7 +31,7 @@ from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import RealData
 from ddkit.data.whitening import Whitening, normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
-from ddkit.errors import InputError, RunFailed, RunFilesError
+from ddkit.errors import InputError, RunFailed, RunFilesError, counted
 from ddkit.files import (
     SCHEMA,
     json_digest,
@@ -429,7 +429,7 @@ def train_experts(
             })  # fmt: skip
         _write_expert(folder, settings, number, *trained)
 
-    epochs = f"{settings.epochs} epoch{'s' if settings.epochs != 1 else ''}"
+    epochs = counted(settings.epochs, "epoch")
     text = f"Training {count} experts ({settings.model}, {epochs} on {len(labels):,} images)"
     report = watchers.begin("experts", text, done=count - len(left), total=count)
     alone = made.compile or device.type != "cpu"

@@ -27,7 +27,7 @@ from ddkit.components import registry
 from ddkit.data.real import check_held_out, open_dataset
 from ddkit.distributed import group, own_device, plain_environment
 from ddkit.engine.losses import losses_of
-from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
+from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError, counted
 from ddkit.files import check_out, with_digest, write_atomic, write_json
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import read_teacher
@@ -172,7 +172,7 @@ def _check_images(study: Study, task: Task) -> None:
     if count > recipe.pipc:
         where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
         raise InputError(
-            f"{where}: the {who} needs {count} real image{'s' if count > 1 else ''} a class, and the system has {recipe.pipc}. "
+            f"{where}: the {who} needs {counted(count, 'real image')} a class, and the system has {recipe.pipc}. "
             f"Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its {changes} in the study.",
             f"systems.{task.cell.system}",
         )
@@ -215,7 +215,7 @@ class _Told:
         self._began = time.monotonic()
         self._lock = threading.Lock()
         if count:
-            report(f"Making and evaluating {count} set{'s' if count > 1 else ''}")
+            report(f"Making and evaluating {counted(count, 'set')}")
 
     def begun(self, task: Task) -> None:
         with self._lock:

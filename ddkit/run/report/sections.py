@@ -14,6 +14,7 @@ import tomli_w
 from torch import Tensor
 
 from ddkit.data.pictures import eight_bits, radial_spectrum
+from ddkit.errors import counted
 from ddkit.files import path_part, without_folders
 from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
@@ -79,10 +80,10 @@ def head(files: Files) -> dict[str, Any]:
     derived = next((kind for kind in DERIVED if kind in files.facts), "")
     source = "" if derived == "join" else source  # it has several
     name = artifact.metadata.get("recipe") or recipe.get("name") or derived or "synthetic set"
-    title = f"{name}{f' on {source}' if source else ''}" + (f", {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else "")
+    title = f"{name}{f' on {source}' if source else ''}" + (f", {counted(ipc, 'image')} a class" if ipc else "")
     counts = artifact.stored_labels.bincount(minlength=len(artifact.class_names)).tolist()
     uneven = f"; {min(counts)} to {max(counts)} a class" if len(set(counts)) > 1 else ""
-    tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {channels} channel{'s' if channels > 1 else ''}{uneven}")]
+    tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {counted(channels, 'channel')}{uneven}")]
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
     images_a_class = len(artifact.images) / len(artifact.class_names)
     by_class = artifact.stored_by_class.values()
@@ -256,7 +257,7 @@ def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
 def _named(row: Mapping[str, Any]) -> str:
     """Returns "convnet, standard, 300 epochs", with the images and the split where they are not the usual ones."""
     details = row.get("details", {})
-    epochs = f"{details['epochs']} epoch{'s' if details['epochs'] != 1 else ''}" if details.get("epochs") else ""
+    epochs = counted(details["epochs"], "epoch") if details.get("epochs") else ""
     variant = str(details.get("variant") or "")  # tells the epochs where they are not the protocol's
     parts = [row["model"], row["protocol"], "" if epochs and epochs in variant else epochs, variant]
     parts += [row[key] for key, usual in (("images", "synthetic"), ("split", "test")) if row.get(key, usual) != usual]
