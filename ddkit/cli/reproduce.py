@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from ddkit.cli.common import ROWS, Kind, Names, Place, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
+from ddkit.cli.progress import watching
 from ddkit.components import trust
-from ddkit.distributed import follows
 from ddkit.errors import FlagError, RunFailed, doubles
 
 
@@ -77,12 +77,12 @@ def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: A
         networks=flags["repeats"], sets=tuple(flags["sets"].items()),
         **{key: flags[key] for key in ("seeds", "protocol", "steps", "dataset", "data_dir", "teacher", "device", "jobs", "alphas")},
     )  # fmt: skip
-    with trust.granting({"dataset": flags["dataset"]}, flags["sets"], everything=flags["allow_code"]):
+    grants = trust.granting({"dataset": flags["dataset"]}, flags["sets"], everything=flags["allow_code"])
+    with grants, watching(quiet) as observers:
         report = runner.reproduce(
             found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"],
             systems=None if flags["systems"] is None else _names(flags["systems"]), run=not flags["show"],
-            report=lambda line: None if quiet or follows() else click.echo(line, err=True), part=flags["shard"] or (0, 1),
-            merged=flags["merged"],
+            observers=observers, part=flags["shard"] or (0, 1), merged=flags["merged"],
         )  # fmt: skip
     if as_json:
         echo_json(report_json(report))

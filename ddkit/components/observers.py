@@ -62,8 +62,8 @@ def stage_started(stage: str, text: str, done: int, total: int) -> None:
     """Called: when a stage begins. Receives: its name, what is done in a line for people, and how far it is in its own units.
 
     The stages are "reading" (images), "teacher" (epochs), "experts" (networks), "start" (the first images), "distilling" (steps),
-    "evaluation" (networks, once for each evaluator) and "writing". `total` is 0 where it is not known; `done` is above 0 where a run goes
-    on.
+    "evaluation" (networks, once for each evaluator) and "writing"; of a study "merging", and "sets" whenever one begins or ends. `total` is
+    0 where it is not known; `done` is above 0 where a run or a study goes on.
     May: write or draw. May not: assume that every stage comes, or comes once. Since: 0.2.
     """
 

@@ -99,6 +99,12 @@ class ProgressBar:
 
     @hookimpl
     def stage_started(self, stage: str, text: str, done: int, total: int) -> None:
+        if self._name == stage and self._bar.total == total and done >= self._bar.n:  # it goes on, and its pace counts on
+            self._bar.clear()
+            _tell(text)
+            self._bar.update(done - self._bar.n)
+            self._bar.refresh()
+            return
         self.close()
         _tell(text)
         if total:

@@ -67,11 +67,13 @@ class Task(NamedTuple):
     evaluation: Evaluating
     parts: tuple[Path, ...] = ()  # runs that are blended, where it is a blend
     alpha: float | None = None
+    title: str = ""  # of its system, or of the two that are blended
 
     @property
     def label(self) -> str:
         blend = "" if self.alpha is None else f" alpha {self.alpha:g}"
-        return f"{self.cell.system} ipc {self.cell.ipc} pipc {self.cell.pipc}{blend} seed {self.seed}"
+        labels = "" if self.evaluation.labels == "hard" else f" ({self.evaluation.labels})"
+        return f"{self.title or self.cell.system}{labels} ipc {self.cell.ipc} pipc {self.cell.pipc}{blend} seed {self.seed}"
 
 
 def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
@@ -95,7 +97,7 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
             own_labels = "stored" if recipe.own_labels.kind != "hard" and images == "synthetic" else "hard"
             learned = own_labels if system.labels == "auto" else system.labels
             evaluating = _evaluating(study, system.protocol or study.protocol, learned, images, settings)
-            own.append(Task(cell, seed, recipe, out / "sets" / name, evaluating))
+            own.append(Task(cell, seed, recipe, out / "sets" / name, evaluating, title=system.title))
         tasks += own + _blends(study, own, out, settings)
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
         assert study.blends is not None
@@ -214,7 +216,8 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
             key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
             system = f"{study.blends.first}+{study.blends.second}"
-            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, (first.path, second.path), alpha))
+            parts, title = (first.path, second.path), " and ".join(task.title or task.cell.system for task in (first, second))
+            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, parts, alpha, f"Blend of {title}"))
     return found
 
 

@@ -24,6 +24,7 @@ import msgspec
 import tomli_w
 
 from ddkit.components import registry
+from ddkit.components.observers import Observers
 from ddkit.data.real import check_held_out, open_dataset
 from ddkit.distributed import group, own_device, plain_environment
 from ddkit.engine.losses import losses_of
@@ -50,7 +51,7 @@ def reproduce(
     cells: Sequence[tuple[int, int | str]] | None = None,
     systems: Sequence[str] | None = None,
     run: bool = True,
-    report: Callable[[str], None] = lambda line: None,
+    observers: Sequence[Any] = (),
     part: tuple[int, int] = (0, 1),
     merged: Sequence[Path] = (),
 ) -> Report:
@@ -64,13 +65,14 @@ def reproduce(
     """
     check_out(out)
     tasks = planned(study, chosen_cells(study, cells, systems), out, settings)
+    watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
     _check(study, tasks, settings)
     if run:
         pick_device(own_device(settings.device))
     with group(wanted=True) as ranks:
         if ranks.is_main:
             for store in merged:
-                report(f"{merge(store, out)} sets and evaluations were copied from {store}")
+                watchers.begin("merging", f"{merge(store, out)} sets and evaluations were copied from {store}")
         ranks.barrier()
         failures: dict[Path, str] = {}
         own = share(tasks, *part)
@@ -82,7 +84,7 @@ def reproduce(
                     why = error.strerror or error
                     raise RunFilesError(f"{out / SETS} cannot be written: {why}. Name another place with --out DIR.") from None
                 settings = msgspec.structs.replace(settings, device=own_device(settings.device))
-                _work(share(own, ranks.rank, ranks.world_size), settings, report, failures)
+                _work(share(own, ranks.rank, ranks.world_size), settings, watchers, failures)
                 for part_failed in ranks.all_gather_object({str(path): reason for path, reason in failures.items()}):
                     failures.update({Path(path): reason for path, reason in part_failed.items()})
         except (Interrupted, KeyboardInterrupt) as stop:
@@ -178,7 +180,7 @@ def _check_images(study: Study, task: Task) -> None:
         )
 
 
-def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], None], failures: dict[Path, str]) -> None:
+def _work(tasks: Sequence[Task], settings: Settings, watchers: Observers, failures: dict[Path, str]) -> None:
     """Makes and evaluates every set that is not there; puts into `failures` why those failed that did, by path."""
     crew = _Crew(settings)
     for blends in (False, True):
@@ -186,7 +188,7 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
         of_a_set: dict[Path, list[Task]] = {}  # two systems may share a set, and two evaluations of one file must not race
         for task in waiting.values():
             of_a_set.setdefault(task.path, []).append(task)
-        told = _Told(len(waiting), report)
+        told = _Told(len(waiting), watchers)
 
         def work(group: Sequence[Task], told: _Told = told) -> None:
             for task in group:
@@ -208,25 +210,28 @@ def _work(tasks: Sequence[Task], settings: Settings, report: Callable[[str], Non
 class _Told:
     """Reports which of `count` sets are begun and ended, and how long the others will take if they take as long."""
 
-    def __init__(self, count: int, report: Callable[[str], None]) -> None:
+    def __init__(self, count: int, watchers: Observers) -> None:
         self._count = count
-        self._report = report
+        self._watchers = watchers
         self._done = 0
         self._began = time.monotonic()
         self._lock = threading.Lock()
         if count:
-            report(f"Making and evaluating {counted(count, 'set')}")
+            self._tell(f"Making and evaluating {counted(count, 'set')}")
 
     def begun(self, task: Task) -> None:
         with self._lock:
-            self._report(f"{self._done} of {self._count} done: {task.label} is begun")
+            self._tell(f"{self._done} of {self._count} done: {task.label} is begun")
 
     def ended(self, task: Task, how: str) -> None:
         with self._lock:
             self._done += 1
             left = (time.monotonic() - self._began) / self._done * (self._count - self._done)
             told = f", about {duration(left)} left" if self._done < self._count else ""
-            self._report(f"{self._done} of {self._count}: {task.label}: {how}{told}")
+            self._tell(f"{self._done} of {self._count}: {task.label}: {how}{told}")
+
+    def _tell(self, line: str) -> None:
+        self._watchers.begin("sets", line, done=self._done, total=self._count)
 
 
 class _Crew:

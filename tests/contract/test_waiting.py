@@ -131,7 +131,8 @@ def test_progress_of_several_models_is_that_of_all_of_them(cli: Cli, monkeypatch
 def test_a_study_tells_which_sets_are_done_and_how_long_the_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lines = Clock(), list[str]()
     monkeypatch.setattr("ddkit.studies.runner.time", SimpleNamespace(monotonic=clock))
-    told, task = _Told(3, lines.append), SimpleNamespace(label="dm seed 0")
+    watchers = SimpleNamespace(begin=lambda stage, line, *, done, total: lines.append(line))
+    told, task = _Told(3, watchers), SimpleNamespace(label="dm seed 0")  # type: ignore[arg-type]
     for how in ("20.0 %", "failed: no", "21.0 %"):
         told.begun(task)  # type: ignore[arg-type]
         clock.now += 600
@@ -142,6 +143,20 @@ def test_a_study_tells_which_sets_are_done_and_how_long_the_others_take(monkeypa
         "1 of 3 done: dm seed 0 is begun", "2 of 3: dm seed 0: failed: no, about 10 min left",
         "2 of 3 done: dm seed 0 is begun", "3 of 3: dm seed 0: 21.0 %",
     ]  # fmt: skip
+
+
+def test_the_bar_of_a_study_goes_on_from_line_to_line(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ddkit.ProgressBar()
+    bar.stage_started("sets", "Making and evaluating 3 sets", 0, 3)
+    began = bar._bar.start_t
+    bar.stage_started("sets", "1 of 3: DM seed 0: 20.0 %", 1, 3)
+    assert (bar._bar.n, bar._bar.start_t) == (1, began)  # of which the time left is told
+    told = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert {"Making and evaluating 3 sets", "1 of 3: DM seed 0: 20.0 %"} <= set(told)
+    assert "1/3" in told[-1]
+    bar.stage_started("sets", "Making and evaluating 4 sets", 0, 4)
+    assert (bar._bar.n, bar._bar.total) == (0, 4)
+    bar.close()
 
 
 # Interruptions

@@ -408,7 +408,7 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
 def test_what_hinders_a_set_later_is_told_with_its_cell(cli: CLI, commands: list[list[str]]) -> None:
     result = cli("reproduce", f"./{_study()}", *SMALL, "--dataset", "npz:nothing.npz", "--cells", "1:3", "--systems", "dm", "--seeds", 1)
     assert (result.code, commands[0][0]) == (4, "distill")
-    assert "ddkit: dm ipc 1 pipc 3 seed 0: " in said(result.err)
+    assert "ddkit: DM ipc 1 pipc 3 seed 0: " in said(result.err)
     assert "nothing.npz" in result.err
 
 
