@@ -168,7 +168,7 @@ def _recipe(spec: Spec, folder: Path) -> Any:
     start = {} if "recipe" in spec else {"initializer.use": "noise"}
     sets = {"data.use": f"npz:{folder / 'random.npz'}"} | start | dict(spec["sets"])
     if spec["losses"] != "dm" and "teacher.use" not in sets:
-        sets["teacher.use"] = str(folder / "teacher.safetensors")
+        sets |= {"teacher.use": str(folder / "teacher.safetensors"), "teacher.check": False}
         save_teacher(folder / "teacher.safetensors", _teacher(info))
     asked = {"ipc": spec["ipc"], "pipc": spec["pipc"], "losses": spec["losses"] or None}
     return resolve(spec.get("recipe", "practical"), evaluators="none", steps=spec["run_steps"], sets=sets, **asked)

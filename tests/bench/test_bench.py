@@ -11,7 +11,7 @@ import torch
 
 import ddkit
 from ddkit import bench as benching
-from ddkit.bench import Settings, bench, cases
+from ddkit.bench import Settings, bench, cases, worker
 from ddkit.bench.reference import LOSSES, ReferenceEvaluation, ReferenceStep, field_components
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import WeightedLoss
@@ -64,6 +64,12 @@ def test_a_method_is_measured_with_its_set_up(measured: dict[str, Any]) -> None:
     (row,) = measured["methods"]
     assert (row["recipe"], row["ipc"], row["pipc"]) == ("dm", 1, 2)
     assert min(row["seconds_per_step"], row["setup_seconds"], row["peak_mib"]) > 0
+
+
+def test_losses_of_a_teacher_are_measured_with_one_that_knows_nothing() -> None:
+    sizes = {"ipc": 1, "pipc": 40, "classes": 2, "size": 8, "channels": 3, "steps": 1, "run_steps": 10}  # real images enough to test it
+    facts = next(worker._steps({"losses": "dkkt", "device": "cpu", "count": False, "sets": [], **sizes}))
+    assert facts["first_step_seconds"] > 0
 
 
 @pytest.mark.parametrize(("name", "words"), [("nosuch", "There is no recipe"), ("teacher", "no losses")])
