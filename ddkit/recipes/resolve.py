@@ -106,12 +106,14 @@ def resolve(
     sets: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
     part: Part | None = None,
+    fallback: str | None = None,
     **flags: Any,
 ) -> Recipe:
     """Returns the recipe that flags describe: flags > sets > recipe (its rules over its tables) > defaults of the plugins.
 
-    `sets` are recipe paths and values: ("losses.dm.weight", 0.01). `losses` and `evaluators` select as on the command line, `model` is
-    that of teacher, network and evaluation, `evaluation` are options of the evaluators that have them, and `flags` are others of `ddkit
+    `sets` are recipe paths and values: ("losses.dm.weight", 0.01). `losses` and `evaluators` select as on the command line; a loss that
+    the recipe does not have has the weight and options of the recipe `fallback` (None: default). `model` is that of teacher, network and
+    evaluation, `evaluation` are options of the evaluators that have them, and `flags` are others of `ddkit
     distill`; None is not given. With `part` only that of the recipe may be set, and only its options are checked. Raises a DdkitError.
     """
     sets = list(sets.items() if isinstance(sets, Mapping) else sets)
@@ -128,8 +130,8 @@ def resolve(
     raw = _with_rules(raw, ipc, pipc)
     if losses is not None:
         has_default = any(p.kind == "recipe" and p.name == "default" for p in registry.plugins())
-        fallback = _with_rules(read_recipe("default"), ipc, pipc) if has_default else {}
-        raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(fallback))
+        beside = _with_rules(read_recipe(fallback or "default"), ipc, pipc) if fallback or has_default else {}
+        raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(beside))
     assign_all(raw, override)
     check_depth(raw, "The recipe with what was set")
     with _blaming_flags(given, evaluation or {}):

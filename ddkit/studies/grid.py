@@ -86,9 +86,10 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     named = {name: msgspec.structs.replace(system, labels=labels[name]) for name, system in study.systems.items()}
     study = msgspec.structs.replace(study, systems=named)
     tasks: list[Task] = []
-    for seed in range(settings.seeds or study.seeds):
+    seeds: dict[tuple[int, int | str], int] = {(row.ipc, row.pipc): settings.seeds or row.seeds or study.seeds for row in study.cells}
+    for seed in range(max(seeds[cell.ipc, cell.pipc] for cell in cells)):
         own = []
-        for cell in cells:
+        for cell in (cell for cell in cells if seed < seeds[cell.ipc, cell.pipc]):
             system, recipe = study.systems[cell.system], recipe_of(study, cell, seed, settings)
             table = {key: value for key, value in recipe_dict(recipe).items() if key not in SAYS_NOTHING_OF_A_SET}
             digest = _short(json.dumps([table, _content(recipe.teacher.use)], sort_keys=True, default=str).encode())
@@ -173,7 +174,7 @@ def _recipe_of_system(study: Study, cell: Cell, seed: int, settings: Settings) -
     steps = None if "steps" in dict(own) else settings.steps  # a system may be there to try a number of them
     return resolve(
         _real_images(study, cell, seed, settings) if system.baseline else system.recipe,
-        losses=system.losses, evaluators="none", sets=sets,
+        losses=system.losses, fallback=system.fallback, evaluators="none", sets=sets,
         ipc=cell.ipc, pipc=pipc, seed=seed, steps=0 if system.baseline else steps,
         dataset=settings.dataset, data_dir=settings.data_dir, teacher=settings.teacher,
     )  # fmt: skip

@@ -23,6 +23,7 @@ class SystemTable(Table):
     title: str = ""
     recipe: str = "default"
     losses: Annotated[str, Option("losses instead of the recipe's, as in --losses")] | None = None
+    fallback: Annotated[str, Option("recipe whose weights and options the losses have that `recipe` does not have")] | None = None
     pipc: Annotated[int, Option("real images a class that it uses, where that is not the cell's", ge=0)] | Literal["cell", "ipc"] = "cell"
     protocol: Annotated[str, Option("evaluation protocol, where that is not the study's")] | None = None
     labels: Annotated[
@@ -42,6 +43,7 @@ class CellTable(Table):
     pipc: Annotated[int, Option(ge=0)] | Literal["all"]
     published: dict[str, Annotated[list[float], Option(min_length=1)]] = {}
     systems: Annotated[list[str], Option("those of this cell, where they are not all")] = []
+    seeds: Annotated[int, Option("sets of this cell, where that is not the study's number", ge=1)] | None = None
 
 
 class PublishedOn(Table):
@@ -119,6 +121,9 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
             raise InputError(f"systems.{name}: a system's name has lower-case letters, digits and hyphens.", "systems")
         if system.baseline and (system.losses is not None or system.recipe != "default"):
             raise InputError(f"systems.{name}: a baseline is real images, so it has no recipe and no losses.", f"systems.{name}")
+        if system.fallback is not None and system.losses is None:
+            where = f"systems.{name}.fallback"
+            raise InputError(f"{where} has no effect: the system has no losses beside its recipe's. Add `losses`, or leave it out.", where)
     for row in doubles((cell.ipc, cell.pipc) for cell in study.cells):
         raise InputError(f"The study has the cell {row[0]}:{row[1]} twice. Write it once, with all that is published of it.", "cells")
     for alpha in doubles([] if study.blends is None else study.blends.alphas):

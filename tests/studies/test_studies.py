@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -301,6 +302,28 @@ def test_a_system_that_tries_a_number_of_steps_keeps_it() -> None:
     assert steps(sets=(("steps", 3),)) == [3, 3, 0]
 
 
+def test_losses_that_a_recipe_lacks_are_those_of_the_fallback_with_its_rules() -> None:
+    changed = 'recipe = "dm"\nlosses = "dm,dkkt:100"\nfallback = "practical"\n'
+    study = parse_study(tomllib.loads(STUDY.replace('recipe = "dm"\n', changed) + '[[cells]]\nipc = 1\npipc = "all"\n'))
+
+    def weights(pipc: int | str) -> dict[str, float]:
+        return {label: table.weight for label, table in grid.recipe_of(study, Cell(1, pipc, "dm"), 0, grid.Settings()).losses.items()}
+
+    assert weights(3) == {"dm": 1.0, "dkkt-primal": 100.0, "dkkt-stationarity": 10.0}
+    assert weights("all") == {"dm": 1.0, "dkkt-primal": 100.0, "dkkt-stationarity": 0.1}
+
+
+def test_a_cell_may_have_a_number_of_sets_of_its_own_and_all_of_seed_0_come_first() -> None:
+    study = parse_study(tomllib.loads(STUDY + "seeds = 3\n"))
+
+    def seeds(**settings: Any) -> list[tuple[int, int | str]]:
+        tasks = grid.planned(study, chosen_cells(study, None, ["dm"]), Path("out"), grid.Settings(**settings))
+        return [(task.seed, task.cell.pipc) for task in tasks]
+
+    assert seeds() == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 4)]
+    assert seeds(seeds=1) == [(0, 3), (0, 4)]
+
+
 def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
     whole = json.loads(cli(*common).out)
@@ -474,6 +497,9 @@ BAD = [
     (STUDY.replace(REAL, 'baseline = "synthetic"'), "systems.means.baseline = 'synthetic' is not possible"),
     (STUDY.replace(DM, '"teacher"\n'), "systems.dm: The recipe 'teacher' has no loss"),
     (STUDY.replace(DM, '"dm"\nset = { "pipc" = 5 }\n'), "systems.dm.set: pipc cannot be set in a study"),
+    (STUDY.replace(DM, '"dm"\nfallback = "practical"\n'), "systems.dm.fallback has no effect"),
+    (STUDY.replace(DM, '"dm"\nlosses = "dkkt"\nfallback = "practica"\n'), "systems.dm: There is no recipe 'practica'"),
+    (STUDY + "seeds = 0\n", "cells[1].seeds = 0 is not possible"),
     (STUDY.replace(DM, '"dm"\nlosses = "dmm"\n'), "systems.dm: There is no loss 'dmm'"),
     (STUDY.replace(DM, '"dm"\nset = { "teacher.use" = "none.safetensors" }\n'), "systems.dm: The teacher file none.safetensors does not"),
     (STUDY.replace("pipc = 4", "pipc = 0").replace(DM, '"dm"\nset = { "initializer.use" = "noise" }\n'), "the loss dm needs 1 real image"),
@@ -534,7 +560,7 @@ def test_installed_studies_name_recipes_that_fit_their_cells(name: str) -> None:
     assert study.source
     for cell in chosen_cells(study, None, None):
         recipe = grid.recipe_of(study, cell, 0, grid.Settings(dataset="digits"))
-        assert recipe.losses
+        assert recipe.losses or not recipe.steps
         assert recipe.pipc in (cell.pipc, 0, 1, cell.ipc)
 
 
@@ -545,6 +571,20 @@ def test_the_papers_table_is_whole() -> None:
     assert all(set(cell.published) == set(five) for cell in study.cells)
     assert published(study, Cell(10, 10, "dsv-real")) == (pytest.approx(0.3639), pytest.approx(0.0052))
     assert published(study, Cell(50, "all", "practical")) == (pytest.approx(0.5762), pytest.approx(0.0033))
+
+
+def test_methods_alone_and_with_dkkt_differ_in_dkkt_alone() -> None:
+    study = read_study("practical-zoo")
+    methods = [name for name in study.systems if f"{name}-dkkt" in study.systems and not name.endswith("-hard")]
+    assert len(methods) == 20
+    for method, cell in itertools.product(methods, study.cells):
+        alone, both = (grid.recipe_of(study, Cell(cell.ipc, cell.pipc, name), 0, grid.Settings()) for name in (method, f"{method}-dkkt"))
+        assert {"dkkt-primal", "dkkt-stationarity"} <= both.losses.keys()
+        assert set(both.losses) - set(alone.losses) <= {"dkkt-primal", "dkkt-stationarity"}
+        assert both.losses != alone.losses
+        if method != "rded":  # has no steps: with DKKT, its crops are where DKKT begins
+            same = ("steps", "data", "parametrization", "initializer", "augmenter", "network", "experts", "labels", "optimizer")
+            assert [getattr(both, key) for key in same] == [getattr(alone, key) for key in same], method
 
 
 # Shares of a study, and stores put together
