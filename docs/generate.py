@@ -1,9 +1,9 @@
-"""Writes what the code can write: components.md, a page for each component, cli.md, and the marked parts of the pages of kinds and methods.
+"""Writes what the code can write: reference/cli.md, and the marked parts of the pages of reference/ and methods/.
 
 It also writes ddkit/recipes/citations.bib, the papers of CITATION.cff as `ddkit cite` prints them.
 
-`python docs/generate.py`. In docs/kinds/ and docs/methods/ what is between `<!-- generated: WHAT -->` and `<!-- end -->` is written anew;
-the prose around it is written by hand.
+`python docs/generate.py`. In docs/reference/ and docs/methods/ what is between `<!-- generated: WHAT -->` and `<!-- end -->` is written
+anew; the prose around it is written by hand.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,20 @@ from ddkit.cli import cli
 from ddkit.cli.manual import USED as CHOSEN
 from ddkit.cli.manual import facts, page
 from ddkit.components import base, observers, registry
-from ddkit.components.options import describe_options
 from ddkit.recipes.citations import ENTRIES
 from ddkit.recipes.resolve import resolve
 from ddkit.run import artifact
 from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
-PAGES = {"loss-group": "recipe"}  # the kinds that are described on another kind's page
-KINDS = DOCS / "kinds"
+PAGES = {"loss-group": "loss"}  # the kinds that are described on another kind's page
+REFERENCE = DOCS / "reference"
 METHODS = DOCS / "methods"
 MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
-HEAD = """# Components
-
-What comes with ddkit, by kind. `ddkit list` shows the same and whatever else is installed; `ddkit info NAME` shows
-one component with its options and bounds. Options are set in a recipe or with `--set`, see [recipes](recipes.md).
-
-This page and those that it links to are written by `python docs/generate.py`; a test compares them with the code.
-"""
 CLI_HEAD = """# Commands
 
 Every command with its arguments and flags, as its `--help` shows them. stdout is data, stderr is progress and messages;
-the exit codes are in [getting started](getting-started.md#exit-codes).
+what they mean to a script is in [output and exit codes](exit-codes.md).
 
 This page is written by `python docs/generate.py`; a test compares it with the code.
 """
@@ -68,25 +60,21 @@ WHERE = {
 
 def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
-    own = [p for p in registry.plugins() if p.first_party and p.kind not in registry.DATA_KINDS]
-    found = {
-        DOCS / "components.md": _list(),
-        ENTRIES: _bibtex(),
-        DOCS / "cli.md": _commands(),
-        **{DOCS / _file(p): _component(p) for p in own},
-    }
-    return found | {page: _filled(page) for page in sorted([*KINDS.glob("*.md"), *METHODS.glob("*.md")])}
+    marked = [*REFERENCE.rglob("*.md"), *METHODS.glob("*.md")]
+    return {page: _filled(page) for page in sorted(marked)} | {ENTRIES: _bibtex(), REFERENCE / "cli.md": _commands()}
 
 
-def _file(plugin: registry.Plugin) -> str:
-    return f"components/{plugin.kind}-{plugin.name}.md"
+def _ours(kind: str) -> list[registry.Plugin]:
+    """Returns the first-party components on the page of a kind."""
+    return [p for p in registry.plugins() if PAGES.get(p.kind, p.kind) == kind and p.first_party]
 
 
 def _component(plugin: registry.Plugin) -> str:
-    """Returns the page of one component, as `ddkit info` shows it."""
-    told = facts(plugin)
-    links = f"[All components](../components.md), [what every {plugin.kind} has to keep](../kinds/{plugin.kind}.md)"
-    return f"{_prose(page(told, 120))}\n\n{links}\n"
+    """Returns the section of one component, as `ddkit info` shows it; of recipes, protocols and studies without settings and files."""
+    _, text, *sections = _prose(page(facts(plugin), 120)).replace("\n\n", "\n\n## ", 1).split("\n\n## ")
+    kept = [section.partition("\n\n") for section in sections]
+    bodies = [f"**{title}**\n\n{body}" for title, _, body in kept if title in ("Use", "Members", "Options", "What it requires")]
+    return "\n\n".join([f"### `{plugin.name}`", text, *bodies])
 
 
 def _prose(text: str) -> str:
@@ -107,46 +95,22 @@ def _commands() -> str:
     return "\n".join(parts)
 
 
-def _list() -> str:
-    """Returns the page of all first-party components."""
-    parts = [HEAD]
+def _list(_: str) -> str:
+    """Returns the tables of all first-party components, by kind."""
+    parts = []
     for kind in registry.GROUPS:
-        found = [p for p in registry.plugins() if p.kind == kind and p.first_party]
-        if found:
-            parts.append("\n".join(_section(kind, found)))
-    return "\n".join(parts)
-
-
-def _section(kind: str, found: list[registry.Plugin]) -> Iterator[str]:
-    yield f"## {_plural(kind)}\n"
-    where = f"Options go under {WHERE[kind]}. " if kind in WHERE else ""
-    named = f"{'an' if kind[0] in 'aeio' else 'a'} {kind.replace('-', ' ')}"
-    yield f"{where}What {named} is and how to write one: [the page of the kind](kinds/{PAGES.get(kind, kind)}.md).\n"
-    last = "" if kind in registry.DATA_KINDS else "options and defaults"
-    yield f"| name | what it is |{f' {last} |' if last else ''}"
-    yield f"|---|---|{'---|' if last else ''}"
-    for plugin in found:
-        summary = registry.status(plugin)[1].replace("|", "\\|")
-        name = f"`{plugin.name}`" if plugin.kind in registry.DATA_KINDS else f"[`{plugin.name}`]({_file(plugin)})"
-        yield f"| {name} | {summary} |{f' {_details(plugin)} |' if last else ''}"
-    yield ""
+        rows = [
+            f"| [`{p.name}`]({PAGES.get(kind, kind)}.md#{p.name}) | {_cell(registry.status(p)[1])} |"
+            for p in registry.plugins()
+            if p.kind == kind and p.first_party
+        ]
+        if rows:
+            parts.append("\n".join([f"## {_plural(kind)}\n", "| name | what it is |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
 
 
 def _plural(kind: str) -> str:
     return {"loss": "Losses", "study": "Studies"}.get(kind, f"{kind.replace('-', ' ').capitalize()}s")
-
-
-def _details(plugin: registry.Plugin) -> str:
-    found = registry.load_plugin(plugin)
-    if not inspect.isclass(found):
-        return "none"
-    return "<br>".join(_option(option) for option in describe_options(found)) or "none"
-
-
-def _option(option: dict[str, Any]) -> str:
-    default = option["default"]
-    text = "left out" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-    return f"`{option['name']}` {text or 'required'}"
 
 
 # The pages of kinds
@@ -175,6 +139,9 @@ def _facts(kind: str) -> str:
         else "",
         "a package to begin with": f"`ddkit new {kind} my-{kind}`" if kind in scaffold.KINDS else "",
         "what is installed": f"`ddkit list {kind}`",
+        "write one": "[base class](#the-base-class), [example](#example), [checks](#what-ddkit-check-tests)"
+        if base
+        else "[example](#example)",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items() if value)])
 
@@ -236,13 +203,9 @@ def _checks(kind: str) -> str:
 
 
 def _own(kind: str) -> str:
-    """Returns the table of what comes with ddkit of a kind."""
-    rows = [
-        f"| {f'`{p.name}`' if p.kind in registry.DATA_KINDS else f'[`{p.name}`](../{_file(p)})'} | {_cell(registry.status(p)[1])} |"
-        for p in registry.plugins()
-        if p.kind == kind and p.first_party
-    ]
-    return "\n".join(["| name | what it is |", "|---|---|", *rows]) if rows else "None."
+    """Returns what comes with ddkit of a kind: a table, and a section for each component."""
+    rows = [f"| [`{p.name}`](#{p.name}) | {_cell(registry.status(p)[1])} |" for p in _ours(kind)]
+    return "\n\n".join(["\n".join(["| name | what it is |", "|---|---|", *rows]), *map(_component, _ours(kind))]) if rows else "None."
 
 
 def _hooks(_: str) -> str:
@@ -262,7 +225,11 @@ def _kinds(_: str) -> str:
     for kind in registry.GROUPS:
         base = registry.BASES.get(kind)
         suite = testing.SUITES.get(kind)
-        cells = [f"[{kind}]({PAGES.get(kind, kind)}.md)", f"`ddkit.{base.__name__}`" if base else "", f"`{registry.GROUPS[kind]}`"]
+        cells = [
+            f"[{kind}](components/{PAGES.get(kind, kind)}.md)",
+            f"`ddkit.{base.__name__}`" if base else "",
+            f"`{registry.GROUPS[kind]}`",
+        ]
         rows.append(f"| {' | '.join([*cells, f'`{suite.__name__}`' if suite else ''])} |")
     return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
 
@@ -380,7 +347,7 @@ def _methods(_: str) -> str:
 def _method(name: str) -> str:
     """Returns the head of a method's page: its facts, the command of the measured run, and its picture."""
     row, recipe = _figures()[name], resolve(name)
-    losses = [f"[`{recipe.loss_name(label)}`](../components/loss-{recipe.loss_name(label)}.md)" for label in recipe.losses]
+    losses = [f"[`{recipe.loss_name(label)}`](../reference/components/loss.md#{recipe.loss_name(label)})" for label in recipe.losses]
     facts = {
         "paper": " ".join(_paper(name)),
         "recipe": f"`ddkit info recipe {name}`: every setting with its origin",
@@ -406,14 +373,11 @@ def _citation(name: str) -> str:
 
 
 PARTS: dict[str, Callable[[str], str]] = {
-    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names,
+    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names, "list": _list,
     "methods": _methods, "method": _method, "citation": _citation,
 }  # fmt: skip
 
 
 if __name__ == "__main__":
     for file, text in pages().items():
-        file.parent.mkdir(exist_ok=True)
         file.write_text(text, encoding="utf-8")
-    for file in set((DOCS / "components").glob("*.md")) - set(pages()):
-        file.unlink()

@@ -1,4 +1,4 @@
-"""The facts of a component, recipe, protocol or study, as data and as the page that `ddkit info` prints and docs/components holds."""
+"""The facts of a component, recipe, protocol or study, as data and as the page that `ddkit info` prints and the docs have."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ T = TypeVar("T")
 log = logging.getLogger("ddkit")
 
 # Work, in floating-point operations, from which compiling pays back, by device. What it saves and costs was measured with
-# `ddkit bench` on 2 CPU cores (docs/performance.md). The figure for GPUs is an estimate: nobody has measured it yet.
+# `ddkit bench` on 2 CPU cores (docs/explanation/performance.md). The figure for GPUs is an estimate: nobody has measured it yet.
 PAYS_BACK = {"cpu": 4e12, "cuda": 1e15}
 # Operations of one step below which a GPU waits for launches, so that CUDA graphs are recorded: an estimate too.
 LAUNCH_BOUND = 5e11

@@ -269,7 +269,7 @@ class RuleTable(Table):
 
 
 class Recipe(Table):
-    """One run as data; the fields and tables of ../docs/recipes.md."""
+    """One run as data; the fields and tables of ../docs/reference/recipes.md."""
 
     name: str = ""
     summary: str = ""

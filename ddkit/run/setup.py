@@ -47,7 +47,7 @@ AUTOMATIC_TEACHER = "the automatic teacher"
 AUTOMATIC_EXPERTS = "the automatic experts"
 TEACHER_FILE = "the teacher "  # and the name of its file
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
-SHARE = 0.4  # of the rate of large matrix products that networks reach on a CPU: 0.2 uncompiled to 0.68 (docs/performance.md)
+SHARE = 0.4  # of the rate of large matrix products that networks reach on a CPU: 0.2 uncompiled to 0.68 (docs/explanation/performance.md)
 PROCESS_MIB = 450  # Python, torch and what both load
 BANK_COPIES = 4  # of the synthetic images: they, their gradient, and two moments
 

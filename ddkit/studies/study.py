@@ -64,7 +64,7 @@ class BlendsTable(Table):
 
 
 class Study(Table):
-    """Fields of a study file; docs/studies.md explains them."""
+    """Fields of a study file; docs/reference/components/study.md explains them."""
 
     name: str = ""
     summary: str = ""

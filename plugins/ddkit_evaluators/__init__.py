@@ -32,7 +32,7 @@ class Plan(NamedTuple):
 
 
 # On 2 CPU cores, two processes of one thread each train small batches faster than one of two threads, and larger ones hardly
-# (docs/performance.md). A process costs some seconds and some hundred MiB.
+# (docs/explanation/performance.md). A process costs some seconds and some hundred MiB.
 SMALL_BATCH, FEW_NETWORKS, MOST_WORKERS = 64, 4, 4
 # Operations of a step below which threads wait for one another more than they work, if the code is not compiled: 10 images of 32 pixels or
 # 100 of 8 pixels and convnet's 128 channels are 4e9 and 3e9. On a busy machine two threads then take 5 to 19 times as long as one.

@@ -29,23 +29,25 @@ from tests.conftest import SMALL, SMALL_FLAGS, Result, set_flags, write_image_fo
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+COMPONENTS = ROOT / "docs" / "reference" / "components"
 CLI = Callable[..., Result]
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its text, and the file that a marker before it names."""
+    """A fenced block: its language, its text, the file that a marker before it names, and why a marker says that it is not run."""
 
     language: str
     text: str
     file: str | None
+    not_run: str | None
 
 
-FENCE = re.compile(r"(?:^<!-- file: (\S+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"(?:^<!-- (?:file: (\S+)|not run: ([^\n]+)) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path) -> list[Block]:
     """Returns the fenced blocks of a page, in order."""
-    return [Block(m[2], m[3], m[1]) for m in FENCE.finditer(page.read_text(encoding="utf-8"))]
+    return [Block(m[3], m[4], m[1], m[2]) for m in FENCE.finditer(page.read_text(encoding="utf-8"))]
 
 
 def prose(page: Path) -> str:
@@ -109,9 +111,10 @@ def _check_names(flags: dict[str, Any]) -> None:
 
 
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))
+FOLLOWED = [*(page for page in HOW_TO if page.stem != "index"), ROOT / "docs" / "tutorial" / "own-images-and-model.md"]
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p not in HOW_TO and any(b.language == "python" for b in blocks(p))], ids=_name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p not in FOLLOWED and any(b.language == "python" for b in blocks(p))], ids=_name)
 def test_python_in_the_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "docs"}
@@ -122,7 +125,7 @@ def test_python_in_the_docs_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 
 def _faster(words: list[str]) -> list[str]:
     """Returns a command of a page for a task with fewer steps, epochs and smaller networks."""
-    if words[0] not in ("distill", "train", "evaluate"):
+    if words[0] not in ("distill", "train", "evaluate") or "--resume" in words:
         return words
     without = ("width",) if any(word.startswith("python:") for word in words) else ("teacher.width",) if "--teacher" in words else ()
     tables = {"train": ("train", "teacher"), "evaluate": ("train", "teacher", "evaluators")}.get(words[0])  # others do nothing there
@@ -130,7 +133,7 @@ def _faster(words: list[str]) -> list[str]:
     return [*words, *set_flags(small)]
 
 
-@pytest.mark.parametrize("page", [page for page in HOW_TO if page.stem != "index"], ids=_name)
+@pytest.mark.parametrize("page", FOLLOWED, ids=_name)
 def test_a_task_works_from_the_first_line_of_its_page_to_the_last(cli: CLI, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image_folder(Path("photos"))
     network = ddkit.create("model", "convnet", {"norm": "batch"})(3, (12, 12), 3)
@@ -138,6 +141,8 @@ def test_a_task_works_from_the_first_line_of_its_page_to_the_last(cli: CLI, page
     monkeypatch.syspath_prepend(str(Path.cwd()))
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in blocks(page):
+        if block.not_run:
+            continue
         if block.file:
             Path(block.file).write_text(block.text, encoding="utf-8")
         elif block.language == "python":
@@ -188,8 +193,8 @@ def _generator() -> Any:
 
 
 def _study_keys(title: str) -> set[str]:
-    """Returns the keys of the table under a heading of docs/studies.md."""
-    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    """Returns the keys of the table under a heading of docs/reference/components/study.md."""
+    text = (COMPONENTS / "study.md").read_text(encoding="utf-8")
     section = text.partition(f"\n### {title}\n")[2].partition("\n#")[0]
     rows = re.findall(r"^\| (`[^|]*`) \| [^|]* \| [^|]* \|", section, re.MULTILINE)
     return {key for row in rows for key in re.findall(r"`(\w+)`", row)}
@@ -202,12 +207,8 @@ def test_keys_of_a_study_are_documented() -> None:
     assert _study_keys("`[published_on]`") == {f.encode_name for f in msgspec.structs.fields(PublishedOn)}
 
 
-def test_studies_on_the_page_are_those_that_are_installed_and_its_example_is_one() -> None:
-    page = ROOT / "docs" / "studies.md"
-    table = page.read_text(encoding="utf-8").partition("| study | what it is |")[2].partition("\n## ")[0]
-    named = {name for row in re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE) for name in re.findall(r"`([\w-]+)`", row)}
-    assert named == {p.name for p in registry.plugins() if p.kind == "study"}
-    example = next(block.text for block in blocks(page) if block.file == "mine.toml")
+def test_the_example_of_a_study_is_one() -> None:
+    example = next(block.text for block in blocks(COMPONENTS / "study.md") if block.file == "mine.toml")
     assert set(parse_study(tomllib.loads(example)).systems) == {"mild", "strong", "real"}
 
 
@@ -215,28 +216,26 @@ def test_generated_pages_agree_with_the_code() -> None:
     pages = _generator().pages()
     differing = [file.name for file, text in pages.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     assert differing == [], "run: python docs/generate.py"
-    assert set((ROOT / "docs" / "components").glob("*.md")) <= set(pages), "a page of a component that is no more"
 
 
 def test_a_changed_option_flag_signature_or_docstring_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     from ddkit_priors import TotalVariation
 
     generator, options_type = _generator(), options.options_type
-    page = ROOT / "docs" / "components" / "loss-total-variation.md"
 
     class More(TotalVariation):
         extra: int = ddkit.option(3)
 
     monkeypatch.setattr(options, "options_type", lambda found: options_type(More if found is TotalVariation else found))
-    assert "`extra = 3`" in generator.pages()[page]
+    assert "`extra = 3`" in generator.pages()[COMPONENTS / "loss.md"]
     monkeypatch.setattr(command_line.commands["blend"].params[2], "help", "Another text.")
-    assert "Another text." in generator.pages()[ROOT / "docs" / "cli.md"]
+    assert "Another text." in generator.pages()[ROOT / "docs" / "reference" / "cli.md"]
 
     def check(self: Any, ipc: int, available: int, more: str = "x") -> None:
         """Raises for another reason."""
 
     monkeypatch.setattr(ddkit.Initializer, "check", check)
-    text = generator.pages()[KINDS / "initializer.md"]
+    text = generator.pages()[COMPONENTS / "initializer.md"]
     assert "**`check(ipc: int, available: int, more: str = x) -> None`**\n\nRaises for another reason." in text
 
 
@@ -259,8 +258,8 @@ def test_the_page_of_a_method_has_its_parts_and_its_recipe_is_short_and_says_whe
 
 
 def _documented_keys(title: str) -> dict[str, str]:
-    """Returns {key: default} of the table under a heading of docs/recipes.md."""
-    text = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    """Returns {key: default} of the table under a heading of docs/reference/recipes.md."""
+    text = (ROOT / "docs" / "reference" / "recipes.md").read_text(encoding="utf-8")
     section = text.partition(f"\n### {title}\n")[2].partition("\n#")[0]
     rows = re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \|", section, re.MULTILINE)
     return {key: default.strip().strip("`") for key, default in rows}
@@ -320,8 +319,8 @@ def _write_metadata(project: dict[str, Any], folder: Path) -> None:
 
 @pytest.fixture
 def documented_plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Installs the packages of docs/writing-a-loss.md for one test."""
-    modules = _install(ROOT / "docs" / "writing-a-loss.md", tmp_path)
+    """Installs the packages of docs/tutorial/a-loss.md for one test."""
+    modules = _install(ROOT / "docs" / "tutorial" / "a-loss.md", tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for cached in (registry.plugins, registry.load_plugin):
         cached.cache_clear()
@@ -352,13 +351,12 @@ def test_the_documented_loss_works_by_name(cli: CLI) -> None:
 def test_documented_errors_are_what_one_gets(cli: CLI, arguments: list[str], message: str) -> None:
     result = cli("distill", *arguments)
     assert message in " ".join(result.err.split())
-    assert message in (ROOT / "docs" / "writing-a-loss.md").read_text(encoding="utf-8")
+    assert message in (ROOT / "docs" / "tutorial" / "a-loss.md").read_text(encoding="utf-8")
 
 
 # The pages of kinds
 
 
-KINDS = ROOT / "docs" / "kinds"
 OWN_PAGE = {kind: group for kind, group in registry.GROUPS.items() if kind != "loss-group"}  # groups are on the page of recipes
 MADE = [kind for kind in registry.GROUPS if kind not in registry.DATA_KINDS]
 
@@ -367,7 +365,7 @@ def _lacking(kinds: Mapping[str, str], suites: Mapping[str, type[testing.Conform
     """Returns what the pages of `kinds` (kind to entry-point group) lack, and the kinds of code without a suite."""
     found = []
     for kind, group in kinds.items():
-        page = KINDS / f"{kind}.md"
+        page = COMPONENTS / f"{kind}.md"
         if not page.is_file():
             found.append(f"{kind}: no page")
             continue
@@ -385,7 +383,7 @@ def _lacking(kinds: Mapping[str, str], suites: Mapping[str, type[testing.Conform
 
 def test_every_kind_has_a_page_with_all_parts_and_a_suite() -> None:
     assert _lacking(OWN_PAGE, testing.SUITES) == []
-    assert {page.stem for page in KINDS.glob("*.md")} == {*OWN_PAGE, "index"}
+    assert {page.stem for page in COMPONENTS.glob("*.md")} == {*OWN_PAGE, "index"}
 
 
 def test_a_kind_without_a_page_suite_or_check_on_it_would_be_noticed() -> None:
@@ -402,7 +400,7 @@ def test_a_kind_without_a_page_suite_or_check_on_it_would_be_noticed() -> None:
 
 
 def test_every_hook_has_its_docstring_in_the_template_and_its_place_in_the_docs() -> None:
-    page = (KINDS / "observer.md").read_text(encoding="utf-8")
+    page = (COMPONENTS / "observer.md").read_text(encoding="utf-8")
     for hook in observers.HOOKS:
         text = " ".join((getattr(observers, hook).__doc__ or "").split())
         places = [text.find(part) for part in ("Called:", "Receives:", "May:", "May not:", "Since:")]
@@ -447,7 +445,7 @@ def _made_on(page: Path) -> tuple[str, str, Any]:
 
 @pytest.mark.parametrize("kind", MADE)
 def test_the_example_of_a_kind_passes_every_check_of_its_suite(kind: str) -> None:
-    group, name, made = _made_on(KINDS / f"{kind}.md")
+    group, name, made = _made_on(COMPONENTS / f"{kind}.md")
     assert group == registry.GROUPS[kind]
     assert registry.NAME.fullmatch(name)
     suite = type("Example", (testing.SUITES[kind],), {"component": made})()
@@ -455,13 +453,14 @@ def test_the_example_of_a_kind_passes_every_check_of_its_suite(kind: str) -> Non
         getattr(suite, method)()
 
 
-WITH_FILES = [(page, command) for page, command in COMMANDS if page.parent == KINDS and "--plugin" in command]
+KIND_PAGES = [*COMPONENTS.glob("*.md"), COMPONENTS.parent / "plugins.md"]
+WITH_FILES = [(page, command) for page, command in COMMANDS if page in KIND_PAGES and "--plugin" in command]
 
 
 @pytest.fixture
 def written_files(cli: CLI) -> None:
     """Writes the files of all pages of kinds to the folder in which `cli` runs commands."""
-    for page in KINDS.glob("*.md"):
+    for page in KIND_PAGES:
         for block in blocks(page):
             if block.file:
                 file = Path(block.file)
@@ -476,15 +475,15 @@ def test_the_command_with_the_example_of_a_kind_works(cli: CLI, page: Path, comm
         assert cli("distill", "--losses", "dm", "--evaluate", "none", "--out", "my-run", *SMALL_FLAGS).code == 0
     result = cli(*shlex.split(command)[1:])
     assert result.code == 0, result.err
-    if page.stem in ("index", "evaluator"):
+    if page.stem in ("plugins", "evaluator"):
         assert "nearest mean" in result.out
 
 
 def test_every_kind_that_a_file_can_hold_shows_such_a_command() -> None:
-    assert {page.stem for page, _ in WITH_FILES} == {*registry.BASES, "index"}
+    assert {page.stem for page, _ in WITH_FILES} == {*registry.BASES, "plugins"}
 
 
-OWN_IMAGES = ROOT / "docs" / "own-images.md"
+OWN_IMAGES = ROOT / "docs" / "reference" / "images.md"
 
 
 def test_the_commands_on_own_images_run_and_say_what_the_page_says(cli: CLI, caplog: pytest.LogCaptureFixture) -> None:
@@ -516,7 +515,7 @@ def _first_column(page: Path, title: str) -> list[str]:
 
 
 def test_everything_that_a_loss_may_ask_for_is_on_its_page() -> None:
-    page = KINDS / "loss.md"
+    page = COMPONENTS / "loss.md"
     assert _first_column(page, "Everything in `ddkit.Requires`") == list(ddkit.Requires.__struct_fields__)
     assert _first_column(page, "Extra parameters") == list(ddkit.Parameter.__struct_fields__)
     members = {name for name in vars(ddkit.Step) if not name.startswith("_")} - {"for_loss"}  # the loop's

@@ -107,7 +107,7 @@ def features_and_gradient(embedder: Embedder, x: Tensor) -> tuple[Tensor, Tensor
     return features.detach(), gradient
 
 
-# The stated tolerances of docs/performance.md: features relative to the largest, and the direction of the gradient. In
+# The stated tolerances of docs/explanation/performance.md: features relative to the largest, and the direction of the gradient. In
 # bfloat16 a value near 0 can fall on the other side of a ReLU, so single gradients differ; the direction hardly does.
 TOLERANCES = {"float32": (1e-5, 1 - 1e-6), "bfloat16": (0.02, 0.98)}
 SLOW = pytest.mark.slow  # compiling takes ten to twenty seconds for each precision

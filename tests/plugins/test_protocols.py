@@ -186,7 +186,7 @@ def test_a_share_of_the_batches_is_mixed_and_the_teacher_sees_them_mixed() -> No
 
 
 def test_the_own_protocol_of_the_docs_works_and_its_figures_can_be_had_without_the_file(cli: CLI) -> None:
-    page = ROOT / "docs" / "protocols.md"
+    page = ROOT / "docs" / "reference" / "components" / "protocol.md"
     (file,) = [block for block in blocks(page) if block.file]
     Path("mine.toml").write_text(file.text)
     for line in next(block for block in blocks(page) if block.language == "bash").text.splitlines():
