@@ -35,6 +35,8 @@ from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, resolve
 from ddkit.recipes.tables import recipe_dict
 from ddkit.run import children
+from ddkit.run.directory import RunDirectory
+from ddkit.run.lock import LOCK_SECONDS
 from ddkit.run.manifest import MANIFEST, RECIPE
 from ddkit.run.progress import duration
 from ddkit.studies.grid import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
@@ -286,7 +288,10 @@ class _Crew:
                 making = ["blend", *map(str, task.parts), "--alpha", str(task.alpha), "--out", str(task.path)]
             else:
                 making = ["distill", "--resume"]
-                if not (task.path / RECIPE).is_file():
+                if (task.path / RECIPE).is_file():
+                    with RunDirectory(task.path).take(wait=LOCK_SECONDS):  # the run of a killed call may still write its checkpoint
+                        pass
+                else:
                     file = task.path.parent / f"{task.path.name}.toml"
                     write_atomic(file, tomli_w.dumps(recipe_dict(task.recipe)).encode())
                     making = ["distill", "--recipe", str(file)]

@@ -345,6 +345,32 @@ def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], mo
     assert commands[0][:2] == ["distill", "--recipe"]
 
 
+@pytest.mark.slow
+def test_a_study_that_is_killed_at_any_moment_goes_on_and_has_the_same_figures(tmp_path: Path) -> None:
+    file = tmp_path / "study.toml"
+    file.write_text(STUDY)
+
+    def begun(out: str) -> subprocess.Popen[str]:
+        asked = ["--cells", "1:4", "--seeds", "1", "--out", str(tmp_path / out), "--json", *map(str, SMALL)]
+        command = [sys.executable, "-m", "ddkit", "reproduce", str(file), *asked]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def figures(process: subprocess.Popen[str]) -> Any:
+        printed = process.communicate()[0]
+        assert process.returncode == 0
+        return json.loads(printed)["figures"]
+
+    whole = figures(begun("whole"))
+    for pattern in ("*.toml", "dm-*/recipe.toml", "dm-*/metrics.jsonl", "dm-*/manifest.json", "dm-*.json", "dm-star-*/recipe.toml"):
+        process = begun("killed")
+        while not any((tmp_path / "killed" / "sets").glob(pattern)):
+            assert process.poll() is None, pattern
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+    assert figures(begun("killed")) == whole
+
+
 def test_an_evaluation_by_hand_is_not_taken_for_the_studys(cli: CLI, commands: list[list[str]]) -> None:
     common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:4", "--systems", "dm", "--seeds", 1, "--json")
     before = json.loads(cli(*common).out)["figures"]
