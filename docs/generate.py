@@ -1,4 +1,4 @@
-"""Writes what the code can write: reference/cli.md, and the marked parts of the pages of reference/ and methods/.
+"""Writes what the code and docs/data can write: reference/cli.md, the marked parts of all pages and of the README, and the plots.
 
 It also writes ddkit/recipes/citations.bib, the papers of CITATION.cff as `ddkit cite` prints them.
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import inspect
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import click
 import msgspec
+from matplotlib.figure import Figure
+from PIL import Image
 
 import ddkit
 from ddkit import testing
@@ -33,7 +36,7 @@ DOCS = Path(__file__).parent
 PAGES = {"loss-group": "loss"}  # the kinds that are described on another kind's page
 REFERENCE = DOCS / "reference"
 METHODS = DOCS / "methods"
-MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: (\w+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 CLI_HEAD = """# Commands
 
 Every command with its arguments and flags, as its `--help` shows them. stdout is data, stderr is progress and messages;
@@ -60,7 +63,7 @@ WHERE = {
 
 def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
-    marked = [*REFERENCE.rglob("*.md"), *METHODS.glob("*.md")]
+    marked = [DOCS.parent / "README.md", *DOCS.rglob("*.md")]
     return {page: _filled(page) for page in sorted(marked)} | {ENTRIES: _bibtex(), REFERENCE / "cli.md": _commands()}
 
 
@@ -274,7 +277,7 @@ def _needs(name: str) -> str:
 
 
 def _accuracy(row: dict[str, str], of: str) -> str:
-    return f"{row[of]} ± {row[f'{of}_std']}" if row[of] else "-"
+    return _plus_minus(row[of], row[f"{of}_std"]) or "-"
 
 
 def _share(row: dict[str, str]) -> str:
@@ -372,12 +375,213 @@ def _citation(name: str) -> str:
     return f"{' '.join(_paper(name))}. It is in [CITATION.cff](../../CITATION.cff)."
 
 
+# Results: docs/data/results.csv, one row a measured figure; docs/data/practical-zoo.csv has the same columns, and `losses`
+
+SHOWN = {
+    "ipc": "ipc", "pipc": "pipc", "dataset": "data", "method": "method", "labels": "labels", "published": "published",
+    "accuracy": "accuracy, %", "std_of_sets": "std of sets", "means": "means of the sets",
+    "high_frequency": "power above 0.25 cycles a pixel, %", "n": "n", "tested_on": "tested on", "protocol": "protocol", "steps": "steps",
+    "teacher": "teacher", "machine": "machine", "note": "note",
+}  # fmt: skip
+PIVOTS = {  # the experiments of a table with a column a method, and the heads of its columns
+    "paper": (
+        ("practical-table1",),
+        {"DM": "DM", "DM*": "DM\\*", "DSV (noise)": "DSV from noise", "DSV (real)": "DSV from real", "DM + DKKT (practical)": "DM + DKKT"},
+    ),
+    "practical-plus": (
+        ("practical-table1", "practical-plus"),
+        {
+            "random real images": "random real",
+            "class means": "class means",
+            "DM + DKKT (practical)": "DM + DKKT (`practical`)",
+            "practical-plus, one image in one": "`practical-plus`, one image in one",
+            "practical-plus": "`practical-plus`",
+            "all accessible real images": "all accessible real",
+        },
+    ),
+}
+
+
+def _rows(name: str) -> list[dict[str, str]]:
+    """Returns the rows of docs/data/NAME.csv, each with "n"; none if there is no such file."""
+    file = DOCS / "data" / f"{name}.csv"
+    if not file.is_file():
+        return []
+    with file.open(encoding="utf-8") as text:
+        return [row | {"n": f"{row['sets']} x {row['networks']}" if row["sets"] else ""} for row in csv.DictReader(text)]
+
+
+def _plus_minus(value: str, std: str) -> str:
+    return f"{value} ± {std}" if std else value
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) or '-' for cell in line)} |" for line in lines)
+
+
+def _experiment(name: str) -> str:
+    """Returns all rows of an experiment; what is the same in all of them stands in a sentence below."""
+    rows = [
+        row | {"accuracy": _plus_minus(row["accuracy"], row["std"]), "published": _plus_minus(row["published"], row["published_std"])}
+        for row in _rows("results")
+        if row["experiment"] == name
+    ]
+    values = {key: {row[key] for row in rows} for key in SHOWN}
+    columns = [key for key in SHOWN if key in ("method", "accuracy") or len(values[key]) > 1]
+    same = [f"{SHOWN[key]} {value}" for key in SHOWN if key not in columns and (value := next(iter(values[key])))]
+    return f"{_table([SHOWN[key] for key in columns], [[row[key] for key in columns] for row in rows])}\n\nIn all rows: {'; '.join(same)}."
+
+
+def _pivot(name: str) -> str:
+    """Returns a row a cell and a column a method: measured, and published in brackets."""
+    experiments, columns = PIVOTS[name]
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for row in _rows("results"):
+        if row["experiment"] in experiments:
+            published = f" ({row['published']})" if row["published"] else ""
+            cells.setdefault((row["ipc"], row["pipc"]), {})[row["method"]] = _plus_minus(row["accuracy"], row["std"]) + published
+    kept = {cell: found for cell, found in cells.items() if next(iter(columns)) in found}
+    ordered = sorted(kept.items(), key=lambda item: (int(item[0][0]), item[0][1] == "all", item[0][1]))
+    return _table(["ipc", "pipc", *columns.values()], [[*cell, *(found.get(method, "") for method in columns)] for cell, found in ordered])
+
+
+def _readme(_: str) -> str:
+    """Returns the README's four rows: one image a class of CIFAR-10."""
+    found = {(row["method"], row["ipc"], row["pipc"]): row for row in _rows("results") if row["experiment"] in PIVOTS["practical-plus"][0]}
+    random, idm = found["random real images", "1", "50"], _figures()["idm"]
+    rows = []
+    for method, title in (
+        ("DM", "DM"),
+        ("DM + DKKT (practical)", "DM + DKKT: recipe `practical`"),
+        ("practical-plus", "recipe `practical-plus`, ours"),
+    ):
+        row = found[method, "1", "50"]
+        rows.append(
+            [title, "50", _plus_minus(row["accuracy"], row["std"]), _plus_minus(random["accuracy"], random["std"]), row["published"]]
+        )
+    rows.append(
+        ["[IDM](docs/methods/idm.md): recipe `idm`", "all 5,000", _accuracy(idm, "ours"), _accuracy(idm, "random"), idm["published_1"]]
+    )
+    return _table(["method", "real images of a class it may use", "accuracy, %", "random real, %", "published, %"], rows)
+
+
+def _zoo_name(row: dict[str, str]) -> str:
+    return row["method"] + (f", {row['labels']} labels" if row["labels"] != "hard" else "")
+
+
+def _pairs() -> dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]]:
+    """Returns the rows of practical-zoo.csv by (ipc, pipc), method, and whether DKKT is among the losses."""
+    found: dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]] = {}
+    for row in _rows("practical-zoo"):
+        found.setdefault((row["ipc"], row["pipc"]), {}).setdefault(_zoo_name(row), {})["dkkt" in row["losses"]] = row
+    return found
+
+
+def _gain(pair: dict[bool, dict[str, str]]) -> list[float] | None:
+    """Returns [what DKKT adds, in points, and the root of the sum of both variances]; None if a row is missing."""
+    if len(pair) < 2:
+        return None
+    spread = sum(float(row["std"] or 0) ** 2 for row in pair.values()) ** 0.5
+    return [round(float(pair[True]["accuracy"]) - float(pair[False]["accuracy"]), 2), round(spread, 2)]
+
+
+def _zoo(_: str) -> str:
+    """Returns the table of every method alone and with DKKT, and its two plots."""
+    rows = []
+    for cell, methods in _pairs().items():
+        for method, pair in methods.items():
+            gain = _gain(pair)
+            first = next(iter(pair.values()))
+            both = [_plus_minus(pair[each]["accuracy"], pair[each]["std"]) if each in pair else "" for each in (False, True)]
+            random = _plus_minus(first.get("random", ""), first.get("random_std", ""))
+            rows.append([*cell, method, *both, f"{gain[0]:+.1f}" if gain else "", random, first["n"]])
+    if not rows:
+        return "Not measured yet."
+    head = ["ipc", "pipc", "method", "alone", "with DKKT", "gain", "random real", "n"]
+    pictures = (
+        "![Accuracy of methods against real images a class](images/zoo-pipc.png)\n\n![What DKKT adds to each method](images/zoo-gain.png)"
+    )
+    return f"{_table(head, rows)}\n\n{pictures}"
+
+
+def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
+    """Returns accuracy against the real images a class: a panel each title, with a line each name of points [pipc, accuracy, std]."""
+    across = min(len(data), 5)
+    down = -(-len(data) // across)
+    figure = Figure(figsize=(2.4 * across + 2, 2.6 * down + 0.6), layout="constrained")
+    panels = list(figure.subplots(down, across, squeeze=False, sharey=True).flat)
+    pipcs = {point[0] for lines in data.values() for line in lines.values() for point in line}
+    ticks = sorted(pipcs, key=lambda pipc: float("inf") if pipc == "all" else float(pipc))
+    known: dict[str, Any] = {}
+    for axes, (title, lines) in zip(panels, data.items(), strict=False):
+        for name, line in lines.items():
+            x, y, error = zip(*((ticks.index(pipc), float(mean), float(std)) for pipc, mean, std in line), strict=True)
+            known.setdefault(name, axes.errorbar(x, y, error, color=f"C{[*known, name].index(name)}", marker="o", capsize=3))
+        axes.set_title(title, fontsize="medium")
+        axes.set_xticks(range(len(ticks)), ticks)
+        axes.grid(alpha=0.3)
+    for axes in panels[len(data) :]:
+        axes.set_axis_off()
+    figure.supxlabel("real images of a class")
+    figure.supylabel("test accuracy, %")
+    figure.legend(known.values(), known.keys(), loc="outside right upper")
+    return figure
+
+
+def _draw_gains(data: dict[str, dict[str, list[float]]]) -> Figure:
+    """Returns what DKKT adds to each method: a panel each cell, a bar each method."""
+    figure = Figure(figsize=(3.2 * len(data) + 2, 1 + 0.25 * max(map(len, data.values()))), layout="constrained")
+    for axes, (cell, gains) in zip(figure.subplots(1, len(data), squeeze=False)[0], data.items(), strict=True):
+        axes.barh(list(gains), [gain for gain, _ in gains.values()], xerr=[spread for _, spread in gains.values()], capsize=2)
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.invert_yaxis()
+        axes.set(title=cell, xlabel="gain by DKKT, points")
+    return figure
+
+
+def _curves(rows: list[tuple[str, str, dict[str, str]]]) -> dict[str, dict[str, list[list[str]]]]:
+    """Returns the data of _draw_curves of rows with (title of the panel, name of the line)."""
+    found: dict[str, dict[str, list[list[str]]]] = {}
+    for title, name, row in rows:
+        found.setdefault(title, {}).setdefault(name, []).append([row["pipc"], row["accuracy"], row["std"] or "0"])
+    return found
+
+
+def plots() -> dict[Path, tuple[Callable[[Any], Figure], Any]]:
+    """Returns the function that draws each plot and its data, by its file; plots without data are left out."""
+    lines = ("DM", "DM*", "DSV (noise)", "DSV (real)", "DM + DKKT (practical)", "practical-plus")
+    results = [row for row in _rows("results") if row["experiment"] in PIVOTS["practical-plus"][0]]
+    measured = [(f"ipc {row['ipc']}", row["method"], row) for row in results if row["method"] in lines and row["ipc"] != "50"]
+    zoo = [
+        (f"{_zoo_name(row)}, ipc {row['ipc']}", "with DKKT" if "dkkt" in row["losses"] else "alone", row) for row in _rows("practical-zoo")
+    ]
+    gains = {
+        f"ipc {ipc}, {pipc} real images a class": {name: gain for name, pair in methods.items() if (gain := _gain(pair))}
+        for (ipc, pipc), methods in _pairs().items()
+    }
+    found: dict[str, tuple[Callable[[Any], Figure], Any]] = {
+        "results.png": (_draw_curves, _curves(measured)),
+        "zoo-pipc.png": (_draw_curves, _curves(zoo)),
+        "zoo-gain.png": (_draw_gains, {cell: bars for cell, bars in gains.items() if bars}),
+    }
+    return {DOCS / "images" / name: (draw, data) for name, (draw, data) in found.items() if data}
+
+
+def drawn(file: Path) -> Any:
+    """Returns the data that a plot was drawn from, as its file has them; None if there is no such file."""
+    return json.loads(Image.open(file).text["data"]) if file.is_file() else None  # type: ignore[attr-defined]
+
+
 PARTS: dict[str, Callable[[str], str]] = {
     "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names, "list": _list,
-    "methods": _methods, "method": _method, "citation": _citation,
+    "methods": _methods, "method": _method, "citation": _citation, "figures": _experiment, "pivot": _pivot, "readme": _readme, "zoo": _zoo,
 }  # fmt: skip
 
 
 if __name__ == "__main__":
     for file, text in pages().items():
         file.write_text(text, encoding="utf-8")
+    for file, (draw, data) in plots().items():
+        if drawn(file) != data:
+            draw(data).savefig(file, dpi=120, metadata={"Software": None, "data": json.dumps(data)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import json
@@ -75,9 +76,9 @@ def _context(command: str) -> tuple[str, click.Context]:
     """Returns (subcommand, its parsed context) of a command line; click raises where it does not parse."""
     words = [word for word in shlex.split(command, comments=True)[1:] if word != "--traceback"]
     name, *arguments = words
-    written = {block.file for page in PAGES for block in blocks(page)}
     while "--plugin" in arguments:  # parsing it would import the file
         place = arguments.index("--plugin")
+        written = {block.file for page in PAGES for block in blocks(page)}
         assert arguments[place + 1] in written or (ROOT / arguments[place + 1]).is_file(), "a file that a page has you write, or an example"
         del arguments[place : place + 2]
     found = command_line.commands[name]
@@ -216,6 +217,57 @@ def test_generated_pages_agree_with_the_code() -> None:
     pages = _generator().pages()
     differing = [file.name for file, text in pages.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
     assert differing == [], "run: python docs/generate.py"
+
+
+def _figures() -> Iterator[dict[str, str]]:
+    """Yields the rows of measured figures in docs/data."""
+    for file in sorted((ROOT / "docs" / "data").glob("*.csv")):
+        if file.stem != "methods":  # which has flags in the place of commands
+            yield from csv.DictReader(file.read_text(encoding="utf-8").splitlines())
+
+
+def test_every_measured_figure_is_a_percentage_with_a_command_that_parses_unless_its_experiment_is_not_kept() -> None:
+    for row in _figures():
+        assert 0 < float(row["accuracy"]) < 100
+        assert row["command"] or "the experiment is not kept" in row["note"]
+    for command in {row["command"] for row in _figures()} - {""}:
+        _context(command)
+
+
+def test_plots_in_the_docs_are_drawn_from_the_data() -> None:
+    generator = _generator()
+    differing = [file.name for file, (_, data) in generator.plots().items() if generator.drawn(file) != data]
+    assert differing == [], "run: python docs/generate.py"
+
+
+def test_a_changed_figure_would_be_noticed_in_tables_and_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = _generator()
+    rows = generator._rows
+    monkeypatch.setattr(generator, "_rows", lambda name: [row | {"accuracy": "99.9"} for row in rows(name)])
+    for page in ("docs/results.md", "docs/lab/table1.md"):
+        assert "99.9" in generator._filled(ROOT / page)
+    file, (_, data) = next(iter(generator.plots().items()))
+    assert generator.drawn(file) != data
+
+
+def test_methods_with_few_real_images_have_a_table_and_plots_once_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = _generator()
+    same = {"labels": "hard", "ipc": "1", "std": "1.0", "n": "1 x 3", "random": "15.0", "random_std": "1.1"}
+    rows = [
+        same | {"method": "DM", "losses": losses, "pipc": pipc, "accuracy": accuracy}
+        for losses, pipc, accuracy in (("own", "10", "20.0"), ("own,dkkt", "10", "22.5"), ("own", "50", "24.0"))
+    ]
+    monkeypatch.setattr(generator, "_rows", lambda name: rows if name == "practical-zoo" else [])
+    table = generator._zoo("")
+    assert "| 1 | 10 | DM | 20.0 ± 1.0 | 22.5 ± 1.0 | +2.5 | 15.0 ± 1.1 | 1 x 3 |" in table
+    assert "| 1 | 50 | DM | 24.0 ± 1.0 | - | - | 15.0 ± 1.1 | 1 x 3 |" in table
+    plots = {file.stem: found for file, found in generator.plots().items()}
+    assert plots["zoo-pipc"][1] == {
+        "DM, ipc 1": {"alone": [["10", "20.0", "1.0"], ["50", "24.0", "1.0"]], "with DKKT": [["10", "22.5", "1.0"]]}
+    }
+    assert plots["zoo-gain"][1] == {"ipc 1, 10 real images a class": {"DM": [2.5, 1.41]}}
+    for draw, data in plots.values():
+        assert draw(data).axes
 
 
 def test_a_changed_option_flag_signature_or_docstring_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
