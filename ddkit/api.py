@@ -31,11 +31,12 @@ if TYPE_CHECKING:
     from ddkit.run.exporting import export
     from ddkit.run.importing import import_file
     from ddkit.run.join import join, split
+    from ddkit.run.listing import list_runs
     from ddkit.run.report import report
 
 _ELSEWHERE = {  # public functions that stand beside what they do, and the types that these give
     "Artifact": "artifact", "Run": "directory", "blend": "blend", "compare": "comparison", "evaluate": "evaluation", "export": "exporting",
-    "import_file": "importing", "join": "join", "report": "report", "split": "join",
+    "import_file": "importing", "join": "join", "list_runs": "listing", "report": "report", "split": "join",
 }  # fmt: skip
 TRAINING = Part(  # what of a recipe `train` uses
     ("data", "teacher", "train", "seed"),
@@ -51,8 +52,8 @@ TRAINING_EXPERTS = Part(  # what of a recipe `train --experts` uses
 PICKLED = (".pt", ".pth", ".pkl", ".bin", ".ckpt")  # how files end that others would unpickle
 
 __all__ = [
-    "Artifact", "Run", "blend", "cite", "compare", "distill", "evaluate", "export", "import_file", "join", "plan", "report", "resume",
-    "split", "train", "train_experts",
+    "Artifact", "Run", "blend", "cite", "compare", "distill", "evaluate", "export", "import_file", "join", "list_runs", "plan", "report",
+    "resume", "split", "train", "train_experts",
 ]  # fmt: skip
 
 

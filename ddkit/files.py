@@ -123,6 +123,11 @@ def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
     return read_bytes(path, most=most).decode()
 
 
+def natural(name: str) -> tuple[list[Any], str]:
+    """Returns a key by which names sort with the numbers in them as numbers: 2 before 10, "class 2" before "class 10"."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
+
+
 def sha256(path: Path) -> str:
     """Returns the hexadecimal sha256 of a file."""
     with open_regular(path) as stream:

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from ddkit.run.warnings import show_from
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST_CLASSES = 50  # whose accuracies are printed
+NARROWEST = 20  # characters that the last column of a table has in a narrow terminal
 
 
 class Names(click.ParamType):  # type: ignore[type-arg, unused-ignore]  # generic from click 8.3 on
@@ -253,6 +255,28 @@ def show(text: str, end: str = "\n") -> None:
     except OSError as error:
         output.discard()
         raise RunFilesError(f"Standard output cannot be written: {error.strerror}. What the command has made is there.") from None
+
+
+def show_table(columns: Mapping[str, Sequence[Any]], spare: Sequence[str] = ()) -> None:
+    """Prints a table. On a terminal the last column is cut at its edge; if that leaves too little of it, the `spare` columns go one by one.
+
+    Whatever reads a pipe gets all columns whole.
+    """
+    from tabulate import tabulate
+
+    texts = {key: ["-" if value in (None, "") else printable(str(value)) for value in values] for key, values in columns.items()}
+    if output.answers().isatty():
+        sizes = {key: max([len(key) + 2, *map(len, values)]) for key, values in texts.items()}  # tabulate pads a head
+        width = shutil.get_terminal_size().columns
+        for gone in ("", *spare):
+            sizes.pop(gone, None)
+            *_, last = sizes
+            room = width - sum(size + 2 for key, size in sizes.items() if key != last)
+            if room >= min(NARROWEST, sizes[last]):
+                break
+        texts = {key: texts[key] for key in sizes}
+        texts[last] = [text if len(text) <= room else f"{text[: max(0, room - 1)].rstrip()}…" for text in texts[last]]
+    show(tabulate(texts, headers="keys", tablefmt="simple", disable_numparse=True))
 
 
 class LogFormat(logging.Formatter):

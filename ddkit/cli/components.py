@@ -9,35 +9,40 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Collection
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import click
 import msgspec
 
-from ddkit import output
-from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show
-from ddkit.components import registry
-from ddkit.components.source import no_collection
+from ddkit.cli.common import Names, Place, as_json, echo_json, percent, plugin_files, refuse_given, set_option, show, show_table
+from ddkit.components import registry, source
 from ddkit.errors import DdkitError, FlagError, PluginError
-
-NARROWEST = 20  # characters that a summary has in a narrow terminal
 
 
 @click.command(name="list")
 @click.argument("kind", required=False)
+@click.argument("folder", required=False, type=Place())
 @plugin_files
 @click.option("--check", is_flag=True, help="Import each component, in another process, and say which fail.")
 @as_json
-def list_components(kind: str | None, check: bool, as_json: bool) -> None:
-    """List the installed components. KIND names one kind (losses, recipes, ...). None of them is imported."""
+def list_components(kind: str | None, folder: Path | None, check: bool, as_json: bool) -> None:
+    """List the installed components, or runs. KIND names one kind (losses, recipes, ...). None of them is imported.
+
+    `ddkit list runs` lists the runs in the folder runs, `ddkit list runs FOLDER` those in another one: method, data, steps, accuracy.
+    """
     if kind in ("run", "runs"):
-        raise FlagError("Runs are no components. `ddkit compare FOLDER` puts the runs of a folder beside each other.")
+        refuse_given(["check", "plugin_files"], "a run is no component.")
+        _list_runs(folder or Path("runs"), as_json)
+        return
+    if folder is not None:
+        raise FlagError(f"A FOLDER has runs alone: ddkit list runs {shlex.quote(str(folder))}")
     wanted = registry.parse_kind(kind) if kind else None
     if wanted in registry.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
     rows = []
-    with no_collection():
+    with source.no_collection():
         found = [p for p in registry.plugins() if wanted in (None, p.kind)]
         for plugin in found:
             status, summary = registry.status(plugin)
@@ -49,16 +54,31 @@ def list_components(kind: str | None, check: bool, as_json: bool) -> None:
     if as_json:
         echo_json({"schema": 1, "components": rows})
         return
-    from tabulate import tabulate
+    keys = {"kind": "kind", "name": "name", "from": "distribution", "status": "status", "summary": "summary"}
+    show_table({head: [row[key] for row in rows] for head, key in keys.items()}, ("from", "summary", "status"))
 
-    head = ["kind", "name", "from", "status", "summary"]
-    table = [[row[key] for key in ("kind", "name", "distribution", "status", "summary")] for row in rows]
-    shown = tabulate(table, head, tablefmt="simple", disable_numparse=True)
-    if output.answers().isatty():  # what reads a pipe gets whole summaries
-        room = max(NARROWEST, shutil.get_terminal_size().columns - shown.index(head[-1]))
-        table = [[*cells, text if len(text) <= room else f"{text[: room - 1].rstrip()}…"] for *cells, text in table]
-        shown = tabulate(table, head, tablefmt="simple", disable_numparse=True)
-    show(shown)
+
+def _list_runs(folder: Path, as_json: bool) -> None:
+    from ddkit import api
+
+    runs = api.list_runs(folder)
+    if as_json:
+        echo_json({"schema": 1, "runs": [msgspec.to_builtins(run) for run in runs]})
+        return
+    columns: dict[str, list[Any]] = {
+        "run": [run.path for run in runs],
+        "method": [run.method for run in runs],
+        "data": [run.dataset for run in runs],
+        "ipc": [",".join(f"{name}={n}" for name, n in run.ipc.items()) if isinstance(run.ipc, dict) else run.ipc for run in runs],
+        "real images": [run.pipc for run in runs],
+        "steps": [f"{run.steps:,} of {run.all_steps:,}" if run.state == "not finished" else run.steps for run in runs],
+        "seconds": [None if run.seconds is None else f"{run.seconds:,.1f}" for run in runs],
+        "accuracy": [percent(run.accuracy_mean, run.accuracy_std) for run in runs],
+        "random real": [percent(run.random_real_mean, run.random_real_std) for run in runs],
+        "evaluated": [", ".join(filter(None, (run.model, run.protocol))) for run in runs],
+        "status": [run.problem or run.state for run in runs],
+    }
+    show_table(columns, ("seconds", "data", "real images", "evaluated", "random real", "steps", "ipc", "status", "method"))
 
 
 _CHECKER = """
@@ -133,10 +153,22 @@ def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROU
     kinds = [kind for kind in registry.GROUPS if kind in found]
     kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
-        near = difflib.get_close_matches(short, {p.name for p in registry.plugins()}, n=1)
-        hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise PluginError(f"There is no component '{name}'.{hint} `ddkit list` shows them all.")
+        raise PluginError(f"There is no component '{name}'. {_instead(short)}")
     return registry.find(kinds[0], name)
+
+
+def _instead(name: str) -> str:
+    """Returns what helps where `name` is no component: it may be a kind, an option of some, or nearly the name of one."""
+    with suppress(FlagError):
+        kind = registry.parse_kind(name)
+        told = "A view is an augmenter, with noise, that a recipe has in [views.NAME]. " if name.startswith("view") else ""
+        return f"{told}`ddkit list {kind}` shows those of this kind, `ddkit info {kind} NAME` one of them."
+    own = [p for p in registry.plugins() if p.kind in registry.BASES and name in source.option_names(p.value)]
+    if own:
+        told = " and ".join(f"the {p.kind} '{p.name}'" for p in own[:2]) + (" and others" if len(own) > 2 else "")
+        return f"It is an option of {told}: ddkit info {own[0].kind} {own[0].name}"
+    near = difflib.get_close_matches(name, {p.name for p in registry.plugins()}, n=1)
+    return (f"Did you mean '{near[0]}'? " if near else "") + "`ddkit list` shows them all."
 
 
 @click.command()

@@ -97,8 +97,10 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse_kind(text: str) -> str:
-    """Returns the kind that `text` names, singular or plural; raises FlagError otherwise."""
+    """Returns the kind that `text` names, singular or plural; raises FlagError otherwise. Augmenters make views and augmentations."""
     name = text.lower().replace("_", "-")
+    if name.removesuffix("s") in ("view", "augmentation"):
+        return "augmenter"
     for kind in GROUPS:
         if name in (kind, kind + "s", kind.replace("loss", "losse") + "s", kind.replace("study", "studies")):
             return kind

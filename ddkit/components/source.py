@@ -56,29 +56,43 @@ def module_file(name: str) -> Path | None:
 
 def summary(value: str) -> tuple[str, str]:
     """Returns (status, first line of the docstring) of the class that an entry point's `value` names."""
+    status, found = _located(value)
+    text = ast.get_docstring(found) if isinstance(found, ast.ClassDef | ast.FunctionDef | ast.Module) else None
+    return status, (text or "").partition("\n")[0]
+
+
+def option_names(value: str) -> list[str]:
+    """Returns the names of the annotated fields in the body of the class that an entry point's `value` names: its own options."""
+    found = _located(value)[1]
+    body = found.body if isinstance(found, ast.ClassDef) else []
+    own = [node for node in body if isinstance(node, ast.AnnAssign) and "ClassVar" not in ast.unparse(node.annotation)]
+    return [node.target.id for node in own if isinstance(node.target, ast.Name)]
+
+
+def _located(value: str) -> tuple[str, ast.stmt | ast.Module | None]:
+    """Returns (status, definition) of what an entry point's `value` names, None if it is not found; of an object that of its class."""
     module, _, attribute = value.partition(":")
     for _ in range(4):  # follows `from .other import Class`
         file = module_file(module)
         if file is None:
-            return f"module {module} not found", ""
+            return f"module {module} not found", None
         try:
             tree = _parsed(file, file.stat().st_mtime_ns)
         except (SyntaxError, ValueError, OSError) as error:
             line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
-            return f"{type(error).__name__} in {file.name}{line}", ""
+            return f"{type(error).__name__} in {file.name}{line}", None
         found = _definition(tree, attribute) if attribute else tree
         if isinstance(found, ast.Assign) and isinstance(found.value, ast.Call) and isinstance(found.value.func, ast.Name):
             found = _definition(tree, found.value.func.id) or found  # an object: its class describes it
         if not isinstance(found, ast.ImportFrom):
-            text = ast.get_docstring(found) if isinstance(found, ast.ClassDef | ast.FunctionDef | ast.Module) else None
-            return f"{module} has no {attribute}" if found is None else "ok", (text or "").partition("\n")[0]
+            return f"{module} has no {attribute}" if found is None else "ok", found
         attribute = next(alias.name for alias in found.names if (alias.asname or alias.name) == attribute)
         if found.level:
             package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
             module = ".".join([*package[: len(package) - found.level + 1], *([found.module] if found.module else [])])
         else:
             module = found.module or ""
-    return "ok", ""
+    return "ok", None
 
 
 @lru_cache(maxsize=64)

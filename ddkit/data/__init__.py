@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from ddkit.data.arrays import read_arrays
     from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
     from ddkit.data.pictures import grid, high_frequency_share, radial_spectrum, sheet_png
-    from ddkit.data.real import natural, passed_dataset
-    from ddkit.files import CachedResult, cache_folder, not_permitted, open_regular, without_folders
+    from ddkit.data.real import passed_dataset
+    from ddkit.files import CachedResult, cache_folder, natural, not_permitted, open_regular, without_folders
 
 _HOMES = {
     "ddkit.components.base": "EvaluationData",
     "ddkit.data.arrays": "read_arrays",
     "ddkit.data.images": "Normalisation NormalisedRows blocks conform on_disk spread to_unit",
     "ddkit.data.pictures": "grid high_frequency_share radial_spectrum sheet_png",
-    "ddkit.data.real": "natural passed_dataset",
-    "ddkit.files": "CachedResult cache_folder not_permitted open_regular without_folders",
+    "ddkit.data.real": "passed_dataset",
+    "ddkit.files": "CachedResult cache_folder natural not_permitted open_regular without_folders",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [

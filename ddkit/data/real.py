@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -139,11 +138,6 @@ def class_indices(labels: Tensor, classes: int, seed: int, part: slice) -> list[
         shuffled = torch.randperm(len(rows), generator=generator(seed, "accessible", label))
         chosen.append(rows[shuffled[part].sort().values])
     return torch.cat([order[:0], *chosen]).tolist()
-
-
-def natural(name: str) -> tuple[list[Any], str]:
-    """Returns a key by which names sort with the numbers in them as numbers: 2 before 10, "class 2" before "class 10"."""
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
 
 
 def repeated(images: Tensor, labels: Tensor, wanted: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,8 @@ from ddkit.recipes.protocols import Protocol
 from ddkit.recipes.resolve import flattened
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import DERIVED, MANIFEST, RECIPE, read_manifest
+from ddkit.run.listing import is_run_folder, method_of, run_folders
+from ddkit.run.manifest import MANIFEST, RECIPE, read_evaluations, read_manifest
 from ddkit.run.report import check_figures, write_figures
 from ddkit.run.report.charts import COLUMNS, Chart, dots, files, rows_of_images
 
@@ -159,12 +160,10 @@ def _expanded(targets: Sequence[str | Path]) -> tuple[list[str], list[str]]:
     names, notes = [], []
     for target in map(str, targets):
         folder = Path(target)
-        if not folder.is_dir() or (folder / MANIFEST).exists() or (folder / RECIPE).exists():
+        if not folder.is_dir() or is_run_folder(folder):
             names.append(target)
             continue
-        there = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name))
-        found = {path.resolve(): path for path in reversed(there) if (path / RECIPE).exists() or (path / MANIFEST).exists()}
-        runs = sorted(found.values())
+        runs = run_folders(folder)
         done = [str(path) for path in runs if (path / MANIFEST).exists()]
         if not done:
             raise RunFilesError(f"{target} is no run directory, and holds none that is finished. Name runs, or a folder of runs.")
@@ -191,7 +190,7 @@ def _opened(name: str) -> _Found:
     facts = read_manifest(path)
     if not (path / RECIPE).is_file():
         return _Found(name=name, artifact=artifact, facts=facts)
-    rows = msgspec.to_builtins(msgspec.convert(run.read_evaluations(), list[Evaluation]))  # with what older versions left out
+    rows = msgspec.to_builtins(msgspec.convert(read_evaluations(path), list[Evaluation]))  # with what older versions left out
     return _Found(name=name, artifact=artifact, facts=facts, recipe=run.read_recipe(), rows=rows)
 
 
@@ -293,14 +292,9 @@ def _command(run: _Found, row: Mapping[str, Any], owner: _Found) -> str:
 
 def _described(found: _Found) -> ComparedSet:
     artifact, recipe, facts = found.artifact, found.recipe, found.facts
-    name = artifact.metadata.get("recipe") or recipe.get("name") or ""
-    method = " + ".join(recipe.get("losses", {})) if name in ("", "default") else name
-    if facts.get("steps") == 0 and recipe:
-        method = f"{recipe['initializer']['use']}, no steps"
-    method = next((kind for kind in (*DERIVED, "imported") if kind in facts), method or "-")
     soft = str(artifact.metadata.get("labels", "soft"))
     return ComparedSet(
-        name=found.name, method=method, pipc=artifact.metadata.get("pipc"),
+        name=found.name, method=method_of(recipe, facts, artifact.metadata.get("recipe", "")), pipc=artifact.metadata.get("pipc"),
         ipc=int(artifact.metadata.get("ipc") or artifact.row_labels.bincount().max()),
         steps=facts.get("steps"), seed=artifact.metadata.get("seed"), labels="hard" if artifact.soft_labels is None else soft,
         stored_numbers=artifact.stored_numbers, stored_as_images=artifact.stored_as_images,

@@ -23,7 +23,6 @@ from ddkit.files import (
     check_out,
     is_leftover,
     path_part,
-    read_json,
     read_text,
     remove_leftovers,
     sync,
@@ -48,7 +47,6 @@ from ddkit.run.manifest import (
     SET,
     check_listed,
     check_own,
-    checked,
     file_entry,
     is_left_behind,
     read_manifest,
@@ -259,15 +257,6 @@ class RunDirectory:
         """Returns the newest checkpoint of the run's recipe that reads whole, None where none was written yet."""
         return newest_checkpoint(self.path, self._recipes)
 
-    def read_evaluations(self) -> list[dict[str, Any]]:
-        """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
-        check_listed(self.path, EVALUATION)
-        file = self.path / EVALUATION
-        found = read_json(file) if file.is_file() else {"evaluations": []}
-        checked(found, _Evaluations, file)
-        rows: list[dict[str, Any]] = found["evaluations"]
-        return [row | {"labels": "teacher"} if row["labels"] == "soft" else row for row in rows]  # as versions up to 0.2 call them
-
     def reopen(self) -> None:
         """Removes the manifest, as its run is about to go on, and what was said of its set so far; all of it is written anew.
 
@@ -293,10 +282,6 @@ class RunDirectory:
         write_manifest(self.path, manifest | {"files": others})
         write_atomic(self.path / name, content)
         write_manifest(self.path, manifest | {"files": others | {name: file_entry(self.path / name)}})
-
-
-class _Evaluations(msgspec.Struct):
-    evaluations: list[Evaluation]
 
 
 def check_claimable(path: Path, *, force: bool | None = None) -> None:

@@ -36,7 +36,7 @@ from ddkit.run.classes import matched
 from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real, for_a_better_set
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import DERIVED, EVALUATION, MANIFEST, RECIPE, SET, read_manifest, write_manifest
+from ddkit.run.manifest import DERIVED, EVALUATION, MANIFEST, RECIPE, SET, read_evaluations, read_manifest, write_manifest
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
@@ -82,7 +82,7 @@ def evaluate(
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
     judged_file = None if directory is None else read_manifest(directory.path)["files"].get(SET)
     if directory is not None:
-        directory.read_evaluations()  # an error in its rows is reported before networks are trained, not after
+        read_evaluations(directory.path)  # an error in its rows is reported before networks are trained, not after
     watchers = Observers([(f"observer {i}", o) for i, o in enumerate(observers)])
     with passing(dataset) as data, trust.granting(named, sets, everything=allow_code), group(wanted=distributed) as ranks:
         base, own = (None if directory is None else directory.read_recipe()), dict(sets or {})
@@ -264,7 +264,7 @@ def _record_evaluation(
             return
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]
-        older = [row for row in directory.read_evaluations() if _identity(row) not in keys]
+        older = [row for row in read_evaluations(directory.path) if _identity(row) not in keys]
         table = directory.read_recipe()
         known = table.get("protocols", {})
         if added := {name: each for name, each in recipe_dict(recipe).get("protocols", {}).items() if name not in known}:

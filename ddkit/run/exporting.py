@@ -15,7 +15,7 @@ from ddkit.errors import RunFailed, RunFilesError
 from ddkit.files import sha256, sync, write_json
 from ddkit.run.artifact import Artifact, Provenance, load
 from ddkit.run.directory import RunDirectory
-from ddkit.run.manifest import JOURNAL, MANIFEST, RECIPE, SET, STAGE, read_manifest
+from ddkit.run.manifest import JOURNAL, MANIFEST, RECIPE, SET, STAGE, read_evaluations, read_manifest
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
@@ -32,7 +32,7 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
     known: dict[str, Any] = {"sha256": sha256(path if path.is_file() else path / SET)}
     if (path / MANIFEST).is_file():
         run = RunDirectory(path)
-        known |= {"manifest": read_manifest(path), "evaluations": run.read_evaluations()}
+        known |= {"manifest": read_manifest(path), "evaluations": read_evaluations(path)}
         known |= {"recipe": run.read_recipe()} if (path / RECIPE).is_file() else {}
     artifact.provenance = Provenance(**known)
     with RunDirectory.whole_or_absent(Path(out)) as directory:

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.serialization import safe_globals
 
 from ddkit.data.arrays import check_declared, read_arrays
-from ddkit.data.real import natural
 from ddkit.data.whitening import Whitening
 from ddkit.errors import DdkitError, InputError
-from ddkit.files import open_regular, read_tensors
+from ddkit.files import natural, open_regular, read_tensors
 from ddkit.run.artifact import Record
 
 log = logging.getLogger("ddkit")

@@ -1,4 +1,5 @@
-"""The files of a run: their names, which of them are ddkit's own, and the manifest, which tells whether they are as they were written."""
+"""The files of a run: their names, which of them are ddkit's own, the manifest, which says what they were
+when they were written, and the rows of the evaluations."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from ddkit.components.base import Evaluation
 from ddkit.errors import RunFilesError
 from ddkit.files import SCHEMA, is_leftover, kind_of, read_json, read_with_digest, sha256, with_digest, write_json
 
@@ -221,3 +223,20 @@ def check_listed(folder: Path, name: str) -> None:
             f"{file} is not the file that {folder / MANIFEST} lists: it was damaged, edited or replaced (its size or sha256 "
             "differs). Restore it from a copy, or make the run again."
         )
+
+
+# What stands in the evaluations
+
+
+class _Evaluations(msgspec.Struct):
+    evaluations: list[Evaluation]
+
+
+def read_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
+    check_listed(folder, EVALUATION)
+    file = folder / EVALUATION
+    found = read_json(file) if file.is_file() else {"evaluations": []}
+    checked(found, _Evaluations, file)
+    rows: list[dict[str, Any]] = found["evaluations"]
+    return [row | {"labels": "teacher"} if row["labels"] == "soft" else row for row in rows]  # as versions up to 0.2 call them

@@ -39,7 +39,7 @@ from ddkit.run.checkpoints import is_due, keep_until
 from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, for_a_better_set, outside, silent, without
 from ddkit.run.evaluation import run_evaluators
-from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_manifest
+from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_evaluations, read_manifest
 from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import AUTOMATIC_EXPERTS, AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup, estimated
@@ -237,7 +237,7 @@ def _finished(directory: RunDirectory, watchers: Observers) -> Run:
     facts = read_manifest(directory.path)
     for name in facts["files"]:
         check_listed(directory.path, name)
-    rows = msgspec.convert(directory.read_evaluations(), list[Evaluation])
+    rows = msgspec.convert(read_evaluations(directory.path), list[Evaluation])
     log.warning("%s is finished: nothing was left to do.", directory.path)
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)

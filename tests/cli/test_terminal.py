@@ -83,6 +83,19 @@ def test_a_list_fits_the_terminal_and_is_whole_in_a_pipe(cli: Callable[..., Resu
     assert all(whole.startswith(line.rstrip("…")) for line, whole in zip(lines[2:], piped[2:], strict=True))
 
 
+@pytest.mark.parametrize("width", [40, 60, 80])
+def test_a_list_fits_a_narrow_terminal_without_the_columns_that_do_not(
+    width: int, cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    assert cli("list").code == 0
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    assert lines[0].split() == ["kind", "name", *{40: [], 60: ["status"], 80: ["from", "status", "summary"]}[width]]
+
+
 def test_help_shows_the_summary_of_every_command_whole() -> None:
     told = " ".join(cli.get_help(click.Context(cli, terminal_width=60)).partition("Commands:")[2].split())
     assert "Write a synthetic set in a format that other programs read, with a card that describes it." in told

@@ -22,7 +22,7 @@ from ddkit.nn.teacher import load_teacher
 from ddkit.recipes.tables import TeacherTable
 from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
-from ddkit.run.manifest import file_entry, read_manifest
+from ddkit.run.manifest import file_entry, read_evaluations, read_manifest
 from ddkit.run.metrics import append_metrics, read_metrics
 from tests.conftest import Result
 
@@ -88,7 +88,7 @@ def _read_recipe(run: Path) -> Any:
 
 
 def _read_rows(run: Path) -> Any:
-    return RunDirectory.existing(run).read_evaluations()
+    return read_evaluations(run)
 
 
 def _read_manifest(run: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Runs beside each other: what `ddkit compare` shows, what it refuses, and that the commands it prints work."""
+"""Runs beside each other: what `ddkit compare` and `ddkit list runs` show, what they refuse, and that the commands printed work."""
 
 from __future__ import annotations
 
@@ -159,3 +159,47 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
     assert (refused.code, refused.out) == (code, "")
     assert phrase in said(refused.err)
     assert Path("there.png").read_text() == "mine"
+
+
+def test_the_runs_of_a_folder_are_listed_whatever_else_is_in_it(copied: Callable[..., Result]) -> None:
+    for name in ("dm-10", "dm-9", "damaged", "edited", "empty-of-its-set"):
+        shutil.copytree("dm", f"set/{name}")
+    shutil.copytree("m3d", "set/killed")
+    Path("set/killed/manifest.json").unlink()
+    Path("set/damaged/manifest.json").write_text("{")
+    Path("set/edited/evaluation.json").write_text('{"evaluations": [{}]}')
+    Path("set/empty-of-its-set/synthetic.safetensors").unlink()
+    Path("set/linked").symlink_to("dm-9")
+    Path("set/other").mkdir()
+    Path("set/other/manifest.json").write_text("{}")  # of a web page
+    Path("set/a file").write_text("text")
+    found = copied("list", "runs", "set", "--json")
+    assert (found.code, found.err) == (0, "")
+    rows = {Path(row["path"]).name: row for row in json.loads(found.out)["runs"]}
+    damaged = dict.fromkeys(("damaged", "edited", "empty-of-its-set"), "damaged")
+    assert {name: row["state"] for name, row in rows.items()} == {
+        **damaged,
+        "dm-9": "finished",
+        "dm-10": "finished",
+        "killed": "not finished",
+    }
+    assert list(rows)[1:3] == ["dm-9", "dm-10"]
+    own = json.loads(Path("dm/evaluation.json").read_text())["evaluations"][0]
+    assert rows["dm-9"] | {key: own[key] for key in ("model", "accuracy_mean", "random_real_std")} == rows["dm-9"]
+    assert {rows["killed"][key] for key in ("steps", "all_steps")} == {2}
+    assert [rows["killed"][key] for key in ("method", "ipc", "pipc", "dataset")] == ["m3d", 2, 3, "digits"]
+    assert "manifest.json cannot be read" in rows["damaged"]["problem"]
+    lines = copied("list", "runs", "set").out.splitlines()
+    assert len(lines) == 2 + len(rows)
+    assert copied("list", "runs", "dm").out.splitlines()[-1].split()[-1] == "finished"
+    for words, code, phrase in (
+        (("runs", "nowhere"), 5, "The folder nowhere does not exist"),
+        (("runs",), 5, "The folder runs does not exist"),
+        (("runs", "set/a file"), 5, "is a file"),
+        (("runs", "set/other"), 5, "holds no run"),
+        (("losses", "set"), 2, "ddkit list runs set"),
+        (("runs", "set", "--check"), 2, "--check has no effect"),
+    ):
+        refused = copied("list", *words)
+        assert (refused.code, refused.out) == (code, "")
+        assert phrase in said(refused.err)

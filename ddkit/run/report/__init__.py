@@ -26,7 +26,7 @@ from ddkit.run import snapshots, warnings
 from ddkit.run.artifact import load
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, read_manifest, versions
+from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, read_evaluations, read_manifest, versions
 from ddkit.run.metrics import read_metrics
 from ddkit.run.report.charts import Chart, files, svg
 from ddkit.run.report.sections import Files, contents, spectrum_bins
@@ -138,7 +138,7 @@ def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     if film is not None and (film.images.shape[2:] != stored.shape[1:] or (len(film.rows) and int(film.rows.max()) >= len(stored))):
         raise RunFilesError(f"{folder / FILM} is a film of another set than {folder / SET}.")
     recipe = directory.read_recipe() if (folder / RECIPE).is_file() else {}
-    evaluations, metrics = directory.read_evaluations(), read_metrics(folder)
+    evaluations, metrics = read_evaluations(folder), read_metrics(folder)
     return contents(Files(artifact=artifact, facts=facts, recipe=recipe, metrics=metrics, evaluations=evaluations, film=film))
 
 
