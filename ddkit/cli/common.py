@@ -336,7 +336,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
     columns |= {"baseline from cache": cached} if any(cached) else {}
     tables = [tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True)]
     for row in rows:
-        classes = row.details.get("class_accuracies", {})
+        classes = row.details.get("class_accuracies", {}) if "balanced_mean" in row.details else {}
         lines = [
             [printable(name), each["test_images"], percent(each["accuracy"], None), percent(each.get("random_real"), None)]
             for name, each in list(classes.items())[:MOST_CLASSES]

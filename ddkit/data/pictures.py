@@ -17,6 +17,7 @@ from ddkit.errors import InputError, printable
 
 LONGEST_NAME = 60  # characters of a class name in a picture
 MANY_CLASSES = 100  # whose rows, of 64 pixels, may stand below each other; more are drawn smaller
+WIDE = 640  # pixels across that a picture has at least
 MOST_HEIGHT, MOST_PIXELS = 7000, 10_000_000  # of a picture; viewers give up on towers
 HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can hold
 
@@ -44,8 +45,9 @@ def eight_bits(images: Tensor) -> Tensor:
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
     """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
 
-    Where the rows would make a tower they stand in several columns, and of very many classes the first are shown; a line says so. Names
-    in letters that Pillow's own font lacks are in a font of the system, and where it has none the class is called by its number.
+    It is at least WIDE pixels wide: rows of few images stand in several columns, and if that is not enough the images are larger. Of very
+    many classes the first are shown; a line says so. Names in letters that Pillow's own font lacks are in a font of the system, and where
+    it has none the class is called by its number.
     """
     from PIL import Image, ImageDraw
 
@@ -59,11 +61,16 @@ def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, col
     margin = 12 + max(int(font.getlength(name)) for name, font in names.values())
     row_w = margin + most * cell_w
     shown = rows[: max(1, MOST_PIXELS // (row_w * cell_h))]
-    deep = len(shown)  # rows below each other: all, or as many as make a square
+    deep = -(-len(shown) // -(-WIDE // row_w))  # rows below each other
     if deep * cell_h > MOST_HEIGHT:
-        deep = -(-deep // max(2, round((deep * cell_h / row_w) ** 0.5)))
+        deep = -(-len(shown) // max(2, round((len(shown) * cell_h / row_w) ** 0.5)))  # as many as make a square
+    across = -(-len(shown) // deep)
+    while across * row_w < WIDE:
+        scale += 1
+        cell_h, cell_w = height * scale + 4, width * scale + 4
+        row_w = margin + most * cell_w
     footer = 24 if len(shown) < len(rows) else 0
-    sheet = Image.new("RGB", (-(-len(shown) // deep) * row_w, min(deep, len(shown)) * cell_h + footer), "white")
+    sheet = Image.new("RGB", (across * row_w, min(deep, len(shown)) * cell_h + footer), "white")
     draw = ImageDraw.Draw(sheet)
     pixels = eight_bits(images)
     for number, label in enumerate(shown):

@@ -143,7 +143,7 @@ def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, fig
     made = Comparison(sets=sets, evaluations=evaluations, notes=[*notes, *_differences(sets), *_unevaluated(found, evaluations)])
     titles = [f"{each.name} ({each.method})" for each in sets]
     shown = [_first_images(each.artifact, found[0]) for each in found]
-    images = rows_of_images("sets", "Images of the sets", dict(zip(titles, shown, strict=True)))
+    images = rows_of_images("sets", "Images of the sets", list(zip(titles, shown, strict=True)))
     with ExitStack() as after:
         if picture is not None:
             after.enter_context(folders_of(picture))

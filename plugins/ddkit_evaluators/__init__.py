@@ -323,16 +323,17 @@ def _std(values: Sequence[float]) -> float | None:
 def by_class(class_names: Sequence[str], results: Sequence[Result], real: Sequence[Result]) -> dict[str, Any]:
     """Returns what a row says of classes: `confusion` (K, K), the counts of all networks, if there are not too many classes.
 
-    If the test split is uneven also the balanced accuracy, the mean of those of the classes, and `class_accuracies`: of each class the
-    test images and the mean accuracy. Each figure has that of networks on random `real` images beside it.
+    Of more classes it has `class_accuracies`: of each class the test images and the mean accuracy. If the test split is uneven it has these
+    too, and the balanced accuracy, the mean of those of the classes. Each figure has that of networks on random `real` images beside it.
     """
     every = torch.tensor([each.counts for each in results])
     found: dict[str, Any] = {"confusion": every.sum(0).tolist()} if len(class_names) <= MOST_CONFUSED else {}
     tests = every[0].sum(1).tolist()
-    if max(tests) < UNEVEN * min(tests):
+    uneven = max(tests) >= UNEVEN * min(tests)
+    if not uneven and found:
         return found
     known = {"accuracy": results, "random_real": real} if real else {"accuracy": results}
-    for key, each in known.items():
+    for key, each in known.items() if uneven else ():
         values = [one.balanced() for one in each]
         name = "balanced" if key == "accuracy" else f"{key}_balanced"
         found |= {f"{name}_mean": sum(values) / len(values), f"{name}_std": _std(values)}

@@ -30,7 +30,7 @@ from ddkit.run.artifact import Artifact
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.manifest import read_manifest
 from ddkit.run.report import charts
-from ddkit.run.report.charts import curves, dots, histogram, number, svg
+from ddkit.run.report.charts import curves, dots, histogram, number, smoothed, svg
 from ddkit.run.report.pictures import picture, pictures, sides
 from ddkit.run.report.sections import spectrum_bins
 from ddkit.run.snapshots import MOST_BYTES, add_frame, film_rows, is_frame, read_film
@@ -136,11 +136,11 @@ def test_a_run_ends_with_a_report_that_its_manifest_lists(finished: Path) -> Non
     assert "report.html" in read_manifest(finished)["files"]
     page = read(finished)
     check_self_contained(page)
-    titles = ["Images", "Start and end", "Film strip", "Losses", "Parameters beside the images", "Spectra", "Evaluation",
+    titles = ["Images", "Before and after", "Film strip", "Losses", "Parameters beside the images", "Spectra", "Evaluation",
               "Time and environment", "Recipe"]  # fmt: skip
     content = (finished / "report.html").read_text()
     assert re.findall(r"<h2>(.*?)</h2>", content) == titles
-    assert "<h1>default on digits, 2 images a class</h1>" in content
+    assert "<h1>DM + DKKT on digits, 2 images a class</h1>" in content
 
 
 def test_that_check_would_see_a_request_and_a_script() -> None:
@@ -160,7 +160,7 @@ def test_that_check_would_see_a_request_and_a_script() -> None:
 def test_every_image_is_there_and_says_what_it_is(finished: Path) -> None:
     page = read(finished)
     sources, alts = page.values("img", "src"), page.values("img", "alt")
-    assert len(sources) == len(alts) == 10 + 10 + 10 * 4  # grid; start and end; film at 0, 1, 4 and 9
+    assert len(sources) == len(alts) == 10 + 20 + 10 * 4  # grid; before and after; film at 0, 1, 4 and 9
     assert all(alt for alt in alts)
     assert all(page.values("svg", "aria-label"))
     for source in sources:
@@ -277,6 +277,20 @@ def test_what_evaluators_say_in_words_is_told_and_close_images_are_warned_of(cli
     assert warning not in read(run).text
 
 
+def test_a_known_ceiling_stands_beside_the_accuracy_and_each_class_has_its_own(run: Path) -> None:
+    known = read_manifest(run)["teacher"]["test_accuracy"]
+    assert f"ceiling {100 * known:.1f}\u00a0% accuracy of the teacher".replace("\u00a0", " ") in read(run).text
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    confusion = rows[0]["details"]["confusion"]
+    bars = [place for label in read(run).values("svg", "aria-label") if (place := str(label)).startswith("Accuracy of each class")]
+    assert bars == ["Accuracy of each class: convnet, short, 2 epochs"]
+    rows[0]["details"]["class_accuracies"] = {f"class {label}": {"test_images": 9, "accuracy": label / 99} for label in range(99)}
+    RunDirectory(run).rewrite("evaluation.json", json.dumps({"schema": 1, "evaluations": rows}).encode())
+    report.report(run)
+    assert "Accuracy of the 15 best and 15 worst of 99 classes" in read(run).text
+    assert len(confusion) == 10
+
+
 # Made again
 
 
@@ -333,15 +347,10 @@ def test_a_blend_shows_its_two_sets_beside_it(cli: Cli, run: Path) -> None:
     assert torch.equal(film.images[1], eight_bits(1 - other.images.view(10, 2, 1, 8, 8).flip(1).view(20, 1, 8, 8)))
     page = read(Path("both"))
     check_self_contained(page)
-    assert (
-        "Above: the first set, copy. In the middle: the blend. Below: the second, turned.safetensors, whose share is alpha 0.25."
-        in page.text
-    )
+    assert "first: copy blend second: turned.safetensors" in page.text
     assert "Film strip" not in page.text
-    assert "Start and end" not in page.text
-    source = str(page.values("img", "src")[10])
-    with Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))) as image:
-        assert image.size == (2 * 112 + 2, 3 * 112 + 4)
+    assert "Before and after" not in page.text
+    assert page.values("img", "alt")[10:13] == ["class 0, first: copy", "class 0, blend", "class 0, second: turned.safetensors"]
     before = (Path("both") / "report.html").read_bytes()
     assert cli("report", "both").code == 0
     assert (Path("both") / "report.html").read_bytes() == before
@@ -473,6 +482,26 @@ def test_lines_have_the_colours_of_the_page_and_more_than_six_of_them_are_told_a
     assert "currentColor" in drawn
 
 
+def test_a_long_line_is_smoothed_and_faint_as_it_is_and_a_short_one_is_not() -> None:
+    values = [float(place % 2) for place in range(24)]
+    assert smoothed(values)[:2] == [0.0, pytest.approx(1 / 3)]
+    assert smoothed([5.0] * 50) == [5.0] * 50
+    assert smoothed(values)[10] == pytest.approx(sum(values[8:13]) / 5)
+    for count, faint in ((24, 1), (23, 0)):
+        drawn = drawn_curves({"a": list(enumerate(values[:count]))})
+        assert len(re.findall(r"stroke-opacity: 0\.3|opacity: 0\.3", drawn)) == faint
+        heights = [y for _, y in line_of(drawn)]
+        assert (max(heights[6:18]) - min(heights[6:18]) < 0.5 * (max(heights) - min(heights))) == bool(faint)
+
+
+def test_ceilings_are_upright_lines_that_the_legend_names() -> None:
+    chart = dots("file", "what", [("convnet", [(50.0, None)])], ["set"], {"the teacher": 80.0})
+    assert chart.legend == ["set", "the teacher"]
+    drawn = svg(chart)
+    (low, _), (high, _) = line_of(drawn, 1)
+    assert low == high > dots_of(drawn, 0)[-1]
+
+
 def test_error_bars_reach_one_standard_deviation_to_each_side() -> None:
     rows = [("convnet", [(50.0, 10.0), (40.0, None)]), ("<b>$x_{", [(50.0, 10.0), None])]
     drawn = svg(dots("file", 'a "chart"', rows, ["set", "real"]))
@@ -529,15 +558,16 @@ def test_matplotlib_and_jinja2_are_imported_when_a_report_is_made_and_not_before
 
 def test_figures_are_pdf_and_png_files_of_every_chart_with_the_same_bytes_again(cli: Cli, run: Path) -> None:
     told = cli("report", run, "--figures", "a/paper", "--json")
-    charts_ = (
-        "accuracy-hard", "confusion-hard-convnet", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm", "losses",
-        "parameter-multipliers", "shares", "spectrum",
-    )  # fmt: skip
-    names = [f"a/paper/{name}.{kind}" for name in charts_ for kind in ("pdf", "png")]
+    drawn = {"accuracy-hard", "classes-hard", "confusion-hard-convnet", "loss-dkkt-primal", "loss-dkkt-stationarity", "loss-dm", "losses",
+             "parameter-multipliers", "shares", "spectrum"}  # fmt: skip
+    images = {"before-after", "images", "strip"}
+    names = sorted([f"a/paper/{name}.{kind}" for name in drawn | images for kind in ("pdf", "png")] + ["a/paper/strip.gif"])
     assert json.loads(told.out) == {"schema": 1, "run": str(run), "report": str(run / "report.html"), "figures": names}
-    assert len(names) == 2 * (run / "report.html").read_text().count("<svg ")
+    assert len(drawn) == (run / "report.html").read_text().count("<svg ")
     for name in names:
-        assert Path(name).read_bytes().startswith(b"%PDF-" if name.endswith("pdf") else b"\x89PNG")
+        assert Path(name).read_bytes().startswith({"pdf": b"%PDF-", "png": b"\x89PNG", "gif": b"GIF8"}[name[-3:]])
+    with Image.open("a/paper/strip.gif") as moving:
+        assert (moving.n_frames, moving.width >= 640) == (4, True)
     chart = curves("file", "title", {"$x_{": [(0.0, 1.0), (1.0, 2.0)], "中文": [(0.0, 2.0)]}, y="raw")
     assert charts.files(chart) == charts.files(chart)
 
@@ -554,11 +584,10 @@ def test_figures_are_all_there_or_none_is(cli: Cli, run: Path, monkeypatch: pyte
         assert f"--figures {place} exists already" in " ".join(refused.err.split())
     assert [entry.name for entry in Path("full").iterdir()] == ["mine.txt"]
     alike = charts.Chart("Loss-a", "title", "what", print, "x")
-    shown = {key: {"charts": [alike]} for key in ("losses", "parameters", "spectrum")} | {"evaluation": {"groups": []}}
-    report.write_figures(Path("alike"), report._charts(shown))
+    report.write_figures(Path("alike"), [alike] * 3)
     assert sorted(entry.name for entry in Path("alike").iterdir()) == ["Loss-a-2.pdf", "Loss-a-3.pdf", "Loss-a.pdf"]
     told = cli("report", run, "--figures", "empty", "--out", "talk.html").out.splitlines()
-    assert told[:3] == ["report   talk.html", "figure   empty/accuracy-hard.pdf", "figure   empty/confusion-hard-convnet.pdf"]
+    assert told[:3] == ["report   talk.html", "figure   empty/accuracy-hard.pdf", "figure   empty/before-after.pdf"]
     monkeypatch.setattr(Path, "rename", lambda path, target: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     failed = cli("report", run, "--figures", "new/paper", "--out", "again.html")
     assert (failed.code, failed.out) == (5, "")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +30,7 @@ from ddkit.run.lock import LOCK_SECONDS
 from ddkit.run.manifest import FILM, RECIPE, REPORT, SET, check_listed, read_evaluations, read_manifest, versions
 from ddkit.run.metrics import read_metrics
 from ddkit.run.report.charts import Chart, files, svg
+from ddkit.run.report.pictures import animation
 from ddkit.run.report.sections import Files, contents, spectrum_bins
 
 log = logging.getLogger("ddkit")
@@ -38,7 +40,8 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
     """Makes the report of the finished run at `target` again from its files; returns the file.
 
     It is the run's report.html, which the manifest lists, or the new file `out`, which leaves the run as it is. With `figures`, the name
-    of an absent or empty folder, each chart is written there too, as a PDF and a PNG file. Raises RunFilesError where a file of the run is
+    of an absent or empty folder, each chart and the images are written there too, as PDF and PNG files, and the images at some steps as
+    an animated GIF. Raises RunFilesError where a file of the run is
     missing or damaged, or something cannot be written.
     """
     directory = RunDirectory(Path(target))
@@ -58,7 +61,8 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
         else:
             write_atomic(Path(out), _page(shown))
     if figures is not None:
-        write_figures(Path(figures), _charts(shown))
+        film = shown["film"]
+        write_figures(Path(figures), _charts(shown), {"strip.gif": animation(film["frames"], film["columns"])} if film else {})
     return directory.path / REPORT if out is None else Path(out)
 
 
@@ -155,12 +159,12 @@ def check_figures(out: Path) -> None:
 
 
 def _charts(shown: Mapping[str, Any]) -> list[Chart]:
-    sections = [shown["losses"], shown["parameters"], shown["spectrum"], *shown["evaluation"]["groups"]]
+    sections = [*(shown[name] for name in ("images", "layers", "film", "losses", "parameters", "spectrum")), *shown["evaluation"]["groups"]]
     return [chart for section in sections if section for chart in section["charts"]]
 
 
-def write_figures(out: Path, charts: Iterable[Chart]) -> None:
-    """Writes the charts as PDF and PNG files into the folder `out`, which check_figures has let pass: all of them or none."""
+def write_figures(out: Path, charts: Iterable[Chart], others: Mapping[str, bytes] = MappingProxyType({})) -> None:
+    """Writes charts as PDF and PNG files, and `others` by name, into the folder `out`, which check_figures has let pass: all or none."""
     staged = out.with_name(f".{out.name}.{os.urandom(4).hex()}{TEMPORARY}")
     try:
         with folders_of(out), ExitStack() as after:
@@ -172,6 +176,8 @@ def write_figures(out: Path, charts: Iterable[Chart]) -> None:
                 number = used[chart.file.casefold()]  # of charts whose names differ in letters that no file has
                 for name, content in files(chart if number == 1 else chart._replace(file=f"{chart.file}-{number}")).items():
                     (staged / name).write_bytes(content)
+            for name, content in others.items():
+                (staged / name).write_bytes(content)
             if out.exists():
                 out.rmdir()
             staged.rename(out)

@@ -6,10 +6,12 @@ import io
 import logging
 import math
 import re
+import statistics
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +19,17 @@ from torch import Tensor
 
 from ddkit.errors import printable
 from ddkit.files import path_part
+from ddkit.run.report.pictures import colours
 
 WIDTH, HEIGHT = 420, 280  # points, which are pixels of a wide page
 LEFT, RIGHT, TOP, BOTTOM = 88, 14, 14, 50  # margins of the plot
 ROW = 52  # height of a row of Dots
 LONGEST = 48  # characters of a name there
-CONFUSION, SHORT = 400, 12  # height of a picture of confusion, and characters of a class's name there
+LINE, SHORT = 26, 12  # height of a line for a class, and characters of its name there
+NAMES = 124  # margin that such names need
 COLUMNS = 10  # images in a row of them
 BINS = 20  # of a histogram
+SMOOTH = 24  # points from which on a curve is smoothed
 INK, GRID = "#1c2127", "#d9dde2"
 COLOURS = ("#0b6cb8", "#c8501b", "#0a8763", "#a6477f", "#96700a", "#4d5fc4")
 ON_THE_PAGE = {INK: "currentColor", GRID: "var(--line)"} | {colour: f"var(--c{index})" for index, colour in enumerate(COLOURS)}
@@ -67,6 +72,7 @@ class Chart(NamedTuple):
     y: str = ""
     legend: Sequence[str] = ()
     height: int = HEIGHT
+    left: int = LEFT  # margin
 
 
 def curves(
@@ -74,7 +80,8 @@ def curves(
 ) -> Chart:
     """Returns a chart of named lines through (x, y) points; values that cannot be drawn are left out.
 
-    Its axis is logarithmic where that suits: all values are positive, over more than a factor of 20.
+    A line of at least SMOOTH points is smoothed, and faint as it is. The axis is logarithmic where that suits: all values are positive,
+    over more than a factor of 20.
     """
     kept = {name: [point for point in points if can_be_drawn(point[1])] for name, points in lines.items()}
     values = [value for points in kept.values() for _, value in points]
@@ -84,7 +91,11 @@ def curves(
         for index, (name, points) in enumerate(kept.items()):
             style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": "o" if len(points) <= 12 else ""}
             style |= {} if index < len(COLOURS) else {"dashes": (2 * (index // len(COLOURS)), 2)}
-            axes.plot([x for x, _ in points], [y for _, y in points], label=name, **style)
+            xs, ys = [x for x, _ in points], [y for _, y in points]
+            if len(points) >= SMOOTH:
+                axes.plot(xs, ys, color=style["color"], alpha=0.3, linewidth=1)
+                ys = smoothed(ys)
+            axes.plot(xs, ys, label=name, **style)
         axes.margins(x=0)
         if log:
             from matplotlib.ticker import LogLocator, NullLocator
@@ -96,6 +107,13 @@ def curves(
 
     what = f"{title}: {', '.join(lines)} over {x}"
     return Chart(file, title, what, draw, x, f"{y} (log scale)" if log else y, list(lines) if len(lines) > 1 else ())
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Returns the mean of each value and its neighbours: up to a twelfth of all at each side, at both ends fewer and equally many."""
+    last = len(values) - 1
+    reach = [min(place, last - place, len(values) // 12) for place in range(len(values))]
+    return [statistics.fmean(values[place - wide : place + wide + 1]) for place, wide in enumerate(reach)]
 
 
 def histogram(name: str, values: Tensor) -> Chart:
@@ -113,8 +131,17 @@ def histogram(name: str, values: Tensor) -> Chart:
     return Chart(f"parameter-{path_part(name)}", name, f"Histogram of {name}", draw, "value", "how many")
 
 
-def dots(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[float, float | None] | None]]], legend: Sequence[str]) -> Chart:
-    """Returns a chart of rows (name, (percent, half of its error bar or None) or None for each name of the legend)."""
+def dots(
+    file: str,
+    what: str,
+    rows: Sequence[tuple[str, Sequence[tuple[float, float | None] | None]]],
+    legend: Sequence[str],
+    ceilings: Mapping[str, float] = MappingProxyType({}),
+) -> Chart:
+    """Returns a chart of rows (name, (percent, half of its error bar or None) or None for each name of the legend).
+
+    `ceilings` are percentages by name, each an upright line.
+    """
 
     def draw(axes: Any) -> None:
         for index, name in enumerate(legend):
@@ -122,6 +149,8 @@ def dots(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[float, f
             bars = [half or math.nan for _, half, _ in found]
             style = {"fmt": "o", "color": COLOURS[index], "markersize": 8, "label": name}
             axes.errorbar([value for value, _, _ in found], [y for _, _, y in found], xerr=bars, **style)
+        for index, (name, percent) in enumerate(ceilings.items(), start=len(legend)):
+            axes.axvline(percent, color=COLOURS[index % len(COLOURS)], linestyle="--", label=name)
         for row, (name, _) in enumerate(rows):
             told = name if len(name) <= LONGEST else f"{name[: LONGEST - 4]} ..."
             axes.text(0, ROW * row + 14, printable(told), transform=axes.get_yaxis_transform(), parse_math=False)
@@ -129,7 +158,32 @@ def dots(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[float, f
         axes.set_ylim(ROW * len(rows), 0)
         axes.set_yticks([])
 
-    return Chart(file, "Accuracy", what, draw, "accuracy in %", legend=legend, height=TOP + ROW * len(rows) + BOTTOM)
+    shown, height = [*legend, *ceilings], TOP + ROW * len(rows) + BOTTOM
+    return Chart(file, "Accuracy", what, draw, "accuracy in %", legend=shown, height=height, left=RIGHT)
+
+
+def bars(file: str, title: str, what: str, rows: Sequence[tuple[str, float, float | None]], legend: Sequence[str]) -> Chart:
+    """Returns a chart of rows (name, percent as a bar, percent as a dot or None), for the two names of the legend."""
+
+    def draw(axes: Any) -> None:
+        axes.barh(range(len(rows)), [percent for _, percent, _ in rows], color=COLOURS[0], height=0.7)
+        beside = [(percent, row) for row, (_, _, percent) in enumerate(rows) if percent is not None]
+        axes.plot([percent for percent, _ in beside], [row for _, row in beside], "o", color=COLOURS[1], markersize=8)
+        for row, (name, _, _) in enumerate(rows):
+            _name_line(axes, row, name)
+        axes.set_xlim(0, 100)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks([])
+
+    shown = legend if any(percent is not None for _, _, percent in rows) else ()
+    return Chart(file, title, what, draw, "accuracy in %", legend=shown, height=TOP + LINE * len(rows) + BOTTOM, left=NAMES)
+
+
+def _name_line(axes: Any, y: float, name: str) -> None:
+    """Writes the name of a class, which is cut if it is long, left of its line at `y`."""
+    short = name if len(name) <= SHORT else f"{name[: SHORT - 2]} \N{HORIZONTAL ELLIPSIS}"
+    words = printable(short)
+    axes.text(-0.02, y, words, transform=axes.get_yaxis_transform(), ha="right", va="center", parse_math=False)
 
 
 def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> Chart:
@@ -144,47 +198,53 @@ def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequ
                 share = count / max(1, sum(own))
                 axes.add_patch(Rectangle((column, row), 1, 1, facecolor=COLOURS[row != column], alpha=share, linewidth=0))
                 if side <= 12 and share >= 0.005:
-                    axes.text(column + 0.5, row + 0.5, f"{100 * share:.0f}", ha="center", va="center", fontsize=11)
-            told = names[row] if len(names[row]) <= SHORT else f"{names[row][: SHORT - 4]} ..."
-            axes.text(-0.15, row + 0.5, printable(told), ha="right", va="center", fontsize=11 if side <= 12 else 8, parse_math=False)
+                    axes.text(column + 0.5, row + 0.5, f"{100 * share:.0f}", ha="center", va="center")
+            _name_line(axes, row + 0.5, names[row])
         axes.set_xlim(0, side)
         axes.set_ylim(side, 0)
         axes.grid(visible=False)
         axes.set_xticks([])
         axes.set_yticks([])
 
-    return Chart(file, "What networks take each class for", what, draw, "found, in the order of the classes, in %", " ", height=CONFUSION)
+    x, height = "found, in the order of the classes, in %", TOP + LINE * side + BOTTOM
+    return Chart(file, "What networks take each class for", what, draw, x, height=height, left=NAMES)
 
 
-def rows_of_images(file: str, what: str, rows: Mapping[str, Sequence[tuple[str, Tensor | None]]]) -> Chart:
-    """Returns a chart of named rows of images: as many (class name, (C, H, W) uint8 or None) in each row."""
-    across = max(map(len, rows.values()))
+def rows_of_images(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[str, Tensor | None]]]]) -> Chart:
+    """Returns a chart of rows of images, each (name or "", its images as (label, (C, H, W) uint8 or None)).
+
+    A label stands above an image unless the image at its left, or the one above it, has the same.
+    """
+    across = max(len(row) for _, row in rows)
     side = (WIDTH - 2 * RIGHT) / across
-    tall = side * next(image.shape[1] / image.shape[2] for row in rows.values() for _, image in row if image is not None)
-    band = tall + 24
+    tall = side * next(image.shape[1] / image.shape[2] for _, row in rows for _, image in row if image is not None)
+    above: list[list[str]] = [[label for label, _ in row] for _, row in rows]
+    labelled = [not number or above[number] != above[number - 1] for number in range(len(rows))]
+    heights = [(20 if name else 4) + (12 if labels else 0) + tall for (name, _), labels in zip(rows, labelled, strict=True)]
 
     def draw(axes: Any) -> None:
-        for number, (name, row) in enumerate(rows.items()):
-            top = 10 + number * band
+        bottom = 0.0
+        for (name, row), labels, height in zip(rows, labelled, heights, strict=True):
+            bottom += height
+            top = bottom - tall
             told = name if len(name) <= LONGEST else f"... {name[4 - LONGEST :]}"
-            axes.text(0, top + 16, printable(told), fontsize=11, parse_math=False)
+            axes.text(0, top - (18 if labels else 5), printable(told), fontsize=11, parse_math=False)
             for column, (label, image) in enumerate(row):
                 left, right = column * side, (column + 0.94) * side
-                if number == 0 and (column == 0 or label != row[column - 1][0]):
+                if labels and (column == 0 or label != row[column - 1][0]):
                     short = label if len(label) <= SHORT else f"{label[: SHORT - 4]} ..."
-                    axes.text(left, 12, printable(short), fontsize=7, parse_math=False)
+                    axes.text(left, top - 4, printable(short), fontsize=7, parse_math=False)
                 if image is not None:
-                    pixels = image.expand(3, -1, -1) if len(image) == 1 else image
-                    pixels = pixels if len(pixels) == 3 else pixels.float().mean(0, keepdim=True).byte().expand(3, -1, -1)
-                    axes.imshow(pixels.permute(1, 2, 0).numpy(), extent=(left, right, top + 20 + tall, top + 20), interpolation="nearest")
+                    pixels = colours(image[None])[0].permute(1, 2, 0).numpy()
+                    axes.imshow(pixels, extent=(left, right, bottom, top), interpolation="nearest")
         axes.set_aspect("auto")
         axes.set_xlim(0, across * side)
-        axes.set_ylim(10 + len(rows) * band, 0)
+        axes.set_ylim(sum(heights), 0)
         axes.grid(visible=False)
         axes.set_xticks([])
         axes.set_yticks([])
 
-    return Chart(file, what, what, draw, "", height=TOP + round(10 + len(rows) * band) + BOTTOM)
+    return Chart(file, what, what, draw, "", height=TOP + round(sum(heights)) + BOTTOM, left=RIGHT)
 
 
 def svg(chart: Chart) -> str:
@@ -247,8 +307,8 @@ def _figure(chart: Chart) -> Iterator[Any]:
         settings.update(STYLE | {"svg.hashsalt": chart.file})
         width, height = WIDTH, chart.height
         figure = Figure(figsize=(width / 72, height / 72))
-        left = LEFT if chart.y else RIGHT
-        axes = figure.add_axes((left / width, BOTTOM / height, (width - left - RIGHT) / width, (height - TOP - BOTTOM) / height))
+        across, tall = (width - chart.left - RIGHT) / width, (height - TOP - BOTTOM) / height
+        axes = figure.add_axes((chart.left / width, BOTTOM / height, across, tall))
         chart.draw(axes)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: number(value))

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 import tomli_w
+import torch
 from torch import Tensor
 
 from ddkit.data.pictures import eight_bits, radial_spectrum
@@ -20,13 +21,15 @@ from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
 from ddkit.run.doubts import shares, typical_shares
 from ddkit.run.manifest import DERIVED, SET
-from ddkit.run.report.charts import can_be_drawn, confusion, curves, dots, histogram, number
+from ddkit.run.report.charts import COLUMNS, Chart, bars, can_be_drawn, confusion, curves, dots, histogram, number, rows_of_images
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
 from ddkit.run.snapshots import Film
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
 FILM_ROWS, FILM_COLUMNS = 10, 7
 MOST_CONFUSIONS = 3  # pictures of confusion, of the first networks
+MOST_ROWS = 20  # of images, in a figure
+MOST_BARS = 30  # classes in a chart of their accuracies
 LABELS = {"hard": "Hard labels", "stored": "Labels stored with the set", "teacher": "The teacher's labels of each augmented batch"}
 FOLDERS = re.compile(r"(?<![\w.~/])(?:/[^\s/:'\",]+)+/(?=[^\s/])")  # of an absolute path in a message, as far as its last part
 USUAL = {  # summary of a set of which its recipe tells none, by what it is made of
@@ -76,14 +79,15 @@ def head(files: Files) -> dict[str, Any]:
     artifact, recipe = files.artifact, files.recipe
     count, channels, height, width = artifact.stored_images.shape
     ipc, pipc, data = artifact.metadata.get("ipc"), artifact.metadata.get("pipc"), recipe.get("data", {})
-    source = data.get("use", "") + (f" ({Path(data['path']).name})" if data.get("path") else "")
+    source = Path(data["path"]).name if data.get("path") else data.get("use", "")
     derived = next((kind for kind in DERIVED if kind in files.facts), "")
     source = "" if derived == "join" else source  # it has several
-    name = artifact.metadata.get("recipe") or recipe.get("name") or derived or "synthetic set"
-    title = f"{name}{f' on {source}' if source else ''}" + (f", {counted(ipc, 'image')} a class" if ipc else "")
+    title = derived.capitalize() or method_title(recipe) or artifact.metadata.get("recipe") or "Synthetic set"
+    title += (f" on {source}" if source else "") + (f", {counted(ipc, 'image')} a class" if ipc else "")
     counts = artifact.stored_labels.bincount(minlength=len(artifact.class_names)).tolist()
     uneven = f"; {min(counts)} to {max(counts)} a class" if len(set(counts)) > 1 else ""
-    tiles = [("images", f"{count:,}", f"{height} x {width} pixels, {counted(channels, 'channel')}{uneven}")]
+    tiles = _results(files)
+    tiles += [("images", f"{count:,}", f"{height} x {width} pixels, {counted(channels, 'channel')}{uneven}")]
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
     images_a_class = len(artifact.images) / len(artifact.class_names)
     by_class = artifact.stored_by_class.values()
@@ -100,13 +104,45 @@ def head(files: Files) -> dict[str, Any]:
             ("whitened", f"{directions:,}", "directions of the ZCA through which networks see the images, which are shown as they are")
         ]
     tiles += [("labels", str(artifact.metadata.get("labels", "soft")), _of_labels(artifact))] if artifact.soft_labels is not None else []
+    warned = [FOLDERS.sub("", message) for message in files.facts.get("warnings", [])]
+    return {"title": title, "summary": str(recipe.get("summary", "")) or USUAL[derived], "tiles": tiles, "warned": warned}
+
+
+def method_title(recipe: Mapping[str, Any]) -> str:
+    """Returns the name of a recipe's method as a talk has it: "DataDAM", "DM + DKKT", "herding, no steps"; "" without a recipe.
+
+    It is the word before the colon of the summary, if that is a name, with two capitals; or else the losses, those of one group as one.
+
+    >>> method_title({"losses": {"dm": {}, "dkkt-primal": {}, "dkkt-stationarity": {}, "feature-regression": {}}})
+    'DM + DKKT + feature regression'
+    >>> method_title({"summary": "DSV (noise): deep support vectors", "losses": {"dkkt-primal": {}}})
+    'DSV (noise)'
+    """
+    name, colon, _ = str(recipe.get("summary", "")).partition(":")
+    if colon and sum(letter.isupper() for letter in name) > 1:
+        return name
+    losses = list(recipe.get("losses", {}))
+    if recipe.get("steps") == 0:
+        return f"{recipe['initializer']['use']}, no steps"
+    heads = [label.partition("-")[0] for label in losses]
+    names = dict.fromkeys(head if heads.count(head) > 1 else label for head, label in zip(heads, losses, strict=True))
+    words = [[word if set(word) & set("aeiouy") else word.upper() for word in name.split("-")] for name in names]
+    return " + ".join(" ".join(each) for each in words)
+
+
+def _results(files: Files) -> list[tuple[str, str, str]]:
+    """Returns the tiles of the set's first accuracy, and of what it may be read beside: the teacher, and the full data."""
+    tiles = []
     own = [row for labels in LABELS for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
     for row in own[:1]:  # a baseline's is no figure of this set
         beside = f"random real {_random_real(row)}; " if row.get("random_real_mean") is not None else ""
         told = f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}"
-        tiles += [("accuracy", _percent(row, "accuracy"), told)]
-    warned = [FOLDERS.sub("", message) for message in files.facts.get("warnings", [])]
-    return {"title": title, "summary": str(recipe.get("summary", "")) or USUAL[derived], "tiles": tiles, "warned": warned}
+        tiles.append(("accuracy", _percent(row, "accuracy"), told))
+    ceilings = [f"{name} {percent:.1f}\u00a0%" for name, percent in _ceilings(files).items()]
+    if own and ceilings:
+        name, _, percent = ceilings[0].rpartition(" ")
+        tiles.append(("ceiling", percent, ", ".join([f"accuracy of {name}", *ceilings[1:]])))
+    return tiles
 
 
 def _of_labels(artifact: Artifact) -> str:
@@ -124,7 +160,8 @@ def images(files: Files) -> dict[str, Any]:
     shown = labels[:MOST_CLASSES]
     each = max(1, min(MOST_A_CLASS, MOST_IMAGES // len(shown)))
     pixels = {label: eight_bits(artifact.stored_images[artifact.stored_labels == label][:each]) for label in shown}
-    cell = _cell(max(len(rows) for rows in pixels.values()))
+    wide = max(len(rows) for rows in pixels.values())
+    cell = _cell(wide)
     names = {label: files.name(label) for label in shown}
     outside = ((artifact.stored_images < 0) | (artifact.stored_images > 1)).float().mean()
     most = int(artifact.stored_labels.bincount().max())
@@ -133,7 +170,10 @@ def images(files: Files) -> dict[str, Any]:
     words += [f"The first {len(shown)} of {len(labels)} classes."] if len(shown) < len(labels) else []
     words += ["Reduced to fit the page."] if sides(artifact.stored_images, cell)[0] < artifact.stored_images.shape[2] else []
     figures = [(names[label], pictures([rows], f"Synthetic images of class {names[label]}", cell=cell)) for label, rows in pixels.items()]
-    return {"figures": figures, "words": " ".join(words)}
+    cells = [[(names[label], image) for image in rows] + [("", None)] * (wide - len(rows)) for label, rows in pixels.items()]
+    beside = COLUMNS // wide  # classes in a row of the figure
+    drawn = [("", [cell for own in cells[place : place + beside] for cell in own]) for place in range(0, len(cells), beside)]
+    return {"figures": figures, "words": " ".join(words), "charts": [rows_of_images("images", "Images of the set", drawn[:MOST_ROWS])]}
 
 
 def _cell(most: int) -> int:
@@ -148,14 +188,11 @@ def layers(files: Files) -> Found:
         return None
     if files.blend and len(film.steps) == 2:
         first, second = (short_name(Path(part["path"])) for part in files.blend["parts"])
-        title, words = "The two sets and their blend", f"Above: the first set, {first}. In the middle: the blend. "
-        words += f"Below: the second, {second}, whose share is alpha {files.blend['alpha']}."
-        told = "of the first set above, of the blend in the middle, of the second set below"
-        shown = [film.images[0], files.end, film.images[1]]
+        title, words = "The two sets and their blend", f"The share of the second set, {second}, is alpha {files.blend['alpha']}."
+        shown = {f"first: {first}": film.images[0], "blend": files.end, f"second: {second}": film.images[1]}
     elif files.facts.get("steps") and not files.blend and int(film.steps[0]) == 0:
-        title, words = "Start and end", "Above: before the first step. Below: the finished set."
-        told = "at the start above, the same at the end below"
-        shown = [film.images[0], files.end]
+        title, words = "Before and after", f"The same images before the first step, and after {files.facts['steps']:,}."
+        shown = {"before": film.images[0], "after": files.end}
     else:
         return None
     owners = files.artifact.stored_labels[film.rows]
@@ -165,8 +202,10 @@ def layers(files: Files) -> Found:
     figures = []
     for label in labels:
         rows, name = (owners == label).nonzero().flatten()[:most], files.name(label)
-        figures.append((name, pictures([layer[rows] for layer in shown], f"class {name}: {len(rows)} {told}", cell=cell)))
-    return {"title": title, "words": words, "figures": figures}
+        figures.append((name, [(when, pictures([layer[rows]], f"class {name}, {when}", cell=cell)) for when, layer in shown.items()]))
+    few = torch.cat([(owners == label).nonzero().flatten()[: max(1, COLUMNS // len(labels))] for label in labels[:COLUMNS]]).tolist()
+    drawn = [(when, [(files.name(int(owners[row])), layer[row]) for row in few]) for when, layer in shown.items()]
+    return {"title": title, "words": words, "figures": figures, "charts": [rows_of_images("before-after", title, drawn)]}
 
 
 def short_name(path: Path) -> str:
@@ -175,7 +214,10 @@ def short_name(path: Path) -> str:
 
 
 def film(files: Files) -> Found:
-    """Returns one image of each class at some steps; `always`: which of them a narrow page shows, which has room for four."""
+    """Returns one image of each class at some steps; `always`: which of them a narrow page shows, which has room for four.
+
+    `frames` are those of the animated picture, with up to ten images of each class, `columns` beside each other.
+    """
     film, artifact, last = files.film, files.artifact, files.facts.get("steps", 0)
     if film is None or len(film.rows) == 0 or not last or files.blend:
         return None
@@ -183,13 +225,22 @@ def film(files: Files) -> Found:
     while len(kept) > FILM_COLUMNS - 1:  # of the first steps, which are close together, some can go
         del kept[1]
     owners, end = artifact.stored_labels[film.rows], files.end
+    steps = [*film.steps[kept].tolist(), last]
+    layers = [*film.images[kept], end]
     rows: list[tuple[str, list[Picture]]] = []
+    drawn = []
     for label in owners.unique().tolist()[:FILM_ROWS]:
         row, name = int((owners == label).nonzero()[0, 0]), files.name(label)
-        frames = [(film.images[place, row], int(film.steps[place])) for place in kept] + [(end[row], last)]
-        rows.append((name, [picture([image[None]], f"class {name}, step {step}", cell=72) for image, step in frames]))
-    steps = [int(step) for step in [*film.steps[kept], last]]
-    return {"steps": steps, "rows": rows, "always": {round(place * (len(steps) - 1) / 3) for place in range(4)}}
+        drawn.append((name, [(f"step {step:,}", images[row]) for step, images in zip(steps, layers, strict=True)]))
+        rows.append((name, [picture([image[None]], f"class {name}, {step}", cell=72) for step, image in drawn[-1][1]]))
+    wide = min(COLUMNS, int(owners.bincount().max()))
+    moving = torch.cat([(owners == label).nonzero().flatten()[:wide] for label in owners.unique()])
+    return {
+        "steps": steps, "rows": rows, "always": {round(place * (len(steps) - 1) / 3) for place in range(4)},
+        "charts": [rows_of_images("strip", "The first image of a class after so many updates", drawn)],
+        "frames": [(f"step {step:,}", images[moving]) for step, images in zip(steps, layers, strict=True)],
+        "columns": wide if wide > 1 else COLUMNS,
+    }  # fmt: skip
 
 
 def losses(files: Files) -> Found:
@@ -296,7 +347,7 @@ def evaluation(files: Files) -> dict[str, Any]:
             difference = "-" if pairs[1] is None else f"{100 * (row['accuracy_mean'] - row['random_real_mean']):+.1f}"
             lines.append([row["evaluator"], _named(row), row["repeats"], _percent(row, "accuracy"), _random_real(row), difference])
         what, legend = f"{title}: accuracies with error bars", ["trained on the set", "random real"]
-        chart = dots(f"accuracy-{labels}", what, shown, legend)
+        chart = dots(f"accuracy-{labels}", what, shown, legend, _ceilings(files))
         pictures_ = [
             confusion(f"confusion-{labels}-{path_part(row['model'])}", f"Confusion: {_named(row)}", counts, files.artifact.class_names)
             for row in found if row.get("images", "synthetic") == "synthetic" and _fits(counts := row["details"].get("confusion"), files)
@@ -305,7 +356,8 @@ def evaluation(files: Files) -> dict[str, Any]:
             [name, _named(row), each["test_images"], *(_share(each.get(key)) for key in ("accuracy", "random_real"))]
             for row in found for name, each in row["details"].get("class_accuracies", {}).items()
         ]  # fmt: skip
-        groups += [{"title": title, "charts": [chart, *pictures_[:MOST_CONFUSIONS]], "rows": lines, "classes": classes}] if found else []
+        charts = [chart, *_class_charts(files, labels, found), *pictures_[:MOST_CONFUSIONS]]
+        groups += [{"title": title, "charts": charts, "rows": lines, "classes": classes}] if found else []
     findings = [
         [row["evaluator"], "" if row["model"] == "-" else _named(row), words]
         for row in files.evaluations if (words := str(row.get("details", {}).get("summary", "")))
@@ -324,6 +376,30 @@ def evaluation(files: Files) -> dict[str, Any]:
     return {"ceiling": _ceiling(files), "groups": groups, "findings": findings, "close": close}
 
 
+def _class_charts(files: Files, labels: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Returns the chart of the accuracy of each class of the first network trained on the set; of many classes the best and the worst."""
+    for row in rows:
+        lines = _by_class(row, files) if row.get("images", "synthetic") == "synthetic" else []
+        if lines:
+            title, half = "Accuracy of each class", MOST_BARS // 2
+            if len(lines) > MOST_BARS:
+                title = f"Accuracy of the {half} best and {half} worst of {len(lines)} classes"
+                ordered = sorted(lines, key=lambda line: -line[1])
+                lines = ordered[:half] + ordered[-half:]
+            return [bars(f"classes-{labels}", title, f"{title}: {_named(row)}", lines, ["trained on the set", "random real"])]
+    return []
+
+
+def _by_class(row: Mapping[str, Any], files: Files) -> list[tuple[str, float, float | None]]:
+    """Returns (name, accuracy in percent, that of random real images or None) of each class, [] if the row does not say them."""
+    counts, names = row["details"].get("confusion"), files.artifact.class_names
+    known = row["details"].get("class_accuracies", {})
+    if not known and _fits(counts, files):
+        known = {name: {"accuracy": own[label] / sum(own)} for label, (name, own) in enumerate(zip(names, counts, strict=True)) if sum(own)}
+    pairs = [(name, each["accuracy"], each.get("random_real")) for name, each in known.items() if each["accuracy"] is not None]
+    return [(name, 100 * own, None if real is None else 100 * real) for name, own, real in pairs]
+
+
 def _fits(counts: Any, files: Files) -> bool:
     """Whether `counts` are those of every class by every class."""
     return isinstance(counts, list) and [len(row) for row in counts] == [len(files.artifact.class_names)] * len(counts) != []
@@ -340,11 +416,24 @@ def _ceiling(files: Files) -> str:
     rows = [("the test images, as recorded when it was trained", "test_accuracy"), (f"{count} accessible images", "accessible_accuracy")]
     known = [f"{100 * facts[key]:.1f} % of {what}" for what, key in rows if facts.get(key) is not None]
     told = [f"the teacher is right on {' and '.join(known)}"] if known else []
-    told += [
-        f"networks trained on all accessible images reach {_percent(row, 'accuracy')} ({_named(row)})"
-        for row in _rows(files, "hard") if row.get("images") == "pipc-real"
-    ]  # fmt: skip
+    told += [f"networks trained on {_whole(files)} reach {_percent(row, 'accuracy')} ({_named(row)})" for row in _of_whole(files)]
     return "; ".join(told)
+
+
+def _ceilings(files: Files) -> dict[str, float]:
+    """Returns the accuracies in percent that no set is expected to exceed, as far as they are known: of the teacher, of all real images."""
+    teacher = (files.facts.get("teacher") or {}).get("test_accuracy")
+    return ({} if teacher is None else {"the teacher": 100 * teacher}) | {
+        _whole(files): 100 * row["accuracy_mean"] for row in _of_whole(files)[:1]
+    }
+
+
+def _of_whole(files: Files) -> list[Mapping[str, Any]]:
+    return [row for row in _rows(files, "hard") if row.get("images") == "pipc-real"]
+
+
+def _whole(files: Files) -> str:
+    return "the full data" if files.artifact.metadata.get("pipc") == "all" else "all accessible images"
 
 
 def made(files: Files) -> dict[str, Any]:
@@ -353,7 +442,9 @@ def made(files: Files) -> dict[str, Any]:
     times = [(line["step"], line["seconds"]) for line in files.metrics if "seconds" in line]
     pace = [(late - early) / (last - first) for (first, early), (last, late) in pairwise(times) if late > early]
     a_step = f", {1000 * statistics.median(pace):.1f} ms a step" if pace else ""
-    rows = [[key, str(facts[key])] for key in ("device", "threads", "seed") if facts.get(key) is not None]
+    name = files.artifact.metadata.get("recipe") or files.recipe.get("name")
+    rows = [["recipe", name]] if name else []
+    rows += [[key, str(facts[key])] for key in ("device", "threads", "seed") if facts.get(key) is not None]
     teacher = facts.get("teacher")
     rows += [["trained model (teacher)", f"sha256 {teacher['sha256']}"]] if teacher else []
     if files.blend:
