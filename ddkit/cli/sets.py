@@ -126,6 +126,8 @@ def _comparison_table(sets: Sequence[ComparedSet], rows: Sequence[ComparedRow]) 
     }
     if rows:
         columns["accuracy"] = [percent(row.accuracy_mean, row.accuracy_std) for row in rows]
-        columns["random real"] = [percent(row.random_real_mean, row.random_real_std) for row in rows]
+        columns["random real"] = [
+            percent(row.random_real_mean, row.random_real_std) + (f" ({row.random_real})" if row.random_real else "") for row in rows
+        ]
         columns["networks"] = [row.repeats for row in rows]
     return tabulate(columns, headers="keys", tablefmt="simple", disable_numparse=True, missingval="-")

@@ -61,9 +61,10 @@ def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, col
     margin = 12 + max(int(font.getlength(name)) for name, font in names.values())
     row_w = margin + most * cell_w
     shown = rows[: max(1, MOST_PIXELS // (row_w * cell_h))]
-    deep = -(-len(shown) // -(-WIDE // row_w))  # rows below each other
+    deep = len(shown)  # rows below each other: all, or as many as make a square
     if deep * cell_h > MOST_HEIGHT:
-        deep = -(-len(shown) // max(2, round((len(shown) * cell_h / row_w) ** 0.5)))  # as many as make a square
+        deep = -(-deep // max(2, round((deep * cell_h / row_w) ** 0.5)))
+    deep = min(deep, -(-len(shown) // -(-WIDE // row_w)))
     across = -(-len(shown) // deep)
     while across * row_w < WIDE:
         scale += 1

@@ -27,7 +27,7 @@ from ddkit.run.directory import RunDirectory
 from ddkit.run.listing import is_run_folder, method_of, run_folders
 from ddkit.run.manifest import MANIFEST, RECIPE, read_evaluations, read_manifest
 from ddkit.run.report import check_figures, write_figures
-from ddkit.run.report.charts import COLUMNS, Chart, dots, files, rows_of_images
+from ddkit.run.report.charts import COLUMNS, Chart, accuracies, dots, files, rows_of_images
 
 MOST_COMMANDS = 2  # in an error, of which a long one would be cut
 FORMATS = (".png", ".pdf")  # of a picture
@@ -37,9 +37,9 @@ ELSEWHERE = ("dir", "memory", "batch", "test", "held_out", "class_order", "white
 class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one of the sets. `name` is the path as it was given.
 
-    `method` is the recipe, or the losses of the recipe `default`; `ipc` images of the class that has most; `pipc` accessible real images
-    a class; `stored_numbers` and `stored_as_images` its budget a class, as Evaluation has them; `labels` "hard", or the kind of the soft
-    ones; `seconds` of distillation on `device`, without training a teacher. None: its files do not say it.
+    `method` is the recipe, or the losses of the recipe `default` ("DM + DKKT"); `ipc` images of the class that has most; `pipc` accessible
+    real images a class; `stored_numbers` and `stored_as_images` its budget a class, as Evaluation has them; `labels` "hard", or the kind
+    of the soft ones; `seconds` of distillation on `device`, without training a teacher. None: its files do not say it.
     """
 
     name: str
@@ -56,7 +56,10 @@ class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ComparedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of one set: fractions, with sample standard deviations over `repeats` networks; None for a set that has none."""
+    """The figures of one set: fractions, with sample standard deviations over `repeats` networks; None for a set that has none.
+
+    `random_real` says how many random real images there are if not as many as the set has, e.g. "1 a class, beside 4 decoded ones".
+    """
 
     name: str
     repeats: int | None = None
@@ -64,6 +67,7 @@ class ComparedRow(msgspec.Struct, frozen=True, kw_only=True):
     accuracy_std: float | None = None
     random_real_mean: float | None = None
     random_real_std: float | None = None
+    random_real: str = ""
 
 
 class ComparedEvaluation(msgspec.Struct, frozen=True, kw_only=True):
@@ -141,15 +145,17 @@ def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, fig
     evaluations = _evaluations(found)
     sets = [_described(each) for each in found]
     made = Comparison(sets=sets, evaluations=evaluations, notes=[*notes, *_differences(sets), *_unevaluated(found, evaluations)])
-    titles = [f"{each.name} ({each.method})" for each in sets]
-    shown = [_first_images(each.artifact, found[0]) for each in found]
+    short = [Path(each.name).name for each in sets]
+    names = short if len(set(short)) == len(short) else [each.name for each in sets]
+    titles = [f"{name} ({each.method})" for name, each in zip(names, sets, strict=True)]
+    shown = [_first_images(each.artifact, found[0], max(one.ipc for one in sets)) for each in found]
     images = rows_of_images("sets", "Images of the sets", list(zip(titles, shown, strict=True)))
     with ExitStack() as after:
         if picture is not None:
             after.enter_context(folders_of(picture))
             check_writable(picture)
         if figures is not None:
-            write_figures(Path(figures), [images, *_charts(evaluations, titles)])
+            write_figures(Path(figures), [images, *_charts(evaluations, titles), *_over(sets, evaluations)])
         if picture is not None:
             write_atomic(picture, files(images)[f"sets{picture.suffix}"])
     return made
@@ -240,7 +246,11 @@ def _evaluations(found: Sequence[_Found]) -> list[ComparedEvaluation]:
         row = rows[runs[0].name][key]
         protocol = ", ".join(filter(None, (row["protocol"], _variant(row))))
         fields = ComparedRow.__struct_fields__
-        figures = [{name: value for name, value in rows.get(each.name, {}).get(key, {}).items() if name in fields} for each in found]
+        figures = []
+        for each in found:
+            own = rows.get(each.name, {}).get(key, {})
+            own = own | {"random_real": own.get("details", {}).get("random_real", "")}
+            figures.append({name: value for name, value in own.items() if name in fields})
         compared = [ComparedRow(**known | {"name": each.name}) for each, known in zip(found, figures, strict=True)]
         made.append(ComparedEvaluation(model=row["model"], protocol=protocol, labels=row["labels"], split=row["split"], rows=compared))
     return made
@@ -327,10 +337,10 @@ def _unevaluated(found: Sequence[_Found], evaluations: Sequence[ComparedEvaluati
             yield f"{each.name} keeps no figures, as no recipe made it: `ddkit evaluate {shlex.quote(each.name)}{how}` prints them."
 
 
-def _first_images(artifact: Artifact, first: _Found) -> list[tuple[str, torch.Tensor | None]]:
-    """Returns the first images of each of the first classes, in the order of the first set, with the class's name: (C, H, W) uint8."""
+def _first_images(artifact: Artifact, first: _Found, most: int) -> list[tuple[str, torch.Tensor | None]]:
+    """Returns the first images, at most `most`, of each of the first classes, in the order of the first set, as (name, (C, H, W) uint8)."""
     names = first.artifact.class_names[:COLUMNS]
-    each = max(1, COLUMNS // len(names))
+    each = min(most, max(1, COLUMNS // len(names)))
     found: list[tuple[str, torch.Tensor | None]] = []
     for name in names:
         own = artifact.stored_images[artifact.stored_labels == artifact.class_names.index(name)][:each]
@@ -346,3 +356,30 @@ def _charts(evaluations: Sequence[ComparedEvaluation], titles: Sequence[str]) ->
             rows.append((title, [None if mean is None else (100 * mean, std and 100 * std) for mean, std in pairs]))
         chart = dots(f"accuracy-{path_part(each.model)}", str(each), rows, ["trained on the set", "random real"])
         yield chart._replace(x=f"accuracy in %, {each.model}")
+
+
+def _over(sets: Sequence[ComparedSet], evaluations: Sequence[ComparedEvaluation]) -> Iterator[Chart]:
+    """Yields the accuracies of each method over ipc, and over pipc, as far as the sets differ in it; sets that are alike are one point."""
+    for each in evaluations:
+        for axis, other, x in (("ipc", "pipc", "images a class (ipc)"), ("pipc", "ipc", "accessible real images a class (pipc)")):
+            known = [(one, row) for one, row in zip(sets, each.rows, strict=True) if row.repeats and getattr(one, axis) is not None]
+            if len({getattr(one, axis) for one, _ in known}) < 2:
+                continue
+            several = len({getattr(one, other) for one, _ in known}) > 1
+            lines: dict[str, dict[float | str, list[tuple[int, float, float | None]]]] = {}
+            for key, name in (("accuracy", ""), ("random_real", "random real")):
+                for one, row in known:
+                    mean, std = getattr(row, f"{key}_mean"), getattr(row, f"{key}_std")
+                    if mean is not None:
+                        line = (name or one.method) + (f", {other} {getattr(one, other)}" if several else "")
+                        lines.setdefault(line, {}).setdefault(getattr(one, axis), []).append((row.repeats or 1, mean, std))
+            drawn = {name: {value: _pooled(parts) for value, parts in line.items()} for name, line in lines.items()}
+            yield accuracies(f"{axis}-{path_part(each.model)}", f"Accuracy over {axis}", str(each), x, drawn)
+
+
+def _pooled(parts: Sequence[tuple[int, float, float | None]]) -> tuple[float, float | None]:
+    """Returns mean and sample standard deviation in percent of several samples (n, mean, std) as of one."""
+    count = sum(n for n, _, _ in parts)
+    mean = sum(n * own for n, own, _ in parts) / count
+    squares = sum((n - 1) * (std or 0.0) ** 2 + n * (own - mean) ** 2 for n, own, std in parts)
+    return 100 * mean, 100 * (squares / (count - 1)) ** 0.5 if count > 1 else None

@@ -92,10 +92,30 @@ def method_of(recipe: Mapping[str, Any], facts: Mapping[str, Any], name: str = "
     `facts` is the manifest, and `name` what the set records as its recipe; "-": nothing says it.
     """
     name = name or recipe.get("name") or ""
-    method = " + ".join(recipe.get("losses", {})) if name in ("", "default") else name
-    if facts.get("steps") == 0 and recipe:
-        method = f"{recipe['initializer']['use']}, no steps"
+    method = method_title(recipe) if name in ("", "default") or (facts.get("steps") == 0 and recipe) else name
     return next((kind for kind in (*DERIVED, "imported") if kind in facts), method or "-")
+
+
+def method_title(recipe: Mapping[str, Any]) -> str:
+    """Returns the name of a recipe's method as a talk has it: "DataDAM", "DM + DKKT", "herding, no steps"; "" without a recipe.
+
+    It is the word before the colon of the summary, if that is a name, with two capitals; or else the losses, those of one group as one.
+
+    >>> method_title({"losses": {"dm": {}, "dkkt-primal": {}, "dkkt-stationarity": {}, "feature-regression": {}}})
+    'DM + DKKT + feature regression'
+    >>> method_title({"summary": "DSV (noise): deep support vectors", "losses": {"dkkt-primal": {}}})
+    'DSV (noise)'
+    """
+    name, colon, _ = str(recipe.get("summary", "")).partition(":")
+    if colon and sum(letter.isupper() for letter in name) > 1:
+        return name
+    losses = list(recipe.get("losses", {}))
+    if recipe.get("steps") == 0:
+        return f"{recipe['initializer']['use']}, no steps"
+    heads = [label.partition("-")[0] for label in losses]
+    names = dict.fromkeys(head if heads.count(head) > 1 else label for head, label in zip(heads, losses, strict=True))
+    words = [[word if set(word) & set("aeiouy") else word.upper() for word in name.split("-")] for name in names]
+    return " + ".join(" ".join(each) for each in words)
 
 
 def _listed(path: Path) -> ListedRun:

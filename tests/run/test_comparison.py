@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import ddkit
+from ddkit.run import comparison
 from tests.conftest import SMALL, Result, said, write_image_folder
 
 
@@ -38,7 +40,7 @@ def test_runs_stand_beside_each_other_with_what_differs(copied: Callable[..., Re
     assert (told.code, told.err) == (0, "")
     found = json.loads(told.out)
     assert [[one[key] for key in ("name", "method", "ipc", "pipc", "labels", "stored_numbers")] for one in found["sets"]] == [
-        ["dm", "dm", 1, 2, "hard", 64.0], ["m3d", "m3d", 2, 3, "hard", 128.0],
+        ["dm", "DM", 1, 2, "hard", 64.0], ["m3d", "m3d", 2, 3, "hard", 128.0],
     ]  # fmt: skip
     assert [one["seconds"] for one in found["sets"]] == [
         json.loads(Path(run, "manifest.json").read_text())["seconds"] for run in ("dm", "m3d")
@@ -47,6 +49,7 @@ def test_runs_stand_beside_each_other_with_what_differs(copied: Callable[..., Re
     assert (evaluation["model"], evaluation["protocol"]) == ("convnet", "short, 2 epochs")
     for run, row in zip(("dm", "m3d"), evaluation["rows"], strict=True):
         own = next(each for each in json.loads(Path(run, "evaluation.json").read_text())["evaluations"] if each["model"] == "convnet")
+        own["random_real"] = own["details"].get("random_real", "")
         assert row == {"name": run} | {key: own[key] for key in row if key != "name"}
     assert [note.partition(":")[0] for note in found["notes"]] == ["Budgets differ", "Accessible real images differ"]
     shown = copied("compare", "dm", "m3d").out
@@ -75,7 +78,23 @@ def test_figures_are_written_in_both_formats(copied: Callable[..., Result]) -> N
     assert copied("compare", "dm", "m3d", "--figures", "figures").code == 0
     drawn = {file.name: file.read_bytes()[:4] for file in Path("figures").iterdir()}
     kinds = {".png": b"\x89PNG", ".pdf": b"%PDF"}
-    assert drawn == {f"{name}{ending}": begin for name in ("sets", "accuracy-convnet") for ending, begin in kinds.items()}
+    assert drawn == {
+        f"{name}{ending}": begin for name in ("sets", "accuracy-convnet", "ipc-convnet", "pipc-convnet") for ending, begin in kinds.items()
+    }
+
+
+def test_sets_that_are_alike_are_one_point_over_ipc_as_if_their_networks_were_of_one(copied: Callable[..., Result]) -> None:
+    values = [[0.5, 0.6, 0.7], [0.2, 0.3]]
+    parts = [(len(each), statistics.fmean(each), statistics.stdev(each)) for each in values]
+    assert comparison._pooled(parts) == (pytest.approx(46.0), pytest.approx(100 * statistics.stdev([*values[0], *values[1]])))
+    assert comparison._pooled([(1, 0.5, None)]) == (50.0, None)
+    shutil.copytree("dm", "again")
+    found = ddkit.compare(["dm", "again", "m3d"])
+    over_ipc, over_pipc = comparison._over(found.sets, found.evaluations)
+    assert (over_ipc.ticks, over_pipc.ticks) == (["1", "2"], ["2", "3"])
+    assert over_ipc.legend == ["DM, pipc 2", "m3d, pipc 3", "random real, pipc 2", "random real, pipc 3"]
+    alike = ddkit.compare(["dm", "again"])
+    assert list(comparison._over(alike.sets, alike.evaluations)) == []
 
 
 def changed(run: str, change: Callable[[dict[str, Any]], None]) -> None:

@@ -73,6 +73,7 @@ class Chart(NamedTuple):
     legend: Sequence[str] = ()
     height: int = HEIGHT
     left: int = LEFT  # margin
+    ticks: Sequence[str] = ()  # words for 0, 1, ... at the axis of x instead of numbers
 
 
 def curves(
@@ -162,6 +163,26 @@ def dots(
     return Chart(file, "Accuracy", what, draw, "accuracy in %", legend=shown, height=height, left=RIGHT)
 
 
+def accuracies(file: str, title: str, what: str, x: str, lines: Mapping[str, Mapping[float | str, tuple[float, float | None]]]) -> Chart:
+    """Returns a chart of accuracies with error bars: by the name of a line and the value of `x`, (percent, half of its error bar or None).
+
+    The values, numbers in their order and words behind them, are evenly spaced; those of several lines stand a little apart.
+    """
+    values = sorted({value for line in lines.values() for value in line}, key=lambda value: (isinstance(value, str), value))
+
+    def draw(axes: Any) -> None:
+        for index, (name, line) in enumerate(lines.items()):
+            known = [value for value in values if value in line]
+            places = [values.index(value) + 0.05 * (index - (len(lines) - 1) / 2) for value in known]
+            means = [line[value][0] for value in known]
+            style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "fmt": "o-" if index < len(COLOURS) else "s--"}
+            axes.errorbar(places, means, yerr=[line[value][1] or math.nan for value in known], label=name, **style)
+        axes.margins(x=0.08)
+
+    ticks = [value if isinstance(value, str) else number(value) for value in values]
+    return Chart(file, title, what, draw, x, "accuracy in %", list(lines), ticks=ticks)
+
+
 def bars(file: str, title: str, what: str, rows: Sequence[tuple[str, float, float | None]], legend: Sequence[str]) -> Chart:
     """Returns a chart of rows (name, percent as a bar, percent as a dot or None), for the two names of the legend."""
 
@@ -181,9 +202,11 @@ def bars(file: str, title: str, what: str, rows: Sequence[tuple[str, float, floa
 
 def _name_line(axes: Any, y: float, name: str) -> None:
     """Writes the name of a class, which is cut if it is long, left of its line at `y`."""
-    short = name if len(name) <= SHORT else f"{name[: SHORT - 2]} \N{HORIZONTAL ELLIPSIS}"
-    words = printable(short)
-    axes.text(-0.02, y, words, transform=axes.get_yaxis_transform(), ha="right", va="center", parse_math=False)
+    axes.text(-0.02, y, _short(name), transform=axes.get_yaxis_transform(), ha="right", va="center", parse_math=False)
+
+
+def _short(name: str) -> str:
+    return printable(name if len(name) <= SHORT else f"{name[: SHORT - 2]} \N{HORIZONTAL ELLIPSIS}")
 
 
 def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> Chart:
@@ -217,7 +240,7 @@ def rows_of_images(file: str, what: str, rows: Sequence[tuple[str, Sequence[tupl
     """
     across = max(len(row) for _, row in rows)
     side = (WIDTH - 2 * RIGHT) / across
-    tall = side * next(image.shape[1] / image.shape[2] for _, row in rows for _, image in row if image is not None)
+    tall = 0.94 * side * next(image.shape[1] / image.shape[2] for _, row in rows for _, image in row if image is not None)
     above: list[list[str]] = [[label for label, _ in row] for _, row in rows]
     labelled = [not number or above[number] != above[number - 1] for number in range(len(rows))]
     heights = [(20 if name else 4) + (12 if labels else 0) + tall for (name, _), labels in zip(rows, labelled, strict=True)]
@@ -232,8 +255,7 @@ def rows_of_images(file: str, what: str, rows: Sequence[tuple[str, Sequence[tupl
             for column, (label, image) in enumerate(row):
                 left, right = column * side, (column + 0.94) * side
                 if labels and (column == 0 or label != row[column - 1][0]):
-                    short = label if len(label) <= SHORT else f"{label[: SHORT - 4]} ..."
-                    axes.text(left, top - 4, printable(short), fontsize=7, parse_math=False)
+                    axes.text(left, top - 4, _short(label), fontsize=6, parse_math=False)
                 if image is not None:
                     pixels = colours(image[None])[0].permute(1, 2, 0).numpy()
                     axes.imshow(pixels, extent=(left, right, bottom, top), interpolation="nearest")
@@ -312,7 +334,10 @@ def _figure(chart: Chart) -> Iterator[Any]:
         chart.draw(axes)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: number(value))
-        axes.locator_params(axis="x", nbins=5)
+        if chart.ticks:
+            axes.set_xticks(range(len(chart.ticks)), chart.ticks)
+        else:
+            axes.locator_params(axis="x", nbins=5)
         axes.set_xlabel(chart.x)
         axes.set_ylabel(chart.y, rotation_mode="anchor")
         axes.yaxis.set_label_coords(18 / width, 0.5 + (BOTTOM - TOP) / 2 / height, transform=figure.transFigure)

@@ -20,6 +20,7 @@ from ddkit.files import path_part, without_folders
 from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
 from ddkit.run.doubts import shares, typical_shares
+from ddkit.run.listing import method_title
 from ddkit.run.manifest import DERIVED, SET
 from ddkit.run.report.charts import COLUMNS, Chart, bars, can_be_drawn, confusion, curves, dots, histogram, number, rows_of_images
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
@@ -106,28 +107,6 @@ def head(files: Files) -> dict[str, Any]:
     tiles += [("labels", str(artifact.metadata.get("labels", "soft")), _of_labels(artifact))] if artifact.soft_labels is not None else []
     warned = [FOLDERS.sub("", message) for message in files.facts.get("warnings", [])]
     return {"title": title, "summary": str(recipe.get("summary", "")) or USUAL[derived], "tiles": tiles, "warned": warned}
-
-
-def method_title(recipe: Mapping[str, Any]) -> str:
-    """Returns the name of a recipe's method as a talk has it: "DataDAM", "DM + DKKT", "herding, no steps"; "" without a recipe.
-
-    It is the word before the colon of the summary, if that is a name, with two capitals; or else the losses, those of one group as one.
-
-    >>> method_title({"losses": {"dm": {}, "dkkt-primal": {}, "dkkt-stationarity": {}, "feature-regression": {}}})
-    'DM + DKKT + feature regression'
-    >>> method_title({"summary": "DSV (noise): deep support vectors", "losses": {"dkkt-primal": {}}})
-    'DSV (noise)'
-    """
-    name, colon, _ = str(recipe.get("summary", "")).partition(":")
-    if colon and sum(letter.isupper() for letter in name) > 1:
-        return name
-    losses = list(recipe.get("losses", {}))
-    if recipe.get("steps") == 0:
-        return f"{recipe['initializer']['use']}, no steps"
-    heads = [label.partition("-")[0] for label in losses]
-    names = dict.fromkeys(head if heads.count(head) > 1 else label for head, label in zip(heads, losses, strict=True))
-    words = [[word if set(word) & set("aeiouy") else word.upper() for word in name.split("-")] for name in names]
-    return " + ".join(" ".join(each) for each in words)
 
 
 def _results(files: Files) -> list[tuple[str, str, str]]:
