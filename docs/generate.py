@@ -487,22 +487,27 @@ def _gain(pair: dict[bool, dict[str, str]]) -> list[float] | None:
 
 
 def _zoo(_: str) -> str:
-    """Returns the table of every method alone and with DKKT, and its two plots."""
-    rows = []
+    """Returns the tables of every method alone and with DKKT, of hard labels and of probabilities apart, and the plots that there are."""
+    tables: dict[bool, list[list[str]]] = {True: [], False: []}
     for cell, methods in _pairs().items():
         for method, pair in methods.items():
             gain = _gain(pair)
             first = next(iter(pair.values()))
             both = [_plus_minus(pair[each]["accuracy"], pair[each]["std"]) if each in pair else "" for each in (False, True)]
-            random = _plus_minus(first.get("random", ""), first.get("random_std", ""))
-            rows.append([*cell, method, *both, f"{gain[0]:+.1f}" if gain else "", random, first["n"]])
-    if not rows:
+            random = _plus_minus(first["random"], first["random_std"])
+            numbers = f"{float(first['stored_numbers']):,.6g}" if first["stored_numbers"] else ""
+            line = [*cell, method, *both, f"{gain[0]:+.1f}" if gain else "", random, numbers, first["steps"], first["n"]]
+            tables[first["labels"] == "hard"].append(line)
+    if not any(tables.values()):
         return "Not measured yet."
-    head = ["ipc", "pipc", "method", "alone", "with DKKT", "gain", "random real", "n"]
-    pictures = (
-        "![Accuracy of methods against real images a class](images/zoo-pipc.png)\n\n![What DKKT adds to each method](images/zoo-gain.png)"
-    )
-    return f"{_table(head, rows)}\n\n{pictures}"
+    head = ["ipc", "pipc", "method", "alone", "with DKKT", "gain", "random real", "stored numbers a class", "steps", "n"]
+    said = {
+        True: "Networks learn from hard labels:",
+        False: "Networks learn from probabilities, the set's own or the teacher's:",
+    }
+    shown = [f"{said[hard]}\n\n{_table(head, rows)}" for hard, rows in tables.items() if rows]
+    titles = {"zoo-pipc.png": "Accuracy of methods against real images a class", "zoo-gain.png": "What DKKT adds to each method"}
+    return "\n\n".join([*shown, *(f"![{title}](images/{name})" for name, title in titles.items() if DOCS / "images" / name in plots())])
 
 
 def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
@@ -562,7 +567,7 @@ def plots() -> dict[Path, tuple[Callable[[Any], Figure], Any]]:
     }
     found: dict[str, tuple[Callable[[Any], Figure], Any]] = {
         "results.png": (_draw_curves, _curves(measured)),
-        "zoo-pipc.png": (_draw_curves, _curves(zoo)),
+        "zoo-pipc.png": (_draw_curves, _curves(zoo) if len({row["pipc"] for *_, row in zoo}) > 1 else {}),
         "zoo-gain.png": (_draw_gains, {cell: bars for cell, bars in gains.items() if bars}),
     }
     return {DOCS / "images" / name: (draw, data) for name, (draw, data) in found.items() if data}

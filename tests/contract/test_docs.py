@@ -252,15 +252,24 @@ def test_a_changed_figure_would_be_noticed_in_tables_and_plots(monkeypatch: pyte
 
 def test_methods_with_few_real_images_have_a_table_and_plots_once_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = _generator()
-    same = {"labels": "hard", "ipc": "1", "std": "1.0", "n": "1 x 3", "random": "15.0", "random_std": "1.1"}
+    same = {
+        "labels": "hard",
+        "ipc": "1",
+        "std": "1.0",
+        "n": "1 x 3",
+        "random": "15.0",
+        "random_std": "1.1",
+        "stored_numbers": "3072.0",
+        "steps": "60",
+    }
     rows = [
         same | {"method": "DM", "losses": losses, "pipc": pipc, "accuracy": accuracy}
         for losses, pipc, accuracy in (("own", "10", "20.0"), ("own,dkkt", "10", "22.5"), ("own", "50", "24.0"))
     ]
     monkeypatch.setattr(generator, "_rows", lambda name: rows if name == "practical-zoo" else [])
     table = generator._zoo("")
-    assert "| 1 | 10 | DM | 20.0 ± 1.0 | 22.5 ± 1.0 | +2.5 | 15.0 ± 1.1 | 1 x 3 |" in table
-    assert "| 1 | 50 | DM | 24.0 ± 1.0 | - | - | 15.0 ± 1.1 | 1 x 3 |" in table
+    assert "| 1 | 10 | DM | 20.0 ± 1.0 | 22.5 ± 1.0 | +2.5 | 15.0 ± 1.1 | 3,072 | 60 | 1 x 3 |" in table
+    assert "| 1 | 50 | DM | 24.0 ± 1.0 | - | - | 15.0 ± 1.1 | 3,072 | 60 | 1 x 3 |" in table
     plots = {file.stem: found for file, found in generator.plots().items()}
     assert plots["zoo-pipc"][1] == {
         "DM, ipc 1": {"alone": [["10", "20.0", "1.0"], ["50", "24.0", "1.0"]], "with DKKT": [["10", "22.5", "1.0"]]}
