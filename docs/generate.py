@@ -285,7 +285,7 @@ def _share(row: dict[str, str]) -> str:
     if not row["ours"] or not row["published_1"]:
         return "-"
     ours, random, published = (float(row[key]) for key in ("ours", "random", "published_1"))
-    return f"{100 * (ours - random) / (published - random):.0f} %"
+    return f"{100 * (ours - random) / (published - random):.0f} %" if published > random else "-"
 
 
 def _published(row: dict[str, str]) -> str:
@@ -345,6 +345,17 @@ def _methods(_: str) -> str:
         measured = [_accuracy(row, "random"), _accuracy(row, "ours"), _share(row), f"`{_command(row)}`" if row["ours"] else "-"]
         rows.append(f"| {' | '.join([link, _paper(name)[1], _needs(name), _published(row), *measured])} |")
     return "\n".join(rows)
+
+
+def _order(_: str) -> str:
+    """Returns the methods by their published figures at ipc 1, each with its place here, and what the two orders have in common."""
+    both = {name: row for name, row in _figures().items() if row["ours"] and row["published_1"]}
+    published, here = (sorted(both, key=lambda name: -float(both[name][of])) for of in ("published_1", "ours"))
+    moved = {name: here.index(name) - place for place, name in enumerate(published)}
+    agreement = 1 - 6 * sum(by**2 for by in moved.values()) / (len(moved) * (len(moved) ** 2 - 1))
+    rows = [f"| `{name}` | {published.index(name) + 1} | {here.index(name) + 1} | {'differs' if abs(by) > len(moved) / 4 else ''} |" for name, by in moved.items()]
+    table = ["| method | place in the papers | place here | |", "|---|---|---|---|", *rows]
+    return "\n".join([f"Spearman's rank correlation of the two orders of {len(moved)} methods is {agreement:.2f}.", "", *table])
 
 
 def _method(name: str) -> str:
@@ -580,7 +591,7 @@ def drawn(file: Path) -> Any:
 
 PARTS: dict[str, Callable[[str], str]] = {
     "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names, "list": _list,
-    "methods": _methods, "method": _method, "citation": _citation, "figures": _experiment, "pivot": _pivot, "readme": _readme, "zoo": _zoo,
+    "methods": _methods, "order": _order, "method": _method, "citation": _citation, "figures": _experiment, "pivot": _pivot, "readme": _readme, "zoo": _zoo,
 }  # fmt: skip
 
 
