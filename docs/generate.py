@@ -353,7 +353,10 @@ def _order(_: str) -> str:
     published, here = (sorted(both, key=lambda name: -float(both[name][of])) for of in ("published_1", "ours"))
     moved = {name: here.index(name) - place for place, name in enumerate(published)}
     agreement = 1 - 6 * sum(by**2 for by in moved.values()) / (len(moved) * (len(moved) ** 2 - 1))
-    rows = [f"| `{name}` | {published.index(name) + 1} | {here.index(name) + 1} | {'differs' if abs(by) > len(moved) / 4 else ''} |" for name, by in moved.items()]
+    rows = [
+        f"| `{name}` | {published.index(name) + 1} | {here.index(name) + 1} | {'differs' if abs(by) > len(moved) / 4 else ''} |"
+        for name, by in moved.items()
+    ]
     table = ["| method | place in the papers | place here | |", "|---|---|---|---|", *rows]
     return "\n".join([f"Spearman's rank correlation of the two orders of {len(moved)} methods is {agreement:.2f}.", "", *table])
 
