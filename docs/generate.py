@@ -36,6 +36,7 @@ DOCS = Path(__file__).parent
 PAGES = {"loss-group": "loss"}  # the kinds that are described on another kind's page
 REFERENCE = DOCS / "reference"
 METHODS = DOCS / "methods"
+IMAGES = DOCS / "images" / "methods"
 MARKED = re.compile(r"(<!-- generated: ([\w-]+)(?: ([\w-]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 CLI_HEAD = """# Commands
 
@@ -361,6 +362,14 @@ def _order(_: str) -> str:
     return "\n".join([f"Spearman's rank correlation of the two orders of {len(moved)} methods is {agreement:.2f}.", "", *table])
 
 
+def _gallery(_: str) -> str:
+    """Returns the pictures of all methods, one below the other."""
+    pictures = {
+        name: f"![Ten images made by {name}](../images/methods/{name}.png)" for name in _figures() if (IMAGES / f"{name}.png").is_file()
+    }
+    return _table(["method", "one image of each class"], [[f"`{name}`", picture] for name, picture in pictures.items()])
+
+
 def _method(name: str) -> str:
     """Returns the head of a method's page: its facts, the command of the measured run, and its picture."""
     row, recipe = _figures()[name], resolve(name)
@@ -379,7 +388,7 @@ def _method(name: str) -> str:
         share = f": {_share(row)} of the published gain over random real images" if row["published_1"] else ""
         facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}{share}"
         facts["random real, ipc 1"] = f"{_accuracy(row, 'random')} %, under the same protocol"
-    if (DOCS / "images" / "methods" / f"{name}.png").is_file():
+    if (IMAGES / f"{name}.png").is_file():
         picture = f"![Ten images made by {name}, one of each class of CIFAR-10](../images/methods/{name}.png)"
         made = ["", "```bash", _command(row), "```", "", picture]
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in facts.items()), *made])
@@ -594,7 +603,8 @@ def drawn(file: Path) -> Any:
 
 PARTS: dict[str, Callable[[str], str]] = {
     "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names, "list": _list,
-    "methods": _methods, "order": _order, "method": _method, "citation": _citation, "figures": _experiment, "pivot": _pivot, "readme": _readme, "zoo": _zoo,
+    "methods": _methods, "order": _order, "method": _method, "citation": _citation,
+    "gallery": _gallery, "figures": _experiment, "pivot": _pivot, "readme": _readme, "zoo": _zoo,
 }  # fmt: skip
 
 
