@@ -12,6 +12,7 @@ import csv
 import inspect
 import json
 import re
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ WHERE = {
 def pages() -> dict[Path, str]:
     """Returns the text of every page that is generated, by its file."""
     marked = [DOCS.parent / "README.md", *DOCS.rglob("*.md")]
-    return {page: _filled(page) for page in sorted(marked)} | {ENTRIES: _bibtex(), REFERENCE / "cli.md": _commands()}
+    return {page: _filled(page) for page in sorted(marked)} | _badges() | {ENTRIES: _bibtex(), REFERENCE / "cli.md": _commands()}
 
 
 def _ours(kind: str) -> list[registry.Plugin]:
@@ -469,28 +470,45 @@ def _pivot(name: str) -> str:
     return _table(["ipc", "pipc", *columns.values()], [[*cell, *(found.get(method, "") for method in columns)] for cell, found in ordered])
 
 
+README = {  # the methods of the README's table, by their names in results.csv
+    "DM": "distribution matching (DM): recipe `dm`",
+    "DM + DKKT (practical)": "DM and deep support vectors (DKKT): recipe `practical`",
+    "practical-plus": "both, feature regression, four images in one: recipe `practical-plus`",
+}
+
+
 def _readme(_: str) -> str:
-    """Returns the README's four rows: one image a class of CIFAR-10."""
+    """Returns the README's four rows: one image a class of CIFAR-10, from 50 real ones or from all."""
     found = {(row["method"], row["ipc"], row["pipc"]): row for row in _rows("results") if row["experiment"] in PIVOTS["practical-plus"][0]}
-    random, idm = found["random real images", "1", "50"], _figures()["idm"]
-    rows = []
-    for method, title in (
-        ("DM", "DM"),
-        ("DM + DKKT (practical)", "DM + DKKT: recipe `practical`"),
-        ("practical-plus", "recipe `practical-plus`, ours"),
-    ):
-        row = found[method, "1", "50"]
-        rows.append(
-            [title, "50", _plus_minus(row["accuracy"], row["std"]), _plus_minus(random["accuracy"], random["std"]), row["published"]]
-        )
-    rows.append(
-        ["[IDM](docs/methods/idm.md): recipe `idm`", "all 5,000", _accuracy(idm, "ours"), _accuracy(idm, "random"), idm["published_1"]]
-    )
-    return _table(["method", "real images of a class it may use", "accuracy, %", "random real, %", "published, %"], rows)
+    measured = {name: _plus_minus(row["accuracy"], row["std"]) for (name, *cell), row in found.items() if cell == ["1", "50"]}
+    rows = [
+        [title, "50", measured[name], measured["random real images"], found[name, "1", "50"]["published"]] for name, title in README.items()
+    ]
+    idm = _figures()["idm"]
+    name = "[IDM](docs/methods/idm.md), for which all images are needed: recipe `idm`"
+    rows.append([name, "all 5,000", _accuracy(idm, "ours"), _accuracy(idm, "random"), idm["published_1"]])
+    return _table(["method", "real images of a class", "accuracy, %", "random real, %", "published, %"], rows)
 
 
 def _zoo_name(row: dict[str, str]) -> str:
     return row["method"] + (f", {row['labels']} labels" if row["labels"] != "hard" else "")
+
+
+def _badges() -> dict[Path, str]:
+    """Returns the README's badges by file, with what pyproject.toml says."""
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    texts = {"licence": project["license"], "python": project["requires-python"].removeprefix(">=") + " or newer"}
+    return {DOCS / "images" / f"{name}.svg": _badge(name, text) for name, text in texts.items()}
+
+
+def _badge(name: str, text: str) -> str:
+    left, right = 12 + 7 * len(name), 12 + 7 * len(text)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + right}" height="20" role="img" aria-label="{name}: {text}">'
+        f'<rect width="{left}" height="20" fill="#555"/><rect x="{left}" width="{right}" height="20" fill="#2a6f97"/>'
+        f'<g fill="#fff" text-anchor="middle" font-family="Verdana,DejaVu Sans,sans-serif" font-size="11">'
+        f'<text x="{left / 2}" y="14">{name}</text><text x="{left + right / 2}" y="14">{text}</text></g></svg>\n'
+    )
 
 
 def _pairs() -> dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]]:

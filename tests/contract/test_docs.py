@@ -244,7 +244,7 @@ def test_a_changed_figure_would_be_noticed_in_tables_and_plots(monkeypatch: pyte
     generator = _generator()
     rows = generator._rows
     monkeypatch.setattr(generator, "_rows", lambda name: [row | {"accuracy": "99.9"} for row in rows(name)])
-    for page in ("docs/results.md", "docs/lab/table1.md"):
+    for page in ("README.md", "docs/results.md", "docs/lab/table1.md"):
         assert "99.9" in generator._filled(ROOT / page)
     file, (_, data) = next(iter(generator.plots().items()))
     assert generator.drawn(file) != data
