@@ -68,6 +68,8 @@ def things(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "twice": "[losses.dm]\n[losses.dm]\n",
         "rules": "rules = 'none'\n[losses.dm]\n",
         "rule": "[losses.dm]\n[[rules]]\nwhen = {ipc_least = 3}\nset = {steps = 1}\n",
+        "ruletype": "[losses.dm]\n[[rules]]\nwhen = {ipc_min = '3'}\nset = {}\n",
+        "ruleloss": "[losses.dm]\n[[rules]]\nwhen = {}\nset = {'losses.dmm.weight' = 3}\n",
         "ruleset": "[losses.dm]\n[[rules]]\nwhen = {}\nset = {stepz = 1}\n",
         "optimizer": "[losses.dm]\n[optimizer.multipliers]\nlr = 0.1\n",
         "view": "[losses.dkkt-primal]\nviews = {raw = 1.0, blurry = 1.0}\n",

@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def teachers(cli: Cli, folder: Path) -> Mapping[str, Path]:
-    """Returns teacher files: a good one, one that was never trained, one whose mean is wrong, one whose classes are turned."""
+    """Returns teacher files: a good one, one that was never trained, one whose classes are turned."""
     from ddkit.files import read_tensors, write_tensors
 
     options = ("--set", "train.epochs=30", "--set", "teacher.width=8", "--set", "train.augmenter=none", "--set", "train.batch=16")
@@ -60,7 +60,6 @@ def teachers(cli: Cli, folder: Path) -> Mapping[str, Path]:
     last = [name for name in tensors if tensors[name].shape[:1] == (3,)]
     changed = {
         "untrained": ({name: torch.randn_like(value) if value.ndim > 1 else value for name, value in tensors.items()}, record),
-        "wrong mean": (tensors, record | {"mean": [-900.0] * 3}),
         "turned": (tensors | {name: tensors[name].roll(1, 0) for name in last}, record),
     }
     for name, content in changed.items():
@@ -70,8 +69,8 @@ def teachers(cli: Cli, folder: Path) -> Mapping[str, Path]:
 
 def test_a_teacher_at_chance_is_told_and_a_good_one_is_the_ceiling(words: Words, folder: Path, teachers: Mapping[str, Path]) -> None:
     flags = ("distill", "--losses", "dkkt", "--dataset", f"imagefolder:{folder}", "--pipc", 40, "--ipc", 1, *SMALL_FLAGS)
-    for name, file in teachers.items():
-        told = words(*flags, "--teacher", file, "--evaluate", "none", "--out", name)
+    for name in ("good", "untrained"):
+        told = words(*flags, "--teacher", teachers[name], "--evaluate", "none", "--out", name)
         facts = manifest(name)["teacher"]
         assert facts["accessible_images"] == 120
         assert (CHANCE in told) == (name != "good")

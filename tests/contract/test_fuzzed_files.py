@@ -151,9 +151,9 @@ def _write(run: Path, file: str, content: Any, manifest: dict[str, Any]) -> None
 
 
 def test_fields_of_other_kinds_end_in_errors_of_ddkits_own(runs: Path, tmp_path: Path) -> None:
-    counts = fuzz(runs, tmp_path, 20)
-    assert counts["5"] > 50
-    assert counts["done"] > 50
+    counts = fuzz(runs, tmp_path, 8)
+    assert counts["5"] > 20
+    assert counts["done"] > 20
 
 
 @pytest.mark.slow
@@ -240,13 +240,14 @@ def hostile_tensors(tensors: dict[str, torch.Tensor], record: dict[str, Any]) ->
             yield tensors, record | {key: value}
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["checkpoint", "film", "set"])
-def test_tensors_of_other_kinds_end_so_too(runs: Path, tmp_path: Path, name: str) -> None:
+def test_tensors_of_other_kinds_end_so_too(runs: Path, tmp_path: Path, name: str, every: int) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
     file = run / {"checkpoint": "checkpoints/step-00000002.safetensors", "film": "film.safetensors", "set": "synthetic.safetensors"}[name]
     manifest = read_with_digest(run / "manifest.json")
     outcomes = []
-    for tensors, record in hostile_tensors(*read_tensors(file)):
+    for tensors, record in list(hostile_tensors(*read_tensors(file)))[::every]:
         write_tensors(file, tensors, {key: value for key, value in record.items() if key != "schema"})
         if name == "checkpoint":
             (run / "manifest.json").unlink(missing_ok=True)
@@ -257,5 +258,5 @@ def test_tensors_of_other_kinds_end_so_too(runs: Path, tmp_path: Path, name: str
         _restore(run, runs / "run")
         write_json(run / "manifest.json", with_digest(manifest | {"files": manifest["files"] | {file.name: file_entry(file)}}))
         outcomes += all_commands(run) if name == "set" else ends_well(lambda: ddkit.report(run))
-    assert sum(outcome.startswith("5") for outcome in outcomes) > 20
+    assert sum(outcome.startswith("5") for outcome in outcomes) > 20 // every
     assert "done" in outcomes

@@ -173,10 +173,14 @@ def test_the_recipe_that_is_mutated_is_valid() -> None:
     assert _told(lambda: api.plan(BASE, device="cpu")) is None
 
 
-@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(raw=recipes())
-def test_a_mutated_recipe_gives_a_plan_or_one_error(raw: dict[str, Any]) -> None:
-    _told(lambda: api.plan(raw, device="cpu"))
+@pytest.mark.parametrize("most", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_a_mutated_recipe_gives_a_plan_or_one_error(most: int) -> None:
+    @settings(max_examples=most, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(raw=recipes())
+    def try_all(raw: dict[str, Any]) -> None:
+        _told(lambda: api.plan(raw, device="cpu"))
+
+    try_all()
 
 
 def test_among_mutated_recipes_are_plans_and_errors() -> None:

@@ -1,4 +1,4 @@
-"""The examples of strangers' plugins: installed from their folders, without network, and used by name."""
+"""Third-party packages, the examples and what `ddkit new` writes: installed from folders, without network, and used by name."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 import ddkit as package
-from ddkit.testing import LossConformance
+from ddkit.testing import LossConformance, scaffold
 from tests.conftest import CHECKOUT, SMALL_FLAGS
 from tests.forks import HEAVY, forking
 
@@ -30,16 +31,22 @@ Ddkit = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="module")
-def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns the Python of a fresh environment in which the examples are installed from copies of their folders."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with copies of the examples, and of what `ddkit new` writes a package of every kind, called my-KIND."""
     root = tmp_path_factory.mktemp("stranger")
-    projects = [
-        shutil.copytree(EXAMPLES / f"ddkit-{name}", root / name, ignore=shutil.ignore_patterns("__pycache__", "build", "dist"))
-        for name in NAMES
-    ]
-    python = _environment(root / "venv")
+    for name in NAMES:
+        shutil.copytree(EXAMPLES / f"ddkit-{name}", root / f"ddkit-{name}", ignore=shutil.ignore_patterns("__pycache__", "build", "dist"))
+    for kind in scaffold.KINDS:
+        scaffold.new_package(kind, f"my-{kind}", root / f"ddkit-my-{kind}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def stranger(folder: Path) -> Path:
+    """Returns the Python of a fresh environment in which all of them are installed."""
+    python = _environment(folder / "venv")
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--no-build-isolation", "--no-index", *map(str, projects)]
+    command += ["--no-build-isolation", "--no-index", *map(str, folder.glob("ddkit-*"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return python
@@ -169,6 +176,74 @@ def test_an_example_is_short_says_its_source_and_keeps_what_a_loss_has_to_keep(i
     suite = type("Example", (LossConformance,), {"component": loss})()
     for method in suite.checks().values():
         getattr(suite, method)()
+
+
+# Packages as `ddkit new` writes them
+
+
+def test_the_command_writes_beside_and_tells_how_to_go_on(cli: Callable[..., Any]) -> None:
+    result = cli("new", "losses", "sharp-edge")
+    assert result.code == 0, result.err
+    assert Path("ddkit-sharp-edge/src/ddkit_sharp_edge/__init__.py").is_file()
+    assert result.out.splitlines() == ["ddkit-sharp-edge", "  pip install -e ddkit-sharp-edge", "  ddkit check loss sharp-edge"]
+    assert "class SharpEdge(ddkit.Loss):" in Path("ddkit-sharp-edge/src/ddkit_sharp_edge/__init__.py").read_text()
+
+
+def test_every_generated_package_is_listed(ddkit: Ddkit) -> None:
+    rows = json.loads(ddkit("list", "--json").stdout)["components"]
+    mine = {row["kind"]: row for row in rows if row["name"].startswith("my-")}
+    assert set(mine) == set(scaffold.KINDS)
+    for kind, row in mine.items():
+        assert (row["name"], row["distribution"], row["version"], row["status"]) == (f"my-{kind}", f"ddkit-my-{kind}", "0.1.0", "ok")
+        assert row["summary"]
+
+
+# A plugin of pytest: each module is imported in a fork of one process that has what an import is timed beside.
+FORKED = """
+import pytest
+from forks import forking
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked():
+    with forking("torch", "numpy", "ddkit") as forks, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ddkit.run.children.subprocess", forks)
+        yield
+"""
+
+
+def test_the_tests_of_every_generated_package_pass(stranger: Path, processes: Any, folder: Path) -> None:
+    shutil.copy(Path(__file__).parents[1] / "forks.py", folder)
+    (folder / "forked.py").write_text(FORKED)
+    flags = ("-q", "-p", "no:cacheprovider", "-p", "forked", "--import-mode=importlib", "--junitxml=own.xml")
+    command = [str(stranger), "-m", "pytest", *flags, *(f"ddkit-my-{kind}/tests" for kind in scaffold.KINDS)]
+    done = processes.run(command, capture_output=True, text=True, check=False, cwd=folder, env=_clean())
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [case.attrib["classname"] for case in ElementTree.parse(folder / "own.xml").iter("testcase")]
+    for kind in scaffold.KINDS:
+        assert sum(name.endswith(f".TestMy{kind.title().replace('-', '')}") for name in names) >= 4
+
+
+def test_a_run_uses_all_generated_packages_at_once(ddkit: Ddkit, tmp_path: Path) -> None:
+    sets = ("--set", "steps=2", "--set", "train.epochs=1", "--set", "parametrization=my-parametrization")
+    done = ddkit(
+        "distill", "--dataset", "my-dataset", "--losses", "dm,my-loss:0.5", "--init", "my-initializer", "--augment",
+        "my-augmenter", "--model", "my-model", "--evaluate", "my-evaluator", "--pipc", 5, "--out", "run", "--verbose", *sets,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    used = {(each["kind"], each["name"]) for each in json.loads((tmp_path / "run" / "manifest.json").read_text())["plugins"]}
+    assert {(kind, f"my-{kind}") for kind in scaffold.KINDS if kind not in ("exporter", "observer")} <= used
+    assert "step 1 of 2: total" in done.stderr, "the observer is called"
+    line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["losses"]["my-loss"]["raw"] > 0
+
+
+@pytest.mark.parametrize("kind", scaffold.KINDS)
+def test_what_is_generated_has_no_gap_left(folder: Path, kind: str) -> None:
+    package = folder / f"ddkit-my-{kind}"
+    texts = {path.relative_to(package): path.read_text() for path in package.rglob("*") if path.suffix in (".py", ".toml", ".md")}
+    assert {Path("pyproject.toml"), Path("README.md"), Path("tests/test_conformance.py")} < set(texts)
+    assert not [path for path, text in texts.items() if "$" in text]
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

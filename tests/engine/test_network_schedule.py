@@ -231,18 +231,6 @@ def test_two_processes_train_a_pool_on_real_images_as_one_does_to_the_last_bit(r
 # Exact repetition
 
 
-def test_a_run_continued_inside_or_at_the_border_of_a_draw_is_the_run_in_one_go(recipe: Maker, tmp_path: Path) -> None:
-    table = recipe("gm", network={"norm": "batch"})
-    files = [tmp_path / "straight"]
-    ddkit.distill(table, out=files[0], device="cpu")
-    for steps in (1, 2, 3, 5):
-        files.append(tmp_path / str(steps))
-        ddkit.distill(table, out=files[-1], steps=steps, device="cpu")
-        api.resume(files[-1], steps=STEPS, device="cpu")
-    found = [(path / "synthetic.safetensors").read_bytes() for path in files]
-    assert all(each == found[0] for each in found)
-
-
 def test_checkpoints_and_logging_change_nothing(recipe: Maker, tmp_path: Path) -> None:
     found = []
     for number, engine in enumerate(({}, {"log_every": 1}, {"checkpoint_every": 1, "log_every": 4})):

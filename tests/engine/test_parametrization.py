@@ -176,6 +176,7 @@ def test_random_real_images_beside_it_are_as_many_as_have_its_numbers(cli: Cli, 
         assert budget in told.out
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_networks_trained_apart_see_the_same_images(tmp_path: Path) -> None:
     ddkit.distill(losses="dm", pipc=4, sets=SMALL | {"parametrization": "fourier"}, evaluators="none", out=tmp_path / "run", device="cpu")
     rows = [

@@ -29,23 +29,13 @@ print(json.dumps({
 """
 
 
-def distilled(forks: Any, folder: Path, **environment: str) -> None:
-    """Runs the command in a process of its own, 4 steps with a checkpoint after 2 and every step logged."""
+def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(forks: Any, tmp_path: Path) -> None:
     words = "distill --losses dm,dkkt --ipc 2 --pipc 4 --out run --set engine.checkpoint_every=2 --set engine.log_every=1"
     command = [sys.executable, "-m", "ddkit", *words.split(), *SMALL_FLAGS, "--steps", "4"]
-    done = forks.run(command, capture_output=True, text=True, check=False, cwd=folder, env={**os.environ, **environment})
+    done = forks.run(command, capture_output=True, cwd=tmp_path, env=os.environ | {"DDKIT_TENSORBOARD": "1"})
     assert done.returncode == 0, done.stderr
-
-
-def events(forks: Any, folder: Path) -> dict[str, Any]:
-    done = forks.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, check=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(forks: Any, tmp_path: Path) -> None:
-    distilled(forks, tmp_path, DDKIT_TENSORBOARD="1")
-    found = events(forks, tmp_path / "run" / "tensorboard")
+    read = forks.run([sys.executable, "-c", READ, str(tmp_path / "run" / "tensorboard")], capture_output=True, check=True)
+    found = json.loads(read.stdout.splitlines()[-1])
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert found["scalars"]["dm/raw"] == [[line["step"], pytest.approx(line["losses"]["dm"]["raw"], rel=1e-6)] for line in lines]
     assert [step for step, _ in found["scalars"]["total"]] == [0, 1, 2, 3]
@@ -57,8 +47,11 @@ def test_a_run_writes_its_losses_diagnostics_accuracies_and_pictures(forks: Any,
     assert found["images"]["synthetic set"][0][1:] == [2 * 10 + 2, 10 * 10 + 2]  # 2 columns and 10 rows of 8 x 8, edges of 2
 
 
-def test_a_path_gets_a_folder_of_the_runs_name(forks: Any, tmp_path: Path) -> None:
-    distilled(forks, tmp_path, DDKIT_TENSORBOARD=str(tmp_path / "all"))
+def test_a_path_gets_a_folder_of_the_runs_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DDKIT_TENSORBOARD", str(tmp_path / "all"))
+    observers = Observers([("tensorboard", TensorBoard())], strict=True)
+    observers.call("run_started", recipe=None, path=tmp_path / "run", start=0)
+    observers.call("run_finished", path=tmp_path / "run", evaluations=[])
     assert list((tmp_path / "all" / "run").glob("events.*"))
     assert not (tmp_path / "run" / "tensorboard").exists()
 

@@ -32,6 +32,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> list[ddkit.Child]:
     return found
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_processes_give_what_one_after_the_other_gives() -> None:
     seen: list[tuple[int, int]] = []
     apart, in_turn = evaluated(lambda done, total: seen.append((done, total)), workers=2), evaluated(workers=1)

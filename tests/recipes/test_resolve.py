@@ -239,48 +239,9 @@ def test_a_run_is_repeated_byte_for_byte_from_its_own_recipe(cli: Callable[..., 
 # What is refused
 
 
-@pytest.mark.parametrize(
-    ("raw", "words"),
-    [
-        ({"rules": [3]}, "rules[0]"),
-        ({"rules": [{"when": {}}]}, "set"),
-        ({"rules": [{"when": {"ipc_min": "3"}, "set": {}}]}, "rules[0].when"),
-        ({"rules": [{"when": {}, "set": {"losses.dmm.weight": 3}}]}, "Did you mean 'dm'"),
-        ({"loses": {}}, "Did you mean 'losses'"),
-        ({"optimizer": {"images": {"lrr": 1.0}}}, "optimizer.images has no key 'lrr'. Did you mean 'lr'"),
-        ({"train": 3}, "train is a table"),
-        ({"network": {"widht": 8}}, "Did you mean 'width'"),
-        ({"views": {"default": {"augmenter": "dsa", "compos": 2}}}, "Did you mean 'compose'"),
-        ({"views": {"default": {"noize": 0.1}}}, "Did you mean 'noise'"),
-        ({"train": {"epoch": 2}}, "Did you mean 'epochs'"),
-        ({"losses": {"dkkt-primal": {"maskd": True}}}, "Did you mean 'masked'"),
-        ({"evaluators": {"accuracy": {"protocoll": "short"}}}, "Did you mean 'protocol'"),
-    ],
-)
-def test_a_mistake_is_named_with_its_place_and_the_nearest_key_options_of_components_included(raw: dict[str, Any], words: str) -> None:
-    with pytest.raises(InputError) as caught:
-        resolve({"losses": {"dm": {}}} | raw)
-    assert words in str(caught.value)
-
-
 def test_the_keys_beside_options_are_those_of_the_tables() -> None:
     tables = {**TABLES, **NAMED_TABLES}.items()
     assert {name: own_keys(kind) for name, kind in tables if issubclass(kind, PluginTable)} == registry.OWN_KEYS
-
-
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("ipc", True), ("pipc", -1), ("steps", 1.5), ("seed", -1), ("losses.dm.weight", "1"), ("optimizer.images.lr", 0.0),
-        ("optimizer.images.betas", [0.9, float("inf")]), ("optimizer.images.betas", [0.9, 1.0]),
-        ("engine.chunk", -1), ("train.lr", 10**400), ("augmenter.scale", -1.0),
-    ],
-)  # fmt: skip
-def test_an_impossible_value_is_named_with_its_path(path: str, value: Any) -> None:
-    with pytest.raises(InputError) as caught:
-        resolve("dm", sets=[(path, value)])
-    assert path in str(caught.value)
-    assert caught.value.path == path
 
 
 def test_a_flag_that_is_impossible_is_blamed_and_not_the_recipe() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 import ddkit
-from ddkit.files import read_tensors, write_json
+from ddkit.files import read_tensors
 from ddkit.run.directory import RunDirectory
 from tests.conftest import SMALL, SMALL_FLAGS, Result, timeless
 
@@ -243,29 +242,6 @@ def test_default_folders_of_runs_that_start_together_differ(tmp_path: Path, monk
     for directory in claimed[1:]:
         directory.discard()
     assert list(Path("runs").iterdir()) == [claimed[0].path]
-
-
-# Whole or absent
-
-
-@pytest.mark.parametrize("function", ["replace", "fsync", "fdopen"])
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    file = tmp_path / "kept.json"
-    write_json(file, {"old": 1})
-
-    def fail(*arguments: object, **named: object) -> None:
-        if function == "fdopen":
-            os.close(arguments[0])  # type: ignore[arg-type]
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, function, fail)
-    with pytest.raises(ddkit.RunFilesError, match=r"kept\.json cannot be written: No space left on device"):
-        write_json(file, {"new": 2})
-    monkeypatch.undo()
-    assert read(file) == {"old": 1}
-    assert [entry.name for entry in tmp_path.iterdir()] == ["kept.json"]
-    write_json(file, {"new": 2})
-    assert read(file) == {"new": 2}
 
 
 # Evaluating again

@@ -499,6 +499,8 @@ def test_a_system_that_says_nothing_of_labels_has_those_of_the_protocol_or_else_
 DM, STAR, REAL, LAST = '"dm"\n', '"dm-star"\n', 'baseline = "class-mean"', "ipc = 1\npipc = 4"
 BLENDS = "\n[blends]\nfirst = 'dm'\nsecond = '{}'\nalphas = [{}]\n"
 BAD = [
+    ('protocol = "shrt"\n' + STUDY, "ddkit: protocol: evaluators.accuracy.protocol = 'shrt'"),
+    (STUDY.replace(STAR, STAR + 'protocol = "shrt"\n'), "systems.shared.protocol: evaluators.accuracy.protocol = 'shrt'"),
     ('name = "a/b"\n' + STUDY, "lower-case letters"),
     ("held_out = 200\n" + STUDY, "Make the study's `held_out` or the `pipc` of its cells smaller"),
     ('pictures = ["means"]\n' + STUDY, "pictures names the system 'means', a baseline class-mean that keeps no images"),
@@ -542,41 +544,6 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(cli: CLI, com
     assert (result.code, commands, result.out) == (code, [], "")
     assert told in said(result.err)
     assert not Path("runs").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "told"),
-    [
-        (["practical-table1", "--cells", "2:10"], 4, "has no cell 2:10. It has 1:10, 1:50, 1:all"),
-        (["practical-table1", "--systems", ""], 2, "--systems '': a name is missing"),
-        (["practical-table1", "--systems", "dm,dsv-real,dm"], 2, "names 'dm' twice"),
-        (["practical-table1", "--cells", "1:10,3:10,1:10"], 2, "has the cell 1:10 twice"),
-        (["practical-fig3", "--alphas", "0.5,0.55"], 4, "has no blend at alpha 0.55: it has blends at 0, 0.1"),
-        (["practical-table1", "--alphas", "0.5"], 4, "has no blend at alpha 0.5: it has no blends"),
-        (["practical-fig3", "--alphas", "0.5,0.5"], 2, "has 0.5 twice"),
-        (["practical-fig3", "--alphas", "0.5", "--systems", "dm-star"], 4, "blends need the systems dsv-noise and dm-star"),
-        (["practical-fig3", "--alphas", "half"], 2, "is not a list of numbers"),
-        (["./shrt.toml"], 4, "ddkit: protocol: evaluators.accuracy.protocol = 'shrt'"),
-        (["./one-shrt.toml"], 4, "systems.shared.protocol: evaluators.accuracy.protocol = 'shrt'"),
-        (["practical-table1", "--set", "evaluators.accuracy.epochs=5", "--dataset", "digits"], 4, "use --protocol and --repeats"),
-        (["dsv-table2", "--cells", "1:10", "--systems", "dsv"], 4, "has a figure in the chosen cells"),
-        (["practical-table1", "--device", "cuda:99", "--dataset", "digits"], 2, "--device cuda:99: there is no such device here"),
-        (["practical-table1", "--set", 'data={test="held-out"}', "--dataset", "digits"], 4, "ddkit: data.test cannot be set in a study"),
-        (["practical-table1", "--set", "teacher.use=.", "--dataset", "digits"], 4, "ddkit: The teacher . is a folder, not a file."),
-        (
-            ["practical-table1", "--set", "losses.dkkt-primal.maskd=true", "--systems", "practical", "--dataset", "digits"],
-            4,
-            "systems.practical: dkkt-primal: ",
-        ),
-        (["practical-table1", "--teacher", "none.safetensors", "--dataset", "digits"], 4, "ddkit: The teacher file none.safetensors does"),
-    ],
-)
-def test_bad_flags_are_told(cli: CLI, commands: list[list[str]], flags: list[str], code: int, told: str) -> None:
-    Path("shrt.toml").write_text('protocol = "shrt"\n' + STUDY)
-    Path("one-shrt.toml").write_text(STUDY.replace('"dm-star"\n', '"dm-star"\nprotocol = "shrt"\n'))
-    result = cli("reproduce", *flags)
-    assert (result.code, commands) == (code, [])
-    assert told in said(result.err)
 
 
 @pytest.mark.parametrize("name", INSTALLED)

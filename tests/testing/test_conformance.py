@@ -116,7 +116,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("kind", "name", "options"), [(*key, options) for key, cases in CASES.items() for options in cases])
+def cases() -> Iterator[Any]:
+    """Yields kind, name and options of each case; those of a loss, a model or an evaluator that has one already are slow tests."""
+    seen = set()
+    for (kind, name), several in CASES.items():
+        for options in several:
+            again = kind in ("loss", "model", "evaluator") and (kind, name.partition(":")[0]) in seen
+            seen.add((kind, name.partition(":")[0]))
+            yield pytest.param(kind, name, options, marks=[pytest.mark.slow] * again)
+
+
+@pytest.mark.parametrize(("kind", "name", "options"), list(cases()))
 def test_it_passes_every_check(kind: str, name: str, options: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name.startswith("timm:"):
         pytest.importorskip("timm", reason="an extra")

@@ -226,6 +226,7 @@ def heavy(tmp_path: Path) -> Callable[[str], str]:
     return make
 
 
+@pytest.mark.usefixtures("forked_children")
 @pytest.mark.parametrize(
     ("line", "check", "reason"),
     [
@@ -645,24 +646,6 @@ def test_the_command_shows_a_declared_deviation_with_its_reason_and_ends_with_ze
     rows = {row["check"]: row for row in json.loads(cli("check", "--plugin", file, "declares", "--json").out)["checks"]}
     assert rows[REACH] == {"check": REACH, "status": "deviates", "problem": "", "reason": reason}
     assert rows["one-channel"] == {"check": "one-channel", "status": "ok", "problem": "", "reason": ""}
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["no-such-loss"], 3, "no component 'no-such-loss'"),
-        (["loss", "dmm"], 3, "Did you mean 'dm'?"),
-        (["recipe", "default"], 2, "no conformance suite for a recipe"),
-        (["a", "b", "c"], 2, "takes [KIND] NAME"),
-        (["dm", "--set", "power=2"], 4, "no key 'power'"),
-        (["evaluator", "accuracy", "--set", "epochs=2", "--set", "epochs.width=4"], 4, "epochs is not a table"),
-        (["evaluator", "accuracy", "--set", "epochs"], 2, "PATH=VALUE"),
-    ],
-)
-def test_bad_words_are_told(cli: Callable[..., Any], words: list[str], code: int, message: str) -> None:
-    result = cli("check", *words)
-    assert (result.code, result.out) == (code, "")
-    assert message in " ".join(result.err.split())
 
 
 # Observers
