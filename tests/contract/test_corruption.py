@@ -150,7 +150,7 @@ def _refuses(small: Path, name: str, content: bytes) -> None:
     assert path.name in outcome[2]
 
 
-SOME = pytest.mark.parametrize("every", [6, pytest.param(1, marks=pytest.mark.slow)])  # of the places where damage is tried
+SOME = pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])  # of the places where damage is tried
 
 
 @pytest.mark.parametrize("name", READERS)

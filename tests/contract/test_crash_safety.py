@@ -135,7 +135,7 @@ class Disk:
         return True
 
 
-@pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_whatever_fails_the_newest_checkpoint_loads_and_the_run_continues_to_the_same_bytes(
     tmp_path: Path, undisturbed: dict[str, Any], every: int
 ) -> None:
