@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import hashlib
 import json
 import sys
@@ -52,11 +51,6 @@ def written(folder: Path, name: str, text: str) -> Path:
     file = folder / name
     file.write_text(text, encoding="utf-8")
     return file
-
-
-def test_a_class_is_called_by_its_name_with_hyphens() -> None:
-    assert doctest.testmod(plugin_file).attempted > 0
-    assert doctest.testmod(plugin_file).failed == 0
 
 
 def test_a_run_uses_the_loss_of_a_file_and_its_manifest_tells_path_and_hash(cli: Callable[..., Any], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
 import re
 import tomllib
 from collections.abc import Iterator
@@ -119,6 +121,19 @@ def test_every_component_has_a_summary_and_ships() -> None:
             else:
                 status, summary = source.summary(value)
                 assert (status, summary[-1:]) == ("ok", "."), f"{name}: the first line of the docstring is one sentence"
+
+
+# A loss of a paper has to have an example.
+EXAMPLES = [
+    file for file, text in {**CORE, **PLUGINS}.items() if ">>> " in text or file.parent.name == "ddkit_methods" and file.stem != "__init__"
+]
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: f"{file.parent.name}.{file.stem}")
+def test_examples_in_docstrings_hold(file: Path) -> None:
+    place = file.relative_to(ROOT / "plugins" if file.is_relative_to(ROOT / "plugins") else ROOT).with_suffix("")
+    result = doctest.testmod(importlib.import_module(".".join(place.parts).removesuffix(".__init__")))
+    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 def _definitions(file: Path) -> set[str]:

@@ -139,7 +139,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("blend", "export"))) for name in COMMANDS])
 def test_a_killed_command_can_be_given_again(
     cli: Cli, killed: Callable[..., int], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

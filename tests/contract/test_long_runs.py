@@ -1,9 +1,8 @@
-"""Long runs: memory does not grow, numbers stay finite in bfloat16, what explodes is stopped by name."""
+"""Long runs: memory does not grow, and numbers stay finite in bfloat16."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,13 +81,3 @@ def test_numbers_stay_finite_in_bfloat16(tmp_path: Path, name: str) -> None:
     directory = run(tmp_path, name, NARROW | {"engine.precision": "bfloat16", "engine.log_every": 1}, pipc=5, steps=30)
     assert bool(ddkit.load(directory.path).images.isfinite().all())
     assert len((directory.path / "metrics.jsonl").read_text().splitlines()) == 30
-
-
-def test_a_run_that_explodes_names_the_step_and_keeps_the_last_good_state(tmp_path: Path) -> None:
-    sets = NARROW | {"optimizer.images.lr": 1e30, "optimizer.images.kind": "sgd", "engine.checkpoint_every": 100}
-    with pytest.raises(ddkit.RunFailed) as caught:
-        run(tmp_path, "dm", sets, pipc=5, steps=50)
-    newest = RunDirectory(tmp_path / "run").newest_checkpoint()
-    assert newest is not None
-    assert re.search(rf"step {newest[0]}\b", str(caught.value))
-    assert all(bool(tensor.isfinite().all()) for tensor in newest[1].values() if tensor.is_floating_point())

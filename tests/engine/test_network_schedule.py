@@ -123,17 +123,6 @@ def test_a_network_that_no_two_steps_share_is_never_trained(recipe: Maker) -> No
     assert same(*states)
 
 
-@pytest.mark.parametrize("name", ["gm", "dm"])
-def test_chunks_of_classes_share_the_trained_network(recipe: Maker, name: str) -> None:
-    sets = []
-    for chunk in (0, 1):
-        _, bank, engine = made(recipe(name, engine={"chunk": chunk}))
-        assert len(engine.parts) == (CLASSES if chunk else 1)
-        advance(engine, 0, STEPS)
-        sets.append(bank.images.detach())
-    torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)
-
-
 def by_the_book(job: RunSetup, source: Any, sets: list[Tensor], images: Tensor | None, labels: Tensor) -> list[dict[str, Tensor]]:
     """Returns the tensors of each step's network, of a pool trained on `images` (None: the set after the step, of `sets`) and `labels`."""
     table, networks, found = job.recipe.network, {}, []
@@ -204,10 +193,14 @@ def test_batch_norm_has_the_statistics_of_real_images_so_that_an_image_does_not_
     torch.testing.assert_close(together[:1], embedder(real[:1]))
 
 
-def test_chunks_share_the_statistics_of_batch_norm(recipe: Maker) -> None:
+@pytest.mark.parametrize(("name", "network"), [("gm", {}), ("dm", {}), ("dm", {"norm": "batch"} | POOL)])
+def test_chunks_of_classes_share_the_trained_network_and_the_statistics_of_batch_norm(
+    recipe: Maker, name: str, network: dict[str, Any]
+) -> None:
     sets = []
     for chunk in (0, 1):
-        _, bank, engine = made(recipe("dm", network={"norm": "batch"} | POOL, engine={"chunk": chunk}))
+        _, bank, engine = made(recipe(name, network=network, engine={"chunk": chunk}))
+        assert len(engine.parts) == (CLASSES if chunk else 1)
         advance(engine, 0, STEPS)
         sets.append(bank.images.detach())
     torch.testing.assert_close(sets[1], sets[0], rtol=1e-3, atol=1e-4)

@@ -210,15 +210,6 @@ def test_a_run_in_chunks_of_classes_does_the_same_steps(kind: str, tmp_path: Pat
     assert ddkit.load(tmp_path / "0").stored_numbers == numbers[kind]
 
 
-def test_too_few_real_images_are_used_again_mirrored_if_asked(tmp_path: Path) -> None:
-    given = {"losses": "dm", "evaluators": "none", "device": "cpu", "pipc": 3}
-    sets = SMALL | {"steps": 0, "initializer.reuse": True}
-    ddkit.distill(ipc=8, sets=sets, out=tmp_path / "more", **given)  # type: ignore[arg-type]
-    ddkit.distill(ipc=3, sets=SMALL | {"steps": 0}, out=tmp_path / "three", **given)  # type: ignore[arg-type]
-    more, three = ddkit.load(tmp_path / "more").images[:8], ddkit.load(tmp_path / "three").images[:3]
-    assert torch.equal(more, torch.cat([three, three.flip(3), three[:2]]))
-
-
 def test_sets_that_are_made_differently_cannot_be_averaged_and_alike_ones_can(cli: Cli) -> None:
     for name, flags in (("plain", []), *KINDS.items()):
         made = cli("distill", "--losses", "dm", "--pipc", 4, "--evaluate", "none", *SMALL_FLAGS, *flags, "--out", name)

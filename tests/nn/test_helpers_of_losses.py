@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import gc
 import weakref
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import ddkit
-from ddkit.nn import embedder, layer_features, unrolled_sgd
+from ddkit.nn import layer_features, unrolled_sgd
 
 F64 = torch.float64
 
@@ -39,11 +38,6 @@ class Twice(nn.Module):
 def network() -> nn.Module:
     torch.manual_seed(0)
     return Twice().double()
-
-
-def test_examples_in_docstrings_hold() -> None:
-    result = doctest.testmod(embedder)
-    assert (result.failed, result.attempted > 0) == (0, True)
 
 
 def test_features_of_layers_are_those_of_the_pass_by_class_and_by_name_also_of_one_that_is_used_twice() -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
 import json
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import ddkit_models
 import pytest
 import torch
 from ddkit_evaluators import split_options
@@ -295,10 +293,6 @@ def test_normalising_maps_of_one_pixel_leaves_nothing_so_the_first_halvings_are_
     assert sum(each == (2, 2) for each in strides) == 4  # two stages, each with its shortcut
     poolings = [each for each in built("vgg11", (1, 8, 8), width=8).modules() if isinstance(each, nn.MaxPool2d)]
     assert len(poolings) == 3
-
-
-def test_examples_in_docstrings_hold() -> None:
-    assert doctest.testmod(ddkit_models)[:2] == (0, 1)
 
 
 def test_lenet_of_grey_28_pixels_pads_as_the_original() -> None:

@@ -188,16 +188,6 @@ def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_continues_exactl
     assert same(finished, tmp_path / "cut")
 
 
-@pytest.mark.parametrize(("number", "code"), ENDING)
-def test_a_signal_before_the_first_step_leaves_nothing(cli: Cli, monkeypatch: pytest.MonkeyPatch, number: int, code: int) -> None:
-    monkeypatch.setattr("ddkit.run.setup.automatic_teacher", lambda *arguments, **named: os.kill(os.getpid(), number))
-    result = cli("distill", *BOTH, "--out", "new/run")
-    assert (result.code, result.out) == (code, "")
-    assert result.err.count("ddkit: Interrupted") == 1
-    assert "nothing of it is kept: give the same command again." in " ".join(result.err.split())
-    assert list(Path.cwd().iterdir()) == []
-
-
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_cuts_what_was_logged_after_it(
     cli: Cli, finished: Path, run: Path
 ) -> None:

@@ -399,6 +399,7 @@ def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
     assert not (tmp_path / "2").exists()
 
 
+@pytest.mark.usefixtures("forked_children")
 def test_commands_keep_exit_codes_and_after_an_error_nothing_of_another_set_is_written(tmp_path: Path) -> None:
     (task,) = grid.planned(parse_study(tomllib.loads(STUDY)), [Cell(1, 3, "dm")], tmp_path, grid.Settings(seeds=1))
     task.path.parent.mkdir()
