@@ -125,7 +125,9 @@ def test_every_component_has_a_summary_and_ships() -> None:
 
 # A loss of a paper has to have an example.
 EXAMPLES = [
-    file for file, text in {**CORE, **PLUGINS}.items() if ">>> " in text or file.parent.name == "ddkit_methods" and file.stem != "__init__"
+    file
+    for file, text in {**CORE, **PLUGINS}.items()
+    if ">>> " in text or (file.parent.name == "ddkit_methods" and file.stem != "__init__")
 ]
 
 
