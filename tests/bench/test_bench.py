@@ -187,6 +187,7 @@ def test_an_error_in_a_measuring_process_is_that_of_the_command(
     cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, forks: Any
 ) -> None:
     monkeypatch.setattr("ddkit.bench.subprocess", forks)
+    monkeypatch.setattr("ddkit.bench._limit", lambda device, settings: {"device": device, "rates": {"float32": 1e9}})
     result = cli("bench", "steps", "--size", "1", "--no-plain", "--runs", "1")
     assert (result.code, result.out) == (4, ""), result.err
     assert "too small" in result.err

@@ -256,6 +256,7 @@ def test_what_the_user_named_runs_in_the_processes_of_a_study_and_nothing_else_d
 
 def test_bench_runs_what_set_names(world: World, monkeypatch: pytest.MonkeyPatch, forks: Any) -> None:
     monkeypatch.setattr("ddkit.run.children.subprocess", forks)
+    monkeypatch.setattr("ddkit.bench._limit", lambda device, settings: {"device": device, "rates": {"float32": 1e9}})
     small = ["--ipc", 1, "--pipc", 1, "--classes", 2, "--size", 8, "--runs", 1, "--steps", 1, "--no-plain", "--quiet", "--json"]
     world.runs("bench", "steps", *small, "--device", "cpu", "--set", f"network.model={CODE}", "--set", "engine.compile=false")
 
