@@ -65,19 +65,26 @@ def _environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             patch.setenv("TORCHINDUCTOR_VEC_ISA_OK", "1")
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)  # users' Python keeps bytecode, and compiles ddkit once
         patch.setenv("OMP_NUM_THREADS", "1")  # threads that wait for a core that others have take ten times as long
+        patch.setattr(os, "fsync", lambda file: None)  # no test cuts the power, and waiting for the disk is a tenth of a small run
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_charts(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Every run ends with its report, whose charts take a quarter of a second.
-
-    They are drawn in the tests of reports.
-    """
+def _plain_reports(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets charts and pictures be drawn in the tests of reports alone."""
     with pytest.MonkeyPatch.context() as patch:
         if not request.path.name.startswith("test_report"):
-            patch.setattr("ddkit.run.report.svg", lambda chart: "")
+            plain_reports(patch)
         yield
+
+
+def plain_reports(patch: pytest.MonkeyPatch) -> None:
+    """Leaves charts and pictures out of reports: every run ends with its report, and they take most of its time."""
+    from ddkit.run.report.pictures import Picture
+
+    patch.setattr("ddkit.run.report.svg", lambda chart: "")
+    for module in ("pictures", "sections"):
+        patch.setattr(f"ddkit.run.report.{module}.picture", lambda rows, alt, *, cell: Picture("", 1, 1, alt))
 
 
 @pytest.fixture(autouse=True)

@@ -12,11 +12,12 @@ from typing import Any
 
 import ddkit_datasets.decoding as decoding
 import msgspec
+import pytest
 import torch
 from ddkit_evaluators.trainer import Trainer
 
 import ddkit
-from ddkit.run import report
+from tests.conftest import plain_reports
 
 Case = dict[str, Any]
 
@@ -66,7 +67,7 @@ def _noted(file: Path, owner: Any, name: str) -> Iterator[None]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    vars(report)["svg"] = lambda chart: ""  # as in tests/conftest.py
+    plain_reports(pytest.MonkeyPatch())
     torch.distributed.init_process_group("gloo")  # as a program that uses it anyway: ddkit takes the group that is there
     place, left_out = Path(sys.argv[1]), json.loads(sys.argv[2]) if len(sys.argv) > 2 else []
     cases = json.loads((place / "cases.json").read_text())

@@ -10,6 +10,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
@@ -197,6 +198,7 @@ def file_entry(path: Path) -> dict[str, Any]:
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
+@cache
 def versions() -> dict[str, str]:
     """Returns the versions of Python, ddkit and what it computes with."""
     names = ("ddkit", "torch", "torchvision", "numpy", "safetensors", "scikit-learn", "pillow")

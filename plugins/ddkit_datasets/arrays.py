@@ -6,7 +6,7 @@ import gzip
 import hashlib
 import logging
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,9 @@ class Digits(InMemory):
         self.splits = {"train": (images[~held_out], labels[~held_out]), "test": (images[held_out], labels[held_out])}
 
 
+@cache
 def _digits() -> tuple[Any, Any]:
-    """Returns scikit-learn's digits, (n, 8, 8) in 0..16 and (n,): its file read alone, as importing it takes a second."""
+    """Returns scikit-learn's digits, (n, 8, 8) in 0..16 and (n,), which stay as they are: its file alone, as importing it takes a second."""
     found = find_spec("sklearn")
     files = [Path(folder, "datasets", "data", "digits.csv.gz") for folder in (found.submodule_search_locations or [])] if found else []
     if files and files[0].is_file():

@@ -186,10 +186,11 @@ def test_that_comparison_would_see_another_run(tmp_path: Path, undisturbed: dict
 ONE = """
 import sys
 from pathlib import Path
+import pytest
 import torch
-import ddkit.run.report
 torch.set_num_threads(1)
-ddkit.run.report.svg = lambda chart: ""  # as in the tests' own process
+from tests.conftest import plain_reports
+plain_reports(pytest.MonkeyPatch())  # as in the tests' own process
 from tests.contract.test_crash_safety import continued
 continued(Path(sys.argv[1]))
 """
