@@ -77,7 +77,7 @@ class Digits(InMemory):
 
 @cache
 def _digits() -> tuple[Any, Any]:
-    """Returns scikit-learn's digits, (n, 8, 8) in 0..16 and (n,), which stay as they are: its file alone, as importing it takes a second."""
+    """Returns scikit-learn's digits, (n, 8, 8) in 0..16 and (n,), which stay as they are: the file alone, as importing takes a second."""
     found = find_spec("sklearn")
     files = [Path(folder, "datasets", "data", "digits.csv.gz") for folder in (found.submodule_search_locations or [])] if found else []
     if files and files[0].is_file():
