@@ -211,20 +211,6 @@ def test_a_set_of_another_project_may_have_logits_or_probabilities_in_any_order(
         ddkit.import_file(tmp_path / "short.pt", tmp_path / "short", **given)
 
 
-def test_labels_that_no_loss_uses_are_refused_and_nothing_is_left(cli: Cli) -> None:
-    told = cli("distill", "--losses", "dm", "--pipc", 4, "--set", "labels.kind=learned", *SMALL_FLAGS, "--out", "run")
-    assert (told.code, told.out) == (4, "")
-    assert "none of the losses (dm) uses step.targets" in " ".join(told.err.split())
-    assert not Path("run").exists()
-
-
-@pytest.mark.parametrize("change", ["labels.kind=soft", "labels.temperature=0", "labels.lr=-1", "labels.colour=red"])
-def test_a_table_of_labels_that_is_none_is_refused(cli: Cli, change: str) -> None:
-    told = cli("distill", "--losses", "dm", "--set", change, "--plan")
-    assert (told.code, told.out) == (4, "")
-    assert change.partition("=")[0].rpartition(".")[2] in told.err
-
-
 def test_a_file_whose_soft_labels_are_no_probabilities_is_refused(tmp_path: Path, finished: Path) -> None:
     tensors, record = read_tensors(finished / "synthetic.safetensors")
     for soft in (torch.full((10, 10), 0.2), torch.eye(10)[:9], torch.eye(10).double(), torch.full((10, 10), float("nan"))):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import ddkit
 from ddkit.cli.common import IPC, budget
 from ddkit.data.real import repeated
 from ddkit.recipes.tables import Recipe, parse_recipe
-from tests.conftest import SMALL_FLAGS, Result, said
 from tests.engine.runs import made, write_npz
 
 NET: dict[str, Any] = {"width": 4, "depth": 1}
@@ -78,28 +76,6 @@ def test_classes_that_have_enough_are_not_touched() -> None:
 )
 def test_the_flag_takes_numbers_by_class(text: str, expected: Any) -> None:
     assert IPC.parse(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("flags", "code", "message"),
-    [
-        (["--ipc", "ten"], 2, "10,tail=3"),
-        (["--ipc", "10,"], 2, "10,tail=3"),
-        (["--ipc", "2,a=x"], 2, "10,tail=3"),
-        (["--ipc", "2,3"], 2, "twice"),
-        (["--ipc", "2,a=0"], 2, "at least 1"),
-        (["--ipc", "0"], 2, "at least 1"),
-        (["--ipc", "2,11=3"], 4, "ipc names the class '11', which the data does not have"),
-        (["--ipc", "1=3"], 4, "ipc has no number for the class '0'"),
-        (["--set", 'ipc={default=2, "1"=0}'], 4, "is not possible: expected int >= 1"),
-        (["--set", "ipc={}"], 4, "ipc has no number for the class '0'"),
-        (["--set", "ipc='ten'"], 4, "ipc = 'ten' is not possible"),
-    ],
-)
-def test_impossible_numbers_are_refused(cli: Callable[..., Result], flags: list[str], code: int, message: str) -> None:
-    result = cli("distill", "--losses", "dm", "--pipc", 3, *flags, *SMALL_FLAGS, "--plan")
-    assert (result.code, result.out) == (code, "")
-    assert message in said(result.err)
 
 
 def test_rules_go_by_the_number_of_most_classes() -> None:

@@ -172,12 +172,6 @@ def test_classes_of_a_teacher_are_each_of_the_data_once(cli: Cli, files: Path, c
     assert """--set 'teacher.classes=["cat","dog","owl"]'""" in " ".join(result.err.split())
 
 
-def test_classes_are_of_a_file(cli: Cli) -> None:
-    digits = "teacher.classes=" + json.dumps([str(k) for k in range(10)])
-    result = cli("distill", "--losses", "dkkt", "--pipc", 2, *SMALL_FLAGS, "--set", digits)
-    assert (result.code, "--teacher FILE" in result.err) == (4, True)
-
-
 def test_an_order_fits_where_both_halves_of_the_images_say_so() -> None:
     draws = torch.Generator().manual_seed(0)
     labels = torch.arange(10).repeat_interleave(10)

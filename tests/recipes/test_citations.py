@@ -58,12 +58,3 @@ def test_a_run_cites_what_its_recipe_uses(cli: Callable[..., Result], finished: 
     assert told.code == 0
     assert "the loss dm" in told.out
     assert "dkkt" not in told.out
-
-
-@pytest.mark.parametrize(("target", "code", "phrase"), [
-    ("m3", 4, "Did you mean 'm3d'?"), ("./no.toml", 4, "does not exist"), ("", 4, "There is no recipe ''"), (".", 5, "is no run directory"),
-])  # fmt: skip
-def test_what_is_neither_recipe_nor_run_is_an_error(cli: Callable[..., Result], target: str, code: int, phrase: str) -> None:
-    told = cli("cite", target)
-    assert (told.code, told.out) == (code, "")
-    assert phrase in " ".join(told.err.split())

@@ -151,15 +151,11 @@ def test_sets_of_other_data_are_refused(copied: Callable[..., Result], tmp_path:
 
 
 WRONG = {
-    "one run": (("dm",), 2, "nothing to compare dm with"),
-    "one that is not there": (("dn",), 5, "There is no file or folder dn"),
     "an empty name": (("dm", ""), 2, "the path is empty"),
     "twice": (("dm", "./dm"), 2, "named twice"),
-    "no such folder": (("dm", "dn"), 5, "There is no file or folder dn"),
     "an empty folder": (("dm", "empty"), 5, "holds none that is finished"),
     "no set": (("dm", "text.safetensors"), 5, "text.safetensors"),
     "not finished": (("dm", "killed"), 5, "--resume"),
-    "a format": (("dm", "m3d", "--out", "x.gif"), 2, "Name it x.png"),
     "a file that is there": (("dm", "m3d", "--out", "there.png"), 5, "exists already"),
     "figures that are there": (("dm", "m3d", "--figures", "m3d"), 5, "exists already"),
 }
