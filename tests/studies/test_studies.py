@@ -500,8 +500,6 @@ def test_a_system_that_says_nothing_of_labels_has_those_of_the_protocol_or_else_
 DM, STAR, REAL, LAST = '"dm"\n', '"dm-star"\n', 'baseline = "class-mean"', "ipc = 1\npipc = 4"
 BLENDS = "\n[blends]\nfirst = 'dm'\nsecond = '{}'\nalphas = [{}]\n"
 BAD = [
-    ('protocol = "shrt"\n' + STUDY, "ddkit: protocol: evaluators.accuracy.protocol = 'shrt'"),
-    (STUDY.replace(STAR, STAR + 'protocol = "shrt"\n'), "systems.shared.protocol: evaluators.accuracy.protocol = 'shrt'"),
     ('name = "a/b"\n' + STUDY, "lower-case letters"),
     ("held_out = 200\n" + STUDY, "Make the study's `held_out` or the `pipc` of its cells smaller"),
     ('pictures = ["means"]\n' + STUDY, "pictures names the system 'means', a baseline class-mean that keeps no images"),
@@ -545,6 +543,19 @@ def test_a_bad_study_is_told_in_one_paragraph_before_anything_runs(cli: CLI, com
     assert (result.code, commands, result.out) == (code, [], "")
     assert told in said(result.err)
     assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ('protocol = "shrt"\n' + STUDY, "ddkit: protocol: evaluators.accuracy.protocol = 'shrt'"),
+        (STUDY.replace(STAR, STAR + 'protocol = "shrt"\n'), "systems.shared.protocol: evaluators.accuracy.protocol = 'shrt'"),
+    ],
+)
+def test_a_protocol_that_is_none_is_told_with_the_system_that_names_it(cli: CLI, commands: list[list[str]], text: str, told: str) -> None:
+    result = cli("reproduce", f"./{_study(text)}")
+    assert (result.code, commands) == (4, [])
+    assert told in said(result.err)
 
 
 @pytest.mark.parametrize("name", INSTALLED)
