@@ -624,7 +624,8 @@ def test_shares_made_apart_are_the_whole_study_once_they_are_put_together(cli: C
     assert together.code == 0, together.err
     assert commands == [], "nothing is left to do"
     whole = cli("reproduce", study, *flags, "--out", "whole")
-    assert json.loads(together.out)["figures"] == json.loads(whole.out)["figures"]
+    parts, one = ([figure | {"cached": 0} for figure in json.loads(each.out)["figures"]] for each in (together, whole))
+    assert parts == one, "but for the networks that the second finds in the cache"
     again = cli("reproduce", study, *flags[:-1], "--merge", "share-1", "--show")
     assert "0 sets and evaluations were copied from share-1" in again.err
 
