@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -248,6 +249,24 @@ def test_a_changed_figure_would_be_noticed_in_tables_and_plots(monkeypatch: pyte
         assert "99.9" in generator._filled(ROOT / page)
     file, (_, data) = next(iter(generator.plots().items()))
     assert generator.drawn(file) != data
+
+
+def test_figures_of_methods_with_few_real_images_stand_beside_real_images_with_labels_of_their_kind() -> None:
+    same = {"ipc": 1, "pipc": 10, "sets": 1, "networks": 3, "std": 0.01, "stored_numbers": 3072.0, "protocol": "short", "steps": 60}
+    figures = [
+        same | {"system": system, "title": title, "labels": labels, "mean": mean, "state": state, "teacher": ""}
+        for system, title, labels, mean, state in (
+            ("random-real", "real", "hard", 0.15, "done"),
+            ("random-real-soft", "real", "soft", 0.18, "done"),
+            ("dm-dkkt", "DM + DKKT", "hard", 0.2, "partly"),
+            ("datm", "DATM", "stored", 0.3, "done"),
+            ("dm", "DM", "hard", None, "not run"),
+        )
+    ]
+    rows = runpy.run_path(str(ROOT / "docs" / "zoo.py"))["rows"]({"figures": figures}, "a machine")
+    found = [(row["method"], row["losses"], row["labels"], row["accuracy"], row["random"]) for row in rows[2:]]
+    assert found == [("DM", "own,dkkt", "hard", "20.0", "15.0"), ("DATM", "own", "stored", "30.0", "18.0")]
+    assert rows[2]["command"].endswith("--cells 1:10 --systems dm-dkkt --seeds 1")
 
 
 def test_methods_with_few_real_images_have_a_table_and_plots_once_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
