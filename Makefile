@@ -2,9 +2,9 @@
 PYTHON ?= python
 BIN := $(shell $(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))')
 
-.PHONY: check lint test check-slow check-gpu
+.PHONY: check lint test docs check-slow check-gpu
 
-check: lint test
+check: lint test docs
 
 lint:
 	$(PYTHON) -m ruff format --check .
@@ -14,6 +14,9 @@ lint:
 
 test:
 	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet
 
 check-slow:
 	$(PYTHON) -m pytest -m slow

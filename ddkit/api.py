@@ -112,6 +112,11 @@ def distill(
     `allow_code` lets Python code run that a recipe or teacher file names; what the arguments name runs anyway. `distributed`: the processes
     that torchrun started, all of which call this, share the run (elsewhere this process is alone). `force` replaces the run that is in
     `out`, once all checks of the new one have passed. Nothing stays of a run that took no step. Raises DdkitError.
+
+    Examples:
+        >>> run = ddkit.distill(losses="dm", ipc=1, pipc=5, steps=2, evaluators="none", sets={"optimizer.images.lr": 0.5}, out="new-run")
+        >>> run.path.name, run.steps
+        ('new-run', 2)
     """
     flags = {
         "losses": losses, "dataset": dataset, "ipc": ipc, "pipc": pipc, "steps": steps, "seed": seed, "teacher": teacher, "model": model,
@@ -182,6 +187,10 @@ def resume(
     that is finished is returned as it is.
     `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. `distributed`: as in distill; the
     run may have been begun by any number of processes. Raises DdkitError.
+
+    Examples:
+        >>> ddkit.resume("other-run", steps=3).steps
+        3
     """
     from ddkit.data.real import passing
     from ddkit.run import run
@@ -212,7 +221,12 @@ def train(
     """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it.
 
     Folders of `out` that are missing are made, and do not stay where the training fails. `dataset` is as for distill. `allow_code` lets
-    Python code run that a recipe file names.
+    Python code run that a recipe file names. Raises DdkitError.
+
+    Examples:
+        >>> teacher = ddkit.train("teacher.safetensors", model="mlp", sets={"train.epochs": 1})
+        >>> teacher.info["class_names"][:3]
+        ['0', '1', '2']
     """
     path = Path(out)
     check_out(path)
@@ -259,6 +273,11 @@ def train_experts(
 
     They are of the recipe's [network], trained on the accessible images (`pipc` of each class) as [train] and [experts] say. A folder that
     has some of them already, of the same settings, is completed. The other arguments are as for train. Raises DdkitError.
+
+    Examples:
+        >>> experts = ddkit.train_experts("experts", experts=1, epochs=2, model="mlp", pipc=5)
+        >>> list(experts.epochs)
+        [0, 1, 2]
     """
     path = Path(out)
     check_out(path)
@@ -289,6 +308,10 @@ def cite(target: str | Path) -> list[Citation]:
     """Returns the BibTeX entries of the papers of a recipe, and of its parts. `target` is its name, a recipe file or a run directory.
 
     `print(*ddkit.cite("m3d"), sep="\\n\\n")` prints what `ddkit cite m3d` does. Raises DdkitError.
+
+    Examples:
+        >>> len(ddkit.cite("dm"))
+        3
     """
     from ddkit.recipes.citations import citations
 

@@ -16,7 +16,15 @@ LONGEST = 1800  # characters of a message: a value in it may have any length
 
 
 class DdkitError(Exception):
-    """A problem that the user can mend: the message is one paragraph saying what, where and how to mend it."""
+    """A problem that the user can mend: the message is one paragraph saying what, where and how to mend it.
+
+    Examples:
+        >>> try:
+        ...     ddkit.load("nowhere")
+        ... except ddkit.DdkitError as error:
+        ...     print(type(error).__name__, error.exit_code)
+        RunFilesError 5
+    """
 
     exit_code = 1
 

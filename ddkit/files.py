@@ -58,7 +58,12 @@ def path_part(name: str) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Returns data of a recipe with the last part alone of absolute paths: the others are nobody's business and mean nothing elsewhere."""
+    """Returns data of a recipe with the last part alone of absolute paths: the others are nobody's business and mean nothing elsewhere.
+
+    Examples:
+        >>> ddkit.data.without_folders({"path": "/home/someone/photos", "holdout": 0.2})
+        {'path': 'photos', 'holdout': 0.2}
+    """
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -90,7 +95,12 @@ def check_out(path: Path) -> None:
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place."""
+    """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place.
+
+    Examples:
+        >>> with ddkit.data.open_regular("my-run/recipe.toml") as file:
+        ...     content = file.read()
+    """
     stream = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     mode = os.fstat(stream.fileno()).st_mode
     if not stat.S_ISREG(mode):
@@ -105,7 +115,12 @@ def kind_of(mode: int) -> str:
 
 
 def not_permitted(path: str | Path, error: PermissionError) -> str:
-    """Returns what to say of a file that may not be read."""
+    """Returns what to say of a file that may not be read.
+
+    Examples:
+        >>> print(ddkit.data.not_permitted("images", PermissionError(13, "Permission denied")))
+        images cannot be opened: Permission denied. Its owner can allow it with `chmod a+r`; the folders above it need x.
+    """
     return f"{path} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
 
 
@@ -124,7 +139,12 @@ def read_text(path: str | Path, *, most: int = MOST_BYTES) -> str:
 
 
 def natural(name: str) -> tuple[list[Any], str]:
-    """Returns a key by which names sort with the numbers in them as numbers: 2 before 10, "class 2" before "class 10"."""
+    """Returns a key by which names sort with the numbers in them as numbers: 2 before 10, "class 2" before "class 10".
+
+    Examples:
+        >>> sorted(["class 10", "class 2"], key=ddkit.data.natural)
+        ['class 2', 'class 10']
+    """
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
 
 
@@ -394,7 +414,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """Returns $DDKIT_CACHE, else `ddkit` in the XDG cache, else, without a home that can be written, a private temporary folder."""
+    """Returns $DDKIT_CACHE, else `ddkit` in the XDG cache, else, without a home that can be written, a private temporary folder.
+
+    Examples:
+        >>> ddkit.data.cache_folder().is_absolute()
+        True
+    """
     own = os.environ.get("DDKIT_CACHE")
     if own:
         return Path(with_home(own))
@@ -486,6 +511,12 @@ class CachedResult:
 
     `folder` names the kind of result. `key` is JSON data that decides the result to the last bit: digests of data and code, options,
     seeds, versions. Nothing here raises for a cache that cannot be read or written: then nothing is kept, and the log says why.
+
+    Examples:
+        >>> place = ddkit.data.CachedResult("example", {"seed": 0, "version": 1})
+        >>> place.write({"mean": 0.5})
+        >>> place.read()
+        {'mean': 0.5}
     """
 
     def __init__(self, folder: str, key: Mapping[str, Any]) -> None:

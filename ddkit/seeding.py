@@ -16,7 +16,13 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def generator(seed: int, *purpose: str | int) -> torch.Generator:
-    """Returns a fresh CPU generator for `purpose`."""
+    """Returns a fresh CPU generator for `purpose`.
+
+    Examples:
+        >>> first, second = (torch.randn(2, generator=ddkit.generator(0, "noise", step)) for step in (7, 7))
+        >>> torch.equal(first, second)
+        True
+    """
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 

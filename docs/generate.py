@@ -83,7 +83,10 @@ def _component(plugin: registry.Plugin) -> str:
 
 
 def _prose(text: str) -> str:
-    return re.sub(r"(?<!`)\*(?!\*)", r"\*", text)
+    """Returns a docstring as Markdown, its examples as code."""
+    plain, _, examples = text.partition("\n\nExamples:\n")
+    code = f"\n\n```python-console\n{inspect.cleandoc(examples)}\n```" if examples else ""
+    return re.sub(r"(?<!`)\*(?!\*)", r"\*", plain) + code
 
 
 def _cell(value: Any) -> str:
@@ -239,15 +242,30 @@ def _kinds(_: str) -> str:
     return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
 
 
-def _names(_: str) -> str:
-    """Returns the table of all public names, each with its first line."""
-    rows = ["| name | what it is |", "|---|---|"]
+def _api(_: str) -> str:
+    """Returns the table of all public names, each with its first line, and for each the directive by which the site shows all of it."""
+    parts = []
     for module in (ddkit, ddkit.nn, ddkit.data):
-        for name in module.__all__:
+        groups: dict[str, list[tuple[str, Any]]] = {"functions": [], "classes that plugins inherit from": [], "classes": [], "errors": []}
+        for name in sorted(set(module.__all__) - {"__version__", "data", "nn"}):
             found = getattr(module, name)
-            if inspect.isclass(found) or inspect.isfunction(found):
-                rows.append(f"| `{module.__name__}.{name}` | {_cell((inspect.getdoc(found) or '').partition(chr(10))[0])} |")
-    return "\n".join(rows)
+            error = inspect.isclass(found) and issubclass(found, Exception)
+            inherited = found in registry.BASES.values()
+            group = "errors" if error else list(groups)[1] if inherited else "classes" if inspect.isclass(found) else "functions"
+            groups[group].append((f"{module.__name__}.{name}", found))
+        parts += [_named(f"`{module.__name__}`: {group}", names) for group, names in groups.items() if names]
+    return "\n\n".join(parts)
+
+
+def _named(title: str, names: list[tuple[str, Any]]) -> str:
+    rows = [f"| [`{name}`](#{name}) | {_cell((inspect.getdoc(found) or '').partition(chr(10))[0])} |" for name, found in names]
+    shown = ["\n".join([f"::: {name}", *_limits(found)]) for name, found in names]
+    return "\n\n".join([f"## {title}", "\n".join(["| name | what it is |", "|---|---|", *rows]), *shown])
+
+
+def _limits(found: Any) -> list[str]:
+    """Returns the options of a directive: base classes have their methods on the page of their kind."""
+    return ["    options: { members: false }"] if found in registry.BASES.values() else []
 
 
 # The pages of methods: the recipe, docs/data/methods.csv and CITATION.cff, one row, file and reference a method
@@ -620,7 +638,7 @@ def drawn(file: Path) -> Any:
 
 
 PARTS: dict[str, Callable[[str], str]] = {
-    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "names": _names, "list": _list,
+    "facts": _facts, "class": _reference, "checks": _checks, "own": _own, "hooks": _hooks, "kinds": _kinds, "api": _api, "list": _list,
     "methods": _methods, "order": _order, "method": _method, "citation": _citation,
     "gallery": _gallery, "figures": _experiment, "pivot": _pivot, "readme": _readme, "zoo": _zoo,
 }  # fmt: skip

@@ -25,7 +25,13 @@ Spread = Annotated[float, Option(ge=0)]
 
 
 class DataInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of the data before an image is used: `size` is (height, width) in pixels."""
+    """What is known of the data before an image is used: `size` is (height, width) in pixels.
+
+    Examples:
+        >>> info = ddkit.DataInfo(class_names=("cat", "dog"), channels=3, size=(32, 48))
+        >>> info.classes, info.shape
+        (2, (3, 32, 48))
+    """
 
     class_names: tuple[str, ...]
     channels: Count
@@ -167,6 +173,14 @@ class InitContext(msgspec.Struct, frozen=True, kw_only=True):
     data, in label order; normalisation: the run's, between pixel units and normalised ones. Where the initializer
     requires a teacher, teacher is that, and features(images) gives its features (n, d) of normalised images, without
     gradients and on the CPU; elsewhere both are None.
+
+    Examples:
+        >>> class Middle(ddkit.Initializer):
+        ...     '''Every class begins with the mean of its real images.'''
+        ...     requires = ddkit.Requires(real=True)
+        ...     def __call__(self, context: ddkit.InitContext) -> torch.Tensor:
+        ...         means = [context.real_images[context.real_labels == label].mean(0) for label in context.labels]
+        ...         return torch.stack(means)
     """
 
     labels: Any
@@ -312,6 +326,11 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     `stored_numbers` is the budget of the set: the numbers that it stores for a class, without labels, on average; `stored_as_images`, how
     many images of this size have as many. If classes differ, `details["stored_by_class"]` has the numbers of each. ddkit fills them in, for
     rows of the synthetic set; compare sets of the same budget alone.
+
+    Examples:
+        >>> row = ddkit.evaluate("my-run", model="mlp", sets={"evaluators.accuracy.epochs": 1, "evaluators.accuracy.repeats": 2})[0]
+        >>> row.model, row.protocol, row.repeats, 0 <= row.accuracy_mean <= 1
+        ('mlp', 'short', 2, True)
     """
 
     evaluator: str
@@ -342,6 +361,15 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
     `report(done, total)` shows progress, `report_part(done, total, part)`, if there is one, also how much of the next is done, 0 to 1;
     `split` names what the test images are, "test" or "held-out". `spread` is None in a run of one process; see shared().
+
+    Examples:
+        >>> class Brightness(ddkit.Evaluator):
+        ...     '''Mean pixel of the set and of the real images.'''
+        ...     def __call__(self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData) -> list[ddkit.Evaluation]:
+        ...         real = ddkit.data.to_unit(data.real_images).mean().item()
+        ...         summary = {"summary": f"{artifact.images.mean():.2f}, real {real:.2f}"}
+        ...         nothing = {"accuracy_mean": None, "accuracy_std": None, "repeats": 0, "labels": "hard"}
+        ...         return [ddkit.Evaluation(evaluator="brightness", model="-", protocol="-", details=summary, **nothing)]
     """
 
     info: DataInfo

@@ -51,6 +51,13 @@ def option(
     numbers, in tuples, lists and tables those inside; `choices` are the words that a text may be, as `Literal["a", "b"]` says it too;
     `min_length` is that of a text, list or table. An option whose name something else of the class has is written with an underscore
     behind it: `labels_: str = ddkit.option("hard")` is the option `labels`, and `self.labels_`.
+
+    Examples:
+        >>> class Level(ddkit.Loss):
+        ...     '''Squared distance of the mean pixel to a level.'''
+        ...     level: float = ddkit.option(0.0, "in normalised units", ge=-3, le=3)
+        ...     def __call__(self, step: ddkit.Step) -> torch.Tensor:
+        ...         return (step.images.mean() - self.level).square()
     """
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le, "min_length": min_length}
     field: Any = Field(default, help, {key: value for key, value in bounds.items() if value is not None}, choices)
@@ -134,6 +141,11 @@ class Parameter(msgspec.Struct, frozen=True):
     of `shape` per row) or "set" (one for the whole set). After each update `constraint` "nonnegative" clamps it at 0, and "simplex" makes
     its last dimension the nearest probabilities. `lr` is that of its Adam optimizer, unless the recipe has a table `[optimizer.NAME]`.
     With `direction` "max" its updates increase the weighted sum of the losses, while those of the images decrease it.
+
+    Examples:
+        >>> requires = ddkit.Requires(parameters={"multipliers": ddkit.Parameter(init=0.5, constraint="nonnegative")})
+        >>> requires.parameters["multipliers"].per
+        'sample'
     """
 
     shape: tuple[Count, ...] = ()
@@ -158,6 +170,13 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
     values), "mean" (the same, weighted by rows), "global" (every part computes the value of the whole set, from sums over samples
     that it passes through step.all_reduce or rows that it passes through step.all_gather; in chunks it is evaluated twice) or None
     (the loss always sees the whole set: it is never chunked, and refused in a run of several processes).
+
+    Examples:
+        >>> class Mean(ddkit.Loss):
+        ...     '''Squared difference of the mean images, real to synthetic.'''
+        ...     requires = ddkit.Requires(real=True)
+        ...     def __call__(self, step: ddkit.Step) -> torch.Tensor:
+        ...         return (step.images.mean(0) - step.real.images.mean(0)).square().sum()
     """
 
     real: bool = False

@@ -140,6 +140,13 @@ def add_plugin_file(path: str | Path) -> None:
     Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
     whose name is taken. A file that was edited is read anew, by this call alone: whatever a run does later, and the processes
     that it starts, use what was read here.
+
+    Examples:
+        >>> lines = ["class Flat(ddkit.Loss):", "  'Nothing.'", "  def __call__(self, step): return 0 * step.images.sum()"]
+        >>> _ = Path("flat.py").write_text(chr(10).join(["import ddkit", *lines]))
+        >>> ddkit.add_plugin_file("flat.py")
+        >>> type(ddkit.create("loss", "flat")).__name__
+        'Flat'
     """
     file = str(Path(path).resolve())
     if not Path(file).is_file() or not file.endswith(".py"):
@@ -384,6 +391,11 @@ def create(
 
     `table` holds its options; with `data` the options that depend on the data are filled in; `where` is the recipe
     path for error messages. Raises PluginError if it cannot be loaded and InputError for a bad option.
+
+    Examples:
+        >>> loss = ddkit.create("loss", "total-variation", {"power": 2.0})
+        >>> loss.power
+        2.0
     """
     options = options_of(kind, name, table or {}, where or kind, data)
     short = split_name(name)[0]

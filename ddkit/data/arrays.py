@@ -23,6 +23,12 @@ def read_arrays(path: Path) -> dict[str, Any]:
 
     Nothing is unpickled. Before anything is unpacked the declared sizes are checked, as check_declared does, and that the header of every
     array matches its size.
+
+    Examples:
+        >>> import numpy as np
+        >>> np.savez("arrays.npz", x=np.zeros((2, 8, 8)), y=np.array([0, 1]))
+        >>> {name: array.shape for name, array in ddkit.data.read_arrays(Path("arrays.npz")).items()}
+        {'x': (2, 8, 8), 'y': (2,)}
     """
     form = ".npz archive"
     try:

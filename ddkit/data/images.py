@@ -37,7 +37,12 @@ def mapped(path: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
 
 
 def on_disk(images: Tensor) -> bool:
-    """Whether the values of a tensor lie in a file because they exceed the memory budget."""
+    """Returns whether the values of a tensor lie in a file because they exceed the memory budget.
+
+    Examples:
+        >>> ddkit.data.on_disk(torch.zeros(2))
+        False
+    """
     return images.device.type == "cpu" and hasattr(images.untyped_storage(), "file")
 
 
@@ -49,7 +54,12 @@ def give_back(images: Tensor) -> None:
 
 
 def blocks(images: Tensor, rows: int) -> Iterator[Tensor]:
-    """Yields consecutive blocks of at most `rows` rows of a tensor; of one in a file, pages are given back after each block."""
+    """Yields consecutive blocks of at most `rows` rows of a tensor (n, ...); of one in a file, pages are given back after each block.
+
+    Examples:
+        >>> [len(block) for block in ddkit.data.blocks(torch.zeros(7, 3), 3)]
+        [3, 3, 1]
+    """
     for part in images.split(rows):
         yield part
         give_back(images)
@@ -69,7 +79,12 @@ def rows_of(images: Tensor, rows: Tensor) -> Tensor:
 
 
 def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
-    """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class."""
+    """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class.
+
+    Examples:
+        >>> ddkit.data.spread(torch.arange(10)[:, None], most=5).flatten().tolist()
+        [0, 2, 4, 7, 9]
+    """
     if len(images) <= most:
         return images
     return rows_of(images, torch.linspace(0, len(images) - 1, most).round().long())
@@ -112,6 +127,11 @@ def conform(images: list[Tensor], shape: tuple[int, int, int]) -> Tensor:
 
     Other sizes are resized (bilinear, antialiased), other channel counts repeated or reduced to luminance. Empties the
     list as it goes, so that a large set is not held twice.
+
+    Examples:
+        >>> grey, colour = torch.zeros(1, 4, 4, dtype=torch.uint8), torch.zeros(3, 8, 8, dtype=torch.uint8)
+        >>> ddkit.data.conform([grey, colour], (3, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
     """
     whole_bytes = all(image.dtype == torch.uint8 for image in images)
     found = torch.empty((len(images), *shape), dtype=torch.uint8 if whole_bytes else torch.float32)
@@ -135,7 +155,12 @@ def _fitted(image: Tensor, shape: tuple[int, int, int]) -> Tensor:
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """Returns images as float32 in pixel units (0..1); float64 stays, for checks."""
+    """Returns images of any shape, uint8 or floats, as float32 in pixel units (0..1); float64 stays, for checks.
+
+    Examples:
+        >>> ddkit.data.to_unit(torch.tensor([0, 51, 255], dtype=torch.uint8))
+        tensor([0.0000, 0.2000, 1.0000])
+    """
     if images.dtype == torch.float64:
         return images
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
@@ -164,7 +189,14 @@ def channel_statistics(
 
 
 class Normalisation:
-    """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back; if there is a `whitening`, to whitened ones."""
+    """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back; if there is a `whitening`, to whitened ones.
+
+    Examples:
+        >>> normalisation = ddkit.data.Normalisation(mean=(0.5,), std=(0.25,))
+        >>> images = normalisation.normalise(torch.full((1, 1, 2, 2), 255, dtype=torch.uint8))
+        >>> images.unique().item(), normalisation.to_pixels(images).unique().item()
+        (2.0, 1.0)
+    """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], whitening: Whitening | None = None) -> None:
         self.mean = tuple(map(float, mean))
@@ -210,6 +242,12 @@ class NormalisedRows:
     """Images (n, C, H, W), mostly on the disk, seen as normalised ones: `rows[index]` is a tensor of those rows, on `device`.
 
     Not one of them is kept. Used as a whole, as in `rows.mean(0)`, it is a tensor of all of them, which may not fit in memory.
+
+    Examples:
+        >>> images = torch.zeros(100, 1, 2, 2, dtype=torch.uint8)
+        >>> rows = ddkit.data.NormalisedRows(images, ddkit.data.Normalisation(mean=(0.5,), std=(0.25,)))
+        >>> tuple(rows[:3].shape), rows[torch.tensor([4])].unique().item()
+        ((3, 1, 2, 2), -2.0)
     """
 
     def __init__(self, images: Tensor, normalisation: Normalisation, device: torch.device | str = "cpu") -> None:

@@ -26,6 +26,10 @@ def grid(images: Tensor, factor: int) -> Tensor:
     """Returns one picture (C, H, W) of factor * factor images (n, C, H, W), row by row, each resized to its cell.
 
     Cells differ by a pixel where a side is no multiple of `factor`. Bilinear, antialiased.
+
+    Examples:
+        >>> tuple(ddkit.data.grid(torch.rand(4, 3, 8, 8), 2).shape)
+        (3, 8, 8)
     """
     rows, columns = (torch.linspace(0, side, factor + 1).round().int().tolist() for side in images.shape[2:])
     picture = torch.empty_like(images[0])
@@ -48,6 +52,11 @@ def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, col
     It is at least WIDE pixels wide: rows of few images stand in several columns, and if that is not enough the images are larger. Of very
     many classes the first are shown; a line says so. Names in letters that Pillow's own font lacks are in a font of the system, and where
     it has none the class is called by its number.
+
+    Examples:
+        >>> png = ddkit.data.sheet_png(torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 1]), ["cat", "dog"])
+        >>> png[1:4]
+        b'PNG'
     """
     from PIL import Image, ImageDraw
 
@@ -149,8 +158,14 @@ def power(images: Tensor) -> tuple[Tensor, Tensor]:
 def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[float]]:
     """Returns (frequencies, shares): the middle of `bins` equal bands from 0 to 0.5 cycles per pixel, and each band's share.
 
+    `images` are (n, C, H, W), uint8 or floats.
     Shares are of all power but the mean's; what lies beyond 0.5 (diagonals) counts to the last band. Shares are 0 for
     images without contrast. Raises InputError for images of one pixel.
+
+    Examples:
+        >>> frequencies, shares = ddkit.data.radial_spectrum(torch.rand(5, 3, 32, 32), bins=4)
+        >>> frequencies, round(sum(shares), 6)
+        ([0.0625, 0.1875, 0.3125, 0.4375], 1.0)
     """
     frequency, found = power(images)
     if frequency.numel() < 2:
@@ -163,7 +178,13 @@ def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[f
 
 
 def high_frequency_share(images: Tensor) -> float:
-    """Returns the share of the power, without the mean's, at more than 0.25 cycles per pixel: 0 to 1."""
+    """Returns the share of the power of images (n, C, H, W), without the mean's, at more than 0.25 cycles per pixel: 0 to 1.
+
+    Examples:
+        >>> board = (torch.arange(8)[:, None] + torch.arange(8)) % 2  # black, white, black, ...
+        >>> round(ddkit.data.high_frequency_share(board[None, None].float()), 3)
+        1.0
+    """
     frequency, found = power(images)
     total = float(found.sum())
     return float(found[frequency > HIGH].sum()) / total if total > 0 else 0.0

@@ -41,7 +41,12 @@ _PASSED: ContextVar[Passed | None] = ContextVar("ddkit_passed", default=None)
 
 
 def passed_dataset() -> Passed | None:
-    """Returns the datasets that the caller of ddkit.distill, evaluate or train passed as objects, None where there are none."""
+    """Returns the datasets that the caller of ddkit.distill, evaluate or train passed as objects, None where there are none.
+
+    Examples:
+        >>> ddkit.data.passed_dataset() is None
+        True
+    """
     return _PASSED.get()
 
 

@@ -154,6 +154,15 @@ class Step:
     """One step, for all classes of this process or for some. A loss sees it through `for_loss`: read-only, and what the loss declares.
 
     Touching a member that it does not declare raises an error that names the loss and the member.
+
+    Examples:
+        >>> class Features(ddkit.Loss):
+        ...     '''Squared distance of class-mean features: distribution matching in four lines.'''
+        ...     requires = ddkit.Requires(real=True, network=True, reduce="sum")
+        ...     def __call__(self, step: ddkit.Step) -> torch.Tensor:
+        ...         rows, real = step.class_slices, step.real.class_slices
+        ...         means = [step.embeddings[rows[c]].mean(0) - step.real.embeddings[real[c]].mean(0) for c in rows]
+        ...         return torch.stack(means).square().sum()
     """
 
     def __init__(

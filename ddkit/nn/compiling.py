@@ -30,7 +30,12 @@ OPTIONS = {"cpp.vec_isa_ok": True}
 
 
 class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
-    """What was decided: whether a network is compiled, its precision, and on a GPU whether CUDA graphs are recorded."""
+    """What was decided: whether a network is compiled, its precision, and on a GPU whether CUDA graphs are recorded.
+
+    Examples:
+        >>> ddkit.nn.Arithmetic(compile=True, precision="bfloat16").dtype
+        torch.bfloat16
+    """
 
     compile: bool
     precision: Literal["float32", "tf32", "bfloat16"]
@@ -52,6 +57,10 @@ def decide_arithmetic(compile_: bool | str, precision: str, device: torch.device
 
     `compile_` is True, False or "auto": where the work pays compilation back. `precision` "auto" is bfloat16 where the
     network is compiled and the hardware multiplies bfloat16 natively, else float32. Depends on nothing else: no timing.
+
+    Examples:
+        >>> ddkit.nn.decide_arithmetic("auto", "auto", torch.device("cpu"), work=1e6).compile
+        False
     """
     compiles = work > PAYS_BACK.get(device.type, float("inf")) if compile_ == "auto" else bool(compile_)
     if precision == "auto":
@@ -77,6 +86,11 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
     What torch compiles, its precompiled headers included, is kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR
     names another folder. torch unpickles what it finds there, and its own default is a folder that another user may have made. So where
     ddkit's is not private the code is compiled for this process alone.
+
+    Examples:
+        >>> module = torch.nn.Linear(2, 2)
+        >>> ddkit.nn.compiled(module, wanted=False) is module
+        True
     """
     if not wanted:
         return module
@@ -123,5 +137,10 @@ class Compiled(Generic[T]):
 
 
 def is_compiled(forward: Callable[..., Any]) -> bool:
-    """Returns whether what compiled() returned runs compiled code: it was wanted, and torch could compile it."""
+    """Returns whether what compiled() returned runs compiled code: it was wanted, and torch could compile it.
+
+    Examples:
+        >>> ddkit.nn.is_compiled(ddkit.nn.compiled(torch.nn.Linear(2, 2), wanted=False))
+        False
+    """
     return isinstance(forward, Compiled) and not forward.failed

@@ -34,7 +34,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns `tensor` on `device`, without waiting for the device: through pinned memory on CUDA."""
+    """Returns `tensor`, of any shape, on `device`, without waiting for the device: through pinned memory on CUDA.
+
+    Examples:
+        >>> ddkit.nn.to_device(torch.ones(2), torch.device("cpu")).device
+        device(type='cpu')
+    """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -42,7 +47,12 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 @contextmanager
 def products(device: torch.device, precision: str) -> Iterator[None]:
-    """Inside, float32 products on CUDA are exact for precision "float32", else TF32; as before afterwards."""
+    """Inside, float32 products on CUDA are exact for precision "float32", else TF32; as before afterwards.
+
+    Examples:
+        >>> with ddkit.nn.products(torch.device("cpu"), "float32"):
+        ...     product = torch.rand(2, 3) @ torch.rand(3, 2)
+    """
     import torch
 
     if device.type != "cuda":
@@ -113,6 +123,10 @@ def tune_process() -> None:
 
     glibc gives every large tensor back to the system when it is freed, and the next step pays for fresh pages. So freed
     memory is kept, in huge pages where the system allows them. DDKIT_KEEP_MEMORY=0 leaves the allocator alone.
+
+    Examples:
+        >>> ddkit.nn.tune_process()  # doctest: +SKIP
+        >>> import torch
     """
     if os.environ.get("DDKIT_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return

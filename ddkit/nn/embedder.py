@@ -48,10 +48,11 @@ def layer_features(
     times is `NAME`, `NAME:2`, ..., `NAME:k`. `weights` are used in the place of the module's own parameters and buffers, by name. The
     module's running statistics stay as they are. Differentiable by x and `weights`. Raises InputError if there is no such layer.
 
-    >>> import torch
-    >>> network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2), torch.nn.ReLU())
-    >>> {name: tuple(value.shape) for name, value in layer_features(network, torch.ones(5, 2), torch.nn.ReLU).items()}
-    {'1': (5, 3), '3': (5, 2)}
+    Examples:
+        >>> network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> found = ddkit.nn.layer_features(network, torch.ones(5, 2), torch.nn.ReLU)
+        >>> {name: tuple(value.shape) for name, value in found.items()}
+        {'1': (5, 3), '3': (5, 2)}
     """
     named = dict(module.named_modules())
     if isinstance(layers, str):

@@ -18,7 +18,14 @@ from ddkit.seeding import drawn_from
 
 
 def build_network(model: Model, info: DataInfo, seed: int, *purpose: str | int) -> nn.Module:
-    """Returns a fresh module of `model` for the data, its weights a function of (seed, purpose)."""
+    """Returns a fresh module of `model` for the data, its weights a function of (seed, purpose).
+
+    Examples:
+        >>> info = ddkit.DataInfo(class_names=("cat", "dog"), channels=3, size=(8, 8))
+        >>> network = ddkit.nn.build_network(ddkit.create("model", "mlp"), info, 0, "example")
+        >>> tuple(network(torch.rand(5, 3, 8, 8)).shape)
+        (5, 2)
+    """
     with blamed("model", model, building=True), drawn_from(seed, *purpose):
         return model(info.channels, info.size, info.classes)
 
@@ -32,6 +39,13 @@ def redraw(module: nn.Module, model: Model, info: DataInfo, seed: int, *purpose:
     """Gives `module` the weights that build_network would give it, in place: compiled code and hooks stay valid.
 
     `module` must be one that `model` built for `info`. The draw is made on the CPU, whatever the module's device.
+
+    Examples:
+        >>> info, model = ddkit.DataInfo(class_names=("cat", "dog"), channels=3, size=(8, 8)), ddkit.create("model", "mlp")
+        >>> network, other = (ddkit.nn.build_network(model, info, seed, "example") for seed in (0, 1))
+        >>> ddkit.nn.redraw(network, model, info, 1, "example")
+        >>> all(torch.equal(a, b) for a, b in zip(network.parameters(), other.parameters()))
+        True
     """
     load_weights(module, network_tensors(build_network(model, info, seed, *purpose)))
 
@@ -156,5 +170,12 @@ def forward_flops(module: nn.Module, info: DataInfo, *, features: bool = False) 
 
 
 def training_flops(module: nn.Module, info: DataInfo, *, images: int, epochs: int, tests: int = 0) -> float:
-    """Returns the operations of training on `images` for `epochs` (forward, and twice that backward) and of testing once."""
+    """Returns the operations of training on `images` for `epochs` (forward, and twice that backward) and of testing once.
+
+    Examples:
+        >>> info = ddkit.DataInfo(class_names=("cat", "dog"), channels=1, size=(2, 2))
+        >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> ddkit.nn.training_flops(module, info, images=10, epochs=5)
+        2400.0
+    """
     return forward_flops(module, info) * (3 * images * epochs + tests)

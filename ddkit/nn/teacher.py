@@ -36,6 +36,12 @@ class Teacher:
     `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1), and `whitening` is theirs, if they are whitened;
     `info` holds the metadata of its file ({} for a bare state dict); `sha256` is that of the file. `order` has for each class its output
     in the file, if these are others or in another order; the module's are those of the data's classes.
+
+    Examples:
+        >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> teacher = ddkit.nn.Teacher(module, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+        >>> tuple(teacher.logits(teacher.normalisation.normalise(torch.rand(5, 3, 2, 2))).shape)
+        (5, 2)
     """
 
     module: nn.Module

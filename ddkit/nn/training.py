@@ -54,6 +54,11 @@ def fit(
 
     With `steps` above 0 it takes so many batches, of as many epochs as it needs, in the place of the schedule's. An `optimizer` of the
     parameters of `module` that is given goes on with what it has kept; without one a new one is made.
+
+    Examples:
+        >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> images, labels = torch.rand(6, 3, 2, 2), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> ddkit.nn.fit(module, images, labels, ddkit.nn.Schedule(epochs=2), augmenter=None, generator=ddkit.generator(0, "fit"))
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.to(memory_format=layout)
@@ -206,7 +211,13 @@ def _batches(
 
 
 def accuracy(module: nn.Module, images: Tensor | NormalisedRows, labels: Tensor, **how: Any) -> float:
-    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,); the rest is as in predicted."""
+    """Returns the fraction of normalised images (n, C, H, W) that `module` classifies as `labels` (n,); the rest is as in predicted.
+
+    Examples:
+        >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> 0 <= ddkit.nn.accuracy(module, torch.rand(6, 3, 2, 2), torch.tensor([0, 0, 0, 1, 1, 1])) <= 1
+        True
+    """
     return int((predicted(module, images, **how) == labels).sum()) / len(labels)
 
 
@@ -222,6 +233,11 @@ def predicted(
     """Returns the classes (n,) int64 that `module` finds for normalised images (n, C, H, W).
 
     `forward` and `channels_last` are as in fit.
+
+    Examples:
+        >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> ddkit.nn.predicted(module, torch.rand(6, 3, 2, 2)).shape
+        torch.Size([6])
     """
     layout = torch.channels_last if channels_last else torch.contiguous_format
     module.eval().to(memory_format=layout)

@@ -33,6 +33,13 @@ def unrolled_sgd(
     gradients cannot be differentiated again.
 
     Sources: Wang et al., Dataset Distillation, arXiv 1811.10959, Algorithm 1; Cazenavette et al., arXiv 2203.11932, Algorithm 1.
+
+    Examples:
+        >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> images, labels = torch.rand(6, 3, 2, 2, requires_grad=True), torch.tensor([0, 0, 0, 1, 1, 1])
+        >>> trained = ddkit.nn.unrolled_sgd(module, dict(module.named_parameters()), [(images, labels)] * 3, lr=0.1)
+        >>> tuple(torch.autograd.grad(trained["1.weight"].sum(), images)[0].shape)
+        (6, 3, 2, 2)
     """
     names = list(weights)
     values = list(weights.values())

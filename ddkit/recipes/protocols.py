@@ -24,6 +24,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
     `mix` is CutMix (Yun et al., ICCV 2019) or MixUp (Zhang et al., ICLR 2018) of torchvision.transforms.v2 on the augmented batch, its
     strength drawn from Beta(mix_alpha, mix_alpha); `mix_share` is the probability that a batch is mixed.
+
+    Examples:
+        >>> schedule = ddkit.nn.Schedule(epochs=30, lr=0.1, schedule="cosine", mix="cutmix", mix_share=0.5)
+        >>> schedule.momentum, schedule.passes
+        (0.9, 1)
     """
 
     epochs: Annotated[int, Option("passes over the set", ge=1)]
@@ -78,6 +83,11 @@ class Protocol(Values, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A protocol as a run records it, under its name.
 
     `usual` has the values that the installed protocol of that name has, where they differ: such a figure is not that protocol's.
+
+    Examples:
+        >>> protocol = ddkit.nn.Protocol.of_file({"epochs": 100, "optimizer": "adamw", "lr": 0.001}, "mine")
+        >>> protocol.name, protocol.epochs, protocol.schedule
+        ('mine', 100, 'step')
     """
 
     name: str = ""

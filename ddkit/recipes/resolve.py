@@ -68,6 +68,10 @@ def read_protocol(name: str, known: Mapping[str, Protocol] | None = None) -> Pro
 
     Where the values of a file or table are not those of the protocol that has its name already, `usual` has the latter's. Raises InputError
     for a name that nothing has, with the nearest one, and for a file that is missing or bad.
+
+    Examples:
+        >>> ddkit.nn.read_protocol("short").epochs, ddkit.nn.read_protocol("dm-official").epochs
+        (300, 1000)
     """
     known, short = known or {}, Path(name).stem if _is_file(name) else name
     installed = any(p.kind == "protocol" and p.name == short for p in registry.plugins())

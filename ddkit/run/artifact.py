@@ -48,6 +48,12 @@ class Artifact:
     are made. `mean` and `std` are the channel statistics that training on it should use, and `whitening` the transform if its networks
     see whitened images; `normalisation` applies them. `parameters` are extra tensors: those that losses declared (DKKT's multipliers), and
     those that all classes share to make images; `metadata` is what the file records; `provenance` is filled in for exporters.
+
+    Examples:
+        >>> synthetic = ddkit.load("my-run")
+        >>> tuple(synthetic.images.shape), synthetic.class_names[:3]
+        ((10, 1, 8, 8), ['0', '1', '2'])
+        >>> normalised, label = synthetic.as_dataset()[0]
     """
 
     def __init__(self, images: Tensor, labels: Tensor, metadata: dict[str, Any], parameters: dict[str, Tensor] | None = None):
@@ -189,7 +195,12 @@ def parametrization_of(metadata: Mapping[str, Any]) -> Parametrization | None:
 
 
 def load(path: str | Path) -> Artifact:
-    """Returns the synthetic set of a run directory or of a file; raises RunFilesError naming the file if it is unusable."""
+    """Returns the synthetic set of a run directory or of a file; raises RunFilesError naming the file if it is unusable.
+
+    Examples:
+        >>> synthetic = ddkit.load("my-run/synthetic.safetensors")
+        >>> loader = torch.utils.data.DataLoader(synthetic.as_dataset(), batch_size=256, shuffle=True)
+    """
     file = Path(path)
     if file.is_dir():
         check_own(file)

@@ -24,6 +24,10 @@ def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str
     `first` and `second` are run directories or files of the same classes, images a class and shape; images are matched by
     class name, and within a class by their order. Where one of them is a run, `ddkit evaluate` finds its real data.
     Raises DdkitError.
+
+    Examples:
+        >>> ddkit.blend("my-run", "other-run", alpha=0.25, out="both").path.name
+        'both'
     """
     ours, theirs = load(first), load(second)
     with warnings.recording(), RunDirectory.whole_or_absent(Path(out)) as directory:

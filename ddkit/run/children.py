@@ -68,6 +68,15 @@ class Child:
 
     What it prints goes to its stderr, into the file `errors`; `environment` replaces this process's own. It ends when stop() is called, or
     with this process.
+
+    Examples:
+        >>> begin, answer = "ddkit.reply({'begun with': sys.argv[1]})", "ddkit.reply({'twice': 2 * json.loads(line)})"
+        >>> _ = Path("worker.py").write_text(f"import json, sys, ddkit; {begin}{chr(10)}for line in sys.stdin: {answer}")
+        >>> environment = os.environ | {"PYTHONPATH": os.pathsep.join([".", *sys.path])}
+        >>> child = ddkit.Child("worker", "hello", errors=Path("worker.log"), environment=environment)
+        >>> child.answer(), child.ask(21)
+        ({'begun with': 'hello'}, {'twice': 42})
+        >>> child.stop()
     """
 
     def __init__(self, module: str, argument: str, *, errors: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -124,7 +133,11 @@ def take_over(text: str) -> None:
 
 
 def reply(value: Mapping[str, Any]) -> None:
-    """Answers the process that started this one."""
+    """Answers the process that started this one.
+
+    Examples:
+        >>> ddkit.reply({"done": 3})  # in a module that ddkit.Child runs  # doctest: +SKIP
+    """
     print(json.dumps(value), file=output.answers(), flush=True)
 
 

@@ -129,6 +129,11 @@ def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, fig
     `out` is a new .png or .pdf file of their images; `figures` an absent or empty folder, which gets these and the accuracies as PDF and
     PNG files. Raises FlagError for fewer than two sets, and RunFilesError for sets of other data, classes or image sizes, and for runs
     that have no evaluation in common: model, protocol, labels and test split have to be the same.
+
+    Examples:
+        >>> compared = ddkit.compare(["my-run", "other-run"])
+        >>> len(compared.sets), compared.evaluations[0].protocol
+        (2, 'short, 2 epochs')
     """
     picture = None if out is None else Path(out)
     if picture is not None:

@@ -74,6 +74,11 @@ def evaluate(
     which class of the set is which of the data if their names differ. `model` may name several, separated by commas. `allow_code` lets
     Python code run that the run's recipe or a teacher file names. `distributed`: the processes that torchrun started, all of which call
     this, share the networks to train. Raises DdkitError.
+
+    Examples:
+        >>> short = {"evaluators.accuracy.epochs": 1, "evaluators.accuracy.repeats": 1}
+        >>> [row.model for row in ddkit.evaluate("my-run", model="mlp,lenet", sets=short)]
+        ['mlp', 'lenet']
     """
     named = {"model": model, "dataset": dataset, "evaluators": evaluators}
     if evaluators == "none":

@@ -24,6 +24,10 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
     """Writes the set of a run directory or file with the exporter `to` (NAME or NAME:ARGUMENT) into `out`, and returns `out`.
 
     `out` is absent or empty; it holds all files of the exporter, or it is as it was before. Raises DdkitError.
+
+    Examples:
+        >>> sorted(file.name for file in ddkit.export("my-run", "npz", "exported").iterdir())
+        ['README.md', 'synthetic.npz']
     """
     with trust.granting({"to": to}, {"exporter": options}):
         exporter: Exporter = registry.create("exporter", to, options, where="exporter")

@@ -73,6 +73,12 @@ def import_file(
     (height, width), and becomes the file `out`. `classes` are the class names, or their number. What a file itself records is taken if
     it is not given: `mean`, `std` and `step_size`, and of ddkit's own files the class names, the grid and that pixels are in 0..1. What
     is given and has no effect on the file is refused. Raises DdkitError.
+
+    Examples:
+        >>> torch.save((torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 1])), "theirs.pt")
+        >>> imported = ddkit.import_file("theirs.pt", "imported", pixels="unit", mean=[0.5, 0.5, 0.5], std=[0.25, 0.25, 0.25])
+        >>> tuple(imported.images.shape)
+        (4, 3, 8, 8)
     """
     sources = [Path(each) for each in ([path] if isinstance(path, str | Path) else path)]
     wanted = [str(each) for each in ([labels] if isinstance(labels, str | Path) else labels)]

@@ -27,6 +27,11 @@ def join(sets: Sequence[str | Path], *, out: str | Path) -> Run:
 
     `sets` are run directories or files, two at least, whose images have one shape and are stored in one way. Classes are the same if
     their names are. If one of the runs has all classes, or all have the same real data, `ddkit evaluate` finds these. Raises DdkitError.
+
+    Examples:
+        >>> joined = ddkit.load(ddkit.join(["my-run", "other-run"], out="joined").path)
+        >>> len(joined.images) == 2 * len(ddkit.load("my-run").images)
+        True
     """
     places = [Path(each) for each in sets]
     if len(places) < 2:
@@ -45,6 +50,10 @@ def split(target: str | Path, classes: Sequence[str], *, out: str | Path) -> Run
     """Writes the set of some `classes` of a run or file into the run directory `out`, and returns that run.
 
     Classes keep their order in the set. Raises DdkitError.
+
+    Examples:
+        >>> ddkit.load(ddkit.split("my-run", ["3", "5"], out="two-classes").path).class_names
+        ['3', '5']
     """
     found = load(target)
     with warnings.recording(), RunDirectory.whole_or_absent(Path(out)) as directory:

@@ -15,8 +15,9 @@ _LINKS = ((re.compile(r":(?=//)"), "&#58;"), (re.compile(r"(?i)(?<=www)\."), "&#
 def markdown(value: object) -> str:
     r"""Returns `value` as one line that Markdown shows as it is, in a paragraph, heading or table: no HTML, link, picture, code or cell.
 
-    >>> markdown("a|b <img src=x>\n[c](http://d)")
-    'a\\|b &lt;img src=x&gt; \\[c\\](http&#58;//d)'
+    Examples:
+        >>> ddkit.markdown("a|b <img src=x>\n# c")
+        'a\\|b &lt;img src=x&gt; # c'
     """
     text = html.escape(" ".join(printable(str(value)).split()), quote=False)
     text = _AT_START.sub(lambda found: f"\\{found[1]}" if not found[1].isdigit() else f"{found[1]}\\", _INLINE.sub(r"\\\1", text))

@@ -67,10 +67,10 @@ class ProgressLines:
 
 class ProgressBar:
     """Writes a line when a stage begins, and shows a bar with the time left: on stderr, or in a notebook as a notebook's bar.
-
-        ddkit.distill(losses="dm", observers=[ddkit.ProgressBar()])
-
     A command shows one by itself if stderr is a terminal.
+
+    Examples:
+        >>> run = ddkit.resume("my-run", observers=[ddkit.ProgressBar()])  # or ddkit.distill(..., observers=...)
     """
 
     def __init__(self) -> None:

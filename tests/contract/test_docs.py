@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import doctest
 import importlib
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shlex
+import shutil
 import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -44,7 +47,7 @@ class Block(NamedTuple):
     not_run: str | None
 
 
-FENCE = re.compile(r"(?:^<!-- (?:file: (\S+)|not run: ([^\n]+)) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"(?:^<!-- (?:file: (\S+)|not run: ([^\n]+)) -->\n)?^```([\w-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def blocks(page: Path) -> list[Block]:
@@ -165,7 +168,8 @@ def test_every_task_is_on_the_page_of_tasks() -> None:
 def _anchors(page: Path) -> set[str]:
     """Returns the anchors of a page's headings, as the usual renderers make them."""
     titles = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    named = set(re.findall(r"^::: (\S+)$", prose(page), re.MULTILINE))  # the site has a heading for each
+    return named | {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_name)
@@ -317,6 +321,32 @@ def test_a_changed_option_flag_signature_or_docstring_would_be_noticed(monkeypat
     monkeypatch.setattr(ddkit.Initializer, "check", check)
     text = generator.pages()[COMPONENTS / "initializer.md"]
     assert "**`check(ipc: int, available: int, more: str = x) -> None`**\n\nRaises for another reason." in text
+
+
+def _public() -> Iterator[tuple[str, Any]]:
+    """Yields the public names that are classes and functions, in full, with what they name."""
+    for module in (ddkit, ddkit.nn, ddkit.data):
+        for name in set(module.__all__) - {"__version__", "data", "nn", "hookimpl"}:
+            yield f"{module.__name__}.{name}", getattr(module, name)
+
+
+def test_every_public_name_has_an_example_that_holds(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Base classes have theirs on the page of their kind, errors that of DdkitError."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished, "my-run")
+    ddkit.distill(losses="dm", pipc=2, seed=1, sets=SMALL, out="other-run", device="cpu")
+    known = {"ddkit": ddkit, "torch": torch, "Path": Path, "os": os, "sys": sys}
+    runner, without = doctest.DocTestRunner(), set()
+    for name, found in sorted(_public()):
+        (test,) = doctest.DocTestFinder(recurse=False).find(found, name, module=False, globs=dict(known))
+        without |= set() if test.examples else {found}
+        assert runner.run(test).failed == 0, name
+    assert without == {*registry.BASES.values(), *ddkit.DdkitError.__subclasses__(), ddkit.ChildEnded}
+
+
+def test_every_public_name_is_on_the_page_of_the_python_api() -> None:
+    shown = re.findall(r"^::: (\S+)$", (COMPONENTS.parent / "api.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(shown) == sorted([*(name for name, _ in _public()), "ddkit.hookimpl"])
 
 
 METHODS = [page for page in sorted((ROOT / "docs" / "methods").glob("*.md")) if page.stem != "index"]

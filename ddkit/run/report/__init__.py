@@ -43,6 +43,10 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
     of an absent or empty folder, each chart and the images are written there too, as PDF and PNG files, and the images at some steps as
     an animated GIF. Raises RunFilesError where a file of the run is
     missing or damaged, or something cannot be written.
+
+    Examples:
+        >>> ddkit.report("my-run", out="talk.html").name
+        'talk.html'
     """
     directory = RunDirectory(Path(target))
     if not directory.path.is_dir():
