@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = os.path.normpath(os.path.join(os.path.dirname(here), path))
         if ":" in path or (target.startswith("docs/") and here.startswith("docs/")):
             return match[0]
-        if not target.startswith("docs/") and target not in ALSO:
+        if target.endswith(".py") or not (target.startswith("docs/") or target in ALSO):
             return text
         to = os.path.relpath(target.removeprefix("docs/"), os.path.dirname(page.file.src_uri) or ".")
         return f"{picture}[{text}]({to}{anchor})"
