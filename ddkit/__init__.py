@@ -1,6 +1,6 @@
 """ddkit: dataset distillation from a few real images and a trained model, with every part a plugin.
 
-Importing this package costs no torch: names are loaded on first use. What plugins need beside these is in ddkit.nn and ddkit.data.
+Importing this package costs no torch: names are loaded on first use. More names for plugins are in ddkit.nn and ddkit.data.
 """
 
 from __future__ import annotations

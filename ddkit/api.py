@@ -109,9 +109,9 @@ def distill(
 
     `recipe` is a recipe's name, a file, or TOML data; `sets` maps recipe paths to values. `dataset` is a name, or an object: a map-style
     torch Dataset of (image, label), or (training, test) of these. `out` is the run directory (None: runs/<recipe or losses>-<dataset>-<n>).
-    `allow_code` lets Python code run that a recipe or teacher file names; what the arguments name runs anyway. `distributed`: the processes
-    that torchrun started, all of which call this, share the run (elsewhere this process is alone). `force` replaces the run that is in
-    `out`, once all checks of the new one have passed. Nothing stays of a run that took no step. Raises DdkitError.
+    `allow_code` allows Python code that a recipe or teacher file names; code named in the arguments is always allowed. With `distributed`
+    the processes that torchrun started, all of which call this, share the run. `force` replaces the run that is in
+    `out`, after all checks of the new one have passed. A run that took no step leaves no files. Raises DdkitError.
 
     Examples:
         >>> run = ddkit.distill(losses="dm", ipc=1, pipc=5, steps=2, evaluators="none", sets={"optimizer.images.lr": 0.5}, out="new-run")
@@ -180,13 +180,13 @@ def resume(
     allow_code: bool = False,
     distributed: bool = False,
 ) -> Run:
-    """Continues the run at `path` from its newest checkpoint that reads whole; `steps` may prolong it.
+    """Continues the run at `path` from its newest readable checkpoint; a larger `steps` prolongs it.
 
-    `dataset` is needed where the run's was an object: the same again, as for distill. Where the data or the teacher's file have been
-    moved, `dataset` (of the same kind, "imagefolder:PATH") and `teacher` say where they are now; their content must be the same. A run
+    `dataset` is needed if the run's dataset was an object: pass the same again, as for distill. If the data or the teacher's file were
+    moved, `dataset` (of the same kind, "imagefolder:PATH") and `teacher` are the new paths; their content must be the same. A run
     that is finished is returned as it is.
-    `allow_code` lets Python code run that its recipe names: whose run it is, a folder does not tell. `distributed`: as in distill; the
-    run may have been begun by any number of processes. Raises DdkitError.
+    `allow_code` allows Python code that the recipe of the run names. `distributed` is as in distill; the
+    run may have been started by any number of processes. Raises DdkitError.
 
     Examples:
         >>> ddkit.resume("other-run", steps=3).steps
@@ -220,8 +220,8 @@ def train(
 ) -> Teacher:
     """Trains a teacher on all of the training split, saves it to `out` (a file that must not exist) and returns it.
 
-    Folders of `out` that are missing are made, and do not stay where the training fails. `dataset` is as for distill. `allow_code` lets
-    Python code run that a recipe file names. Raises DdkitError.
+    Missing folders of `out` are made, and removed if the training fails. `dataset` is as for distill. `allow_code` allows
+    Python code that a recipe file names. Raises DdkitError.
 
     Examples:
         >>> teacher = ddkit.train("teacher.safetensors", model="mlp", sets={"train.epochs": 1})
@@ -231,11 +231,11 @@ def train(
     path = Path(out)
     check_out(path)
     if path.exists():
-        raise RunFilesError(f"--out {path} exists already; name a new file.")
+        raise RunFilesError(f"--out {path} exists already. Name a new file.")
     if path.suffix in PICKLED:
-        raise FlagError(f"--out {path}: a teacher file is safetensors. Name it {path.with_suffix('.safetensors')}.")
+        raise FlagError(f"--out {path}: a teacher is saved as safetensors. Name the file {path.with_suffix('.safetensors')}.")
     watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
-    kept = watchers.interruptible(lambda: "Nothing of it is kept: give the same command again.")
+    kept = watchers.interruptible(lambda: "The half-trained teacher is not kept. Run the same command again.")
     flags = {"dataset": dataset, "model": model, "data_dir": data_dir, "seed": seed, "evaluators": "none"}
     with _resolved(recipe, sets, flags, allow_code=allow_code, part=TRAINING) as built, kept, folders_of(path):
         from ddkit.data.real import check_classes, open_dataset
@@ -271,8 +271,8 @@ def train_experts(
 ) -> Experts:
     """Trains `experts` networks on real images into the folder `out`, with their weights after every `save_every` epochs; returns them.
 
-    They are of the recipe's [network], trained on the accessible images (`pipc` of each class) as [train] and [experts] say. A folder that
-    has some of them already, of the same settings, is completed. The other arguments are as for train. Raises DdkitError.
+    They have the architecture of the recipe's [network], and are trained on the accessible images (`pipc` per class) as in [train] and
+    [experts]. A folder with some experts of the same settings is completed. The other arguments are as for train. Raises DdkitError.
 
     Examples:
         >>> experts = ddkit.train_experts("experts", experts=1, epochs=2, model="mlp", pipc=5)
@@ -282,7 +282,7 @@ def train_experts(
     path = Path(out)
     check_out(path)
     watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
-    kept = watchers.interruptible(lambda: "The experts that are done are kept: give the same command again, and it goes on.")
+    kept = watchers.interruptible(lambda: "The finished experts are kept. Run the same command again to continue.")
     flags = {"dataset": dataset, "model": model, "pipc": pipc, "data_dir": data_dir, "seed": seed, "evaluators": "none"}
     numbers = {"experts.count": experts, "experts.epochs": epochs, "experts.save_every": save_every}
     sets = {**(sets or {}), **{key: value for key, value in numbers.items() if value is not None}}
@@ -305,9 +305,9 @@ def train_experts(
 
 
 def cite(target: str | Path) -> list[Citation]:
-    """Returns the BibTeX entries of the papers of a recipe, and of its parts. `target` is its name, a recipe file or a run directory.
+    """Returns the BibTeX entries of a recipe's paper and of the papers of its parts. `target` is a name, a recipe file or a run directory.
 
-    `print(*ddkit.cite("m3d"), sep="\\n\\n")` prints what `ddkit cite m3d` does. Raises DdkitError.
+    `print(*ddkit.cite("m3d"), sep="\\n\\n")` prints the output of `ddkit cite m3d`. Raises DdkitError.
 
     Examples:
         >>> len(ddkit.cite("dm"))

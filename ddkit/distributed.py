@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import FlagError, InputError, RunFailed, shown
+from ddkit.errors import FlagError, InputError, RunFailed, counted, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,7 @@ class Ranks:
         """Raises InputError where there are more processes than classes."""
         if self.world_size > classes:
             raise InputError(
-                f"{self.world_size} processes were started for {classes} classes, and a class belongs to one process. "
+                f"{self.world_size} processes were started for {classes} classes, but each process needs at least one class. "
                 f"Start at most {classes}: torchrun --nproc-per-node={classes}."
             )
 
@@ -144,8 +144,9 @@ class Ranks:
                     key = next(key for key in sorted({*other, *values[0]}) if other.get(key) != values[0].get(key))
                     theirs, ours, which = other.get(key), values[0].get(key), f"{key} is "
                 raise InputError(
-                    f"{what} of process {rank} is not that of process 0: {which}{shown(theirs)} there, and {shown(ours)} here. All "
-                    "processes of a run work with the same files and the same ddkit: give the same command and paths on every machine."
+                    f"{what} of process {rank} and of process 0 differ: {which}{shown(theirs)} in process {rank} and {shown(ours)} in "
+                    "process 0. All "
+                    "processes of a run need the same files and the same version of ddkit. Use the same command and paths on every machine."
                 )
 
 
@@ -166,9 +167,9 @@ def others_may_end() -> Iterator[None]:
         yield
     except RuntimeError as error:  # gloo's and NCCL's errors are of this kind
         raise OthersEnded(
-            f"Another process of this run has ended, so this one ends too ({' '.join(str(error).split())[:80]}). What torchrun says below "
-            "tells which one. A run that has a checkpoint is continued by `ddkit distill --out DIR --resume`, with as many processes as "
-            "you like."
+            f"Another process of this run has ended, so this one ends too ({' '.join(str(error).split())[:80]}). The output of torchrun "
+            "below names it. A run with a checkpoint can be continued by `ddkit distill --out DIR --resume`, with any number of "
+            "processes."
         ) from error
 
 
@@ -212,9 +213,9 @@ def group(*, wanted: bool = True) -> Iterator[Ranks]:
             distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             raise RunFailed(
-                f"The processes that torchrun started could not find one another at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']} ({' '.join(str(error).split())[:300]}). Where the name of this machine is not known to its "
-                "network, name the interface: GLOO_SOCKET_IFNAME=lo on one machine."
+                f"The processes that torchrun started could not connect to each other at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']} ({' '.join(str(error).split())[:300]}). If the network does not know the name of this "
+                "machine, set the network interface, e.g. GLOO_SOCKET_IFNAME=lo if all processes are on one machine."
             ) from error
         finally:
             for number, handler in before.items():
@@ -237,12 +238,13 @@ def own_device(name: str) -> str:
 
     if not launched() or name not in ("auto", "cuda") or not torch.cuda.is_available():
         if launched() and name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-            raise FlagError(f"--device {name}: under torchrun every process takes a GPU of its own. Use --device cuda.")
+            raise FlagError(f"--device {name}: under torchrun each process uses its own GPU. Use --device cuda.")
         return name
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= gpus:
         raise FlagError(
-            f"torchrun started process {local} of this machine, which has {gpus} GPUs. Use --nproc-per-node={gpus}, or --device cpu."
+            f"torchrun started more processes on this machine than its {counted(gpus, 'GPU')}. Use --nproc-per-node={gpus}, or --device "
+            "cpu."
         )
     return f"cuda:{local}"
 

@@ -16,7 +16,7 @@ LONGEST = 1800  # characters of a message: a value in it may have any length
 
 
 class DdkitError(Exception):
-    """A problem that the user can mend: the message is one paragraph saying what, where and how to mend it.
+    """A problem that the user can fix. The message is one paragraph with the problem, its place and a fix.
 
     Examples:
         >>> try:
@@ -51,7 +51,7 @@ class PluginError(DdkitError):
 class InputError(DdkitError):
     """A recipe, a --set, the data or the teacher cannot be used (exit code 4).
 
-    `path` is the recipe path at fault (`losses.dm.weight`) where there is one.
+    `path` is the recipe path at fault (`losses.dm.weight`), if there is one.
     """
 
     exit_code = 4
@@ -118,7 +118,7 @@ def suggestion(name: str, choices: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     if near:
         return f"Did you mean '{near[0]}'?"
-    return f"Choose from: {', '.join(known)}." if known else "There is none to choose from."
+    return f"Choose from: {', '.join(known)}." if known else "None is available."
 
 
 def counted(number: int, noun: str) -> str:

@@ -58,7 +58,7 @@ def path_part(name: str) -> str:
 
 
 def without_folders(value: Any) -> Any:
-    """Returns data of a recipe with the last part alone of absolute paths: the others are nobody's business and mean nothing elsewhere.
+    """Returns data of a recipe with only the last part of absolute paths: the folders are private and mean nothing on other machines.
 
     Examples:
         >>> ddkit.data.without_folders({"path": "/home/someone/photos", "holdout": 0.2})
@@ -81,21 +81,21 @@ def with_home(text: str) -> str:
         return text
     home = os.path.expanduser("~")
     if home == "~":
-        raise InputError(f"{text}: you have no home folder that ~ could stand for. Write the path in full.")
+        raise InputError(f"{text}: ~ cannot be replaced, as you have no home folder. Write the full path.")
     return f"{found[0]}{home}{text[found.end() + 1 :]}"
 
 
 def check_out(path: Path) -> None:
     """Raises FlagError if the name given with --out is no UTF-8 text: files of a run, which are text, could not hold it."""
     if not is_text(str(path)) or "\0" in str(path):
-        raise FlagError(f"--out {printable(str(path))} is a name that is no UTF-8 text, and files of a run are text. Name another.")
+        raise FlagError(f"--out {printable(str(path))} is not UTF-8 text. Use another name.")
 
 
 # Reading
 
 
 def open_regular(path: str | Path) -> BufferedReader:
-    """Opens a regular file to be read; raises OSError, at once, if a pipe, a device, a socket or a folder is in its place.
+    """Opens a regular file for reading; raises OSError at once for a pipe, a device, a socket or a folder.
 
     Examples:
         >>> with ddkit.data.open_regular("my-run/recipe.toml") as file:
@@ -115,13 +115,13 @@ def kind_of(mode: int) -> str:
 
 
 def not_permitted(path: str | Path, error: PermissionError) -> str:
-    """Returns what to say of a file that may not be read.
+    """Returns the message for a file that may not be read.
 
     Examples:
         >>> print(ddkit.data.not_permitted("images", PermissionError(13, "Permission denied")))
-        images cannot be opened: Permission denied. Its owner can allow it with `chmod a+r`; the folders above it need x.
+        images cannot be opened: Permission denied. Its owner can run `chmod a+r` on it, and `chmod a+x` on the folders above.
     """
-    return f"{path} cannot be opened: {error.strerror}. Its owner can allow it with `chmod a+r`; the folders above it need x."
+    return f"{path} cannot be opened: {error.strerror}. Its owner can run `chmod a+r` on it, and `chmod a+x` on the folders above."
 
 
 def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
@@ -129,7 +129,7 @@ def read_bytes(path: str | Path, *, most: int = MOST_BYTES) -> bytes:
     with open_regular(path) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
-        raise OSError(f"{path} has more than {most / 2**20:,.0f} MiB, the most that is read of such a file")
+        raise OSError(f"{path} is larger than {most / 2**20:,.0f} MiB, the limit for such a file")
     return content
 
 
@@ -206,7 +206,7 @@ def folders_of(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         obstacle = next((folder for folder in path.parents if folder.exists() and not folder.is_dir()), None)
-        why = f"{obstacle} is no folder" if obstacle else error.strerror or error
+        why = f"{obstacle} is not a folder" if obstacle else error.strerror or error
         raise RunFilesError(f"{path} cannot be written: {why}.") from None
     try:
         yield
@@ -273,11 +273,11 @@ def parse_json(content: str | bytes) -> Any:
     """Returns JSON data, in which numbers are finite and of 64 bits at most, and text can be written as UTF-8; raises ValueError."""
 
     def no_constant(name: str) -> None:
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     def finite(text: str) -> float:
         if not math.isfinite(float(text)):
-            raise ValueError(f"{shown(text)} is no finite number")
+            raise ValueError(f"{shown(text)} is not a finite number")
         return float(text)
 
     def whole(text: str) -> int:
@@ -289,7 +289,7 @@ def parse_json(content: str | bytes) -> Any:
         found = json.loads(content, parse_constant=no_constant, parse_float=finite, parse_int=whole)
         json.dumps(found, ensure_ascii=False).encode()
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is nested too deeply") from None
     return found
 
 
@@ -310,10 +310,10 @@ def read_with_digest(path: Path) -> dict[str, Any]:
     """
     found = read_json(path)
     if not isinstance(found, dict):
-        raise RunFilesError(f"{path} holds no JSON object.")
+        raise RunFilesError(f"{path} does not contain a JSON object.")
     digest = found.pop("digest", None)
     if digest != json_digest(found) and (digest is not None or "sealed" in found):
-        raise RunFilesError(f"{path} is damaged, or was edited: its content does not match the sha256 that it records.")
+        raise RunFilesError(f"{path} is damaged or was edited. Its content does not match the sha256 that is recorded in it.")
     found.pop("sealed", None)
     return found
 
@@ -391,7 +391,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
         if size > machine_bytes():
-            raise ValueError(f"it has {size / 2**30:,.0f} GiB, and this machine has {machine_bytes() / 2**30:,.0f} GiB of memory")
+            raise ValueError(f"it needs {size / 2**30:,.0f} GiB, and this machine has {machine_bytes() / 2**30:,.0f} GiB of memory")
         with safe_open(str(path), framework="pt") as stream:
             header = (stream.metadata() or {}).get("ddkit", "{}")
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
@@ -399,12 +399,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except Exception as error:  # the parser has errors of its own, and torch raises for a dtype that it does not know
         raise ValueError(f"{path} is not a readable safetensors file ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{path} carries ddkit metadata that is not an object")
+        raise ValueError(f"the ddkit metadata of {path} is not a JSON object")
     if record and record.get("schema") != SCHEMA:
-        raise ValueError(f"{path} has schema {shown(record.get('schema'))}; this ddkit reads {SCHEMA}")
+        raise ValueError(f"{path} has schema {shown(record.get('schema'))}, but this version of ddkit reads schema {SCHEMA}")
     digest = record.pop("digest", None)
     if (digest is not None or "sealed" in record) and digest != tensors_digest(tensors, record):
-        raise ValueError(f"{path} is damaged: its content does not match the sha256 that it records")
+        raise ValueError(f"{path} is damaged: its content does not match the sha256 that is recorded in it")
     record.pop("sealed", None)
     return tensors, record
 
@@ -414,7 +414,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def cache_folder() -> Path:
-    """Returns $DDKIT_CACHE, else `ddkit` in the XDG cache, else, without a home that can be written, a private temporary folder.
+    """Returns $DDKIT_CACHE, or else `ddkit` in the XDG cache, or else, without a writable home, a private temporary folder.
 
     Examples:
         >>> ddkit.data.cache_folder().is_absolute()
@@ -437,11 +437,11 @@ def cache_folder() -> Path:
         if not _is_private(found):  # another user has taken its name
             found = passing_folder()
     except OSError as error:
-        raise RunFilesError(f"There is no folder for a cache ({error}). Name one with the environment variable DDKIT_CACHE.") from None
+        raise RunFilesError(f"No folder for the cache can be made ({error}). Name one with the environment variable DDKIT_CACHE.") from None
     os.environ["DDKIT_CACHE"] = str(found)  # for this process and those that it starts, so that one of them warns
     log.warning(
-        "You have no home folder in which a cache could be written: %s is used instead, and what is kept there (trained teachers, decoded "
-        "images, compiled code) may be gone the next time. The environment variable DDKIT_CACHE names another folder.",
+        "You have no home folder for a cache, so %s is used instead. Files in that folder (trained teachers, decoded images, compiled "
+        "code) may be deleted before the next run. Set the environment variable DDKIT_CACHE to use another folder.",
         found, extra={"news": True},
     )  # fmt: skip
     return found
@@ -483,7 +483,7 @@ def private_folder(name: str) -> Path:
     except OSError as error:
         raise RunFilesError(f"{private} cannot be made: {error.strerror or error}.") from None
     raise RunFilesError(
-        f"{private} is another user's, or open to others: what is there is not used. Its owner makes it private with `chmod 700 {private}`."
+        f"{private} belongs to another user or can be written by others, so it is not used. Its owner can run `chmod 700 {private}`."
     )
 
 
@@ -507,10 +507,10 @@ def vouched(file: Path) -> str | None:
 
 
 class CachedResult:
-    """The place in the cache of a small result that is costly to compute: JSON data, found by all that it follows from.
+    """The place in the cache of a small result that is costly to compute: JSON data, with a key of everything it depends on.
 
     `folder` names the kind of result. `key` is JSON data that decides the result to the last bit: digests of data and code, options,
-    seeds, versions. Nothing here raises for a cache that cannot be read or written: then nothing is kept, and the log says why.
+    seeds, versions. A cache that cannot be read or written raises no error: nothing is kept, and the log says why.
 
     Examples:
         >>> place = ddkit.data.CachedResult("example", {"seed": 0, "version": 1})
@@ -528,16 +528,16 @@ class CachedResult:
         return private_folder(self.folder) / f"{self.key}.json"
 
     def read(self) -> Any:
-        """Returns the result; None if it is not kept, or if its file is damaged or that of another key."""
+        """Returns the result; None if it is not in the cache, or if its file is damaged or has another key."""
         try:
             if not self._path.exists():
                 return None
             found = read_with_digest(self._path)
             if found.get("key") != self.key:
-                raise RunFilesError(f"{self._path} holds the result of another key.")
+                raise RunFilesError(f"{self._path} contains the result of another key.")
             return found.get("value")
         except (RunFilesError, OSError) as error:
-            log.info("A result in the cache is not used, but computed anew: %s", error)
+            log.info("A result in the cache is not used and is computed again: %s", error)
             return None
 
     def write(self, value: Any) -> None:
@@ -545,4 +545,4 @@ class CachedResult:
         try:
             write_json(self._path, with_digest({"key": self.key, "value": value}))
         except (RunFilesError, OSError) as error:
-            log.info("A result could not be kept in the cache: %s", error)
+            log.info("A result could not be written to the cache: %s", error)

@@ -26,10 +26,10 @@ from ddkit.errors import DdkitError, out_of_memory, printable
 from ddkit.nn.device import tune_process
 
 ENDED_BY_TORCHRUN = (
-    " torchrun asked this process to end: it was told to end all of them, or another one has ended, and it says below which. A run that "
+    " torchrun ended this process. Either torchrun itself was stopped, or another process failed; its output below names it. A run that "
     "has a checkpoint is continued by `ddkit distill --out DIR --resume`."
 )
-INTERRUPTED = "Interrupted. Nothing half-written is left: give the same command again."
+INTERRUPTED = "Interrupted. No half-written file is left. Run the same command again."
 SHARED = ("distill", "evaluate", "reproduce")  # commands whose work the processes that torchrun starts share
 COMMANDS = {  # name: module, and the function there
     "blend": ("sets", "blend"), "bench": ("bench", "bench"), "check": ("components", "check"),
@@ -65,15 +65,15 @@ class Commands(Mapping[str, click.Command]):
 
 @click.group(commands=Commands(), context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="ddkit", message="%(prog)s %(version)s")
-@click.option("--traceback", "show_traceback", is_flag=True, help="Show where in the code an error comes from.")
+@click.option("--traceback", "show_traceback", is_flag=True, help="Show the Python traceback of an error.")
 def cli(show_traceback: bool) -> None:
     """Dataset distillation: a tiny synthetic training set from a few real images and a trained model.
 
     \b
-    ddkit distill --losses dm,dkkt --ipc 10    # offline, on the digits that come along
+    ddkit distill --losses dm,dkkt --ipc 10    # offline, on the digits that are included
     ddkit list                                 # every installed component
-    ddkit info practical                       # what a recipe or component does
-    ddkit reproduce practical-table1 --show    # the paper's table, published beside measured
+    ddkit info practical                       # the page of a recipe or component
+    ddkit reproduce practical-table1 --show    # the paper's table, published and measured
     """
 
 
@@ -100,7 +100,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except click.ClickException as error:
         context = error.ctx if isinstance(error, click.UsageError) else None
-        help_ = f" (`{context.command_path} --help` shows what it takes.)" if context else ""
+        help_ = f" (`{context.command_path} --help` shows its arguments and flags.)" if context else ""
         _fail(error.format_message().replace("a valid integer range", "a whole number") + help_, error.exit_code, show)
     except (KeyboardInterrupt, click.Abort) as error:
         cause = error.__cause__ or error
@@ -130,9 +130,9 @@ def _open_streams() -> None:
 
 
 MEMORY_ADVICE = {
-    "distill": "a smaller --ipc, --set data.batch=64 (real images a step) or --set engine.memory=512 (MiB of some classes) needs less",
-    "evaluate": "--set evaluators.accuracy.workers=1 (one network at a time) or --set data.memory=512 (MiB of decoded images) needs less",
-    "train": "--set train.batch=64 (images a step) or --set data.memory=512 (MiB of decoded images) needs less",
+    "distill": "use a smaller --ipc, --set data.batch=64 (real images a step) or --set engine.memory=512 (MiB for chunks of classes)",
+    "evaluate": "use --set evaluators.accuracy.workers=1 (one network at a time) or --set data.memory=512 (MiB of decoded images)",
+    "train": "use --set train.batch=64 (images a step) or --set data.memory=512 (MiB of decoded images)",
 }
 
 
@@ -141,11 +141,11 @@ def _explained(error: Exception, arguments: list[str]) -> tuple[str, int]:
     first = " ".join(str(error).split())[:200].rstrip(".")
     if out_of_memory(error):
         command = next((argument for argument in arguments if argument in MEMORY_ADVICE), "")
-        told = f"There is not enough memory{f' ({first})' if first else ''}. Smaller images and a smaller network need less"
-        return f"{told}{f'; for {command}, {MEMORY_ADVICE[command]}' if command else ''}.", 1
+        told = f"There is not enough memory{f' ({first})' if first else ''}. Smaller images or a smaller network need less memory"
+        return f"{told}{f'; with ddkit {command}, {MEMORY_ADVICE[command]}' if command else ''}.", 1
     modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)} | {getattr(error, "name", None)}
     if isinstance(error, ImportError | OSError) and "torch" in modules - set(sys.modules):  # its import ended so, or it is not there
-        return f"torch cannot be imported ({first}). Install it again, as https://pytorch.org tells for this machine.", 1
+        return f"torch cannot be imported ({first}). Install it again with the command that https://pytorch.org shows for this machine.", 1
     if isinstance(error, OSError):  # a path that is too long, or in a folder that may not be read
         return f"{error.filename or 'A file'}: {error.strerror or error}. Name a path that can be read and written.", 5
     return "", 1

@@ -33,17 +33,28 @@ USED_BY = {  # flag: the parts that it changes; a flag that is not here changes 
 @click.command()
 @click.argument("parts", nargs=-1, metavar="[steps|methods|evaluation|loading|startup]...")
 @click.option(
-    "--losses", multiple=True, default=("dm",), show_default=True, metavar="NAMES", help="Losses of a run; give it again for another."
+    "--losses",
+    multiple=True,
+    default=("dm",),
+    show_default=True,
+    metavar="NAMES",
+    help="Losses of a run. Repeat the flag to measure several runs.",
 )
 @click.option(
-    "--recipe", "recipes", multiple=True, metavar="NAME", help="Recipe of the methods, again for another; left out: every installed one."
+    "--recipe",
+    "recipes",
+    multiple=True,
+    metavar="NAME",
+    help="Recipe to measure. Repeat the flag for several. Default: all installed recipes.",
 )
 @click.option("--ipc", type=NUMBERS, default="1,10", show_default=True, help="Synthetic images per class.")
-@click.option("--pipc", type=NUMBERS, default="10,50", show_default=True, help="Real images per class; a step sees 256 of each at most.")
-@click.option("--cells", type=CELLS, help="Pairs of ipc and pipc instead of all products: 1:10,10:50")
-@click.option("--classes", type=Kind("n,n,...", functools.partial(_numbers, least=2)), default="10", show_default=True, help="Classes.")
+@click.option("--pipc", type=NUMBERS, default="10,50", show_default=True, help="Real images per class. A step uses at most 256 per class.")
+@click.option("--cells", type=CELLS, help="Pairs of ipc and pipc, e.g. 1:10,10:50, instead of all combinations.")
+@click.option(
+    "--classes", type=Kind("n,n,...", functools.partial(_numbers, least=2)), default="10", show_default=True, help="Number of classes."
+)
 @click.option("--size", type=NUMBERS, default="32", show_default=True, help="Height and width of the images in pixels.")
-@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Channels of the images.")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", show_default=True, help="Number of image channels.")
 @click.option(
     "--device",
     "devices",
@@ -51,29 +62,43 @@ USED_BY = {  # flag: the parts that it changes; a flag that is not here changes 
     default=("auto",),
     show_default=True,
     metavar="NAME",
-    help="Where to compute; give it again for another.",
+    help="Device to compute on. Repeat the flag for several.",
 )
-@click.option("--runs", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of everything; the median is shown.")
-@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps of a run.")
 @click.option(
-    "--run-steps", type=click.IntRange(min=1), default=5000, show_default=True, help="Steps for which what is automatic is decided."
+    "--runs", type=click.IntRange(min=1), default=3, show_default=True, help="Repetitions of each measurement. The table shows the median."
 )
-@click.option("--networks", type=click.IntRange(min=1), default=10, show_default=True, help="Networks for which the evaluation decides.")
-@click.option("--files", type=NUMBERS, default="1000,5000,50000", show_default=True, help="Files of the image folders that are loaded.")
-@click.option("--plain/--no-plain", default=True, help="Whether to run the plain loops beside, for the ratios.")
-@set_option("Set any recipe value of the steps, e.g. engine.compile=false.")
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Number of measured steps.")
+@click.option(
+    "--run-steps",
+    type=click.IntRange(min=1),
+    default=5000,
+    show_default=True,
+    help="Length of the run, in steps, for which automatic settings are chosen.",
+)
+@click.option(
+    "--networks",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Number of networks for which the evaluation chooses automatic settings.",
+)
+@click.option(
+    "--files", type=NUMBERS, default="1000,5000,50000", show_default=True, help="Number of files in the image folders that are loaded."
+)
+@click.option("--plain/--no-plain", default=True, help="Whether to run the plain loops too, which the ratios need.")
+@set_option("Set any recipe value of the measured steps, e.g. engine.compile=false.")
 @as_json
 @quiet
 def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Measure speed and memory on this machine. The images are random; steps and evaluation are measured unless PARTS say otherwise.
+    """Measure speed and memory on this machine, with random images. Without arguments, steps and evaluation are measured.
 
     \b
-    steps       a step's time and memory, its ratio to the reference loop, a plain implementation of the same losses
-                (and to ddkit's own plain path), and the share of this machine's matrix-product rate that it reaches
-    methods     a step's time, memory and set-up (initial images, experts) of every recipe, at --cells 1:10,10:50 unless you choose
-    evaluation  networks a minute under dm-official, and the ratio to the published code's loop
-    loading     seconds until the accessible images of an image folder are there, first and second time
-    startup     seconds of --help, of list, and of a run of one step
+    steps       time and memory of a step, the ratio to the reference loop (a plain implementation of the same losses)
+                and to ddkit's own plain path, and the share of this machine's matrix-product rate that the step reaches
+    methods     time, memory and set-up (initial images, experts) of a step of each recipe, by default at --cells 1:10,10:50
+    evaluation  networks per minute under dm-official, and the ratio to the loop of the published code
+    loading     seconds to load the accessible images of an image folder, the first and the second time
+    startup     seconds of ddkit --help, of ddkit list, and of a run of one step
     """
     from ddkit import bench as benching
     from ddkit.nn.device import pick_device
@@ -81,26 +106,26 @@ def bench(parts: tuple[str, ...], as_json: bool, quiet: bool, **flags: Any) -> N
 
     unknown = [part for part in parts if part not in benching.PARTS]
     if unknown:
-        raise FlagError(f"There is nothing to measure called '{unknown[0]}'. Choose from: {', '.join(benching.PARTS)}.")
+        raise FlagError(f"'{unknown[0]}' is not a part that can be measured. Choose from: {', '.join(benching.PARTS)}.")
     parts = parts or benching.Settings().parts
     unused = [name for name, users in USED_BY.items() if not set(users) & set(parts)]
     refuse_given(unused, f"only {' and '.join(dict.fromkeys(parts))} {'are' if len(set(parts)) > 1 else 'is'} measured.")
     sets, cells, channels = flags.pop("sets"), flags.pop("cells"), int(flags.pop("channels"))
     if cells:
-        refuse_given(("ipc", "pipc"), "--cells has the pairs.")
+        refuse_given(("ipc", "pipc"), "--cells gives the pairs of ipc and pipc.")
     for losses in flags["losses"]:
         resolve("practical", losses=losses, evaluators="none", sets=sets)
     installed = [plugin.name for plugin in registry.plugins() if plugin.kind == "recipe"]
     found = {name: resolve(name, evaluators="none", sets=sets) for name in flags["recipes"] or installed if "methods" in parts}
     without = [name for name, recipe in found.items() if not recipe.losses]
     if flags["recipes"] and without:
-        raise FlagError(f"--recipe {without[0]}: this recipe has no losses, so it has no steps to measure.")
+        raise FlagError(f"--recipe {without[0]}: this recipe has no losses, so there are no steps to measure.")
     flags["recipes"] = tuple(name for name in found if name not in without)
     for device in flags["devices"]:
         if device not in ("auto", "cpu"):
             pick_device(device)
     if min(flags["files"]) < flags["classes"][0]:
-        raise FlagError(f"--files {min(flags['files'])}: a folder of {flags['classes'][0]} classes needs an image for each of them.")
+        raise FlagError(f"--files {min(flags['files'])}: a folder of {flags['classes'][0]} classes needs at least one image per class.")
     source = click.get_current_context().get_parameter_source
     if "methods" in parts and not cells and ParameterSource.COMMANDLINE not in (source("ipc"), source("pipc")):
         cells = benching.Settings().cells
@@ -158,7 +183,7 @@ def _tables(result: dict[str, Any], parts: Iterable[str]) -> list[str]:
     limits = []
     for limit in result.get("limits", ()):
         rates = ", ".join(f"{rate / 1e9:,.0f} GFLOP/s {name}" for name, rate in limit["rates"].items())
-        limits.append(f"{limit['device']}: {limit['name']}, {limit['threads']} threads, torch {limit['torch']}; matrix products: {rates}")
+        limits.append(f"{limit['device']}: {limit['name']}, {limit['threads']} threads, torch {limit['torch']}, matrix products at {rates}")
     texts = ["\n".join(limits)] if limits else []
     for part in (part for part in parts if result.get(part)):
         rows = result[part]

@@ -87,15 +87,15 @@ def _pipc(text: str) -> int | str:
 
 def _ipc(text: str) -> int | dict[str, int]:
     """Returns the number of "10", or of "10,tail=3" {"default": 10, "tail": 3}."""
-    wrong = f"{text!r} is neither a number nor one with those of some classes, such as 10,tail=3."
+    wrong = f"{text!r} is not a number of images, such as 10, or one with the numbers of some classes, such as 10,tail=3."
     pairs = [part.rpartition("=") for part in text.split(",")]
     names = [name.strip() if equals else "default" for name, equals, _ in pairs]
     numbers = converted([number for _, _, number in pairs], int, wrong)
     for name in doubles(names):
-        raise ValueError(f"{text!r} has a number for {name} twice. Name it once.")
+        raise ValueError(f"{text!r} has two numbers for {name}. Give one.")
     found = dict(zip(names, numbers, strict=True))
     if min(found.values()) < 1:
-        raise ValueError(f"{text!r}: a class has at least 1 image.")
+        raise ValueError(f"{text!r}: each class needs at least 1 image.")
     return found["default"] if list(found) == ["default"] else found
 
 
@@ -109,9 +109,9 @@ def _cells(text: str, *, whole: bool) -> tuple[tuple[int, int | str], ...]:
         (converted([ipc], int, wrong)[0], pipc if whole and pipc == "all" else converted([pipc], int, wrong)[0]) for ipc, pipc in pairs
     )
     if any(int(number) < 1 for ipc, pipc in cells for number in ((ipc,) if whole else (ipc, pipc))):
-        raise ValueError("ipc is at least 1." if whole else "ipc and pipc are at least 1.")
+        raise ValueError("ipc must be at least 1." if whole else "ipc and pipc must be at least 1.")
     for ipc, pipc in doubles(cells):
-        raise ValueError(f"{text!r} has the cell {ipc}:{pipc} twice. Name it once.")
+        raise ValueError(f"{text!r} has the cell {ipc}:{pipc} twice. Write it once.")
     return cells
 
 
@@ -192,19 +192,19 @@ def set_option(help_: str, metavar: str = "PATH=VALUE") -> Callable[[F], F]:
 
 plugin_files = click.option(
     "--plugin", "plugin_files", multiple=True, metavar="FILE",
-    help="Python file whose components are available by name in this command, as its class in lower case with hyphens.",
+    help="Python file with components for this command. The class MyLoss is available by the name my-loss.",
 )  # fmt: skip
 allow_code = click.option(
     "--allow-code", is_flag=True,
-    help="Run Python code that a recipe, run or teacher file names (python:module.factory). What you name yourself needs no leave.",
+    help="Allow Python code that a recipe, run or teacher file names (python:module.factory). Code named in a flag is always allowed.",
 )  # fmt: skip
-as_json = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 shared = options(
     click.option(
         "--dataset", type=Names("dataset"), metavar="NAME[:PATH]", help="Real data: digits, cifar10, imagefolder:PATH, npz:PATH, ..."
     ),
-    click.option("--data-dir", metavar="DIR", help="Folder for datasets that download."),
-    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps", help="Where to compute."),
+    click.option("--data-dir", metavar="DIR", help="Folder for downloaded datasets."),
+    click.option("--device", default="auto", show_default=True, metavar="auto|cpu|cuda[:i]|mps", help="Device to compute on."),
     click.option("--seed", type=click.IntRange(min=0, max=2**53), help="Seed of every random draw."),
     set_option("Set any recipe value, e.g. losses.dm.weight=0.01."),
     plugin_files,
@@ -215,14 +215,16 @@ protocol = click.option(
     "--protocol", type=Names("protocol", files=".toml"), metavar="NAME|FILE",
     help="Evaluation protocol: short, dm-official, dc-official, practical-sam, idc, ncfm, mtt, rded, or a file: ./mine.toml.",
 )  # fmt: skip
-quiet = click.option("--quiet", is_flag=True, help="No progress, errors only.")
-verbose = click.option("--verbose", is_flag=True, help="Lines instead of a bar: what is done, and the losses of every logged step.")
+quiet = click.option("--quiet", is_flag=True, help="Show errors only, no progress.")
+verbose = click.option(
+    "--verbose", is_flag=True, help="Show lines instead of a progress bar: each stage, and the losses of every logged step."
+)
 
 
 def set_verbosity(quiet: bool, verbose: bool = False) -> None:
     """Sets how much of ddkit's log reaches stderr; raises FlagError where both are asked for."""
     if quiet and verbose:
-        raise FlagError("--quiet and --verbose cannot go together; leave one of them out.")
+        raise FlagError("--quiet and --verbose cannot be used together. Leave one of them out.")
     logging.getLogger("ddkit").setLevel(logging.INFO if verbose else logging.WARNING)
     show_from(logging.ERROR if quiet or follows() else logging.NOTSET)
 
@@ -254,7 +256,9 @@ def show(text: str, end: str = "\n") -> None:
         sys.exit(0)
     except OSError as error:
         output.discard()
-        raise RunFilesError(f"Standard output cannot be written: {error.strerror}. What the command has made is there.") from None
+        raise RunFilesError(
+            f"Standard output cannot be written: {error.strerror}. The files that the command has written are complete."
+        ) from None
 
 
 def show_table(columns: Mapping[str, Sequence[Any]], spare: Sequence[str] = ()) -> None:
@@ -341,7 +345,7 @@ def evaluation_table(rows: Sequence[Any]) -> str:
             [printable(name), each["test_images"], percent(each["accuracy"], None), percent(each.get("random_real"), None)]
             for name, each in list(classes.items())[:MOST_CLASSES]
         ]
-        rest = f"\n{len(classes) - MOST_CLASSES} more classes: --json" if len(classes) > MOST_CLASSES else ""
+        rest = f"\n{len(classes) - MOST_CLASSES} more classes are in the output of --json" if len(classes) > MOST_CLASSES else ""
         head = [f"class ({row.model}, {row.images})", "test images", "accuracy", "random real"]
         tables += [tabulate(lines, head, tablefmt="simple", disable_numparse=True) + rest] if lines else []
     return "\n\n".join(tables)

@@ -25,22 +25,23 @@ from ddkit.errors import DdkitError, FlagError, PluginError
 @click.argument("kind", required=False)
 @click.argument("folder", required=False, type=Place())
 @plugin_files
-@click.option("--check", is_flag=True, help="Import each component, in another process, and say which fail.")
+@click.option("--check", is_flag=True, help="Import each component in another process and show which ones fail.")
 @as_json
 def list_components(kind: str | None, folder: Path | None, check: bool, as_json: bool) -> None:
-    """List the installed components, or runs. KIND names one kind (losses, recipes, ...). None of them is imported.
+    """List the installed components, or runs. KIND is one kind (losses, recipes, ...). Nothing is imported.
 
-    `ddkit list runs` lists the runs in the folder runs, `ddkit list runs FOLDER` those in another one: method, data, steps, accuracy.
+    `ddkit list runs` lists the runs in the folder runs, and `ddkit list runs FOLDER` those in FOLDER, with method, data, steps and
+    accuracy.
     """
     if kind in ("run", "runs"):
-        refuse_given(["check", "plugin_files"], "a run is no component.")
+        refuse_given(["check", "plugin_files"], "a run is not a component.")
         _list_runs(folder or Path("runs"), as_json)
         return
     if folder is not None:
-        raise FlagError(f"A FOLDER has runs alone: ddkit list runs {shlex.quote(str(folder))}")
+        raise FlagError(f"A FOLDER only contains runs. To list them: ddkit list runs {shlex.quote(str(folder))}")
     wanted = registry.parse_kind(kind) if kind else None
     if wanted in registry.DATA_KINDS:
-        refuse_given(["check"], f"a {wanted} is a file, which nothing imports.")
+        refuse_given(["check"], f"a {wanted} is a TOML file, which is never imported.")
     rows = []
     with source.no_collection():
         found = [p for p in registry.plugins() if wanted in (None, p.kind)]
@@ -127,11 +128,11 @@ def _check(found: list[registry.Plugin]) -> list[str]:
 @plugin_files
 @as_json
 def info(words: tuple[str, ...], as_json: bool) -> None:
-    """Show what a component or recipe is. The page has its use, options, requirements and source."""
+    """Show the page of a component or recipe: its use, options, requirements and source."""
     from ddkit.cli.manual import WIDEST, facts, page
 
     if len(words) > 2:
-        raise click.UsageError("info takes [KIND] NAME.")
+        raise click.UsageError("The arguments are [KIND] NAME, at most two words.")
     told = facts(_found_plugin(words))
     if as_json:
         echo_json({"schema": 1, **told})
@@ -161,14 +162,14 @@ def _instead(name: str) -> str:
     """Returns what helps where `name` is no component: it may be a kind, an option of some, or nearly the name of one."""
     with suppress(FlagError):
         kind = registry.parse_kind(name)
-        told = "A view is an augmenter, with noise, that a recipe has in [views.NAME]. " if name.startswith("view") else ""
-        return f"{told}`ddkit list {kind}` shows those of this kind, `ddkit info {kind} NAME` one of them."
+        told = "A view is an augmenter with noise, in the table [views.NAME] of a recipe. " if name.startswith("view") else ""
+        return f"{told}`ddkit list {kind}` shows all components of this kind, and `ddkit info {kind} NAME` shows one."
     own = [p for p in registry.plugins() if p.kind in registry.BASES and name in source.option_names(p.value)]
     if own:
         told = " and ".join(f"the {p.kind} '{p.name}'" for p in own[:2]) + (" and others" if len(own) > 2 else "")
         return f"It is an option of {told}: ddkit info {own[0].kind} {own[0].name}"
     near = difflib.get_close_matches(name, {p.name for p in registry.plugins()}, n=1)
-    return (f"Did you mean '{near[0]}'? " if near else "") + "`ddkit list` shows them all."
+    return (f"Did you mean '{near[0]}'? " if near else "") + "`ddkit list` shows all components."
 
 
 @click.command()
@@ -178,8 +179,8 @@ def _instead(name: str) -> str:
 def cite(target: str, as_json: bool) -> None:
     """Print the BibTeX entries of a recipe's paper, of the papers of its losses and other parts, and of ddkit.
 
-    RECIPE is a recipe's name, a file, or a run directory. A line above each entry gives the part of the recipe that it is for. A source of
-    a third party that names no arXiv number becomes a @misc entry of its own words.
+    The argument is the name of a recipe, a recipe file or a run directory. The line above each entry names the part of the recipe that it
+    belongs to. A third-party source without an arXiv number becomes a @misc entry with the words of that source.
     """
     from ddkit import api
 
@@ -192,11 +193,11 @@ def cite(target: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("kind", type=click.Choice(["recipe", "protocol"]), default="recipe", required=False)
-@click.option("--json", "as_json", is_flag=True, help="The same on one line.")
+@click.option("--json", "as_json", is_flag=True, help="Print the schema on one line.")
 def schema(kind: str, as_json: bool) -> None:
-    """Print the JSON schema of a recipe or protocol file. A recipe's has the options of ddkit's own components.
+    """Print the JSON schema of a recipe or protocol file. The recipe schema contains the options of ddkit's own components.
 
-    For editors that check TOML against a schema, and for programs that write recipes.
+    The schema is for editors that check TOML files, and for programs that write recipes.
     """
     from ddkit.recipes.schema import protocol_schema, recipe_schema
 
@@ -209,17 +210,17 @@ def schema(kind: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
-@set_option("An option of the component, where its default does not suit.", "OPTION=VALUE")
-@click.option("--data-dir", metavar="DIR", help="Folder for a dataset that downloads.")
+@set_option("Set an option of the component, for the checks.", "OPTION=VALUE")
+@click.option("--data-dir", metavar="DIR", help="Folder for a downloaded dataset.")
 @plugin_files
 @as_json
 def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as_json: bool) -> None:
-    """Check what a component promises. This runs the conformance suite of its kind, without pytest.
+    """Check a component with the conformance suite of its kind. pytest is not needed.
 
-    Exit code 0 where every check holds or deviates as the component declares, 1 where one is broken.
+    The exit code is 0 if every check holds or deviates as the component declares, and 1 if a check is broken.
     """
     if len(words) > 2:
-        raise FlagError(f"ddkit check takes [KIND] NAME; got {' '.join(words)}.")
+        raise FlagError(f"The arguments of ddkit check are [KIND] NAME, and {' '.join(words)} has more.")
     name, _, argument = words[-1].partition(":")
     from ddkit import testing
     from ddkit.cli.manual import namesakes
@@ -236,7 +237,7 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
         assign(table, f"evaluators.{name}.{path}", value)
     options = table["evaluators"][name]
     qualified = name if "/" in name else f"{plugin.distribution}/{name}" if not plugin.first_party else name
-    others = [f"The {kind} of that name is checked by: ddkit check {kind} {plugin.name}" for kind in namesakes(plugin, testing.SUITES)]
+    others = [f"To check the {kind} of that name: ddkit check {kind} {plugin.name}" for kind in namesakes(plugin, testing.SUITES)]
     try:
         outcomes = testing.check(plugin.kind, f"{qualified}:{argument}" if argument else qualified, options, directory=data_dir)
     except DdkitError as error:
@@ -259,13 +260,13 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
 @click.command()
 @click.argument("kind")
 @click.argument("name")
-@click.option("--out", metavar="DIR", type=Place(), help="Folder to write, absent or empty (default: ddkit-NAME).")
+@click.option("--out", metavar="DIR", type=Place(), help="New or empty folder to write (default: ddkit-NAME).")
 def new(kind: str, name: str, out: Path | None) -> None:
-    """Write the package of a new plugin.
+    """Write a new plugin as an installable package.
 
     KIND is loss, initializer, parametrization, augmenter, evaluator, model, dataset, exporter or observer.
 
-    It installs, passes its conformance test and runs as it is written; then the class is yours to change.
+    The package can be installed, passes its conformance test and runs without a change. Change its class to your own.
     """
     from ddkit.testing import scaffold  # whose neighbours import torch
 

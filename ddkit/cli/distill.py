@@ -29,31 +29,45 @@ from ddkit.cli.common import (
 from ddkit.errors import FlagError, counted
 
 recipe_flags = options(
-    click.option("--recipe", type=Names("recipe", files=".toml"), metavar="NAME|FILE", help="Recipe to start from (default: default)."),
+    click.option(
+        "--recipe",
+        type=Names("recipe", files=".toml"),
+        metavar="NAME|FILE",
+        help="Recipe to start from (default: the recipe named default).",
+    ),
     click.option(
         "--losses",
         type=Names("loss", "loss-group", many=True),
         metavar="NAMES",
-        help="Losses, with weights if you like: dm,dkkt or dm:200,dkkt-primal:1.",
+        help="Losses, e.g. dm,dkkt, or with weights: dm:200,dkkt-primal:1.",
     ),
-    click.option("--ipc", type=IPC, help="Synthetic images per class, or with other numbers for some: 10,tail=3."),
-    click.option("--pipc", type=PIPC, help="Real images per class that may be used, or all."),
-    click.option("--steps", type=click.IntRange(min=0), help="Updates of the synthetic set."),
-    click.option("--teacher", metavar="FILE|auto", help="Trained model; auto trains one on all training images and caches it."),
+    click.option("--ipc", type=IPC, help="Synthetic images per class. 10,tail=3 gives the class tail 3 and all others 10."),
+    click.option("--pipc", type=PIPC, help="Real images per class that the run may use, or all."),
+    click.option("--steps", type=click.IntRange(min=0), help="Number of updates of the synthetic set."),
+    click.option("--teacher", metavar="FILE|auto", help="File of a trained model. auto trains one on all training images and caches it."),
     click.option(
-        "--model", type=Names("model"), metavar="NAME", help="Architecture of the teacher, the matched network and the evaluation."
+        "--model",
+        type=Names("model"),
+        metavar="NAME",
+        help="Architecture of the teacher, of the matched network and of the networks in the evaluation.",
     ),
-    click.option("--init", type=Names("initializer"), metavar="NAME", help="Initializer: real, noise, ..."),
+    click.option("--init", type=Names("initializer"), metavar="NAME", help="Initializer of the synthetic images: real, noise, ..."),
     click.option(
         "--augment", type=Names("augmenter"), metavar="NAME", help="Augmenter shared by real and synthetic images: dsa, none, ..."
     ),
-    click.option("--evaluate", "evaluators", type=Names("evaluator", many=True), metavar="NAMES|none", help="Evaluators, or none."),
+    click.option(
+        "--evaluate",
+        "evaluators",
+        type=Names("evaluator", many=True),
+        metavar="NAMES|none",
+        help="Evaluators, separated by commas, or none.",
+    ),
     protocol,
     click.option(
         "--deterministic",
         is_flag=True,
         default=None,
-        help="The same bytes again: refuse what a GPU adds up in another order each time.",
+        help="Make every run give the same bytes. Components that cannot do so on a GPU are refused.",
     ),
 )
 
@@ -61,20 +75,20 @@ recipe_flags = options(
 @click.command()
 @recipe_flags
 @shared
-@click.option("--out", metavar="DIR", type=Place(), help="Run directory, absent or empty.")
-@click.option("--force", is_flag=True, help="Replace the run that is in --out, once all checks of the new one have passed.")
+@click.option("--out", metavar="DIR", type=Place(), help="New or empty run directory.")
+@click.option("--force", is_flag=True, help="Replace the run in --out, after all checks of the new run have passed.")
 @click.option(
     "--resume",
     is_flag=True,
-    help="Continue the run in --out; --steps and --device may change, --dataset and --teacher give their new places if they were moved.",
+    help="Continue the run in --out. --steps and --device may change. --dataset and --teacher give new paths if files were moved.",
 )
-@click.option("--plan", is_flag=True, help="Show what would be done; train and write nothing.")
+@click.option("--plan", is_flag=True, help="Show the resolved recipe and the estimated cost. Nothing is trained or written.")
 @quiet
 @verbose
 def distill(resume: bool, plan: bool, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     """Make a synthetic training set.
 
-    Without flags: 1 image per class of the digits that come along, in a minute.
+    Without flags it makes 1 image per class of the digits that are included with ddkit, in a minute.
     """
     set_verbosity(quiet, verbose)
     _check_modes(resume, plan, flags)
@@ -102,20 +116,22 @@ def _check_modes(resume: bool, plan: bool, flags: dict[str, Any]) -> None:
     """Raises FlagError for flags that cannot go together with --force, --resume or --plan."""
     for given, name, why in ((resume, "resume", "continues the run that is there"), (plan, "plan", "writes nothing")):
         if flags["force"] and given:
-            raise FlagError(f"--force replaces the run in --out, and --{name} {why}. Leave one of them out.")
+            raise FlagError(f"--force replaces the run in --out, but --{name} {why}. Leave one of them out.")
     if flags["force"] and flags["out"] is None:
-        raise FlagError("--force replaces the run in --out: name it, for example --out runs/dm-digits-1 --force.")
+        raise FlagError("--force replaces the run in --out, so --out is needed, for example --out runs/dm-digits-1 --force.")
     if not resume:
         return
     given_flags = [name for name, value in flags.items() if value not in (None, {}) and name not in WITH_RESUME]
     if given_flags:
         names = {"sets": "set", "evaluators": "evaluate"}
         told = ", ".join(f"--{names.get(name, name).replace('_', '-')}" for name in given_flags)
-        raise FlagError(f"--resume takes the run's own recipe; {told} cannot change it. Start a new run, or leave it out.")
+        raise FlagError(
+            f"--resume continues with the run's own recipe, which {told} cannot change. Leave it out, or start a new run without --resume."
+        )
     if plan:
-        raise FlagError("--resume continues a run at once; --plan goes with a new one. Leave one of them out.")
+        raise FlagError("--resume continues a run, but --plan is for a new run. Leave one of them out.")
     if flags["out"] is None:
-        raise FlagError("--resume continues the run in --out: name it, for example --out runs/dm-digits-1 --resume.")
+        raise FlagError("--resume continues the run in --out, so --out is needed, for example --out runs/dm-digits-1 --resume.")
 
 
 def _show_plan(plan: dict[str, Any]) -> None:
@@ -126,7 +142,7 @@ def _show_plan(plan: dict[str, Any]) -> None:
     height_width = " x ".join(str(side) for side in plan["image_shape"][1:])
     found, cost = plan["teacher_accuracy"], plan["estimate"]
     known = "" if found is None else f" (right on {100 * found['accuracy']:.1f} % of {found['images']} accessible images)"
-    experts = f"; experts: {plan['experts']}{', which are trained first and kept' if plan['experts_are_trained_first'] else ''}"
+    experts = f" Experts: {plan['experts']}{', which are trained first and kept' if plan['experts_are_trained_first'] else ''}."
     waits = ", which is trained first and kept for the next time" if plan["teacher_is_trained_first"] else ""
     makes = plan["parametrization"]
     each = makes["images_per_class"]
@@ -135,10 +151,10 @@ def _show_plan(plan: dict[str, Any]) -> None:
     show(
         f"Would distil {plan['synthetic_images']} images of {plan['image_shape'][0]} x {height_width} (channels x height x width), "
         f"{len(plan['classes'])} classes, from {plan['accessible_images']} real ones in {plan['recipe']['steps']} steps on "
-        f"{plan['device']}{in_processes}; teacher: {plan['teacher'] or 'none needed'}{known}{waits}{experts if plan['experts'] else ''}."
+        f"{plan['device']}{in_processes}. Teacher: {plan['teacher'] or 'none needed'}{known}{waits}.{experts if plan['experts'] else ''}"
     )
     show(
-        f"Stored a class: {budget(makes['stored_numbers'], makes['stored_as_images'])}, of which {makes['use']} makes "
+        f"Stored per class: {budget(makes['stored_numbers'], makes['stored_as_images'])}, of which parametrization {makes['use']} makes "
         f"{made}{far if makes['encoding_error'] else ''}."
     )
     if plan["training"]:
@@ -173,25 +189,29 @@ def _show_run(run: Any, as_json: bool) -> None:
 
 @click.command()
 @shared
-@click.option("--model", type=Names("model"), metavar="NAME", help="Architecture: convnet, mlp, ...")
+@click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of the teacher or experts: convnet, mlp, ...")
 @click.option(
     "--recipe",
     type=Names("recipe", files=".toml"),
     metavar="NAME|FILE",
-    help="Recipe whose [teacher] and [train] tables are used (default: default).",
+    help="Recipe whose [teacher] and [train] tables are used (default: the recipe named default).",
 )
-@click.option("--out", required=True, metavar="FILE|DIR", type=Place(), help="Teacher file to write, .safetensors, or folder of experts.")
-@click.option("--experts", type=click.IntRange(min=1), help="Train so many networks of [network], with their weights after epochs.")
-@click.option("--epochs", type=click.IntRange(min=1), help="Epochs of each expert (default: 10).")
-@click.option("--save-every", type=click.IntRange(min=1), help="Epochs between two saved ones of an expert (default: 1).")
+@click.option(
+    "--out", required=True, metavar="FILE|DIR", type=Place(), help="New teacher file, .safetensors. With --experts: folder of the experts."
+)
+@click.option(
+    "--experts", type=click.IntRange(min=1), help="Train this number of experts: networks of the table [network], saved after epochs."
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Epochs that each expert is trained (default: 10).")
+@click.option("--save-every", type=click.IntRange(min=1), help="Save an expert's weights after every so many epochs (default: 1).")
 @click.option("--pipc", type=PIPC, help="Real images per class that experts are trained on, or all.")
 @quiet
 @verbose
 def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Train a teacher on all training images and save it; or --experts, on the accessible images, into a folder.
+    """Train a teacher on all training images and save it. With --experts, train experts on the accessible images into a folder.
 
-    Settings are the recipe's [teacher] and [train] tables: --set teacher.norm=batch --set train.epochs=8; of experts [network], [experts]
-    and [train]. If training experts was interrupted, the same command goes on.
+    A teacher's settings are the recipe's tables [teacher] and [train]: --set teacher.norm=batch --set train.epochs=8. Those of experts are
+    [network], [experts] and [train]. If the training of experts was interrupted, the same command continues it.
     """
     set_verbosity(quiet, verbose)
     from ddkit import api
@@ -206,7 +226,7 @@ def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
         else:
             show(f"experts  {flags['out']}\ntraining accuracy  {percent(experts.accuracy[-1], None)} after epoch {experts.epochs[-1]}")
         return
-    refuse_given(("epochs", "save_every", "pipc"), "it is of --experts.")
+    refuse_given(("epochs", "save_every", "pipc"), "only --experts uses it.")
     for name in ("experts", "epochs", "save_every", "pipc"):
         del flags[name]
     with watching(quiet, verbose) as observers:
@@ -226,20 +246,20 @@ def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
     "evaluators",
     type=Names("evaluator", many=True),
     metavar="NAMES",
-    help="Evaluators (default: those of the run, else accuracy).",
+    help="Evaluators, separated by commas (default: the evaluators of the run, or else accuracy).",
 )
-@click.option("--model", type=Names("model", many=True), metavar="NAMES", help="Networks to train on the set, separated by commas.")
+@click.option("--model", type=Names("model", many=True), metavar="NAMES", help="Architectures to train on the set, separated by commas.")
 @protocol
-@click.option("--repeats", type=click.IntRange(min=1), help="Networks trained (default: the protocol's).")
-@click.option("--teacher", metavar="FILE", help="Trained model, for evaluators that use one.")
-@click.option("--pipc", type=PIPC, help="Real images per class for the random-real baseline (default: the run's).")
+@click.option("--repeats", type=click.IntRange(min=1), help="Number of networks to train (default: the number in the protocol).")
+@click.option("--teacher", metavar="FILE", help="File of a trained model, for evaluators that use one.")
+@click.option("--pipc", type=PIPC, help="Real images per class for the random-real baseline (default: as in the run).")
 @click.option(
-    "--match-classes", type=PAIRS, metavar="A=B,...", help="Classes of the set and of the data that are one: cat=tabby,dog=beagle."
+    "--match-classes", type=PAIRS, metavar="A=B,...", help="Classes of the set with their names in the data: cat=tabby,dog=beagle."
 )
 @quiet
 @verbose
 def evaluate(target: str, as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
-    """Evaluate the synthetic set of a run directory or file."""
+    """Evaluate the synthetic set of a run directory or file: train networks on it, and test them on real images."""
     set_verbosity(quiet, verbose)
     from ddkit import api
     from ddkit.cli.progress import watching

@@ -35,7 +35,7 @@ def _classes(text: str) -> int | list[str]:
     """Returns a number of classes, or their names: separated by commas, or those of a file with a name on each line."""
     if text.isdecimal() and text.isascii():
         if not 2 <= int(text[:9]) <= 100_000:
-            raise ValueError(f"{text[:20]} is no number of classes from 2 to 100,000.")
+            raise ValueError(f"{text[:20]} is not a number of classes from 2 to 100,000.")
         return int(text)
     return names_of(text)
 
@@ -53,47 +53,55 @@ VALUES = Kind("x,x,...", lambda text: converted(text.split(","), float, f"{text!
 
 @click.command(name="import")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True, type=Place())
-@click.option("--out", required=True, metavar="PATH", type=Place(), help="New folder of the set, or file of the teacher.")
-@click.option("--as", "kind", type=click.Choice(["auto", "set", "teacher"]), default="auto", show_default=True, help="What the file is.")
-@click.option("--mean", type=VALUES, help="Mean of each channel, of pixels in 0..1.")
-@click.option("--std", type=VALUES, help="Standard deviation of each channel.")
-@click.option("--classes", type=Kind("n|names|file", _classes), help="Class names by label, a file of them, or their number.")
+@click.option("--out", required=True, metavar="PATH", type=Place(), help="New folder for a set, or new file for a teacher.")
+@click.option("--as", "kind", type=click.Choice(["auto", "set", "teacher"]), default="auto", show_default=True, help="Content of the file.")
+@click.option("--mean", type=VALUES, help="Mean of each channel, for pixels in 0..1.")
+@click.option("--std", type=VALUES, help="Standard deviation of each channel, for pixels in 0..1.")
 @click.option(
-    "--pixels", type=click.Choice(["normalised", "unit"]), help="Unit of a set's floats: normalised, or 0 for black to 1 for white."
+    "--classes",
+    type=Kind("n|names|file", _classes),
+    help="Class names in label order, a file with a name on each line, or the number of classes.",
+)
+@click.option(
+    "--pixels",
+    type=click.Choice(["normalised", "unit"]),
+    help="Unit of a set's floats: normalised (by --mean and --std), or unit (0 is black, 1 is white).",
 )
 @click.option(
     "--labels",
     multiple=True,
     metavar="FILE|argmax",
-    help="File of labels that lie apart; argmax: store the likeliest class of rows (n, K).",
+    help="File with the labels, if they are not in FILE. argmax stores the likeliest class of labels (n, K).",
 )
-@click.option("--ipc", type=click.IntRange(min=1), help="Images of each class, if they have no labels and are in order of class.")
+@click.option("--ipc", type=click.IntRange(min=1), help="Images per class, if the images have no labels and are sorted by class.")
 @click.option(
     "--run",
     "--index",
     "index",
     type=click.IntRange(min=0),
-    help="Number of the set, if the file holds several runs (default: 0, the first).",
+    help="Number of the set, if the file holds the sets of several runs (default: 0, the first).",
 )
-@click.option("--grid", type=click.IntRange(1, 8), help="Each image is a grid of so many images along each side; 1: it is none.")
+@click.option("--grid", type=click.IntRange(1, 8), help="Each image is a grid of N x N images. 1 means that it is not a grid.")
 @click.option(
     "--whitened/--not-whitened",
     default=None,
-    help="Its networks see images whitened by ZCA of all training images of --dataset; or they are not, whatever it looks like.",
+    help="Whether the images are whitened, by ZCA of all training images of --dataset.",
 )
-@click.option("--dataset", type=Names("dataset"), metavar="NAME[:ARG]", help="Real data whose training images --whitened whitens by.")
-@click.option("--step-size", type=Kind("x|file", _step_size), help="Learning rate that was learned with the set, or a file of it.")
-@click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number.")
+@click.option(
+    "--dataset", type=Names("dataset"), metavar="NAME[:ARG]", help="Real data whose training images define the whitening of --whitened."
+)
+@click.option("--step-size", type=Kind("x|file", _step_size), help="Learning rate that was learned with the set, or a file that holds it.")
+@click.option("--size", type=Kind("x,x,...", _sides), help="Image size of a teacher: height,width, or one number for both.")
 @click.option("--model", type=Names("model"), metavar="NAME", help="Architecture of a teacher (default: convnet).")
-@set_option("Option of a teacher's model, e.g. teacher.norm=batch, or of a set's parametrization; with --whitened data.whiten_eps=0.1.")
+@set_option("Option of a teacher's model (teacher.norm=batch), of a set's parametrization, or of --whitened (data.whiten_eps=0.1).")
 @plugin_files
 @as_json
 @quiet
 def import_(files: tuple[Path, ...], out: Path, as_json: bool, quiet: bool, **flags: Any) -> None:
-    """Import a set or a teacher of another project. FILE was written by torch.save, or is a .npz, .npy or .safetensors file.
+    """Import a set or a teacher of another project. FILE is a file of torch.save, or a .npz, .npy or .safetensors file.
 
-    Only tensors and numbers are read, so that no code in the file can run. --mean and --std say how images were normalised. Several
-    files are joined to one set.
+    Only tensors and numbers are read, so that no code in the file can run. --mean and --std give the normalisation of the images. Several
+    files are joined into one set.
 
     \b
     ddkit import images_best.pt --labels labels_best.pt --out mtt-set --pixels normalised --mean 0.49,0.48,0.45 --std 0.2,0.2,0.2
@@ -119,14 +127,14 @@ def import_(files: tuple[Path, ...], out: Path, as_json: bool, quiet: bool, **fl
 @click.command()
 @click.argument("target", metavar="RUN|FILE", type=click.Path())
 @click.option("--to", required=True, metavar="NAME[:ARG]", help="Exporter: imagefolder, npz, png, card, ...")
-@click.option("--out", required=True, metavar="DIR", type=Place(), help="Folder to write, absent or empty.")
-@set_option("An option of the exporter, e.g. columns=10.", "OPTION=VALUE")
+@click.option("--out", required=True, metavar="DIR", type=Place(), help="New or empty folder to write.")
+@set_option("Option of the exporter, e.g. columns=10.", "OPTION=VALUE")
 @plugin_files
 @as_json
 def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool) -> None:
     """Write a synthetic set in a format that other programs read, with a card that describes it.
 
-    `ddkit list exporters` shows the formats, `ddkit info exporter NAME` the options of one.
+    `ddkit list exporters` shows the formats, and `ddkit info exporter NAME` shows the options of one.
     """
     from ddkit import api
     from ddkit.run.manifest import file_entry
@@ -145,13 +153,13 @@ def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool)
 
 @click.command()
 @click.argument("target", metavar="RUN", type=click.Path())
-@click.option("--out", metavar="FILE", type=Place(), help="New file to write (default: report.html of the run).")
+@click.option("--out", metavar="FILE", type=Place(), help="New file to write (default: report.html in the run directory).")
 @click.option("--figures", metavar="DIR", type=Place(), help="Also write each chart as a PDF and a PNG file into a new folder.")
 @as_json
 def report(target: str, out: Path | None, figures: Path | None, as_json: bool) -> None:
-    """Make the report of a finished run again. It is one HTML page with images, curves and figures.
+    """Write the report of a finished run again. It is one HTML page with images, curves and figures.
 
-    A run writes it at its end, and `ddkit evaluate` writes it again. The page needs no network and no other file.
+    Each run writes its report at its end, and `ddkit evaluate` updates it. The page needs no network and no other file.
     """
     from ddkit import api
 

@@ -47,10 +47,10 @@ ASKS = {
     "real": "real images that the run may use (--pipc)",
     "network": "the network of each step, or its features",
     "teacher": "a trained model (--teacher FILE, else one is trained)",
-    "second_order": "second derivatives, through gradients by parameters of network or trained model; float32, not compiled",
+    "second_order": "second derivatives, through gradients by parameters of the network or trained model, in float32 and not compiled",
     "views": "augmented views of the set, recipe tables [views.NAME]",
-    "parameters": "parameters of the set beside its images, which are optimised too",
-    "reduce": "the value can be computed for parts of the set, so that large sets fit",
+    "parameters": "extra parameters of the set, which are optimised with its images",
+    "reduce": "the value can be computed for parts of the set, so that large sets fit into memory",
 }
 
 
@@ -108,7 +108,7 @@ def page(told: Mapping[str, Any], width: int = WIDEST) -> str:
         "Options": "\n".join(_option(option, width) for option in told.get("options", ())),
         "Settings": _fenced("text", _settings_table(settings)) if noted else "",
         "File": _fenced("toml", told["text"].rstrip()) if "text" in told and not noted else "",
-        "What it requires": "\n".join(
+        "Requirements": "\n".join(
             _item(f"`{key}`: {json.dumps(value)}" + (f" - {ASKS[key]}" if key in ASKS else ""), width)
             for key, value in told.get("requires", {}).items()
         ),
@@ -131,7 +131,7 @@ def _commands(told: Mapping[str, Any]) -> str:
     if told.get("options"):
         lines += [f"--set {path}.OPTION=VALUE".replace("NAME", name) for path in PATHS.get(kind, ())]
         lines += ["--set OPTION=VALUE"] if kind == "exporter" else []
-    return "\n".join(lines) or "# at work wherever it is installed"
+    return "\n".join(lines) or "# used in every run, once it is installed"
 
 
 def _option(option: Mapping[str, Any], width: int) -> str:

@@ -27,7 +27,7 @@ class Narrator(ProgressLines):
         compiled = {True: "yes", False: "no"}.get(engine.compile, engine.compile)  # else "auto"
         losses = ", ".join(f"{label} x {loss.weight:g}" for label, loss in sorted(recipe.losses.items())) or "none"
         log.info(
-            "%s: steps %d to %d, losses %s; %s at the start, %s as network, compiled: %s, %s.",
+            "%s: steps %d to %d, losses %s, initializer %s, network %s, compiled: %s, %s.",
             path, start, recipe.steps, losses, recipe.initializer.use, recipe.network.model, compiled, engine.precision,
         )  # fmt: skip
 
@@ -37,7 +37,7 @@ class Narrator(ProgressLines):
         if record is not None:
             terms = ", ".join(f"{label} {term['raw']:.4g}" for label, term in record["losses"].items())
             own = shares(record)
-            gradient = f"; gradient: {words(own)}" if own else ""
+            gradient = f", gradient: {words(own)}" if own else ""
             log.info("step %d of %d: total %.4g (%s)%s", index + 1, steps, record["total"], terms, gradient)
 
     @hookimpl

@@ -25,46 +25,58 @@ def _shard(text: str) -> tuple[int, int]:
     """Returns a share I/N of the work, I from 1 to N, as (I - 1, N)."""
     number, _, of = text.partition("/")
     if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-        raise ValueError(f"{text!r} is no share I/N with I from 1 to N, such as 1/4.")
+        raise ValueError(f"{text!r} is not a share I/N with I from 1 to N, such as 1/4.")
     return int(number) - 1, int(of)
 
 
 @click.command()
 @click.argument("study", metavar="STUDY|FILE")
 @shared
-@click.option("--cells", type=ROWS, help="Rows of the study: 1:10,10:50 (ipc:pipc). Default: all.")
+@click.option("--cells", type=ROWS, help="Rows of the study, as ipc:pipc, e.g. 1:10,10:50. Default: all.")
 @click.option("--systems", metavar="NAMES", help="Columns of the study, separated by commas. Default: all.")
-@click.option("--alphas", type=Kind("alpha,...", _alphas), help="Blends of the study at these alone: 0,0.5. Default: all.")
-@click.option("--seeds", type=click.IntRange(min=1), help="Sets of each cell, of seeds 0, 1, ... (default: the study's).")
-@click.option("--repeats", type=click.IntRange(min=1), help="Networks trained on each set (default: the study's, else the protocol's).")
+@click.option("--alphas", type=Kind("alpha,...", _alphas), help="Blends of the study, e.g. 0,0.5. Default: all.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Number of sets per cell, with the seeds 0, 1, ... (default: as in the study).")
+@click.option(
+    "--repeats",
+    type=click.IntRange(min=1),
+    help="Number of networks trained on each set (default: as in the study, or else as in the protocol).",
+)
 @click.option(
     "--protocol",
     type=Names("protocol", files=".toml"),
     metavar="NAME|FILE",
-    help="Evaluation protocol for all systems (default: the study's).",
+    help="Evaluation protocol for all systems (default: as in the study).",
 )
 @click.option(
-    "--steps", type=click.IntRange(min=0), help="Updates of each set (default: the recipes'); a system that sets its own keeps them."
+    "--steps",
+    type=click.IntRange(min=0),
+    help="Number of updates of each set (default: as in the recipe). Systems with their own number of steps keep it.",
 )
-@click.option("--teacher", metavar="FILE|auto", help="Trained model, for all systems.")
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Sets made at the same time, sharing the cores.")
-@click.option("--out", metavar="DIR", type=Place(file_okay=False), help="Where sets are kept (default: runs/STUDY).")
-@click.option("--shard", type=Kind("i/n", _shard), help="Make only share I of N of the sets, as one of N machines: 1/4 to 4/4.")
-@click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="Copy what another --out has finished first.")
-@click.option("--show", is_flag=True, help="Show the results that are there; run nothing.")
-@click.option("--markdown", is_flag=True, help="The table as Markdown.")
+@click.option("--teacher", metavar="FILE|auto", help="File of a trained model, for all systems.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Number of sets that are made at the same time and share the cores.",
+)
+@click.option("--out", metavar="DIR", type=Place(file_okay=False), help="Folder of the sets (default: runs/STUDY).")
+@click.option("--shard", type=Kind("i/n", _shard), help="Make only share I of N, on one of N machines: 1/4, 2/4, 3/4 or 4/4.")
+@click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="First copy the finished sets of another --out.")
+@click.option("--show", is_flag=True, help="Show the finished results. Nothing is run.")
+@click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
 @quiet
 def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: Any) -> None:
-    """Run a study and show its figures beside the published ones. A study is systems times cells.
+    """Run a study and compare its figures with the published ones. A study has a figure for each system and cell.
 
-    What is finished is kept; a second call continues. `ddkit list studies` shows those that come along. Under torchrun the processes
-    make a share of the sets each; machines that know nothing of one another take --shard I/N, and --merge puts their results together.
+    Finished sets are kept, and a second call continues. `ddkit list studies` shows the installed studies. Under torchrun each process makes
+    a share of the sets. On machines that are not connected, use --shard I/N, and then --merge to bring the results together.
     """
     set_verbosity(quiet)
     if markdown and as_json:
-        raise FlagError("--markdown and --json are two forms of one output; choose one.")
+        raise FlagError("--markdown and --json are two forms of one output. Choose one of them.")
     if flags["seed"] is not None:
-        raise FlagError("--seed: a study makes sets of seeds 0, 1, ...; say how many with --seeds.")
+        raise FlagError("--seed: a study makes sets with the seeds 0, 1, ... Use --seeds N for the number of sets.")
     if flags["show"]:
         refuse_given(("jobs", "shard", "device"), "--show runs nothing.")
     from ddkit.studies import runner
@@ -91,14 +103,16 @@ def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: A
         for picture in report.pictures:
             show(f"picture  {picture}")
     if any(figure.failed for figure in report.figures):
-        raise RunFailed("Some sets failed; the table says which, and a second call tries them again.")
+        raise RunFailed("Some sets failed. The table names them, and the same command tries them again.")
 
 
 def _names(text: str) -> list[str]:
     """Returns the names of a list with commas; raises FlagError for one that is empty or there twice."""
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise FlagError(f"--systems '{text}': a name is missing. Give names of systems, separated by commas, or leave it out for all.")
+        raise FlagError(
+            f"--systems '{text}': a name is empty. Write names of systems, separated by commas, or leave --systems out for all."
+        )
     for double in doubles(names):
         raise FlagError(f"--systems '{text}' names '{double}' twice. Name it once.")
     return names

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from ddkit.api import Run
     from ddkit.run.comparison import ComparedRow, ComparedSet
 
-out_of_set = click.option("--out", required=True, metavar="DIR", type=Place(), help="Run directory, absent or empty.")
+out_of_set = click.option("--out", required=True, metavar="DIR", type=Place(), help="New or empty run directory.")
 
 
 @click.command()
 @click.argument("first", metavar="A", type=click.Path())
 @click.argument("second", metavar="B", type=click.Path())
-@click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of B: the result is (1 - alpha) A + alpha B.")
+@click.option("--alpha", type=float, default=0.5, show_default=True, help="Share of B. The result is (1 - alpha) A + alpha B.")
 @out_of_set
 @as_json
 def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> None:
-    """Average two synthetic sets, image by image. Both have the same classes and ipc.
+    """Average two synthetic sets, image by image. Both must have the same classes and ipc.
 
     A and B are run directories or files. Images are matched by class name, and within a class by their order.
     """
@@ -44,9 +44,10 @@ def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> No
 @out_of_set
 @as_json
 def join(sets: tuple[str, ...], out: Path, as_json: bool) -> None:
-    """Join synthetic sets of different classes, or of the same ones, into one with all of their images.
+    """Join synthetic sets into one set with all of their images. The sets may have different classes or the same ones.
 
-    Each is a run directory or a file. Classes of one name are one class. The images must have one shape and be stored in one way.
+    Each set is a run directory or a file. Classes with the same name become one class. All images must have the same shape and be stored
+    in the same way.
     """
     from ddkit import api
 
@@ -60,12 +61,15 @@ def join(sets: tuple[str, ...], out: Path, as_json: bool) -> None:
 @click.command()
 @click.argument("target", metavar="SET", type=click.Path())
 @click.option(
-    "--classes", required=True, type=Kind("names|file", names_of), help="Names of classes, separated by commas, or a file of them."
+    "--classes",
+    required=True,
+    type=Kind("names|file", names_of),
+    help="Names of classes, separated by commas, or a file with a name on each line.",
 )
 @out_of_set
 @as_json
 def split(target: str, classes: list[str], out: Path, as_json: bool) -> None:
-    """Make a set of some classes of a synthetic set. SET is a run directory or a file."""
+    """Make a new set from some classes of a synthetic set. SET is a run directory or a file."""
     from ddkit import api
 
     run = api.split(target, classes, out=out)
@@ -89,14 +93,16 @@ def _show_files(run: Run) -> None:
 
 @click.command()
 @click.argument("targets", metavar="RUN RUN ...|FOLDER", nargs=-1, required=True, type=Place())
-@click.option("--out", metavar="FILE", type=Place(), help="New .png or .pdf file: the images of the sets beside each other.")
-@click.option("--figures", metavar="DIR", type=Place(), help="New folder for the images and accuracies as PDF and PNG files.")
+@click.option("--out", metavar="FILE", type=Place(), help="New .png or .pdf file with the images of the sets side by side.")
+@click.option(
+    "--figures", metavar="DIR", type=Place(), help="New or empty folder for charts of the images and accuracies, as PDF and PNG files."
+)
 @as_json
 def compare(targets: tuple[Path, ...], out: Path | None, figures: Path | None, as_json: bool) -> None:
-    """Put runs beside each other: accuracy, random real, budget, cost and images. Nothing is computed anew.
+    """Compare runs: accuracy, random real, budget, cost and images. Nothing is computed again.
 
-    RUN is a run directory or the file of a set; a FOLDER stands for the finished runs in it. The runs need the same data and one
-    evaluation in common: if there is none, the error has the command that adds it. What else differs is said below the table.
+    RUN is a run directory or the file of a set. FOLDER stands for all finished runs in it. The runs must have the same data and at least
+    one evaluation in common. If they have none, the error shows the command that adds one. Notes below the table list other differences.
     """
     from ddkit import api
 

@@ -99,7 +99,10 @@ class Component:
         super().__init_subclass__(**arguments)
         for name, value in list(vars(cls).items()):
             if isinstance(value, Field) and (owner := _taken(cls, name)):
-                raise TypeError(f"{cls.__name__}: ddkit.{owner} has {name} already. Write {name}_; the option is still called {name}.")
+                raise TypeError(
+                    f"{cls.__name__}: the name {name} is taken by ddkit.{owner}. Write {name}_ in the class. In recipes the option is "
+                    f"still called {name}."
+                )
         if inspect.isfunction(vars(cls).get("requires")):
             cls.requires = RequiresMethod(vars(cls)["requires"])
 
@@ -131,10 +134,10 @@ class Component:
 
 
 class Loss(Component):
-    """A loss: `__call__(step)` returns a finite scalar attached to the graph of the synthetic set.
+    """A loss: `__call__(step)` returns a finite scalar tensor that depends on the synthetic images.
 
-    It never calls backward, steps an optimizer, seeds globally, prints, or writes to the bank. `order_invariant` says that the
-    order of samples within a class does not matter to it: a claim that its conformance suite checks.
+    It never calls backward, steps an optimizer, seeds globally, prints, or writes to the bank. `order_invariant` declares that the
+    order of samples within a class does not matter, which its conformance suite checks.
     """
 
     order_invariant: ClassVar[bool] = False
@@ -148,17 +151,17 @@ class Loss(Component):
         raise NotImplementedError
 
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
-        """Raises InputError where networks, or a teacher, of the run's kind do not suit it. Called before anything is trained.
+        """Raises InputError if the network or teacher of the run does not suit the loss. Called before anything is trained.
 
         Both are untrained, and None if the loss does not require them.
         """
 
     def expert_draws(self) -> Collection[tuple[int, int, int | None]]:
-        """Returns (span, first, last) of each `step.experts.draw` of a run, so that experts without these epochs are never trained."""
+        """Returns (span, first, last) of each `step.experts.draw` of a run, so that experts with these epochs are trained."""
         return ()
 
     def initial(self, step: Step) -> Mapping[str, Tensor]:
-        """Returns initial values, by name, of declared parameters that depend on the data ({}: those declared).
+        """Returns initial values, by name, of declared parameters that depend on the data; {} for the declared values.
 
         Called once, before the first step of a new run.
         """
@@ -166,13 +169,13 @@ class Loss(Component):
 
 
 class InitContext(msgspec.Struct, frozen=True, kw_only=True):
-    """What an initializer sees. Images are normalised.
+    """The inputs of an initializer. Images are normalised.
 
-    labels: (n,) int64, ascending; shape: (C, H, W); real_images: (m, C, H, W) and real_labels: (m,), the accessible
-    images, class by class (m = 0 without data); generator(label): the random generator of one class; class_names: of the
-    data, in label order; normalisation: the run's, between pixel units and normalised ones. Where the initializer
-    requires a teacher, teacher is that, and features(images) gives its features (n, d) of normalised images, without
-    gradients and on the CPU; elsewhere both are None.
+    `labels` (n,) are int64 and ascending, `shape` is (C, H, W). `real_images` (m, C, H, W) with `real_labels` (m,) are the accessible
+    images, class by class (m = 0 without data). `generator(label)` is the random generator of one class. `class_names` are those of the
+    data, in label order. `normalisation` is that of the run, between pixel units and normalised ones. If the initializer requires a
+    teacher, `teacher` is that, and `features(images)` returns its features (n, d) of normalised images, without gradients and on the CPU.
+    Else both are None.
 
     Examples:
         >>> class Middle(ddkit.Initializer):
@@ -197,36 +200,36 @@ class InitContext(msgspec.Struct, frozen=True, kw_only=True):
 class Initializer(Component):
     """Returns the first synthetic images for labels.
 
-    `requires` may ask for `real` images and for the `teacher`, whose statistics then normalise the run's images. The images of a class
-    depend on that class's labels and real images alone, unless `deviations` names "a-class-does-not-depend-on-others": in a run of
-    several processes each then opens all accessible images, and keeps its share of the result.
+    `requires` may declare `real` images and the `teacher`, whose statistics then normalise the run's images. The images of a class
+    depend only on the labels and real images of that class, unless `deviations` names "a-class-does-not-depend-on-others": in a run of
+    several processes each of them then opens all accessible images, and keeps its share of the result.
     """
 
     @property
     def by_class(self) -> bool:
-        """Whether a class that is made alone gets the same images."""
+        """Whether a class has the same images if it is made alone."""
         return "a-class-does-not-depend-on-others" not in self.deviations
 
     def needed(self, ipc: int) -> int:
-        """Returns how many accessible real images of each class it needs for `ipc` of them; by default none."""
+        """Returns the accessible real images per class that it needs to make `ipc` images; by default 0."""
         return 0
 
     @property
     def remedy(self) -> str:
-        """What else helps where there are fewer, beside a larger --pipc."""
+        """Advice, besides a larger --pipc, if there are fewer."""
         return "lower --ipc, use --init noise, or --set initializer.reuse=true"
 
     def check(self, ipc: int, available: Mapping[str, int]) -> None:
-        """Raises InputError where `available` images per class name cannot give `ipc` a class. Called before the run.
+        """Raises InputError if the `available` images by class name are too few for `ipc` images. Called before the run.
 
-        By default where a class has fewer than `needed(ipc)`.
+        By default if a class has fewer than `needed(ipc)`.
         """
         needed = self.needed(ipc)
         short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
         if short:
-            wanted = f"{needed} accessible images a class for {counted(ipc, 'image')}"
+            wanted = f"{needed} accessible real images per class to make {counted(ipc, 'image')}"
             told = f"{', '.join(short[:5])}{f' and {len(short) - 5} more have too few' if len(short) > 5 else ''}"
-            raise InputError(f"Initializer '{self.name}' needs {wanted}, but {told}. Raise --pipc, {self.remedy}.", "ipc")
+            raise InputError(f"The initializer '{self.name}' needs {wanted}, but {told}. Raise --pipc, {self.remedy}.", "ipc")
 
     def __call__(self, start: InitContext) -> Tensor:
         """Returns (n, C, H, W) float32 normalised images, one for each of `start.labels`: finite, and no view of the real ones.
@@ -236,7 +239,7 @@ class Initializer(Component):
         raise NotImplementedError
 
     def soft_labels(self, start: InitContext) -> Tensor | None:
-        """Returns what learned labels begin as, rows (n, K) of float32 in 0..1 for the images of a call with `start`; None: their classes.
+        """Returns the initial learned labels, rows (n, K) of float32 in 0..1 for the images of a call with `start`; None for the classes.
 
         Called after the images were made, if labels are learned and labels.init is auto.
         """
@@ -244,12 +247,12 @@ class Initializer(Component):
 
 
 class Parametrization(Component):
-    """Makes the images of a set from what the set stores: rows of numbers, which are optimised, each of which gives `per_row` images.
+    """Makes the images of a set from stored rows of numbers, which are optimised; each row makes `per_row` images.
 
-    A row depends on its own images alone, and an image on its own row and on the tensors that all classes share. `stores_images` says
-    that rows are images (C, H, W) and that it makes no difference in which units a channel is encoded and decoded: such a set is stored
-    in pixel units unless it is whitened, any other in the units of the run. `linear` says that the images of an average of rows are the
-    average of the images, so that two sets can be blended.
+    A row depends only on its own images, and an image only on its own row and on the tensors that all classes share. `stores_images`
+    declares that rows are images (C, H, W) and that the units of a channel make no difference to encoding and decoding: such a set is
+    stored in pixel units unless it is whitened, any other in the units of the run. `linear` declares that the images of an average of rows
+    are the average of the images, so that two sets can be blended.
     """
 
     stores_images: ClassVar[bool] = False
@@ -257,15 +260,15 @@ class Parametrization(Component):
 
     @property
     def per_row(self) -> int:
-        """The number of images that a row gives."""
+        """The number of images that a row makes."""
         return 1
 
     def images_per_class(self, ipc: int) -> int:
-        """Returns how many images of a class are made of at most the numbers of `ipc` images: a multiple of `per_row`."""
+        """Returns the number of images per class that can be made from the numbers of `ipc` images: a multiple of `per_row`."""
         return ipc * self.per_row
 
     def check(self, shape: tuple[int, int, int]) -> None:
-        """Raises InputError if there are no such images of shape (C, H, W). Called before the run, and when a set is loaded."""
+        """Raises InputError if it cannot make images of shape (C, H, W). Called before the run, and when a set is loaded."""
 
     def shared(self, shape: tuple[int, int, int]) -> Mapping[str, Tensor]:
         """Returns the first values of the tensors that all classes share, by name, float32; they are optimised and stored too."""
@@ -274,19 +277,19 @@ class Parametrization(Component):
     def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """Returns the rows (n / per_row, ...) of images (n, C, H, W), normalised: those whose images are nearest, by least squares.
 
-        Called once, with what the initializer made; a run tells how far the images of the rows are from these.
+        Called once, with the images of the initializer; a run shows how far the decoded rows are from these.
         """
         raise NotImplementedError
 
     def decode(self, stored: Tensor, shape: tuple[int, int, int], shared: Mapping[str, Tensor]) -> Tensor:
-        """Returns the images (n * per_row, *shape) of the rows `stored` (n, ...), differentiable in the rows and in what is shared."""
+        """Returns the images (n * per_row, *shape) of the rows `stored` (n, ...), differentiable in the rows and the shared tensors."""
         raise NotImplementedError
 
 
 class Augmenter(Component):
-    """Random, differentiable image augmentation whose draw and application are apart.
+    """Random, differentiable image augmentation, with separate methods to draw and to apply.
 
-    So a draw can be shared by a class's real and synthetic images (siamese augmentation). `rowwise` says that apply
+    So the real and synthetic images of a class can share a draw (siamese augmentation). `rowwise` declares that `apply`
     treats every row alone, so that several batches may be augmented in one call.
     """
 
@@ -295,7 +298,7 @@ class Augmenter(Component):
     def sample(self, generator: Generator, groups: int) -> dict[str, Tensor]:
         """Returns parameters for `groups` groups by name, each tensor of first dimension `groups`, on the CPU.
 
-        Draws from `generator` alone. A group is a class in a step, an image in a training batch.
+        Draws from `generator` only. A group is a class in a step, and an image in a training batch.
         """
         raise NotImplementedError
 
@@ -314,18 +317,18 @@ class Augmenter(Component):
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     """One row of an evaluation. Accuracies are fractions; std is the sample standard deviation, None for one repeat.
 
-    An evaluator that trains no network has no accuracy (None), and tells in `details`, under "summary" in a few words.
+    An evaluator that trains no network has no accuracy (None), but results in `details`, with a few words under "summary".
 
-    `labels` says whose labels the networks learned: "hard" (the likeliest class), "stored" (the set's own probabilities) or "teacher" (what
-    it says of each augmented batch; "soft" is its name in versions up to 0.2).
-    `images` names what the networks were trained on: "synthetic", or a baseline; random real stands beside synthetic.
-    `split` names what they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
-    `details["variant"]` says in a few words what differs from the protocol; rows of another variant stand beside each other.
-    `details["cached"]` says how many networks of the row's baseline came from the cache, where an earlier evaluation had put them.
+    `labels` names the labels that the networks learned: "hard" (the likeliest class), "stored" (the set's own probabilities) or "teacher"
+    (the teacher's probabilities of each augmented batch; "soft" is its name in versions up to 0.2).
+    `images` names the images that the networks were trained on: "synthetic", or a baseline. Random real is in the row of synthetic.
+    `split` names the images that they were tested on: "test" or "held-out" (data.test of the recipe); ddkit fills it in.
+    `details["variant"]` lists the changes to the protocol in a few words; rows of different variants are kept side by side.
+    `details["cached"]` is the number of networks of the row's baseline that an earlier evaluation had put into the cache.
 
-    `stored_numbers` is the budget of the set: the numbers that it stores for a class, without labels, on average; `stored_as_images`, how
-    many images of this size have as many. If classes differ, `details["stored_by_class"]` has the numbers of each. ddkit fills them in, for
-    rows of the synthetic set; compare sets of the same budget alone.
+    `stored_numbers` is the budget of the set: the numbers that it stores per class, without labels, on average. `stored_as_images` is the
+    number of images with as many numbers. If classes differ, `details["stored_by_class"]` has the numbers of each. ddkit fills them in for
+    rows of the synthetic set. Only compare sets of the same budget.
 
     Examples:
         >>> row = ddkit.evaluate("my-run", model="mlp", sets={"evaluators.accuracy.epochs": 1, "evaluators.accuracy.repeats": 2})[0]
@@ -355,12 +358,12 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
-    """The real data an evaluator may use. Images are in pixel units, float32 in 0..1 or uint8.
+    """The real data that an evaluator may use. Images are in pixel units, float32 in 0..1 or uint8.
 
-    test_images (t, C, H, W), test_labels (t,): the test set, or held-out training images in its place; real_images
-    (m, C, H, W), real_labels (m,): the accessible training images. `seed` is the run's; `device` where to compute;
-    `report(done, total)` shows progress, `report_part(done, total, part)`, if there is one, also how much of the next is done, 0 to 1;
-    `split` names what the test images are, "test" or "held-out". `spread` is None in a run of one process; see shared().
+    `test_images` (t, C, H, W) and `test_labels` (t,) are the test set, or held-out training images. `real_images` (m, C, H, W) and
+    `real_labels` (m,) are the accessible training images. `seed` and `device` are those of the run. `report(done, total)` shows progress,
+    and `report_part(done, total, part)`, if it is not None, also the part of the next that is done, 0 to 1. `split` names the test images,
+    "test" or "held-out". `spread` is None in a run of one process, see shared().
 
     Examples:
         >>> class Brightness(ddkit.Evaluator):
@@ -385,27 +388,27 @@ class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):
     report_part: Callable[[int, int, float], None] | None = None
 
     def shared(self, tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:
-        """Returns what `work(some tasks)` gives for each task, JSON data: of several processes each does a share, and all get all."""
+        """Returns the JSON result of `work(some tasks)` for each task. Each process does a share, and all processes get all results."""
         return list(work(tasks)) if self.spread is None else self.spread(tasks, work)
 
 
 class Evaluator(Component):
-    """Judges a synthetic set as it was read back from its file.
+    """Evaluates a synthetic set that was read back from its file.
 
-    In a run of several processes the first alone calls it, unless it `shares` its work through EvaluationData.shared.
+    In a run of several processes only the first calls it, unless it `shares` its work through EvaluationData.shared.
     """
 
     shares: ClassVar[bool] = False
 
     def check(self, info: DataInfo) -> None:
-        """Raises DdkitError where the options cannot work with this data. Called before the run, and by `ddkit evaluate` first."""
+        """Raises DdkitError if the options cannot work with this data. Called before the run, and first by `ddkit evaluate`."""
 
     def work(self, data: EvaluationData) -> str:
-        """Returns what a call with `data` will do, in a few words for the line at its start: "6 networks of convnet, 300 epochs each"."""
+        """Returns a few words about a call with `data`, for the line at its start: "6 networks of convnet, 300 epochs each"."""
         return ""
 
     def operations(self, info: DataInfo, *, rows: int, real: int, tests: int) -> float:
-        """Returns about how many floating-point operations it takes, for `ddkit distill --plan`; 0 where it does not tell.
+        """Returns an estimate of its floating-point operations, for `ddkit distill --plan`; 0 if unknown.
 
         `rows` are the images of the set, `real` the accessible ones, `tests` the test images.
         """
@@ -422,8 +425,8 @@ class Evaluator(Component):
 class Model(Component):
     """A factory of classifiers: `__call__(channels, size, classes)` returns a freshly initialised nn.Module.
 
-    The module maps (n, C, H, W) to (n, classes) logits. Where it has a method `embed(x)`, that gives its features;
-    elsewhere the input of its last linear layer does.
+    The module maps (n, C, H, W) to (n, classes) logits. If it has a method `embed(x)`, that returns its features;
+    else the features are the input of its last linear layer.
     """
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
@@ -436,12 +439,12 @@ class Model(Component):
 
 
 class Dataset(Component):
-    """Labelled real images in two splits, "train" and "test"; labels are had without opening an image.
+    """Labelled real images in two splits, "train" and "test". Labels are read without opening an image.
 
-    `directory` is where a dataset that downloads keeps its files; one that says `takes_directory = False` is given none. `mirror` says
-    whether a mirrored image keeps its class. `resized` counts the images that the dataset itself has resized so far, for ddkit to tell.
-    `memory_mib`, which ddkit fills in, is what decoded images may take. Methods raise InputError where a file is missing or cannot be
-    read, or there is no network.
+    `directory` is the folder of downloaded files; a dataset with `takes_directory = False` gets none. `mirror` declares
+    whether a mirrored image has the same class. `resized` counts the images that the dataset itself has resized so far, for a warning.
+    `memory_mib`, filled in by ddkit, is the memory for decoded images in MiB. Methods raise InputError if a file is missing or cannot be
+    read, or if there is no network.
     """
 
     takes_directory: ClassVar[bool] = True
@@ -465,39 +468,39 @@ class Dataset(Component):
     def images(self, split: str, indices: Sequence[int]) -> Sequence[Tensor] | Tensor:
         """Returns the images (C, H, W) of `indices` in their order, uint8 or float32 in 0..1, C being 1 or 3; opens no other.
 
-        Floats of a synthetic set may lie a little outside. Sizes and channels may differ. Where they do not, they may be one
+        Floats of a synthetic set may be slightly outside. Sizes and channels may differ. If they do not, the images may be one
         new tensor (n, C, H, W), which saves a copy.
         """
         raise NotImplementedError
 
     def shapes(self, split: str, indices: Sequence[int]) -> Sequence[tuple[int, int, int]] | None:
-        """Returns (C, H, W) of each of `indices` as `images` gives it, without decoding it, where all are uint8; else None.
+        """Returns (C, H, W) of the images at `indices` without decoding them, if all are uint8; else None.
 
-        Asked for more images than memory may hold: without it they are decoded twice, first to learn their sizes.
+        Called if the images exceed the memory. Without it they are decoded twice, first for their sizes.
         """
         return None
 
     def grey(self) -> bool:
-        """Whether every training image is grey; asked if all accessible ones are, so that these alone do not decide a run's channels.
+        """Whether every training image is grey. Called if all accessible images are grey, as the run needs the channels of all.
 
-        By default True: then they do.
+        By default True.
         """
         return True
 
     def files(self, split: str, indices: Sequence[int]) -> Sequence[str] | None:
         """Returns the absolute path of each image's file, or None.
 
-        With it the decoded images, if they are many, are kept in ddkit's cache for as long as `decoding_key()` and the files' sizes, times
-        and inodes stay the same.
+        With these paths many decoded images are kept in ddkit's cache, as long as `decoding_key()` and the sizes, times
+        and inodes of the files stay the same.
         """
         return None
 
     def decoding_key(self) -> str:
-        """Returns what decides the decoded pixels besides the files; by default all options."""
+        """Returns the values, besides the files, that decide the decoded pixels; by default all options."""
         return repr(self.options)
 
     def sources(self, split: str, indices: Sequence[int]) -> list[str | int]:
-        """Returns what the manifest lists for `indices`: file names, or the indices themselves."""
+        """Returns the entries for `indices` in the manifest: file names, or the indices themselves."""
         return list(indices)
 
     def fingerprint(self) -> str:
@@ -506,7 +509,7 @@ class Dataset(Component):
 
 
 class Exporter(Component):
-    """Writes a synthetic set in a format that others read."""
+    """Writes a synthetic set in a format that other programs read."""
 
     def __call__(self, artifact: Artifact, folder: str) -> None:
         """Writes one file or more into `folder`, which is there and empty; the same set gives the same bytes.

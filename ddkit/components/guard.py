@@ -22,8 +22,8 @@ from ddkit.errors import PluginError, RunFailed, is_its_own, told
 SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {  # of torch: how each is read and set
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype),
     "the number of threads": (torch.get_num_threads, torch.set_num_threads),
-    "whether gradients are computed": (torch.is_grad_enabled, torch.set_grad_enabled),
-    "whether algorithms are deterministic": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    "the gradient mode": (torch.is_grad_enabled, torch.set_grad_enabled),
+    "the use of deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
 }
 OWNERS: dict[str, Any] = {  # whose functions all code calls
     "torch": torch, "torch.Tensor": torch.Tensor, "torch.autograd": torch.autograd, "torch.nn.functional": nn.functional,
@@ -89,13 +89,13 @@ def check_shared_state(before: dict[str, Any], who: str, helps: str) -> None:
     settings = [name for name in moved if name in SETTINGS]
     if settings:
         raise RunFailed(
-            f"The {who} changes torch's settings ({', '.join(settings)}), which hold for every other component too. It has to leave them "
-            f"as they are.{helps}"
+            f"The {who} changes torch's settings ({', '.join(settings)}), which every other component uses too. It must leave them "
+            f"unchanged.{helps}"
         )
     if moved:
         raise RunFailed(
-            f"The {who} changes the global random state of {' and '.join(moved)}, so the run would not repeat. It has to draw from the "
-            f"generator that it is given.{helps}"
+            f"The {who} changes the global random state of {' and '.join(moved)}, so the run could not be repeated. It must draw from the "
+            f"generator that it gets from ddkit.{helps}"
         )
 
 
@@ -121,8 +121,8 @@ def unchanged(who: str, remedy: str) -> Iterator[None]:
             os.chdir(folder)
     if changed:
         raise PluginError(
-            f"The {who} changes what all code of the process shares when it is imported: {', '.join(changed[:5])}. That is put back, and "
-            f"the plugin is not used: it has to set and draw nothing globally, and to leave torch's functions alone.{remedy}"
+            f"The {who} changes global state when it is imported: {', '.join(changed[:5])}. The changes are undone, and the plugin is not "
+            f"used. A plugin must not change global settings, random generators or the functions of torch.{remedy}"
         )
 
 

@@ -50,7 +50,7 @@ def step_finished(index: int, steps: int, record: Mapping[str, Any] | None) -> N
 
 @hookspec
 def checkpoint_written(index: int, images: Tensor, labels: Tensor, class_names: Sequence[str]) -> None:
-    """Called: when the run starts or goes on, and after each checkpoint. Receives: the number of steps done, copies of the images.
+    """Called: when the run starts or continues, and after each checkpoint. Receives: the number of finished steps, copies of the images.
 
     The images are (n, C, H, W) in pixel units, the labels (n,), both on the CPU, with the class names in label order.
     May: write or draw. May not: change the run. Since: 0.1.
@@ -59,20 +59,20 @@ def checkpoint_written(index: int, images: Tensor, labels: Tensor, class_names: 
 
 @hookspec
 def stage_started(stage: str, text: str, done: int, total: int) -> None:
-    """Called: when a stage begins. Receives: its name, what is done in a line for people, and how far it is in its own units.
+    """Called: when a stage begins. Receives: its name, a line of text about it, and its progress in its own units.
 
     The stages are "reading" (images), "teacher" (epochs), "experts" (networks), "start" (the first images), "distilling" (steps),
     "evaluation" (networks, once for each evaluator) and "writing"; of a study "merging", and "sets" whenever one begins or ends. `total` is
-    0 where it is not known; `done` is above 0 where a run or a study goes on.
+    0 if it is not known, and `done` is above 0 if a run or a study continues.
     May: write or draw. May not: assume that every stage comes, or comes once. Since: 0.2.
     """
 
 
 @hookspec
 def stage_progress(stage: str, done: int, total: int, part: float, values: Mapping[str, float]) -> None:
-    """Called: during a stage, but "distilling", which has step_finished. Receives: the stage, how far it is, and figures to show.
+    """Called: during each stage except "distilling", which has step_finished. Receives: the stage, its progress, and figures to show.
 
-    `part`, from 0 to 1, is how much of the next unit is done; `values` may be empty, and has the "training accuracy" of a teacher.
+    `part`, from 0 to 1, is the finished part of the next unit. `values` may be empty, and has the "training accuracy" of a teacher.
     May: write or draw. May not: assume that every value of `done` is seen. Since: 0.1; `part` and `values`: 0.2.
     """
 
@@ -110,7 +110,7 @@ class Observers:
                     raise
                 if self._manager.has_plugin(name):
                     self._manager.unregister(name=name)
-                log.warning("The observer '%s' cannot be used: %s", name, " ".join(told(error).split()))
+                log.warning("The observer '%s' cannot be used, and the run continues without it: %s", name, " ".join(told(error).split()))
         known = self._manager.list_name_plugin()
         self._hooks: list[tuple[str, dict[str, Any]]] = []  # of each observer alone
         for name, observer in known:
@@ -162,7 +162,7 @@ class Observers:
             except BaseException as error:
                 if self._strict or isinstance(error, KeyboardInterrupt):
                     raise
-                log.warning("The observer '%s' raised %s; the run goes on without it.", name, told(error))
+                log.warning("The observer '%s' raised %s. The run continues without it.", name, told(error))
                 self._hooks.remove(entry)
             if self._traced:
                 print(f"{hook} {name} {1000 * (time.perf_counter() - began):.3f} ms", file=sys.stderr)

@@ -47,10 +47,10 @@ def option(
 ) -> V:
     """Declares an option of a component: `power: float = ddkit.option(1.0, "exponent of the differences", ge=1)`.
 
-    Its type is that of the annotation, and instances have its value as an attribute (`self.power`). `gt`, `ge`, `lt` and `le` bound
-    numbers, in tuples, lists and tables those inside; `choices` are the words that a text may be, as `Literal["a", "b"]` says it too;
-    `min_length` is that of a text, list or table. An option whose name something else of the class has is written with an underscore
-    behind it: `labels_: str = ddkit.option("hard")` is the option `labels`, and `self.labels_`.
+    Its type is that of the annotation, and instances have its value as an attribute (`self.power`). `gt`, `ge`, `lt` and `le` are bounds of
+    numbers, also inside tuples, lists and tables. `choices` are the possible words of a text, as with `Literal["a", "b"]`.
+    `min_length` is for a text, list or table. If the class needs the name of an option for something else, write it with an underscore
+    at its end: `labels_: str = ddkit.option("hard")` is the option `labels`, and `self.labels_`.
 
     Examples:
         >>> class Level(ddkit.Loss):
@@ -89,7 +89,7 @@ def _options_type(kind: type) -> type[Options]:
     for attribute, (owner, field) in declared(kind).items():
         annotation = inspect.get_annotations(owner).get(attribute)
         if annotation is None:
-            raise TypeError(f"the option {attribute} has no type: write {attribute}: {type(field.default).__name__} = ddkit.option(...)")
+            raise TypeError(f"the option {attribute} has no type. Write {attribute}: {type(field.default).__name__} = ddkit.option(...)")
         holder = types.SimpleNamespace(__annotations__={attribute: annotation})  # of the options alone: others may not lead anywhere
         hint = get_type_hints(holder, vars(sys.modules[owner.__module__]), dict(vars(owner)), include_extras=True)[attribute]
         length = {key: value for key, value in field.bounds.items() if key == "min_length"}
@@ -158,18 +158,18 @@ class Parameter(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         check_fields(self)
         if self.constraint == "simplex" and not self.shape:
-            raise ValueError("Parameter: constraint='simplex' is about the last dimension of a shape, and this shape is ()")
+            raise ValueError("Parameter: constraint='simplex' needs a last dimension, but shape is ()")
 
 
 class Requires(msgspec.Struct, frozen=True, kw_only=True):
-    """What a component asks of a run, read before it starts; every default asks for nothing.
+    """The inputs that a component needs from a run, read before it starts; by default none.
 
-    `parameters` are those that a loss adds to the set, and those that an evaluator needs of it.
-    `second_order`: parameters of network and teacher require gradients, as the loss differentiates through gradients of theirs.
-    `reduce` says how the value of the whole set comes from parts of it, each some of the classes: "sum" (the sum of the parts'
-    values), "mean" (the same, weighted by rows), "global" (every part computes the value of the whole set, from sums over samples
-    that it passes through step.all_reduce or rows that it passes through step.all_gather; in chunks it is evaluated twice) or None
-    (the loss always sees the whole set: it is never chunked, and refused in a run of several processes).
+    `parameters` are those that a loss adds to the set, or those that an evaluator needs of the set.
+    `second_order` makes the parameters of network and teacher require gradients, for a loss that differentiates through their gradients.
+    `reduce` declares how the value of the whole set follows from parts of it, each with some classes: "sum" (the sum of the parts'
+    values), "mean" (the mean weighted by rows), "global" (every part computes the value of the whole set, from sums over samples
+    in step.all_reduce or rows in step.all_gather; in chunks it is evaluated twice) or None
+    (the loss always needs the whole set: it is never chunked, and refused in a run of several processes).
 
     Examples:
         >>> class Mean(ddkit.Loss):
@@ -191,7 +191,9 @@ class Requires(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_fields(self)
         if self.reduce == "global" and any(spec.per == "set" for spec in self.parameters.values()):
-            raise ValueError("Requires: a loss with reduce='global' cannot have a Parameter(per='set'); its gradient would count twice")
+            raise ValueError(
+                "Requires: a loss with reduce='global' cannot have a Parameter(per='set'), because its gradient would be counted twice"
+            )
         if self.views and not self.teacher:
             raise ValueError("Requires: views need teacher=True as well")
 
@@ -248,12 +250,12 @@ def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
 def _check_leaf(path: str, value: Any) -> None:
     """Raises InputError for what TOML cannot write: numbers that are not finite or longer than 64 bits, half characters."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"{path} is {value}; it must be a finite number.", path)
+        raise InputError(f"{path} is {value}, but it must be a finite number.", path)
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise InputError(f"{path} is a number of more than 64 bits; it must be smaller.", path)
+        raise InputError(f"{path} is a number of more than 64 bits. Use a smaller one.", path)
     for text in (path, value):
         if isinstance(text, str) and not is_text(text):
-            raise InputError(f"{printable(path)} holds bytes that are no UTF-8 text ({shown(text)}).", path)
+            raise InputError(f"{printable(path)} holds bytes that are not UTF-8 text ({shown(text)}).", path)
 
 
 def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where: str, table: Mapping[str, Any]) -> InputError:
@@ -273,7 +275,7 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
         listed = value if isinstance(value, str) and re.fullmatch(r"[\d., -]+", value) else "..."
         hint = f" Write a list in brackets: --set '{path}=[{listed}]'."
     if any(isinstance(part, msgspec.inspect.IntType | msgspec.inspect.FloatType) for part in _alternatives(kind, keys)):
-        hint = hint.replace("Choose from:", "It is a number, or one of:")
+        hint = hint.replace("Choose from:", "Use a number, or one of:")
     return InputError(f"{path} = {shown(value)} is not possible: {text.replace('`', '')}.{hint}", path)
 
 
@@ -312,7 +314,7 @@ def parse_options(kind: type[T], table: Mapping[str, Any], where: str, plugin: s
     try:
         return parse_struct(kind, table, where, also)
     except InputError as error:
-        raise InputError(f"{plugin}: {error} (`ddkit info {flag}{plugin}` lists its options.)", error.path) from None
+        raise InputError(f"{plugin}: {error} (`ddkit info {flag}{plugin}` shows the options of {plugin}.)", error.path) from None
 
 
 def written_options(options: msgspec.Struct) -> dict[str, Any]:

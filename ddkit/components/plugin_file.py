@@ -50,8 +50,9 @@ def check_unchanged(began: Mapping[str, str], run: Path) -> None:
     other = file if file in new else next(iter([each for each in new if Path(each).name == Path(file).name] or new))
     what = "has changed since" if other == file else f"is not {other}"
     raise RunFilesError(
-        f"{run} began with the plugin file {file}, which {what}: its sha256 was {gone[file][:12]}, and is {new[other][:12]} now. A run is "
-        f"continued with the code that it began with: bring the file back as it was, or start anew with "
+        f"{run} was made with the plugin file {file}, which {what}: the sha256 was {gone[file][:12]}, and is now {new[other][:12]}. A "
+        "run can only "
+        f"be continued with the same code. Restore the file, or start a new run: "
         f"`ddkit distill --recipe {run / 'recipe.toml'} --plugin {other}`."
     )
 
@@ -98,7 +99,7 @@ def opened(path: str, digest: str = "") -> PluginFile:
     if digest and sha256 != digest:
         raise FileChanged(
             f"The plugin file {file} has changed since the process that started this one read it: its sha256 was {digest[:12]}, "
-            f"and is {sha256[:12]} now. Bring the file back as it was, or start anew."
+            f"and is now {sha256[:12]}. Restore the file, or start again."
         )
     if (path, sha256) in _OPENED:
         return _OPENED[path, sha256]
@@ -110,7 +111,7 @@ def opened(path: str, digest: str = "") -> PluginFile:
     assert spec is not None
     module = sys.modules[name] = module_from_spec(spec)
     try:
-        with unchanged(f"plugin file {file}", " Mend it."):
+        with unchanged(f"plugin file {file}", " Fix the file."):
             spec.loader.exec_module(module)  # type: ignore[union-attr]
     except BaseException as error:
         del sys.modules[name]

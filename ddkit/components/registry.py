@@ -93,7 +93,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
         """What helps a stranger's component, to add to a message: "" for ddkit's own, and for kinds without a suite."""
         if self.first_party or self.kind not in CHECKED:
             return ""
-        return f" `ddkit check {self.flag}{self.kind} {self.name}` tells more."
+        return f" `ddkit check {self.flag}{self.kind} {self.name}` shows more."
 
 
 def parse_kind(text: str) -> str:
@@ -104,7 +104,7 @@ def parse_kind(text: str) -> str:
     for kind in GROUPS:
         if name in (kind, kind + "s", kind.replace("loss", "losse") + "s", kind.replace("study", "studies")):
             return kind
-    raise FlagError(f"There is no kind of component '{text}'. {suggestion(name, GROUPS)}")
+    raise FlagError(f"'{text}' is not a kind of component. {suggestion(name, GROUPS)}")
 
 
 @cache
@@ -137,9 +137,9 @@ def plugins() -> tuple[Plugin, ...]:
 def add_plugin_file(path: str | Path) -> None:
     """Makes the components of one Python file available by name, here and in processes that this one starts.
 
-    Raises FlagError where there is no such file, PluginError where it cannot be imported, defines no component, or one
-    whose name is taken. A file that was edited is read anew, by this call alone: whatever a run does later, and the processes
-    that it starts, use what was read here.
+    Raises FlagError if there is no such file, PluginError if it cannot be imported, defines no component, or one
+    whose name is taken. Only this call reads an edited file again: a run that follows, and the processes
+    that it starts, use the code that was read here.
 
     Examples:
         >>> lines = ["class Flat(ddkit.Loss):", "  'Nothing.'", "  def __call__(self, step): return 0 * step.images.sum()"]
@@ -150,7 +150,7 @@ def add_plugin_file(path: str | Path) -> None:
     """
     file = str(Path(path).resolve())
     if not Path(file).is_file() or not file.endswith(".py"):
-        raise FlagError(f"--plugin {path}: there is no such Python file. Name a file that ends in .py and holds a component's class.")
+        raise FlagError(f"--plugin {path}: there is no such Python file. Name a .py file with the class of a component.")
     added = _of_file(plugin_file.opened(file))
     before = plugin_file.known()
     plugin_file.remember(before | {file: added[0].sha256})
@@ -162,8 +162,8 @@ def add_plugin_file(path: str | Path) -> None:
             if others:
                 owner = "another of its classes" if others[0].file == file else f"{others[0].distribution} {others[0].version}"
                 raise PluginError(
-                    f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', a name that {owner} "
-                    "has already. Give the class another name: a component is called as its class, with hyphens."
+                    f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', but {owner} has "
+                    "that name already. Rename the class: MyLoss becomes the component my-loss."
                 )
     except BaseException:
         plugin_file.remember(before)
@@ -194,7 +194,7 @@ def _of_file(found: plugin_file.PluginFile) -> list[Plugin]:
     ]  # fmt: skip
     if not defined:
         kinds = ", ".join(f"ddkit.{expected.__name__}" for expected in BASES.values())
-        raise PluginError(f"The plugin file {found.file} defines no component: a class that is a subclass of one of {kinds}.")
+        raise PluginError(f"The plugin file {found.file} defines no component. A component is a subclass of one of {kinds}.")
     return defined
 
 
@@ -230,14 +230,14 @@ def find(kind: str, name: str) -> Plugin:
         names = {p.name for p in of_kind}
         use = "npz" if name.lower().endswith(".npz") else "imagefolder" if name.startswith((".", "/", "~")) or os.path.isdir(name) else ""
         if kind == "dataset" and use:
-            raise PluginError(f"There is no dataset '{name}', which is a path. Say what is there: --dataset {use}:{name}")
+            raise PluginError(f"'{name}' is a path, not the name of a dataset. Write the name before the path: --dataset {use}:{name}")
         raise PluginError(
-            f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows what is installed; "
-            "--plugin FILE adds a file of yours.)"
+            f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows all that are installed. "
+            "--plugin FILE adds your own file.)"
         )
     if len(matches) > 1 and not matches[0].first_party:
-        owners = " and ".join(f"{p.distribution}/{p.name}" for p in matches)
-        raise PluginError(f"The {kind} '{name}' is claimed by two distributions: say {owners}.")
+        owners = " or ".join(f"{p.distribution}/{p.name}" for p in matches)
+        raise PluginError(f"The {kind} '{name}' is in two distributions. Write {owners}.")
     return matches[0]
 
 
@@ -245,7 +245,7 @@ def status(plugin: Plugin) -> tuple[str, str]:
     """Returns (status, summary) of a plugin from metadata and source alone; status "ok" means found and parses."""
     if plugin.kind == "loss-group":
         found, names = source.group(Path(plugin.value), plugin.name)
-        return found, f"The losses {' and '.join(names)}, chosen together." if names else ""
+        return found, f"The losses {' and '.join(names)}, used together." if names else ""
     if plugin.kind in DATA_KINDS:
         return source.toml_summary(Path(plugin.value))
     if not NAME.fullmatch(plugin.name):
@@ -253,9 +253,9 @@ def status(plugin: Plugin) -> tuple[str, str]:
     namesakes = [p for p in plugins() if p.kind == plugin.kind and p.name == plugin.name]
     found, summary = source.summary(plugin.value)
     if namesakes[0] != plugin and namesakes[0].first_party:
-        return f"name taken (say {plugin.distribution}/{plugin.name})", summary
+        return f"name taken (write {plugin.distribution}/{plugin.name})", summary
     if found == "ok" and len(namesakes) > 1 and not namesakes[0].first_party:
-        return f"name claimed twice (say {plugin.distribution}/{plugin.name})", summary
+        return f"name in two distributions (write {plugin.distribution}/{plugin.name})", summary
     return found, summary
 
 
@@ -267,12 +267,12 @@ def load(kind: str, name: str) -> type[Any]:
 @cache
 def load_plugin(plugin: Plugin) -> type[Any]:
     """Returns the class of `plugin`, imported once and checked against its kind's base class."""
-    remedy = f" Reinstall or remove it (`pip uninstall {plugin.distribution}`), or ask its authors."
+    remedy = f" Reinstall or remove it (`pip uninstall {plugin.distribution}`), or report this to its authors."
     if plugin.file:
-        remedy = f" Mend {plugin.file}."
+        remedy = f" Fix {plugin.file}."
     module, _, attribute = plugin.value.partition(":")
     if not NAME.fullmatch(plugin.name):
-        raise PluginError(f"The {plugin.label} has a name that is not lower-case letters, digits and hyphens.{remedy}")
+        raise PluginError(f"The {plugin.label} has an impossible name. Names consist of lower-case letters, digits and hyphens.{remedy}")
     from ddkit.components.guard import unchanged  # imports torch: if that fails, it is no fault of the plugin's
 
     with _blamed(plugin, f"could not be loaded from {plugin.value}", remedy):
@@ -307,11 +307,13 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     }
     for name, (fits, must) in declared.items():
         if not fits:
-            raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}; it has to be {must}.{remedy}")
+            raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}, but it must be {must}.{remedy}")
     taken = sorted({*names} & OWN_KEYS.get(TABLE_OF.get(plugin.kind, ""), set()))
     if taken:
         told_names = " and ".join(f"'{name}'" for name in taken)
-        raise PluginError(f"The {plugin.label} has an option {told_names}, a key that a recipe has there already. Give it another name.")
+        raise PluginError(
+            f"The {plugin.label} has an option {told_names}, but recipes already have a key of that name in the same table. Rename it."
+        )
     return found
 
 
@@ -366,7 +368,7 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
     merged = dict(table)
     if argument is not None:
         if found.argument is None:
-            raise FlagError(f"The {kind} '{short}' takes no argument after a colon; got '{argument}'.")
+            raise FlagError(f"The {kind} '{short}' takes no argument after a colon, but got '{argument}'.")
         merged[found.argument] = argument
     options = parse_options(options_type(found), merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()), flag=plugin.flag)
     if found.runs_code and found.argument is not None:
@@ -389,7 +391,7 @@ def create(
 ) -> Any:
     """Returns a component built by name, as a recipe would build it.
 
-    `table` holds its options; with `data` the options that depend on the data are filled in; `where` is the recipe
+    `table` holds its options. With `data` the options that depend on the data are filled in. `where` is the recipe
     path for error messages. Raises PluginError if it cannot be loaded and InputError for a bad option.
 
     Examples:

@@ -153,4 +153,4 @@ def group(file: Path, name: str) -> tuple[str, tuple[str, ...]]:
     fits = isinstance(names, list) and names and all(isinstance(each, str) for each in names)
     if fits and len({each.rpartition("/")[2] for each in names}) == len(names):
         return "ok", tuple(names)
-    return status if status != "ok" else f"a line {name} = [...] of its table [groups] has to list losses, each once", ()
+    return status if status != "ok" else f"the line {name} = [...] in the table [groups] must be a list of different losses", ()

@@ -67,6 +67,6 @@ def check(kind: str, name: str, code: str, options: Collection[str]) -> None:
     if everything or not code or any(text == f"{name}:{code}" or (text == code and path in options) for path, text in values):
         return
     raise InputError(
-        f"The {kind} '{name}:{code}' runs Python code of that name, and a file asks for it (a recipe, a run or a teacher), not you. "
-        f"If you trust it, say so with --allow-code (allow_code=True in Python); for a new run --{kind} {name}:{code} does too."
+        f"The {kind} '{name}:{code}' runs Python code, and only a file (a recipe, a run or a teacher) names it, not your command. "
+        f"If you trust this code, add --allow-code (allow_code=True in Python), or for a new run --{kind} {name}:{code}."
     )

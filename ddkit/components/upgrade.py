@@ -11,8 +11,8 @@ from typing import Any
 from ddkit.files import read_text
 
 INSTEAD = {  # names of ddkit in 0.1 that went, and what is written now; others moved to ddkit.nn or ddkit.data
-    "Option": 'NAME: TYPE = ddkit.option(DEFAULT, "what it is") in the class itself',
-    "Options": 'NAME: TYPE = ddkit.option(DEFAULT, "what it is") in the class itself, for each option',
+    "Option": 'NAME: TYPE = ddkit.option(DEFAULT, "its help") in the class itself',
+    "Options": 'NAME: TYPE = ddkit.option(DEFAULT, "its help") in the class itself, for each option',
     "Start": "ddkit.InitContext",
     "LossGroup": '[groups] NAME = ["loss", "other loss"] in a file groups.toml beside recipes',
     "API_VERSION": 'dependencies = ["ddkit>=0.2"] in pyproject.toml',
@@ -50,7 +50,7 @@ def problem(who: str, file: Path | None) -> str:
     if all(old.startswith(("self.options.", "step.")) for _, old, _ in lines):  # may be anybody's names
         return ""
     told = "; ".join(f"line {number}: {old} -> {new}" for number, old, new in lines)
-    return f"The {who} is written for ddkit 0.1, and this ddkit has another plugin API. Change in {file}: {told}."
+    return f"The {who} is written for the plugin API of ddkit 0.1. This version has a new one. Change these lines of {file}: {told}."
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[Any, str, str]]:

@@ -21,8 +21,8 @@ SMALL_RATIO, LARGE_RATIO = 100, 10
 def read_arrays(path: Path) -> dict[str, Any]:
     """Returns the arrays of an .npz file by name, or that of an .npy file by the file's; raises InputError for one that cannot be used.
 
-    Nothing is unpickled. Before anything is unpacked the declared sizes are checked, as check_declared does, and that the header of every
-    array matches its size.
+    Nothing is unpickled. Before anything is unpacked, check_declared checks the declared sizes, and the header of every
+    array must match its size.
 
     Examples:
         >>> import numpy as np
@@ -61,8 +61,9 @@ def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
     allowed = max(SMALL_BYTES, min(SMALL_RATIO * size, LARGE_BYTES), LARGE_RATIO * size)
     if declared > allowed:
         raise InputError(
-            f"{path} has {size / 2**20:,.1f} MiB and declares {declared / 2**20:,.0f} MiB when unpacked; of a file of its size "
-            f"{allowed / 2**20:,.0f} MiB are unpacked at most. If it is yours, save it uncompressed, with np.savez."
+            f"{path} has {size / 2**20:,.1f} MiB but would have {declared / 2**20:,.0f} MiB after unpacking. For a file of its size the "
+            "limit "
+            f"is {allowed / 2**20:,.0f} MiB. If the file is your own, save it uncompressed, with np.savez."
         )
 
 
@@ -74,12 +75,12 @@ def _array(opened: Callable[[], IO[bytes]], name: str, size: int) -> Any:
         version = npy.read_magic(stream)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
         if read is None:
-            raise ValueError(f"{name} is of the .npy version {version}")
+            raise ValueError(f"{name} has the .npy version {version}, which is not supported")
         shape, _, dtype = read(stream)
         needed = stream.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject:
-        raise ValueError(f"{name} holds Python objects, which would have to be unpickled")
+        raise ValueError(f"{name} contains Python objects, and ddkit unpickles nothing")
     if min(shape, default=0) < 0 or needed != size:
-        raise ValueError(f"{name} declares an array of shape {shape}, {needed} bytes, and has {size}")
+        raise ValueError(f"{name} declares an array of shape {shape}, which needs {needed} bytes, but has {size} bytes")
     with opened() as stream:
         return npy.read_array(stream, allow_pickle=False)

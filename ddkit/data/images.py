@@ -79,7 +79,7 @@ def rows_of(images: Tensor, rows: Tensor) -> Tensor:
 
 
 def spread(images: Tensor, most: int = MOST_IMAGES) -> Tensor:
-    """Returns at most `most` of images (n, ...), evenly spread over them: of all classes, where they are grouped by class.
+    """Returns at most `most` of the images (n, ...), evenly spread over them, so over all classes if they are grouped by class.
 
     Examples:
         >>> ddkit.data.spread(torch.arange(10)[:, None], most=5).flatten().tolist()
@@ -123,7 +123,7 @@ class Kinds:
 
 
 def conform(images: list[Tensor], shape: tuple[int, int, int]) -> Tensor:
-    """Returns the images (C, H, W) as one tensor (n, *shape): uint8 where all are, else float32 in 0..1.
+    """Returns the images (C, H, W) as one tensor (n, *shape): uint8 if all are, else float32 in 0..1.
 
     Other sizes are resized (bilinear, antialiased), other channel counts repeated or reduced to luminance. Empties the
     list as it goes, so that a large set is not held twice.
@@ -189,7 +189,7 @@ def channel_statistics(
 
 
 class Normalisation:
-    """Maps images in pixel units to normalised ones, (x - mean) / std a channel, and back; if there is a `whitening`, to whitened ones.
+    """Maps images in pixel units to normalised ones, (x - mean) / std per channel, and back; with a `whitening` to whitened images.
 
     Examples:
         >>> normalisation = ddkit.data.Normalisation(mean=(0.5,), std=(0.25,))
@@ -203,7 +203,7 @@ class Normalisation:
         self.std = tuple(map(float, std))
         self.whitening = whitening
         if len(self.mean) != len(self.std) or not all(map(math.isfinite, (*self.mean, *self.std))) or min(self.std, default=0) <= 0:
-            raise ValueError(f"Normalisation(mean={mean}, std={std}): a finite mean and a finite std above 0 for each channel are needed.")
+            raise ValueError(f"Normalisation(mean={mean}, std={std}): each channel needs a finite mean and a finite std above 0.")
         self._kept: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def _constants(self, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ class Normalisation:
         return (self.mean, self.std, digests[0]) == (other.mean, other.std, digests[1])
 
     def lazily(self, images: Tensor) -> Tensor | NormalisedRows:
-        """Returns normalised images: a tensor, or where `images` lie on the disk, rows that are normalised where they are looked at."""
+        """Returns normalised images: a tensor, or for images on the disk, rows that are normalised when they are read."""
         return NormalisedRows(images, self) if on_disk(images) else self.normalise(images)
 
     def to_pixels(self, images: Tensor) -> Tensor:
@@ -239,9 +239,9 @@ class Normalisation:
 
 
 class NormalisedRows:
-    """Images (n, C, H, W), mostly on the disk, seen as normalised ones: `rows[index]` is a tensor of those rows, on `device`.
+    """Images (n, C, H, W), mostly on the disk, normalised when they are read: `rows[index]` is a tensor of those rows, on `device`.
 
-    Not one of them is kept. Used as a whole, as in `rows.mean(0)`, it is a tensor of all of them, which may not fit in memory.
+    No row is kept in memory. Used as a whole, as in `rows.mean(0)`, it becomes a tensor of all rows, which may not fit in memory.
 
     Examples:
         >>> images = torch.zeros(100, 1, 2, 2, dtype=torch.uint8)

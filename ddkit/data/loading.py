@@ -151,7 +151,9 @@ def _streamed(
 
     if prod(whole) * dtype.itemsize <= dataset.memory_mib * 2**20:
         return torch.cat(list(fitted())), resized()
-    log.info("%d images of %d x %d pixels exceed data.memory: they are read from the disk where they are needed.", len(indices), *shape[1:])
+    log.info(
+        "%d images of %d x %d pixels exceed data.memory: they are read from the disk when a step needs them.", len(indices), *shape[1:]
+    )
     kept = _cached(entry, 0) if entry is not None and _keep(entry, fitted(), dtype, whole, resized) else None
     return kept or (_unnamed(fitted(), dtype, whole), resized())
 
@@ -187,7 +189,7 @@ def _unnamed(made: Iterable[Tensor], dtype: torch.dtype, shape: Sequence[int]) -
     except OSError as error:
         where, needed = folder or tempfile.gettempdir(), prod(shape) * dtype.itemsize / 2**20
         raise InputError(
-            f"{shape[0]:,} images take {needed:,.0f} MiB, more than data.memory, and there is no room for them in {where} "
+            f"{shape[0]:,} images take {needed:,.0f} MiB, more than data.memory, and they do not fit into {where} "
             f"({error.strerror or error}). Make room, name another place with the environment variable DDKIT_CACHE, use fewer (--pipc), "
             "or raise data.memory.",
             "data.memory",
@@ -248,7 +250,7 @@ def _cached(entry: Path, limit: int) -> tuple[Tensor, int] | None:
         known = json.loads(record)
         dtype, shape = torch.uint8 if known["bytes"] else torch.float32, tuple(known["shape"])
         if known["stamp"] != list(_stamp(str(entry))) or prod(shape) * dtype.itemsize != known["stamp"][0]:
-            raise ValueError("they are not what this user put there")
+            raise ValueError("this user did not write them")
         if prod(shape) * dtype.itemsize > limit:
             images = mapped(str(entry), dtype, shape)
         else:
@@ -256,7 +258,7 @@ def _cached(entry: Path, limit: int) -> tuple[Tensor, int] | None:
         os.utime(mark_of(entry))  # the least recently used go first
         return images, int(known["resized"])
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:
-        log.info("The cached images of %s are not used: %s.", entry, error)
+        log.info("The cached images %s are not used: %s.", entry, error)
         return None
 
 

@@ -25,7 +25,7 @@ HIGH = 0.25  # cycles per pixel: half of the highest frequency that an axis can 
 def grid(images: Tensor, factor: int) -> Tensor:
     """Returns one picture (C, H, W) of factor * factor images (n, C, H, W), row by row, each resized to its cell.
 
-    Cells differ by a pixel where a side is no multiple of `factor`. Bilinear, antialiased.
+    Cells differ by a pixel if a side is not a multiple of `factor`. Bilinear, antialiased.
 
     Examples:
         >>> tuple(ddkit.data.grid(torch.rand(4, 3, 8, 8), 2).shape)
@@ -49,9 +49,9 @@ def eight_bits(images: Tensor) -> Tensor:
 def sheet_png(images: Tensor, labels: Tensor, class_names: Sequence[str], *, columns: int = 20) -> bytes:
     """Returns a PNG with a row per class (at most `columns` images of each), names at the left, enlarged by whole pixels.
 
-    It is at least WIDE pixels wide: rows of few images stand in several columns, and if that is not enough the images are larger. Of very
-    many classes the first are shown; a line says so. Names in letters that Pillow's own font lacks are in a font of the system, and where
-    it has none the class is called by its number.
+    It is at least WIDE pixels wide, with rows of few images in several columns and larger images. Of very many classes only the first are
+    shown, with a line that says so. Names in letters that Pillow's own font lacks use a font of the system, and if it has none, the class
+    has its number.
 
     Examples:
         >>> png = ddkit.data.sheet_png(torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 1]), ["cat", "dog"])
@@ -159,7 +159,7 @@ def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[f
     """Returns (frequencies, shares): the middle of `bins` equal bands from 0 to 0.5 cycles per pixel, and each band's share.
 
     `images` are (n, C, H, W), uint8 or floats.
-    Shares are of all power but the mean's; what lies beyond 0.5 (diagonals) counts to the last band. Shares are 0 for
+    Shares are of the power without the mean; frequencies above 0.5 (diagonals) count to the last band. Shares are 0 for
     images without contrast. Raises InputError for images of one pixel.
 
     Examples:
@@ -169,7 +169,7 @@ def radial_spectrum(images: Tensor, bins: int = 16) -> tuple[list[float], list[f
     """
     frequency, found = power(images)
     if frequency.numel() < 2:
-        raise InputError("A spectrum needs images of more than one pixel.")
+        raise InputError("A spectrum needs images larger than one pixel.")
     band = (frequency * 2 * bins).long().clamp_max(bins - 1)
     sums = torch.zeros(bins, dtype=torch.float64).index_add(0, band.flatten(), found.flatten())
     total = float(sums.sum())

@@ -19,7 +19,7 @@ from ddkit.components.observers import Observers
 from ddkit.data.images import Kinds, blocks, rows_of, spread
 from ddkit.data.loading import Shape, load_images, surveyed
 from ddkit.distributed import ALONE, Ranks, class_rows
-from ddkit.errors import FlagError, InputError, doubles, is_its_own, is_text, shown, told
+from ddkit.errors import FlagError, InputError, counted, doubles, is_its_own, is_text, shown, told
 from ddkit.files import bytes_of
 from ddkit.recipes.tables import DataTable, Recipe
 from ddkit.seeding import generator
@@ -41,7 +41,7 @@ _PASSED: ContextVar[Passed | None] = ContextVar("ddkit_passed", default=None)
 
 
 def passed_dataset() -> Passed | None:
-    """Returns the datasets that the caller of ddkit.distill, evaluate or train passed as objects, None where there are none.
+    """Returns the datasets that the caller of ddkit.distill, evaluate or train passed as objects, or None.
 
     Examples:
         >>> ddkit.data.passed_dataset() is None
@@ -62,16 +62,16 @@ def passing(dataset: Any) -> Iterator[dict[str, Any]]:
         return
     pair = _splits(dataset) if isinstance(dataset, Mapping) else dataset if isinstance(dataset, tuple) else (dataset, None)
     if len(pair) != 2:
-        raise FlagError(f"dataset: a tuple is (training, test), two datasets; got one of {len(pair)}.")
+        raise FlagError(f"dataset: a tuple must be (training, test), but this one has {counted(len(pair), 'item')}.")
     for each in pair:
         if each is not None and not (hasattr(each, "__len__") and hasattr(each, "__getitem__")):
             raise FlagError(
-                f"dataset: an object of the type {type(each).__name__} cannot be used. It is a name, such as 'imagefolder:PATH', or a "
-                "dataset with a length and an [index] that gives (image, label), such as torch's map-style datasets, or (training, test) "
-                "of these."
+                f"dataset: an object of the type {type(each).__name__} cannot be used. Pass a name, such as 'imagefolder:PATH', "
+                "or a dataset whose len() and [index] give its length and (image, label), such as a map-style dataset of torch, or a "
+                "tuple (training, test) of two such datasets."
             )
     if pair[0] is None:
-        raise FlagError("dataset: the training dataset is None. Pass it, or (training, test).")
+        raise FlagError("dataset: the training dataset is None. Pass a dataset, or (training, test).")
     token = _PASSED.set(Passed(*pair, {}))
     try:
         made = registry.create("dataset", PYTHON)
@@ -84,10 +84,10 @@ def _splits(parts: Mapping[str, Any]) -> tuple[Any, Any]:
     """Returns (training, test) of a dict of splits, with the validation split if it has no test; raises FlagError without training."""
     train = next((parts[name] for name in ("train", "training") if name in parts), None)
     if train is None:
-        raise FlagError(f"dataset: a dict of splits has the key 'train'; got {shown(list(parts))}. Pass (training, test).")
+        raise FlagError(f"dataset: a dict of splits must have the key 'train', but has {shown(list(parts))}. Or pass (training, test).")
     test = next((name for name in ("test", "testing", "validation", "valid", "val") if name in parts), None)
     if test not in (None, "test"):
-        log.warning("The test split is '%s'.", test)
+        log.warning("There is no split 'test', so the split '%s' is the test split.", test)
     return train, None if test is None else parts[test]
 
 
@@ -103,15 +103,15 @@ def open_dataset(table: DataTable) -> Dataset:
         helps = dataset.advice
         raise InputError(f"The dataset '{table.use}' could not be opened: {told(error)}.{helps}") from error
     for twice in doubles(names):
-        raise InputError(f"The dataset '{table.use}' has two classes called '{twice}'. Rename one of them.")
+        raise InputError(f"The dataset '{table.use}' has two classes with the name '{twice}'. Rename one of them.")
     for name in names:
         if not is_text(name):
-            raise InputError(f"The dataset '{table.use}' has a class whose name is no UTF-8 text ({shown(name)}). Rename it.")
+            raise InputError(f"The dataset '{table.use}' has a class whose name is not UTF-8 text ({shown(name)}). Rename the class.")
     if len(counts) > len(names):
-        raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1} but only {len(names)} class names.")
+        raise InputError(f"The dataset '{table.use}' has the label {len(counts) - 1}, but only {len(names)} class names.")
     for name, count in zip(names, counts, strict=True):
         if count == 0:
-            raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add some or remove the class.")
+            raise InputError(f"The class '{name}' of the dataset '{table.use}' has no training image. Add images or remove the class.")
     return dataset
 
 
@@ -124,7 +124,7 @@ def data_info(dataset: Dataset, shape: Sequence[int]) -> DataInfo:
 def check_classes(dataset: Dataset) -> None:
     """Raises InputError where there are fewer classes than a classifier can tell apart."""
     if len(dataset.class_names) < 2:
-        raise InputError(f"The data has the classes {list(dataset.class_names)}; a classifier needs at least two.")
+        raise InputError(f"The data has only the classes {list(dataset.class_names)}, but a classifier needs at least two.")
 
 
 def class_counts(labels: Tensor, classes: int) -> list[int]:
@@ -274,8 +274,9 @@ class RealData:
         self.indices = class_indices(labels, classes, seed, slice(None if pipc == "all" else int(pipc)))
         if not self.indices and shape is None:
             raise InputError(
-                "With --pipc 0 and no test images nothing tells the image shape: give a teacher made by ddkit, which records it "
-                "(--teacher FILE)."
+                "With --pipc 0 and no test images the image shape is not known. Use a larger --pipc, or a teacher made by ddkit, whose "
+                "file "
+                "records the shape (--teacher FILE)."
             )
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.own = class_rows(self.labels, ranks.classes(classes))
@@ -307,10 +308,10 @@ class RealData:
             return
         highest = max(float(part.max()) for part in blocks(self.images, HASHED_ROWS))
         bits = getattr(self.dataset, "bits", None)
-        fix = "Check how they were made, and scale them."
+        fix = "Check how the images were saved, and scale their values."
         if bits:
             needed = int(max(highest - 0.5, 0) * (2**bits - 1) / 255).bit_length()
-            fix = f"If they are 16-bit grey files with {needed} bits, --set data.bits={max(8, needed)} scales them."
+            fix = f"If they are 16-bit grey files with {needed} bits, use --set data.bits={max(8, needed)} to scale them."
         log.warning("The accessible images are almost black: their largest value is %g of %g. %s", highest, most, fix)
 
     def all_images(self) -> Tensor:
@@ -362,8 +363,8 @@ class RealData:
         elif len(self.dataset.labels("test")) == 0:
             least, held_out = _fewest(self.dataset)[1], held_out_count(self.dataset, self.pipc)
             fits = self.pipc != "all" and int(self.pipc) + held_out <= least
-            flags = f"--set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
-            helps = f", or hold out training images: {flags}" if least > 1 else ""
+            flags = f"with --set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
+            helps = f", or test on held-out training images {flags}" if least > 1 else ""
             raise InputError(f"The dataset has no test images, so nothing can be evaluated. Use --evaluate none{helps}.")
 
     @cached_property
@@ -400,13 +401,13 @@ def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: 
         return
     fits = held_out if held_out < least else held_out_count(dataset, "all")
     if least == 1:
-        flags = "Use more images of it, or --evaluate none"
+        flags = "Add images of this class, or use --evaluate none"
     elif pipc == "all" or int(pipc) >= least:
-        flags = f"Use --pipc {least - fits} or less{'' if fits == held_out else f' with --set data.held_out={fits}'}"
+        flags = f"Use at most --pipc {least - fits}{'' if fits == held_out else f' with --set data.held_out={fits}'}"
     else:
-        flags = f"Use --set data.held_out={least - int(pipc)} or less{', or a smaller --pipc' if pipc else ''}"
+        flags = f"Use --set data.held_out={least - int(pipc)} or a smaller value{', or a smaller --pipc' if pipc else ''}"
     raise InputError(
-        f"data.test = held-out needs {held_out} training images of each class (data.held_out) beside the accessible ones "
+        f"data.test = held-out needs {held_out} training images of each class (data.held_out) in addition to the accessible ones "
         f"(pipc {pipc}), but the class '{name}' has {least} in all. {remedy or f'{flags}, or --set data.test=test.'}",
         "data.held_out",
     )

@@ -51,13 +51,13 @@ class Whitening:
         if not found:
             return None
         if len(found) < len(NAMES):
-            raise ValueError(f"of the tensors of its whitening, {', '.join(NAMES)}, some are missing")
+            raise ValueError(f"some of the whitening tensors {', '.join(NAMES)} are missing")
         centre, vectors, gains = found
         rows, numbers = len(gains.flatten()) - 1, math.prod(shape)
         fits = tuple(centre.shape) == shape and tuple(vectors.shape) == (rows, numbers) and gains.ndim == 1 and rows <= numbers
         fits = fits and all(each.dtype == torch.float32 and bool(each.isfinite().all()) for each in found)
         if not fits or not bool((gains > 0).all()):
-            raise ValueError(f"the tensors of its whitening are no finite float32 ones of images of shape {shape}")
+            raise ValueError(f"the whitening tensors are not finite float32 tensors for images of shape {shape}")
         for name in NAMES:
             del tensors[name]
         return cls(*found)
@@ -132,8 +132,8 @@ def whitening_of(images: Tensor, table: DataTable) -> Whitening:
     needed = 8 * (4 * side * side + 2 * side * numbers)
     if needed > machine_bytes():
         raise InputError(
-            f"data.whiten: the covariance of {count:,} images of {numbers:,} numbers takes {needed / 2**30:,.0f} GiB, and this machine has "
-            f"{machine_bytes() / 2**30:,.0f} GiB of memory. Use fewer images (--pipc) or smaller ones.",
+            f"data.whiten: the covariance of {count:,} images of {numbers:,} numbers needs {needed / 2**30:,.0f} GiB, but this machine has "
+            f"{machine_bytes() / 2**30:,.0f} GiB of memory. Use fewer images (--pipc) or smaller images.",
             "data.whiten",
         )
     before = torch.get_num_threads()
@@ -154,7 +154,7 @@ def whitening_of(images: Tensor, table: DataTable) -> Whitening:
         variance = float(norms.sum()) / count / numbers
         if not variance > 1e-12:
             raise InputError(
-                f"data.whiten: the {count} images do not differ, so there is nothing to whiten. Use more (--pipc).", "data.whiten"
+                f"data.whiten: all {count} images are the same, so they cannot be whitened. Use more images (--pipc).", "data.whiten"
             )
         regular = (table.whiten_eps or EPS) * (1.0 if table.whiten_absolute else variance)
         if table.whiten_eps is None:

@@ -53,7 +53,9 @@ class Bank:
         self.shared = tuple(shared)
         own = {name: Parameter(shape=tuple(value.shape), per="set") for name, value in shared.items()}
         if twice := own.keys() & {*declared, "images"}:
-            raise InputError(f"The parametrization and a loss both have a parameter '{min(twice)}'. Choose another of the two.")
+            raise InputError(
+                f"The parametrization and a loss both have a parameter '{min(twice)}'. Use another parametrization or another loss."
+            )
         self.declared = dict(sorted({**declared, **own}.items()))
         self.images = images.detach().clone().requires_grad_()
         self.parameters = {}
@@ -65,7 +67,7 @@ class Bank:
         for name in settings:
             if name not in self.tensors():
                 known = ", ".join(self.tensors())
-                raise InputError(f"optimizer.{name}: this run has no parameter '{name}'; it has {known}.", f"optimizer.{name}")
+                raise InputError(f"optimizer.{name}: this run has no parameter '{name}'. Its parameters are {known}.", f"optimizer.{name}")
         self.optimizers = {name: self._optimizer(name, tensor, settings) for name, tensor in self.tensors().items()}
 
     def _optimizer(self, name: str, tensor: Tensor, settings: Mapping[str, OptimizerTable]) -> torch.optim.Optimizer:
@@ -172,7 +174,7 @@ class Bank:
                 raise ValueError(f"{key} has values that are not finite")
             if self.is_rowwise(key):
                 if value.ndim == 0 or len(value) not in (stored, self.size):
-                    raise ValueError(f"{key} has the shape {tuple(value.shape)}, and the set {stored} rows")
+                    raise ValueError(f"{key} has the shape {tuple(value.shape)}, but the set has {stored} rows")
                 first = self.start * len(value) // self.size
                 found[key] = value[first : first + len(self.host_labels) * len(value) // self.size]
         return found
@@ -187,12 +189,12 @@ class Bank:
             adam = isinstance(self.optimizers[name], torch.optim.Adam)
             wanted = {"step", "exp_avg", "exp_avg_sq"} if adam else {"momentum_buffer"}
             if kept[name] and kept[name].keys() != wanted:  # before its first step it has none
-                raise ValueError(f"{prefix}* are {', '.join(sorted(kept[name]))}, and its optimizer keeps {', '.join(sorted(wanted))}")
+                raise ValueError(f"{prefix}* are {', '.join(sorted(kept[name]))}, but the optimizer needs {', '.join(sorted(wanted))}")
             for key, value in kept[name].items():
                 if key != "step":
                     check_like(prefix + key, value, tensor)
                 elif value.numel() != 1 or not value.is_floating_point() or float(value) < 1:
-                    raise ValueError(f"{prefix}step is no number of steps")
+                    raise ValueError(f"{prefix}step is not a number of steps")
         for name, tensor in self.tensors().items():
             with torch.no_grad():
                 tensor.copy_(state[f"bank.{name}"])

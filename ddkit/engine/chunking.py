@@ -64,8 +64,8 @@ class Sums:
         sums = self._found[call]
         if [tensor.shape for tensor in sums] != [tensor.shape for tensor in own]:
             raise RunFailed(
-                f"The {self.weighted} gives step.all_reduce tensors whose shapes differ between parts of the set. It adds them up, so they "
-                f"have the shape that the whole set's has; rows go through step.all_gather.{self.weighted.advice}"
+                f"The {self.weighted} calls step.all_reduce with tensors whose shapes differ between parts of the set, so they cannot be "
+                f"added. All parts must pass the same shape. For rows use step.all_gather.{self.weighted.advice}"
             )
         self._found[call] = [one + other for one, other in zip(sums, own, strict=True)]
         self._sizes[call] = self._sizes[call] + _norm(own)
@@ -86,7 +86,7 @@ class Sums:
 def dependent_sums(weighted: WeightedLoss) -> str:
     """Returns what is said of a loss that two passes do not suffice for."""
     return (
-        f"The {weighted} cannot be evaluated in chunks of classes: its sums depend on one another, or on a random draw that is not of "
+        f"The {weighted} cannot be evaluated in chunks of classes: its sums depend on one another, or on a random draw that is not from "
         f"step.generator. Turn chunking off: --set engine.chunk=0.{weighted.advice}"
     )
 

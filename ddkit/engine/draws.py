@@ -312,7 +312,7 @@ class StepSource:
             return
         waiting = self._waiting(index)
         if waiting and self._network_step != index - 1:
-            raise RunFailed(f"The network of step {index} is trained from that of step {index - 1}, which is not here.")
+            raise RunFailed(f"The network of step {index} is trained from that of step {index - 1}, which is not available.")
         draws = {turn.draw for turn in waiting}
         self._others = {draw: tensors for draw, tensors in self._others.items() if draw in draws}
         if self._network_index not in draws:

@@ -133,13 +133,13 @@ class Engine:
         for name, value in values.items():
             if name not in declared:
                 raise RunFailed(
-                    f"The {weighted} gives initial values of '{name}', which it does not declare in ddkit.Requires(parameters=...)."
+                    f"The {weighted} returns initial values of '{name}'. Declare this parameter in its ddkit.Requires(parameters=...)."
                 )
             self.bank.fill(name, value)
             if not self.ranks.all(bool(self.bank.parameters[name].isfinite().all())):
-                raise RunFailed(f"The {weighted} gives initial values of '{name}' that are not finite.")
+                raise RunFailed(f"The {weighted} returns initial values of '{name}' that are not finite.")
             if declared[name].per == "set":
-                self.ranks.check_same(f"The initial value of '{name}' that the {weighted} gives", self.bank.parameters[name].tolist())
+                self.ranks.check_same(f"The initial value of '{name}' from the {weighted}", self.bank.parameters[name].tolist())
 
     def state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of all that an exact continuation at step `index` needs: the bank, and a network that was trained."""
@@ -213,8 +213,9 @@ class Engine:
         """Makes what was added up over the parts of the set that of all of it: sums over the processes, roots, zeros."""
         if SOFT_LABELS in self.bank.parameters and SOFT_LABELS not in found.gradients:
             raise InputError(
-                f"labels.kind = learned: none of the losses ({', '.join(each.label for each in self.losses)}) uses step.targets, so the "
-                "labels would stay what they were. Add a loss that does, for example feature-regression, or use --set labels.kind=teacher.",
+                f"labels.kind = learned: none of the losses ({', '.join(each.label for each in self.losses)}) uses the labels "
+                "(step.targets), "
+                "so they would not change. Add a loss that uses them, for example feature-regression, or use --set labels.kind=teacher.",
                 "labels.kind",
             )
         for name, tensor in self.bank.tensors().items():
@@ -281,18 +282,18 @@ class Finiteness:
         entries = [(step, place, rank) for rank, (first, _) in enumerate(found) for place, step in enumerate(first) if step >= 0]
         step, place, rank = min(entries)
         engine.load_state(self.index, self.state)
-        kept = f"The state after step {self.index - 1}, the last that was checked, is kept in checkpoints/. " if self.index else ""
+        kept = f"The state after step {self.index - 1}, the last checked step, is kept in checkpoints/. " if self.index else ""
         if place < len(self.losses):
             loss = engine.losses[place]
             message = (
-                f"The {loss} became {found[rank][1][place]} at step {step}. {kept}Try a smaller learning rate "
+                f"The value of the {loss} became {found[rank][1][place]} at step {step}. {kept}Try a smaller learning rate "
                 f"({engine.bank.smaller_rate('images')}{', or a smaller network.inner_lr' if engine.source.inner else ''}), a smaller "
                 f"weight, or float32 (--set engine.precision=float32).{loss.advice}"
             )
         elif place < len(self.losses) + len(self.parameters):
             name = self.parameters[place - len(self.losses)]
             message = (
-                f"The update of step {step} gave values of '{name}' that are not finite, with every loss finite "
+                f"The update of step {step} made values of '{name}' that are not finite, although every loss was finite "
                 f"({', '.join(self.losses)}). {kept}Try a smaller learning rate: {engine.bank.smaller_rate(name)}"
             )
         else:

@@ -54,13 +54,15 @@ class WeightedLoss:
             written = step._watch.written()
             if written:
                 names = " and ".join(written)
-                raise RunFailed(f"The {self} writes to {names}, which other losses use too. It has to compute with copies.{self.advice}")
+                raise RunFailed(
+                    f"The {self} changes {names} in place, but other losses use them too. It must compute with copies.{self.advice}"
+                )
             check_shared_state(before, str(self), self.advice)
         if not isinstance(value, Tensor) or value.ndim != 0 or not value.requires_grad or value.is_complex():
             what = shown(value)
             if isinstance(value, Tensor):
                 what = f"{'complex values of ' * value.is_complex()}shape {tuple(value.shape)}, requires_grad={value.requires_grad}"
-            raise RunFailed(f"The {self} must return a scalar tensor attached to the graph of the images; got {what}.{self.advice}")
+            raise RunFailed(f"The {self} must return a scalar tensor that depends on the images, but returned {what}.{self.advice}")
         if self.requires.reduce == "mean" and len(step.labels) < step.size:
             return value * (len(step.labels) / step.size)
         return value
@@ -88,8 +90,8 @@ def differentiated(losses: Sequence[WeightedLoss]) -> Iterator[None]:
         if "is not implemented" not in str(error):
             raise RunFailed(f"The gradient of the losses ({labels}) raised {told(error)}.") from error
         raise RunFailed(
-            f"The losses ({labels}) have no gradient here: {error}. A layer of the teacher or "
-            "network has no second derivative in torch, and one of the losses takes it. Choose another model, or another loss."
+            f"The gradient of the losses ({labels}) cannot be computed: {error}. One of the losses takes second derivatives, and torch "
+            "has none for a layer of the teacher or network. Use another model or another loss."
         ) from error
 
 
@@ -97,8 +99,8 @@ def losses_of(recipe: Recipe) -> list[WeightedLoss]:
     """Returns the losses of `recipe`, built; raises InputError or PluginError. Without steps it needs none."""
     if recipe.steps and not recipe.losses:
         raise InputError(
-            "The recipe has no loss. Choose some: --losses dm,dkkt, or take the first images as they are: --steps 0 (Recipes of a teacher "
-            "alone are for `ddkit train`.)"
+            "The recipe has no loss. Add one, for example with --losses dm,dkkt, or keep the initial images with --steps 0. (Recipes for a "
+            "teacher only are for `ddkit train`.)"
         )
     return [
         WeightedLoss(label, registry.create("loss", recipe.loss_name(label), table.options, where=f"losses.{label}"), table.weight)
@@ -111,7 +113,7 @@ def check_access(losses: Sequence[WeightedLoss], pipc: int | str) -> None:
     needing = [each.label for each in losses if each.requires.real]
     if pipc == 0 and needing:
         need = "needs" if len(needing) == 1 else "need"
-        raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Give --pipc 1 or more.", "pipc")
+        raise InputError(f"With pipc 0 there are no real images, but {', '.join(needing)} {need} some. Set --pipc to at least 1.", "pipc")
 
 
 def check_reduce(losses: Sequence[WeightedLoss], ranks: Ranks) -> None:
@@ -119,8 +121,8 @@ def check_reduce(losses: Sequence[WeightedLoss], ranks: Ranks) -> None:
     for each in losses:
         if each.requires.reduce is None and ranks.world_size > 1:
             raise InputError(
-                f"The {each} sees the whole synthetic set at once (its ddkit.Requires says nothing of `reduce`), so its classes cannot "
-                f"be dealt out to {ranks.world_size} processes. Run it in one process, or leave it out.{each.advice}",
+                f"The {each} needs the whole synthetic set at once (its ddkit.Requires has no `reduce`), so the set cannot "
+                f"be shared among {ranks.world_size} processes. Use one process, or leave the loss out.{each.advice}",
                 f"losses.{each.label}",
             )
 
@@ -131,7 +133,9 @@ def declared_by(losses: Sequence[WeightedLoss]) -> Mapping[str, Parameter]:
     for each in losses:
         for name, spec in each.requires.parameters.items():
             if name in ("images", "labels", "soft_labels"):
-                raise FlagError(f"The loss '{each.label}' declares a parameter '{name}', a name that the set itself uses.")
+                raise FlagError(
+                    f"The loss '{each.label}' declares a parameter '{name}', but the set itself uses that name. Rename the parameter."
+                )
             if declared.setdefault(name, spec) != spec:
-                raise InputError(f"Two losses declare the parameter '{name}' differently; '{each.label}' is one of them.")
+                raise InputError(f"Two losses declare the parameter '{name}' with different values. One of them is '{each.label}'.")
     return declared

@@ -66,14 +66,14 @@ class ExecutionPlan:
         self.chunk = self._automatic_chunk() if recipe.engine.chunk == "auto" else recipe.engine.chunk
         if ranks.world_size > 1 and self.needs_network and self._coupled:
             raise InputError(
-                f"The network's features of an image depend on its batch (batch norm without real images), so the classes cannot be dealt "
-                f"out to {ranks.world_size} processes. Use --set network.norm=instance, or one process.",
+                f"The network's features of an image depend on its batch (batch norm without real images), so the classes cannot be shared "
+                f"among {ranks.world_size} processes. Use --set network.norm=instance, or one process.",
                 "network.norm",
             )
         if self.chunk and self.needs_network and self._coupled:
             raise InputError(
-                "engine.chunk: the network's features of an image depend on its batch (batch norm without real images), so classes cannot "
-                "be done in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
+                "engine.chunk: the network's features of an image depend on its batch (batch norm without real images), so the set cannot "
+                "be computed in chunks. Use --set engine.chunk=0 or --set network.norm=instance.",
                 "engine.chunk",
             )
         self.arithmetic, self.compiled, self.step_work = self._decided()
@@ -97,7 +97,7 @@ class ExecutionPlan:
         if not fixed:
             reasons.append("the network's features of an image depend on the images of the step (batch norm)")
         elif self.needs_embedder and not hasattr(self._probe, "embed"):  # its features are a by-product, by a hook
-            reasons.append("the network's model has no method embed")
+            reasons.append("the model of the network has no method embed")
         elif self.needs_embedder:
             work["network"] = forward_flops(self._probe, self.info, features=True) * (real + 2 * synthetic)
         if self.needs_network and any(each.network and each.second_order for each in self.requires) and fixed:
@@ -115,12 +115,12 @@ class ExecutionPlan:
         for part, whose, probe in (("gradients", "network", self._network), ("teacher", "teacher", self._teacher)):
             reason = no_forward_mode(probe().eval(), self.info) if made.compile and part in work else ""
             if reason:
-                reasons.append(f"the {whose}'s gradients are differentiated by double backward alone ({reason})")
+                reasons.append(f"gradients of the {whose} can only be differentiated by double backward ({reason})")
                 del work[part]
         made = decide()
         if engine.compile is True and reasons and not work:
             raise InputError(
-                f"engine.compile = true: nothing can be compiled: {' and '.join(reasons)}. Leave it at auto, or use another network, for "
+                f"engine.compile = true, but nothing can be compiled: {' and '.join(reasons)}. Use auto, or another network, for "
                 "example --set network.model=convnet --set network.norm=instance.",
                 "engine.compile",
             )

@@ -118,7 +118,7 @@ class RealStep:
 
     @_member()
     def class_slices(self) -> Mapping[int, slice]:
-        """The rows of each class as a slice, without asking the device."""
+        """The rows of each class as a slice, without waiting for the device."""
         return class_slices(self._host_labels)
 
     @_member(watched="the augmented real images")
@@ -151,9 +151,9 @@ class RealStep:
 
 
 class Step:
-    """One step, for all classes of this process or for some. A loss sees it through `for_loss`: read-only, and what the loss declares.
+    """One step, for all classes of this process or for some. A loss sees it through `for_loss`: read-only, with the members it declares.
 
-    Touching a member that it does not declare raises an error that names the loss and the member.
+    Using a member that the loss does not declare raises an error that names the loss and the member.
 
     Examples:
         >>> class Features(ddkit.Loss):
@@ -200,7 +200,7 @@ class Step:
         self._exchange: Exchange | None = None
 
     def for_loss(self, weighted: WeightedLoss) -> Self:
-        """Returns the step as one loss sees it in one evaluation; what is built is shared with the other losses."""
+        """Returns the step as one loss sees it in one evaluation. Values that were computed are shared with the other losses."""
         seen, ranks = copy.copy(self), self._source.ranks
         seen._loss = weighted
         if weighted.label in self._sums:
@@ -213,12 +213,12 @@ class Step:
         """Raises RunFailed where the loss uses `member` and does not declare what it `needs`."""
         if needs and self._loss is not None and not getattr(self._loss.requires, needs):
             raise RunFailed(
-                f"The loss '{self._loss.label}' uses step.{member}, which it does not declare: add {needs}=True to its ddkit.Requires(...)."
+                f"The loss '{self._loss.label}' uses step.{member}, which it does not declare. Add {needs}=True to its ddkit.Requires(...)."
             )
 
     @property
     def size(self) -> int:
-        """Rows in the whole synthetic set (n is fewer in a part of it)."""
+        """Number of images in the whole synthetic set (a part of it has fewer)."""
         return self._bank.size
 
     @property
@@ -248,13 +248,13 @@ class Step:
 
     @_member()
     def class_slices(self) -> Mapping[int, slice]:
-        """The rows of each class as a slice, without asking the device."""
+        """The rows of each class as a slice, without waiting for the device."""
         return class_slices(self._host_labels)
 
     def augment(self, x: Tensor, labels: Tensor | None = None, *, draw: int = 0) -> Tensor:
         """Returns x under the step's siamese augmentation: one operation and parameter set per class (None: `labels`).
 
-        Another `draw` from 0 on is another augmentation of the same step, for a loss that trains a network on the set.
+        Each `draw` from 0 on is another augmentation in the same step, for a loss that trains a network on the set.
         """
         return self._source.augmented(self._index, x, self._host_labels if labels is None else labels.cpu(), draw=draw)
 
@@ -276,9 +276,9 @@ class Step:
     def all_reduce(self, t: Sequence[Tensor]) -> list[Tensor]: ...
 
     def all_reduce(self, t: Tensor | Sequence[Tensor]) -> Tensor | list[Tensor]:
-        """Returns t, or each tensor of a sequence of one dtype, summed over all parts that the loss is evaluated on; in a plain run t.
+        """Returns t, or each tensor of a sequence of one dtype, summed over all parts of the set; in a plain run t itself.
 
-        Gradients flow into this part's t alone, which is what a value that every part computes needs (declare reduce="global").
+        Gradients only flow into the t of this part, as needed for a value that every part computes (declare reduce="global").
         """
         self._may_exchange("all_reduce")
         tensors = [t] if isinstance(t, Tensor) else list(t)
@@ -288,7 +288,7 @@ class Step:
     def all_gather(self, t: Tensor, *, real: bool = False) -> Tensor:
         """Returns the rows t (n, ...) of this part's images (`real`: real images) among those of all parts, in order of class.
 
-        In a plain run t itself. Gradients flow into this part's rows alone, as in `all_reduce`.
+        In a plain run t itself. Gradients only flow into the rows of this part, as in `all_reduce`.
         """
         self._may_exchange("all_gather")
         if self._exchange is None:
@@ -299,7 +299,7 @@ class Step:
     def local_rows(self, t: Tensor, *, real: bool = False) -> Tensor:
         """Returns this part's rows of t (`size`, ...), which has a row for each image (`real`: real image) of all parts.
 
-        So what is drawn by row does not depend on how the set is parted.
+        So random numbers drawn by row do not depend on how the set is divided.
         """
         return t[self._place(real)[1]]
 
@@ -314,12 +314,12 @@ class Step:
         """Raises RunFailed where the loss would add up some of the parts alone."""
         if self._loss is not None and self._loss.requires.reduce != "global" and len(self._host_labels) < self.size:
             raise RunFailed(
-                f"The loss '{self._loss.label}' uses step.{member}, and it is evaluated on parts of the set: "
-                'declare reduce="global" in its ddkit.Requires(...).'
+                f"The loss '{self._loss.label}' uses step.{member}, but is evaluated on parts of the set. "
+                'Add reduce="global" to its ddkit.Requires(...).'
             )
 
     def log(self, name: str, value: Tensor) -> None:
-        """Records a diagnostic scalar or short vector beside the loss's value in metrics.jsonl."""
+        """Records a diagnostic scalar or short vector with the value of the loss in metrics.jsonl."""
         assert self._loss is not None
         self._logged.setdefault(self._loss.label, {})[name] = value.detach()
 
@@ -343,7 +343,7 @@ class Step:
 
     @_member(needs="network", watched="the network")
     def network(self) -> nn.Module:
-        """This step's network (declare network); its parameters require gradients where second_order is declared."""
+        """This step's network (declare network); its parameters require gradients if second_order is declared."""
         return self._embedder.module
 
     def embed(self, x: Tensor) -> Tensor:
@@ -375,20 +375,22 @@ class Step:
 
     @_member(needs="teacher")
     def teacher_parameters(self) -> Mapping[str, Tensor]:
-        """The teacher's parameters by name; they require gradients where second_order is declared."""
+        """The teacher's parameters by name; they require gradients if second_order is declared."""
         gradients = self._differentiates("teacher")
         return {name: value.detach().requires_grad_(gradients) for name, value in self.teacher.parameters.items()}
 
     @_member(needs="experts")
     def experts(self) -> ExpertStep:
-        """Networks trained on real images, with their weights at several epochs; `draw` gives those of one (declare experts)."""
+        """Networks trained on real images, with their weights at several epochs; `draw` returns those of one network (declare experts)."""
         return ExpertStep(self._source, self._index, self._watch)
 
     def view(self, name: str) -> View:
         """Returns images, labels and teacher logits of a named view (declare teacher and the view's name in views)."""
         self._declared("teacher", "view")
         if self._loss is not None and name not in self._loss.requires.views:
-            raise RunFailed(f"The loss '{self._loss.label}' uses view '{name}', which it does not declare in ddkit.Requires(views=...).")
+            raise RunFailed(
+                f"The loss '{self._loss.label}' uses the view '{name}', which it does not declare. Add it to its ddkit.Requires(views=...)."
+            )
         key = f"the view '{name}'"
         if key not in self._built:
             viewed = self._source.viewed
@@ -429,5 +431,6 @@ class _Declared(dict[str, Tensor]):
 
     def __missing__(self, name: str) -> Any:
         raise RunFailed(
-            f"The loss '{self.label}' uses step.parameters['{name}'], which it does not declare: ddkit.Requires(parameters=...)."
+            f"The loss '{self.label}' uses step.parameters['{name}'], which it does not declare. Add it to its "
+            "ddkit.Requires(parameters=...)."
         )

@@ -64,8 +64,8 @@ def train_teacher(
     _fit(module, norm.lazily(images).to(device), labels.to(device), train, info, seed, report)
     if not all_finite(module.state_dict()):
         raise RunFailed(
-            f"The training of the teacher diverged: its weights are not finite after {train.epochs} epochs. Nothing is kept of it. "
-            f"Use a smaller rate (--set train.lr={min(train.lr / 10, TrainTable().lr):g}), or another schedule or optimizer."
+            f"The training of the teacher diverged: its weights are not finite after {train.epochs} epochs. They are not saved. "
+            f"Use a smaller learning rate (--set train.lr={min(train.lr / 10, TrainTable().lr):g}), or another schedule or optimizer."
         )
     options = written_options(model.options)
     record = {
@@ -155,7 +155,8 @@ def automatic_teacher(
     """
     if table.classes is not None:
         raise InputError(
-            "teacher.classes is of a file: an automatic teacher has the data's classes. Leave it out, or name a --teacher FILE.",
+            "teacher.classes is only for a teacher file. An automatic teacher has the classes of the data. Leave it out, or add "
+            "--teacher FILE.",
             "teacher.classes",
         )
     info, folder = data_info(dataset, shape), cache_folder() / "teachers"
@@ -166,8 +167,8 @@ def automatic_teacher(
         file, known = told
         if not _is_whole(folder / file, known):
             raise RunFilesError(
-                f"The first process of the run has trained a teacher, which is not in the cache of this one ({folder}). Give all "
-                "machines one cache with the environment variable DDKIT_CACHE, or give --teacher FILE."
+                f"The teacher that the first process has trained is not in the cache of this process ({folder}). Let all machines use "
+                "the same cache, named by the environment variable DDKIT_CACHE, or use --teacher FILE."
             )
         return load_teacher(TeacherTable(use=str(folder / file), model=table.model), info, device)
     table, train = resolved_training(table, train, info)
@@ -186,19 +187,19 @@ def automatic_teacher(
         if not train_it:
             ranks.broadcast(None)
             return None
-        log.warning("No teacher was given. One is trained on all training images, and kept for the next time.", extra={"news": True})
+        log.warning("No teacher was given. One is trained on all training images, and kept for later runs.", extra={"news": True})
         try:  # before an hour of training whose result could not be kept
             make_folder(folder)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise RunFilesError(
-                f"The cache folder {folder} cannot be written ({error.strerror or error}), so a teacher cannot be kept there. "
-                "Name another with the environment variable DDKIT_CACHE, or give --teacher FILE."
+                f"The cache folder {folder} cannot be written ({error.strerror or error}), so a teacher cannot be saved there. "
+                "Name another folder with the environment variable DDKIT_CACHE, or use --teacher FILE."
             ) from None
         made = train_teacher(dataset, shape, table, train, data=data, seed=0, device=device, watchers=watchers)
         if not _kept(path, made):
             if ranks.world_size > 1:
-                raise RunFilesError(f"The other processes of the run read the teacher from the cache, {folder}. Give --teacher FILE.")
+                raise RunFilesError(f"The other processes of the run cannot read the teacher from the cache {folder}. Use --teacher FILE.")
             module = made.module.to(memory_format=torch.contiguous_format)  # and the rest is as if it were read from its file
             digest = hashlib.sha256(tensors_bytes(made.tensors, made.info)).hexdigest()
             record = json.loads(json.dumps({"schema": SCHEMA, **made.info}))
@@ -215,7 +216,7 @@ def _is_whole(path: Path, known: str | None) -> bool:
         read_tensors(path)
         if sha256(path) == known:
             return True
-        log.warning("The teacher in the cache is not used: %s is not the file that you trained there.", path)
+        log.warning("The teacher in the cache is not used: %s is not the file that ddkit has saved there.", path)
     except (ValueError, OSError) as error:
         log.warning("The teacher in the cache is not used: %s.", error)
     return False
@@ -228,8 +229,8 @@ def _kept(path: Path, made: Teacher) -> bool:
         vouch(path, sha256(path))
     except (OSError, RunFilesError) as error:
         log.warning(
-            "The teacher could not be kept for the next time: %s The run goes on with it. `ddkit train --out FILE` makes one for --teacher "
-            "FILE, and the environment variable DDKIT_CACHE names another cache.", error, extra={"news": True},
+            "The teacher could not be saved for later runs: %s The run continues with it. To have a file for --teacher, run `ddkit train "
+            "--out FILE`. To use another cache, set the environment variable DDKIT_CACHE.", error, extra={"news": True},
         )  # fmt: skip
         with suppress(OSError):
             path.unlink(missing_ok=True)

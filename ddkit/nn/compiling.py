@@ -30,7 +30,7 @@ OPTIONS = {"cpp.vec_isa_ok": True}
 
 
 class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
-    """What was decided: whether a network is compiled, its precision, and on a GPU whether CUDA graphs are recorded.
+    """Whether a network is compiled, its precision, and whether CUDA graphs are recorded on a GPU.
 
     Examples:
         >>> ddkit.nn.Arithmetic(compile=True, precision="bfloat16").dtype
@@ -55,7 +55,7 @@ class Arithmetic(msgspec.Struct, frozen=True, kw_only=True):
 def decide_arithmetic(compile_: bool | str, precision: str, device: torch.device, *, work: float, step_work: float = 0.0) -> Arithmetic:
     """Returns the arithmetic for `work` floating-point operations in all, `step_work` of them between two updates.
 
-    `compile_` is True, False or "auto": where the work pays compilation back. `precision` "auto" is bfloat16 where the
+    `compile_` is True, False, or "auto" to compile only if it saves time. `precision` "auto" is bfloat16 if the
     network is compiled and the hardware multiplies bfloat16 natively, else float32. Depends on nothing else: no timing.
 
     Examples:
@@ -79,13 +79,13 @@ def native_bfloat16(device: torch.device) -> bool:
 
 
 def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, static: bool = False) -> Callable[..., T]:
-    """Returns a compiled `module` where wanted and possible, else `module`; says so when it is not possible.
+    """Returns a compiled `module` if wanted and possible, else `module`; a warning says that it was not possible.
 
-    `graphs`: CUDA graphs are recorded. `static`: the code is for inputs of one shape, and compiled anew for another.
+    With `graphs` CUDA graphs are recorded. With `static` the code is for inputs of one shape, and compiled again for another shape.
 
-    What torch compiles, its precompiled headers included, is kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR
-    names another folder. torch unpickles what it finds there, and its own default is a folder that another user may have made. So where
-    ddkit's is not private the code is compiled for this process alone.
+    Compiled code and precompiled headers are kept in the private part of ddkit's cache, unless TORCHINDUCTOR_CACHE_DIR names another
+    folder. torch unpickles files of that folder, and its own default may belong to another user. So if the cache is not private, the code
+    is compiled for this process only.
 
     Examples:
         >>> module = torch.nn.Linear(2, 2)
@@ -101,7 +101,7 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
         try:
             folder = private_folder("compile")
         except RunFilesError as error:
-            log.warning("Compiled code is not kept for the next time. %s", error, extra={"news": True})
+            log.warning("Compiled code is not kept for later runs. %s", error, extra={"news": True})
             folder = passing_folder()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     from torch._inductor import codecache
@@ -131,13 +131,13 @@ class Compiled(Generic[T]):
             if out_of_memory(error):
                 raise
             result = self.plain(*arguments)  # an error of the module itself shows as such
-            log.warning("torch.compile did not work here (%s); going on without.", type(error).__name__)
+            log.warning("torch.compile failed (%s). The run continues without compiled code.", type(error).__name__)
             self.failed = True
             return result
 
 
 def is_compiled(forward: Callable[..., Any]) -> bool:
-    """Returns whether what compiled() returned runs compiled code: it was wanted, and torch could compile it.
+    """Returns whether the result of compiled() runs compiled code: it was wanted, and torch could compile it.
 
     Examples:
         >>> ddkit.nn.is_compiled(ddkit.nn.compiled(torch.nn.Linear(2, 2), wanted=False))

@@ -26,10 +26,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and not number.isdigit()):
-        raise FlagError(f"--device {name}: it is auto, cpu, cuda, cuda:N or mps.")
+        raise FlagError(f"--device {name}: the device must be auto, cpu, cuda, cuda:N or mps.")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if int(number or 0) >= counts[kind]:
-        raise FlagError(f"--device {name}: there is no such device here ({counts[kind]} of kind {kind}). Use --device auto or cpu.")
+        raise FlagError(f"--device {name}: this machine has no such device ({counts[kind]} of kind {kind}). Use --device auto or cpu.")
     return torch.device(name)
 
 

@@ -20,7 +20,7 @@ def embed(module: nn.Module, x: Tensor) -> Tensor:
         return module.embed(x).flatten(1)  # type: ignore[operator]
     linear = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
     if not linear:
-        raise RunFailed(f"The model {type(module).__name__} has neither an embed method nor a linear layer to embed with.")
+        raise RunFailed(f"The model {type(module).__name__} has no features: it has neither a method embed nor a linear layer.")
     seen: list[Tensor] = []
 
     def keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -57,10 +57,10 @@ def layer_features(
     named = dict(module.named_modules())
     if isinstance(layers, str):
         chosen = {name: each for name, each in named.items() if fnmatchcase(name, layers)}
-        missing = f"called {layers}. {suggestion(layers, named)}"
+        missing = f"named {layers}. {suggestion(layers, named)}"
     else:
         chosen = {name: each for name, each in named.items() if isinstance(each, layers)}
-        missing = f"of the class {' or '.join(each.__name__ for each in (layers if isinstance(layers, tuple) else (layers,)))}."
+        missing = f"with the class {' or '.join(each.__name__ for each in (layers if isinstance(layers, tuple) else (layers,)))}."
     if not chosen:
         raise InputError(f"The network {type(module).__name__} has no layer {missing}")
     found: dict[str, Tensor] = {}

@@ -101,16 +101,16 @@ class Experts:
         end = self.epochs[-1] if last is None else last
         if end > self.trained:
             raise InputError(
-                f"The experts are trained for {self.trained} epochs, so none is of epoch {end}. Train them longer (--set "
-                f"experts.epochs={end + span}), or draw earlier ones.",
+                f"The experts are trained for {self.trained} epochs, so they have no weights of epoch {end}. Train them longer (--set "
+                f"experts.epochs={end + span}), or use earlier epochs.",
                 "network.last",
             )
         found = [(row, row_of[epoch + span]) for epoch, row in row_of.items() if first <= epoch <= end and epoch + span in row_of]
         if not found:
-            later = f" with another one {span} epochs later" if span else ""
+            later = f" with a saved epoch {span} epochs later" if span else ""
             raise InputError(
-                f"The experts have no saved epoch from {first} to {end}{later}: epochs 0 to {self.epochs[-1]} are saved, every "
-                f"{self.save_every}. Choose others, or train longer or save more often (experts.epochs, experts.save_every).",
+                f"The experts have no saved epoch from {first} to {end}{later}. Saved are the epochs 0 to {self.epochs[-1]} in steps of "
+                f"{self.save_every}. Choose other epochs, train longer (experts.epochs), or save more often (experts.save_every).",
                 "network.first",
             )
         return found
@@ -199,11 +199,14 @@ def settings_of(recipe: Recipe, real: RealData, model: Model, *, units: Normalis
     table, train, info = recipe.experts, recipe.train, real.info
     everything = table.data == "all"
     if not everything and recipe.pipc == 0:
-        raise InputError("With pipc 0 there are no images to train experts on. Give --pipc 1 or more, or --set experts.data=all.", "pipc")
+        raise InputError(
+            "With pipc 0 there are no images to train experts on. Set --pipc to at least 1, or --set experts.data=all.", "pipc"
+        )
     if (table.save_every or SAVE_EVERY) > (table.epochs or EPOCHS):
         raise InputError(
-            f"experts.save_every = {table.save_every} is more than their {table.epochs or EPOCHS} epochs, so no trained weights would be "
-            "saved. Use fewer, or raise experts.epochs.",
+            f"experts.save_every = {table.save_every} is larger than experts.epochs ({table.epochs or EPOCHS}), so no trained weights "
+            "would be "
+            "saved. Lower experts.save_every, or raise experts.epochs.",
             "experts.save_every",
         )
     augmenter = registry.options_of("augmenter", train.augmenter, train.options, "train", info)
@@ -253,9 +256,9 @@ def experts_of(
     try:
         found = open_experts(folder, table, wanted, model)
     except InputError as error:
-        log.info("There are no experts in the cache that can be used. %s", error)
+        log.info("No experts in the cache can be used. %s", error)
     if found is None and train_it:
-        log.warning("The run needs experts. %d are trained, and kept for the next time.", table.count, extra={"news": True})
+        log.warning("The run needs experts. %d are trained, and kept for later runs.", table.count, extra={"news": True})
         train_experts(make_folder(folder), wanted, table.count or COUNT, real, model, device, watchers, units or recipe.data)
         found = open_experts(folder, table, wanted, model)
     ranks.broadcast(None if found is None else str(folder))  # the others wait for this
@@ -269,8 +272,8 @@ def open_experts(folder: Path, table: ExpertsTable, wanted: Settings, model: Mod
     _check_fit(folder, table, manifest, wanted)
     if not 0 < count <= len(manifest.experts):
         raise InputError(
-            f"The experts {folder}: {len(manifest.experts)} are finished, and {count or 'none'} are asked for. Use fewer (--set "
-            f"experts.count=...), or give the command {TRAINED} again, which goes on.",
+            f"The experts {folder}: {len(manifest.experts)} are finished, but the run needs {count or 'at least 1'}. Use fewer (--set "
+            f"experts.count=...), or continue their training with {TRAINED}.",
             "experts.count",
         )
     epochs = _saved(settings.epochs, settings.save_every)
@@ -284,7 +287,7 @@ def open_experts(folder: Path, table: ExpertsTable, wanted: Settings, model: Mod
             with safe_open(str(path), framework="pt") as stream:
                 found = {name: stream.get_slice(name)[row : row + 1][0] for name in shapes}
         except Exception as error:  # the file was removed or exchanged during the run; the parser has errors of its own
-            raise RunFilesError(f"The experts {folder}: {path.name} cannot be read any more ({error}).") from None
+            raise RunFilesError(f"The experts {folder}: {path.name} can no longer be read ({error}).") from None
         return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     try:
@@ -314,7 +317,7 @@ def _read_manifest(folder: Path) -> _Manifest:
     try:
         found = msgspec.convert(read_with_digest(folder / MANIFEST), _Manifest)
         if found.schema != SCHEMA:
-            raise ValueError(f"its schema is {found.schema}, and this ddkit reads {SCHEMA}")
+            raise ValueError(f"its schema is {found.schema}, but this version of ddkit reads schema {SCHEMA}")
     except (RunFilesError, ValueError) as error:
         raise InputError(f"The experts {folder}: {MANIFEST} cannot be used ({str(error).rstrip('.')}).", "experts.use") from None
     return found
@@ -330,8 +333,8 @@ def _check_fit(folder: Path, table: ExpertsTable, manifest: _Manifest, wanted: S
 
     if theirs.data.use != wanted.data.use:
         refuse(
-            f"they are trained on {theirs.data.use} images, and experts.data is {table.data}",
-            f"--set experts.data={theirs.data.use} allows it.",
+            f"they are trained on {theirs.data.use} images, but experts.data is {table.data}",
+            f"Use --set experts.data={theirs.data.use}",
         )
     if (theirs.class_names, theirs.input_shape) != (wanted.class_names, wanted.input_shape) or theirs.data != wanted.data:
         same = "dataset, pipc and seed" if wanted.data.use == "accessible" else "dataset"
@@ -339,16 +342,16 @@ def _check_fit(folder: Path, table: ExpertsTable, manifest: _Manifest, wanted: S
     if (theirs.model, theirs.options) != (wanted.model, wanted.options):
         keys = sorted(key for key in {*theirs.options, *wanted.options} if theirs.options.get(key) != wanted.options.get(key))
         sets = " ".join([f"--set network.model={theirs.model}", *(f"--set network.{key}={theirs.options.get(key)}" for key in keys)])
-        refuse(f"they are of another network than [network], {theirs.model}", f"Theirs is {sets}", "network.model")
+        refuse("their network is not that of [network]", f"To use their network: {sets}", "network.model")
     if bool(wanted.whiten) != bool(theirs.whiten):
         what = "whitened" if theirs.whiten else "plain"
         refuse(f"they are trained on {what} images", f"Use --set data.whiten={str(bool(theirs.whiten)).lower()}.", "data.whiten")
     if wanted.units not in (None, (manifest.mean, manifest.std)) or (wanted.units and wanted.whiten != theirs.whiten):
-        refuse("their images are not normalised as the teacher's", "Leave experts.use at auto, which trains them so.")
+        refuse("they and the teacher normalise images differently", "Use --set experts.use=auto to train fitting ones.")
     for key in ("epochs", "save_every"):
         asked = getattr(table, key)
         if asked is not None and asked != getattr(theirs, key):
-            refuse(f"they have {key} = {getattr(theirs, key)}", f"Leave experts.{key} out.", f"experts.{key}")
+            refuse(f"they have {key} = {getattr(theirs, key)}", f"Leave experts.{key} out, or use that value.", f"experts.{key}")
 
 
 def _whitening_in(folder: Path, manifest: _Manifest) -> Whitening | None:
@@ -363,12 +366,12 @@ def _whitening_in(folder: Path, manifest: _Manifest) -> Whitening | None:
 
 def _check_file(path: Path, known: str, digest: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises InputError where the file of an expert is missing, damaged, of another set of experts, or does not fit the network."""
-    helps = f"Give the command {TRAINED} with the same --out again: it makes what is missing."
+    helps = f"Run {TRAINED} with the same --out again to restore them."
     try:
         if sha256(path) != known:
             record = read_tensors(path)[1]
             if record.get("settings") != digest:
-                raise ValueError(f"{path.name} belongs to other experts: files of several folders are mixed")
+                raise ValueError(f"{path.name} belongs to other experts, so files of several folders are mixed")
             raise ValueError(f"{path.name} is not the file that {MANIFEST} lists")
         with safe_open(str(path), framework="pt") as stream:
             found = {name: tuple(stream.get_slice(name).get_shape()) for name in stream.keys()}  # noqa: SIM118
@@ -450,16 +453,18 @@ def check_folder(folder: Path, settings: Settings) -> None:
     """Raises RunFilesError where experts with these settings cannot be trained into a folder: it holds others, or something else."""
     if not (folder / MANIFEST).exists():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunFilesError(f"--out {folder} is there already, and is no folder of experts. Name a new or empty folder.")
+            raise RunFilesError(f"--out {folder} exists already and is not a folder of experts. Name a new or empty folder.")
         return
     try:
         theirs = msgspec.to_builtins(_read_manifest(folder).settings)
     except InputError as error:
         raise RunFilesError(f"--out: {error}") from None
     ours = msgspec.to_builtins(settings)
-    unlike = [f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+    unlike = [
+        f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)
+    ]
     if unlike:
-        raise RunFilesError(f"--out {folder} holds other experts: {'; '.join(unlike)}. Name a new folder, or give the same settings.")
+        raise RunFilesError(f"--out {folder} contains other experts ({'; '.join(unlike)}). Name a new folder, or use the same settings.")
 
 
 def _told(report: Report, before: int, count: int, reached: float) -> None:
@@ -551,7 +556,7 @@ def _fit(
     )  # fmt: skip
     if not all_finite(kept):
         raise RunFailed(
-            f"The training of expert {number} diverged: its weights are not finite. Nothing is kept of it. Use a smaller rate "
+            f"The training of expert {number} diverged: its weights are not finite. They are not saved. Use a smaller learning rate "
             f"(--set train.lr={min(schedule['lr'] / 10, TrainTable().lr):g}), or another schedule or optimizer."
         )
     return kept, accuracy

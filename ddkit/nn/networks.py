@@ -136,7 +136,7 @@ def no_second_derivative(module: nn.Module, info: DataInfo) -> str:
         if not any(words in str(error) for words in NO_SECOND):
             raise
         return str(error).strip().splitlines()[0]
-    return f"the backward pass of {cut[0]} computes outside of torch's graph" if cut else ""
+    return f"the backward pass of {cut[0]} is not recorded by torch's autograd" if cut else ""
 
 
 def saved_bytes(module: nn.Module, info: DataInfo) -> int:

@@ -314,4 +314,4 @@ def no_forward_mode(module: nn.Module, info: DataInfo) -> str:
     except (RuntimeError, AttributeError) as error:  # of layers without forward mode, and of a torch without what SecondOrder asks of it
         return (str(error).strip() or type(error).__name__).splitlines()[0]
     near = float((found - expected).norm()) <= NEARLY * float(expected.norm())
-    return "" if near else "in forward mode, or image by image, they are others"
+    return "" if near else "in forward mode, or image by image, the gradients differ"

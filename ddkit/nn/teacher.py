@@ -31,11 +31,11 @@ JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: ev
 
 @dataclass(eq=False)
 class Teacher:
-    """A trained classifier in evaluation mode and what is recorded of it.
+    """A trained classifier in evaluation mode, with its record.
 
-    `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1), and `whitening` is theirs, if they are whitened;
-    `info` holds the metadata of its file ({} for a bare state dict); `sha256` is that of the file. `order` has for each class its output
-    in the file, if these are others or in another order; the module's are those of the data's classes.
+    `mean` and `std` are the channel statistics of its inputs (of pixels in 0..1), and `whitening` is the transform if they are whitened.
+    `info` has the metadata of its file ({} for a bare state dict), `sha256` is that of the file. `order` has for each class its output
+    in the file, if the order differs; the outputs of the module are in the order of the data's classes.
 
     Examples:
         >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
@@ -59,12 +59,12 @@ class Teacher:
 
     @property
     def normalisation(self) -> Normalisation:
-        """Makes its inputs of images in pixel units."""
+        """The map from images in pixel units to its inputs."""
         return Normalisation(self.mean, self.std, self.whitening)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """What its file holds: the state dict, and the tensors of its whitening."""
+        """The tensors of its file: the state dict, and those of its whitening."""
         return {**self.module.state_dict(), **({} if self.whitening is None else self.whitening.tensors)}
 
     @property
@@ -104,17 +104,17 @@ def read_teacher(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Returns (state dict, record) of a teacher file, {} for a bare state dict; raises InputError naming a file that is unusable."""
     if path.is_dir() or not path.exists():
         what = f"The teacher {path} is a folder, not a file." if path.is_dir() else f"The teacher file {path} does not exist."
-        raise InputError(f"{what} `--teacher auto` trains one.", "teacher.use")
+        raise InputError(f"{what} To train a teacher automatically, use --teacher auto.", "teacher.use")
     try:
         open_regular(path).close()
         tensors, record = read_tensors(path)
         known = msgspec.convert(record, _Record)
     except msgspec.ValidationError as error:
-        raise InputError(f"The teacher {path} has a record that is none: {error}.", "teacher.use") from None
+        raise InputError(f"The teacher {path} has damaged metadata: {error}.", "teacher.use") from None
     except PermissionError as error:
         raise InputError(f"The teacher {not_permitted(path, error)}", "teacher.use") from None
     except (ValueError, OSError) as error:
-        hint = "ddkit reads safetensors state dicts only; `ddkit import` makes one of a file written by torch.save."
+        hint = "A teacher must be a safetensors file. Convert a file of torch.save with `ddkit import`."
         raise InputError(f"The teacher: {error}. {hint}", "teacher.use") from None
     check_outputs(path, known.class_names or (), tensors)
     return tensors, record
@@ -124,7 +124,9 @@ def check_outputs(path: Path, class_names: Sequence[str], tensors: Mapping[str, 
     """Raises InputError where there are more class names than a network of these tensors can have outputs."""
     most = max([1000, *(side for tensor in tensors.values() for side in tensor.shape)])
     if len(class_names) > most:
-        raise InputError(f"The teacher {path} has {len(class_names):,} class names, and no tensor for more than {most:,}.", "teacher.use")
+        raise InputError(
+            f"The teacher {path} has {len(class_names):,} class names, but its tensors have at most {most:,} outputs.", "teacher.use"
+        )
 
 
 def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> Teacher:
@@ -135,18 +137,18 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
     order = None if names is None else class_order.by_name(names, info.class_names)
     if table.classes is not None and order is None:
         raise InputError(
-            f"teacher.classes does not name each class of the data once, as it must, in the order of the teacher's outputs: "
-            f"{_difference(table.classes, info.class_names) or 'one stands there twice'}. In the data's own order it is "
+            f"teacher.classes must name each class of the data once, in the order of the teacher's outputs, but "
+            f"{_difference(table.classes, info.class_names) or 'one name is there twice'}. In the order of the data: "
             f"{class_order.as_flag(info.class_names)}",
             "teacher.classes",
         )
     if names is not None and order is None and len(names) != info.classes:
         raise InputError(
-            f"The teacher {path} knows {len(names)} classes, the data has {info.classes}: {_difference(names, info.class_names)}. "
-            "Distil the classes that it knows, or train one on this data with `ddkit train`."
+            f"The teacher {path} has {len(names)} classes, but the data has {info.classes}: {_difference(names, info.class_names)}. "
+            "Use data with the classes of the teacher, or train a teacher on this data with `ddkit train`."
         )
     if shape is not None and tuple(shape) != info.shape:
-        raise InputError(f"The teacher {path} takes images of shape {tuple(shape)} (C, H, W), the data has {info.shape}.")
+        raise InputError(f"The teacher {path} needs images of shape {tuple(shape)} (C, H, W), but the data has {info.shape}.")
     mean, std = _statistics(table, record, info.channels, path)
     try:
         whitening = Whitening.taken(tensors, info.shape)
@@ -164,7 +166,7 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
         class_order.bring_into_order(teacher.module, order)
         others = "has more classes than the data" if own.classes > info.classes else "has its classes in another order than the data"
         log.warning(
-            "The teacher %s %s (%s): its outputs are brought into that of the data (%s).",
+            "The teacher %s %s (%s): its outputs are sorted into the order of the data (%s).",
             path, others, _few(own.class_names), _few(info.class_names), extra={"news": True},
         )  # fmt: skip
     return teacher
@@ -188,7 +190,7 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
     mean, std = table.mean or record.get("mean"), table.std or record.get("std")
     if mean is None or std is None:
         raise InputError(
-            f"The teacher {path} is a bare state dict: say how its inputs were normalised, "
+            f"The teacher {path} does not record how its inputs were normalised. Add the mean and std, "
             "for example --set 'teacher.mean=[0.49,0.48,0.45]' --set 'teacher.std=[0.2,0.2,0.2]'.",
             "teacher.mean",
         )
@@ -196,10 +198,11 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
         if len(values) != channels:
             raise InputError(f"teacher.{name} has {len(values)} values for {channels} channels.", f"teacher.{name}")
     if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
-        raise InputError("teacher.std must be positive in every channel, and teacher.mean finite.", "teacher.std")
+        raise InputError("teacher.std must be finite and positive in every channel, and teacher.mean must be finite.", "teacher.std")
     if max(mean) > 1:
         raise InputError(
-            "teacher.mean is that of pixels in 0..1, so at most 1. Divide mean and std of pixels in 0..255 by 255.", "teacher.mean"
+            "teacher.mean is for pixels in 0..1, so it is at most 1. If yours is for pixels in 0..255, divide mean and std by 255.",
+            "teacher.mean",
         )
     return tuple(mean), tuple(std)
 
@@ -214,24 +217,24 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
     tensors = {**counters, **tensors}
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
-        f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()}, the model's {tuple(own[key].shape)}"
+        f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()}in the file and {tuple(own[key].shape)} in the model"
         for key in sorted(own.keys() & tensors.keys())
         if own[key].shape != tensors[key].shape or own[key].is_complex() != tensors[key].is_complex()
     ]
-    lists = (("missing", missing), ("not in the model", surplus), ("of another shape", shapes))
+    lists = (("missing in the file", missing), ("not in the model", surplus), ("of another shape", shapes))
     problems = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in lists if keys]
     if problems:
         unlike = [(tensors[key].shape, own[key].shape) for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
         heads = {(theirs[:1], ours[:1]) if theirs[1:] == ours[1:] else None for theirs, ours in unlike}
         hint = ""
         if not (recorded or missing or surplus) and len(heads) == 1 and None not in heads:
-            hint = f" Only the number of outputs differs: it has {unlike[0][0][0]} classes, and {unlike[0][1][0]} are asked for."
+            hint = f" Only the number of outputs differs: the file has {unlike[0][0][0]} classes, but {unlike[0][1][0]} are needed."
         elif not recorded:
             options = f"`ddkit info model {registry.split_name(model)[0]}`"
             hint = f" Name its architecture with --model and its options with --set teacher.OPTION=VALUE ({options})."
         raise InputError(f"The teacher {path} does not fit the model '{model}'; {'; '.join(problems)}.{hint}")
     if not all_finite(tensors):
-        raise InputError(f"The teacher {path} holds values that are not finite.")
+        raise InputError(f"The teacher {path} has values that are not finite.")
     module.load_state_dict(tensors)
 
 
@@ -265,7 +268,7 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
     rows = spread(torch.arange(len(real.labels)), JUDGED_IMAGES)
     if not len(rows):
         if own_names:
-            log.warning("%sWithout accessible images its order cannot be tried: output k is taken for class k.", own_names)
+            log.warning("%sWithout accessible images the order of its outputs cannot be tested. Output k is used for class k.", own_names)
         return None
     own = rows[(rows >= real.own.start) & (rows < real.own.stop)]
     images = NormalisedRows(rows_of(real.images, own - real.own.start), teacher.normalisation, device)
@@ -273,13 +276,13 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
     labels, found = real.ranks.all_gather(torch.stack([real.labels[own], found], 1), "control").unbind(1)
     right, seen = (each.bincount(minlength=info.classes) for each in (labels[found == labels], labels))
     result = Tested(float((found == labels).double().mean()), len(labels))
-    share = f"{own_names}The teacher is right on {100 * result.accuracy:.1f} % of {result.images} accessible images"
+    share = f"{own_names}The teacher is correct on {100 * result.accuracy:.1f} % of {result.images} accessible images"
     chance, fitting = at_chance(right, seen), class_order.fitting(labels, found, info.classes)
     share += f", no better than guessing among {info.classes} classes" * chance
     if not chance and fitting is None:
         if own_names:
-            few = " They are too few to tell whether that is so: a larger --pipc would." * at_chance(100 * right, 100 * seen)
-            log.warning("%s, output k being taken for class k.%s", share, few)
+            few = " There are too few images to test this order. Use a larger --pipc." * at_chance(100 * right, 100 * seen)
+            log.warning("%s if output k is used for class k.%s", share, few)
         return result
     if fitting is not None:
         order = teacher.order or range(info.classes)
@@ -289,21 +292,21 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
         flag = class_order.as_flag(outputs)
         if len(flag) > LONGEST // 2:  # an error would cut it
             log.warning("The order of the outputs that fits: %s", flag, extra={"news": True})
-            flag = "the flag of the line before"
+            flag = "the flag in the line above"
         again = 100 * float((fitting[labels] == found).double().mean())
-        helps = f"If its outputs are taken in another order, it is right on {again:.1f} %: {flag}"
+        helps = f"With its outputs in another order it is correct on {again:.1f} %: {flag}"
     else:
         epochs = teacher.info.get("training", {}).get("epochs")
-        longer = f"If it was trained too short, train it longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
+        longer = f"If its training was too short, train longer: --set train.epochs={10 * epochs}. " if isinstance(epochs, int) else ""
         helps = (
-            f"{longer}Check how its inputs were normalised (--set teacher.mean and teacher.std), the order of its outputs (--set "
-            "teacher.classes), its architecture (--model), and whether it was trained at all."
+            f"{longer}Check the normalisation of its inputs (--set teacher.mean and teacher.std), the order of its outputs (--set "
+            "teacher.classes), its architecture (--model), and whether it is trained."
         )
     unproven = bool(table.classes) or not class_order.are_proof(names, info.class_names)
     weak = fitting is None and not own_names and "training" in teacher.info  # `ddkit train` took the names, if numbers, from real data
     if table.check and table.use != "auto" and unproven and not weak:
         raise InputError(
-            f"{share}. {helps}{'.' * (not helps.endswith('.'))} To take it as it is: --set teacher.check=false", "teacher.check"
+            f"{share}. {helps}{'.' * (not helps.endswith('.'))} To use it without this check: --set teacher.check=false", "teacher.check"
         )
     log.warning("%s. %s", share, helps)
     return result

@@ -40,7 +40,7 @@ def fit(
 ) -> None:
     """Trains `module` in place by cross-entropy on normalised images (n, C, H, W) and labels (n,) int64, or probabilities (n, K).
 
-    Images on the disk come as what Normalisation.lazily returns.
+    Images on the disk must be the result of Normalisation.lazily.
 
     Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
     batch, parameters per image) and then mixed as the schedule says. Everything random comes from `generator`. `forward` is a
@@ -48,12 +48,12 @@ def fit(
     after each epoch, `on_batch(logits, labels)` after each batch, with its logits (b, K) as they were before the update and the labels
     (b,) that it had before it was mixed.
 
-    With `targets` a batch is not learned by its labels but by the probabilities (n, K) that `targets(batch, labels)`
-    returns for the augmented batch: the loss is the cross-entropy of them and of softmax(logits / temperature), times
+    With `targets` a batch is trained not on its labels, but on the probabilities (n, K) that `targets(batch, labels)`
+    returns for the augmented batch. The loss is their cross-entropy with softmax(logits / temperature), times
     temperature squared, so that gradients keep their scale.
 
-    With `steps` above 0 it takes so many batches, of as many epochs as it needs, in the place of the schedule's. An `optimizer` of the
-    parameters of `module` that is given goes on with what it has kept; without one a new one is made.
+    With `steps` above 0 it trains on so many batches, in as many epochs as needed, instead of the schedule's epochs. An `optimizer` of the
+    parameters of `module` continues with its own state; without one a new one is made.
 
     Examples:
         >>> module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))

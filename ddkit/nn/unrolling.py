@@ -28,7 +28,7 @@ def unrolled_sgd(
     `weights` are all parameters of `module` by name; its own are neither read nor written, and its running statistics stay. A batch is
     images (n, C, H, W) and targets, labels (n,) or probabilities (n, K). `lr` is a scalar. `loss` takes logits (n, K) and targets.
 
-    Without `constant_memory` the graphs of all steps are kept. With it a step keeps its weights and batch alone, and is computed again in
+    Without `constant_memory` the graphs of all steps are kept. With it a step only keeps its weights and batch, and is computed again in
     the backward pass: the same gradient for about half more time, and memory that grows by one copy of the weights a step. Such
     gradients cannot be differentiated again.
 

@@ -14,16 +14,16 @@ Part = Annotated[float, Option(gt=0, lt=1)]
 
 
 class Schedule(msgspec.Struct, frozen=True, kw_only=True):
-    """How a network is trained: `momentum` is of sgd.
+    """How a network is trained. `momentum` is for the optimizer sgd only.
 
-    The rate of "step" is multiplied by `gamma` after half of the epochs, that of "multi-step" after each of `milestones`, fractions of all
-    epochs; "cosine" falls to 0 along half a cosine; "one-cycle" warms up over a fifth. `rho` above 0 is sharpness-aware minimisation
-    (Foret et al., ICLR 2021): each update takes the gradient at the point that lies rho away from the weights along the gradient of the
-    same batch. It needs two passes for each batch. With `ema` above 0 the network ends with an exponential moving average of its weights
-    and running statistics, of that decay, in the place of the last ones.
+    With the schedule "step" the learning rate is multiplied by `gamma` after half of the epochs, with "multi-step" after each of the
+    `milestones` (fractions of all epochs). "cosine" falls to 0 along half a cosine, "one-cycle" warms up for a fifth of the epochs. `rho`
+    above 0 is sharpness-aware minimisation (Foret et al., ICLR 2021): each update uses the gradient at the weights moved by rho along the
+    gradient of the same batch. It needs two passes per batch. With `ema` above 0 the final network has the exponential moving average of
+    the weights and running statistics with that decay, instead of the last ones.
 
-    `mix` is CutMix (Yun et al., ICCV 2019) or MixUp (Zhang et al., ICLR 2018) of torchvision.transforms.v2 on the augmented batch, its
-    strength drawn from Beta(mix_alpha, mix_alpha); `mix_share` is the probability that a batch is mixed.
+    `mix` applies CutMix (Yun et al., ICCV 2019) or MixUp (Zhang et al., ICLR 2018) of torchvision.transforms.v2 to the augmented batch. Its
+    strength is drawn from Beta(mix_alpha, mix_alpha), and `mix_share` is the probability that a batch is mixed.
 
     Examples:
         >>> schedule = ddkit.nn.Schedule(epochs=30, lr=0.1, schedule="cosine", mix="cutmix", mix_share=0.5)
@@ -32,18 +32,22 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     epochs: Annotated[int, Option("passes over the set", ge=1)]
-    batch: Annotated[int, Option("images of a batch", ge=1)] = 256
+    batch: Annotated[int, Option("images per batch", ge=1)] = 256
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, Option("learning rate, at its highest", gt=0)] = 0.01
-    momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.9
+    lr: Annotated[float, Option("highest learning rate", gt=0)] = 0.01
+    momentum: Annotated[float, Option("momentum, for the optimizer sgd only", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Option(ge=0)] = 5e-4
-    schedule: Annotated[Literal["one-cycle", "constant", "step", "cosine", "multi-step"], Option("of the learning rate")] = "step"
-    milestones: Annotated[tuple[Part, ...], Option("of multi-step: fractions of the epochs after which the rate falls")] = (0.5, 0.75)
-    gamma: Annotated[float, Option("of step and multi-step: factor by which the rate falls", gt=0, le=1)] = 0.1
-    rho: Annotated[float, Option("of sharpness-aware minimisation; 0: none", ge=0)] = 0.0
-    ema: Annotated[float, Option("decay of an average of the weights, which is tested in their place; 0: none", ge=0, lt=1)] = 0.0
-    mix: Annotated[Literal["none", "cutmix", "mixup"], Option("mixing of the images of a batch, and of their labels")] = "none"
-    mix_alpha: Annotated[float, Option("of the Beta distribution of the strength of mixing", gt=0)] = 1.0
+    schedule: Annotated[Literal["one-cycle", "constant", "step", "cosine", "multi-step"], Option("schedule of the learning rate")] = "step"
+    milestones: Annotated[
+        tuple[Part, ...], Option("fractions of the epochs after which the learning rate falls, for the schedule multi-step only")
+    ] = (0.5, 0.75)
+    gamma: Annotated[float, Option("factor by which the learning rate falls, for the schedules step and multi-step only", gt=0, le=1)] = 0.1
+    rho: Annotated[float, Option("radius of sharpness-aware minimisation, 0 for none", ge=0)] = 0.0
+    ema: Annotated[
+        float, Option("decay of the moving average of the weights, which is tested instead of the last weights, 0 for none", ge=0, lt=1)
+    ] = 0.0
+    mix: Annotated[Literal["none", "cutmix", "mixup"], Option("mixing of the images and labels of a batch")] = "none"
+    mix_alpha: Annotated[float, Option("parameter of the Beta distribution from which the strength of mixing is drawn", gt=0)] = 1.0
     mix_share: Annotated[float, Option("share of the batches that are mixed", ge=0, le=1)] = 1.0
 
     def __post_init__(self) -> None:
@@ -59,15 +63,20 @@ class Values(Schedule, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The keys of a protocol that decide a figure. Every one may be overridden in the table of an evaluator."""
 
     lr: (
-        Annotated[float, Option("learning rate, at its highest; stored: the step_size that the set has learned", gt=0)] | Literal["stored"]
+        Annotated[float, Option("highest learning rate, or stored for the learning rate that was learned with the set", gt=0)]
+        | Literal["stored"]
     ) = 0.01  # type: ignore[assignment]
-    model: Annotated[str, Option("network, or several separated by commas")] = "convnet"
-    augmenter: Annotated[str, Option("augmenter of every batch")] = "dsa"
+    model: Annotated[str, Option("architecture of the networks, or several separated by commas")] = "convnet"
+    augmenter: Annotated[str, Option("augmenter of each batch")] = "dsa"
     augmenter_options: Annotated[dict[str, Any], Option("options of the augmenter")] = {}
     labels: Annotated[
-        Literal["auto", "hard", "stored", "teacher"], Option("auto: those stored with the set, or else hard; teacher: its probabilities")
+        Literal["auto", "hard", "stored", "teacher"],
+        Option(
+            "labels that networks learn: hard, stored (with the set), teacher (its probabilities), or auto (stored if the set has "
+            "labels, and else hard)"
+        ),
     ] = "auto"
-    temperature: Annotated[float, Option("of the teacher's labels", gt=0)] = 1.0
+    temperature: Annotated[float, Option("temperature of the teacher's labels", gt=0)] = 1.0
     repeats: Annotated[int, Option("networks", ge=1)] = 5
 
 
@@ -80,9 +89,9 @@ class ProtocolFile(Values, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class Protocol(Values, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A protocol as a run records it, under its name.
+    """A protocol with its name, as a run records it.
 
-    `usual` has the values that the installed protocol of that name has, where they differ: such a figure is not that protocol's.
+    `usual` has the values of the installed protocol of that name that differ from these. A figure with other values is marked as such.
 
     Examples:
         >>> protocol = ddkit.nn.Protocol.of_file({"epochs": 100, "optimizer": "adamw", "lr": 0.001}, "mine")

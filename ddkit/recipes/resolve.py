@@ -55,7 +55,7 @@ def read_recipe(name: str, kind: str = "recipe") -> Raw:
     known = {p.name: p for p in reversed(registry.plugins()) if p.kind == kind}
     if name not in known:
         hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
-        raise InputError(f"{hint} A file is given by its path: {'--recipe ' if kind == 'recipe' else ''}./{name or 'FILE'}.toml")
+        raise InputError(f"{hint} For a file, write its path: {'--recipe ' if kind == 'recipe' else ''}./{name or 'FILE'}.toml")
     return parse_toml(Path(known[name].value), kind)
 
 
@@ -64,10 +64,10 @@ def _is_file(name: str) -> bool:
 
 
 def read_protocol(name: str, known: Mapping[str, Protocol] | None = None) -> Protocol:
-    """Returns a protocol that a file holds, that is in the tables `known` of a recipe, or that is installed, in this order.
+    """Returns a protocol: from a file, from the tables `known` of a recipe, or an installed one, in this order.
 
-    Where the values of a file or table are not those of the protocol that has its name already, `usual` has the latter's. Raises InputError
-    for a name that nothing has, with the nearest one, and for a file that is missing or bad.
+    If a file or table changes values of an installed protocol of its name, `usual` has the installed values. Raises InputError
+    for an unknown name, with the nearest one, and for a file that is missing or has errors.
 
     Examples:
         >>> ddkit.nn.read_protocol("short").epochs, ddkit.nn.read_protocol("dm-official").epochs
@@ -137,7 +137,7 @@ def resolve(
         beside = _with_rules(read_recipe(fallback or "default"), ipc, pipc) if fallback or has_default else {}
         raw["losses"] = select_losses(losses, _loss_tables(raw), _loss_tables(beside))
     assign_all(raw, override)
-    check_depth(raw, "The recipe with what was set")
+    check_depth(raw, "The recipe with its settings")
     with _blaming_flags(given, evaluation or {}):
         built = parse_recipe({key: value if key in TOLD_APART else _with_home(value) for key, value in raw.items()})
         if not built.name:
@@ -177,11 +177,15 @@ def check_effect(recipe: Recipe, given: Collection[str]) -> None:
     takes_real = reuse not in given or registry.create("initializer", begin.use, begin.options, where="initializer").requires.real
     rules = [  # whether keys are in use, why they are not, and the keys
         (learned, "labels.kind is not learned", ["labels.lr", "labels.init"]),
-        (labels.kind == "teacher" or (learned and labels.init == "teacher"), "no label is the teacher's", ["labels.temperature"]),
+        (
+            labels.kind == "teacher" or (learned and labels.init == "teacher"),
+            "the set has no labels from the teacher",
+            ["labels.temperature"],
+        ),
         (recipe.train.optimizer == "sgd", "train.optimizer is not sgd", ["train.momentum"]),
         (drawn, "network.source is not experts", ["network.first", "network.last"]),
         (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in ("inner_lr", *TRAINING)]),
-        (takes_real, f"the initializer '{begin.use}' takes no real images", [reuse]),
+        (takes_real, f"the initializer '{begin.use}' uses no real images", [reuse]),
         (in_use, "no loss uses experts, and neither network.source nor labels.init is experts", experts),
     ]
     for used, why, keys in rules:
@@ -225,7 +229,7 @@ def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
     result = copy.deepcopy(raw)
     rules = result.pop("rules", [])
     if not isinstance(rules, list):
-        raise InputError("rules is an array of tables: [[rules]].", "rules")
+        raise InputError("rules must be an array of tables, written as [[rules]].", "rules")
     if isinstance(ipc, Mapping):  # a recipe's rules go by the number of most classes
         ipc = ipc.get("default", max((each for each in ipc.values() if isinstance(each, int)), default=1))
     values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
@@ -279,7 +283,7 @@ def parse_set(text: str) -> tuple[str, Any]:
     """Returns (path, value) of a `--set PATH=VALUE`; VALUE is TOML, else a string."""
     path, equals, value = text.partition("=")
     if not equals or not path.strip():
-        raise FlagError(f"--set {text}: it is PATH=VALUE, for example --set losses.dm.weight=0.01")
+        raise FlagError(f"--set {text}: write PATH=VALUE, for example --set losses.dm.weight=0.01")
     try:
         parsed = tomllib.loads(f"value = {value}")
     except tomllib.TOMLDecodeError:
@@ -326,14 +330,14 @@ def assign(raw: Raw, path: str, value: Any) -> None:
 def _check_path(raw: Raw, keys: list[str], path: str, value: Any) -> None:
     known = fields(Recipe)
     if keys[0] == "decode":
-        raise InputError(f"The recipe has no key 'decode' any more ({path}). {instead_of_decode(value)}", path)
+        raise InputError(f"The key 'decode' ({path}) is no longer supported. {instead_of_decode(value)}", path)
     if keys[0] not in known:
         raise InputError(f"The recipe has no key '{keys[0]}' ({path}). {suggestion(keys[0], known)}", path)
     chosen = raw.get("losses", {})
     if keys[0] == "losses" and len(keys) > 1 and isinstance(chosen, Mapping) and keys[1] not in chosen:
-        raise InputError(f"{path}: this run has no loss labelled '{keys[1]}'. {suggestion(keys[1], chosen)}", path)
+        raise InputError(f"{path}: this run has no loss '{keys[1]}'. {suggestion(keys[1], chosen)}", path)
     if len(keys) > 1 and keys[0] not in TABLES and keys[0] not in NAMED_TABLES:
-        raise InputError(f"{path}: {keys[0]} is a value, not a table.", path)
+        raise InputError(f"{path} cannot be set: {keys[0]} is a value, not a table.", path)
 
 
 def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, Any]) -> Raw:
@@ -347,19 +351,19 @@ def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, A
     for item in (part.strip() for part in text.split(",")):
         name, colon, number = item.partition(":")
         if not name:
-            raise FlagError("--losses: a loss name is empty. Write them as --losses dm,dkkt")
+            raise FlagError("--losses: a name is empty. Write names separated by commas, for example --losses dm,dkkt")
         try:
             weight = float(number) if colon else None
         except ValueError:
             raise FlagError(f"--losses {item}: the weight '{number}' is not a number.") from None
         if weight is not None and not (math.isfinite(weight) and weight >= 0):
-            raise FlagError(f"--losses {item}: the weight must be a finite number of at least 0.")
+            raise FlagError(f"--losses {item}: the weight must be a finite number and at least 0.")
         is_group = name not in tables and name.rpartition("/")[2] in groups
         for label in registry.members(registry.find("loss-group", name)) if is_group else (name,):
             if label in chosen:
                 raise FlagError(f"--losses {text}: the loss '{label}' is chosen twice. Name it once.")
             if label not in {*tables, *fallback} and label.rpartition("/")[2] not in installed:
-                raise PluginError(f"There is no loss '{label}'. {suggestion(label, installed)} (`ddkit list losses` shows them.)")
+                raise PluginError(f"There is no loss '{label}'. {suggestion(label, installed)} (`ddkit list losses` shows all losses.)")
             table = dict(tables.get(label, fallback.get(label, {})))
             own = table.get("weight", 1.0)
             fits = isinstance(own, int | float) and abs(own) < 2**63  # else the recipe's own check names it
@@ -372,10 +376,10 @@ def select_losses(text: str, tables: Mapping[str, Any], fallback: Mapping[str, A
 def _loss_tables(raw: Raw) -> dict[str, Raw]:
     tables = raw.get("losses", {})
     if not isinstance(tables, Mapping):
-        raise InputError(f"losses is a table of the recipe; got {shown(tables)}.", "losses")
+        raise InputError(f"losses must be a table of the recipe, but is {shown(tables)}.", "losses")
     for label, table in tables.items():
         if not isinstance(table, Mapping):
-            raise InputError(f"losses.{label} is a table of the recipe; got {shown(table)}.", f"losses.{label}")
+            raise InputError(f"losses.{label} must be a table of the recipe, but is {shown(table)}.", f"losses.{label}")
     return dict(tables)
 
 
@@ -390,7 +394,7 @@ def _with_options(tables: Mapping[str, EvaluatorTable], asked: Mapping[str, Any]
     known = {name: fields(options_type(registry.load("evaluator", table.use or name))) for name, table in tables.items()}
     for key in given:
         if not any(key in names for names in known.values()):
-            why = f"none of the chosen evaluators ({', '.join(tables)}) has that option" if tables else "nothing is evaluated"
+            why = f"none of the evaluators ({', '.join(tables)}) has this option" if tables else "nothing is evaluated"
             raise FlagError(f"--{key} has no effect: {why}. Leave it out.")
     given |= {} if model is None else {"model": model}
     return {
@@ -408,11 +412,13 @@ def _with_protocols(recipe: Recipe) -> Recipe:
             continue
         name, path = table.options.get("protocol", fields(kind)["protocol"].default), f"evaluators.{label}.protocol"
         if isinstance(name, Mapping):
-            raise InputError(f"{path} is the name of a protocol, or a file. Write its values under [protocols.NAME].", path)
+            raise InputError(
+                f"{path} must be the name of a protocol, or a file. Write the values of a protocol under [protocols.NAME].", path
+            )
         installed = {p.name for p in registry.plugins() if p.kind == "protocol"}
         if isinstance(name, str) and not _is_file(name) and name not in {*protocols, *installed}:
             near = suggestion(name, {*protocols, *installed})
-            raise InputError(f"{path} = {name!r}: there is no such protocol. {near} A file is given by its path: ./{name}.toml", path)
+            raise InputError(f"{path} = {name!r}: there is no such protocol. {near} For a file, write its path: ./{name}.toml", path)
         if isinstance(name, str):
             found = read_protocol(name, recipe.protocols)
             protocols[found.name] = found

@@ -31,7 +31,7 @@ def recipe_schema() -> Schema:
                 keys[table]["properties"] = entries
     for table, key in SHORTHAND.items():
         keys[table] = {"anyOf": [{"type": "string", "description": f"short for {table}.{key}"}, keys[table]]}
-    keys["rules"] = {"type": "array", "items": structs[1], "description": "settings that depend on ipc and pipc"}
+    keys["rules"] = {"type": "array", "items": structs[1], "description": "settings for some values of ipc and pipc"}
     (when,) = (field.type for field in msgspec.structs.fields(RuleTable) if field.name == "when")
     conditions = list(get_args(get_args(when)[0]))  # which msgspec's schema leaves out
     definitions["RuleTable"]["properties"]["when"]["propertyNames"] = {"enum": conditions}

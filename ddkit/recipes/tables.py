@@ -27,47 +27,51 @@ class PluginTable(Table):
 
 
 class DataTable(PluginTable):
-    use: Annotated[str, Option("dataset, NAME or NAME:ARGUMENT")] = "digits"
-    dir: Annotated[str, Option("folder for datasets that download")] | None = None
-    batch: Annotated[int, Option("real images a class and step, at most", ge=1)] = 256
+    use: Annotated[str, Option("dataset, as NAME or NAME:ARGUMENT")] = "digits"
+    dir: Annotated[str, Option("folder for downloaded datasets")] | None = None
+    batch: Annotated[int, Option("largest number of real images per class in a step", ge=1)] = 256
     test: Annotated[
         Literal["test", "held-out"],
-        Option("what evaluations test on: the test split, or training images that are not accessible, to choose settings by"),
+        Option("images that evaluations test on: the test split, or held-out training images, for choosing settings"),
     ] = "test"
     held_out: (
         Annotated[
             int,
             Option(
-                "images of each class that are held out; left out: a fifth of the smallest class beside the accessible ones, at most 200",
+                "held-out images per class; if left out, a fifth of the smallest class, at most 200 and no accessible images",
                 ge=1,
             ),
         ]
         | None
     ) = None
-    memory: Annotated[int, Option("MiB that decoded images may take; more of them are read from the disk as they are needed", ge=1)] = 2048
-    whiten: Annotated[bool, Option("whether networks see whitened images: by ZCA of the accessible ones, or as the teacher")] = False
+    memory: Annotated[int, Option("memory in MiB for decoded images, further images are read from the disk in each step", ge=1)] = 2048
+    whiten: Annotated[
+        bool, Option("whether networks see images whitened by ZCA, of the accessible images or as recorded by the teacher")
+    ] = False
     whiten_eps: (
         Annotated[
             float,
             Option(
-                "regularisation of the whitening, a share of the mean variance of a pixel; left out: 0.1, more for few images",
+                "regularisation of the whitening, as a share of the mean variance of a pixel; if left out, 0.1, or more for few images",
                 ge=1e-6,
                 le=1e6,
             ),
         ]
         | None
     ) = None
-    whiten_absolute: Annotated[bool, Option("whether whiten_eps is a variance, of pixels in 0..1, and no share of the mean")] = False
+    whiten_absolute: Annotated[
+        bool, Option("whether whiten_eps is a variance of pixels in 0..1, instead of a share of the mean variance")
+    ] = False
 
 
 class TeacherTable(PluginTable):
-    use: Annotated[str, Option("safetensors file, or auto: train one on all of the training set and cache it")] = "auto"
-    model: Annotated[str, Option("architecture, where the file does not record it")] = "convnet"
-    mean: Annotated[list[float], Option("channel means the teacher was trained with, of pixels in 0..1")] | None = None
-    std: Annotated[list[float], Option("channel standard deviations the teacher was trained with, of pixels in 0..1")] | None = None
-    classes: Annotated[list[str], Option("the class of each output of the file; left out: as the file names them")] | None = None
+    use: Annotated[str, Option("safetensors file, or auto to train a teacher on the whole training split and cache it")] = "auto"
+    model: Annotated[str, Option("architecture of the teacher, if its file does not record it")] = "convnet"
+    mean: Annotated[list[float], Option("channel means that the teacher was trained with, for pixels in 0..1")] | None = None
+    std: Annotated[list[float], Option("channel standard deviations that the teacher was trained with, for pixels in 0..1")] | None = None
+    classes: Annotated[list[str], Option("class names in the order of the teacher's outputs; if left out, those in its file")] | None = None
     check: Annotated[
-        bool, Option("whether a file at chance on the accessible images is refused if its class names do not tell the order of its outputs")
+        bool, Option("whether a teacher file with accuracy at chance is refused, if its class names do not prove the order of its outputs")
     ] = True
 
 
@@ -75,10 +79,10 @@ class TrainTable(PluginTable):
     """How `ddkit train` and an automatic teacher are trained; `options` are those of the augmenter."""
 
     epochs: Annotated[int, Option("passes over the training set", ge=1)] = 20
-    batch: Annotated[int, Option("images a step", ge=1)] = 256
+    batch: Annotated[int, Option("images per batch", ge=1)] = 256
     optimizer: Literal["sgd", "adam"] = "sgd"
-    lr: Annotated[float, Option("peak learning rate", gt=0)] = 0.1
-    momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.9
+    lr: Annotated[float, Option("highest learning rate", gt=0)] = 0.1
+    momentum: Annotated[float, Option("momentum, for the optimizer sgd only", ge=0, lt=1)] = 0.9
     weight_decay: Annotated[float, Option(ge=0)] = 5e-4
     schedule: Literal["one-cycle", "constant", "step"] = "one-cycle"
     augmenter: str = "dsa"
@@ -97,35 +101,42 @@ class NetworkTable(PluginTable):
 
     model: str = "convnet"
     source: Annotated[
-        Literal["fresh", "experts"], Option("where a drawn network comes from: fresh weights, or those of an expert at one of its epochs")
+        Literal["fresh", "experts"], Option("weights of a drawn network: fresh ones, or those of an expert at a saved epoch")
     ] = "fresh"
-    first: Annotated[int, Option("first epoch of the experts that is drawn; 0: before training", ge=0)] = 0
-    last: Annotated[int, Option("last epoch of the experts that is drawn; left out: their last", ge=0)] | None = None
+    first: Annotated[int, Option("first epoch of the experts that may be drawn, 0 for before training", ge=0)] = 0
+    last: Annotated[int, Option("last epoch of the experts that may be drawn; if left out, their last epoch", ge=0)] | None = None
     interpolate: Annotated[
-        bool, Option("whether an expert's weights are taken at a drawn point between those of epoch first and those of epoch last")
+        bool, Option("whether an expert's weights are drawn from the line between its weights at the epochs first and last")
     ] = False
-    renew_every: Annotated[int, Option("steps that a network serves before another is drawn in its place", ge=1)] = 1
-    pool: Annotated[int, Option("networks that are kept and trained; each step takes one of them, by chance", ge=1)] = 1
+    renew_every: Annotated[int, Option("number of steps that use a network before a new one replaces it", ge=1)] = 1
+    pool: Annotated[int, Option("number of networks that are kept and trained; each step uses a random one of them", ge=1)] = 1
     train_on: (
         Annotated[
             Literal["none", "synthetic", "real"],
             Option(
-                "what a network is trained on between its steps: the synthetic set, or accessible real images; left out: synthetic if "
-                "inner_epochs or inner_steps is given"
+                "images that a network is trained on between its steps: the synthetic set or accessible real images; if left out, "
+                "synthetic if inner_epochs or inner_steps is set"
             ),
         ]
         | None
     ) = None
-    inner_epochs: Annotated[int, Option("epochs of training after each step of a network", ge=0)] = 0
-    inner_steps: Annotated[int, Option("batches of training after each step of a network, in the place of epochs", ge=0)] = 0
-    inner_lr: Annotated[float, Option("learning rate of that training", gt=0)] = 0.01
-    batch: Annotated[int, Option("images of its batches", ge=1)] = 256
-    inner_optimizer: Annotated[Literal["sgd", "adam", "adamw"], Option("of that training, kept while the network is")] = "sgd"
-    inner_momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.0
-    inner_weight_decay: Annotated[float, Option("of that training", ge=0)] = 0.0
-    inner_augment: Annotated[bool, Option("whether its batches are augmented, by the augmenter of the run")] = True
-    inner_mix: Annotated[Literal["none", "cutmix", "mixup"], Option("mixing of the images of a batch, and of their labels")] = "none"
-    inner_mix_share: Annotated[float, Option("share of the batches that are mixed", ge=0, le=1)] = 1.0
+    inner_epochs: Annotated[int, Option("epochs that a network is trained after each of its steps", ge=0)] = 0
+    inner_steps: Annotated[int, Option("batches that a network is trained on after each of its steps, instead of inner_epochs", ge=0)] = 0
+    inner_lr: Annotated[float, Option("learning rate of the training between steps", gt=0)] = 0.01
+    batch: Annotated[int, Option("images per batch of the training between steps", ge=1)] = 256
+    inner_optimizer: Annotated[
+        Literal["sgd", "adam", "adamw"],
+        Option("optimizer of the training between steps, which keeps its state as long as the network is used"),
+    ] = "sgd"
+    inner_momentum: Annotated[float, Option("momentum of inner_optimizer, for sgd only", ge=0, lt=1)] = 0.0
+    inner_weight_decay: Annotated[float, Option("weight decay of the training between steps", ge=0)] = 0.0
+    inner_augment: Annotated[
+        bool, Option("whether the batches of the training between steps are augmented, with the augmenter of the run")
+    ] = True
+    inner_mix: Annotated[
+        Literal["none", "cutmix", "mixup"], Option("mixing of the images and labels of a batch in the training between steps")
+    ] = "none"
+    inner_mix_share: Annotated[float, Option("share of the batches that inner_mix mixes", ge=0, le=1)] = 1.0
 
     @property
     def trained_on(self) -> Literal["none", "synthetic", "real"]:
@@ -147,16 +158,31 @@ class NetworkTable(PluginTable):
         trained, lasts, usual = self.trained_on != "none", self.inner_epochs or self.inner_steps, NetworkTable()
         serves_once = self.renew_every == 1 and (self.pool > 1 or self.train_on == "real" or self.inner_steps)
         how = "Use --set network.train_on=real --set network.inner_steps=10 --set network.renew_every=10"
-        many = ": experts.count is the number of experts" if self.source == "experts" else ""
+        many = ". The number of experts is experts.count" if self.source == "experts" else ""
         checks = [
-            ("interpolate", self.interpolate and self.source != "experts", "it is of experts. Add --set network.source=experts"),
-            ("inner_steps", self.inner_epochs and self.inner_steps, "network.inner_epochs is given too. Use --set network.inner_epochs=0"),
-            ("train_on", trained and not lasts, "it is not said for how long. Add --set network.inner_steps=10"),
-            ("train_on", lasts and not trained, "that is no training. Set network.inner_epochs and network.inner_steps to 0"),
-            ("pool", self.pool > 1 and not trained, f"a pool is of networks that are trained. {how}, or leave it out{many}"),
-            ("renew_every", trained and serves_once, "a network that serves one step is never trained. Use --set network.renew_every=10"),
-            *((key, not trained and getattr(self, key) != getattr(usual, key), f"no network is trained. {how}") for key in TRAINING),
-            ("inner_momentum", self.inner_momentum and self.inner_optimizer != "sgd", "it is of sgd alone. Set it to 0"),
+            (
+                "interpolate",
+                self.interpolate and self.source != "experts",
+                "only experts can be interpolated. Add --set network.source=experts",
+            ),
+            ("inner_steps", self.inner_epochs and self.inner_steps, "network.inner_epochs is set too. Use --set network.inner_epochs=0"),
+            ("train_on", trained and not lasts, "the length of the training is not set. Add --set network.inner_steps=10"),
+            ("train_on", lasts and not trained, "a length of the training is set. Set network.inner_epochs and network.inner_steps to 0"),
+            (
+                "pool",
+                self.pool > 1 and not trained,
+                f"a pool consists of networks that are trained between steps. {how}, or leave it out{many}",
+            ),
+            (
+                "renew_every",
+                trained and serves_once,
+                "a network that is used in one step only is never trained. Use --set network.renew_every=10",
+            ),
+            *(
+                (key, not trained and getattr(self, key) != getattr(usual, key), f"no network is trained between steps. {how}")
+                for key in TRAINING
+            ),
+            ("inner_momentum", self.inner_momentum and self.inner_optimizer != "sgd", "only sgd has a momentum. Set it to 0"),
             (
                 "inner_mix_share",
                 self.inner_mix_share != 1 and self.inner_mix == "none",
@@ -174,19 +200,26 @@ TRAINING = ("inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_au
 class ExpertsTable(Table):
     """Networks of [network] trained on real images as [train] says, with their weights at the start and after epochs."""
 
-    use: Annotated[str, Option("folder of `ddkit train --experts`, or auto: train them on first use and cache them")] = "auto"
-    count: Annotated[int, Option("networks; left out: 20, or all of the folder", ge=1)] | None = None
-    epochs: Annotated[int, Option("epochs of each network; left out: 10, or those of the folder", ge=1)] | None = None
-    save_every: Annotated[int, Option("epochs between two saved ones; left out: 1, or as in the folder", ge=1)] | None = None
+    use: Annotated[str, Option("folder of `ddkit train --experts`, or auto to train experts on first use and cache them")] = "auto"
+    count: Annotated[int, Option("number of experts; if left out, 20, or all in the folder", ge=1)] | None = None
+    epochs: Annotated[int, Option("epochs that each expert is trained; if left out, 10, or as in the folder", ge=1)] | None = None
+    save_every: (
+        Annotated[int, Option("number of epochs after which an expert's weights are saved; if left out, 1, or as in the folder", ge=1)]
+        | None
+    ) = None
     data: Annotated[
-        Literal["accessible", "all"], Option("the images that they are trained on: the accessible ones, or the whole training split")
+        Literal["accessible", "all"], Option("images that experts are trained on: the accessible ones, or the whole training split")
     ] = "accessible"
-    precision: Annotated[Literal["bfloat16", "float32"], Option("type of the saved weights of experts that are trained")] = "bfloat16"
+    precision: Annotated[
+        Literal["bfloat16", "float32"], Option("number format in which the weights of newly trained experts are saved")
+    ] = "bfloat16"
 
 
 class InitializerTable(PluginTable):
     use: str = "real"
-    reuse: Annotated[bool, Option("where a class has too few real images: take them again, every second time mirrored")] = False
+    reuse: Annotated[bool, Option("whether images are used again, and mirrored every second time, if a class has too few real images")] = (
+        False
+    )
 
 
 class ParametrizationTable(PluginTable):
@@ -203,41 +236,39 @@ class ViewTable(PluginTable):
     """A named view of the synthetic images: an augmenter (with its options) and input noise, in normalised units."""
 
     augmenter: str = "none"
-    compose: Annotated[int, Option("operations composed, for augmenters with that option", ge=1)] | Literal["auto"] | None = None
-    noise: Annotated[float, Option("standard deviation of added Gaussian noise", ge=0)] = 0.0
+    compose: Annotated[int, Option("number of composed operations, for augmenters with this option", ge=1)] | Literal["auto"] | None = None
+    noise: Annotated[float, Option("standard deviation of the added Gaussian noise, in normalised units", ge=0)] = 0.0
 
 
 class OptimizerTable(Table):
     kind: Literal["sgd", "adam"] = "adam"
     lr: Annotated[float, Option("learning rate in normalised units", gt=0)] = 0.1
-    momentum: Annotated[float, Option("of sgd", ge=0, lt=1)] = 0.0
-    betas: Annotated[tuple[Beta, Beta], Option("of adam")] = (0.9, 0.999)
+    momentum: Annotated[float, Option("momentum, for the optimizer sgd only", ge=0, lt=1)] = 0.0
+    betas: Annotated[tuple[Beta, Beta], Option("decay rates of the moment estimates, for the optimizer adam only")] = (0.9, 0.999)
 
 
 class EngineTable(Table):
     compile: (
-        Annotated[bool, Option("whether the networks are compiled; auto: if the run is long enough to pay it back")] | Literal["auto"]
+        Annotated[bool, Option("whether networks are compiled, or auto to compile only if the run is long enough")] | Literal["auto"]
     ) = "auto"
     precision: Annotated[
         Literal["auto", "float32", "tf32", "bfloat16"],
-        Option("of compiled networks; auto: bfloat16 if the hardware multiplies it, else float32"),
+        Option("precision of compiled networks, or auto for bfloat16 if the hardware multiplies it, and else float32"),
     ] = "auto"
     memory: Annotated[
-        int, Option("MiB that images and activations of losses that can be split may take; more is done in chunks of classes", ge=1)
+        int, Option("memory in MiB for images and activations; larger sets are computed in chunks of classes, if the losses allow it", ge=1)
     ] = 4096
-    block: Annotated[int, Option("images embedded at once, 0 for all; auto: from the network, for the cache", ge=0)] | Literal["auto"] = (
-        "auto"
-    )
-    chunk: (
-        Annotated[int, Option("classes a chunk for losses that can be split, 0 for all at once; auto: from memory", ge=0)] | Literal["auto"]
+    block: (
+        Annotated[int, Option("number of images embedded at once, 0 for all, or auto to fit the processor's cache", ge=0)] | Literal["auto"]
     ) = "auto"
+    chunk: Annotated[int, Option("classes per chunk, 0 for all at once, or auto to fit engine.memory", ge=0)] | Literal["auto"] = "auto"
     log_every: Positive = 10
     checkpoint_every: Positive = 500
     deterministic: bool = False
 
 
 class LossTable(PluginTable):
-    weight: Annotated[float, Option("factor of this term in the total", ge=0)] = 1.0
+    weight: Annotated[float, Option("factor of this loss in the total", ge=0)] = 1.0
     use: str | None = None
 
 
@@ -250,15 +281,15 @@ class LabelsTable(Table):
 
     kind: Annotated[
         Literal["hard", "teacher", "learned"],
-        Option("hard: the class; teacher: what it says of each image as it is; learned: optimised with the images"),
+        Option("hard for the class, teacher for the teacher's probabilities of each image, learned for labels that are optimised too"),
     ] = "hard"
-    temperature: Annotated[float, Option("of the teacher's probabilities, softmax(logits / temperature)", gt=0)] = 1.0
+    temperature: Annotated[float, Option("temperature of the teacher's probabilities, softmax(logits / temperature)", gt=0)] = 1.0
     lr: Annotated[float, Option("learning rate of learned labels, in units of probability", gt=0)] = 0.01
     init: Annotated[
         Literal["auto", "hard", "teacher", "experts"],
         Option(
-            "what learned labels begin as; auto: those of the set that the run begins with (file:SET), or else the class; experts: the "
-            "mean logits of those that are right"
+            "initial value of learned labels, or auto for the labels of the initial set (file:SET), if there is one, and else the class; "
+            "experts takes the mean logits of the experts that are correct"
         ),
     ] = "auto"
 
@@ -275,11 +306,13 @@ class Recipe(Table):
     summary: str = ""
     source: str = ""
     ipc: (
-        Annotated[int, Option("synthetic images a class, or a table of them by class name, in which `default` is that of the others", ge=1)]
+        Annotated[
+            int, Option("synthetic images per class, or a table of numbers by class name, with `default` for all other classes", ge=1)
+        ]
         | dict[str, Positive]
     ) = 1
-    pipc: Annotated[int, Option("real images a class that may be used", ge=0)] | Literal["all"] = 50
-    steps: Annotated[int, Option("updates of the synthetic set", ge=0)] = 300
+    pipc: Annotated[int, Option("real images per class that the run may use", ge=0)] | Literal["all"] = 50
+    steps: Annotated[int, Option("number of updates of the synthetic set", ge=0)] = 300
     seed: Seed = 0
     data: DataTable = msgspec.field(default_factory=DataTable)
     teacher: TeacherTable = msgspec.field(default_factory=TeacherTable)
@@ -296,7 +329,7 @@ class Recipe(Table):
     evaluators: dict[str, EvaluatorTable] = {}
     protocols: dict[str, Protocol] = {}
     labels: LabelsTable | None = None
-    notes: Annotated[dict[str, str], Option("by path: where a setting comes from and why, as `ddkit info` shows it")] = {}
+    notes: Annotated[dict[str, str], Option("origin and reason of each setting, by its path, as `ddkit info` shows them")] = {}
 
     @property
     def own_labels(self) -> LabelsTable:
@@ -309,11 +342,13 @@ class Recipe(Table):
             return [self.ipc] * len(class_names)
         for name in self.ipc:
             if name not in class_names and name != "default":
-                raise InputError(f"ipc names the class '{name}', which the data does not have. {suggestion(name, class_names)}", "ipc")
+                raise InputError(
+                    f"ipc has a number for the class '{name}', but the data has no such class. {suggestion(name, class_names)}", "ipc"
+                )
         counts = [self.ipc.get(name, self.ipc.get("default")) for name in class_names]
         if None in counts:
             raise InputError(
-                f"ipc has no number for the class '{class_names[counts.index(None)]}'. Name it, or give one for the others: "
+                f"ipc has no number for the class '{class_names[counts.index(None)]}'. Add one, or a number for all other classes: "
                 "--ipc 10,CLASS=3, or in a recipe ipc = { default = 10, CLASS = 3 }.",
                 "ipc",
             )
@@ -370,9 +405,9 @@ def own_keys(kind: type[msgspec.Struct]) -> set[str]:
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     """Returns a recipe from TOML data (rules already applied); raises InputError naming the path at fault."""
     if "blend" in table:
-        raise InputError(f"A recipe has no table [blend] any more. {_instead_of_blend(table)}", "blend")
+        raise InputError(f"The table [blend] is no longer supported. {_instead_of_blend(table)}", "blend")
     if "decode" in table:
-        raise InputError(f"A recipe has no table [decode] any more. {instead_of_decode(table['decode'])}", "decode")
+        raise InputError(f"The table [decode] is no longer supported. {instead_of_decode(table['decode'])}", "decode")
     values: dict[str, Any] = {key: value for key, value in table.items() if key not in TABLES and key not in NAMED_TABLES}
     for key, kind in TABLES.items():
         if key in table:
@@ -384,7 +419,7 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
     recipe: Recipe = parse_struct(Recipe, values, "")
     recipe.network.check()
     if recipe.network.trained_on == "real" and recipe.pipc == 0:
-        raise InputError("With pipc 0 there are no real images to train networks on. Give --pipc 1 or more.", "pipc")
+        raise InputError("With pipc 0 there are no real images to train networks on. Set --pipc to at least 1.", "pipc")
     if not recipe.data.whiten and (recipe.data.whiten_eps is not None or recipe.data.whiten_absolute):
         raise InputError("data.whiten_eps and data.whiten_absolute have no effect without --set data.whiten=true.", "data.whiten_eps")
     return recipe
@@ -403,15 +438,15 @@ def _instead_of_blend(table: Mapping[str, Any]) -> str:
             commands.append(f"ddkit distill --recipe {name}{numbers} --evaluate none --out {key}")
             parts.append(key)
     commands += [f"ddkit blend {' '.join(parts)} --alpha {blend.get('alpha', 0.5)} --out both", "ddkit evaluate both"]
-    return f"Make its two sets, with the flags of both, and average them: {'; '.join(commands)}"
+    return f"Make the two sets with the same flags, and average them: {' && '.join(commands)}"
 
 
 def instead_of_decode(decode: Any) -> str:
     """Returns the lines that do what the table [decode] of version 0.1 did, for a recipe and for --set."""
     factor = decode.get("factor", 1) if isinstance(decode, Mapping) else decode
     return (
-        f'Write [parametrization], and in it the lines use = "grid" and factor = {factor}; '
-        f"on the command line --set parametrization.use=grid --set parametrization.factor={factor}"
+        f'Write a table [parametrization] with the lines use = "grid" and factor = {factor}, '
+        f"or on the command line --set parametrization.use=grid --set parametrization.factor={factor}"
     )
 
 
@@ -423,14 +458,14 @@ def check_depth(table: Mapping[str, Any], what: str) -> None:
         level = [item for items in nested for item in items]
         if not level:
             return
-    raise InputError(f"{what} is nested more than {DEEPEST} levels deep. Write it flatter.")
+    raise InputError(f"{what} is nested more than {DEEPEST} levels deep. Use fewer levels.")
 
 
 def _as_table(value: Any, where: str) -> dict[str, Any]:
     if isinstance(value, str) and where in SHORTHAND:
         return {SHORTHAND[where]: value}
     if not isinstance(value, Mapping):
-        raise InputError(f"{where} is a table of the recipe; got {shown(value)}.", where)
+        raise InputError(f"{where} must be a table of the recipe, but is {shown(value)}.", where)
     return dict(value)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,11 +44,11 @@ class Artifact:
 
     If its labels are not hard, `soft_labels` (n, K) are rows of probabilities (else None), and `labels` the likeliest class of each image.
 
-    Its file holds `stored`, rows of which the parametrization that the metadata name makes the images, and `row_labels` of these rows;
-    without one they are the images. `stored_images` and `stored_labels` are to look at: the rows if they are images, else the images that
-    are made. `mean` and `std` are the channel statistics that training on it should use, and `whitening` the transform if its networks
-    see whitened images; `normalisation` applies them. `parameters` are extra tensors: those that losses declared (DKKT's multipliers), and
-    those that all classes share to make images; `metadata` is what the file records; `provenance` is filled in for exporters.
+    Its file has `stored`, the rows from which the parametrization named in the metadata makes the images, and `row_labels` of these rows.
+    Without a parametrization the rows are the images. `stored_images` and `stored_labels` are for pictures: the rows if they are images,
+    else the images made from them. `mean` and `std` are the channel statistics for training on the set, and `whitening` is the transform
+    if networks see whitened images. `normalisation` applies them. `parameters` are extra tensors: those that losses declare (DKKT's
+    multipliers), and those that all classes share to make images. `metadata` has the record of the file, `provenance` is for exporters.
 
     Examples:
         >>> synthetic = ddkit.load("my-run")
@@ -93,7 +94,7 @@ class Artifact:
 
     @property
     def stored_numbers(self) -> float:
-        """How many numbers a class stores on average, labels left out; what all classes share is shared out."""
+        """The numbers that a class stores, on average and without labels; numbers shared by all classes are divided among them."""
         names = () if self.parametrization is None else self.parametrization.shared(self.shape)
         return (self.stored.numel() + sum(self.parameters[name].numel() for name in names)) / len(self.class_names)
 
@@ -107,7 +108,7 @@ class Artifact:
 
     @property
     def stored_as_images(self) -> float:
-        """How many images of this size have as many numbers as a class stores."""
+        """The number of images of this size that have as many numbers as a class stores."""
         return self.stored_numbers / math.prod(self.shape)
 
     @property
@@ -136,7 +137,7 @@ class Artifact:
 
     @property
     def seeds(self) -> list[int]:
-        """The seeds that chose its accessible images, as far as it records them; a blend has several."""
+        """The recorded seeds that chose the accessible images; a blend has several."""
         return list(self.metadata.get("seeds", [self.metadata["seed"]] if "seed" in self.metadata else []))
 
     @property
@@ -146,7 +147,7 @@ class Artifact:
 
     @property
     def targets(self) -> Tensor:
-        """(n, K) float32 labels as rows of probabilities, which cross-entropy takes as they are."""
+        """(n, K) float32 labels as rows of probabilities, for a cross-entropy."""
         hard = torch.nn.functional.one_hot(self.labels, len(self.class_names)).float()
         return hard if self.soft_labels is None else self.soft_labels
 
@@ -161,7 +162,7 @@ class Artifact:
 
     @property
     def all_parameters(self) -> dict[str, Tensor]:
-        """The parameters with the tensors of the whitening, as they are given to make such a set."""
+        """The parameters and the tensors of the whitening, from which Artifact(...) makes such a set."""
         return {**self.parameters, **({} if self.whitening is None else self.whitening.tensors)}
 
 
@@ -209,23 +210,23 @@ def load(path: str | Path) -> Artifact:
         file = file / SET
     if not file.exists():
         what = f"The folder {path} has no {SET}" if Path(path).is_dir() else f"There is no file or folder {path}"
-        raise RunFilesError(f"{what}, so it is no finished run. Name a run directory or a synthetic set's file.")
+        raise RunFilesError(f"{what}. Name a finished run, or the file of a synthetic set.")
     try:
         tensors, metadata = read_tensors(file)
     except ValueError as error:
-        hint = f" `ddkit import {file} --out NAME` makes a set of a file of another project."
-        hint = "" if file.suffix == ".safetensors" else f"{hint} Name a run directory or a synthetic set's file."
+        hint = f" To import a file of another project: `ddkit import {shlex.quote(str(file))} --out NAME`."
+        hint = "" if file.suffix == ".safetensors" else f"{hint} Name a run directory or the file of a synthetic set."
         raise RunFilesError(f"{error}.{hint}") from None
     problem = _problem(tensors, metadata)
     if problem:
-        raise RunFilesError(f"{file} is no synthetic set: {problem}.")
+        raise RunFilesError(f"{file} is not a synthetic set: {problem}.")
     labels, name = tensors.pop("labels"), "images" if "images" in tensors else "stored"
     try:
         found = Artifact(tensors.pop(name), labels, metadata, tensors)
     except RunFailed as error:
-        raise RunFilesError(f"{file} is no synthetic set: {error}") from None
+        raise RunFilesError(f"{file} is not a synthetic set: {error}") from None
     if found.images.shape != (len(found.labels), *found.images.shape[1:]) or not bool(found.images.isfinite().all()):
-        raise RunFilesError(f"{file} is no synthetic set: what it stores makes no finite images for its labels.")
+        raise RunFilesError(f"{file} is not a synthetic set: its stored numbers do not give a finite image for each label.")
     return found
 
 
@@ -252,10 +253,10 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
     if images.ndim != max(of_images, 1) or images.dtype != torch.float32 or labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
         return f"images are {images.dtype} {tuple(images.shape)}, labels {labels.dtype} {tuple(labels.shape)}"
     if images.numel() == 0:
-        return f"its images have the shape {tuple(images.shape)}, so it holds none"
+        return f"its images have the shape {tuple(images.shape)}, so there are none"
     missing = [key for key in ("class_names", "mean", "std") if not isinstance(metadata.get(key), list)]
     if missing:
-        return f"its metadata lacks {', '.join(missing)}"
+        return f"its metadata has no {', '.join(missing)}"
     try:
         record = msgspec.convert(metadata, Record)
     except msgspec.ValidationError as error:
@@ -264,14 +265,14 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
     try:
         makes = parametrization_of(metadata)
         if shape is None or stored_in_pixels(makes, NAMES[0] in tensors) != ("images" in tensors):
-            return "its tensors are not those of its parametrization"
+            return "its tensors do not fit its parametrization"
         if makes is not None:
             makes.check(shape)
             lacking = [name for name, value in makes.shared(shape).items() if tensors.get(name, labels).shape != value.shape]
             if lacking:
-                return f"it has no tensor '{lacking[0]}' as its parametrization needs it"
+                return f"it has no tensor '{lacking[0]}' of the shape that its parametrization needs"
             if makes.per_row * math.prod(shape) > MOST_MADE * math.prod(images.shape[1:]):
-                return f"its images of {shape} values would be more than {MOST_MADE:,} times as many as are stored"
+                return f"its images of shape {shape} would have more than {MOST_MADE:,} times as many values as it stores"
     except InputError as error:
         return f"its images cannot be made: {error}"
     try:
@@ -279,20 +280,18 @@ def _problem(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str | None
     except ValueError as error:
         return str(error)
     if len(record.mean) != shape[0] or len(record.std) != shape[0]:
-        return "its mean and std do not fit its channels"
+        return "its mean and std do not have one value per channel"
     if not all(math.isfinite(value) for value in (*record.mean, *record.std)) or min(record.std) <= 0:
-        return "its mean and std are not finite, or a std is not positive"
+        return "its mean or std is not finite, or a std is not positive"
     if len(record.class_names) > most_classes(len(images)):
-        return (
-            f"it names {len(record.class_names):,} classes for {len(images):,} images, and at most {most_classes(len(images)):,} are taken"
-        )
+        return f"it has {len(record.class_names):,} classes for {len(images):,} images, but the limit is {most_classes(len(images)):,}"
     if len(set(record.class_names)) < len(record.class_names):
-        return "a class name stands there twice"
+        return "two classes have the same name"
     if not (int(labels.min()) >= 0 and int(labels.max()) < len(record.class_names)):
-        return "a label lies outside its class names"
+        return "a label has no class name"
     soft, rows = tensors.get("soft_labels"), len(images) * (1 if makes is None else makes.per_row)
     if soft is not None and not are_probabilities(soft, (rows, len(record.class_names))):
-        return f"its soft_labels ({soft.dtype}, {tuple(soft.shape)}) are not float32 probabilities of its classes, a row for each image"
+        return f"its soft_labels ({soft.dtype}, {tuple(soft.shape)}) are not float32 probabilities of its classes, one row per image"
     return None if bool(images.isfinite().all()) else "an image value is not finite"
 
 

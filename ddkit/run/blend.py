@@ -21,8 +21,8 @@ log = logging.getLogger("ddkit")
 def blend(first: str | Path, second: str | Path, *, alpha: float = 0.5, out: str | Path) -> Run:
     """Writes the set (1 - alpha) * first + alpha * second into the run directory `out`, and returns that run.
 
-    `first` and `second` are run directories or files of the same classes, images a class and shape; images are matched by
-    class name, and within a class by their order. Where one of them is a run, `ddkit evaluate` finds its real data.
+    `first` and `second` are run directories or files with the same classes, images per class and shape. Images are matched by
+    class name, and within a class by their order. If one of them is a run, `ddkit evaluate` uses its real data.
     Raises DdkitError.
 
     Examples:
@@ -45,10 +45,13 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
     FlagError for an alpha outside 0..1, InputError where classes, images a class or shapes differ.
     """
     if not 0 <= alpha <= 1:
-        raise FlagError(f"--alpha {alpha}: it is the share of the second set, from 0 to 1.")
+        raise FlagError(f"--alpha {alpha}: the share of the second set must be from 0 to 1.")
     partner = partners(first, second)
     if not first.normalisation.same(second.normalisation):
-        log.warning("The two sets have different normalisation; they are averaged in pixel units, and the first's is kept.")
+        log.warning(
+            "The two sets have different normalisations. They are averaged in pixel units, and the blend has the normalisation of the "
+            "first."
+        )
     rows = torch.lerp(first.stored, second.stored[partner], alpha)
     known = [part.metadata["pipc"] for part in (first, second) if part.metadata.get("pipc") is not None]
     pipc = {} if not known else {"pipc": "all" if "all" in known else max(known)}  # that both together had access to
@@ -71,27 +74,30 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
     ours, theirs = first.class_names, second.class_names
     if sorted(ours) != sorted(theirs):
         raise InputError(
-            f"The two sets have different classes, so they cannot be averaged: only the first has {_some(ours, theirs)}, only the second "
+            f"The two sets have different classes, so they cannot be averaged. Only the first has {_some(ours, theirs)}, only the second "
             f"has {_some(theirs, ours)}."
         )
     if first.images.shape[1:] != second.images.shape[1:]:
         shapes = [tuple(each.images.shape[1:]) for each in (first, second)]
-        raise InputError(f"The first set has images of shape {shapes[0]} (C, H, W), the second of {shapes[1]}; they cannot be averaged.")
+        raise InputError(
+            f"The first set has images of shape {shapes[0]} (C, H, W), but the second of {shapes[1]}, so they cannot be averaged."
+        )
     made = [(each.parametrization.name, each.parametrization.options) if each.parametrization else None for each in (first, second)]
     if made[0] != made[1]:
-        raise InputError("Images are made of the numbers of one set and not in the same way of the other's; the two cannot be averaged.")
+        raise InputError("The two sets have different parametrizations, so they cannot be averaged.")
     makes = first.parametrization
     in_pixels = all(stored_in_pixels(makes, each.whitening is not None) for each in (first, second))
     if makes is not None and not (makes.linear and (in_pixels or first.normalisation.same(second.normalisation))):
-        why = "their normalisations differ" if makes.linear else "averaged numbers do not make averaged images"
-        raise InputError(f"The sets are stored as {makes.name}, and {why}; they cannot be averaged.")
+        why = "their normalisations differ" if makes.linear else "the average of its numbers does not give the average of the images"
+        raise InputError(f"The sets have the parametrization {makes.name}, and {why}, so they cannot be averaged.")
     partner = torch.empty(len(first.row_labels), dtype=torch.int64)
     for label, name in enumerate(ours):
         rows = (first.row_labels == label).nonzero().flatten()
         others = (second.row_labels == theirs.index(name)).nonzero().flatten()
         if len(rows) != len(others):
             raise InputError(
-                f"The first set has {len(rows)} images of the class '{name}', the second {len(others)}: only sets of the same ipc "
+                f"The first set has {len(rows)} images of the class '{name}', but the second has {len(others)}. Only sets with the same "
+                "ipc "
                 "can be averaged."
             )
         partner[rows] = others
@@ -102,4 +108,4 @@ def _some(names: Sequence[str], others: Sequence[str], most: int = 5) -> str:
     """Returns the names that are not among the others, the first few of them."""
     own = [name for name in names if name not in others]
     more = f" and {len(own) - most} more" if len(own) > most else ""
-    return f"{', '.join(own[:most])}{more}" if own else "none of its own"
+    return f"{', '.join(own[:most])}{more}" if own else "no others"

@@ -6,6 +6,7 @@ The main process of several writes them; any number of processes goes on from on
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -109,10 +110,10 @@ def newest_checkpoint(run: Path, recipes: Sequence[str]) -> Checkpoint | None:
             reasons.append(str(error))
             continue
         for reason in reasons:
-            log.warning("A checkpoint is passed over: %s.", reason, extra=NEWS)
+            log.warning("A checkpoint cannot be used, so an older one is: %s.", reason, extra=NEWS)
         return found
     if reasons:
-        restart = f"Start anew: ddkit distill --recipe {run / RECIPE}"
+        restart = f"To start again: ddkit distill --recipe {shlex.quote(str(run / RECIPE))}"
         raise RunFilesError(f"{run / CHECKPOINTS} has no readable checkpoint: {reasons[0]}. {restart}")
     return None
 
@@ -130,19 +131,20 @@ def _files(run: Path) -> dict[int, Path]:
 def _read(file: Path, step: int, recipes: Sequence[str]) -> Checkpoint:
     """Returns a checkpoint; raises ValueError saying why it cannot be used."""
     if ".part-" in file.name:
-        raise ValueError(f"{file} is one of the parts that several processes of version 0.1 wrote, which only that version reads")
+        raise ValueError(f"{file} was written by several processes of version 0.1, and only that version can read it")
     tensors, record = read_tensors(file)
     if record.get("step") != step or isinstance(record["step"], bool):
-        raise ValueError(f"{file} does not record the step of its name")
+        raise ValueError(f"{file} records another step than its name")
     if recipes and record.get("recipe", recipes[0]) not in recipes:
         raise ValueError(
-            f"{file} is a checkpoint of another recipe than {file.parents[1] / RECIPE}, which was damaged or edited, or one of the "
-            "two is of another run. A run goes on with its own recipe"
+            f"{file} belongs to another recipe than {file.parents[1] / RECIPE}: that file was damaged or edited, or one of the two files "
+            "is "
+            "from another run. A run can only continue with its own recipe"
         )
     try:
         plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]
         warned = msgspec.convert(record.get("warnings", []), list[str])
         seconds = msgspec.convert(record.get("seconds", 0.0), Annotated[float, msgspec.Meta(ge=0, le=1e12)])
     except msgspec.ValidationError as error:
-        raise ValueError(f"{file} names plugin files, inputs, warnings or seconds that are none: {error}") from None
+        raise ValueError(f"{file} has damaged plugin files, inputs, warnings or seconds: {error}") from None
     return Checkpoint(step, tensors, plugin_files, inputs, warned, seconds)

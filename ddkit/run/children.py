@@ -28,7 +28,7 @@ from ddkit.errors import RunFailed
 
 
 class ChildEnded(RunFailed):
-    """A child process ended without an answer; the message tells its exit code and its last words."""
+    """A child process ended without an answer. The message has its exit code and the last line of its output."""
 
 
 _BEGIN = "import sys\nfrom ddkit.run import children\nchildren.begin(sys.argv.pop(1))\n"
@@ -64,9 +64,9 @@ def run(
 
 
 class Child:
-    """`python -m MODULE ARGUMENT`, which calls ddkit.reply with a JSON object when it is ready, and for each line on its stdin.
+    """A process `python -m MODULE ARGUMENT` that calls ddkit.reply with a JSON object when it is ready, and for each line on its stdin.
 
-    What it prints goes to its stderr, into the file `errors`; `environment` replaces this process's own. It ends when stop() is called, or
+    Its output goes to the file `errors`, and `environment` replaces that of this process. It ends when stop() is called, or
     with this process.
 
     Examples:
@@ -85,7 +85,7 @@ class Child:
             self._process = _started(of_module(module), [argument], environment, subprocess.PIPE, stream)
 
     def ask(self, question: Any) -> dict[str, Any]:
-        """Returns the answer to `question`; raises ChildEnded where there is none."""
+        """Returns the answer to `question`; raises ChildEnded if there is none."""
         with suppress(OSError, ValueError):  # the answer, or its absence, tells why it is gone
             print(json.dumps(question), file=self._process.stdin, flush=True)
         return self.answer()
@@ -96,9 +96,9 @@ class Child:
         with suppress(ValueError):  # closed by another thread's stop()
             if line := self._process.stdout.readline():
                 return dict(json.loads(line))
-        ended, words = self._process.wait(), ["what it said is gone"]
+        ended, words = self._process.wait(), ["its output is lost"]
         with suppress(OSError):
-            words = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["it said nothing"]
+            words = self._errors.read_text(encoding="utf-8").strip().splitlines() or ["it has no output"]
         raise ChildEnded(f"ended with exit code {ended}: {words[-1]}")
 
     @property
@@ -133,7 +133,7 @@ def take_over(text: str) -> None:
 
 
 def reply(value: Mapping[str, Any]) -> None:
-    """Answers the process that started this one.
+    """Sends `answer` to the process that started this one.
 
     Examples:
         >>> ddkit.reply({"done": 3})  # in a module that ddkit.Child runs  # doctest: +SKIP

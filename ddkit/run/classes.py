@@ -32,19 +32,19 @@ def matched(artifact: Artifact, dataset: Dataset, pairs: Mapping[str, str]) -> t
     missing = [name for name in names if name not in classes]
     if missing:
         raise InputError(
-            f"The set has classes that the data set has not: {_few(missing)}. {_advice(missing, [c for c in classes if c not in names])}"
+            f"The data does not have these classes of the set: {_few(missing)}. {_advice(missing, [c for c in classes if c not in names])}"
         )
     if len(names) < 2:
-        raise InputError(f"The set has the class '{names[0]}' alone, and a classifier needs two. `ddkit join` makes one set of several.")
+        raise InputError(f"The set has only the class '{names[0]}', but a classifier needs two. `ddkit join` makes one set of several.")
     own = [name for name in classes if name in names]
     if own != classes:
         log.warning(
-            "The data set has %d classes and the set %d of them: networks are trained and tested on the set's own (%s).",
+            "The data has %d classes, and the set has %d of them. Networks are trained and tested on the classes of the set (%s).",
             len(classes), len(own), _few(own), extra=NEWS,
         )  # fmt: skip
         dataset = SomeClasses(dataset, own)
     if names != own:
-        log.warning("The set's classes are brought into the order of the data (%s).", _few(own), extra=NEWS)
+        log.warning("The classes of the set are sorted into the order of the data (%s).", _few(own), extra=NEWS)
     return (artifact if artifact.class_names == own else _in_order(artifact, names, own)), dataset
 
 
@@ -56,13 +56,13 @@ def _renamed(names: Sequence[str], classes: Sequence[str], pairs: Mapping[str, s
         if own not in names or its not in classes:
             unknown = next((name for name in (one, other) if name not in (*names, *classes)), one)
             raise InputError(
-                f"--match-classes {one}={other}: it is a class of the set and one of the data, and '{unknown}' is neither there. "
+                f"--match-classes {one}={other}: write a class of the set and a class of the data. '{unknown}' is in neither. "
                 f"{suggestion(unknown, {*names, *classes})}"
             )
         of_data[own] = its
     found = [of_data.get(name, name) for name in names]
     for twice in doubles(found):
-        raise InputError(f"--match-classes: two classes of the set would be the class '{twice}' of the data. Give each its own.")
+        raise InputError(f"--match-classes gives two classes of the set the name '{twice}'. Give each class its own.")
     return found
 
 
@@ -80,7 +80,7 @@ def _in_order(artifact: Artifact, names: Sequence[str], own: Sequence[str]) -> A
 def _advice(missing: Sequence[str], others: Sequence[str]) -> str:
     """Returns the flag that calls classes of the set as the data does: by the nearest name, else in order."""
     if len(others) < len(missing):
-        return f"A set is evaluated on data that have all of its classes; {_few(others) or 'none'} is all that the data has beside."
+        return f"A set is evaluated on data with all of its classes. The data has only these other classes: {_few(others) or 'none'}."
     left = list(others)
     pairs: dict[str, str] = {}
     for name in missing:
@@ -89,8 +89,10 @@ def _advice(missing: Sequence[str], others: Sequence[str]) -> str:
         left = [other for other in left if other != pairs[name]]
     pairs = {name: other or left.pop(0) for name, other in pairs.items()}
     flag = f"--match-classes {shlex.quote(_written(pairs))}"
-    flag = flag if len(flag) <= LONGEST else f"--match-classes {shlex.quote(_written(dict([*pairs.items()][:2])))} and so on"
-    return f"If they have other names there, say which is which, for example: {flag}"
+    flag = (
+        flag if len(flag) <= LONGEST else f"--match-classes {shlex.quote(_written(dict([*pairs.items()][:2])))} and so on, for all of them"
+    )
+    return f"If the data has them by other names, give these names, for example: {flag}"
 
 
 def _written(pairs: Mapping[str, str]) -> str:

@@ -35,11 +35,12 @@ ELSEWHERE = ("dir", "memory", "batch", "test", "held_out", "class_order", "white
 
 
 class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one of the sets. `name` is the path as it was given.
+    """The description of one set. `name` is the path as it was given.
 
-    `method` is the recipe, or the losses of the recipe `default` ("DM + DKKT"); `ipc` images of the class that has most; `pipc` accessible
-    real images a class; `stored_numbers` and `stored_as_images` its budget a class, as Evaluation has them; `labels` "hard", or the kind
-    of the soft ones; `seconds` of distillation on `device`, without training a teacher. None: its files do not say it.
+    `method` is the recipe, or the losses of the recipe `default` ("DM + DKKT"), `ipc` the images of the largest class, `pipc` the
+    accessible real images per class. `stored_numbers` and `stored_as_images` are its budget per class, as in Evaluation. `labels` is
+    "hard", or the kind of the soft labels. `seconds` are those of distillation on `device`, without training a teacher. None: its files do
+    not record it.
     """
 
     name: str
@@ -124,11 +125,11 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, figures: str | Path | None = None) -> Comparison:
-    """Puts runs, files of sets, and the runs inside folders beside each other; `out` and `figures` draw them too.
+    """Compares runs, files of sets, and the runs inside folders; `out` and `figures` draw them too.
 
-    `out` is a new .png or .pdf file of their images; `figures` an absent or empty folder, which gets these and the accuracies as PDF and
-    PNG files. Raises FlagError for fewer than two sets, and RunFilesError for sets of other data, classes or image sizes, and for runs
-    that have no evaluation in common: model, protocol, labels and test split have to be the same.
+    `out` is a new .png or .pdf file with their images; `figures` is a new or empty folder for charts of images and accuracies as PDF and
+    PNG files. Raises FlagError for fewer than two sets, and RunFilesError for sets with different data, classes or image sizes, and for
+    runs that have no evaluation in common, with the same model, protocol, labels and test split.
 
     Examples:
         >>> compared = ddkit.compare(["my-run", "other-run"])
@@ -138,10 +139,13 @@ def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, fig
     picture = None if out is None else Path(out)
     if picture is not None:
         if picture.suffix not in FORMATS:
-            raise FlagError(f"--out {printable(str(out))}: a picture ends in {' or '.join(FORMATS)}. Name it {picture.stem or 'sets'}.png.")
+            raise FlagError(
+                f"--out {printable(str(out))}: the name of a picture must end in {' or '.join(FORMATS)}, for example "
+                f"{picture.stem or 'sets'}.png."
+            )
         check_out(picture)
         if picture.exists():
-            raise RunFilesError(f"--out {picture} exists already; name a new file.")
+            raise RunFilesError(f"--out {picture} exists already. Name a new file.")
     if figures is not None:
         check_figures(Path(figures))
     names, notes = _expanded(targets)
@@ -177,19 +181,19 @@ def _expanded(targets: Sequence[str | Path]) -> tuple[list[str], list[str]]:
         runs = run_folders(folder)
         done = [str(path) for path in runs if (path / MANIFEST).exists()]
         if not done:
-            raise RunFilesError(f"{target} is no run directory, and holds none that is finished. Name runs, or a folder of runs.")
+            raise RunFilesError(f"{target} is not a run directory and contains no finished run. Name runs, or a folder of runs.")
         names += done
         notes += [
-            f"{path} is left out: it is not finished. `ddkit distill --out {shlex.quote(str(path))} --resume` finishes it."
+            f"{path} is left out, because it is not finished. `ddkit distill --out {shlex.quote(str(path))} --resume` finishes it."
             for path in runs if str(path) not in done
         ]  # fmt: skip
     for path in doubles([Path(name).resolve() for name in names]):
-        raise FlagError(f"The set {path} is named twice. Name each once.")
+        raise FlagError(f"The set {path} is named twice. Name each set once.")
     if not names:
-        raise FlagError("There is nothing to compare. Name two runs.")
+        raise FlagError("There is nothing to compare. Name at least two runs.")
     if len(names) == 1:
         load(names[0])  # an error in it is reported first
-        raise FlagError(f"There is nothing to compare {printable(names[0])} with. Name another run.")
+        raise FlagError(f"{printable(names[0])} cannot be compared, as no other run is named. Name at least two runs.")
     return names, notes
 
 
@@ -215,15 +219,19 @@ def _checked_data(found: Sequence[_Found]) -> list[str]:
         }
         for what, (one, other) in kinds.items():
             if one != other:
-                raise _incomparable(first, each, f"they have other {what}: {_cut(one)}; {_cut(other)}")
+                raise _incomparable(first, each, f"their {what} differ: {_cut(one)} and {_cut(other)}")
     runs = [each for each in found if each.recipe]
     for each in runs[1:]:
         paths = [one.recipe["data"].get("path") for one in (runs[0], each)]
         places = [Path(str(path)).resolve() for path in paths]
         moved = places[0] != places[1] and places[0].name == places[1].name and not all(place.exists() for place in places)
         if runs[0].data != each.data or (places[0] != places[1] and not moved):
-            raise _incomparable(runs[0], each, f"they are of other data: {runs[0].dataset}; {each.dataset}")
-        notes += [f"The data of {runs[0].name} were at {paths[0]}, those of {each.name} at {paths[1]}: taken as the same."] if moved else []
+            raise _incomparable(runs[0], each, f"their data differ: {runs[0].dataset} and {each.dataset}")
+        notes += (
+            [f"The data of {runs[0].name} were at {paths[0]}, those of {each.name} at {paths[1]}. They are assumed to be the same."]
+            if moved
+            else []
+        )
     return notes
 
 
@@ -277,9 +285,9 @@ def _nothing_in_common(runs: Sequence[_Found]) -> RunFilesError:
             row = row | {"labels": "hard"}
         lacking = [run for run in runs if run._key(row) not in run.by_key]
         helps = [_command(run, row, owner) for run in lacking]
-    adds = "This adds one" if len(helps) == 1 else "These add one"
+    adds = "This command adds one" if len(helps) == 1 else "These commands add one"
     rest = [run.name for run in lacking[MOST_COMMANDS:]]
-    more = f" (and so on for {_cut(', '.join(rest))})" if rest else ""
+    more = f" (do the same for {_cut(', '.join(rest))})" if rest else ""
     told = f"The runs have no evaluation in common: {_cut('. '.join(has), 400).rstrip('. ')}. {adds}"
     return RunFilesError(f"{told}{more}: {' && '.join(helps[:MOST_COMMANDS])}")
 
@@ -320,8 +328,8 @@ def _described(found: _Found) -> ComparedSet:
 def _differences(sets: Sequence[ComparedSet]) -> Iterator[str]:
     """Yields a sentence for whatever beside the method may explain a difference."""
     differing: list[tuple[str, Callable[[ComparedSet], Any], str]] = [
-        ("Budgets", lambda each: f"{each.stored_numbers:,.6g}", "numbers stored a class. A set of more may be better for that alone"),
-        ("Accessible real images", lambda each: each.pipc, "a class. A method that sees more may be better for that alone"),
+        ("Budgets", lambda each: f"{each.stored_numbers:,.6g}", "numbers stored per class. A larger budget alone can make a set better"),
+        ("Accessible real images", lambda each: each.pipc, "per class. More real images alone can make a set better"),
         ("Devices", lambda each: each.device, "so the seconds cannot be compared"),
     ]
     for what, value, so in differing:
@@ -339,7 +347,7 @@ def _unevaluated(found: Sequence[_Found], evaluations: Sequence[ComparedEvaluati
             if run and evaluations:
                 row = next(iter(run.by_key.values()))
                 how += f" --protocol {row['protocol']} --model {row['model']}"
-            yield f"{each.name} keeps no figures, as no recipe made it: `ddkit evaluate {shlex.quote(each.name)}{how}` prints them."
+            yield f"{each.name} has no stored figures, as no recipe made it. `ddkit evaluate {shlex.quote(each.name)}{how}` prints them."
 
 
 def _first_images(artifact: Artifact, first: _Found, most: int) -> list[tuple[str, torch.Tensor | None]]:

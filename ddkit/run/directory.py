@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -183,8 +184,9 @@ class RunDirectory:
         check_own(path)
         if not (path / RECIPE).is_file():
             raise RunFilesError(
-                f"{path} is no run directory: it has no {RECIPE}. (A run that was ended before its first step, as while its teacher was "
-                "trained, leaves nothing to continue: give its first command again.)"
+                f"{path} is not a run directory: it has no {RECIPE}. (A run that ended before its first step, for example while its "
+                "teacher was "
+                "trained, cannot be continued. Run its first command again.)"
             )
         return cls(path)
 
@@ -289,12 +291,12 @@ def check_claimable(path: Path, *, force: bool | None = None) -> None:
     check_out(path)
     try:
         if path.exists() and not path.is_dir():
-            raise RunFilesError(f"--out {path} is a file; name a folder that does not exist yet.")
+            raise RunFilesError(f"--out {path} is a file. Name a new folder.")
         if path.is_dir() and not (_is_empty(path) or (_was_killed(path) and is_left_behind(path)) or (force and is_run(path))):
             raise _occupied(path, force)
         there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
         if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-            raise RunFilesError(f"--out {path} cannot be written: {there} {'may not be written to' if there.is_dir() else 'is no folder'}.")
+            raise RunFilesError(f"--out {path} cannot be written: {there} {'is not writable' if there.is_dir() else 'is not a folder'}.")
     except OSError as error:
         raise RunFilesError(f"--out {path} cannot be written: {error.strerror or error}.") from None
 
@@ -318,11 +320,13 @@ def is_run(path: Path) -> bool:
 
 def _occupied(path: Path, force: bool | None) -> RunFilesError:
     unfinished = (path / RECIPE).is_file() and not (path / MANIFEST).is_file()
-    going_on = f", or continue the run that is there: ddkit distill --out {path} --resume" if unfinished else ""
+    going_on = f", or continue the run that is there: ddkit distill --out {shlex.quote(str(path))} --resume" if unfinished else ""
     if force:
-        return RunFilesError(f"--out {path} holds no run of ddkit's, and --force replaces nothing else. Name another folder.")
+        return RunFilesError(
+            f"--out {path} contains files that are not a run of ddkit, and --force replaces runs only. Name another folder."
+        )
     instead = ", or replace the run that is there with --force" if force is False and is_run(path) else ""
-    return RunFilesError(f"--out {path} already holds something. Name another folder{instead}{going_on}.")
+    return RunFilesError(f"--out {path} is not empty. Name another folder{instead}{going_on}.")
 
 
 def save_set(result: Artifact, directory: RunDirectory) -> None:

@@ -62,15 +62,14 @@ def silent(lines: Sequence[Line], weights: Mapping[str, float]) -> list[str]:
         moving = [share for share in own if share > 0]
         if not moving:
             told.append(
-                f"The loss {label} has no gradient on the images at any logged step: it changed nothing, whatever its weight. "
-                f"{without(label, weights)}"
+                f"The loss {label} had no gradient on the images at any logged step, so it changed nothing. {without(label, weights)}"
             )
             continue
         wanted = float(f"{weight * statistics.median((1 - share) / share for share in moving) * WANTED / (1 - WANTED):.2g}")
         told.append(
-            f"The loss {label} has less than {100 * SMALL:.0f} % of the gradient on the images at every logged step "
-            f"({100 * statistics.median(own):.2g} % at the median), so it changed little. With weight {wanted:g} in the place of "
-            f"{weight:g} it would have about a tenth: --set losses.{label}.weight={wanted:g}"
+            f"The loss {label} had less than {100 * SMALL:.0f} % of the gradient on the images at every logged step "
+            f"({100 * statistics.median(own):.2g} % at the median), so it changed little. With weight {wanted:g} instead of "
+            f"{weight:g} it would have about 10 %: --set losses.{label}.weight={wanted:g}"
         )
     return told
 
@@ -78,7 +77,7 @@ def silent(lines: Sequence[Line], weights: Mapping[str, float]) -> list[str]:
 def without(label: str, weights: Mapping[str, float]) -> str:
     """Returns what to do if a loss teaches nothing: the flag that leaves it out if there are others."""
     others = any(weight > 0 for other, weight in weights.items() if other != label)
-    return f"Leave it out: --set losses.{label}.weight=0" if others else "Use another one, for example --losses dm"
+    return f"Turn it off: --set losses.{label}.weight=0" if others else "Use another loss, for example --losses dm"
 
 
 def constant_losses(lines: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> dict[str, float]:
@@ -101,8 +100,8 @@ def outside(images: Tensor, lower: str) -> list[str]:
     if share <= MOST_OUTSIDE and largest <= EXPLODED:
         return []
     return [
-        f"{100 * share:.3g} % of the values of the images have left {LOWEST:g} to {HIGHEST:g} (real ones lie in 0 to 1; the largest is now "
-        f"{largest:,.5g}): the learning rate is too high. Lower it: {lower}"
+        f"{100 * share:.3g} % of the pixel values are outside {LOWEST:g} to {HIGHEST:g} (real images have 0 to 1, the largest value is now "
+        f"{largest:,.5g}), so the learning rate is too high. Lower it: {lower}"
     ]
 
 
@@ -169,6 +168,6 @@ def below_random_real(row: Any, tests: int, helps: str = "") -> list[str]:
         return []
     return [
         f"The set is worse than random real images: {100 * mean:.1f} against {100 * real:.1f} % ({row.model}, {row.protocol}, {row.labels} "
-        f"labels). Look at its images and at its losses over the steps. More steps, another learning rate or real images to begin with may "
+        f"labels). Look at its images and its loss curves. More steps, another learning rate or real images at the start may "
         f"help: {helps}"
     ]

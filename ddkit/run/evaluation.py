@@ -9,6 +9,7 @@ from a recipe; `evaluate` makes the recipe, and adds the rows to the files of a 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,11 @@ def evaluate(
 ) -> list[Evaluation]:
     """Returns the evaluations of a synthetic set: an artifact, a file, or a run directory.
 
-    Those of a run are added to its files, unless the real data, `seed` or `pipc` are not the run's own. Without `dataset`, which is as for
-    distill, a run's is used. The set may have some of the data's classes alone, in any order; `match_classes`, {"cat": "tabby"}, says
-    which class of the set is which of the data if their names differ. `model` may name several, separated by commas. `allow_code` lets
-    Python code run that the run's recipe or a teacher file names. `distributed`: the processes that torchrun started, all of which call
-    this, share the networks to train. Raises DdkitError.
+    Those of a run are added to its files, unless the real data, `seed` or `pipc` differ from those of the run. Without `dataset`, which is
+    as for distill, the data of the run are used. The set may have only some classes of the data, in any order; `match_classes`, {"cat":
+    "tabby"}, maps classes of the set to classes of the data with other names. `model` may have several names, separated by commas.
+    `allow_code` allows Python code that the run's recipe or a teacher file names. With `distributed` the processes that torchrun started,
+    all of which call this, share the networks to train. Raises DdkitError.
 
     Examples:
         >>> short = {"evaluators.accuracy.epochs": 1, "evaluators.accuracy.repeats": 1}
@@ -82,7 +83,7 @@ def evaluate(
     """
     named = {"model": model, "dataset": dataset, "evaluators": evaluators}
     if evaluators == "none":
-        raise FlagError("--evaluate none leaves nothing to do here; name an evaluator, or leave it out.")
+        raise FlagError("--evaluate none leaves nothing to do. Name an evaluator, or leave --evaluate out.")
     artifact = target if isinstance(target, Artifact) else load(target)
     directory = None if isinstance(target, Artifact) else _run_at(Path(target))
     judged_file = None if directory is None else read_manifest(directory.path)["files"].get(SET)
@@ -93,7 +94,7 @@ def evaluate(
         base, own = (None if directory is None else directory.read_recipe()), dict(sets or {})
         if base is None:
             if data["dataset"] is None and not any(path == "data" or path.startswith("data.") for path in own):
-                raise InputError("A file does not say which real data to test on: name it with --dataset NAME[:PATH].")
+                raise InputError("The file of a set does not name the real data to test on. Add --dataset NAME[:PATH].")
             own = {key: artifact.metadata[key] for key in ("seed", "pipc") if key in artifact.metadata} | own
         elif evaluators is None and not base.get("evaluators"):
             evaluators = "accuracy"
@@ -103,8 +104,8 @@ def evaluate(
             pipc=pipc, **data,
         )  # fmt: skip
         ranks.check_same("The recipe of the evaluation", dict(flattened(recipe_dict(recipe))))
-        kept = "" if directory is None else f" {directory.path} is as it was."
-        again = watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Give the same command again.")
+        kept = "" if directory is None else f" {directory.path} is unchanged."
+        again = watchers.interruptible(lambda: f"No figure of this evaluation is kept.{kept} Run the same command again.")
         with again, warnings.recording():
             try:
                 rows = judged(
@@ -114,7 +115,7 @@ def evaluate(
             except InputError as error:
                 path = recipe.data.options.get("path")
                 if dataset is None and isinstance(path, str) and not Path(path).exists():
-                    error.args = (f"{error} If it was moved: ddkit evaluate {target} --dataset {recipe.data.use}:PATH",)
+                    error.args = (f"{error} If it was moved: ddkit evaluate {shlex.quote(str(target))} --dataset {recipe.data.use}:PATH",)
                 raise
             said = warnings.warnings()
     if not ranks.is_main:
@@ -233,14 +234,13 @@ def _check_held_out(artifact: Artifact, real: RealData) -> None:
         made_with = " and ".join(str(seed) for seed in seeds)
         fix = f"Use --seed {made_with}, or --set data.test=test." if len(seeds) == 1 else "Use --set data.test=test."
         raise InputError(
-            f"With data.test = held-out the seed tells held-out images from accessible ones, and the set was made with seed "
-            f"{made_with}. {fix}",
+            f"With data.test = held-out the seed decides which images are held out, and the set was made with seed {made_with}. {fix}",
             "data.test",
         )
     if seeds and artifact.class_names != list(real.info.class_names):
         raise InputError(
-            "With data.test = held-out the seed and the place of a class tell held-out images from accessible ones, and the set has "
-            "not all classes of the data, or not in their order. Use --set data.test=test.",
+            "With data.test = held-out the seed and the order of the classes decide which images are held out, but the set does not have "
+            "all classes of the data in the same order. Use --set data.test=test.",
             "data.test",
         )
     check_held_out(real.dataset, artifact.metadata.get("pipc", real.pipc), real.held_out)
@@ -261,11 +261,11 @@ def _record_evaluation(
     try:
         directory.take(wait=LOCK_SECONDS)
     except RunFilesError as error:
-        log.warning("These figures were not added to the run's files. %s", error)
+        log.warning("The figures were not added to the files of the run. %s", error)
         return
     with directory:
         if not (directory.path / MANIFEST).is_file() or read_manifest(directory.path)["files"].get(SET) != judged_file:
-            log.warning("These figures were not added to the run's files: its set has changed since they were begun.")
+            log.warning("The figures were not added to the files of the run, because its set has changed in the meantime.")
             return
         fresh = msgspec.to_builtins(rows)
         keys = [_identity(row) for row in fresh]

@@ -23,7 +23,7 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str, Any] | None = None) -> Path:
     """Writes the set of a run directory or file with the exporter `to` (NAME or NAME:ARGUMENT) into `out`, and returns `out`.
 
-    `out` is absent or empty; it holds all files of the exporter, or it is as it was before. Raises DdkitError.
+    `out` must be new or empty. If the export fails, it is unchanged. Raises DdkitError.
 
     Examples:
         >>> sorted(file.name for file in ddkit.export("my-run", "npz", "exported").iterdir())
@@ -66,7 +66,7 @@ def _write(exporter: Exporter, artifact: Artifact, out: Path) -> None:
             raise _unwritable(out, error.__cause__) from None
         raise
     if not written:
-        raise RunFailed(f"The {called('exporter', exporter)} wrote no file.{exporter.advice}")
+        raise RunFailed(f"The {called('exporter', exporter)} has written no file.{exporter.advice}")
 
 
 def _unwritable(out: Path, error: OSError) -> RunFilesError:

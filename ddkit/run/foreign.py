@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -76,7 +77,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
     if is_archive and not of_torch:
         return _read_npz(path)
     if not of_torch:
-        raise InputError(f"{path} is no file of torch.save, .npz, .npy or .safetensors that can be read (it begins as none of them does).")
+        raise InputError(f"{path} is not a file of torch.save, .npz, .npy or .safetensors: its first bytes fit none of them.")
     try:
         with safe_globals(NUMPY):
             loaded = _plain_values(torch.load(path, map_location="cpu", weights_only=True))
@@ -105,7 +106,10 @@ def _read_safetensors(path: Path) -> tuple[Any, dict[str, Any]]:
     with suppress(msgspec.ValidationError):  # the metadata of somebody else's
         own = msgspec.convert(metadata, Record)
         if "stored" in tensors:
-            raise InputError(f"{path} is a set of ddkit's own, which every command takes as it is.")
+            raise InputError(
+                f"{path} is already a set of ddkit. Use it without an import, e.g. `ddkit evaluate {shlex.quote(str(path))} --dataset "
+                "NAME`."
+            )
         if "images" in tensors:
             table = own.parametrization or ({"use": "grid", **own.decode} if own.decode else {})
             return tensors, {
@@ -135,11 +139,11 @@ def _statistics_in(found: Any) -> dict[str, Any]:
 def _refusal(path: Path, text: str) -> str:
     named = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", text)
     if named is None and "WeightsUnpickler" not in text and "weights_only" not in text:
-        return f"{path} is no file of torch.save, .npz, .npy or .safetensors that can be read ({' '.join(text.split())[:200]})."
-    what = f"holds {named.group(1)} beside tensors" if named else "holds more than tensors"
+        return f"{path} is not a readable file of torch.save, .npz, .npy or .safetensors ({' '.join(text.split())[:200]})."
+    what = f"contains {named.group(1)}" if named else "contains other objects than tensors"
     return (
-        f"{path} {what}. To build that is to run what the file says, so ddkit reads tensors and numbers alone. Where you trust the file, "
-        f"keep the tensors of it in Python: found = torch.load({str(path)!r}, weights_only=False), look at what it is, and "
+        f"{path} {what}. Loading it could run code from the file, so ddkit reads only tensors and numbers. If you trust the file, "
+        f"save its tensors in Python: found = torch.load({str(path)!r}, weights_only=False), then "
         'torch.save({"images": ..., "labels": ...}, "set.pt"), or torch.save(state_dict, "teacher.pt").'
     )
 
@@ -152,7 +156,7 @@ class _Type:
 
     def __init__(self, code: str, *_: Any) -> None:
         if not re.fullmatch(r"[biufSU]\d{1,9}", code):
-            raise ValueError(f"it holds a NumPy array of the type {code!r}, which is no number")
+            raise ValueError(f"it contains a NumPy array of the type {code!r}, which is not a number")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: Any) -> None:
@@ -191,7 +195,7 @@ NUMPY: list[Any] = [
 def _plain_values(found: Any, depth: int = 0) -> Any:
     """Returns what was loaded with arrays of numbers as tensors; raises ValueError if it is nested too deep."""
     if depth > 100:
-        raise ValueError("it is nested too deep")
+        raise ValueError("it is nested too deeply")
     if isinstance(found, _Array):
         return _as_tensor(found.value) if found.value.dtype.kind in "biuf" else found.value.tolist()
     if isinstance(found, Mapping):
@@ -204,7 +208,7 @@ def _as_value(array: Any, path: Path) -> Any:
     if array.dtype.kind in "US":
         return [each.decode(errors="replace") if isinstance(each, bytes) else str(each) for each in array.flatten()]
     if array.dtype.kind not in "fiub":
-        raise InputError(f"{path} holds an array of {array.dtype}, which is neither numbers nor text.")
+        raise InputError(f"{path} contains an array of {array.dtype}, which is neither numbers nor text.")
     return _as_tensor(array)
 
 
@@ -250,7 +254,7 @@ def _set_of(found: Mapping[Any, Any], outermost: bool) -> list[Found]:
     labels = by_place if labels is None else labels
     if images is not None and (labels is not None or outermost):
         if rate is not None and step_size is None:
-            log.warning("'%s' of the file is not one number, so it is left out: --step-size gives a step size of the set.", rate)
+            log.warning("'%s' in the file is not a single number, so it is ignored. Use --step-size for a step size of the set.", rate)
         return [Found(images, labels, soft, step_size, texts)]
     named = [(a, tensor_of(b)) for a in found.values() for b in found.values() if a is not b and _is_pair(a, b)]
     pairs = [(a, b) for a, b in named if b is not None and len(a) == len(b) and is_plain(b) and (b.ndim == 2 or not bool((b % 1).any()))]
@@ -271,7 +275,7 @@ def _of_list(value: Any) -> Found | None:
         return None
     if value[0].ndim == 3:
         return Found(torch.stack(value))
-    log.warning("The images are a list of %d tensors: each is taken as the images of one class.", len(value))
+    log.warning("The images are a list of %d tensors. Each tensor is used as the images of one class.", len(value))
     return Found(torch.cat(value), torch.arange(len(value)).repeat_interleave(torch.tensor([len(each) for each in value])))
 
 
@@ -323,7 +327,7 @@ def state_in(found: Any, *, any_names: bool) -> dict[str, Tensor] | None:
         return dict(inner) if whole and inner else None
     order = sorted(states, key=lambda name: WRAPPERS.index(name) if name in WRAPPERS else len(WRAPPERS))
     if len(order) > 1:
-        log.warning("The file holds several state dicts (%s); '%s' is taken.", ", ".join(states), order[0])
+        log.warning("The file contains several state dicts (%s). '%s' is imported.", ", ".join(states), order[0])
     return states[order[0]] if order else None
 
 
@@ -355,7 +359,7 @@ def fitted(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]
         return {name.removeprefix(common): value for name, value in state.items()}
     others = [name for name in state if not name.startswith(fitting[0])]
     if others:
-        log.warning("The names of the network begin with '%s'; what is beside it is left out: %s.", fitting[0], ", ".join(others[:6]))
+        log.warning("The tensors of the network begin with '%s'. Other tensors are ignored: %s.", fitting[0], ", ".join(others[:6]))
     return {name.removeprefix(fitting[0]): value for name, value in state.items() if name.startswith(fitting[0])}
 
 
@@ -368,5 +372,5 @@ def is_plain(tensor: Tensor) -> bool:
 def plain(tensor: Tensor, what: str, path: Path) -> Tensor:
     """Returns an ordinary tensor, detached and contiguous; raises InputError for another."""
     if not is_plain(tensor):
-        raise InputError(f"{path}: {what} is no plain tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}).")
+        raise InputError(f"{path}: {what} is not a plain tensor ({tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}).")
     return tensor.detach().contiguous()

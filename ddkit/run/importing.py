@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from ddkit.data.images import Normalisation, most_classes, to_unit
 from ddkit.data.loading import load_images
 from ddkit.data.real import open_dataset, passing
 from ddkit.data.whitening import EPS, Whitening, normalisation_of
-from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
+from ddkit.errors import FlagError, InputError, RunFilesError, counted, refuse_unused
 from ddkit.files import check_out, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
@@ -32,11 +33,11 @@ from ddkit.run.foreign import Found, fitted, labels_in, number_of, plain, read, 
 log = logging.getLogger("ddkit")
 
 Classes = Sequence[str] | int | None
-WHITENED = "--whitened says how images are normalised: by the training images of the dataset."
+WHITENED = "with --whitened the training images of the dataset give the normalisation."
 OF_WHITENING = Part(
     ("data",),
     ("data.batch", "data.test", "data.held_out", "data.whiten"),
-    "of the data --whitened takes data.whiten_eps, data.whiten_absolute and options of the dataset.",
+    "--whitened uses only data.whiten_eps, data.whiten_absolute and the options of the dataset.",
 )
 
 
@@ -62,17 +63,17 @@ def import_file(
 ) -> Artifact | Teacher:
     """Writes a synthetic set or a teacher of another project as ddkit's own file, and returns it.
 
-    `path` is a file of torch.save, .npz, .npy or .safetensors, or several that are joined to one set; they are read as tensors and
-    numbers alone, so that none of their code runs. A set is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or
-    logits, and becomes the folder `out`. `labels` are files of labels that lie apart; with "argmax" among them rows become the
-    likeliest class. With `ipc` the images are in order of class, `ipc` of each. `pixels` says whether floats are normalised with `mean`
-    and `std` or in 0..1, `index` which of several sets (runs) is taken, and `grid` that each image is a grid of grid x grid images (1:
-    none). `whitened` says that a set's networks, or the teacher, see images whitened by ZCA of all training images of `dataset`,
-    regularised as `sets` says: {"data.whiten_eps": 0.1}. `step_size` is the learning rate that was learned with the set, or a file of
-    it. A teacher is a state dict of `model` (with the options that `sets` gives: {"teacher.norm": "batch"}) for images of `size`
-    (height, width), and becomes the file `out`. `classes` are the class names, or their number. What a file itself records is taken if
-    it is not given: `mean`, `std` and `step_size`, and of ddkit's own files the class names, the grid and that pixels are in 0..1. What
-    is given and has no effect on the file is refused. Raises DdkitError.
+    `path` is a file of torch.save, .npz, .npy or .safetensors, or several that are joined into one set. Only tensors and numbers are read,
+    so that no code in them runs. A set is images (n, C, H, W) and labels, (n,) or rows (n, K) of probabilities or logits, and becomes the
+    folder `out`. `labels` are further files with the labels; with "argmax" among them rows become the likeliest class. With `ipc` the
+    images are sorted by class, `ipc` of each. `pixels` declares whether floats are normalised with `mean` and `std` or in 0..1, `index` is
+    the number of the set in a file with several, and `grid` declares that each image is a grid of grid x grid images (1 for no grid).
+    `whitened` declares that networks, or the teacher, see images whitened by ZCA of all training images of `dataset`, regularised as in
+    `sets`: {"data.whiten_eps": 0.1}. `step_size` is the learning rate that was learned with the set, or a file with it. A teacher is a
+    state dict of `model` (with the options in `sets`: {"teacher.norm": "batch"}) for images of `size` (height, width), and becomes the file
+    `out`. `classes` are the class names, or their number. Values that a file records are used if they are not given: `mean`, `std` and
+    `step_size`, and from ddkit's own files the class names, the grid and the unit of the pixels. Arguments without an effect on the file
+    are refused. Raises DdkitError.
 
     Examples:
         >>> torch.save((torch.rand(4, 3, 8, 8), torch.tensor([0, 0, 1, 1])), "theirs.pt")
@@ -85,7 +86,7 @@ def import_file(
     settings = dict(flattened(dict(sets or {})))
     contents = [read(source) for source in sources]
     found, recorded = contents[0]
-    refuse_unused(["--dataset"] if dataset is not None and not whitened else [], "it is for --whitened.")
+    refuse_unused(["--dataset"] if dataset is not None and not whitened else [], "only --whitened uses it.")
     data = {path: settings.pop(path) for path in list(settings) if whitened and path.startswith("data.")}
     parts = [sets_in(content) if kind in ("auto", "set") else [] for content, _ in contents]
     of_sets = {
@@ -94,19 +95,19 @@ def import_file(
     if all(parts):
         unused = [flag for flag, value in (("--size", size), ("--model", model)) if value is not None]
         if "decode.factor" in settings:
-            raise InputError(f"--set decode.factor: {instead_of_decode(settings['decode.factor'])}.", "decode.factor")
+            raise InputError(f"--set decode.factor: {instead_of_decode(settings['decode.factor'])}", "decode.factor")
         unused += [f"--set {path}" for path in settings if not path.startswith("parametrization.")]
         refuse_unused(
-            unused, f"{sources[0]} is a synthetic set, of which --set takes parametrization.* alone, for example parametrization.factor=2."
+            unused, f"{sources[0]} is a synthetic set, for which --set takes parametrization.* only, for example parametrization.factor=2."
         )
         if any(other != recorded for _, other in contents):
-            raise InputError(f"{' and '.join(map(str, sources))} record different things (mean, std, class names): import them one by one.")
+            raise InputError(f"{' and '.join(map(str, sources))} record different means, stds or class names. Import them one by one.")
         joined = _joined(sources, [_chosen(each, index, source) for each, source in zip(parts, sources, strict=True)])
         joined = _labelled(sources[0], joined, wanted, ipc)
         joined = joined._replace(step_size=_step_size(sources[0], step_size, joined))
         if joined.names is not None:
             refuse_unused(
-                ["--classes"] if classes else [], f"the labels are texts, which are the class names: {', '.join(joined.names[:8])}."
+                ["--classes"] if classes else [], f"the labels are texts and give the class names: {', '.join(joined.names[:8])}."
             )
         names = classes or joined.names or recorded.get("classes")
         if whitened:
@@ -122,15 +123,18 @@ def import_file(
         return _import_set(sources, Path(out), joined, norm, names, pixels, makes, declared=grid is not None, plain=whitened is False)
     if len(sources) > 1:
         without = sources[[not part for part in parts].index(True)]
-        raise InputError(f"Files that are joined are sets, and {without} holds none. If it holds the labels: --labels {without}")
+        raise InputError(
+            f"Several files are joined into one set, but {without} contains no set. If it contains the labels: --labels "
+            f"{shlex.quote(str(without))}"
+        )
     source = sources[0]
     state = state_in(found, any_names=kind == "teacher") if kind in ("auto", "teacher") else None
     if state is None:
-        raise InputError(f"{source} holds {_content(found)}: that is {_missing(kind)}.")
+        raise InputError(f"{source} contains {_content(found)}. This is {_missing(kind)}.")
     own = ("teacher.use", "teacher.mean", "teacher.std", "teacher.classes", "teacher.check")
     unused = [flag for flag, value in of_sets.items() if value is not None]
     unused += [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
-    refuse_unused(unused, f"{source} is a teacher, of which --set takes options of the model, for example teacher.norm=batch.")
+    refuse_unused(unused, f"{source} is a teacher, for which --set takes options of the model only, for example teacher.norm=batch.")
     refuse_unused(["--not-whitened"] if whitened is False else [], f"{source} is a teacher.")
     if whitened:
         refuse_unused(_given(mean, std), WHITENED)
@@ -152,8 +156,8 @@ def _content(found: Any) -> str:
 
 
 def _missing(kind: str) -> str:
-    no_set = "no set (tensors images (n, C, H, W) and labels (n,), in a dict, a list, or a list of such pairs under `data`)"
-    no_teacher = "no teacher (a state dict of tensors by name)"
+    no_set = "not a set (tensors images (n, C, H, W) and labels (n,) in a dict or list, or a list of such pairs under `data`)"
+    no_teacher = "not a teacher (a state dict of tensors by name)"
     return {"set": no_set, "teacher": no_teacher}.get(kind, f"{no_set}, and {no_teacher}")
 
 
@@ -167,7 +171,7 @@ def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[st
 def _whitening(dataset: Any, settings: Mapping[str, Any]) -> tuple[Normalisation, list[str]]:
     """Returns the normalisation of all training images of a dataset, which whitens, and the names of its classes."""
     if dataset is None:
-        raise InputError("--whitened computes the whitening from the training images of a dataset: name it with --dataset NAME[:PATH].")
+        raise InputError("--whitened computes the whitening from the training images of a dataset. Add --dataset NAME[:PATH].")
     with passing(dataset) as named, trust.granting({"dataset": dataset}, settings):
         own = {key: value for key, value in named.items() if key != "dataset"}
         recipe = {"name": "import", "data": {"whiten": True, "whiten_eps": EPS}}
@@ -182,8 +186,9 @@ def _check_shape(path: Path, images: Tensor, norm: Normalisation) -> None:
     shape = () if norm.whitening is None else tuple(norm.whitening.centre.shape)
     if tuple(images.shape[1:]) != shape or not images.is_floating_point():
         raise InputError(
-            f"{path}: whitened images are floats of the shape {shape} of those of --dataset; these are {images.dtype} of "
-            f"{tuple(images.shape[1:])}. Name the dataset that they were made of; --set data.size sets its size."
+            f"{path}: whitened images must be floats of shape {shape}, like the images of --dataset, but these are {images.dtype} of shape "
+            f"{tuple(images.shape[1:])}. Name the dataset from which they were made. Its image size is set by --set "
+            "data.size=[HEIGHT,WIDTH]."
         )
 
 
@@ -191,16 +196,18 @@ def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] |
     """Returns what images are normalised with, which files of others do not record."""
     if mean is None or std is None:
         raise InputError(
-            f"{path} does not record how images are normalised: give the mean and std of each channel, of pixels in 0..1, for example "
+            f"{path} does not record how images are normalised. Add the mean and std of each channel, for pixels in 0..1, for example "
             "--mean 0.4914,0.4822,0.4465 --std 0.2023,0.1994,0.2010"
         )
     if len(mean) != len(std) or not mean:
-        raise FlagError(f"--mean has {len(mean)} values and --std {len(std)}: both have one for each channel.")
+        raise FlagError(f"--mean has {counted(len(mean), 'value')}, but --std has {len(std)}. Both need one value per channel.")
     if not all(torch.tensor([*mean, *std]).isfinite()) or min(std) <= 0:
-        raise FlagError("--mean and --std are finite numbers, and every std is positive.")
+        raise FlagError("--mean and --std must be finite, and each std must be positive.")
     if max(mean) > 1:
         of_unit = [",".join(f"{value / 255:.4g}" for value in values) for values in (mean, std)]
-        raise FlagError(f"--mean is that of pixels in 0..1, so at most 1. If yours is of 0..255: --mean {of_unit[0]} --std {of_unit[1]}")
+        raise FlagError(
+            f"--mean is for pixels in 0..1, so it is at most 1. If yours is for pixels in 0..255: --mean {of_unit[0]} --std {of_unit[1]}"
+        )
     return Normalisation(mean, std, whitening)
 
 
@@ -208,9 +215,9 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
     """Returns the class names: as given, or numbers."""
     names = [str(number) for number in range(classes)] if isinstance(classes, int) else list(classes or map(str, range(least)))
     if len(set(names)) < len(names) or not all(names):
-        raise FlagError(f"--classes: every class has a name of its own; got {', '.join(names[:20])}.")
+        raise FlagError(f"--classes: each class needs its own name, but the names are {', '.join(names[:20])}.")
     if len(names) < max(least, 2):
-        raise InputError(f"{path} has the label {least - 1}, and there are {len(names)} classes. Two is the least; give all --classes.")
+        raise InputError(f"{path} has the label {least - 1}, but --classes has {len(names)}. Name all classes, at least two.")
     return names
 
 
@@ -221,11 +228,11 @@ def _chosen(sets: Sequence[Found], index: int | None, path: Path) -> Found:
     """Returns set number `index` of those in a file; of several the first if it is not given, with a warning."""
     number = index or 0
     if len(sets) == 1 and number:
-        raise InputError(f"{path} holds one set, so --run is 0; got {number}.")
+        raise InputError(f"{path} contains one set, so --run must be 0, not {number}.")
     if not 0 <= number < len(sets):
-        raise InputError(f"{path} holds {len(sets)} sets, so --run is a number from 0 to {len(sets) - 1}; got {number}.")
+        raise InputError(f"{path} contains {len(sets)} sets, so --run must be from 0 to {len(sets) - 1}, not {number}.")
     if len(sets) > 1 and index is None:
-        log.warning("%s holds %d sets; number 0 is taken (--run).", path, len(sets))
+        log.warning("%s contains %d sets. Number 0 is imported. Use --run N for another.", path, len(sets))
     return sets[number]
 
 
@@ -241,13 +248,13 @@ def _joined(paths: Sequence[Path], parts: Sequence[Found]) -> Found:
             told = ", ".join(f"{path.name} {None if each is None else (tuple(each.shape), each.dtype)}" for path, each in (
                 (path, getattr(part, what)) for path, part in zip(paths, parts, strict=True)
             ))  # fmt: skip
-            raise InputError(f"Files that are joined have {what} of one shape and type, and these have: {told}.")
+            raise InputError(f"Files can only be joined if their {what} have the same shape and type, but these have: {told}.")
         columns.append(torch.cat(tensors) if tensors else None)
     sizes = {part.step_size for part in parts}
     if len(sizes) > 1:
-        raise InputError(f"The files record different step sizes ({', '.join(map(str, sizes))}): import them one by one.")
+        raise InputError(f"The files record different step sizes ({', '.join(map(str, sizes))}). Import them one by one.")
     if any(part.names != parts[0].names for part in parts):
-        raise InputError("The files have labels of different class names: import them one by one.")
+        raise InputError("The files have labels with different class names. Import them one by one.")
     assert columns[0] is not None
     return Found(columns[0], columns[1], columns[2], parts[0].step_size, parts[0].names)
 
@@ -257,24 +264,27 @@ def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) 
     apart = [Path(each) for each in wanted if each != "argmax"]
     given = [f"--labels {each}" for each in apart] + ([f"--ipc {ipc}"] if ipc is not None else [])
     if found.labels is not None:
-        refuse_unused(given, f"{path} holds the labels of its images.")
+        refuse_unused(given, f"{path} contains the labels of its images.")
     elif len(given) > len(apart) > 0:
-        raise FlagError(f"--ipc gives each image its label by count, and so does --labels {apart[0]}: leave one of them out.")
+        raise FlagError(f"--ipc and --labels {apart[0]} both give the labels. Leave one of them out.")
     elif apart:
         tensors, texts = zip(*[_labels_of(each) for each in apart], strict=True)
         if len({each.shape[1:] for each in tensors}) > 1:
-            raise InputError(f"The files of --labels differ: {', '.join(f'{tuple(each.shape)}' for each in tensors)}.")
+            raise InputError(
+                f"The labels in the files of --labels have different shapes: {', '.join(f'{tuple(each.shape)}' for each in tensors)}."
+            )
         if any(names != texts[0] for names in texts):
-            raise InputError("The files of --labels have different class names: give one file of all labels.")
+            raise InputError("The files of --labels have different class names. Put all labels into one file.")
         found = found._replace(labels=torch.cat(tensors), names=texts[0])
     elif ipc is not None:
         if ipc < 1 or len(found.images) % ipc:
-            raise InputError(f"--ipc {ipc}: {path} holds {len(found.images)} images, which is no multiple of it.")
+            raise InputError(f"--ipc {ipc}: {path} contains {len(found.images)} images, which is not a multiple of {ipc}.")
         found = found._replace(labels=torch.arange(len(found.images) // ipc).repeat_interleave(ipc))
     else:
         raise InputError(
-            f"{path} holds images {tuple(found.images.shape)} and no labels: give their file, --labels FILE, or, if they are in order of "
-            "class with as many of each, how many: --ipc N"
+            f"{path} contains images {tuple(found.images.shape)}, but no labels. Add their file with --labels FILE. If the images are "
+            "sorted by "
+            "class, with the same number for each, add that number with --ipc N"
         )
     assert found.labels is not None
     labels = plain(found.labels, "labels", path)
@@ -283,12 +293,12 @@ def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) 
     rows = labels.float() if labels.ndim == 2 else None
     if rows is not None and bool(((rows == 0) | (rows == 1)).all()):
         if not bool((rows.sum(1) == 1).all()):
-            raise InputError(f"{path}: its labels (n, K) name several classes of an image, or none. A set has one class for each image.")
-        log.warning("The labels are one-hot: they are stored as classes.")
+            raise InputError(f"{path}: its labels (n, K) give an image several classes, or none. Each image of a set must have one class.")
+        log.warning("The labels are one-hot. They are stored as class numbers.")
         return found._replace(labels=rows.argmax(1), soft=torch.empty(0, rows.shape[1]))
     soft = rows if rows is not None and labels.is_floating_point() else found.soft
     if "argmax" in wanted:
-        refuse_unused([] if soft is not None else ["--labels argmax"], f"the labels of {path} are classes already.")
+        refuse_unused([] if soft is not None else ["--labels argmax"], f"the labels of {path} are class numbers already.")
         assert soft is not None
         return found._replace(labels=labels if labels.ndim == 1 else labels.argmax(1), soft=torch.empty(0, soft.shape[-1]))
     return found._replace(labels=labels, soft=soft)
@@ -297,7 +307,7 @@ def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) 
 def _labels_of(path: Path) -> tuple[Tensor, list[str] | None]:
     found, names = labels_in(read(path)[0])
     if found is None:
-        raise InputError(f"--labels {path}: it holds no labels, whole numbers or texts (n,), or rows (n, K).")
+        raise InputError(f"--labels {path}: the file contains no labels. Labels are whole numbers or texts (n,), or rows (n, K).")
     return plain(found, "labels", path), names
 
 
@@ -305,15 +315,15 @@ def _step_size(path: Path, given: float | str | Path | None, found: Found) -> fl
     """Returns the step size of a set: the number that was given, that of a file, or the one that the set records, with a warning."""
     if isinstance(given, int | float):
         if not 0 < given < math.inf:
-            raise FlagError(f"--step-size {given}: a learning rate is finite and above 0.")
+            raise FlagError(f"--step-size {given}: a learning rate must be finite and above 0.")
         return given
     if given is None and found.step_size is None:
         return None
     value = found.step_size if given is None else number_of(read(Path(given))[0])
     if value is None or not 0 < value < math.inf:
-        raise InputError(f"{given or path}: the step size of a set is one finite number above 0; got {value}.")
+        raise InputError(f"{given or path}: the step size of a set must be one finite number above 0, but is {value}.")
     if given is None:
-        log.warning("%s records the step size %g: it is kept, and `--set evaluators.accuracy.lr=stored` trains with it.", path, value)
+        log.warning("%s records the step size %g. It is kept. To train with it: --set evaluators.accuracy.lr=stored", path, value)
     return value
 
 
@@ -323,9 +333,9 @@ def _parametrization(settings: Mapping[str, Any], grid: int | None, recorded: Ma
     if grid is None:
         return {"use": "grid", **makes} if makes else recorded.get("parametrization", {})
     if makes:
-        raise FlagError(f"--grid {grid} is --set parametrization.factor={grid}: leave one of them out.")
+        raise FlagError(f"--grid {grid} and --set parametrization.* set the same. Leave one of them out.")
     if not 1 <= grid <= 8:
-        raise FlagError(f"--grid {grid}: an image is a grid of 2 x 2 to 8 x 8 images, or of none, --grid 1.")
+        raise FlagError(f"--grid {grid}: use 2 to 8 for a grid of 2 x 2 to 8 x 8 images, or 1 for images that are no grids.")
     return {"use": "grid", "factor": grid} if grid > 1 else {}
 
 
@@ -346,38 +356,42 @@ def _import_set(
         labels = soft[:: len(soft) // len(images)].argmax(1) if labels.ndim == 2 else labels
     fits = labels.ndim == 1 and len(labels) == len(images) and labels.dtype != torch.bool
     if not fits or not bool((labels == labels.long()).all()):
-        raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}; they must be whole numbers, one for each image.")
+        raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}, but must be whole numbers, one for each image.")
     labels = labels.long()
     if int(labels.min()) < 0 or int(labels.max()) >= most_classes(len(labels)):
-        raise InputError(f"{path}: labels go from {int(labels.min())} to {int(labels.max())}; they count from 0.")
+        raise InputError(f"{path}: labels go from {int(labels.min())} to {int(labels.max())}, but must count from 0.")
     names = _names(classes, width or int(labels.max()) + 1, path)
     if width is not None and len(names) != width:
-        raise FlagError(f"--classes: {len(names)} of them, and {path} has labels of {width} classes.")
+        raise FlagError(f"--classes has {len(names)} classes, but {path} has labels of {width}.")
     if len(names) > most_classes(len(images)):
-        raise FlagError(f"--classes: {len(names):,} for {len(images):,} images; at most {most_classes(len(images)):,} are taken.")
+        raise FlagError(f"--classes has {len(names):,} classes for {len(images):,} images, but the limit is {most_classes(len(images)):,}.")
     order = labels.argsort(stable=True)
     if not torch.equal(order, torch.arange(len(labels))):
-        log.warning("The images were not in order of class; they are now, in each class in the order of the file.")
+        log.warning("The images were not sorted by class. They are now, and within each class they are in the order of the file.")
     counts = torch.bincount(labels, minlength=len(names)).tolist()
     record: dict[str, Any] = {"class_names": names, "mean": list(norm.mean), "std": list(norm.std), "recipe": "imported"}
     if made is not None:
         if not made.stores_images:
-            raise InputError(f"parametrization.use: a set of images cannot be of the parametrization '{made.name}', which stores none.")
+            raise InputError(
+                f"parametrization.use: the parametrization '{made.name}' stores no images, so images cannot be imported with it."
+            )
         made.check((images.shape[1], images.shape[2], images.shape[3]))
         record |= made_with(made, makes["use"], images.shape[1:], whitened=norm.whitening is not None)
     elif not declared and (factor := looks_like_grid(images)):
-        log.warning("Each image looks like a grid of %d x %d images. If it is one: --grid %d; if not: --grid 1", factor, factor, factor)
+        log.warning(
+            "Each image looks like a grid of %d x %d images. If it is a grid, use --grid %d, and if not, --grid 1", factor, factor, factor
+        )
     if len(set(counts)) == 1:
         record["ipc"] = counts[0]
     else:
         told = ", ".join(f"{name} {count}" for name, count in zip(names[:20], counts, strict=False))
-        log.warning("The classes have different numbers of images (%s): evaluate takes them as they are, blend needs the same.", told)
+        log.warning("The classes have different numbers of images (%s). `ddkit evaluate` accepts this, `ddkit blend` does not.", told)
     if norm.whitening is not None:
         record["whitening"] = norm.whitening.facts
     elif not plain and looks_whitened(found.images):
         log.warning(
-            "The images look whitened (ZCA): they have no mean, neighbours are hardly alike, and some values are large. If they are: "
-            "--whitened --dataset NAME; if not: --not-whitened"
+            "The images look whitened (ZCA): their mean is 0, neighbouring pixels differ, and some values are large. If they are, use "
+            "--whitened --dataset NAME, and if not, --not-whitened"
         )
     own = {} if norm.whitening is None else norm.whitening.tensors
     own |= {} if found.step_size is None else {"step_size": torch.tensor(found.step_size)}
@@ -396,11 +410,12 @@ def _probabilities(path: Path, soft: Tensor, images: int, per_row: int) -> Tenso
     """Returns labels (n, K) as probabilities, a row for each decoded image: as they are, or softmax of other numbers, with a warning."""
     values = plain(soft, "soft labels", path).float()
     if values.ndim != 2 or values.shape[1] < 2 or len(values) not in (images, images * per_row) or not bool(values.isfinite().all()):
-        raise InputError(f"{path}: labels (n, K) are finite numbers, a row for each of {images} images; got {tuple(values.shape)}.")
-    if not are_probabilities(values, (len(values), values.shape[1])):
-        log.warning(
-            "The labels are no probabilities (at least 0, a row adding up to 1): they are taken as logits, whose softmax is stored."
+        raise InputError(
+            f"{path}: labels (n, K) must be finite numbers, one row for each of the {images} images, but have the shape "
+            f"{tuple(values.shape)}."
         )
+    if not are_probabilities(values, (len(values), values.shape[1])):
+        log.warning("The labels are not probabilities (at least 0, with sum 1), so they are used as logits, and their softmax is stored.")
         values = values.softmax(1)
     return values.repeat_interleave(images * per_row // len(values), 0)
 
@@ -411,27 +426,29 @@ def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None)
     if images.ndim == 3 and channels == 1:
         images = images[:, None]
     elif images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
-        log.warning("The images %s have their channels last: they are turned.", tuple(images.shape))
+        log.warning("The images %s have their channels last. The channels are moved to the front.", tuple(images.shape))
         images = images.permute(0, 3, 1, 2)
     if images.ndim != 4 or images.numel() == 0 or images.shape[1] != channels:
-        raise InputError(f"{path}: images have the shape {tuple(images.shape)}; with this --mean it must be (n, {channels}, H, W).")
+        raise InputError(f"{path}: images have the shape {tuple(images.shape)}, but with this --mean it must be (n, {channels}, H, W).")
     found = plain(images, "images", path)
     if found.dtype == torch.uint8:
         refuse_unused(["--pixels"] if pixels else [], f"the images of {path} are bytes.")
         return to_unit(found)
     if not found.is_floating_point():
-        raise InputError(f"{path}: images are {found.dtype}; they must be uint8 or floats.")
+        raise InputError(f"{path}: images are {found.dtype}, but must be uint8 or floats.")
     if pixels is None:
-        raise InputError(f"{path} does not tell what its images are: give --pixels normalised, or --pixels unit for 0 black and 1 white.")
+        raise InputError(
+            f"{path} does not record the unit of its images. Add --pixels normalised, or --pixels unit if 0 is black and 1 is white."
+        )
     found = norm.to_pixels(found.float()) if pixels == "normalised" else found.float()
     if not bool(found.isfinite().all()):
         raise InputError(f"{path}: an image value is not finite.")
     low, high = float(found.min()), float(found.max())
     if pixels == "unit" and low >= 0 and 2 < high <= 255:
-        log.warning("Pixels go from %.2f to %.2f: they are taken as 0 black to 255 white, and divided by 255.", low, high)
+        log.warning("Pixels go from %.2f to %.2f, so they are read as 0 (black) to 255 (white) and divided by 255.", low, high)
         return found / 255
     if low < -1 or high > 2:
-        log.warning("Pixels go from %.2f to %.2f, where 0 is black and 1 is white: do --pixels, --mean and --std fit this file?", low, high)
+        log.warning("Pixels go from %.2f to %.2f, but 0 is black and 1 is white. Do --pixels, --mean and --std fit this file?", low, high)
     return found
 
 
@@ -450,19 +467,19 @@ def _import_teacher(
 ) -> Teacher:
     check_out(out)
     if out.exists():
-        raise RunFilesError(f"--out {out} exists already; name a new file.")
+        raise RunFilesError(f"--out {out} exists already. Name a new file.")
     if classes is None or size is None:
         raise InputError(
-            f"{path} is a state dict, which does not record classes and image size: give --classes 10, or their names, and --size 32 "
+            f"{path} is a state dict, which records neither classes nor image size. Add --classes 10, or the class names, and --size 32 "
             "(or height,width)."
         )
     if len(size) != 2 or min(size) < 1:
-        raise FlagError(f"--size is height and width in pixels, both at least 1; got {list(size)}.")
+        raise FlagError(f"--size must be height and width in pixels, both at least 1, not {list(size)}.")
     names = _names(classes, 2, path)
     check_outputs(path, names, state)
     info = DataInfo(class_names=tuple(names), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
     if norm.whitening is not None and tuple(norm.whitening.centre.shape) != info.shape:
-        raise FlagError(f"--size: images of --dataset are of shape {tuple(norm.whitening.centre.shape)} (C, H, W), not {info.shape}.")
+        raise FlagError(f"--size: the images of --dataset have the shape {tuple(norm.whitening.centre.shape)} (C, H, W), not {info.shape}.")
     table = resolve({"name": "import"}, model=model, sets=sets).teacher
     with trust.granting({"model": model}, sets):
         factory = registry.create("model", table.model, table.options, data=info, where="teacher")

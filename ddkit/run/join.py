@@ -25,8 +25,8 @@ HOW_MADE = ("decode", "parametrization", "image_shape", "whitening")  # keys of 
 def join(sets: Sequence[str | Path], *, out: str | Path) -> Run:
     """Writes one set with all images of `sets` into the run directory `out`, and returns that run.
 
-    `sets` are run directories or files, two at least, whose images have one shape and are stored in one way. Classes are the same if
-    their names are. If one of the runs has all classes, or all have the same real data, `ddkit evaluate` finds these. Raises DdkitError.
+    `sets` are at least two run directories or files, whose images have the same shape and are stored in the same way. Classes are the same
+    if their names are. If one run has all classes, or all have the same real data, `ddkit evaluate` uses these data. Raises DdkitError.
 
     Examples:
         >>> joined = ddkit.load(ddkit.join(["my-run", "other-run"], out="joined").path)
@@ -35,12 +35,12 @@ def join(sets: Sequence[str | Path], *, out: str | Path) -> Run:
     """
     places = [Path(each) for each in sets]
     if len(places) < 2:
-        raise FlagError("`ddkit join A B ... --out DIR` needs two sets at least.")
+        raise FlagError("`ddkit join A B ... --out DIR` needs at least two sets.")
     parts = [(place, load(place)) for place in places]
     digests = [sha256(file_of(place)) for place in places]
     for double in doubles(digests):
         same = [str(place) for place, digest in zip(places, digests, strict=True) if digest == double]
-        raise InputError(f"{' and '.join(same)} are one set. Name each set once.")
+        raise InputError(f"{' and '.join(same)} are the same set. Name each set once.")
     with warnings.recording(), RunDirectory.whole_or_absent(Path(out)) as directory:
         result = joined(parts)
         return write_derived(result, parts, directory, "join", {})
@@ -102,7 +102,7 @@ def of_classes(whole: Artifact, classes: Sequence[str]) -> Artifact:
     step size is kept. Raises FlagError if a class is not in the set, or is there twice.
     """
     if isinstance(classes, str) or not classes:
-        raise FlagError("--classes: name one class at least, for example --classes cat,dog.")
+        raise FlagError("--classes: name at least one class, for example --classes cat,dog.")
     for name in classes:
         if name not in whole.class_names:
             raise FlagError(f"--classes: the set has no class {shown(name)}. {suggestion(str(name), whole.class_names)}")
@@ -112,7 +112,7 @@ def of_classes(whole: Artifact, classes: Sequence[str]) -> Artifact:
     chosen = torch.tensor([whole.class_names.index(name) for name in names])
     for name, label in zip(names, chosen.tolist(), strict=True):
         if not bool((whole.row_labels == label).any()):
-            raise InputError(f"The set has the class '{name}', but no image of it. Leave it out of --classes.")
+            raise InputError(f"The set has no image of the class '{name}'. Leave it out of --classes.")
     place = torch.full((len(whole.class_names),), -1)
     place[chosen] = torch.arange(len(names))
     rows = (place[whole.row_labels] >= 0).nonzero().flatten()
@@ -131,22 +131,20 @@ def check_parts(parts: Sequence[tuple[Path, Artifact]]) -> None:
     """Raises InputError, naming two sets and what differs, if the images of `parts` cannot stand in one set."""
     (place, first), *others = parts
     in_pixels = stored_in_pixels(first.parametrization, first.whitening is not None)
-    pixels = "`ddkit export SET --to npz --out DIR` writes the images of such a set, and `ddkit import` makes a set of pixels of them."
+    pixels = "To make a set of pixels: `ddkit export SET --to npz --out DIR`, and `ddkit import` of the file that this writes."
     for other, part in others:
         for told, what, remedy in (
-            (_shape, "images of another shape", "Distil both at one size: --set 'data.size=[HEIGHT,WIDTH]'."),
-            (_whitening, "another whitening", "Distil both with one whitening, or without."),
+            (_shape, "another image shape", "Distil both at the same size: --set 'data.size=[HEIGHT,WIDTH]'."),
+            (_whitening, "another whitening", "Distil both with the same whitening, or without."),
             (_made_by, "another parametrization", pixels),
         ):
             if told(first) != told(part):
-                raise InputError(f"{other} cannot be joined to {place}: it has {what}, {told(part)} and not {told(first)}. {remedy}")
+                raise InputError(f"{other} cannot be joined to {place}: it has {what} ({told(part)}, not {told(first)}). {remedy}")
         shared = _shared(part)
         if any(not torch.equal(value, shared[name]) for name, value in _shared(first).items()):
-            raise InputError(f"{other} cannot be joined to {place}: each makes its images by tensors of its own. {pixels}")
+            raise InputError(f"{other} cannot be joined to {place}: their parametrizations have different shared tensors. {pixels}")
         if not in_pixels and not part.normalisation.same(first.normalisation):
-            raise InputError(
-                f"{other} cannot be joined to {place}: both store numbers in normalised units, and their mean or std differ. {pixels}"
-            )
+            raise InputError(f"{other} cannot be joined to {place}: both store normalised numbers, but their mean or std differs. {pixels}")
 
 
 def _shape(part: Artifact) -> str:
@@ -154,7 +152,7 @@ def _shape(part: Artifact) -> str:
 
 
 def _whitening(part: Artifact) -> str:
-    return "none" if part.whitening is None else f"that of sha256 {part.whitening.digest[:12]}"
+    return "none" if part.whitening is None else f"sha256 {part.whitening.digest[:12]}"
 
 
 def _made_by(part: Artifact) -> str:
@@ -184,7 +182,7 @@ def _statistics(sets: Sequence[Artifact]) -> dict[str, list[float]]:
     spread = (weights * (std.square() + (mean - centre).square())).sum(0).sqrt()
     words = ", ".join(f"{value:.3f}" for value in centre.tolist())
     log.warning(
-        "The sets have different mean and std; the joined set has those of all their classes together (mean %s).",
+        "The sets have different means and stds. The joined set has the mean and std of all their classes together (mean %s).",
         words,
         extra=warnings.NEWS,
     )
@@ -195,7 +193,7 @@ def _step_size(sets: Sequence[Artifact]) -> dict[str, Tensor]:
     """Returns the learned step size of the sets, if they have one, and the same."""
     found = [part.parameters["step_size"] for part in sets if "step_size" in part.parameters]
     if found and (len(found) < len(sets) or not all(torch.equal(found[0], each) for each in found)):
-        log.warning("The learned step sizes of the sets are not one, so the joined set has none.")
+        log.warning("The learned step sizes of the sets differ, so the joined set has none.")
         return {}
     return {"step_size": found[0]} if found else {}
 
@@ -206,4 +204,7 @@ def _warn_of_names(names: Sequence[str]) -> None:
         alike.setdefault("".join(filter(str.isalnum, name.casefold())) or name, []).append(name)
     for several in alike.values():
         if len(several) > 1:
-            log.warning("The joined set has the classes %s, which are not one: their names differ.", " and ".join(map(repr, several)))
+            log.warning(
+                "The joined set has the classes %s. They are different classes, because their names differ.",
+                " and ".join(map(repr, several)),
+            )

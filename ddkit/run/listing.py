@@ -71,7 +71,7 @@ def list_runs(folder: str | Path = "runs") -> list[ListedRun]:
         raise RunFilesError(f"The folder {folder} {what}. Name a folder of runs: ddkit list runs FOLDER")
     found = [place] if is_run_folder(place) else run_folders(place)
     if not found:
-        raise RunFilesError(f"{folder} holds no run. Name the folder in which runs are: ddkit list runs FOLDER")
+        raise RunFilesError(f"{folder} contains no run. Name a folder of runs: ddkit list runs FOLDER")
     return [_listed(path) for path in found]
 
 

@@ -31,7 +31,7 @@ class FolderLock:
         until = time.monotonic() + wait
         while not self._take():
             if time.monotonic() >= until:
-                raise RunFilesError(f"Another process is working in {folder}. Wait until it ends, or name another folder with --out.")
+                raise RunFilesError(f"Another process is writing to {folder}. Wait until it ends, or name another folder with --out.")
             time.sleep(0.05)
 
     def _take(self) -> bool:
@@ -64,14 +64,14 @@ def _locked(descriptor: int) -> bool:
     try:
         import fcntl
     except ImportError:
-        log.warning("This system has no file locks: nothing keeps a second run out of the folder.")
+        log.warning("This system has no file locks. Do not start a second run in the same folder.")
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        log.warning("This folder's file system has no locks (%s): nothing keeps a second run out of it.", error.strerror)
+        log.warning("The file system of this folder has no locks (%s). Do not start a second run in it.", error.strerror)
     return True
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -59,8 +60,9 @@ def check_own(run: Path) -> None:
                 mode, is_folder = entry.lstat().st_mode, entry.name in FOLDERS
                 if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode) or is_leftover(entry)):
                     raise RunFilesError(
-                        f"{entry} is {kind_of(mode)}, not the {'folder' if is_folder else 'regular file'} that a run has there: "
-                        "nothing is read or written through it. Put a copy of the original in its place, or make the run again."
+                        f"{entry} is {kind_of(mode)}, but must be a {'folder' if is_folder else 'regular file'}, so nothing is read or "
+                        "written "
+                        "there. Replace it by a copy of the original, or make the run again."
                     )
     except OSError as error:
         raise RunFilesError(f"{run} cannot be read: {error.strerror or error}.") from None
@@ -162,7 +164,7 @@ def checked(value: Any, kind: Any, path: Path) -> None:
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
-        raise RunFilesError(f"{path} is not what ddkit writes there: {error}. Restore it from a copy, or make the run again.") from None
+        raise RunFilesError(f"{path} is damaged or was edited: {error}. Restore it from a copy, or make the run again.") from None
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -178,7 +180,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise _unfinished(folder)
     found = read_with_digest(path)
     if found.get("schema") != SCHEMA:
-        raise RunFilesError(f"{path} is not a manifest of schema {SCHEMA}.")
+        raise RunFilesError(f"{path} is not a manifest of schema {SCHEMA}, which this version of ddkit reads.")
     checked(found, _Manifest, path)
     return found
 
@@ -190,7 +192,9 @@ def check_finished(folder: Path) -> None:
 
 
 def _unfinished(folder: Path) -> RunFilesError:
-    return RunFilesError(f"{folder} has no {MANIFEST}, so it is no finished run. `ddkit distill --out {folder} --resume` finishes one.")
+    return RunFilesError(
+        f"{folder} has no {MANIFEST}, so the run is not finished. To finish it: `ddkit distill --out {shlex.quote(str(folder))} --resume`."
+    )
 
 
 def file_entry(path: Path) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def check_listed(folder: Path, name: str) -> None:
         there = file_entry(file) if stat.S_ISREG(os.lstat(file).st_mode) else None
     if listed not in (None, there):
         raise RunFilesError(
-            f"{file} is not the file that {folder / MANIFEST} lists: it was damaged, edited or replaced (its size or sha256 "
+            f"{file} is not the file that {folder / MANIFEST} records. It was damaged, edited or replaced (its size or sha256 "
             "differs). Restore it from a copy, or make the run again."
         )
 

@@ -13,7 +13,7 @@ _LINKS = ((re.compile(r":(?=//)"), "&#58;"), (re.compile(r"(?i)(?<=www)\."), "&#
 
 
 def markdown(value: object) -> str:
-    r"""Returns `value` as one line that Markdown shows as it is, in a paragraph, heading or table: no HTML, link, picture, code or cell.
+    r"""Returns `value` as one line of plain text in Markdown, in a paragraph, heading or table, without HTML, links, pictures or code.
 
     Examples:
         >>> ddkit.markdown("a|b <img src=x>\n# c")

@@ -47,7 +47,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     found = [_parsed(line, file, number) for number, line in enumerate(_lines(file), start=1)]
     for number, (one, other) in enumerate(itertools.pairwise(found), start=2):
         if other["step"] <= one["step"]:
-            raise RunFilesError(f"{file} is damaged: line {number} has step {other['step']}, and the line before it {one['step']}.")
+            raise RunFilesError(
+                f"{file} is damaged: line {number} has step {other['step']}, but the line before it has step {one['step']}."
+            )
     return found
 
 
@@ -70,7 +72,7 @@ def cut_metrics(folder: Path, step: int, steps: int, log_every: int) -> None:
             kept[index] = line + b"\n"
     lost = [index for index in range(0, step, log_every) if index not in kept]
     if lost:
-        raise RunFilesError(f"{file} is damaged: it has no line of step {lost[0]}. Restore it, or make the run again.")
+        raise RunFilesError(f"{file} is damaged: it has no line for step {lost[0]}. Restore it from a copy, or make the run again.")
     if lines:
         write_atomic(file, b"".join(kept[index] for index in sorted(kept)))
 

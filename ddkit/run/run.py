@@ -62,8 +62,7 @@ class Place(NamedTuple):
         try:
             if found is None and not Path(path, LOCK).exists():
                 raise RunFilesError(
-                    f"{path}, which the main process of the run has made, is not there for this one. Name a folder with --out that all "
-                    "machines share."
+                    f"The main process has made {path}, but this process cannot see it. With --out, name a folder that all machines share."
                 )
             self.ranks.barrier()  # all have seen it, before the main one may remove it
         except BaseException:
@@ -84,10 +83,10 @@ class Place(NamedTuple):
 def _going_on(path: Path) -> str:
     """Returns what an interrupted run says: what is kept, and the command that continues it."""
     if not (path / RECIPE).is_file():
-        return "The run had not begun, and nothing of it is kept: give the same command again."
+        return "The run had not begun, so no file is kept. Run the same command again."
     if passed_dataset() is not None:
-        return f"What is done is kept. To go on: ddkit.resume({str(path)!r}, dataset=...), with the same dataset."
-    return f"What is done is kept. To go on: ddkit distill --out {shlex.quote(str(path))} --resume"
+        return f"The finished steps are kept. To continue: ddkit.resume({str(path)!r}, dataset=...), with the same dataset."
+    return f"The finished steps are kept. To continue: ddkit distill --out {shlex.quote(str(path))} --resume"
 
 
 def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
@@ -156,7 +155,7 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
     with place.watching(directory) as watchers:
         table = directory.read_recipe()
         finished = ranks.broadcast(steps in (None, parse_recipe(table).steps) and (path / MANIFEST).is_file())
-        refuse_unused(moved if finished else (), f"{path} is finished.")
+        refuse_unused(moved if finished else (), f"the run {path} is finished.")
         if finished:
             return _finished(directory, watchers)
         table = _moved(table, moved, path) | ({} if steps is None else {"steps": steps})
@@ -168,7 +167,7 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                 warnings.add(newest.warnings)
                 check_unchanged(newest.plugin_files, path)
                 if newest.step > recipe.steps:
-                    raise RunFilesError(f"{path} is at step {newest.step} already, past --steps {recipe.steps}.")
+                    raise RunFilesError(f"--steps {recipe.steps}: {path} is already at step {newest.step}. Use a larger number.")
             try:
                 setup = RunSetup(recipe, device=place.device, begun=newest is not None, ranks=place.ranks, watchers=watchers)
                 setup.prepare()
@@ -176,7 +175,7 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                 places = {f"--dataset {recipe.data.use}:PATH": recipe.data.options.get("path"), "--teacher FILE": recipe.teacher.use}
                 gone = [flag for flag, at in places.items() if at not in (None, "auto") and not Path(str(at)).exists()]
                 if gone:
-                    error.args = (f"{error} If it was moved: ddkit distill --resume --out {path} {' '.join(gone)}",)
+                    error.args = (f"{error} If it was moved: ddkit distill --resume --out {shlex.quote(str(path))} {' '.join(gone)}",)
                 raise
             if newest is None:
                 if ranks.is_main:
@@ -189,7 +188,7 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
             try:
                 setup.engine.load_state(start, setup.bank.own_part(newest.state))
             except (KeyError, ValueError) as error:
-                raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit its recipe: {error}.") from None
+                raise RunFilesError(f"The checkpoint of step {start} in {path} does not fit the recipe of the run: {error}.") from None
             if ranks.is_main:
                 directory.reopen()
                 keep_until(directory.path, start)
@@ -207,14 +206,14 @@ def _moved(table: dict[str, Any], given: Mapping[str, str], path: Path) -> dict[
         own = table.get("data", {}).get("use", "digits")
         key = registry.load("dataset", own).argument
         if name != own or not argument or key is None:
-            now = f"--dataset {own}:PATH says where the same data are now" if key else "leave it out"
-            raise FlagError(
-                f"--dataset {given['--dataset']}: {path} is continued on its own data, which are of the dataset '{own}': {now}."
-            )
+            now = f"If the data were moved: --dataset {own}:PATH" if key else "Leave it out."
+            raise FlagError(f"--dataset {given['--dataset']}: {path} can only continue with its own dataset, '{own}'. {now}")
         table["data"][key] = argument
     if "--teacher" in given:
         if given["--teacher"] == "auto" or table.get("teacher", {}).get("use", "auto") == "auto":
-            raise FlagError(f"--teacher {given['--teacher']}: only the file of a teacher can have been moved. Leave it out.")
+            raise FlagError(
+                f"--teacher {given['--teacher']}: --resume only takes the new path of a teacher file that was moved. Leave it out."
+            )
         table["teacher"]["use"] = given["--teacher"]
     return table
 
@@ -226,10 +225,14 @@ def _check_inputs(began: Mapping[str, str], setup: RunSetup, path: Path) -> None
         then = began.get(name, renamed if name.startswith(TEACHER_FILE) else None)
         if then in (None, digest):
             continue
-        told = f"{name} is not what the run at {path} began with (sha256 {str(then)[:12]} then, {digest[:12]} now)"
+        told = f"{name} has changed since the run {path} began (its sha256 was {str(then)[:12]}, and is now {digest[:12]})"
         if name not in (AUTOMATIC_TEACHER, AUTOMATIC_EXPERTS):
-            raise RunFilesError(f"{told}, so it cannot be continued exactly. Restore it, or start anew.")
-        log.warning("%s: trained again. The run goes on with this one, and is not the one that it would have been.", told)
+            raise RunFilesError(f"{told}, so the run cannot be continued exactly. Restore the original, or start a new run.")
+        log.warning(
+            "%s, because it was trained again. The run continues with the new one, so its result is not the same as without the "
+            "interruption.",
+            told,
+        )
 
 
 def _finished(directory: RunDirectory, watchers: Observers) -> Run:
@@ -238,7 +241,7 @@ def _finished(directory: RunDirectory, watchers: Observers) -> Run:
     for name in facts["files"]:
         check_listed(directory.path, name)
     rows = msgspec.convert(read_evaluations(directory.path), list[Evaluation])
-    log.warning("%s is finished: nothing was left to do.", directory.path)
+    log.warning("%s is finished already.", directory.path)
     watchers.call("run_finished", path=directory.path, evaluations=rows)
     return Run(path=directory.path, steps=facts["steps"], seconds=facts["seconds"], evaluations=rows)
 
@@ -314,13 +317,13 @@ def _doubts(setup: RunSetup, artifact: Artifact, lines: Sequence[Mapping[str, An
         helps = "Use another loss or --init noise."
         pairs = list(zip(setup.real.counts().values(), setup.images_per_class, strict=True))
         if any(0 < real <= each and setup.initializer.needed(each) for real, each in pairs):  # it is compared with these very images
-            counts = f"(ipc {min(setup.ipc)}; {min(real for real, _ in pairs)} accessible)"
-            helps = f"It began as all accessible images {counts}: raise --pipc, lower --ipc, or use another loss or --init noise."
-        told = [f"Every loss was 0 {logged}, so nothing was learnt: the set is what the initializer made. {helps}"]
+            counts = f"(ipc {min(setup.ipc)}, {min(real for real, _ in pairs)} accessible)"
+            helps = f"It began with all accessible images {counts}. Raise --pipc, lower --ipc, use another loss, or --init noise."
+        told = [f"Every loss was 0 {logged}, so the set did not change and has the images of the initializer. {helps}"]
     else:
         others = [label for label in constant if not any(label in sentence.split() for sentence in told)]
         told += [
-            f"The loss {label} was {constant[label]:.6g} {logged}: it taught the set nothing. {without(label, weights)}" for label in others
+            f"The loss {label} was {constant[label]:.6g} {logged}, so it changed nothing. {without(label, weights)}" for label in others
         ]
     return told + (outside(artifact.stored_images, setup.bank.smaller_rate("images")) if recipe.steps else [])
 
@@ -330,9 +333,9 @@ def _iterate(setup: RunSetup, directory: RunDirectory, start: int, began: float)
     every = recipe.engine
     if start < recipe.steps:
         losses = ", ".join(sorted(recipe.losses))
-        on = f", from step {start} on" if start else ""
-        compiles = "; the first step compiles the network, which takes a while" if every.compile else ""
-        text = f"Distilling {sum(setup.ipc):,} images into {directory.path} ({recipe.steps:,} steps{on}; {losses}{compiles})"
+        on = f" from step {start}" if start else ""
+        compiles = ", and the first step compiles the network, which takes a while" if every.compile else ""
+        text = f"Distilling {sum(setup.ipc):,} images into {directory.path} ({recipe.steps:,} steps{on}, {losses}{compiles})"
         watchers.begin("distilling", text, done=start, total=recipe.steps)
 
     def show(index: int) -> None:

@@ -125,9 +125,9 @@ class RunSetup:
         """Raises InputError if the synthetic images, their gradient and Adam's two averages are larger than this machine's memory."""
         images, memory = 4 * sum(self.counts(self.own_classes)) * math.prod(self.info.shape), machine_bytes()
         if (4 * images if self.recipe.steps else images) > memory:
-            more = " Updating them takes four times as much." if images <= memory else ""
+            more = " Their updates need four times as much." if images <= memory else ""
             raise InputError(
-                f"ipc = {shown(self.recipe.ipc)} makes {images / 2**30:,.0f} GiB of images, and this machine has "
+                f"ipc = {shown(self.recipe.ipc)} makes {images / 2**30:,.0f} GiB of images, but this machine has "
                 f"{memory / 2**30:,.0f} GiB of memory.{more} Use a smaller ipc.",
                 "ipc",
             )
@@ -169,7 +169,9 @@ class RunSetup:
             for name in each.requires.views:
                 if name not in self.views and name not in BUILT_IN_VIEWS:
                     known = ", ".join(sorted({*self.views, *BUILT_IN_VIEWS}))
-                    raise InputError(f"The loss '{each.label}' asks for the view '{name}'; this recipe has {known}. Add [views.{name}].")
+                    raise InputError(
+                        f"The loss '{each.label}' needs the view '{name}', but this recipe has {known}. Add a table [views.{name}]."
+                    )
         self.evaluators = evaluators_of(
             recipe, info, {*declared_by(self.losses), *({SOFT_LABELS} if recipe.own_labels.kind != "hard" else ())}
         )
@@ -194,7 +196,7 @@ class RunSetup:
         each = copies * sum(value.nbytes for value in network_tensors(probe).values())
         if table.pool > 1 and table.pool * each > memory:
             raise InputError(
-                f"network.pool = {table.pool}: its networks take {table.pool * each / 2**30:,.0f} GiB, and this machine has "
+                f"network.pool = {table.pool}: the networks need {table.pool * each / 2**30:,.0f} GiB, but this machine has "
                 f"{memory / 2**30:,.0f} GiB of memory. Use at most {memory // each // 2}.",
                 "network.pool",
             )
@@ -205,7 +207,8 @@ class RunSetup:
                 probe.train()(torch.zeros(1, *self.info.shape))
             except ValueError as error:
                 raise InputError(
-                    f"network.batch = {table.batch}: of {images} images it leaves a batch of one, which batch norm cannot take ({error}). "
+                    f"network.batch = {table.batch}: the last batch of {images} images has one image, which batch norm cannot use "
+                    f"({error}). "
                     f"Use --set network.batch={table.batch + 1}.",
                     "network.batch",
                 ) from None
@@ -224,7 +227,7 @@ class RunSetup:
             raise InputError(
                 f"engine.deterministic (--deterministic): on {kind} these components cannot give the same bytes twice: "
                 f"{'; '.join(reasons)}. "
-                "Choose others (for dsa, other operations), compute on the CPU, or leave it out.",
+                "Use other components (for dsa, other operations), --device cpu, or leave --deterministic out.",
                 "engine.deterministic",
             )
 
@@ -247,7 +250,7 @@ class RunSetup:
                 reason = no_second_derivative(probe, self.info)
                 if reason:
                     raise InputError(
-                        f"The {each} takes a second derivative, which the {name} does not have: {reason}. Choose another --model, or "
+                        f"The {each} needs second derivatives, but the {name} has none: {reason}. Use another --model, or "
                         f"leave the loss out.{each.advice}",
                         f"losses.{each.label}",
                     )
@@ -331,12 +334,13 @@ class RunSetup:
             return
         if whiten:
             raise InputError(
-                f"data.whiten: the teacher {teacher.path} was trained on plain images, and networks of this run see whitened ones. Leave "
+                f"data.whiten: the teacher {teacher.path} was trained on plain images, but the networks of this run see whitened images. "
+                "Leave "
                 f"data.whiten out, or train a teacher on whitened images: ddkit train --dataset {data} --set data.whiten=true --out FILE.",
                 "data.whiten",
             )
         raise InputError(
-            f"The teacher {teacher.path} was trained on whitened images, and this run's are plain. Use --set data.whiten=true.",
+            f"The teacher {teacher.path} was trained on whitened images, but those of this run are plain. Use --set data.whiten=true.",
             "data.whiten",
         )
 
@@ -398,7 +402,7 @@ class RunSetup:
         if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
             self._normalisation = self.teacher.normalisation
         elif len(self.real.labels) == 0:
-            raise InputError("With --pipc 0 a teacher must tell the normalisation: give --teacher FILE.")
+            raise InputError("With --pipc 0 the normalisation must come from a teacher. Add --teacher FILE.")
         else:
             together = channel_statistics(
                 self.real.images, rows=len(self.real.labels), total=lambda own: self.ranks.all_reduce([own], "channel statistics")[0]
@@ -408,7 +412,7 @@ class RunSetup:
 
     def _whitening(self) -> Whitening:
         """Returns the ZCA of the accessible images, which the main process computes."""
-        self.watchers.begin("start", f"Whitening: the covariance of {len(self.real.labels):,} images")
+        self.watchers.begin("start", f"Computing the whitening of {len(self.real.labels):,} images")
         made = whitening_of(self.real.all_images(), self.recipe.data) if self.ranks.is_main else None
         return shared(made, self.info.shape, self.ranks)
 
@@ -440,15 +444,19 @@ class RunSetup:
             made = bank.decoded(bank.rows(None))
             if (made.shape, made.dtype) != (images.shape, torch.float32) or not bool(made.isfinite().all()):
                 raise RunFailed(
-                    f"The {called('parametrization', self.parametrization)} made images of shape {tuple(made.shape)}, {made.dtype}, or "
-                    f"not finite ones; it has to make finite float32 ones of shape {tuple(images.shape)}.{self.parametrization.advice}"
+                    f"The {called('parametrization', self.parametrization)} made images of shape {tuple(made.shape)} and {made.dtype}, "
+                    "or images that "
+                    f"are not finite. It must make finite float32 images of shape {tuple(images.shape)}.{self.parametrization.advice}"
                 )
         if stored is not images and not self.begun:
             square = (made.detach().cpu() - images).double().square().sum()
             total = self.ranks.all_reduce([square], "encoding")[0]
             self.encoding_error = math.sqrt(float(total) / (len(labels) * math.prod(self.info.shape)))
             far = f"{self.encoding_error:.3f} (root mean square, normalised units)"
-            self.watchers.begin("start", f"The first images as {self.parametrization.name} are {far} from those of the initializer")
+            self.watchers.begin(
+                "start",
+                f"The first images of the parametrization {self.parametrization.name} differ by {far} from those of the initializer",
+            )
         return bank
 
     def _first_images(self, labels: Tensor) -> Tensor:
@@ -482,7 +490,7 @@ class RunSetup:
         if not fits or not bool(images.isfinite().all()):
             what = f"images of shape {tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
             raise RunFailed(
-                f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}; it has to return finite "
+                f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}. It must return finite "
                 f"floats of shape {shape}.{self.initializer.advice}"
             )
         own = class_rows(labels, self.own_classes) if together else slice(None)
@@ -491,8 +499,8 @@ class RunSetup:
                 found = self.initializer.soft_labels(start)
             if found is not None and found.shape != (len(labels), self.info.classes):
                 raise RunFailed(
-                    f"The {called('initializer', self.initializer)} returned soft labels of shape {tuple(found.shape)}; they are rows for "
-                    f"{len(labels)} images and {self.info.classes} classes.{self.initializer.advice}"
+                    f"The {called('initializer', self.initializer)} returned soft labels of shape {tuple(found.shape)}. The shape must be "
+                    f"{(len(labels), self.info.classes)}, a row for each image.{self.initializer.advice}"
                 )
             self.first_labels = None if found is None else found[own]
         return images[own]
@@ -622,14 +630,15 @@ def evaluators_of(recipe: Recipe, info: DataInfo, parameters: Collection[str]) -
             evaluator.check(info)
         for name in (name for name in evaluator.requires.parameters if name not in parameters):
             raise InputError(
-                f"evaluators.{label} is to use what is stored with the set, as an option of it or its protocol says, and this set has "
-                f"no parameter {name}. Give a value in the place of `stored`, or another protocol: `ddkit info {evaluator.name}`",
+                f"evaluators.{label} has an option `stored`, in its table or its protocol, which needs the parameter {name} of the set. "
+                "This set has "
+                f"none. Use a value instead of `stored`, or another protocol. `ddkit info {evaluator.name}` shows the options.",
                 f"evaluators.{label}",
             )
     needing = [label for label, evaluator in made.items() if evaluator.requires.real]
     if recipe.pipc == 0 and needing:
         raise InputError(
-            f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} needs some. Give --pipc 1 or more.", "pipc"
+            f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} needs some. Set --pipc to at least 1.", "pipc"
         )
     return made
 

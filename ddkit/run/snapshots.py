@@ -50,14 +50,14 @@ def read_film(folder: Path) -> Film | None:
     try:
         film = Film(tensors["steps"], tensors["rows"], tensors["images"])
     except KeyError as error:
-        raise ValueError(f"{file} is no film of a run: it has no tensor {error}") from None
+        raise ValueError(f"{file} is not a film of a run: it has no tensor {error}") from None
     for name, values in (("steps", film.steps), ("rows", film.rows)):
         if values.ndim != 1 or values.dtype != torch.int64 or bool((values < 0).any()):
-            raise ValueError(f"{file} is no film of a run: {name} are {values.dtype} {tuple(values.shape)}, or negative")
+            raise ValueError(f"{file} is not a film of a run: {name} are {values.dtype} {tuple(values.shape)}, or negative")
     if len(film.steps) == 0 or bool((film.steps.diff() <= 0).any()):
-        raise ValueError(f"{file} is no film of a run: its steps do not ascend")
+        raise ValueError(f"{file} is not a film of a run: its steps are not ascending")
     if film.images.ndim != 5 or film.images.dtype != torch.uint8 or film.images.shape[:2] != (len(film.steps), len(film.rows)):
-        raise ValueError(f"{file} is no film of a run: its images have the shape {tuple(film.images.shape)}")
+        raise ValueError(f"{file} is not a film of a run: its images have the shape {tuple(film.images.shape)}")
     return film
 
 
@@ -72,7 +72,7 @@ def add_frame(folder: Path, step: int, images: Tensor, labels: Tensor) -> None:
     try:
         before = read_film(folder) if step else None
     except ValueError as error:
-        log.warning("The frames of %s so far are lost for its report: %s.", folder, error)
+        log.warning("The report of %s will have no frames of earlier steps: %s.", folder, error)
         before = None
     if before is not None and torch.equal(before.rows, rows) and before.images.shape[2:] == film.images.shape[2:]:
         kept = before.steps < step

@@ -81,7 +81,7 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     known = [] if study.blends is None else study.blends.alphas
     for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
         what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
-        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}: it has {what}.", "alphas")
+        raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}. It has {what}.", "alphas")
     labels = {name: _labels_of(system, system.protocol or study.protocol, settings) for name, system in study.systems.items()}
     named = {name: msgspec.structs.replace(system, labels=labels[name]) for name, system in study.systems.items()}
     study = msgspec.structs.replace(study, systems=named)
@@ -103,7 +103,7 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
         assert study.blends is not None
         both = f"{study.blends.first} and {study.blends.second}"
-        raise InputError(f"--alphas: blends need the systems {both}, which are not both chosen. Add them to --systems.", "alphas")
+        raise InputError(f"--alphas: blends need both systems {both}. Add them to --systems.", "alphas")
     return tasks
 
 
@@ -146,11 +146,11 @@ def recipe_of(study: Study, cell: Cell, seed: int, settings: Settings) -> Recipe
         for path, _ in flattened(table):
             if decided := RESERVED.get(path if path in RESERVED else path.split(".")[0]):
                 there, instead = (f"{where}: ", f"{decided[0]} in the study") if where else ("", decided[1])
-                raise InputError(f"{there}{path} cannot be set in a study, whose cells and evaluation decide it: use {instead}.", path)
+                raise InputError(f"{there}{path} cannot be set here, as the study sets it itself. Use {instead}.", path)
     try:
         recipe = _recipe_of_system(study, cell, seed, settings)
         if recipe.steps and not recipe.losses:
-            raise InputError(f"The recipe '{recipe.name}' has no loss, so it makes no set.")
+            raise InputError(f"The recipe '{recipe.name}' has no loss, so it cannot make a set.")
     except FlagError as error:
         if not str(error).startswith("--losses"):
             raise

@@ -192,18 +192,18 @@ def report_table(report: Report, style: str = "simple") -> str:
     data = dict.fromkeys(figure.dataset for figure in figures)
     teachers = dict.fromkeys(figure.teacher for figure in figures if figure.teacher)
     notes = [f"{report.study}: accuracy in % on {'held-out training images' if held_out else 'the test set'}, "
-             "mean ± sample standard deviation over all networks; std of sets: of the means of the sets; n = sets x networks."]  # fmt: skip
+             "mean ± sample standard deviation over all networks. n is sets x networks, and std of sets that of their means."]  # fmt: skip
     if any(figure.labels != "hard" for figure in figures):
         notes.append(
-            "Systems marked (soft) train on the teacher's probabilities, (stored) on the set's own: never compare them with others."
+            "Systems marked (soft) train on the teacher's probabilities, and (stored) on those of the set. Do not compare them with others."
         )
     notes.append(f"Data: {', '.join(data)}." + ("" if known is None else f" Published figures: {known.name}."))
     if held_out and any(figure.published is not None for figure in figures):
-        notes.append("Published figures are of a test split, these are not, so no difference is shown.")
+        notes.append("Published figures are for the test split, and these are not, so no difference is shown.")
     elif not held_out and known is not None and not all(figure.comparable for figure in figures):
         size = " x ".join(map(str, known.shape))
         notes.append(
-            f"They are not of the same data ({known.name} has {known.classes} classes of {size} values), so no difference is shown. "
+            f"Those are for other data ({known.name} has {known.classes} classes of {size} values), so no difference is shown. "
             f"Use --dataset {known.dataset}, or imagefolder:PATH with a copy of it."
         )
     notes += [f"Teacher: {', '.join(teachers)}."] if teachers else []
@@ -212,7 +212,7 @@ def report_table(report: Report, style: str = "simple") -> str:
     notes += [f"From the cache: {figure.cached} networks of {figure.label}." for figure in figures if figure.cached]
     notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
-    notes += [f"Not yet run, or not all sets: {'; '.join(left)}."] if left else []
+    notes += [f"Not finished: {'; '.join(left)}."] if left else []
     if style == "pipe":
         rows, notes = [[markdown(cell) for cell in row] for row in rows], [markdown(note) for note in notes]
     aligned = ["right", "right", *["left"] * (len(header) - 2)]
@@ -226,8 +226,8 @@ def _budgets(figures: Sequence[Figure]) -> list[str]:
         if figure.stored_numbers is not None:
             rows.setdefault((figure.ipc, figure.pipc), {})[figure.name] = figure.stored_numbers
     return [
-        f"Of different budgets at ipc {ipc}, pipc {pipc}, so not to be compared: "
-        + ", ".join(f"{name} {numbers:,.6g} numbers a class" for name, numbers in row.items()) + "."
+        f"Do not compare these systems at ipc {ipc}, pipc {pipc}, as their budgets differ: "
+        + ", ".join(f"{name} {numbers:,.6g} numbers per class" for name, numbers in row.items()) + "."
         for (ipc, pipc), row in rows.items() if len(set(row.values())) > 1
     ]  # fmt: skip
 

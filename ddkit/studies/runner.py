@@ -93,7 +93,7 @@ def reproduce(
             with suppress(DdkitError, OSError):  # the next call, which is not interrupted, reports what prevents a report
                 wanted = {kept_file(task): kept_row(task) for task in own}  # cells may share one
                 done = f"{len(wanted) - list(wanted.values()).count(None)} of {len(wanted)}"
-                stop.args = (f"Interrupted. {done} evaluations are finished and kept in {out}; the same command goes on.",)
+                stop.args = (f"Interrupted. {done} evaluations are finished and kept in {out}. The same command continues.",)
                 if ranks.is_main:
                     _known(study, tasks, failures, out)
             raise
@@ -136,7 +136,7 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
     for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
         dataset = open_dataset(data)
         for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
-            remedy = "Make the study's `held_out` or the `pipc` of its cells smaller, or use more images: --dataset NAME."
+            remedy = "Lower `held_out` or the `pipc` of the cells in the study, or use a dataset with more images: --dataset NAME."
             check_held_out(dataset, pipc, study.held_out, remedy=remedy)
 
 
@@ -176,7 +176,7 @@ def _check_images(study: Study, task: Task) -> None:
     if count > recipe.pipc:
         where = f"systems.{task.cell.system}, cell {task.cell.ipc}:{task.cell.pipc}"
         raise InputError(
-            f"{where}: the {who} needs {counted(count, 'real image')} a class, and the system has {recipe.pipc}. "
+            f"{where}: the {who} needs {counted(count, 'real image')} per class, but the system has {recipe.pipc}. "
             f"Leave it out of this cell (`systems` of the cell, --systems or --cells), or change its {changes} in the study.",
             f"systems.{task.cell.system}",
         )
@@ -223,7 +223,7 @@ class _Told:
 
     def begun(self, task: Task) -> None:
         with self._lock:
-            self._tell(f"{self._done} of {self._count} done: {task.label} is begun")
+            self._tell(f"{self._done} of {self._count} done: {task.label} starts")
 
     def ended(self, task: Task, how: str) -> None:
         with self._lock:
@@ -313,7 +313,7 @@ class _Crew:
 
     def _check_going_on(self) -> None:
         if self.stopped:
-            raise Interrupted("Stopped, as another set was.", 130)
+            raise Interrupted("Stopped, because another set was stopped.", 130)
 
     def command(self, arguments: Sequence[str]) -> str:
         """Returns what `ddkit ARGUMENTS...` prints; raises RunFailed with its message, or an error of its exit code."""

@@ -42,12 +42,12 @@ def merge(other: Path, out: Path) -> int:
     """
     source, target = other / SETS, out / SETS
     if not source.is_dir():
-        raise RunFilesError(f"--merge {other}: there is no folder {SETS} in it. Name the --out of an earlier `ddkit reproduce`.")
+        raise RunFilesError(f"--merge {other} has no folder {SETS}. Name the --out of an earlier `ddkit reproduce`.")
     if source.resolve() == target.resolve():
-        raise FlagError(f"--merge {other} is the store itself. Name another one, or leave it out.")
+        raise FlagError(f"--merge {other} is the same folder as --out. Name another one, or leave it out.")
     for entry in (source, *source.iterdir(), *target.glob("*")):
         if entry.is_symlink():
-            raise RunFilesError(f"--merge {other}: {entry} is a symbolic link, and nothing is copied through one. Put a copy in its place.")
+            raise RunFilesError(f"--merge {other}: {entry} is a symbolic link, which is not copied. Replace it by a copy of its target.")
     found = 0
     try:
         target.mkdir(parents=True, exist_ok=True)

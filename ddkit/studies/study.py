@@ -22,16 +22,16 @@ class SystemTable(Table):
 
     title: str = ""
     recipe: str = "default"
-    losses: Annotated[str, Option("losses instead of the recipe's, as in --losses")] | None = None
-    fallback: Annotated[str, Option("recipe whose weights and options the losses have that `recipe` does not have")] | None = None
-    pipc: Annotated[int, Option("real images a class that it uses, where that is not the cell's", ge=0)] | Literal["cell", "ipc"] = "cell"
-    protocol: Annotated[str, Option("evaluation protocol, where that is not the study's")] | None = None
+    losses: Annotated[str, Option("losses that replace those of the recipe, written as for --losses")] | None = None
+    fallback: Annotated[str, Option("recipe for the weights and options of losses that `recipe` does not have")] | None = None
+    pipc: Annotated[int, Option("real images per class; cell is the pipc of the cell, ipc its ipc", ge=0)] | Literal["cell", "ipc"] = "cell"
+    protocol: Annotated[str, Option("evaluation protocol; if left out, that of the study")] | None = None
     labels: Annotated[
         Literal["auto", "hard", "stored", "soft"],
-        Option("stored: networks learn the set's own probabilities; soft: the teacher's; auto: as the protocol says"),
+        Option("labels that networks learn: hard, stored (with the set), soft (of the teacher), or auto (as in the protocol)"),
     ] = "auto"
     baseline: Annotated[
-        Literal["", "random-real", "pipc-real", "class-mean"], Option("real images instead of a distilled set; needs no recipe")
+        Literal["", "random-real", "pipc-real", "class-mean"], Option("real images instead of a distilled set, without a recipe")
     ] = ""
     set: dict[str, Any] = {}
 
@@ -42,15 +42,15 @@ class CellTable(Table):
     ipc: Positive
     pipc: Annotated[int, Option(ge=0)] | Literal["all"]
     published: dict[str, Annotated[list[float], Option(min_length=1)]] = {}
-    systems: Annotated[list[str], Option("those of this cell, where they are not all")] = []
-    seeds: Annotated[int, Option("sets of this cell, where that is not the study's number", ge=1)] | None = None
+    systems: Annotated[list[str], Option("systems of this cell; if empty, all")] = []
+    seeds: Annotated[int, Option("number of sets of this cell; if left out, that of the study", ge=1)] | None = None
 
 
 class PublishedOn(Table):
     """What the published figures are of: measured figures are set against them on the same data alone."""
 
-    name: Annotated[str, Option("as reports name it, for example CIFAR-10")]
-    dataset: Annotated[str, Option("the dataset of that name")]
+    name: Annotated[str, Option("name of the data in reports, for example CIFAR-10")]
+    dataset: Annotated[str, Option("dataset of that name in ddkit")]
     classes: Positive
     shape: Annotated[tuple[Positive, Positive, Positive], Option("channels, height and width of an image")]
 
@@ -70,17 +70,15 @@ class Study(Table):
     summary: str = ""
     source: str = ""
     protocol: str = "short"
-    seeds: Annotated[int, Option("sets, of seeds 0, 1, ...", ge=1)] = 1
-    networks: Annotated[int, Option("networks a set; left out: the protocol's", ge=1)] | None = None
-    held_out: Annotated[
-        int, Option("images a class of the training split that are tested on instead of the test split; 0: the test split", ge=0)
-    ] = 0
-    set: Annotated[dict[str, Any], Option("recipe paths and values for all systems, under those of each")] = {}
+    seeds: Annotated[int, Option("number of sets per cell, with the seeds 0, 1, ...", ge=1)] = 1
+    networks: Annotated[int, Option("number of networks per set; if left out, as in the protocol", ge=1)] | None = None
+    held_out: Annotated[int, Option("number of training images per class that are held out for testing, 0 to use the test split", ge=0)] = 0
+    set: Annotated[dict[str, Any], Option("recipe paths and values for all systems, which each system can override")] = {}
     systems: dict[str, SystemTable] = {}
     cells: list[CellTable] = []
     published_on: PublishedOn | None = None
     blends: BlendsTable | None = None
-    pictures: Annotated[list[str], Option("systems whose images are shown together, one row each")] = []
+    pictures: Annotated[list[str], Option("systems whose images are shown in one picture, one row each")] = []
 
 
 class Cell(NamedTuple):
@@ -115,24 +113,26 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         if not table:
             raise InputError(f"The study has no {what}.", what)
     if study.name and not NAME.fullmatch(study.name):
-        raise InputError(f"name = {study.name!r}: a study's name has lower-case letters, digits and hyphens.", "name")
+        raise InputError(f"name = {study.name!r}: a study's name consists of lower-case letters, digits and hyphens.", "name")
     for name, system in study.systems.items():
         if not NAME.fullmatch(name):
-            raise InputError(f"systems.{name}: a system's name has lower-case letters, digits and hyphens.", "systems")
+            raise InputError(f"systems.{name}: a system's name consists of lower-case letters, digits and hyphens.", "systems")
         if system.baseline and (system.losses is not None or system.recipe != "default"):
-            raise InputError(f"systems.{name}: a baseline is real images, so it has no recipe and no losses.", f"systems.{name}")
+            raise InputError(
+                f"systems.{name}: a baseline has real images, so recipe and losses have no effect. Leave them out.", f"systems.{name}"
+            )
         if system.fallback is not None and system.losses is None:
             where = f"systems.{name}.fallback"
-            raise InputError(f"{where} has no effect: the system has no losses beside its recipe's. Add `losses`, or leave it out.", where)
+            raise InputError(f"{where} has no effect: the system has only the losses of its recipe. Add `losses`, or leave it out.", where)
     for row in doubles((cell.ipc, cell.pipc) for cell in study.cells):
-        raise InputError(f"The study has the cell {row[0]}:{row[1]} twice. Write it once, with all that is published of it.", "cells")
+        raise InputError(f"The study has the cell {row[0]}:{row[1]} twice. Write it once, with all its published figures.", "cells")
     for alpha in doubles([] if study.blends is None else study.blends.alphas):
         raise InputError(f"blends.alphas has {alpha:g} twice. Name it once.", "blends.alphas")
     for number, cell in enumerate(study.cells):
         for column, values in cell.published.items():
             if len(values) > 2 or not 0 <= values[0] <= 100 or not all(0 <= value <= 100 for value in values[1:]):
                 where = f"cells[{number}].published.{column}"
-                what = "an accuracy in percent, from 0 to 100, and if it is published its standard deviation: [25.3, 0.5]."
+                what = "write an accuracy in percent, from 0 to 100, and its standard deviation, if published, as in [25.3, 0.5]."
                 raise InputError(f"{where} = {values}: {what}", where)
     named = [(f"cells[{number}].published", list(cell.published)) for number, cell in enumerate(study.cells)]
     named += [(f"cells[{number}].systems", cell.systems) for number, cell in enumerate(study.cells)]
@@ -142,10 +142,10 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         for double in doubles(names):
             raise InputError(f"{where} names the system '{double}' twice. Name it once.", where)
         for unknown in (each for each in names if each not in study.systems):
-            raise InputError(f"{where} names the system '{unknown}', the study has {', '.join(study.systems)}.", where)
+            raise InputError(f"{where} names the system '{unknown}', but the study has {', '.join(study.systems)}.", where)
     for where, names in shown:
         for name in (name for name in names if study.systems[name].baseline in ("pipc-real", "class-mean")):
-            raise InputError(f"{where} names the system '{name}', a baseline {study.systems[name].baseline} that keeps no images.", where)
+            raise InputError(f"{where} names the system '{name}', but a baseline {study.systems[name].baseline} stores no images.", where)
     return study
 
 
@@ -172,5 +172,5 @@ def chosen_cells(study: Study, wanted: Sequence[tuple[int, int | str]] | None, s
         for system in study.systems if (not row.systems or system in row.systems) and (not systems or system in systems)
     ]  # fmt: skip
     if not found:
-        raise InputError(f"No chosen system of the study '{study.name}' has a figure in the chosen cells.", "cells")
+        raise InputError(f"The study '{study.name}' has no figure for the chosen systems in the chosen cells.", "cells")
     return found

@@ -81,7 +81,7 @@ def check(kind: str, name: str, options: Mapping[str, Any] | None = None, *, dir
     from ddkit.components import registry
 
     if kind not in SUITES:
-        raise FlagError(f"There is no conformance suite for a {kind}; there is one for {', '.join(SUITES)}.")
+        raise FlagError(f"There is no conformance suite for a {kind}. There is one for {', '.join(SUITES)}.")
     registry.load(kind, registry.split_name(name)[0])
     suite: type[Conformance] = type("Checked", (SUITES[kind],), {"component": name, "options": dict(options or {}), "directory": directory})
     suite().prepare()

@@ -50,7 +50,7 @@ class InitializerConformance(ShapeConformance):
         wanted = (len(start.labels), *start.shape)
         if not isinstance(images, Tensor) or tuple(images.shape) != wanted or images.dtype != torch.float32:
             what = f"{tuple(images.shape)} {images.dtype}" if isinstance(images, Tensor) else repr(images)
-            raise Broken(f"The initializer '{self.label}' returns {what}; it has to be float32 images of shape {wanted}.")
+            raise Broken(f"The initializer '{self.label}' returns {what}, but must return float32 images of shape {wanted}.")
         if not bool(images.isfinite().all()):
             raise Broken(f"The initializer '{self.label}' returns images that are not finite.")
         return images
@@ -72,7 +72,9 @@ class InitializerConformance(ShapeConformance):
     def test_same_seed_same_images(self) -> None:
         """The images are a function of the seed: draws come from `start.generator(label)`."""
         if not torch.equal(*repeated(lambda: self._made(self.start()))):
-            raise Broken(f"The initializer '{self.label}' gives other images for the same seed. Draw from start.generator(label) only.")
+            raise Broken(
+                f"The initializer '{self.label}' returns different images for the same seed. Draw from start.generator(label) only."
+            )
 
     @check
     def test_a_class_does_not_depend_on_others(self) -> None:
@@ -84,7 +86,7 @@ class InitializerConformance(ShapeConformance):
         )
         if not torch.equal(self._made(start)[rows], self._made(alone)):
             raise Broken(
-                f"The initializer '{self.label}' gives a class other images when it is made alone: draw from start.generator(label)."
+                f"The initializer '{self.label}' returns different images for a class that is made alone. Draw from start.generator(label)."
             )
 
     @check
@@ -92,7 +94,7 @@ class InitializerConformance(ShapeConformance):
         """Labels and real images are as before, also after the result is written to, and so is all global state."""
         start = self.start()
         tensors = {"labels": start.labels, "real images": start.real_images, "real labels": start.real_labels}
-        with self.leaves(tensors, ", or returns a view of them: return a copy"):
+        with self.leaves(tensors, ", or returns a view of them. Return a copy"):
             self._made(start).add_(1)  # as an optimizer will
 
 
@@ -113,8 +115,8 @@ class ParametrizationConformance(ShapeConformance):
         makes, stored, shared = self._encoded(shape, rows)
         made, wanted = makes.decode(stored, shape, shared), (rows * makes.per_row, *shape)
         if len(stored) != rows or tuple(made.shape) != wanted or made.dtype != torch.float32 or not bool(made.isfinite().all()):
-            found = f"{len(stored)} rows of {wanted[0]} images, and {tuple(made.shape)} {made.dtype} of these"
-            raise Broken(f"The parametrization '{self.label}' makes {found}; it has to be {rows} rows, and finite float32 {wanted}.")
+            found = f"{len(stored)} rows of {wanted[0]} images, and from these {tuple(made.shape)} {made.dtype}"
+            raise Broken(f"The parametrization '{self.label}' makes {found}, but must make {rows} rows, and finite float32 {wanted}.")
 
     @check
     def test_one_row(self) -> None:
@@ -128,7 +130,9 @@ class ParametrizationConformance(ShapeConformance):
         count = makes.images_per_class(12)
         numbers = count // makes.per_row * stored[0].numel()
         if count < 1 or count % makes.per_row or numbers > 12 * 3 * 12 * 12:
-            raise Broken(f"The parametrization '{self.label}' stores {numbers} numbers for {count} images, and 12 images have {12 * 432}.")
+            raise Broken(
+                f"The parametrization '{self.label}' stores {numbers} numbers for {count} images, but 12 images have only {12 * 432}."
+            )
 
     @check
     def test_a_row_depends_on_its_own_images_only(self) -> None:
@@ -140,7 +144,10 @@ class ParametrizationConformance(ShapeConformance):
         if not torch.allclose(alone, stored[1:2], atol=1e-5) or not torch.allclose(
             makes.decode(stored[1:2], (3, 12, 12), shared), made[each : 2 * each], atol=1e-5
         ):
-            raise Broken(f"The parametrization '{self.label}' gives a row or its images other values among others: chunks would differ.")
+            raise Broken(
+                f"The parametrization '{self.label}' gives a row or its images different values if other rows are present, so chunks "
+                "would differ."
+            )
 
     @check
     def test_encodes_near_images(self) -> None:
@@ -150,7 +157,7 @@ class ParametrizationConformance(ShapeConformance):
         far, grey = (float((images - other).square().mean()) for other in (makes.decode(stored, (3, 12, 12), shared), 0 * images))
         if far > grey:
             raise Broken(
-                f"The parametrization '{self.label}' encodes images as rows that make far ones: error {far:.2f}, of grey {grey:.2f}."
+                f"The parametrization '{self.label}' encodes images badly: the error is {far:.2f}, and {grey:.2f} for grey images."
             )
 
     @check
@@ -160,13 +167,17 @@ class ParametrizationConformance(ShapeConformance):
         shape, other = (3, 12, 12), noise(tuple(stored.shape), "other rows")
         one, two = (makes.decode(each, shape, shared) for each in (stored, other))
         if makes.linear and not torch.allclose(makes.decode((stored + other) / 2, shape, shared), (one + two) / 2, atol=1e-5):
-            raise Broken(f"The parametrization '{self.label}' says linear, and the average of two rows makes no average of their images.")
+            raise Broken(
+                f"The parametrization '{self.label}' declares linear, but the average of two rows does not make the average of their "
+                "images."
+            )
         if makes.stores_images and (
             tuple(stored.shape[1:]) != shape
             or not torch.allclose(makes.decode(stored * 0.3 + 0.5, shape, shared), one * 0.3 + 0.5, atol=1e-5)
         ):
             raise Broken(
-                f"The parametrization '{self.label}' says stores_images; its rows are none, or change with the units of a channel."
+                f"The parametrization '{self.label}' declares stores_images, but its rows are not images, or they change with the units "
+                "of a channel."
             )
 
     @check
@@ -177,7 +188,9 @@ class ParametrizationConformance(ShapeConformance):
         made = makes.decode(leaves[0], (3, 12, 12), dict(zip(shared, leaves[1:], strict=True)))
         found = torch.autograd.grad((made * noise(tuple(made.shape), "gradient")).sum(), leaves, allow_unused=True)
         if any(each is None or not bool(each.isfinite().all()) or not bool(each.all()) for each in found):
-            raise Broken(f"The parametrization '{self.label}' has numbers that its images do not depend on, or gradients not finite.")
+            raise Broken(
+                f"The parametrization '{self.label}' stores numbers that its images do not depend on, or has gradients that are not finite."
+            )
 
     @check
     def test_inputs_are_unchanged(self) -> None:
@@ -204,7 +217,8 @@ class AugmenterConformance(ShapeConformance):
         found = augmenter.apply(x, drawn)
         if tuple(found.shape) != tuple(x.shape) or found.dtype != x.dtype or not bool(found.isfinite().all()):
             raise Broken(
-                f"The augmenter '{self.label}' makes {tuple(found.shape)} of {tuple(x.shape)}, another type, or values not finite."
+                f"The augmenter '{self.label}' makes {tuple(found.shape)} from {tuple(x.shape)}, another type, or values that are not "
+                "finite."
             )
 
     @check
@@ -219,13 +233,16 @@ class AugmenterConformance(ShapeConformance):
         for name, drawn in (("sample", augmenter.sample), ("sample_batch", augmenter.sample_batch)):
             for key, value in drawn(generator(0, "conformance", "draw"), 4).items():
                 if not isinstance(value, Tensor) or len(value) != 4:
-                    raise Broken(f"{name} of the augmenter '{self.label}' gives '{key}' without a row for each of 4 groups.")
+                    raise Broken(f"{name} of the augmenter '{self.label}' returns '{key}' without one row for each of 4 groups.")
 
     @check
     def test_same_seed_same_draw(self) -> None:
         """A draw is a function of the generator that is passed."""
         if changed(*repeated(lambda: self._drawn()[2])):
-            raise Broken(f"The augmenter '{self.label}' draws otherwise from the same generator. Use the generator that it is given.")
+            raise Broken(
+                f"The augmenter '{self.label}' draws different numbers from the same generator. Use only the generator that is passed to "
+                "it."
+            )
 
     @check
     def test_a_row_depends_on_its_own_parameters_only(self) -> None:
@@ -235,7 +252,7 @@ class AugmenterConformance(ShapeConformance):
         one = augmenter.apply(x, drawn)[turned]
         two = augmenter.apply(x[turned], {key: value[turned] for key, value in drawn.items()})
         if not torch.allclose(one, two, atol=1e-6):
-            raise Broken(f"The augmenter '{self.label}' gives a row another result in another place: row i uses row i of each parameter.")
+            raise Broken(f"The augmenter '{self.label}' changes the result of a row that is moved. Row i must use row i of each parameter.")
 
     @check
     def test_rowwise_as_declared(self) -> None:
@@ -247,7 +264,7 @@ class AugmenterConformance(ShapeConformance):
         apart = torch.cat([augmenter.apply(part, drawn) for part, drawn in zip(x.split(3), batches, strict=True)])
         together = augmenter.apply(x, {key: torch.cat([drawn[key] for drawn in batches]) for key in batches[0]})
         if not torch.allclose(apart, together, atol=1e-6):
-            raise Broken(f"The augmenter '{self.label}' says rowwise and treats two batches otherwise in one call.")
+            raise Broken(f"The augmenter '{self.label}' declares rowwise, but gives two batches another result if they are in one call.")
 
     @check
     def test_gradients_pass(self) -> None:
@@ -255,7 +272,7 @@ class AugmenterConformance(ShapeConformance):
         augmenter, x, drawn = self._drawn((1, 8, 8), rows=8)
         (gradient,) = torch.autograd.grad(augmenter.apply(x.requires_grad_(), drawn).square().sum(), x, allow_unused=True)
         if gradient is None or not bool(gradient.any()) or not bool(gradient.isfinite().all()):
-            raise Broken(f"No finite gradient passes through the augmenter '{self.label}': it has to be differentiable in the images.")
+            raise Broken(f"No finite gradient passes through the augmenter '{self.label}': it must be differentiable in the images.")
 
     @check
     def test_inputs_are_unchanged(self) -> None:
@@ -299,14 +316,14 @@ class EvaluatorConformance(ShapeConformance):
         """It returns one `ddkit.Evaluation` or more, which take accuracies in 0..1 and hard or soft labels alone."""
         rows = self._evaluated(*self._inputs())
         if not rows or not all(isinstance(row, Evaluation) for row in rows):
-            raise Broken(f"The evaluator '{self.label}' returns {rows!r}; it has to be at least one ddkit.Evaluation.")
+            raise Broken(f"The evaluator '{self.label}' returns {rows!r}, but must return at least one ddkit.Evaluation.")
 
     @check
     def test_same_seed_same_result(self) -> None:
         """The accuracies are a function of set, data and seed."""
         one, two = repeated(lambda: [row.accuracy_mean for row in self._evaluated(*self._inputs())])
         if one != two:
-            raise Broken(f"The evaluator '{self.label}' gives another accuracy for the same set and seed.")
+            raise Broken(f"The evaluator '{self.label}' returns another accuracy for the same set and seed.")
 
     @check
     def test_inputs_are_unchanged(self) -> None:
@@ -342,9 +359,9 @@ class ModelConformance(ShapeConformance):
         """The same state of torch's default generator gives the same weights, another state others."""
         states = [self._network(purpose=purpose).state_dict() for purpose in ("one", "one", "two")]
         if changed(states[0], states[1]):
-            raise Broken(f"The model '{self.label}' gives other weights for the same state of torch's default generator.")
+            raise Broken(f"The model '{self.label}' makes other weights from the same state of torch's default generator.")
         if states[0] and not changed(states[0], states[2]):
-            raise Broken(f"The model '{self.label}' gives the same weights for every draw; each network has to be a fresh one.")
+            raise Broken(f"The model '{self.label}' makes the same weights in every call, but each network must be a new draw.")
 
     @check
     def test_features_have_a_row_an_image(self) -> None:
@@ -359,7 +376,7 @@ class ModelConformance(ShapeConformance):
         network, x = self._network(), noise((2, 1, 8, 8), "x").requires_grad_()
         parts = torch.autograd.grad(network(x).square().sum(), [x, *network.parameters()], allow_unused=True)
         if any(part is None for part in parts):
-            raise Broken(f"A network of the model '{self.label}' has parameters, or an input, that its logits do not depend on.")
+            raise Broken(f"The logits of the model '{self.label}' do not depend on all parameters, or not on the images.")
 
     @check
     def test_state_survives_save_and_load(self) -> None:
@@ -368,7 +385,7 @@ class ModelConformance(ShapeConformance):
         two.load_state_dict(one.state_dict())
         x = noise((2, 1, 8, 8), "x")
         if not torch.equal(one(x), two(x)):
-            raise Broken(f"A network of the model '{self.label}' is another one after its state dict was loaded: register every tensor.")
+            raise Broken(f"A network of the model '{self.label}' changes if its state dict is saved and loaded. Register every tensor.")
 
 
 class DatasetConformance(Conformance):
@@ -390,11 +407,11 @@ class DatasetConformance(Conformance):
         dataset = self.make()
         names = list(dataset.class_names)
         if len(names) < 2 or len(set(names)) != len(names) or not all(isinstance(name, str) for name in names):
-            raise Broken(f"The dataset '{self.label}' has the class names {names[:5]}; they have to be at least two different words.")
+            raise Broken(f"The dataset '{self.label}' has the class names {names[:5]}, but needs at least two different names.")
         for split in ("train", "test"):
             labels = dataset.labels(split)
             if labels.dtype != torch.int64 or labels.ndim != 1 or not len(labels):
-                raise Broken(f"The labels of the dataset '{self.label}', split {split}, have to be (n,) int64, n at least 1.")
+                raise Broken(f"The labels of the dataset '{self.label}', split {split}, must be (n,) int64 with n at least 1.")
             if int(labels.min()) < 0 or int(labels.max()) >= len(names):
                 raise Broken(f"The labels of the dataset '{self.label}', split {split}, are not all in 0..{len(names) - 1}.")
         if set(dataset.labels("train").tolist()) != set(range(len(names))):
@@ -408,11 +425,11 @@ class DatasetConformance(Conformance):
             indices = list(range(min(self.most, len(dataset.labels(split)))))
             images = dataset.images(split, indices)
             if len(images) != len(indices):
-                raise Broken(f"The dataset '{self.label}' gives {len(images)} images for {len(indices)} indices, split {split}.")
+                raise Broken(f"The dataset '{self.label}' returns {len(images)} images for {len(indices)} indices of the split {split}.")
             for image in images:
                 if image.ndim != 3 or image.shape[0] not in (1, 3) or image.dtype not in (torch.uint8, torch.float32):
                     found = f"{tuple(image.shape)} {image.dtype}"
-                    raise Broken(f"An image of the dataset '{self.label}' is {found}, not (1 or 3, H, W) uint8 or float32.")
+                    raise Broken(f"An image of the dataset '{self.label}' is {found}, but must be (1 or 3, H, W) uint8 or float32.")
                 if image.dtype == torch.float32 and not bool(((image >= 0) & (image <= 1)).all()):
                     raise Broken(f"A float image of the dataset '{self.label}' has values outside 0..1.")
 
@@ -423,7 +440,7 @@ class DatasetConformance(Conformance):
         indices = list(range(min(3, len(dataset.labels("train")))))
         forward, backward = dataset.images("train", indices), dataset.images("train", indices[::-1])
         if not all(torch.equal(one, other) for one, other in zip(forward, list(backward)[::-1], strict=True)):
-            raise Broken(f"The dataset '{self.label}' does not give images in the order of the indices.")
+            raise Broken(f"The dataset '{self.label}' does not return images in the order of the indices.")
 
     @check
     def test_the_same_every_time(self) -> None:
@@ -431,21 +448,23 @@ class DatasetConformance(Conformance):
         one, two = self.make(), self.make()
         same = [torch.equal(one.labels(split), two.labels(split)) for split in ("train", "test")]
         if one.fingerprint() != two.fingerprint() or not all(same):
-            raise Broken(f"The dataset '{self.label}' is another one when it is opened again (labels or fingerprint).")
+            raise Broken(f"The dataset '{self.label}' has other labels or another fingerprint if it is opened again.")
 
     @check
     def test_sources_name_every_image(self) -> None:
         """`sources` gives one name an image, all different."""
         found = self.make().sources("train", [1, 0])
         if len(found) != 2 or len(set(found)) != 2:
-            raise Broken(f"The dataset '{self.label}' gives the sources {found} for two images.")
+            raise Broken(f"The dataset '{self.label}' returns the sources {found} for two images.")
 
     @check
     def test_files_are_there(self) -> None:
         """`files` gives the absolute path of a file for each image, in order, or None."""
         found = self.make().files("train", [1, 0])
         if found is not None and (len(found) != 2 or not all(Path(file).is_absolute() and Path(file).is_file() for file in found)):
-            raise Broken(f"The dataset '{self.label}' gives the files {found} for two images; each has to be the absolute path of a file.")
+            raise Broken(
+                f"The dataset '{self.label}' returns the files {found} for two images, but each must be the absolute path of a file."
+            )
 
     @check
     def test_global_random_state_is_untouched(self) -> None:
@@ -480,7 +499,7 @@ class ExporterConformance(Conformance):
         with self.leaves({"the images": artifact.images, "the labels": artifact.labels}):
             files = self._written(artifact)
         if not files:
-            raise Broken(f"The exporter '{self.label}' wrote no file into the folder that it was given.")
+            raise Broken(f"The exporter '{self.label}' has written no file into its folder.")
 
     @check
     def test_same_set_same_files(self) -> None:

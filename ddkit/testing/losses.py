@@ -54,11 +54,11 @@ class LossConformance(ShapeConformance):
         value = world.loss(world.step())
         if not isinstance(value, Tensor) or value.ndim != 0:
             what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise Broken(f"The loss '{self.label}' returns {what}; it has to be a scalar tensor.")
+            raise Broken(f"The loss '{self.label}' returns {what}, but must return a scalar tensor.")
         if not bool(value.isfinite()):
-            raise Broken(f"The loss '{self.label}' is {float(value.detach())} on random images; it has to be finite.")
+            raise Broken(f"The loss '{self.label}' is {float(value.detach())} on random images, but must be finite.")
         if not value.requires_grad:
-            raise Broken(f"The value of the loss '{self.label}' is detached: it does not depend on the synthetic images. Avoid .detach().")
+            raise Broken(f"The value of the loss '{self.label}' does not depend on the synthetic images. Avoid .detach().")
         return value
 
     # What it reaches
@@ -74,12 +74,14 @@ class LossConformance(ShapeConformance):
             raise Broken(f"The gradient of the loss '{self.label}' is zero for the images and all extra parameters.")
         idle = [name for name, part in zip(tensors, parts, strict=True) if part is None and name != "images"]
         if idle:
-            raise Broken(f"The loss '{self.label}' declares the parameter '{idle[0]}', and its value does not depend on it.")
+            raise Broken(f"The loss '{self.label}' declares the parameter '{idle[0]}', but its value does not depend on it.")
         if any(part is not None and not bool(part.isfinite().all()) for part in parts):
             raise Broken(f"The gradient of the loss '{self.label}' is not finite.")
         left = [name for name, tensor in world.inputs().items() if tensor.is_leaf and tensor.grad is not None]
         if left:
-            raise Broken(f"The loss '{self.label}' leaves .grad on {', '.join(left[:3])}. Use torch.autograd.grad; never call backward().")
+            raise Broken(
+                f"The loss '{self.label}' leaves .grad on {', '.join(left[:3])}. Use torch.autograd.grad, and never call backward()."
+            )
 
     @check
     def test_inputs_are_unchanged(self) -> None:
@@ -96,7 +98,7 @@ class LossConformance(ShapeConformance):
         if moved:
             raise Broken(f"The loss '{self.label}' changes {', '.join(moved[:3])}. Compute with copies (x + 1, not x.add_(1)).")
         if _modes(modules) != states:
-            raise Broken(f"The loss '{self.label}' leaves a network in another mode, or a hook on it.")
+            raise Broken(f"The loss '{self.label}' leaves a network in another mode, or with a hook.")
 
     @check
     def test_global_random_state_is_untouched(self) -> None:
@@ -121,7 +123,7 @@ class LossConformance(ShapeConformance):
         one, two = repeated(evaluated)
         if not all(torch.equal(*each) for each in zip(one, two, strict=True)):
             values = f"{float(one[0])} and {float(two[0])}"
-            raise Broken(f"The loss '{self.label}' gives {values} for the same images, seed and step. Draw from step.generator only.")
+            raise Broken(f"The loss '{self.label}' returns {values} for the same images, seed and step. Draw from step.generator only.")
 
     @check
     def test_linear_in_the_weight(self) -> None:
@@ -146,7 +148,7 @@ class LossConformance(ShapeConformance):
         if abs(one - two) > 1e-9 * max(1.0, abs(one)):
             raise Broken(
                 f"The loss '{self.label}' is {one} and {two} for the same images in another order within their classes. "
-                "If that is meant, leave out order_invariant = True."
+                "If the order may matter, remove order_invariant = True."
             )
 
     # What it declares
@@ -163,7 +165,8 @@ class LossConformance(ShapeConformance):
         unused = sorted(declared - step.used) + [f"the view '{name}'" for name in world.loss.requires.views if name not in step.views]
         if unused:
             raise Broken(
-                f"The loss '{self.label}' declares {', '.join(unused)} in `requires` and does not use it: a run would build it for nothing."
+                f"The loss '{self.label}' declares {', '.join(unused)} in `requires`, but does not use it, so a run would build it for "
+                "nothing."
             )
 
     @check
@@ -174,9 +177,9 @@ class LossConformance(ShapeConformance):
             world.loss(world.step())
         declared = world.loss.requires.second_order
         if any(taken) and not declared:
-            raise Broken(f"The loss '{self.label}' takes a gradient with create_graph=True: say second_order=True in `requires`.")
+            raise Broken(f"The loss '{self.label}' takes a gradient with create_graph=True. Declare second_order=True in `requires`.")
         if declared and not any(taken):
-            raise Broken(f"The loss '{self.label}' declares second_order=True and takes no gradient with create_graph=True.")
+            raise Broken(f"The loss '{self.label}' declares second_order=True, but takes no gradient with create_graph=True.")
 
     @check
     def test_reduce_as_declared(self) -> None:
@@ -197,7 +200,7 @@ class LossConformance(ShapeConformance):
                     f"evaluated {how} of its classes."
                 )
             if not all(torch.allclose(gradients[name], others[name], rtol=1e-7, atol=1e-10) for name in gradients):
-                raise Broken(f"The gradient of the loss '{self.label}' is another one when it is evaluated {how} of its classes.")
+                raise Broken(f"The gradient of the loss '{self.label}' changes if it is evaluated {how} of its classes.")
 
     # Mathematics
 
@@ -233,7 +236,8 @@ class LossConformance(ShapeConformance):
         moved = changed(copies(whole.bank.tensors()), second.bank.tensors())
         if moved:
             raise Broken(
-                f"With the loss '{self.label}' a run that is continued after step 2 differs from an undisturbed one in {', '.join(moved)}: "
+                f"With the loss '{self.label}' a run that is continued after step 2 differs from an uninterrupted run in "
+                f"{', '.join(moved)}. "
                 "keep nothing from step to step but declared parameters."
             )
 

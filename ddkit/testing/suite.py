@@ -60,7 +60,7 @@ def check(method: Callable[[S], None]) -> Callable[[S], None]:
             ):
                 raise  # nothing that was meant
             return
-        raise Broken(f"The deviation '{name}' is declared ({reason}), but the check holds. Remove it from `deviations`.")
+        raise Broken(f"The deviation '{name}' is declared ({reason}), but its check holds. Remove it from `deviations`.")
 
     checked.check_name = name  # type: ignore[attr-defined]
     return checked
@@ -96,11 +96,11 @@ class Conformance:
     def _check_names(cls, deviations: Any, whose: str) -> None:
         """Raises Broken where `deviations` names what is no check, or gives no reason."""
         if not isinstance(deviations, Mapping) or not all(isinstance(reason, str) and reason for reason in deviations.values()):
-            raise Broken(f"`deviations`{whose} is {deviations!r}; it maps names of checks to reasons.")
+            raise Broken(f"`deviations`{whose} is {deviations!r}, but must map names of checks to reasons.")
         unknown = [str(name) for name in deviations if name not in cls._may_deviate()]
         if unknown:
             raise Broken(
-                f"There is no check {', '.join(map(repr, unknown))}; `deviations`{whose} may name {', '.join(cls._may_deviate())}."
+                f"`deviations`{whose} has no such check {', '.join(map(repr, unknown))}. Possible checks: {', '.join(cls._may_deviate())}."
             )
 
     def __init_subclass__(cls, **named: Any) -> None:
@@ -144,8 +144,9 @@ class Conformance:
         moved = moved_since(before)
         if moved:
             raise Broken(
-                f"The {self.kind} '{self.label}' changes the global state of {', '.join(moved)}. Draw from the generator it is given; "
-                "set nothing globally."
+                f"The {self.kind} '{self.label}' changes the global state of {', '.join(moved)}. Draw only from the generator that is "
+                "passed to it, "
+                "and set nothing globally."
             )
         if written := changed(known, tensors):
             raise Broken(f"The {self.kind} '{self.label}' changes {', '.join(written)}{also}.")
@@ -163,8 +164,8 @@ class Conformance:
         seconds = self._import_seconds()
         if seconds > IMPORT_SECONDS:
             raise Broken(
-                f"Importing the module of '{self.label}' takes {seconds:.1f} s beside torch and ddkit. Import heavy libraries "
-                "where they are used, and read files when the component is called."
+                f"Importing the module of '{self.label}' takes {seconds:.1f} s in addition to torch and ddkit. Import heavy libraries "
+                "inside functions, and read files when the component is called."
             )
 
     def _import_seconds(self) -> float:
@@ -185,7 +186,7 @@ class Conformance:
         if not issubclass(found, base):
             raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
         if not (found.__doc__ or "").strip():
-            raise Broken(f"'{self.label}' has no docstring: its first line is the summary that `ddkit list` shows.")
+            raise Broken(f"'{self.label}' has no docstring. Its first line must be the summary that `ddkit list` shows.")
 
     @check
     def test_options_survive_a_recipe(self) -> None:
@@ -196,7 +197,7 @@ class Conformance:
         read = tomllib.loads(text)["losses"]["mine"]
         again = msgspec.convert({key: read[key] for key in written}, type(component.options))
         if again != component.options:
-            raise Broken(f"The options of '{self.label}' come back from a recipe as {again}, not {component.options}.")
+            raise Broken(f"The options of '{self.label}' change if a recipe stores them: {again} instead of {component.options}.")
 
 
 class ShapeConformance(Conformance):

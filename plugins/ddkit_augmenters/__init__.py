@@ -30,8 +30,8 @@ class Identity(ddkit.Augmenter):
 class SiameseAugmentation(ddkit.Augmenter):
     """Differentiable siamese augmentation: one of six operations per class and step, with the published strengths.
 
-    With `compose` several operations are applied, at most all of them. Small images become ambiguous under many: "auto" is 2 for images of
-    8 pixels and all six from 24 pixels on.
+    With `compose` several operations are applied. Many operations make small images ambiguous, so "auto" is 2 for images of
+    8 pixels, and all six for images of at least 24 pixels.
 
     Source: Zhao and Bilen, Dataset Condensation with Differentiable Siamese Augmentation, ICML 2021, arXiv 2102.08259,
     Section 3.
@@ -40,20 +40,20 @@ class SiameseAugmentation(ddkit.Augmenter):
     rowwise = True
 
     operations: tuple[Operation, ...] = ddkit.option(
-        ("color", "crop", "cutout", "flip", "scale", "rotate"), "the strategy: which operations to choose from", min_length=1
+        ("color", "crop", "cutout", "flip", "scale", "rotate"), "operations to choose from, separated by underscores", min_length=1
     )
-    always: tuple[Operation, ...] = ddkit.option((), "operations applied in any case, before those that are chosen")
+    always: tuple[Operation, ...] = ddkit.option((), "operations that are always applied, before the chosen ones")
     compose: int | Literal["auto"] = ddkit.option(
-        1, "distinct operations applied, in the strategy's order; auto: one for each 4 pixels of a side", ge=1
+        1, "number of different operations that are applied, or auto for one per 4 pixels of the image's side", ge=1
     )
-    flip: bool | None = ddkit.option(None, "whether flip is allowed; left out: as the dataset says (not for digits)")
-    brightness: float = ddkit.option(1.0, "width of the uniform shift", ge=0)
+    flip: bool | None = ddkit.option(None, "whether flip is allowed; if left out, as the dataset declares (not for digits)")
+    brightness: float = ddkit.option(1.0, "width of the uniform brightness shift", ge=0)
     saturation: float = ddkit.option(2.0, "largest factor", ge=0)
-    contrast: float = ddkit.option(0.5, "smallest factor; the largest is 1 more", ge=0)
+    contrast: float = ddkit.option(0.5, "smallest factor, the largest is 1 higher", ge=0)
     crop: float = ddkit.option(0.125, "largest shift, as a fraction of the side", ge=0, le=1)
-    cutout: float = ddkit.option(0.5, "side of the square, as a fraction of the image's", ge=0, le=1)
+    cutout: float = ddkit.option(0.5, "side of the square, as a fraction of the image's side", ge=0, le=1)
     flip_probability: float = ddkit.option(0.5, ge=0, le=1)
-    scale: float = ddkit.option(1.2, "largest factor of each axis; the smallest is its inverse", ge=1)
+    scale: float = ddkit.option(1.2, "largest factor of each axis, the smallest is its inverse", ge=1)
     rotate: float = ddkit.option(15.0, "largest angle in degrees", ge=0, le=180)
 
     @classmethod
@@ -121,9 +121,9 @@ class SiameseAugmentation(ddkit.Augmenter):
 
 
 class SupportVectorAugmentation(ddkit.Augmenter):
-    """Translation, zoomed crop and flip, composed: the augmentation under which deep support vectors must stay valid.
+    """Translation, zoomed crop and flip together: the augmentation under which deep support vectors must stay valid.
 
-    Its input noise of 0.01 is the view's setting (`[views.NAME] noise = 0.01`).
+    The input noise of 0.01 is a setting of the view (`[views.NAME] noise = 0.01`).
     Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, implementation details; the order and the reading of
     "crop 0.2" (up to a fifth of each side is cut away, the rest enlarged) are ddkit's.
     """
@@ -131,9 +131,9 @@ class SupportVectorAugmentation(ddkit.Augmenter):
     rowwise = True
 
     translation: float = ddkit.option(0.125, "largest shift, as a fraction of the side", ge=0, le=1)
-    crop: float = ddkit.option(0.2, "largest fraction of each side cut away", ge=0, lt=1)
+    crop: float = ddkit.option(0.2, "largest fraction of each side that is cut away", ge=0, lt=1)
     flip_probability: float = ddkit.option(0.5, ge=0, le=1)
-    flip: bool | None = ddkit.option(None, "whether flip is allowed; left out: as the dataset says")
+    flip: bool | None = ddkit.option(None, "whether flip is allowed; if left out, as the dataset declares")
 
     @classmethod
     def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:

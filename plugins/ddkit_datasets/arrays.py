@@ -111,9 +111,9 @@ class Torchvision(InMemory):
         except (OSError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:160] or type(error).__name__
             raise ddkit.InputError(
-                f"The dataset '{self.name}' is not in {folder} and could not be downloaded ({reason}). Without a network "
-                "use --dataset digits, which is installed with ddkit, or your own images with --dataset imagefolder:PATH; "
-                "--data-dir names a folder that holds the download already."
+                f"The dataset '{self.name}' is not in {folder} and could not be downloaded ({reason}). Without a network, "
+                "use --dataset digits, which is included in ddkit, or your own images with --dataset imagefolder:PATH. If you have the "
+                "download already, name its folder with --data-dir."
             ) from None
         images = torch.as_tensor(found.data)
         images = images.unsqueeze(1) if images.ndim == 3 else images if images.shape[1] == 3 else images.permute(0, 3, 1, 2)
@@ -159,30 +159,32 @@ class Cifar100(Torchvision):
 
 
 class Npz(InMemory):
-    """NumPy arrays of the user's: an .npz file, a folder of .npy files, or an .npy file of images with `labels`.
+    """Your NumPy arrays: an .npz file, a folder of .npy files, or an .npy file of images with `labels`.
 
-    Images are x_train or train_images, labels y_train or train_labels; the test split is x_test or test_images, else x_val or val_images.
-    X and y, or images and labels, stand for all, or for the splits that an array `split` of names tells. Images are (n, H, W),
-    (n, H, W, C) or (n, C, H, W) with C 1, 3 or 4 (transparency is left out), or rows of numbers that `shape` arranges; bytes, floats in
-    0..1, or floats to 255. Labels are integers from 0, also (n, 1), whole floats or one-hot rows, or texts, which become the class names;
-    else these are `class_names`. Without a test split, `holdout` of each class becomes it. With an array `unclipped`, as the exporter npz
-    writes it, floats may lie outside 0..1. Nothing is unpickled. A packed file may declare 1,024 MiB, or 100 times its own size up to
-    4,096 MiB, or 10 times its own size; more is refused before it is unpacked.
+    Images are x_train or train_images, labels y_train or train_labels. The test split is x_test or test_images, or else x_val or
+    val_images. X and y, or images and labels, are all images, or have their splits in an array `split` of names. Images are (n, H, W), (n,
+    H, W, C) or (n, C, H, W) with C 1, 3 or 4 (transparency is ignored), or rows of numbers with `shape`. They are bytes, floats in 0..1, or
+    floats up to 255. Labels are integers from 0, also (n, 1), whole floats or one-hot rows, or texts, which become the class names. Other
+    labels have their names in `class_names`. Without a test split, a share `holdout` of each class is held out. With an array `unclipped`,
+    as the exporter npz writes it, floats may be outside 0..1. Nothing is unpickled. A packed file may declare 1,024 MiB, or 100 times its
+    own size up to 4,096 MiB, or 10 times its own size. A larger one is refused before it is unpacked.
     """
 
     takes_directory = False
     argument = "path"
 
-    path: str = ddkit.option("", "the .npz file, the folder of .npy files, or the .npy file of images")
-    labels_: str = ddkit.option("", "the .npy file of labels, if path is one of images")
-    shape: tuple[int, ...] = ddkit.option((), "shape of an image, if images are rows of numbers: height, width and channels, in any order")
-    holdout: float = ddkit.option(0.2, "test share of each class, without a test split", gt=0, lt=1)
-    holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
+    path: str = ddkit.option("", ".npz file, folder of .npy files, or .npy file of images")
+    labels_: str = ddkit.option("", ".npy file of labels, if path is an .npy file of images")
+    shape: tuple[int, ...] = ddkit.option(
+        (), "shape of an image (height, width and channels, in any order), if images are stored as rows of numbers"
+    )
+    holdout: float = ddkit.option(0.2, "share of each class that is held out for testing, if there is no test split", gt=0, lt=1)
+    holdout_seed: int = ddkit.option(0, "seed of the split for testing", ge=0)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if not self.path:
-            raise ddkit.InputError(f"The dataset '{self.name}' needs a file: --dataset {self.name}:PATH", "data.path")
+            raise ddkit.InputError(f"The dataset '{self.name}' needs the path of a file, as in --dataset {self.name}:PATH.", "data.path")
         path = Path(self.path).absolute()
         self.path = str(path)
         if self.labels_:
@@ -190,7 +192,7 @@ class Npz(InMemory):
         arrays = self._arrays(path)
         splits = layout.splits_of(list(arrays))
         if "train" not in splits or not splits["train"].labels:
-            raise ddkit.InputError(f"{path} needs the arrays x_train and y_train; it has {_listed(arrays)}.{self._help(path)}")
+            raise ddkit.InputError(f"{path} must contain the arrays x_train and y_train, but contains {_listed(arrays)}.{self._help(path)}")
         try:
             self.splits, self.names = self._read(arrays, splits, path)
         except ValueError as error:
@@ -208,7 +210,9 @@ class Npz(InMemory):
             labels = Path(self.labels_)
             read = ddkit.data.read_arrays(labels)
             if set(found) != {"x"} or set(read) != {labels.stem}:
-                raise ddkit.InputError("data.labels is the .npy file of labels, and path that of images, an .npy file too.", "data.labels")
+                raise ddkit.InputError(
+                    "data.labels only works with two .npy files: path with the images, and data.labels with the labels.", "data.labels"
+                )
             found["y"] = read[labels.stem]
         plain, of_rows = layout.splits_of(list(found)).get("train"), found.get("split")
         if of_rows is None or of_rows.ndim != 1 or of_rows.dtype.kind not in "US" or plain is None or not plain.labels:
@@ -218,13 +222,13 @@ class Npz(InMemory):
         for name in sorted(set(rows)):
             chosen = np.array([row == name for row in rows])
             if any(len(found[each]) != len(rows) for each in plain):
-                raise ddkit.InputError(f"{path}: split has {len(rows)} names, and {plain.images} {len(found[plain.images])} images.")
+                raise ddkit.InputError(f"{path}: split has {len(rows)} names, but {plain.images} has {len(found[plain.images])} images.")
             parts |= {f"x_{name}": found[plain.images][chosen], f"y_{name}": found[plain.labels][chosen]}
         return parts
 
     def _help(self, path: Path) -> str:
         """Returns how to name the labels of an .npy file of images."""
-        return " Name the file of its labels: --set data.labels=LABELS.npy" if path.suffix == ".npy" else ""
+        return " Add the file of the labels: --set data.labels=LABELS.npy" if path.suffix == ".npy" else ""
 
     def _read(self, arrays: dict[str, Any], found: dict[str, layout.Pair], path: Path) -> tuple[Splits, list[str]]:
         """Returns the splits and the class names; raises ValueError saying what is wrong."""
@@ -239,34 +243,34 @@ class Npz(InMemory):
         for split, (x, y) in used.items():
             images[split] = layout.pixels_of(layout.images_of(arrays[x], self.shape, x), x)
             if not y:
-                raise ValueError(f"y_{split} must be integers, one for each image of {x}, and there is none")
+                raise ValueError(f"y_{split} is missing: each image of {x} needs an integer label")
             try:
                 labels[split], classes, what = layout.labels_of(arrays[y])
             except ValueError as error:
-                raise ValueError(f"{y} must be integers, or one-hot rows, or texts, one for each image of {x}: {error}") from None
+                raise ValueError(f"{y} must be integers, one-hot rows or texts, one for each image of {x}, but {error}") from None
             if len(labels[split]) != len(images[split]):
-                raise ValueError(f"{y} must be integers, one for each image of {x}: they are {len(labels[split])} and {len(images[split])}")
+                raise ValueError(f"{y} has {len(labels[split])} labels, but {x} has {len(images[split])} images")
             named = max(named, classes)
             told += [f"{y} {what}"] if what and split == "train" else []
         if not len(images["train"]):
-            raise ValueError(f"{used['train'].images} holds no image")
+            raise ValueError(f"{used['train'].images} contains no image")
         names = None
         if any(each.dtype == object for each in labels.values()):
             names, labels = layout.numbered(labels)
         for split, y in labels.items():
             if len(y) and int(y.min()) < 0:
-                raise ValueError(f"{used[split].labels} holds a negative label; labels count from 0")
+                raise ValueError(f"{used[split].labels} contains a negative label, but labels count from 0")
         floats = {used[split].images: x for split, x in images.items() if x.dtype.kind == "f"}
         divisor = 1 if "unclipped" in arrays else layout.divisor_of(floats)
-        told += ["floats to 255, which are divided by 255"] if divisor > 1 else []
+        told += ["floats up to 255 are divided by 255"] if divisor > 1 else []
         if not {name for pair in used.values() for name in pair} <= layout.PLAIN or set(found) - {"train", "test"}:
             left = ", ".join(found[split].images for split in found if split not in ("train", test))
             told = [
                 f"training images {used['train'].images}", f"test images {used['test'].images}" if test else "no test images", *told,
-                *([f"{left} not used"] if left else []),
+                *([f"{left} is not used"] if left else []),
             ]  # fmt: skip
         if told:
-            log.warning("%s: %s.", path.name, "; ".join(told))
+            log.warning("%s: %s.", path.name, ", ".join(told))
         splits = {split: (_tensor(x, divisor), torch.from_numpy(labels[split])) for split, x in images.items()}
         if test is None:
             whole, classes_of_it = splits["train"]
@@ -303,14 +307,16 @@ def _class_names(arrays: dict[str, Any], labels: Tensor, named: int, path: Path)
     """Returns the class names: those that the arrays give, else numbers; `named` is how many classes one-hot labels have."""
     classes = max(named, int(labels.max()) + 1)
     if classes > len(labels):  # so that a stray label makes an error, not a million classes
-        raise ddkit.InputError(f"{path}: the largest label is {classes - 1}, but there are only {len(labels)} images; labels count from 0.")
+        raise ddkit.InputError(
+            f"{path}: the largest label is {classes - 1}, but there are only {len(labels)} images. Labels must count from 0."
+        )
     if "class_names" not in arrays:
         return [str(label) for label in range(classes)]
     found = np.atleast_1d(arrays["class_names"])
     try:
         names = [name.decode() if isinstance(name, bytes) else str(name) for name in found]
     except UnicodeDecodeError:
-        raise ddkit.InputError(f"{path}: class_names holds bytes that are no UTF-8 text; save them as text.") from None
+        raise ddkit.InputError(f"{path}: class_names contains bytes that are not UTF-8 text. Save them as text.") from None
     if len(names) < classes:
-        raise ddkit.InputError(f"{path}: class_names has {len(names)} names for {classes} classes.")
+        raise ddkit.InputError(f"{path}: class_names has {len(names)} names, but there are {classes} classes.")
     return names

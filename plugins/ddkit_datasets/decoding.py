@@ -140,13 +140,12 @@ def _opened(file: str) -> Iterator[Image.Image]:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         pixels = "".join(re.findall(r"\((\d+) pixels\)", str(error))[:1]) or "0"
         raise ddkit.InputError(
-            f"The image {file} declares {int(pixels):,} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused before they are decoded. "
-            "Scale it down or remove it."
+            f"The image {file} declares {int(pixels):,} pixels, but the limit is {Image.MAX_IMAGE_PIXELS:,}. Scale it down or remove it."
         ) from None
     except PermissionError as error:
         raise ddkit.InputError(f"The image {ddkit.data.not_permitted(file, error)}") from None
     except UnidentifiedImageError:
-        raise ddkit.InputError(f"The image {file} cannot be decoded (no image format that is known). Repair or remove it.") from None
+        raise ddkit.InputError(f"The image {file} cannot be decoded (its format is not known). Repair or remove it.") from None
     except OSError as error:  # of the system, with a number; a decoder's own has none
         what = f"cannot be read ({error.strerror})" if error.errno else f"cannot be decoded ({error})"
         raise ddkit.InputError(f"The image {file} {what}. Repair or remove it.") from None
@@ -188,10 +187,10 @@ def upright(image: Image.Image, bits: int = 16) -> Image.Image:
         most = 65535 if image.format == "PPM" else 2**bits - 1  # a PGM file tells its range, and Pillow has scaled its values
         if values.max(initial=0) > most:
             needed = int(values.max()).bit_length()
-            raise TooManyBits(f"its value {values.max()} needs {needed} bits, more than data.bits = {bits}; use --set data.bits={needed}")
+            raise TooManyBits(f"its value {values.max()} needs {needed} bits, more than data.bits = {bits}. Use --set data.bits={needed}")
         image = Image.fromarray((values.astype(np.float32) * (255 / most)).round().astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"its pixels are 32-bit numbers of unknown range, mode {image.mode}; save it with 8 or 16 bits")
+        raise ValueError(f"its pixels are 32-bit numbers of unknown range (mode {image.mode}). Save it with 8 or 16 bits")
     else:
         mode = "L" if _is_grey(image) else "RGB"
         image = image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import logging
 import os
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -65,45 +66,47 @@ class Files(NamedTuple):
 class ImageFolder(ddkit.Dataset):
     """Class folders of image files: PATH/train/CLASS and PATH/test/CLASS, or PATH/CLASS with a seeded held-out split.
 
-    Classes are in alphabetical order, with numbers as numbers; folders inside of a class folder belong to the class. `train` may be
-    called training, and `test` testing, val, valid or validation, in any case. Instead of class folders there may be a table of files and
+    Classes are in alphabetical order, with numbers as numbers. Folders inside a class folder belong to the class. `train` may be
+    named training, and `test` testing, val, valid or validation, in any case. Instead of class folders there may be a table of files and
     labels: metadata.csv or metadata.jsonl in PATH or in its split folders, Tiny-ImageNet's val_annotations.txt, or a CSV or JSONL file
-    that is named as PATH. Listing reads names only; a file is opened when its image is asked for. If all accessible images are grey,
-    headers of other training files are read, to learn whether there are any in colour.
+    as PATH. Only names are listed, and a file is opened when a run needs its image. If all accessible images are grey,
+    the headers of other training files are read, to see whether some are in colour.
     """
 
     takes_directory = False
     argument = "path"
 
-    path: str = ddkit.option("", "the folder, or a CSV or JSONL file of paths and labels")
+    path: str = ddkit.option("", "folder of images, or a CSV or JSONL file with paths and labels")
     class_order: Literal["natural", "alphabetical"] = ddkit.option(
-        "natural", "order of the classes: natural has 2 before 10, alphabetical 10 before 2, as runs of older versions have it"
+        "natural", "order of the classes: natural (2 before 10), or alphabetical (10 before 2), as in older versions"
     )
-    nested: bool = ddkit.option(False, "whether folders inside of class folders are classes of their own, called PARENT/CLASS")
-    columns: tuple[str, ...] = ddkit.option((), "columns of file and label in a table; left out: found by their names")
-    size: tuple[int, ...] | None = ddkit.option(None, "height and width to resize to; left out: the most common size")
-    channels: Literal[1, 3] | None = ddkit.option(None, "1 for grey or 3 for colour; left out: 1 if all training images are grey, else 3")
-    bits: int = ddkit.option(16, "bits that hold the values of 16-bit grey files: 12 scales 0..4095 to 0..255", ge=8, le=16)
-    holdout: float = ddkit.option(0.2, "test share of each class, without a test folder", gt=0, lt=1)
-    holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
+    nested: bool = ddkit.option(False, "whether folders inside class folders are classes too, named PARENT/CLASS")
+    columns: tuple[str, ...] = ddkit.option((), "columns of file and label in a table; if left out, they are found by their names")
+    size: tuple[int, ...] | None = ddkit.option(None, "height and width to resize to; if left out, the most common size")
+    channels: Literal[1, 3] | None = ddkit.option(
+        None, "1 for grey or 3 for colour; if left out, 1 if all training images are grey, and else 3"
+    )
+    bits: int = ddkit.option(16, "number of used bits in 16-bit grey files, e.g. 12 scales 0..4095 to 0..255", ge=8, le=16)
+    holdout: float = ddkit.option(0.2, "share of each class that is held out for testing, if there is no test folder", gt=0, lt=1)
+    holdout_seed: int = ddkit.option(0, "seed of the split for testing", ge=0)
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         size = self.size
         if size is not None and (len(size) != 2 or min(size) < 1):
-            raise ddkit.InputError(f"data.size = {list(size)}: it is [height, width], both at least 1.", "data.size")
+            raise ddkit.InputError(f"data.size = {list(size)}: write [height, width], both at least 1.", "data.size")
         if not self.path:
-            raise ddkit.InputError(f"The dataset '{self.name}' needs a folder: --dataset {self.name}:PATH", "data.path")
+            raise ddkit.InputError(f"The dataset '{self.name}' needs the path of a folder, as in --dataset {self.name}:PATH.", "data.path")
         if len(self.columns) not in (0, 2):
-            raise ddkit.InputError(f"data.columns = {list(self.columns)}: it is [FILE, LABEL], the names of two columns.", "data.columns")
+            raise ddkit.InputError(f"data.columns = {list(self.columns)}: write [FILE, LABEL], the names of two columns.", "data.columns")
         self.root = Path(self.path).absolute()
         self.path = str(self.root)
         table = self.root if self.root.is_file() and self.root.suffix.lower() in TABLES else None
         if table is None and self.root.exists() and not self.root.is_dir():
             if packed := _packed(self.root):
-                raise ddkit.InputError(f"{self.root} is no folder, but {packed}")
+                raise ddkit.InputError(f"{self.root} is not a folder of images. {packed}")
             raise ddkit.InputError(
-                f"{self.root} is a file, and the dataset '{self.name}' reads a folder, or a table ({', '.join(TABLES)}): "
+                f"{self.root} is a file, but the dataset '{self.name}' reads a folder, or a table ({', '.join(TABLES)}). Use "
                 f"--dataset {self.name}:FOLDER"
             )
         if not self.root.exists():
@@ -118,7 +121,9 @@ class ImageFolder(ddkit.Dataset):
         if said:
             log.warning("%s: %s.", self.root, said, extra={"news": True})
         if unread:
-            log.warning("%s: files that ddkit does not read are left out: %s. Convert images to .png or .jpg.", self.root, _counted(unread))
+            log.warning(
+                "%s: ddkit cannot read some files and ignores them: %s. Convert images to .png or .jpg.", self.root, _counted(unread)
+            )
 
     def _read_folders(self) -> tuple[str, Counter[str]]:
         """Finds the images of class folders; returns a line that says what is not obvious, and what was left out, by ending."""
@@ -134,7 +139,7 @@ class ImageFolder(ddkit.Dataset):
         inner = [] if self.nested else _inner_classes(self._listing)
         if inner:
             said = "; ".join(
-                [*filter(None, [said]), f"{_quoted(inner)} are no classes but parts of theirs, unless you say --set data.nested=true"]
+                [*filter(None, [said]), f"{_quoted(inner)} are parts of the classes (to make them classes: --set data.nested=true)"]
             )
         if test_root is None:
             return said, unread
@@ -143,7 +148,7 @@ class ImageFolder(ddkit.Dataset):
         rows = [] if table is None else read_table(table, self.root)
         unknown = sorted({row.label for row in rows}.difference(self._names) if rows else set(found).difference(self._names))
         if unknown:
-            raise ddkit.InputError(f"{table or test_root} has a class '{unknown[0]}' that {train_root} lacks.")
+            raise ddkit.InputError(f"{table or test_root} has a class '{unknown[0]}', but {train_root} does not. Add or remove it.")
         if rows:
             self._test_listing = _files_of(self.root, self._names, rows)
             return said, unread
@@ -157,27 +162,25 @@ class ImageFolder(ddkit.Dataset):
         tests = sorted({row.split for row in rows} - {row.split for row in train}, key=lambda name: TEST.index(name.casefold()))
         if not train:
             raise ddkit.InputError(
-                f"{self.root}: its table has images of {_quoted(tests)} alone; those to train on are of the split train."
+                f"{self.root}: its table only has images of the split {_quoted(tests)}. Images to train on must have the split train."
             )
         self._holds_out = not any(row.split for row in train)
         self._names = self._ordered({row.label for row in train})
         self._listing = _files_of(self.root, self._names, train)
-        said = ["labels are those of a table"]
+        said = ["labels come from a table"]
         if tests:
             own = [row for row in rows if row.split == tests[0]]
             unknown = sorted({row.label for row in own}.difference(self._names))
             if unknown:
                 raise ddkit.InputError(
-                    f"{self.root}: the split '{tests[0]}' of its table has a class '{unknown[0]}' that the training split lacks."
+                    f"{self.root}: the split '{tests[0]}' of its table has a class '{unknown[0]}', but the training split does not."
                 )
             self._test_listing = _files_of(self.root, self._names, own)
             said.append(f"the test split is '{tests[0]}'")
             said += [f"not used: {_quoted(tests[1:])}"] if tests[1:] else []
         walked = walk(self.root)
         others = len(set(walked.names).difference(row.file for row in rows))
-        said += (
-            [f"{others} image{'s' if others > 1 else ''} that it does not list {'are' if others > 1 else 'is'} left out"] if others else []
-        )
+        said += [f"{others} image{'s' if others > 1 else ''} not in the table {'are' if others > 1 else 'is'} ignored"] if others else []
         return "; ".join(said), walked.unread
 
     def _ordered(self, names: Iterable[str]) -> list[str]:
@@ -252,12 +255,12 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counte
     empty = [name for name in classes if not walked[name].names]
     if empty:
         if not any(walked[name].names for name in classes) and (packed := _packed(root)):
-            raise ddkit.InputError(f"{root} holds no image, but {packed}")
+            raise ddkit.InputError(f"{root} contains no image. {packed}")
         left_out = walked[empty[0]].unread
-        why = f"{_counted(left_out)}, which ddkit does not read, and none of " if left_out else ""
-        raise ddkit.InputError(f"The class folder {root / empty[0]} holds no image ({why}{', '.join(SUFFIXES)}).")
+        why = f"{_counted(left_out)} which ddkit cannot read, and no " if left_out else ""
+        raise ddkit.InputError(f"The class folder {root / empty[0]} contains no image ({why or 'no '}{', '.join(SUFFIXES)}).")
     if not classes:
-        raise ddkit.InputError(f"{root} holds no class folders; the layout is {root}/CLASS/IMAGE.")
+        raise ddkit.InputError(f"{root} contains no class folders. The layout must be {root}/CLASS/IMAGE.")
     return classes, _files(root, classes, [walked[name] for name in classes]), unread
 
 
@@ -292,7 +295,7 @@ def _files(root: Path, names: Sequence[str], walked: Sequence[Walked]) -> Files:
         try:
             f"{name}{''.join(each.names)}".encode()
         except UnicodeEncodeError:
-            raise ddkit.InputError(f"In {root / name} a name is no UTF-8 text; rename it so that the manifest can list it.") from None
+            raise ddkit.InputError(f"In {root / name} the name of a file or folder is not UTF-8 text. Rename it.") from None
     labels = torch.arange(len(names)).repeat_interleave(torch.tensor([len(each.names) for each in walked], dtype=torch.int64))
     return Files([(root / name).as_posix() for name in names], labels, [file for each in walked for file in each.names])
 
@@ -319,7 +322,10 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
     others = [name for name in inside if name not in train and name not in tests]
     splits = [name for name in train if subfolders(root / name)]
     if len(splits) > 1:
-        raise ddkit.InputError(f"{root} has two training splits, {_quoted(splits)}. Name one: --dataset imagefolder:{root / splits[0]}")
+        raise ddkit.InputError(
+            f"{root} has two training splits, {_quoted(splits)}. Name one of them: --dataset "
+            f"{shlex.quote(f'imagefolder:{root / splits[0]}')}"
+        )
     base = root / splits[0] if splits else root
     names = subfolders(base) if splits else sorted([*train, *others])
     if not names and len(tests) == 1 and len(subfolders(root / tests[0])) > 1:
@@ -328,7 +334,7 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
             base,
             subfolders(base),
             None,
-            f"without a training split, '{tests[0]}' is trained on, but for a part that is held out for testing",
+            f"there is no training split, so '{tests[0]}' is used for training, except a part that is held out for testing",
         )
     if not set(names) - set(train) and not splits:
         raise ddkit.InputError(_without_classes(root, train, tests))
@@ -344,8 +350,8 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
         unused = [name for name in [*others, *train] if name not in splits and any_image(root / name)]
         if unused and test is None:
             raise ddkit.InputError(
-                f"{root} has the folder '{splits[0]}' with class folders, and beside it {_quoted(unused)} with images: is "
-                f"'{splits[0]}' the training split, or a class? If it is the training split: --dataset imagefolder:{base}. If it is a "
+                f"{root} has the folder '{splits[0]}' with class folders, and also {_quoted(unused)} with images. If "
+                f"'{splits[0]}' is the training split, use --dataset {shlex.quote(f'imagefolder:{base}')} instead. If it is a "
                 "class, rename it."
             )
     else:
@@ -353,8 +359,9 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
         flat = [name for name in [*train, *unlabelled] if any_image(root / name)]
         if train and len(flat) > len(train):
             raise ddkit.InputError(
-                f"{root} has the class folders {_quoted(others)}, and images without class folders in {_quoted(flat)}: are these classes, "
-                "or splits? Rename those that are classes, and move away those that are none."
+                f"{root} has the class folders {_quoted(others)}, and images without class folders in {_quoted(flat)}. These can be "
+                "classes "
+                "or splits. Rename the folders that are classes, and move the others away."
             )
     said = [f"the test split is '{test.name}'"] if test is not None and (test.name != "test" or unlabelled) else []
     if unlabelled and test is None:
@@ -370,7 +377,8 @@ def innermost(root: Path, names: Iterable[str]) -> list[str]:
     for outer, inner in itertools.pairwise(found):
         if inner.startswith(f"{outer}/"):
             raise ddkit.InputError(
-                f"data.nested: {root / outer} holds images, and so does '{inner}' in it: which is the class? Move the images of one away.",
+                f"data.nested: {root / outer} and '{inner}' inside it both contain images, but only one can be a class. Move the images "
+                "of the other.",
                 "data.nested",
             )
     return found
@@ -392,29 +400,29 @@ def _without_classes(root: Path, train: Sequence[str], tests: Sequence[str]) -> 
     labelled = [name for name in tests if subfolders(root / name)]
     if labelled and not train:
         return (
-            f"{root} has the folder '{labelled[0]}' and no training split, which is called train. To train on a part of '{labelled[0]}' "
-            f"and test on the rest: --dataset imagefolder:{root / labelled[0]}"
+            f"{root} has the folder '{labelled[0]}', but no training split named train. To train on a part of '{labelled[0]}' "
+            f"and test on the rest: --dataset {shlex.quote(f'imagefolder:{root / labelled[0]}')}"
         )
     base = root / train[0] if train else root
     if packed := _packed(root):
-        return f"{root} holds no class folders, but {packed}"
+        return f"{root} contains no class folders. {packed}"
     if any_image(base):
         return (
-            f"{base} holds images, and no class folders. If it is one class of several, name the folder above it: "
-            f"--dataset imagefolder:{base.parent}. Else sort the images into {base}/CLASS/."
+            f"{base} contains images, but no class folders. If it is one of several classes, name the folder above it: "
+            f"--dataset {shlex.quote(f'imagefolder:{base.parent}')}. If not, sort the images into {base}/CLASS/."
         )
-    return f"{base} holds no class folders; the layout is {base}/CLASS/IMAGE."
+    return f"{base} contains no class folders. The layout must be {base}/CLASS/IMAGE."
 
 
 def _packed(root: Path) -> str:
     """Returns what a folder, or a file, holds in the place of image files, and how to use that; "" if it holds none of it."""
     files = [root.name] if root.is_file() else [path.name for pattern in ("*", "*/*") for path in root.glob(pattern)]
     for endings, what, dataset, extra in (
-        ((".arrow", ".parquet"), "files of Hugging Face's library datasets", "huggingface", "datasets"),
-        ((".tar", ".tar.gz", ".tgz"), "tar files, as WebDataset's shards are", "webdataset", "webdataset"),
+        ((".arrow", ".parquet"), "files of the library datasets of Hugging Face", "huggingface", "datasets"),
+        ((".tar", ".tar.gz", ".tgz"), "tar files, as of WebDataset", "webdataset", "webdataset"),
     ):
         if any(name.endswith(endings) for name in files):
-            return f"{what}: --dataset {dataset}:{root} reads them, if its library is installed: pip install 'ddkit[{extra}]'"
+            return f"It has {what}. Use --dataset {shlex.quote(f'{dataset}:{root}')} (which needs pip install 'ddkit[{extra}]')"
     return ""
 
 
@@ -429,8 +437,8 @@ def check_case(folder: Path, names: Iterable[str]) -> None:
         other = seen.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
         if other != name:
             raise ddkit.InputError(
-                f"{folder} has the class folders '{other}' and '{name}', which differ in case or accents' spelling alone. "
-                "Put their images into one, or rename one."
+                f"{folder} has the class folders '{other}' and '{name}', which differ only in case or in the encoding of accents. "
+                "Merge them, or rename one of them."
             )
 
 
@@ -474,7 +482,7 @@ def walk(folder: Path) -> Walked:
             elif name.endswith(SUFFIXES):  # a pipe or a link to nothing too: refused when it is read
                 images.append(entry.name)
             elif name.endswith(UNREAD) or "." not in name:
-                unread[os.path.splitext(name)[1] or "without an ending"] += 1
+                unread[os.path.splitext(name)[1] or "without a suffix"] += 1
         found.append((below, sorted(images)))
     return Walked([f"{below}/{name}" if below else name for below, names in sorted(found) for name in names], unread, run)
 
@@ -490,7 +498,7 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         with os.scandir(folder) as entries:
             return list(entries)
     except OSError as error:
-        helps = " Its owner can allow it with `chmod a+rx`." if isinstance(error, PermissionError) else ""
+        helps = " Its owner can run `chmod a+rx` on it." if isinstance(error, PermissionError) else ""
         raise ddkit.InputError(f"The folder {folder} cannot be listed: {error.strerror or error}.{helps}") from None
 
 

@@ -69,10 +69,10 @@ def images_of(x: Any, shape: Sequence[int], what: str) -> Any:
     """
     if shape:
         if math.prod(shape) != math.prod(x.shape[1:]) or len(shape) not in (2, 3):
-            raise ValueError(f"{what} has shape {x.shape}, and data.shape = {list(shape)} has {math.prod(shape)} numbers an image")
+            raise ValueError(f"{what} has shape {x.shape}, but data.shape = {list(shape)} has {math.prod(shape)} numbers per image")
         x = x.reshape(len(x), *shape)
     if x.ndim == 2:
-        raise ValueError(f"{what} has shape {x.shape}: rows of numbers. Say the shape of an image: {_shapes(x.shape[1])}")
+        raise ValueError(f"{what} has shape {x.shape}: rows of numbers. Add the shape of an image: {_shapes(x.shape[1])}")
     if x.ndim == 3:
         return x[:, None]
     if x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3, 4):
@@ -80,7 +80,7 @@ def images_of(x: Any, shape: Sequence[int], what: str) -> Any:
     if x.ndim == 4 and x.shape[1] == 4:
         x = x[:, :3]
     if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise ValueError(f"{what} has shape {x.shape}; it must be (n, H, W), (n, H, W, C) or (n, C, H, W), C 1, 3 or 4")
+        raise ValueError(f"{what} has shape {x.shape}, but must be (n, H, W), (n, H, W, C) or (n, C, H, W) with C 1, 3 or 4")
     return x
 
 
@@ -111,21 +111,21 @@ def labels_of(y: Any) -> tuple[Any, int, str]:
         raise ValueError(f"they are {y.dtype} of shape {y.shape}")
     if y.ndim == 2:
         if y.dtype.kind in "US" or not bool(((y == 0) | (y == 1)).all()):
-            raise ValueError(f"they are rows {y.shape} that are not one-hot; real images have one class each")
+            raise ValueError(f"they are rows {y.shape} that are not one-hot, and each real image must have one class")
         if not bool((y.sum(1) == 1).all()):
-            raise ValueError(f"they are rows {y.shape} that name several classes of an image, or none")
+            raise ValueError(f"they are rows {y.shape} that give an image several classes, or none")
         return y.argmax(1).astype(np.int64), y.shape[1], "one-hot labels"
     if y.dtype.kind in "US":
         return np.array([each.decode() if isinstance(each, bytes) else str(each) for each in y], dtype=object), 0, "class names as labels"
     if y.dtype.kind == "f" and not bool((np.isfinite(y) & (y == np.round(y)) & (np.abs(y) < 2**53)).all()):
-        raise ValueError(f"they are {y.dtype}, and not all whole numbers")
+        raise ValueError(f"they are {y.dtype} and not all whole numbers")
     return y.astype(np.int64), 0, ""
 
 
 def numbered(labels: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
     """Returns the class names, in natural order, and labels by split as numbers, of labels that are texts. Raises ValueError."""
     if any(each.dtype != object for each in labels.values() if len(each)):
-        raise ValueError("the labels of one split are texts, and those of the other numbers")
+        raise ValueError("the labels of one split are texts, but those of the other are numbers")
     names = sorted({name for each in labels.values() for name in each.tolist()}, key=natural)
     number = {name: place for place, name in enumerate(names)}
     return names, {split: np.array([number[name] for name in each.tolist()], dtype=np.int64) for split, each in labels.items()}
@@ -139,7 +139,7 @@ def pixels_of(x: Any, name: str) -> Any:
         return x.astype(np.uint8) * np.uint8(255)
     low, high = (int(x.min()), int(x.max())) if x.size and x.dtype.kind in "iu" else (0, 0)
     if x.dtype.kind not in "iu" or low < 0 or high > (65535 if x.dtype == np.uint16 else 255):
-        raise ValueError(f"{name} must be uint8, or floats in 0..1 or 0..255; it is {x.dtype} and goes from {low} to {high}")
+        raise ValueError(f"{name} must be uint8, or floats in 0..1 or 0..255, but is {x.dtype} from {low} to {high}")
     return (x / 257).round().astype(np.uint8) if high > 255 else x.astype(np.uint8)
 
 
@@ -154,8 +154,8 @@ def divisor_of(arrays: Mapping[str, Any]) -> int:
         least, most = float(x.min()), float(x.max())
         if least < 0 or 1 < most <= 2 or most > 255:
             raise ValueError(
-                f"{name} must be uint8, or floats in 0..1 or 0..255; it goes from {least:.4g} to {most:.4g}. If it was normalised, save "
-                "the pixels as they were before: ddkit normalises by itself"
+                f"{name} must be uint8, or floats in 0..1 or 0..255, but goes from {least:.4g} to {most:.4g}. If it was normalised, save "
+                "the pixels from before: ddkit normalises them itself"
             )
         high = max(high, most)
     return 255 if high > 2 else 1

@@ -30,9 +30,9 @@ class OfItems(ddkit.Dataset):
 
     takes_directory = False
 
-    holdout: float = ddkit.option(0.2, "test share of each class, without a test dataset", gt=0, lt=1)
-    holdout_seed: int = ddkit.option(0, "seed of that split", ge=0)
-    mirror: bool = ddkit.option(True, "whether a mirrored image keeps its class")
+    holdout: float = ddkit.option(0.2, "share of each class that is held out for testing, if there is no test dataset", gt=0, lt=1)
+    holdout_seed: int = ddkit.option(0, "seed of the split for testing", ge=0)
+    mirror: bool = ddkit.option(True, "whether a mirrored image has the same class")
 
     def take(self, items: list[Items]) -> None:
         """Takes the items of the training and of the test split; of training items alone a share is held out."""
@@ -81,30 +81,31 @@ class OfItems(ddkit.Dataset):
 
 
 class Python(OfItems):
-    """A Dataset object passed to ddkit.distill(dataset=...) in Python: (image, label) by index, as torch's map-style datasets have it.
+    """A dataset object passed to ddkit.distill(dataset=...) in Python: (image, label) by index, like a map-style dataset of torch.
 
-    Pass (training, test), or one of which `holdout` of each class becomes the test split. Images are PIL images, or arrays and tensors
-    of uint8, or of floats in 0..1, or to 255: (H, W), or (C, H, W) as tensors and (H, W, C) as arrays, C up to 4. Labels are integers from
-    0, whole floats, one-hot rows, or texts, which become the class names. They come from `.targets` or `.labels`, class names from
-    `.classes`, also through torch's Subset, ConcatDataset and TensorDataset; without these every item is opened once for its label, and
-    classes are called by number. Items may be dicts, as those of a Dataset or DatasetDict of Hugging Face or of a list: the types of
-    `.features` tell image, label and class names, else the names of the columns. What a transform draws at random is drawn anew for each
-    image, from its index, and is the same in every run. A file cannot hold an object: to continue or evaluate such a run, pass the dataset
-    again.
+    Pass (training, test), or one dataset, of which a share `holdout` of each class is held out for testing. Images are PIL images, or
+    arrays and tensors of uint8, or of floats in 0..1 or up to 255: (H, W), tensors (C, H, W) or arrays (H, W, C), with C up to 4. Labels
+    are integers from 0, whole floats, one-hot rows, or texts, which become the class names. They come from `.targets` or `.labels`, class
+    names from `.classes`, also through torch's Subset, ConcatDataset and TensorDataset. Without these, every item is opened once for its
+    label, and classes have numbers as names. Items may be dicts, as in a Dataset or DatasetDict of Hugging Face, or in a list. The types in
+    `.features`, or else the names of the columns, show which is the image and which the label. Random numbers of a transform are drawn for
+    each image from its index, and are the same in every run. A file cannot contain an object, so to continue or evaluate such a run, pass
+    the dataset again.
     """
 
-    of: str = ddkit.option("", "what was passed: type and length, filled in")
-    labels_: str = ddkit.option("", "sha256 of the labels and class names that were passed, filled in")
+    of: str = ddkit.option("", "type and length of the passed dataset, filled in by ddkit")
+    labels_: str = ddkit.option("", "sha256 of the labels and class names of the passed dataset, filled in by ddkit")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         passed = ddkit.data.passed_dataset()
         if passed is None:
-            told = f" (then: {self.of})" if self.of else ""
+            told = f" (it was {self.of})" if self.of else ""
             raise ddkit.InputError(
-                f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and no command or file can hold it. "
+                f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and a command or file cannot "
+                "contain it. "
                 "Pass it again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, dataset=...). Or "
-                "keep the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
+                "save the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
                 "data.use",
             )
         if "python" not in passed.known:
@@ -141,14 +142,18 @@ class Items:
         if found is None:
             found = _read_labels(self._column())
         if found is None or len(found) != len(self):
-            log.warning("%s has no labels (.targets or .labels): all of its %d items are opened once for them.", self.title, len(self))
+            log.warning(
+                "%s has no attribute .targets or .labels, so all of its %d items are opened once to read their labels.",
+                self.title,
+                len(self),
+            )
             each = [self._label(row, self._item(row)[1]) for row in range(len(self))]
             for row, label in enumerate(each):
                 if type(label) is not type(each[0]):
-                    raise self._wrong(row, f"has the label {label!r}; it has to be an integer from 0, or all labels texts")
+                    raise self._wrong(row, f"has the label {label!r}. Labels must be integers from 0, or all of them texts")
             found = np.array(each, dtype=object if isinstance(each[0], str) else np.int64)
         if found.dtype != object and int(found.min()) < 0:
-            raise ddkit.InputError(f"The {self.named} has the label {int(found.min())}; labels count from 0.")
+            raise ddkit.InputError(f"The {self.named} has the label {int(found.min())}, but labels count from 0.")
         return found
 
     def _column(self) -> Any:
@@ -172,11 +177,11 @@ class Items:
         image, label = self._item(row)
         found, listed = self._label(row, label), self.given[row]
         if found != listed:
-            raise self._wrong(row, f"has the label {found}, but its .targets or .labels say {listed}")
+            raise self._wrong(row, f"has the label {found}, but .targets or .labels have {listed}")
         try:
             return _pixels(image, self._divisor if _floats(image) else 1)
         except Exception as error:
-            raise self._wrong(row, f"is no image that can be used: {error}") from error
+            raise self._wrong(row, f"is not a usable image: {error}") from error
 
     @cached_property
     def _divisor(self) -> int:
@@ -186,7 +191,7 @@ class Items:
         low, high = min(float(image.min()) for image in images), max(float(image.max()) for image in images)
         if not (low >= 0 and 2 < high <= 255):
             return 1
-        log.warning("The pixels of %s are floats to %.4g: they are taken as 0 black to 255 white.", self.title, high)
+        log.warning("The pixels of %s are floats up to %.4g, so they are read as 0 (black) to 255 (white).", self.title, high)
         return 255
 
     def _wrong(self, row: int, what: str) -> ddkit.InputError:
@@ -197,7 +202,7 @@ class Items:
             with _own_draws(row):
                 found = self.dataset[row]
         except Exception as error:  # a dataset of the user's can raise anything
-            raise self._wrong(row, f"cannot be had: {_said(error)}") from error
+            raise self._wrong(row, f"cannot be read: {_said(error)}") from error
         if isinstance(found, Mapping):
             if self.columns is None:
                 self.columns = self._columns_of(found)
@@ -206,7 +211,7 @@ class Items:
                 raise self._wrong(row, f"has no '{label if image in found else image}'")
             return found[image], found[label]
         if not isinstance(found, tuple | list) or len(found) < 2:
-            raise self._wrong(row, f"is a {type(found).__name__}; it has to be (image, label), or a dict of both")
+            raise self._wrong(row, f"is a {type(found).__name__}, but must be (image, label), or a dict of both")
         return found[0], found[1]
 
     def _columns_of(self, item: Mapping[str, Any]) -> tuple[str, str]:
@@ -219,11 +224,17 @@ class Items:
         labels = labels or [name for name in item if re.fullmatch(rf"(fine_|class_)?({'|'.join(layout.LABELS)}|class)", name)]
         if not images or not labels:
             what = "label" if images else "image"
-            raise self._wrong(0, f"is a dict of {', '.join(map(str, item))}, and none of them is the {what}. Rename it to '{what}'")
+            raise self._wrong(
+                0,
+                f"is a dict of {', '.join(map(str, item))}, and none of these names is known for the {what}. Rename the {what} to '{what}'",
+            )
         label = next((name for name in ("label", "labels", "fine_label") if name in labels), labels[0])
         if len(labels) > 1:
             log.warning(
-                "%s has several labels (%s): '%s' is taken. Rename another to 'label' to have it.", self.title, ", ".join(labels), label
+                "%s has several labels (%s), and '%s' is used. To use another one, rename it to 'label'.",
+                self.title,
+                ", ".join(labels),
+                label,
             )
         return images[0], label
 
@@ -233,10 +244,10 @@ class Items:
         try:
             value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
             if value.dtype == bool and value.size == 1:
-                raise ValueError("it is a truth value")
+                raise ValueError("it is true or false")
             return int(layout.labels_of(value.reshape(1, -1))[0][0])
         except Exception:
-            raise self._wrong(row, f"has the label {str(label)[:60]!r}; it has to be an integer from 0, a one-hot row or a text") from None
+            raise self._wrong(row, f"has the label {str(label)[:60]!r}, but must be an integer from 0, a one-hot row or a text") from None
 
 
 def numbered(items: list[Items]) -> list[Items]:
@@ -247,7 +258,7 @@ def numbered(items: list[Items]) -> list[Items]:
         try:
             names, given = layout.numbered(given)
         except ValueError as error:
-            raise ddkit.InputError(f"The {items[0].named} and that of the test split: {error}.") from None
+            raise ddkit.InputError(f"The {items[0].named} and its test split do not fit: {error}.") from None
     for place, each in enumerate(items):
         each.labels = torch.from_numpy(given[str(place)])
         each.texts = names
@@ -332,7 +343,7 @@ def _pixels(image: Any, divisor: int) -> Tensor:
     found = found[None] if found.ndim == 2 else found
     if found.ndim != 3 or found.shape[0] not in (1, 2, 3, 4) or 0 in found.shape:
         raise ValueError(
-            f"it has the shape {tuple(image.shape)}, not (H, W), or channels first in a tensor and last in an array, 1 to 4 of them"
+            f"it has the shape {tuple(image.shape)}, but must be (H, W), a tensor (C, H, W) or an array (H, W, C), with C from 1 to 4"
         )
     found = found[: 1 if found.shape[0] < 3 else 3].contiguous()
     if sixteen:
@@ -346,7 +357,9 @@ def _pixels(image: Any, divisor: int) -> Tensor:
     found = found / divisor
     low, high = float(found.min()), float(found.max())
     if not (low >= 0 and high <= 1):
-        raise ValueError(f"its pixels lie between {low:.3g} and {high:.3g}, not in 0..1; leave out Normalize, ddkit normalises by itself")
+        raise ValueError(
+            f"its pixels go from {low:.3g} to {high:.3g}, not from 0 to 1. Remove Normalize, as ddkit normalises images itself"
+        )
     found = found.float()
     bytes_ = (found * 255).round()
     return bytes_.to(torch.uint8) if torch.equal(bytes_ / 255, found) else found  # what ToTensor made of bytes takes a quarter as bytes

@@ -34,12 +34,12 @@ class Packed(OfItems):
     endings: tuple[str, ...]
     library: str
 
-    path: str = ddkit.option("", "the folder of the files, or one file")
+    path: str = ddkit.option("", "folder of the files, or one file")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if not self.path:
-            raise ddkit.InputError(f"The dataset '{self.name}' needs a folder: --dataset {self.name}:PATH", "data.path")
+            raise ddkit.InputError(f"The dataset '{self.name}' needs the path of a folder, as in --dataset {self.name}:PATH.", "data.path")
         root = Path(self.path).absolute()
         self.path = str(root)
         if not root.exists():
@@ -49,7 +49,7 @@ class Packed(OfItems):
             library = importlib.import_module(self.library)
         except ImportError as error:
             raise ddkit.PluginError(
-                f"The dataset '{self.name}' needs the library {self.library}, which cannot be imported ({error}): "
+                f"The dataset '{self.name}' needs the library {self.library}, which cannot be imported ({error}). Install it: "
                 f"pip install 'ddkit[{self.library}]'"
             ) from None
         self.take(numbered([Items(self.read(library, files, root), f"{root} ({split})") for split, files in splits.items()]))
@@ -66,14 +66,14 @@ class Packed(OfItems):
             words = [word for part in parts for word in re.split(r"[^a-z]+", part.casefold())]
             found.setdefault(next((word for word in words if word in (*TRAIN, *TEST)), ""), []).append(file)
         if not found:
-            raise ddkit.InputError(f"{root} holds no {' or '.join(self.endings)} file.")
+            raise ddkit.InputError(f"{root} contains no {' or '.join(self.endings)} file.")
         named = [file for name in TRAIN for file in found.pop(name, [])]
         others = found.pop("", [])
         train = named or others
         if not train:
             raise ddkit.InputError(
-                f"{root} holds files of {', '.join(found)} alone; those to train on are called train, or lie in a folder train. "
-                f"To train on a part of one and test on the rest, name it: --dataset {self.name}:{next(iter(found.values()))[0]}"
+                f"{root} only contains files of the split {', '.join(found)}. Files to train on must have train in their name or folder. "
+                f"To train on a part of a file and test on the rest: --dataset {self.name}:{next(iter(found.values()))[0]}"
             )
         tests = sorted(found, key=TEST.index)
         unused = [*tests[1:], *([file.name for file in others[:8]] if named else [])]
@@ -90,11 +90,12 @@ class Packed(OfItems):
 
 
 class HuggingFace(Packed):
-    """Files of Hugging Face's library datasets: parquet as its hub has them, or the arrow files of `save_to_disk` and of its cache.
+    """Files of the Hugging Face library datasets: parquet files of its hub, or arrow files of `save_to_disk` and of its cache.
 
-    The columns of image and label and the class names are found by the types that the files record, else by the columns' names. A file
-    belongs to the split whose name (train, test, validation) is a word of its own name or of a folder's; without a test split, `holdout`
-    of each class becomes it. Needs the library datasets: pip install 'ddkit[datasets]'. No network is used, and no script is run.
+    The columns of image and label and the class names are found by the types in the files, or else by the names of the columns. A file
+    belongs to the split whose name (train, test, validation) is a word of its own name or of a folder. Without a test split, a share
+    `holdout` of each class is held out. Needs the library datasets: pip install 'ddkit[datasets]'. No network is used, and no script is
+    run.
     """
 
     library = "datasets"
@@ -106,7 +107,8 @@ class HuggingFace(Packed):
         if len(folders) > 1:
             names = ", ".join(f"'{folder.relative_to(root)}'" for folder in folders[:8])
             raise ddkit.InputError(
-                f"{root} holds several sets of one split, in {names}: name the folder of one, --dataset {self.name}:{folders[0]}"
+                f"{root} contains several sets of the same split, in {names}. Name the folder of one set: --dataset "
+                f"{self.name}:{folders[0]}"
             )
         try:
             with _silent(library):
@@ -146,9 +148,9 @@ def _silent(library: Any) -> Iterator[None]:
 class WebDataset(Packed):
     """Tar shards of WebDataset: samples of an image (.jpg, .png, ...) and its label (.cls, or a field of .json) under one key.
 
-    A shard belongs to the split whose name (train, test, val) is a word of its own name or of a folder's; without a test split,
-    `holdout` of each class becomes it. Labels are class names, numbers too. The shards are read once, from beginning to end, and their
-    images kept, as they are packed, in a temporary file. Needs the library webdataset: pip install 'ddkit[webdataset]'.
+    A shard belongs to the split whose name (train, test, val) is a word of its own name or of a folder. Without a test split, a share
+    `holdout` of each class is held out. Labels are used as class names, also if they are numbers. The shards are read once, and their
+    encoded images are kept in a temporary file. Needs the library webdataset: pip install 'ddkit[webdataset]'.
     """
 
     library = "webdataset"
@@ -185,7 +187,7 @@ class Samples:
             images = [name for name in fields if f".{name}".endswith(SUFFIXES)]
             if len(images) != 1:
                 what = f"has several images ({', '.join(images)})" if images else f"has no image ({', '.join(fields)})"
-                raise ddkit.InputError(f"{where}: it {what}; a sample is one image and its label.")
+                raise ddkit.InputError(f"{where}: it {what}, but a sample must be one image and its label.")
             self.targets.append(_label(fields, where, file))
             content = fields[images[0]]
             self._places.append((f"{where}.{images[0]}", self._end, len(content)))
@@ -219,9 +221,10 @@ def _label(fields: Mapping[str, bytes], where: str, file: Path) -> str:
         raise ddkit.InputError(f"{where}: its label cannot be read ({error}).") from None
     named = [name for name in (*LABEL, "cls") if isinstance(record, dict) and name in record]
     if not named:
-        have = f"; its .json has {', '.join(record)}" if record and isinstance(record, dict) else ""
+        have = f" (its .json has {', '.join(record)})" if record and isinstance(record, dict) else ""
         raise ddkit.InputError(
-            f"{where}: it has no label, which is .cls or a field of .json ({', '.join(LABEL)}){have}. If folders in the shard are the "
-            f"classes, unpack it: mkdir FOLDER && tar -xf {file} -C FOLDER, and --dataset imagefolder:FOLDER"
+            f"{where}: it has no label. A label is .cls, or a field of .json named {', '.join(LABEL)}{have}. If folders in the shard are "
+            "the "
+            f"classes, unpack it with `mkdir FOLDER && tar -xf {file} -C FOLDER`, and use --dataset imagefolder:FOLDER"
         )
     return label_text(record[named[0]], where, named[0])

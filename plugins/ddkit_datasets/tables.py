@@ -52,14 +52,14 @@ def read_table(table: Path, root: Path, columns: Sequence[str] = ()) -> list[Row
         name, value = (label_text(record.get(column), where, column) for column in (file, label))
         path = os.path.relpath(os.path.join(table.parent, below, name), root)
         if path.startswith("..") or "\0" in path:
-            raise ddkit.InputError(f"{where}: '{name}' does not lie below {root}. Move it there, or name the table by a folder above both.")
+            raise ddkit.InputError(f"{where}: '{name}' is not inside {root}. Move the file there.")
         if path in found:
-            raise ddkit.InputError(f"{where}: '{name}' is listed twice, and an image has one label here.")
+            raise ddkit.InputError(f"{where}: '{name}' is listed twice, but each image needs exactly one label.")
         if not (root / path).exists():
-            raise ddkit.InputError(f"{where}: there is no file {root / path}. Files are named as seen from the folder of the table.")
+            raise ddkit.InputError(f"{where}: there is no file {root / path}. File names must be relative to the folder of the table.")
         named = str(record.get(split) or "").strip() if split else ""
         if named and named.casefold() not in (*TRAIN, *TEST):
-            raise ddkit.InputError(f"{where}: the split '{named}' is none of {', '.join((*TRAIN, *TEST))}.")
+            raise ddkit.InputError(f"{where}: the split is '{named}', but must be one of {', '.join((*TRAIN, *TEST))}.")
         top = PurePath(path).parts[0]
         found[path] = Row(PurePath(path).as_posix(), value, named or (top if top.casefold() in (*TRAIN, *TEST) else ""))
     return sorted(found.values())
@@ -75,9 +75,9 @@ def _records(table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 try:
                     record = json.loads(line) if line.strip() else None
                 except ValueError as error:
-                    raise ValueError(f"line {number} is no JSON ({error})") from None
+                    raise ValueError(f"line {number} is not JSON ({error})") from None
                 if record is not None and not isinstance(record, dict):
-                    raise ValueError(f"line {number} is no JSON object")
+                    raise ValueError(f"line {number} is not a JSON object")
                 if record is not None:
                     yield number, record
             return
@@ -100,9 +100,10 @@ def _columns(table: Path, known: Sequence[str], given: Sequence[str]) -> tuple[s
     lacking = [name for name in given if name not in known]
     file, label = given if given and not lacking else (first(FILE), first(LABEL))
     if lacking or not file or (not label and table.name not in NAMES):
-        what = f"no column '{lacking[0]}'" if lacking else "no column that is called like one of files or labels"
+        what = f"no column '{lacking[0]}'" if lacking else "no column with a known name for files or labels"
         raise ddkit.InputError(
-            f'{table} has {what}; it has {", ".join(known)}. Name those of file and label: --set \'data.columns=["FILE","LABEL"]\'',
+            f"{table} has {what}. Its columns are {', '.join(known)}. Name the columns of file and label: --set "
+            '\'data.columns=["FILE","LABEL"]\'',
             "data.columns",
         )
     return file, label, first(SPLIT)
@@ -111,7 +112,7 @@ def _columns(table: Path, known: Sequence[str], given: Sequence[str]) -> tuple[s
 def label_text(value: Any, where: str, column: str) -> str:
     """Returns a file's name or a label as text; whole floats, which other programs make of integers, lose their .0."""
     if isinstance(value, list | dict):
-        raise ddkit.InputError(f"{where}: {column} holds several values ({str(value)[:60]}), and an image has one label here.")
+        raise ddkit.InputError(f"{where}: {column} has several values ({str(value)[:60]}), but each image needs exactly one label.")
     text = "" if value is None else str(value).strip()
     if not text:
         raise ddkit.InputError(f"{where}: {column} is empty.")

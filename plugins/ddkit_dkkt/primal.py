@@ -8,7 +8,7 @@ from torch.nn import functional
 
 import ddkit
 
-VIEWS = "views it is evaluated on, with factors above 0"  # below 0 a loss would lead away from what it asks for
+VIEWS = "views on which the loss is evaluated, each with a factor above 0"  # below 0 a loss would lead away from what it asks for
 
 
 def primal_loss(logits: Tensor, labels: Tensor, *, masked: bool) -> Tensor:
@@ -28,12 +28,12 @@ def primal_loss(logits: Tensor, labels: Tensor, *, masked: bool) -> Tensor:
 
 
 class Primal(ddkit.Loss):
-    """Cross-entropy of the teacher on the synthetic images: primal feasibility of the DeepKKT conditions.
+    """Cross-entropy of the teacher on the synthetic images, which is primal feasibility in the DeepKKT conditions.
 
     Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 7 (masked) and Algorithm 1 (plain).
     """
 
-    masked: bool = ddkit.option(False, "whether images already classified as their label count 0")
+    masked: bool = ddkit.option(False, "whether an image that the teacher classifies correctly counts 0")
     views: dict[str, float] = ddkit.option({"default": 1.0}, VIEWS, gt=0, min_length=1)
 
     order_invariant = True

@@ -63,7 +63,7 @@ def solve(gram: Vector, right: Vector, *, sweeps: int) -> Solution:
     scaled = gram * inverse[:, None] * inverse[None, :]
     shares, left = nonnegative_solution(scaled, right * inverse, sweeps=sweeps)
     if left > GAP:
-        log.warning("multiplier: after %d sweeps the optimality conditions hold to %.1g only; raise initializer.sweeps.", sweeps, left)
+        log.warning("multiplier: after %d sweeps the optimality conditions hold to %.1g only. Raise initializer.sweeps.", sweeps, left)
     return Solution(shares * inverse, shares, right * inverse - scaled @ shares)
 
 
@@ -95,24 +95,26 @@ def negative_gradients(teacher: ddkit.nn.Teacher, names: Sequence[str], images: 
 
 
 class Multiplier(ddkit.Initializer):
-    """Accessible real images with the highest multipliers of the DeepKKT conditions: those that carry the teacher.
+    """Accessible real images with the highest multipliers in the DeepKKT conditions, on which the teacher depends most.
 
-    The images stay as they are, and the multipliers are the exact minimum of || theta - sum_i lambda_i g_i ||^2 over lambda >= 0, with
+    The images are not changed, and the multipliers are the exact minimum of || theta - sum_i lambda_i g_i ||^2 over lambda >= 0, with
     g_i = -grad L(Phi(x_i; theta), y_i): stationarity and dual feasibility of Lee et al., Deep Support Vectors, arXiv 2403.17329,
     Eq. 6, with the squared distance of Algorithm 1. Up to their scale they also minimise the cosine distance: the nearest point of a
     cone has the smallest angle. Parameters of scale-invariant layers are left out, as in `dkkt-stationarity`.
     """
 
     requires = ddkit.Requires(real=True, teacher=True)
-    deviations = {"a-class-does-not-depend-on-others": "the teacher's parameters are one sum over the images of all classes"}
+    deviations = {"a-class-does-not-depend-on-others": "the parameters of the teacher are one sum over the images of all classes"}
 
     rank: Literal["multiplier", "share"] = ddkit.option(
-        "multiplier", "by what images are chosen: lambda, or lambda |g|, the length of the image's part of the sum"
+        "multiplier", "value by which images are chosen: lambda, or lambda |g|, the length of the image's part in the sum"
     )
-    parameters: str = ddkit.option("all", "all, weights (no biases or norms), classifier (the last layer), or a name pattern")
-    scale_invariant: Literal["skip", "keep"] = ddkit.option("skip", "what to do with scale-invariant groups")
-    candidates: int = ddkit.option(100, "images a class that take part, at most, drawn by the seed; never fewer than ipc", ge=1)
-    sweeps: int = ddkit.option(2000, "passes over all multipliers, at most", ge=1)
+    parameters: str = ddkit.option(
+        "all", "parameters of the teacher: all, weights (no biases or norms), classifier (the last layer), or a name pattern"
+    )
+    scale_invariant: Literal["skip", "keep"] = ddkit.option("skip", "whether scale-invariant parameter groups are skipped or kept")
+    candidates: int = ddkit.option(100, "largest number of images per class that take part, drawn by the seed, at least ipc", ge=1)
+    sweeps: int = ddkit.option(2000, "largest number of passes over all multipliers", ge=1)
 
     def needed(self, ipc: int) -> int:
         return ipc

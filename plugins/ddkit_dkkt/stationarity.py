@@ -84,8 +84,8 @@ def least_squares_scale(pairs: Pairs) -> float:
 class Stationarity(ddkit.Loss):
     """Distance of the teacher's parameters to the multiplier-weighted sum of negative loss gradients.
 
-    Parameter groups in which stationarity cannot be attained (scale-invariant layers, such as a convolution before
-    instance norm) are found numerically and left out, unless `scale_invariant` says otherwise.
+    Parameter groups for which stationarity is impossible (scale-invariant layers, such as a convolution before
+    instance norm) are found numerically and left out, unless `scale_invariant` is "keep".
 
     Source: Lee et al., Deep Support Vectors, arXiv 2403.17329, Eq. 8 and Algorithm 1; with `objective = "margin"` Haim et al.,
     Reconstructing Training Data from Trained Neural Networks, arXiv 2206.07758.
@@ -93,16 +93,23 @@ class Stationarity(ddkit.Loss):
 
     objective: Literal["cross-entropy", "margin"] = ddkit.option(
         "cross-entropy",
-        "what the gradients are of; margin: minus the logit of the class over the largest other one, for teachers without norm layers",
+        "function whose gradients are summed: the cross-entropy, or the margin between the logit of the class and the largest other "
+        "logit, which needs a teacher without norm layers",
     )
-    distance: Literal["l1", "l2", "cosine", "layer-cosine"] = ddkit.option("cosine", "the source writes l1 (Eq. 8) and l2 (Algorithm 1)")
-    average: bool = ddkit.option(True, "l1 and l2: per parameter, else the sum")
-    parameters: str = ddkit.option("all", "all, weights (no biases or norms), classifier (the last layer), or a name pattern")
-    scale_invariant: Literal["skip", "keep"] = ddkit.option("skip", "what to do with scale-invariant groups")
+    distance: Literal["l1", "l2", "cosine", "layer-cosine"] = ddkit.option(
+        "cosine", "distance to the parameters of the teacher; the paper has l1 (Eq. 8) and l2 (Algorithm 1)"
+    )
+    average: bool = ddkit.option(True, "whether l1 and l2 are means over the parameters, instead of sums")
+    parameters: str = ddkit.option(
+        "all", "parameters of the teacher: all, weights (no biases or norms), classifier (the last layer), or a name pattern"
+    )
+    scale_invariant: Literal["skip", "keep"] = ddkit.option("skip", "whether scale-invariant parameter groups are skipped or kept")
     views: dict[str, float] = ddkit.option({"default": 1.0}, VIEWS, gt=0, min_length=1)
     init: float | Literal["least-squares"] = ddkit.option(1.0, "first multiplier", gt=0)
     lr: float = ddkit.option(0.01, "learning rate of the multipliers (Adam)", ge=0)
-    constraint: Literal["project", "softplus"] = ddkit.option("project", "how multipliers stay >= 0: cut at 0, or softplus of a free value")
+    constraint: Literal["project", "softplus"] = ddkit.option(
+        "project", "how multipliers stay at least 0: clamped at 0, or softplus of a free value"
+    )
 
     order_invariant = True
 
@@ -116,8 +123,8 @@ class Stationarity(ddkit.Loss):
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
         if self.objective == "margin" and teacher is not None and any(isinstance(each, NORMS) for each in teacher.modules()):
             raise ddkit.InputError(
-                "dkkt-stationarity: the teacher has norm layers, and margins are stationary only in networks that are homogeneous in their "
-                f"parameters. Use one without: --set teacher.norm=none for convnet, or --set teacher.model=mlp; or "
+                "dkkt-stationarity: the teacher has norm layers, but the objective margin needs a teacher without them. "
+                f"Use --set teacher.norm=none for convnet, --set teacher.model=mlp, or "
                 f"--set {self.recipe_path}.objective=cross-entropy.",
                 "teacher",
             )
@@ -178,7 +185,7 @@ def included_parameters(teacher: ddkit.nn.Teacher, shape: tuple[int, int, int], 
     own = {name: value.detach() for name, value in teacher.parameters.items()}
     chosen = selected_parameters(teacher.module, list(own), which)
     if not chosen:
-        raise ddkit.InputError(f"{who}: the teacher has no parameter that '{which}' selects; it has {', '.join(own)}.")
+        raise ddkit.InputError(f"{who}: the teacher has no parameter that '{which}' selects. It has {', '.join(own)}.")
     if not skip:
         return chosen
     invariant = scale_invariant_groups(teacher.exact_logits, own, shape)
@@ -186,14 +193,14 @@ def included_parameters(teacher: ddkit.nn.Teacher, shape: tuple[int, int, int], 
     kept = [name for name in chosen if name not in skipped]
     if not kept:
         raise ddkit.InputError(
-            f"{who}: every selected parameter of the teacher belongs to a scale-invariant layer, where "
-            "stationarity cannot be attained. Use a teacher with batch norm or no norm (--set teacher.norm=batch)."
+            f"{who}: every selected parameter of the teacher belongs to a scale-invariant layer, for which "
+            "stationarity is impossible. Use a teacher with batch norm or no norm (--set teacher.norm=batch)."
         )
     if len(kept) < len(chosen):
         share = sum(own[name].numel() for name in kept) / sum(own[name].numel() for name in chosen)
         log.warning(
             "%s: the teacher's layers %s are scale-invariant (parameters and gradient are orthogonal), so "
-            "stationarity cannot be attained there; they are left out and %.1f %% of the selected parameters stay.",
+            "stationarity is impossible for them. They are left out, and %.1f %% of the selected parameters remain.",
             who, ", ".join(invariant), 100 * share,
         )  # fmt: skip
     return kept

@@ -34,17 +34,17 @@ def dm_loss(real: Tensor, real_labels: Tensor, synthetic: Tensor, labels: Tensor
 
 
 class DistributionMatching(ddkit.Loss):
-    """Squared distance of class-mean features, real to synthetic, in a fresh random network each step.
+    """Squared distance between the class means of real and synthetic features, in a new random network in each step.
 
-    The images of a class are to look, on average, like its real ones to networks that know nothing. No network is trained.
-    The sum grows with the number of classes and of features, so with the size of the images; its mean does not, and a weight
-    that suits the mean suits other data too. The sum of 10 classes of 2,048 features, CIFAR-10 with `convnet`, is 20,480 means.
+    On average, untrained networks should see the same features in synthetic and real images of a class. No network is trained.
+    The sum grows with the number of classes and of features, so also with the image size. The mean does not, so a weight
+    for the mean suits other data too. For CIFAR-10 and `convnet` (10 classes of 2,048 features) the sum is 20,480 times the mean.
 
     Source: Zhao and Bilen, Dataset Condensation with Distribution Matching, arXiv 2110.04181, Eq. 4.
     """
 
     normalise: Literal["sum", "mean"] = ddkit.option(
-        "sum", "the published sum over classes and features, or their mean, whose scale no size changes"
+        "sum", "sum over classes and features, as published, or their mean, whose scale does not depend on their number"
     )
 
     order_invariant = True

@@ -41,53 +41,80 @@ UNEVEN = 1.5  # how many times as many test images a class has as another, for t
 
 
 class Accuracy(ddkit.Evaluator):
-    """Test accuracy, last epoch, of networks trained from scratch on the set, beside random real images.
+    """Test accuracy, after the last epoch, of networks trained on the set, and of networks trained on random real images.
 
-    Protocol "short" is dm-official cut from 1,000 to 300 epochs and from 20 to 3 networks: for a first look, not for a
-    table beside published figures. Each row says whose labels networks learned: hard ones, those stored with the set, or the teacher's
-    probabilities of every augmented batch. Random real and baselines learn the teacher's too, where the set's networks do, and else their
-    hard labels. With the teacher's, networks are trained in one process, in turn.
+    The protocol "short" is dm-official with 300 instead of 1,000 epochs and 3 instead of 20 networks. It is for a first look, not for a
+    comparison with published figures. Each row names the labels that networks learned: hard, stored (with the set), or the teacher's
+    probabilities of each augmented batch. If the networks of the set learn the teacher's labels, those of random real and baselines do too.
+    Else they learn hard labels. With the teacher's labels, networks are trained one after another in one process.
     """
 
     shares = True
 
-    protocol: str | ddkit.nn.Protocol = ddkit.option("short", "how networks are trained: the name of a protocol, or a file's path")
-    model: str | None = ddkit.option(None, "network, or several separated by commas; left out: the protocol's")
+    protocol: str | ddkit.nn.Protocol = ddkit.option(
+        "short", "name or file of the protocol, which says how networks are trained and tested"
+    )
+    model: str | None = ddkit.option(None, "architecture of the networks, or several separated by commas; if left out, as in the protocol")
     model_options: dict[str, Any] = ddkit.option(
-        dict(), "options, each for the models that have it; in a table of a model's name, for that one alone"
+        dict(), "options for all models that have them; a table with a model's name has options for that model only"
     )
-    repeats: int | None = ddkit.option(None, "networks; left out: the protocol's", ge=1)
-    epochs: int | None = ddkit.option(None, "passes over the set; left out: the protocol's", ge=1)
-    batch: int | None = ddkit.option(None, "images of a batch; left out: the protocol's", ge=1)
-    optimizer: Literal["sgd", "adam", "adamw"] | None = ddkit.option(None, "left out: the protocol's")
+    repeats: int | None = ddkit.option(None, "number of networks; if left out, as in the protocol", ge=1)
+    epochs: int | None = ddkit.option(None, "passes over the set; if left out, as in the protocol", ge=1)
+    batch: int | None = ddkit.option(None, "images per batch; if left out, as in the protocol", ge=1)
+    optimizer: Literal["sgd", "adam", "adamw"] | None = ddkit.option(None, "optimizer of the networks; if left out, as in the protocol")
     lr: float | Literal["stored"] | None = ddkit.option(
-        None, "learning rate, at its highest; stored: the step_size that the set has learned; left out: the protocol's", gt=0
+        None, "highest learning rate, or stored for the learning rate that was learned with the set; if left out, as in the protocol", gt=0
     )
-    momentum: float | None = ddkit.option(None, "of sgd; left out: the protocol's", ge=0, lt=1)
-    weight_decay: float | None = ddkit.option(None, "left out: the protocol's", ge=0)
-    schedule: Literal["one-cycle", "constant", "step", "cosine", "multi-step"] | None = ddkit.option(None, "left out: the protocol's")
-    milestones: tuple[float, ...] | None = ddkit.option(None, "of multi-step, fractions; left out: the protocol's", gt=0, lt=1)
-    gamma: float | None = ddkit.option(None, "of step and multi-step; left out: the protocol's", gt=0, le=1)
-    rho: float | None = ddkit.option(None, "of sharpness-aware minimisation; left out: the protocol's", ge=0)
-    ema: float | None = ddkit.option(None, "decay of the weights' average, which is tested; left out: the protocol's", ge=0, lt=1)
-    mix: Literal["none", "cutmix", "mixup"] | None = ddkit.option(None, "mixing of the images of a batch; left out: the protocol's")
-    mix_alpha: float | None = ddkit.option(None, "of the Beta distribution of mixing; left out: the protocol's", gt=0)
-    mix_share: float | None = ddkit.option(None, "share of mixed batches; left out: the protocol's", ge=0, le=1)
-    augmenter: str | None = ddkit.option(None, "of the networks' training; left out: the protocol's")
-    augmenter_options: dict[str, Any] | None = ddkit.option(None, "left out: the protocol's, none for another augmenter than its own")
+    momentum: float | None = ddkit.option(None, "momentum, for the optimizer sgd only; if left out, as in the protocol", ge=0, lt=1)
+    weight_decay: float | None = ddkit.option(None, "weight decay; if left out, as in the protocol", ge=0)
+    schedule: Literal["one-cycle", "constant", "step", "cosine", "multi-step"] | None = ddkit.option(
+        None, "schedule of the learning rate; if left out, as in the protocol"
+    )
+    milestones: tuple[float, ...] | None = ddkit.option(
+        None,
+        "fractions of the epochs after which the learning rate falls, for the schedule multi-step only; if left out, as in the protocol",
+        gt=0,
+        lt=1,
+    )
+    gamma: float | None = ddkit.option(
+        None,
+        "factor by which the learning rate falls, for the schedules step and multi-step only; if left out, as in the protocol",
+        gt=0,
+        le=1,
+    )
+    rho: float | None = ddkit.option(None, "radius of sharpness-aware minimisation, 0 for none; if left out, as in the protocol", ge=0)
+    ema: float | None = ddkit.option(
+        None, "decay of the moving average of the weights, which is tested, 0 for none; if left out, as in the protocol", ge=0, lt=1
+    )
+    mix: Literal["none", "cutmix", "mixup"] | None = ddkit.option(
+        None, "mixing of the images and labels of a batch; if left out, as in the protocol"
+    )
+    mix_alpha: float | None = ddkit.option(
+        None, "parameter of the Beta distribution from which the strength of mixing is drawn; if left out, as in the protocol", gt=0
+    )
+    mix_share: float | None = ddkit.option(None, "share of the batches that are mixed; if left out, as in the protocol", ge=0, le=1)
+    augmenter: str | None = ddkit.option(None, "augmenter of each batch; if left out, as in the protocol")
+    augmenter_options: dict[str, Any] | None = ddkit.option(
+        None, "options of the augmenter; if left out, as in the protocol, and none for another augmenter"
+    )
     labels: Literal["auto", "hard", "stored", "teacher", "soft", "both"] | None = ddkit.option(
         None,
-        "auto: those stored with the set, or else hard; both: hard and teacher, a row each; soft: as teacher; left out: the protocol's",
+        "labels that networks learn: hard, stored (with the set), teacher (also called soft), both (a row for hard, a row for teacher), "
+        "or auto (stored if the set has labels, and else hard); if left out, as in the protocol",
     )
-    temperature: float | None = ddkit.option(None, "of the teacher's labels; left out: the protocol's", gt=0)
-    synthetic: bool = ddkit.option(True, "false: the baselines alone, not the set and the random real images beside it")
-    random_real: bool = ddkit.option(True, "whether random real images are evaluated beside the set")
-    baselines: tuple[Literal["pipc-real", "class-mean"], ...] = ddkit.option((), "rows of their own: all accessible images, class means")
-    augment: str = ddkit.option("auto", "the augmenter as version 0.1 calls it; auto: that of the option augmenter")
-    precision: Literal["auto", "float32", "bfloat16"] = ddkit.option("auto")
-    compile: Literal["auto", "always", "never"] = ddkit.option("auto", "auto: where it pays back")
-    workers: int | Literal["auto"] = ddkit.option("auto", "processes that train networks at the same time", ge=1)
-    cache: bool = ddkit.option(True, "whether random real and baselines that an earlier evaluation trained are used again")
+    temperature: float | None = ddkit.option(None, "temperature of the teacher's labels; if left out, as in the protocol", gt=0)
+    synthetic: bool = ddkit.option(True, "whether the set is evaluated; if false, only the baselines are")
+    random_real: bool = ddkit.option(True, "whether random real images are evaluated too")
+    baselines: tuple[Literal["pipc-real", "class-mean"], ...] = ddkit.option(
+        (), "further rows: pipc-real for all accessible real images, class-mean for means of real images"
+    )
+    augment: str = ddkit.option("auto", "older name of the option augmenter, or auto for that option")
+    precision: Literal["auto", "float32", "bfloat16"] = ddkit.option("auto", "precision of compiled networks")
+    compile: Literal["auto", "always", "never"] = ddkit.option(
+        "auto", "whether networks are compiled, or auto to compile only if it saves time"
+    )
+    workers: int | Literal["auto"] = ddkit.option("auto", "number of processes that train networks at the same time", ge=1)
+    cache: bool = ddkit.option(True, "whether accuracies of random real images and baselines from earlier evaluations are used again")
 
     def requires(self) -> ddkit.Requires:
         needed = stored_with_a_set(lr=self.training.lr, labels=self._labels)
@@ -118,7 +145,11 @@ class Accuracy(ddkit.Evaluator):
     def check(self, info: ddkit.DataInfo) -> None:
         if not self.synthetic and not self.baselines:
             path = f"{self.recipe_path}.synthetic"
-            raise ddkit.InputError(f"{path} is false and there are no baselines: nothing is left to evaluate. Name one in baselines.", path)
+            raise ddkit.InputError(
+                f"{path} is false and there are no baselines, so nothing is left to evaluate. Add a baseline to "
+                f"{self.recipe_path}.baselines.",
+                path,
+            )
         self._modules(info)  # an image too small for a network is an error before the run
         augmenter_of(self.training, info, f"{self.recipe_path}.augmenter_options")
 
@@ -140,12 +171,13 @@ class Accuracy(ddkit.Evaluator):
     ) -> list[ddkit.Evaluation]:
         kinds, path = self._label_kinds(artifact), f"{self.recipe_path}.labels"
         if "teacher" in kinds and teacher is None:
-            raise ddkit.InputError(f"{path} = {self._labels} needs a teacher: give --teacher FILE.", path)
+            raise ddkit.InputError(f"{path} = {self._labels} needs a teacher. Add --teacher FILE.", path)
         self._training_on(artifact)  # an unusable step size is an error before networks are trained
         counts, words = real_counts(artifact, data.real_labels)
         if self.random_real and len(data.real_images) and sum(counts) < int(artifact.stored_counts.sum()):
             log.warning(
-                "There are fewer accessible real images than the set has: random real is %s. A larger --pipc helps if they exist.",
+                "There are fewer accessible real images than the set has images, so random real has %s. Use a larger --pipc, if there "
+                "are more.",
                 words,
             )
         rounds = [(name, model, labels) for name, model in self._models(data.info).items() for labels in kinds]
@@ -168,9 +200,11 @@ class Accuracy(ddkit.Evaluator):
             return self.training
         path, found = f"{self.recipe_path}.lr", artifact.parameters.get("step_size")
         if found is None or found.numel() != 1:
-            raise ddkit.InputError(f"{path} = stored: this set has no parameter step_size of one number. Give a learning rate.", path)
+            raise ddkit.InputError(f"{path} = stored, but this set has no learned learning rate (step_size). Use a number.", path)
         if not float(found) > 0:
-            raise ddkit.InputError(f"{path} = stored: the step_size of this set is {float(found):g}, and a learning rate is above 0.", path)
+            raise ddkit.InputError(
+                f"{path} = stored, but the step_size of this set is {float(found):g}. A learning rate must be above 0.", path
+            )
         return ddkit.nn.Protocol(**fields_of(self.training) | {"lr": float(found)})
 
     def operations(self, info: ddkit.DataInfo, *, rows: int, real: int, tests: int) -> float:
@@ -204,8 +238,8 @@ class Accuracy(ddkit.Evaluator):
             return Plan(arithmetic, 1 if alone else min(torch.get_num_threads(), MOST_WORKERS), threads)
         if self.workers > 1 and device.type != "cpu":
             raise ddkit.InputError(
-                f"{self.recipe_path}.workers = {self.workers}: several processes train on the CPU only, not on {device}. "
-                "Leave it at auto, or use --device cpu.",
+                f"{self.recipe_path}.workers = {self.workers}: networks are only trained in several processes on the CPU, not on {device}. "
+                "Use auto, or --device cpu.",
                 f"{self.recipe_path}.workers",
             )
         return Plan(arithmetic, min(self.workers, networks), threads)
@@ -216,7 +250,7 @@ class Accuracy(ddkit.Evaluator):
         if len(data.real_images):
             return [*own, *dict.fromkeys(self.baselines)]
         if self.baselines:
-            log.warning("Without accessible real images there is nothing to compute the baselines from; they are left out.")
+            log.warning("The baselines are left out, because there are no accessible real images.")
         return own[:1]
 
     def _evaluations(
@@ -365,8 +399,8 @@ def split_options(names: Sequence[str], options: Mapping[str, Any], where: str) 
     for key, value in shared.items():
         if not any(key in fields for fields in known.values()):
             have = "; ".join(f"{name} has {', '.join(sorted(fields)) or 'none'}" for name, fields in known.items())
-            what = f"none of the models {', '.join(known)} has that option: {have}."
+            what = f"none of the models {', '.join(known)} has this option ({have})."
             if isinstance(value, Mapping):
-                what = f"the models of this evaluation are {', '.join(known)}. Name one of them, or take the table out."
+                what = f"the models of this evaluation are {', '.join(known)}. Name one of them, or remove the table."
             raise ddkit.InputError(f"{where}.{key}: {what}", f"{where}.{key}")
     return {name: {key: value for key, value in shared.items() if key in known[name]} | dict(own.get(name, {})) for name in names}

@@ -14,23 +14,23 @@ log = logging.getLogger("ddkit")
 
 
 class Transfer(Accuracy):
-    """Test accuracy over architectures: networks of several kinds trained from scratch on the set, a row for each.
+    """Test accuracy over architectures: several kinds of networks are trained on the set, with a row for each.
 
-    What a set teaches to an architecture that it was not made with is what its users get. Every option is that of `accuracy`.
+    It shows how well a set trains architectures that it was not made with. All options are those of the evaluator `accuracy`.
     """
 
-    model: str | None = ddkit.option("convnet,mlp,lenet,resnet18,vgg11", "networks, separated by commas")
+    model: str | None = ddkit.option("convnet,mlp,lenet,resnet18,vgg11", "architectures of the networks, separated by commas")
 
 
 class Ranking(ddkit.Evaluator):
-    """The scores of DD-Ranking: how much of a result is the set's own, and not the protocol's or its soft labels'.
+    """The scores of DD-Ranking, which separate the effect of the set from that of the protocol and of soft labels.
 
     With accuracies as fractions of 1, hard labels, and the evaluation of `accuracy` under `protocol`:
 
-    - hlr, the hard-label recovery: accuracy of a network trained on all real data, less that of one trained on the set; less is better;
-    - ior, the improvement over random: accuracy of the set, less that of as many random real images (fewer are counted and said);
-    - lrs = (e^a - e^-1) / (e - e^-1) with a = 0.5 ior - 0.5 hlr;
-    - ars likewise with 0.5 times the improvement over random with augmentation plus 0.5 times that without.
+    - hlr, the hard-label recovery: accuracy of a network trained on all real data, minus that of one trained on the set, lower is better
+    - ior, the improvement over random: accuracy of the set, minus that of as many random real images (the row says if there are fewer)
+    - lrs = (e^a - e^-1) / (e - e^-1) with a = 0.5 ior - 0.5 hlr
+    - ars, the same formula with a = 0.5 times the improvement over random with augmentation plus 0.5 times that without
 
     "All real data" is the teacher's accuracy on the same test images, or the option `full`. accuracy_mean is that of the set.
     Source: Li et al., DD-Ranking: Rethinking the Evaluation of Dataset Distillation, arXiv 2505.13300.
@@ -38,12 +38,16 @@ class Ranking(ddkit.Evaluator):
 
     shares = True
 
-    protocol: str | ddkit.nn.Protocol = ddkit.option("short", "of accuracy: the name of a protocol, or a file's path")
-    model: str = ddkit.option("convnet", "network")
-    model_options: dict[str, Any] = ddkit.option(dict(), "options of that model")
-    repeats: int | None = ddkit.option(None, "networks; left out: the protocol's", ge=1)
-    epochs: int | None = ddkit.option(None, "passes over the set; left out: the protocol's", ge=1)
-    full: float | None = ddkit.option(None, "accuracy with all real data; left out: the teacher's", ge=0, le=1)
+    protocol: str | ddkit.nn.Protocol = ddkit.option(
+        "short", "name or file of the protocol, which says how networks are trained and tested"
+    )
+    model: str = ddkit.option("convnet", "architecture of the networks")
+    model_options: dict[str, Any] = ddkit.option(dict(), "options of the model")
+    repeats: int | None = ddkit.option(None, "number of networks; if left out, as in the protocol", ge=1)
+    epochs: int | None = ddkit.option(None, "passes over the set; if left out, as in the protocol", ge=1)
+    full: float | None = ddkit.option(
+        None, "accuracy of networks trained on all real data; if left out, the accuracy of the teacher", ge=0, le=1
+    )
 
     def requires(self) -> ddkit.Requires:
         protocol = ddkit.nn.read_protocol(self.protocol) if isinstance(self.protocol, str) else self.protocol
@@ -51,7 +55,7 @@ class Ranking(ddkit.Evaluator):
 
     def check(self, info: ddkit.DataInfo) -> None:
         if "," in self.model:
-            raise ddkit.InputError(f"{self.recipe_path}.model = {self.model!r}: its scores are those of one network.")
+            raise ddkit.InputError(f"{self.recipe_path}.model = {self.model!r}: the scores are for one architecture. Name only one.")
         self._accuracy(info, "auto").check(info)
 
     def _accuracy(self, info: ddkit.DataInfo, augment: str) -> ddkit.Evaluator:
@@ -65,12 +69,14 @@ class Ranking(ddkit.Evaluator):
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
     ) -> list[ddkit.Evaluation]:
         if not len(data.real_images):
-            raise ddkit.InputError(f"{self.recipe_path} compares with random real images, and none are accessible.")
+            raise ddkit.InputError(
+                f"{self.recipe_path} compares the set with random real images, but none are accessible. Use a larger --pipc."
+            )
         full = self._full(data, teacher)
         with_, without = (self._accuracy(data.info, augment)(artifact, data, None)[0] for augment in ("auto", "none"))
         found = scores(full, _pair(with_), _pair(without))
         summary = ", ".join(f"{name.upper()} {value:.3f}" for name, value in found.items())
-        summary += f"; random real: {with_.details['random_real']}" if with_.details.get("random_real") else ""
+        summary += f", random real: {with_.details['random_real']}" if with_.details.get("random_real") else ""
         details = {"summary": summary, **found, "full": full}
         details |= {"unaugmented": {"accuracy_mean": without.accuracy_mean, "random_real_mean": without.random_real_mean}}
         return [ddkit.Evaluation(**fields_of(with_) | {"evaluator": self.name, "details": with_.details | details})]
@@ -81,7 +87,10 @@ class Ranking(ddkit.Evaluator):
         if teacher is None:
             raise ddkit.InputError(f"{self.recipe_path} needs a teacher, or --set {self.recipe_path}.full=ACCURACY.")
         if data.split != "test":
-            log.warning("hlr and lrs are too bad here: the teacher was trained on the held-out images too. Give %s.full.", self.recipe_path)
+            log.warning(
+                "hlr and lrs are worse than they should be, because the teacher was trained on the held-out images too. Set %s.full.",
+                self.recipe_path,
+            )
         images = teacher.normalisation.lazily(data.test_images).to(data.device)
         return ddkit.nn.accuracy(teacher.module, images, data.test_labels.to(data.device))
 

@@ -24,13 +24,13 @@ def looked_at(name: str, details: dict[str, Any]) -> list[ddkit.Evaluation]:
 
 
 class Spectrum(ddkit.Evaluator):
-    """Radial power spectrum of the synthetic images beside that of the accessible real ones; no accuracy.
+    """Radial power spectra of the synthetic images and of the accessible real images; no accuracy.
 
-    The share of the power in equal bands of frequency, and the share above 0.25 cycles per pixel, which the papers on deep support vectors
-    mean where they call images low-frequency (arXiv 2405.00348, Fig. 3). White noise has 80 % of it there at 32 x 32 pixels.
+    The row has the share of the power in equal bands of frequency, and the share above 0.25 cycles per pixel. The papers on deep support
+    vectors call images with a small such share low-frequency (arXiv 2405.00348, Fig. 3). For white noise of 32 x 32 pixels it is 80 %.
     """
 
-    bins: int = ddkit.option(16, "equal bands from 0 to 0.5 cycles per pixel", ge=2, le=256)
+    bins: int = ddkit.option(16, "number of equal bands from 0 to 0.5 cycles per pixel", ge=2, le=256)
 
     def __call__(
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
@@ -48,23 +48,25 @@ class Spectrum(ddkit.Evaluator):
 
 
 class Memorisation(ddkit.Evaluator):
-    """How near each synthetic image is to an accessible real one, beside how near real images are to each other; no accuracy.
+    """Distances from synthetic images to accessible real images, and between real images; no accuracy.
 
-    Distances are root mean squares over pixels and channels, in pixel units, mirrored images counting as the same where the data says so.
-    An image is close where it is nearer to a real one than 95 % of the real ones are to another. A set with close images shows
-    pictures that its owner may not want to show: the argument that a synthetic set protects them does not hold for it. (Nor does the
-    lack of close images prove that it does: that would take more than distances of pixels.)
+    Distances are root mean squares over pixels and channels, in pixel units. Mirrored images count as the same if the dataset declares it.
+    An image is close if it is nearer to a real image than 95 % of the real images are to another. A set with close images shows
+    pictures that its owner may want to protect, and a synthetic set does not protect them. (A set without
+    close images is no proof of protection, for which distances of pixels do not suffice.)
     """
 
     requires = ddkit.Requires(real=True)
 
-    quantile: float = ddkit.option(0.05, "of real images' distances, under which an image is close", gt=0, lt=1)
+    quantile: float = ddkit.option(0.05, "quantile of the distances between real images below which a synthetic image is close", gt=0, lt=1)
 
     def __call__(
         self, artifact: ddkit.Artifact, data: ddkit.data.EvaluationData, teacher: ddkit.nn.Teacher | None
     ) -> list[ddkit.Evaluation]:
         if len(data.real_images) < 2:
-            raise ddkit.InputError(f"{self.recipe_path} compares with accessible real images, and there are {len(data.real_images)}.")
+            raise ddkit.InputError(
+                f"{self.recipe_path} needs at least 2 accessible real images, but there are {len(data.real_images)}. Use a larger --pipc."
+            )
         real, mirror = data.real_images, data.info.mirror
         found = nearest(artifact.images, real, mirror=mirror)
         chosen = torch.randperm(len(real), generator=ddkit.generator(data.seed, self.name))[:MOST_REAL]
@@ -74,7 +76,7 @@ class Memorisation(ddkit.Evaluator):
         if close:
             log.warning(
                 "%d of %d synthetic images are nearer to an accessible real image than %g %% of the real ones are to another: "
-                "this set does not hide the images that it was made from.",
+                "the set does not hide the images that it was made from.",
                 close, len(found), 100 * (1 - self.quantile),
             )  # fmt: skip
         ratio = float(found.median() / own.median()) if float(own.median()) > 0 else None

@@ -66,8 +66,8 @@ def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int
     uniform, enough = len(stored.unique()) == len(found.unique()) == 1, torch.equal(found, stored)
     have, of = (int(counts[0] if uniform else counts.sum()) for counts in (found, stored))
     decoded = len(artifact.labels) // int(stored.sum())
-    words = f"{have}{'' if enough else f' of {of}'} {'a class' if uniform else 'in all'}"
-    words += f", beside {of * decoded} decoded ones" if decoded > 1 else ""
+    words = f"{have}{'' if enough else f' of {of}'} {'per class' if uniform else 'in all'}"
+    words += f", compared with {of * decoded} decoded images" if decoded > 1 else ""
     return found.tolist(), "" if enough and decoded == 1 else words
 
 

@@ -75,11 +75,11 @@ def trained_apart(trainer: Trainer, tasks: Sequence[Task], workers: int, keep: K
         except (OSError, SafetensorError) as error:  # the temporary folder is full, or cannot be written
             problem = f"could not be started ({' '.join(str(error).split())})"
     if not compiled:
-        log.warning("torch.compile did not work in a process that trains networks; it went on without.")
+        log.warning("torch.compile failed in a process that trains networks. It continued without compiled code.")
         trainer.gave_up_compiling = True
     left = [task for task in tasks if task not in found]
     if left:
-        log.warning("A process that trained networks %s; %d networks are trained here instead.", problem, len(left))
+        log.warning("A process that trained networks %s. %d networks are trained in this process instead.", problem, len(left))
         found |= dict(zip(left, trained_in_turn(trainer, left, keep, done=len(found)), strict=True))
     return [found[task] for task in tasks]
 

@@ -43,11 +43,11 @@ WHITENED = [  # the last lines in their place, of a set whose networks see white
 
 
 class Npz(ddkit.Exporter):
-    """NumPy arrays in one .npz file, bit for bit: x_train, y_train, class_names, mean and std; read without pickle.
+    """Exact NumPy arrays in one .npz file: x_train, y_train, class_names, mean and std, readable without pickle.
 
     `x_train` (n, C, H, W) is float32 in pixel units, `y_train` (n,) int64; `mean` and `std` (C,) are float32. `unclipped` says
-    that values may lie outside 0..1: the dataset `npz:PATH` takes them where it is there.
-    Labels that are not hard are `soft_labels` (n, K). A whitened set has the three tensors of its whitening; its images are plain.
+    that values may be outside 0..1, which the dataset `npz:PATH` then accepts.
+    Labels that are not hard are `soft_labels` (n, K). For a whitened set there are the three tensors of its whitening, and plain images.
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
@@ -69,10 +69,10 @@ class Npz(ddkit.Exporter):
 class ImageFolder(ddkit.Exporter):
     """PNG files in class folders, train/CLASS/0001.png, for torchvision's ImageFolder and Hugging Face's imagefolder.
 
-    PNG has 8 bits: values are clipped to 0..1 and rounded to 256 levels, and the card says by how much at most. A class name
-    that is no good folder name is escaped, "a/b" as "a%2Fb"; `classes.json` and `train/metadata.jsonl` have the names as they are.
-    Labels that are not hard are in `soft_labels.csv`: a line for each file, with the probability of every class.
-    The whitening of a set is in `whitening.npz`; the pictures are plain.
+    PNG has 8 bits, so values are clipped to 0..1 and rounded to 256 levels, and the card has the largest error. A class name
+    that cannot be a folder name is escaped, "a/b" as "a%2Fb"; `classes.json` and `train/metadata.jsonl` have the original names.
+    Labels that are not hard are in `soft_labels.csv`, with a line for each file and the probability of each class.
+    The whitening of a set is in `whitening.npz`, and the pictures are plain.
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
@@ -127,9 +127,9 @@ class ImageFolder(ddkit.Exporter):
 
 
 class Sheet(ddkit.Exporter):
-    """One PNG picture of the set to look at: a row for each class, its name at the left, enlarged by whole pixels."""
+    """One PNG picture of the set: a row for each class with its name at the left, enlarged by whole pixels."""
 
-    columns: int = ddkit.option(20, "images of a class, at most", ge=1)
+    columns: int = ddkit.option(20, "largest number of images per class", ge=1)
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
         _check_channels("png", artifact)
@@ -146,7 +146,7 @@ def _whitening(artifact: ddkit.Artifact) -> dict[str, Any]:
 def _check_channels(name: str, artifact: ddkit.Artifact) -> None:
     channels = artifact.images.shape[1]
     if channels not in (1, 3):
-        raise ddkit.InputError(f"The exporter '{name}' writes images of 1 or 3 channels, and this set has {channels}. Use --to npz.")
+        raise ddkit.InputError(f"The exporter '{name}' writes images of 1 or 3 channels, but this set has {channels}. Use --to npz.")
 
 
 def folder_names(names: Sequence[str]) -> list[str]:

@@ -49,10 +49,10 @@ class Layout(NamedTuple):
 
 
 class Card(ddkit.Exporter):
-    """A data set card alone: README.md with YAML front matter, to put beside synthetic.safetensors.
+    """A dataset card only: README.md with YAML front matter, for the folder of synthetic.safetensors.
 
-    It says what the set is, where it comes from, how to load it, and its accuracies with those of random real images beside.
-    The licence is left for you to fill in. The other exporters write such a card too.
+    It describes the set, its origin, how to load it, and its accuracies compared with those of random real images.
+    Fill in the licence yourself. The other exporters write such a card too.
     """
 
     def __call__(self, artifact: ddkit.Artifact, folder: str) -> None:
@@ -78,11 +78,11 @@ def card(artifact: ddkit.Artifact, layout: Layout) -> str:
     found, source, start = artifact.provenance, _source(artifact), _start(artifact)
     count, channels, height, width = artifact.images.shape
     ipc = artifact.metadata.get("ipc")
-    files = {"synthetic.safetensors (the set that this was made from)": found.sha256}
+    files = {"synthetic.safetensors (the set from which this was made)": found.sha256}
     files |= {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in layout.files}
     recipe = tomli_w.dumps(ddkit.data.without_folders(found.recipe)).rstrip() if found.recipe else ""
     text: str = _template().render(
-        title=f"{source or 'Images'}, distilled" + (f": {ipc} image{'s' if ipc != 1 else ''} a class" if ipc else ""),
+        title=f"{source or 'Images'}, distilled" + (f": {ipc} image{'s' if ipc != 1 else ''} per class" if ipc else ""),
         source=source,
         size=next((text for most, text in SIZES if count < most), "n>1M"),
         count=count,

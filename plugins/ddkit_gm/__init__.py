@@ -36,16 +36,18 @@ def gradient_distance(real: Sequence[Tensor], synthetic: Sequence[Tensor], dista
 
 
 class GradientMatching(ddkit.Loss):
-    """Distance of the network gradients of real and synthetic images, class by class, on the network of the step.
+    """Distance between the gradients of real and synthetic images, class by class, in the network of the step.
 
-    A network that is trained on the set is to take the steps that it would take on the real images.
+    So a network trained on the set takes the same steps as on the real images.
 
     Source: Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021, arXiv 2006.05929, Algorithm 1.
     """
 
-    distance: Literal["layer-cosine", "mse", "cosine"] = ddkit.option("layer-cosine", "layer-wise cosine is the original's")
+    distance: Literal["layer-cosine", "mse", "cosine"] = ddkit.option(
+        "layer-cosine", "distance of two gradients; layer-cosine is that of the paper"
+    )
     kernels: bool = ddkit.option(
-        False, "whether the kernels of convolutions alone are compared, no linear layer, bias or norm, as IDC does"
+        False, "whether only the kernels of convolutions are compared, as in IDC, and no linear layers, biases or norms"
     )
 
     order_invariant = True
@@ -54,7 +56,7 @@ class GradientMatching(ddkit.Loss):
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
         if not self._compared(list(step.network.parameters())):
             raise ddkit.InputError(
-                f"{self.recipe_path}.kernels compares the kernels of convolutions, and the network has none. Use another, such as "
+                f"{self.recipe_path}.kernels compares the kernels of convolutions, but the network has none. Use another network, e.g. "
                 f"--set network.model=convnet, or --set {self.recipe_path}.kernels=false.",
                 f"{self.recipe_path}.kernels",
             )

@@ -38,7 +38,7 @@ def classes(start: ddkit.InitContext) -> Iterator[Class]:
 class Noise(ddkit.Initializer):
     """Gaussian noise in normalised units."""
 
-    std: float = ddkit.option(1.0, "standard deviation, normalised units", gt=0)
+    std: float = ddkit.option(1.0, "standard deviation of the noise, in normalised units", gt=0)
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         parts = [torch.randn((each.ipc, *start.shape), generator=start.generator(each.label)) for each in classes(start)]

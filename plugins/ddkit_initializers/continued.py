@@ -29,21 +29,21 @@ class Source(NamedTuple):
 
 
 class File(ddkit.Initializer):
-    """A set that is there: `file:PATH`, an earlier run, a synthetic.safetensors, or class folders of images.
+    """An existing set, `file:PATH`: an earlier run, a synthetic.safetensors, or class folders of images.
 
-    Classes are matched by name, and the first ipc images of each are taken, in the order of the set or of the file names. Images of
-    another size or other channels are made to fit, and a warning says so. Their pixels are normalised with the statistics of this run.
-    Learned labels (labels.kind) begin as those that are stored with the set.
+    Classes are matched by name, and the first ipc images of each are used, in the order of the set or of the file names. Images of
+    another size or other channels are converted, with a warning. Pixels are normalised with the statistics of the new run.
+    Learned labels (labels.kind) start from the labels stored with the set.
     """
 
     argument = "path"
 
-    path: str = ddkit.option("", "run directory, .safetensors file, or folder of class folders")
+    path: str = ddkit.option("", "run directory, .safetensors file, or folder with class folders")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         if not self.path:
-            raise ddkit.InputError("The initializer 'file' needs a path: --init file:PATH.", "initializer.path")
+            raise ddkit.InputError("The initializer 'file' needs a path, as in --init file:PATH.", "initializer.path")
         self.path = str(Path(self.path).absolute())
 
     @cached_property
@@ -51,7 +51,7 @@ class File(ddkit.Initializer):
         """The set; raises InputError where there is none, RunFilesError where a run or file is damaged."""
         path = Path(self.path)
         if not path.exists():
-            raise ddkit.InputError(f"The initializer cannot read {path}: there is no such file or folder.", "initializer.path")
+            raise ddkit.InputError(f"The initializer 'file' cannot read {path}, which does not exist.", "initializer.path")
         if path.is_file() or any((path / name).exists() for name in OF_A_RUN):
             return _of_artifact(ddkit.load(path))
         return _of_folder(path)
@@ -61,8 +61,8 @@ class File(ddkit.Initializer):
         missing = [name for name in available if name not in counts]
         if missing:
             raise ddkit.InputError(
-                f"{path} has no class {', '.join(map(repr, missing[:5]))}{' ...' if len(missing) > 5 else ''}; it has "
-                f"{', '.join(map(repr, list(counts)[:12]))}. A set to begin with needs every class of the data, by name.",
+                f"{path} has no class {', '.join(map(repr, missing[:5]))}{' ...' if len(missing) > 5 else ''}. Its classes are "
+                f"{', '.join(map(repr, list(counts)[:12]))}. An initial set needs all classes of the data, with the same names.",
                 "initializer.path",
             )
         short = [f"'{name}' has {counts[name]}" for name in available if counts[name] < ipc]
@@ -79,7 +79,7 @@ class File(ddkit.Initializer):
         if others:
             channels, height, width = start.shape
             log.warning(
-                "%s: %d of %d images were made to fit: %d channel%s, %d x %d pixels.",
+                "%s: %d of %d images were converted to %d channel%s and %d x %d pixels.",
                 self.path, others, len(images), channels, "s" if channels > 1 else "", height, width,
             )  # fmt: skip
         return start.normalisation.normalise(ddkit.data.conform(images, start.shape))

@@ -75,7 +75,9 @@ def central(points: Points, count: int, seed: int, *, restarts: int) -> list[int
 class Coreset(ddkit.Initializer):
     """Base of those that choose accessible real images of a class by their features, in the images' own order."""
 
-    features: Literal["pixels", "teacher"] = ddkit.option("pixels", "what is compared: normalised pixels, or the teacher's features")
+    features: Literal["pixels", "teacher"] = ddkit.option(
+        "pixels", "values that are compared: normalised pixels, or features of the teacher"
+    )
 
     def requires(self) -> ddkit.Requires:
         return ddkit.Requires(real=True, teacher=self.features == "teacher")
@@ -103,7 +105,7 @@ class Coreset(ddkit.Initializer):
 class Herding(Coreset):
     """Accessible real images whose mean follows the class mean: herding, as in iCaRL (arXiv 1611.07725).
 
-    Greedy, without a random draw: each image brings the mean of those chosen nearest to the mean of the class.
+    Greedy and without a random draw: each chosen image moves the mean of the chosen images nearest to the mean of the class.
     """
 
     def choose(self, points: Points, count: int, generator: Generator) -> list[int]:
@@ -113,7 +115,7 @@ class Herding(Coreset):
 class KCenter(Coreset):
     """Accessible real images far apart from each other: greedy k-center (Sener and Savarese, arXiv 1708.00489).
 
-    The first is nearest to the class mean, each next one farthest from all before it; without a random draw.
+    The first image is nearest to the class mean, and each next one is farthest from all before it. There is no random draw.
     """
 
     def choose(self, points: Points, count: int, generator: Generator) -> list[int]:
@@ -121,12 +123,12 @@ class KCenter(Coreset):
 
 
 class KMeans(Coreset):
-    """Accessible real images in the middle of k-means clusters of their class, one of each cluster.
+    """Accessible real images in the middle of k-means clusters of their class, one per cluster.
 
-    scikit-learn's KMeans with as many clusters as the class gets images; the member nearest to its centre stands for a cluster.
+    Uses KMeans of scikit-learn with a cluster for each image of the class, and takes the member nearest to the centre of each cluster.
     """
 
-    restarts: int = ddkit.option(10, "runs of k-means, of which the best is kept", ge=1)
+    restarts: int = ddkit.option(10, "number of runs of k-means, of which the best is used", ge=1)
 
     def choose(self, points: Points, count: int, generator: Generator) -> list[int]:
         seed = int(torch.randint(2**31 - 1, (), generator=generator))

@@ -37,17 +37,17 @@ def cropped(image: Tensor, numbers: Tensor, size: tuple[int, int], smallest: flo
 
 
 class TypicalCrops(ddkit.Initializer):
-    """Crops of accessible real images that the teacher is surest of, one of an image, and if asked for several in one picture.
+    """Crops of accessible real images on which the teacher is most confident, one per image; `factor` puts several into one picture.
 
-    Of up to `candidates` images of a class `crops` random crops each are taken. The crop with the lowest cross-entropy stands for its
-    image, and the images with the lowest ones make the set. A crop that is smaller than an image is judged in the middle of a mean one.
+    From up to `candidates` images of a class, `crops` random crops each are taken. Each image keeps its crop with the lowest cross-entropy,
+    and the crops with the lowest values make the set. A crop that is smaller than an image is tested in the middle of the mean image.
 
     Source: Sun et al., On the Diversity and Realism of Distilled Dataset, CVPR 2024, arXiv 2312.03526, Section 4.2, and its public code.
     """
 
-    factor: int = ddkit.option(1, "crops side by side in a picture, and one below the other", ge=1)
-    crops: int = ddkit.option(5, "random crops of an image, of which the best is kept", ge=1)
-    candidates: int = ddkit.option(300, "images a class that are looked at, and at least as many as the set takes", ge=1)
+    factor: int = ddkit.option(1, "number of crops along each side of a picture", ge=1)
+    crops: int = ddkit.option(5, "number of random crops per image, of which the best is used", ge=1)
+    candidates: int = ddkit.option(300, "number of images per class that are tried, at least as many as the set needs", ge=1)
     smallest: float = ddkit.option(0.08, "smallest share of an image's area in a crop", gt=0, le=1)
 
     requires = ddkit.Requires(real=True, teacher=True)

@@ -30,16 +30,17 @@ def attention_maps(network: nn.Module, x: Tensor, power: float) -> list[Tensor]:
     maps = [attention(output, power) for output in found if output.ndim == 4]
     if not maps:
         raise ddkit.InputError(
-            "attention-matching: the network has no two activations over places; use a convolutional network of at least "
-            "two blocks, for example --set network.model=convnet."
+            "attention-matching: the network needs at least two convolutional blocks with an activation. Use another network, "
+            "for example --set network.model=convnet."
         )
     return maps
 
 
 class AttentionMatching(ddkit.Loss):
-    """Squared distance of class-mean spatial attention maps, real to synthetic, over the layers of the step's network but the last.
+    """Squared distance between class means of real and synthetic attention maps, over all layers of the step's network except the last.
 
-    The map of a layer says where the network looks: the sum of the channels' activations, to a power, at every place, as a unit vector.
+    The map of a layer is the sum over channels of the activations to a power, at each position, as a unit vector. It shows where the
+    network looks.
 
     Source: Sajedi et al., DataDAM: Efficient Dataset Distillation with Attention Matching, ICCV 2023, arXiv 2310.00093, Eq. 2 and 3.
     """

@@ -40,15 +40,15 @@ def characteristic_distance(real: Tensor, synthetic: Tensor, frequencies: Tensor
 
 
 class CharacteristicFunction(ddkit.Loss):
-    """Distance of the characteristic functions of unit-length features, real to synthetic, summed over classes.
+    """Distance between the characteristic functions of real and synthetic features of unit length, summed over classes.
 
-    Equal characteristic functions say that features are distributed alike. The paper finds that their phases carry realism, and their
-    amplitudes diversity. Frequencies are normal numbers, drawn anew in each step, the same for all classes.
+    If the characteristic functions are equal, the features have the same distribution. In the paper the phases carry realism, and the
+    amplitudes diversity. Frequencies are normal random numbers, drawn in each step, the same for all classes.
 
     Source: Wang et al., Dataset Distillation with Neural Characteristic Function: A Minmax Perspective, CVPR 2025, arXiv 2502.20653.
     """
 
-    frequencies: int = ddkit.option(4096, "frequencies at which the functions are compared", ge=1)
+    frequencies: int = ddkit.option(4096, "number of frequencies at which the functions are compared", ge=1)
     amplitude: float = ddkit.option(0.5, "factor of the squared difference of amplitudes", ge=0)
     phase: float = ddkit.option(0.5, "factor of the difference of phases", ge=0)
 

@@ -23,8 +23,8 @@ def centre_loss(real: Tensor, labels: Tensor, centres: Tensor) -> Tensor:
 class ClassCentres(ddkit.Loss):
     """Cross-entropy of real features under a classifier whose weights are the class means of the synthetic features.
 
-    So the synthetic images of a class are drawn to the real ones, and away from those of other classes, which matching means alone is not
-    about. The features are those of the step's network.
+    So the synthetic images of a class move towards its real images and away from other classes, which matching of means does not
+    ensure. The features are those of the step's network.
 
     Source: Wang et al., CAFE: Learning to Condense Dataset by Aligning Features, CVPR 2022, arXiv 2203.01531, Eq. 5 to 7.
     """

@@ -39,19 +39,22 @@ def penultimate(module: nn.Module, x: Tensor) -> Tensor:
 
 
 class ClassLogit(ddkit.Loss):
-    """Minus the class's logit in the teacher and the step's network, with the teacher's features held near the mean of real images'.
+    """Minus the logit of the class in the teacher and the step's network, with teacher features kept near the mean of real features.
 
-    A logit has no upper end, where a cross-entropy is content with what exceeds the other classes. The features before the last linear
-    layer are those of the set in the view `default`, and of the step's real images as they are. With `[network] source = "experts"`
-    another network is drawn in each step, so that images suit several.
+    A logit has no upper limit, while a cross-entropy stops if it exceeds those of the other classes. The features before the last linear
+    layer are those of the set in the view `default`, and of the step's real images without augmentation. With `[network] source =
+    "experts"` each step draws another network, so that images suit several.
 
     Source: Nguyen et al., Re-thinking Model Inversion Attacks Against Deep Neural Networks, CVPR 2023, arXiv 2304.01669.
     """
 
     others: float = ddkit.option(
-        0.75, "share of the step's network in the logit, of k others k / (k + 1); 0: the teacher alone", ge=0, lt=1
+        0.75,
+        "weight of the step's network in the logit, 0 for the teacher only; k / (k + 1) is a mean over the teacher and k networks",
+        ge=0,
+        lt=1,
     )
-    features: float = ddkit.option(1.0, "factor of the mean squared distance of features; 0: no real images are used", ge=0)
+    features: float = ddkit.option(1.0, "factor of the mean squared distance of features, 0 to use no real images", ge=0)
 
     order_invariant = True
 
@@ -62,8 +65,8 @@ class ClassLogit(ddkit.Loss):
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
         if self.features and teacher is not None and not any(isinstance(each, nn.Linear) for each in teacher.modules()):
             raise ddkit.InputError(
-                "class-logit: the teacher has no linear layer, whose input would be its features. Use another: "
-                f"--set teacher.model=convnet; or --set {self.recipe_path}.features=0.",
+                "class-logit: the teacher has no linear layer, so it has no features. Use another teacher, e.g. "
+                f"--set teacher.model=convnet, or --set {self.recipe_path}.features=0.",
                 "teacher.model",
             )
 

@@ -23,14 +23,16 @@ def class_cross_entropy(logits: Tensor, labels: Tensor, classes: int) -> Tensor:
 class Classification(ddkit.Loss):
     """Cross-entropy of the synthetic images in the step's network, times that network's accuracy on real images, summed over classes.
 
-    Where matched features alone may come to lie among those of another class, it keeps the classes apart. A network counts as much as it
-    knows: a fresh one hardly, a trained one with its accuracy.
+    It keeps the classes apart, while matched features may be among those of another class. The weight of a network is its accuracy:
+    small for an untrained one, and larger for a trained one.
 
     Source: Zhao et al., Improved Distribution Matching for Dataset Condensation, CVPR 2023, arXiv 2307.09742, Section 4.3, whose accuracy
-    is the mean over the batches that the network was trained on; here it is that on real images of the step, which it may not have seen.
+    is the mean over the batches of the network's training; here it is measured on real images of the step, which may be new to the network.
     """
 
-    judges: int = ddkit.option(16, "real images of each class, as they are, on which the accuracy is taken, at most those of a step", ge=1)
+    judges: int = ddkit.option(
+        16, "number of real images per class, without augmentation, for the accuracy of the network, at most those of a step", ge=1
+    )
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, reduce="global")

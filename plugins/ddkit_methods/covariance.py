@@ -24,10 +24,10 @@ def covariance_distance(real: Tensor, synthetic: Tensor) -> Tensor:
 
 
 class CovarianceMatching(ddkit.Loss):
-    """Squared distance of the covariances of a class's features, real to synthetic, divided by the number of features, summed over classes.
+    """Squared distance between covariances of real and synthetic features, divided by the number of features, summed over classes.
 
-    Beside the means, as `dm` compares them, it asks for images of a class that differ as the real ones do. A class needs two synthetic
-    images at least, for example those of a grid: a single one has no covariance, and gets no gradient.
+    Together with `dm`, which compares the means, it makes the images of a class as diverse as the real ones. A class needs at least two
+    synthetic images, for example those of a grid, as a single image has no covariance and gets no gradient.
 
     Source: Li et al., Diversified Semantic Distribution Matching for Dataset Distillation, ACM Multimedia 2024,
     openreview.net/forum?id=Karxz3LH0u.

@@ -23,14 +23,14 @@ def mean_gap(real: Tensor, synthetic: Tensor) -> Tensor:
 
 
 class LayerMeans(ddkit.Loss):
-    """Squared distance of class-mean features after each activation of the step's network, real to synthetic, summed over classes.
+    """Squared distance between class means of real and synthetic features after each activation, summed over classes.
 
-    `dm` compares the last features in the same way.
+    The features are those of the step's network. The loss `dm` compares the last features in the same way.
 
     Source: Wang et al., CAFE: Learning to Condense Dataset by Aligning Features, CVPR 2022, arXiv 2203.01531, Eq. 3.
     """
 
-    shallow: float = ddkit.option(0.1, "factor of all activations but the last", ge=0)
+    shallow: float = ddkit.option(0.1, "factor of all activations except the last", ge=0)
 
     order_invariant = True
     requires = ddkit.Requires(real=True, network=True, reduce="sum")
@@ -38,7 +38,9 @@ class LayerMeans(ddkit.Loss):
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
         if network is not None and not any(isinstance(each, ACTIVATIONS) for each in network.modules()):
             names = ", ".join(each.__name__ for each in ACTIVATIONS)
-            raise ddkit.InputError(f"layer-means: the network has no activation ({names}). Use another: --model convnet.", "network.model")
+            raise ddkit.InputError(
+                f"layer-means: the network has no activation ({names}). Use another network, e.g. --model convnet.", "network.model"
+            )
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, images = step.real, step.augmented

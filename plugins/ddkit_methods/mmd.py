@@ -46,16 +46,18 @@ def squared_mmd(real: Tensor, synthetic: Tensor, kernel: str = "gaussian", scale
 
 
 class MaximumMeanDiscrepancy(ddkit.Loss):
-    """Squared maximum mean discrepancy of features, real to synthetic, summed over classes, in the network of the step.
+    """Squared maximum mean discrepancy between real and synthetic features of the step's network, summed over classes.
 
-    With the Gaussian kernel it is 0 only if the features are distributed alike, in all their moments, where `dm` compares means.
+    With the Gaussian kernel it is 0 only if the features have the same distribution, with all moments, while `dm` compares means.
     With the linear kernel it is `dm`.
 
     Source: Zhang et al., M3D: Dataset Condensation by Minimizing Maximum Mean Discrepancy, AAAI 2024, arXiv 2312.15927.
     """
 
-    kernel: Literal["gaussian", "linear"] = ddkit.option("gaussian", "all moments of the features, or their mean alone")
-    scales: int = ddkit.option(5, "Gaussians, with widths that double around the mean squared distance", ge=1, le=20)
+    kernel: Literal["gaussian", "linear"] = ddkit.option(
+        "gaussian", "kernel: gaussian compares all moments of the features, linear only their means"
+    )
+    scales: int = ddkit.option(5, "number of Gaussians, with widths that double, around the mean squared distance", ge=1, le=20)
 
     order_invariant = True
     deviations = {

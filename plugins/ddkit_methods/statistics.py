@@ -38,10 +38,10 @@ def with_statistics(module: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 class BatchNormStatistics(ddkit.Loss):
-    """Distance of the synthetic images' statistics in the teacher to the running ones of its batch norms, summed over layers.
+    """Distance between the statistics of the synthetic images in the teacher and the running ones of its batch norms, summed over layers.
 
-    A teacher with batch norm carries mean and variance of each channel over the images that it was trained with. This asks the whole set,
-    in the view `default`, to have them too. A teacher without batch norm is refused.
+    A teacher with batch norm records the mean and variance of each channel over its training images. This loss makes the whole set,
+    in the view `default`, have them too. A teacher without batch norm is refused.
 
     Source: Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion, CVPR 2020, arXiv 1912.08795, Eq. 4.
     """
@@ -54,7 +54,7 @@ class BatchNormStatistics(ddkit.Loss):
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
         if teacher is not None and not with_statistics(teacher):
             raise ddkit.InputError(
-                "batch-norm-statistics: the teacher has no batch norm that keeps running statistics. Use one that has: "
+                "batch-norm-statistics: the teacher has no batch norm that keeps running statistics. Use one with batch norm: "
                 "--set teacher.norm=batch for convnet, or --set teacher.model=resnet18.",
                 "teacher",
             )

@@ -49,10 +49,10 @@ def rows_of_batches(rows: int, batch: int, steps: int, generator: torch.Generato
 
 
 class Trajectory(ddkit.Loss):
-    """Distance of a network that is trained on the set to an expert's weights some epochs later, from the same weights of the expert.
+    """Distance between a network trained on the set from an expert's weights, and the expert's weights some epochs later.
 
-    The distance is squared, as a share of that of the expert's own way. Each step of training is plain SGD on a batch of the set, under an
-    augmentation of its own, with the learned rate `step_size`, which is stored with the set.
+    The distance is squared and divided by that between both weights of the expert. Each training step is plain SGD on a batch of the set,
+    with an augmentation of its own and the learned learning rate `step_size`, which is stored with the set.
 
     Source: Cazenavette et al., Dataset Distillation by Matching Training Trajectories, CVPR 2022, arXiv 2203.11932, Algorithm 1; with
     `graph = "separate"` Cui et al., Scaling Up Dataset Distillation to ImageNet-1K with Constant Memory, ICML 2023, arXiv 2211.10586; with
@@ -60,19 +60,21 @@ class Trajectory(ddkit.Loss):
     2310.05773.
     """
 
-    steps: int = ddkit.option(10, "steps of training on the set", ge=1)
-    batch: int = ddkit.option(0, "synthetic images of a step; 0: all", ge=0)
-    span: int = ddkit.option(2, "epochs that the expert goes on for", ge=1)
+    steps: int = ddkit.option(10, "number of training steps on the set", ge=1)
+    batch: int = ddkit.option(0, "synthetic images per training step, 0 for all", ge=0)
+    span: int = ddkit.option(2, "number of epochs between the two weights of the expert", ge=1)
     first: int = ddkit.option(0, "first epoch of the experts to start from", ge=0)
-    last: int | None = ddkit.option(None, "last epoch of the experts to start from; left out: the last with one `span` epochs later", ge=0)
-    last_at_first: int | None = ddkit.option(None, "what `last` is in the first step of the run; left out: the same", ge=0)
-    widening: int = ddkit.option(0, "steps of the run in which last_at_first becomes `last`", ge=0)
-    most: float | None = ddkit.option(None, "distance from which on a step teaches nothing; left out: none", gt=0)
-    step_size: float = ddkit.option(0.01, "what the learned rate begins as", gt=0)
+    last: int | None = ddkit.option(
+        None, "last epoch of the experts to start from; if left out, the last one with a saved epoch `span` epochs later", ge=0
+    )
+    last_at_first: int | None = ddkit.option(None, "value of `last` in the first step of the run; if left out, it does not change", ge=0)
+    widening: int = ddkit.option(0, "number of steps of the run in which `last_at_first` grows to `last`", ge=0)
+    most: float | None = ddkit.option(None, "largest distance at which a step has a gradient; if left out, all steps have one", gt=0)
+    step_size: float = ddkit.option(0.01, "initial value of the learned learning rate", gt=0)
     graph: Literal["whole", "again", "separate"] = ddkit.option(
         "whole",
-        "whole: the graph of all steps is kept; again: the same gradient, each step is computed again instead; "
-        "separate: so too, and gradients do not flow through the weights between steps",
+        "computation of the gradient: whole keeps the graph of all steps, again computes each step again for the same gradient, and "
+        "separate does so without gradients through the weights between steps",
     )
 
     def requires(self) -> ddkit.Requires:
@@ -82,14 +84,14 @@ class Trajectory(ddkit.Loss):
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
         if network is not None and any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in network.modules()):
             raise ddkit.InputError(
-                "trajectory: the network has batch norm, and experts keep no statistics for the steps between their epochs. Use "
+                "trajectory: the network has batch norm, for which experts record no statistics between their epochs. Use "
                 "--set network.norm=instance for convnet, or another --model.",
                 "network",
             )
         if (self.last_at_first is not None) != (self.widening > 0) or (self.widening and self.last is None):
             raise ddkit.InputError(
-                f"trajectory: last_at_first and widening have an effect only together, and with last. Set all three of "
-                f"{self.recipe_path}, or none of the two.",
+                f"trajectory: last_at_first and widening only have an effect together and with last. Set all three in "
+                f"{self.recipe_path}, or neither of the two.",
                 f"{self.recipe_path}.last_at_first",
             )
 

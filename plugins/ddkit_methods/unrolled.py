@@ -28,19 +28,19 @@ def rows_of_steps(slices: Mapping[int, slice], images: int) -> list[Tensor]:
 
 
 class Unrolled(ddkit.Loss):
-    """Cross-entropy on real images of the step's network after it was trained on the set.
+    """Cross-entropy on real images of the step's network, after it was trained on the set.
 
-    The training is plain SGD in the order of the images, with the learned rate `step_size`, which is stored with the set. The gradient
-    goes through all of its steps.
+    The training is plain SGD in the order of the images, with the learned learning rate `step_size`, which is stored with the set. The
+    gradient goes through all training steps.
 
     Source: Wang et al., Dataset Distillation, arXiv 1811.10959, Algorithm 1, with the epochs of Section 3.4.
     """
 
     epochs: int = ddkit.option(3, "passes over the set", ge=1)
-    images: int = ddkit.option(1, "synthetic images of each class in a step of training; 0: all", ge=0)
-    step_size: float = ddkit.option(0.01, "what the learned rate begins as", gt=0)
+    images: int = ddkit.option(1, "synthetic images per class in a training step, 0 for all", ge=0)
+    step_size: float = ddkit.option(0.01, "initial value of the learned learning rate", gt=0)
     graph: Literal["whole", "again"] = ddkit.option(
-        "whole", "whole: the graph of all steps is kept; again: the same gradient, each step is computed again instead"
+        "whole", "computation of the gradient: whole keeps the graph of all steps, and again computes each step again for the same gradient"
     )
 
     def requires(self) -> ddkit.Requires:

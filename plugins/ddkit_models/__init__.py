@@ -47,7 +47,7 @@ def norm_layer(norm: str, channels: int, size: tuple[int, int], *, model: str) -
         return [nn.BatchNorm2d(channels)]
     if norm == "group":
         if channels % GROUPS:
-            raise ddkit.InputError(f"{model}: norm = group needs a width that is a multiple of {GROUPS}, not {channels}.")
+            raise ddkit.InputError(f"{model}: norm = group needs a number of channels that is a multiple of {GROUPS}, not {channels}.")
         return [nn.GroupNorm(GROUPS, channels)]
     return [nn.LayerNorm([channels, *size])] if norm == "layer" else []
 
@@ -68,20 +68,20 @@ def depth_for(size: tuple[int, int]) -> int:
 
 
 class ConvNet(ddkit.Model):
-    """Convolutional network of the distillation literature: 3 blocks of 128 channels for 32x32 images.
+    """The usual convolutional network of the distillation literature: 3 blocks of 128 channels for 32x32 images.
 
-    A block is a 3x3 convolution, normalisation, activation and 2x2 pooling. Parameter names are those of the public DatasetCondensation
-    code, so its state dicts load.
+    A block has a 3x3 convolution, normalisation, activation and 2x2 pooling. Parameters have the names of the public DatasetCondensation
+    code, so its state dicts can be loaded.
     """
 
-    depth: int | None = ddkit.option(None, "blocks; left out: from the image size", ge=1, le=10)
-    width: int = ddkit.option(128, "channels of each block", ge=1)
+    depth: int | None = ddkit.option(None, "number of blocks; if left out, it depends on the image size", ge=1, le=10)
+    width: int = ddkit.option(128, "number of channels of each block", ge=1)
     norm: Literal["instance", "batch", "group", "layer", "none"] = ddkit.option(
-        "instance", "normalisation; group: four groups of channels; layer: all values of an image"
+        "instance", "normalisation; group has four groups of channels, and layer all values of an image"
     )
     activation: Literal["relu", "leaky-relu", "sigmoid"] = ddkit.option("relu")
     pooling: Literal["avg", "max", "none"] = ddkit.option("avg", "2x2 pooling of each block")
-    one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
+    one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images (3 in the public code)", ge=1, le=3)
 
     @classmethod
     def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
@@ -102,7 +102,8 @@ class ConvNet(ddkit.Model):
                 height, width = height // 2, width // 2
         if min(height, width) < 1:
             raise ddkit.InputError(
-                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} poolings; use a smaller depth, or pooling none."
+                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} poolings. Use a smaller depth, or pooling = "
+                "none."
             )
         return Classifier(nn.Sequential(*layers), self.width * height * width, classes)
 
@@ -110,7 +111,7 @@ class ConvNet(ddkit.Model):
 class Mlp(ddkit.Model):
     """Multilayer perceptron: hidden layers of equal width with ReLU."""
 
-    width: int = ddkit.option(128, "units of each hidden layer", ge=1)
+    width: int = ddkit.option(128, "number of units of each hidden layer", ge=1)
     depth: int = ddkit.option(2, "hidden layers", ge=1)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:

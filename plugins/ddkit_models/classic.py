@@ -32,7 +32,9 @@ class LeNet(ddkit.Model):
         for padding in paddings:
             height, width = (height + 2 * padding - 4) // 2, (width + 2 * padding - 4) // 2
         if min(height, width) < 1:
-            raise ddkit.InputError(f"lenet: images of {size[0]} x {size[1]} pixels are too small; the least is 4 x 4. Use --model mlp.")
+            raise ddkit.InputError(
+                f"lenet: images of {size[0]} x {size[1]} pixels are too small. They must be at least 4 x 4. Use --model mlp."
+            )
         layers: list[nn.Module] = []
         for before, after, padding in zip((channels, 6), (6, 16), paddings, strict=True):
             layers += [nn.Conv2d(before, after, 5, padding=padding), nn.ReLU(), nn.MaxPool2d(2)]
@@ -65,7 +67,7 @@ def plain(channels: int, size: tuple[int, int], classes: int, plan: Plan, *, nor
 class AlexNet(ddkit.Model):
     """AlexNet for small images: five convolutions of 128 to 256 channels, three max poolings, one linear layer, no norm."""
 
-    one_channel_padding: int = ddkit.option(2, "padding of the first convolution for one-channel images; the public code has 4", ge=2, le=4)
+    one_channel_padding: int = ddkit.option(2, "padding of the first convolution for one-channel images (4 in the public code)", ge=2, le=4)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         padding = self.one_channel_padding if channels == 1 else 2
@@ -77,8 +79,8 @@ class Vgg11(ddkit.Model):
     """VGG-11 for small images: eight 3x3 convolutions of 64 to 512 channels, five max poolings, one linear layer."""
 
     norm: Norm = ddkit.option("instance", "normalisation")
-    width: int = ddkit.option(64, "channels of the first convolution; the last has eight times as many", ge=1)
-    one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images; the public code has 3", ge=1, le=3)
+    width: int = ddkit.option(64, "number of channels of the first convolution, the last has eight times as many", ge=1)
+    one_channel_padding: int = ddkit.option(1, "padding of the first convolution for one-channel images (3 in the public code)", ge=1, le=3)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         stages = ((1, True), (2, True), (4, False), (4, True), (8, False), (8, True), (8, False), (8, True))
@@ -115,12 +117,12 @@ class _Mean(nn.Module):
 class ResNet18(ddkit.Model):
     """ResNet-18 for small images: a 3x3 convolution without pooling, four stages of two blocks, mean over all pixels.
 
-    A stage halves the map only where it keeps at least 2 x 2 pixels, as normalising single pixels leaves nothing of them: where it
-    would not, the first stages do not halve. torchvision's own is `torchvision:resnet18`.
+    A stage halves the map only if at least 2 x 2 pixels remain, as the normalisation of single pixels is always 0. If they would
+    not, the first stages do not halve. The network of torchvision is `torchvision:resnet18`.
     """
 
     norm: Norm = ddkit.option("instance", "normalisation")
-    width: int = ddkit.option(64, "channels of the first stage; the last has eight times as many", ge=1)
+    width: int = ddkit.option(64, "number of channels of the first stage, the last has eight times as many", ge=1)
 
     def __call__(self, channels: int, size: tuple[int, int], classes: int) -> nn.Module:
         norm, width = self.norm, self.width

@@ -23,17 +23,17 @@ _TOLD: set[str] = set()
 
 
 class Python(ddkit.Model):
-    """A model of your own: `python:module.factory`, called as factory(channels, (height, width), classes), returns an nn.Module.
+    """Your own model, `python:module.factory`: factory(channels, (height, width), classes) returns an nn.Module.
 
-    The module is looked for in the current folder, then among what is installed. A recipe, run or teacher file may name one only
-    with `--allow-code`; what you name yourself, in a flag or in Python, runs.
+    The module is imported from the current folder or from the installed packages. A recipe, run or teacher file may only name one
+    with `--allow-code`. In a flag or in Python you can always name one.
     """
 
     argument = "factory"
     runs_code = True
 
-    factory: str = ddkit.option("", "the callable, module.attribute")
-    sha256: str | None = ddkit.option(None, "of the module's file, filled in: a warning says if it is another one later")
+    factory: str = ddkit.option("", "the function, as module.function")
+    sha256: str | None = ddkit.option(None, "sha256 of the module's file, filled in by ddkit, which warns if the file changes")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -45,7 +45,7 @@ class Python(ddkit.Model):
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else None
         if options.sha256 not in (None, digest):
             log.warning(
-                "python:%s: %s is not what it was when this was recorded (its sha256 began with %s).",
+                "python:%s: %s has changed since this was recorded (its sha256 began with %s).",
                 options.factory, file, options.sha256[:12],
             )  # fmt: skip
         return {"sha256": digest}
@@ -54,13 +54,13 @@ class Python(ddkit.Model):
         path = self.factory
         module = self._build(channels, size, classes)
         if not isinstance(module, nn.Module):
-            raise ddkit.PluginError(f"python:{path} returned {type(module).__name__}; it has to return a torch.nn.Module.")
+            raise ddkit.PluginError(f"python:{path} returned {type(module).__name__}, but must return a torch.nn.Module.")
         drops = [name for name, layer in module.named_modules() if isinstance(layer, nn.modules.dropout._DropoutNd) and layer.p > 0]
         if drops and path not in _TOLD:
             _TOLD.add(path)
             log.warning(
-                "python:%s: its dropout (%s) draws from torch's global generator, so results will differ from run to run. "
-                "With p = 0 they do not.", path, ", ".join(drops[:5]),
+                "python:%s: its dropout (%s) draws from torch's global generator, so each run has another result. "
+                "Use p = 0.", path, ", ".join(drops[:5]),
             )  # fmt: skip
         return module
 
@@ -72,7 +72,7 @@ def found(path: str) -> Callable[[int, tuple[int, int], int], Any]:
     """
     if not PATH.fullmatch(path):
         raise ddkit.InputError(
-            f"--model python:{path} names no function of yours. It is python:MODULE.FUNCTION, such as python:my_models.small."
+            f"--model python:{path} does not name a function. Write python:MODULE.FUNCTION, such as python:my_models.small."
         )
     name, _, attribute = path.rpartition(".")
     folder = os.getcwd()
@@ -81,7 +81,7 @@ def found(path: str) -> Callable[[int, tuple[int, int], int], Any]:
         module = importlib.import_module(name)
     except Exception as error:  # the user's module can raise anything
         raise ddkit.PluginError(
-            f"python:{path}: the module {name} could not be imported from {folder} or from what is installed: "
+            f"python:{path}: the module {name} could not be imported, neither from {folder} nor from the installed packages: "
             f"{type(error).__name__}: {error}."
         ) from error
     finally:
@@ -90,5 +90,5 @@ def found(path: str) -> Callable[[int, tuple[int, int], int], Any]:
     if not callable(made):
         near = difflib.get_close_matches(attribute, [each for each, value in vars(module).items() if callable(value)], 1)
         hint = f" Did you mean '{near[0]}'?" if near else ""
-        raise ddkit.PluginError(f"python:{path}: {getattr(module, '__file__', name)} has no callable '{attribute}'.{hint}")
+        raise ddkit.PluginError(f"python:{path}: {getattr(module, '__file__', name)} has no function '{attribute}'.{hint}")
     return made

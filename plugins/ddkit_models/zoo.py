@@ -78,13 +78,14 @@ class Zoo(ddkit.Model):
     argument = "architecture"
     library: str
 
-    architecture: str = ddkit.option("", "its name there")
-    weights: str | None = ddkit.option(None, "safetensors file of a state dict; left out: fresh weights")
-    weights_sha256: str | None = ddkit.option(None, "of that file, filled in")
+    architecture: str = ddkit.option("", "name of the model in the library")
+    weights: str | None = ddkit.option(None, "safetensors file with a state dict; if left out, random weights")
+    weights_sha256: str | None = ddkit.option(None, "sha256 of the weights file, filled in by ddkit")
     stem: Literal["auto", "small", "original"] = ddkit.option(
-        "auto", "small: a first 7x7/2 convolution is 3x3/1, without the max pooling; auto: so for images below 64 pixels"
+        "auto",
+        "first layers: small replaces a 7x7/2 convolution by 3x3/1 and removes the max pooling, auto does so for images below 64 pixels",
     )
-    kwargs: dict[str, Any] | None = ddkit.option(None, "arguments of the library for this architecture, e.g. kwargs.patch_size = 4")
+    kwargs: dict[str, Any] | None = ddkit.option(None, "arguments for the function of the library, e.g. kwargs.patch_size = 4")
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -92,16 +93,19 @@ class Zoo(ddkit.Model):
         for key, value in (self.kwargs or {}).items():
             if key in OURS:
                 raise ddkit.InputError(
-                    f"{self.full_name}: ddkit gives {key} itself, or not at all: leave kwargs.{key} out. weights = FILE reads weights."
+                    f"{self.full_name}: {key} cannot be set, because ddkit sets it. Leave kwargs.{key} out. For weights, use weights = "
+                    "FILE."
                 )
             if isinstance(value, dict):
-                raise ddkit.InputError(f"{self.full_name}: kwargs.{key} is a table; a number, a text, true, false or a list is taken.")
+                raise ddkit.InputError(f"{self.full_name}: kwargs.{key} is a table, but must be a number, a text, true, false or a list.")
         self._fits: set[tuple[Any, ...]] = set()
         if self.weights is not None:
             self.weights = str(Path(self.weights).absolute())
         names = self.known()
         if not self.architecture:
-            raise ddkit.InputError(f"{self.library} is a library of models: name one, for example --model {self.library}:resnet18.")
+            raise ddkit.InputError(
+                f"{self.library} is a library of models. Name one of its models, for example --model {self.library}:resnet18."
+            )
         if self.architecture not in names:
             near = [f"{self.library}:{each}" for each in difflib.get_close_matches(self.architecture, names, 3)]
             hint = f"Did you mean {' or '.join(near)}?" if near else f"For example: {', '.join(names[:8])}."
@@ -111,7 +115,7 @@ class Zoo(ddkit.Model):
     def resolve(cls, options: Any, data: ddkit.DataInfo) -> Mapping[str, Any]:
         digest = options.weights and hashlib.sha256(_existing(options.weights).read_bytes()).hexdigest()
         if options.weights_sha256 not in (None, digest):
-            log.warning("The weights file %s is not what it was when this was recorded.", options.weights)
+            log.warning("The weights file %s has changed since this was recorded.", options.weights)
         return {"stem": _stem(options.stem, data.size), "weights_sha256": digest}
 
     def known(self) -> Sequence[str]:
@@ -173,14 +177,15 @@ class Zoo(ddkit.Model):
         own = module.state_dict()
         fitting = {key: value for key, value in self._weights.items() if key in own and own[key].shape == value.shape}
         if not fitting:
-            raise ddkit.InputError(f"Nothing in the weights file {self.weights} fits {self.full_name}: names or shapes are others.")
+            raise ddkit.InputError(f"No tensor of the weights file {self.weights} fits {self.full_name}, as names or shapes differ.")
         module.load_state_dict(fitting, strict=False)
         fresh = [key for key in own if key not in fitting]
         if fresh:
             shown = f"{', '.join(fresh[:5])}{' ...' if len(fresh) > 5 else ''}"
             self._say(
                 ("weights", *fresh),
-                f"{len(fresh)} of {len(own)} tensors are not in the weights file, or of another shape there, and stay fresh: {shown}",
+                f"{len(fresh)} of {len(own)} tensors are not in the weights file, or have another shape there, so they stay random: "
+                f"{shown}",
             )
 
     def _say(self, key: tuple[Any, ...], what: str) -> None:
@@ -197,7 +202,7 @@ def _reason(error: Exception) -> str:
 def _existing(weights: str) -> Path:
     path = Path(weights)
     if not path.is_file():
-        raise ddkit.InputError(f"The weights file {path.absolute()} does not exist; ddkit downloads none.")
+        raise ddkit.InputError(f"The weights file {path.absolute()} does not exist. ddkit downloads no weights.")
     return path
 
 
@@ -208,8 +213,8 @@ def _stem(stem: str, size: tuple[int, int]) -> str:
 class Torchvision(Zoo):
     """A classifier of torchvision by name, with fresh weights: `torchvision:resnet18`, fitted to small images.
 
-    For images below 64 pixels a first 7x7 convolution of stride 2 becomes one of 3x3 and stride 1, and the first max pooling is left
-    out. Channels and classes are those of the data. There is no dropout, which would draw from the global generator. Nothing is
+    For images below 64 pixels a first 7x7 convolution of stride 2 becomes 3x3 with stride 1, and the first max pooling is left
+    out. Channels and classes are those of the data. Dropout is removed, as it would draw from the global generator. Nothing is
     downloaded.
     """
 
@@ -246,8 +251,8 @@ def _pooled_features(module: Any, x: Tensor) -> Tensor:
 class Timm(Zoo):
     """A classifier of timm by name, with fresh weights: `timm:resnet18`, fitted to small images; needs `pip install 'ddkit[timm]'`.
 
-    For images below 64 pixels a first 7x7 convolution of stride 2 becomes one of 3x3 and stride 1, and the first max pooling is left
-    out. Features are what timm calls pre-logits. Nothing is downloaded.
+    For images below 64 pixels a first 7x7 convolution of stride 2 becomes 3x3 with stride 1, and the first max pooling is left
+    out. Features are the pre-logits of timm. Nothing is downloaded.
     """
 
     library = "timm"
@@ -276,7 +281,7 @@ def _timm() -> Any:
         import timm.models
     except ImportError as error:
         raise ddkit.PluginError(
-            f"The model 'timm' needs the library timm, which is not installed ({error}): pip install 'ddkit[timm]'. torchvision's models "
-            "come along: --model torchvision:resnet18."
+            f"The model 'timm' needs the library timm, which is not installed ({error}): pip install 'ddkit[timm]'. Or use a model of "
+            "torchvision, which is installed: --model torchvision:resnet18."
         ) from None
     return timm

@@ -16,7 +16,7 @@ Shape = tuple[int, int, int]
 
 
 class Pixels(ddkit.Parametrization):
-    """The images themselves are stored."""
+    """The set stores the images themselves."""
 
     stores_images = True
     linear = True
@@ -31,14 +31,14 @@ class Pixels(ddkit.Parametrization):
 class Grid(ddkit.Parametrization):
     """A stored image is a grid of factor x factor images, each enlarged bilinearly to the full size.
 
-    So a set of ipc images a class teaches as more of them, each coarser: the multi-formation of Kim et al., Dataset Condensation via
-    Efficient Synthetic-Data Parameterization, ICML 2022, arXiv 2205.14959, Section 4. First images are shrunken (antialiased), which
-    is near the least squares of the enlargement, not equal to it.
+    So a set of ipc images per class trains networks with more, coarser images: the multi-formation of Kim et al., Dataset Condensation via
+    Efficient Synthetic-Data Parameterization, ICML 2022, arXiv 2205.14959, Section 4. Initial images are reduced (antialiased), which
+    is near the least-squares solution, but not equal to it.
     """
 
     stores_images = True
     linear = True
-    factor: int = ddkit.option(2, "images along each side of a stored one: a divisor of height and width", ge=1, le=8)
+    factor: int = ddkit.option(2, "number of images along each side of a stored image, a divisor of height and width", ge=1, le=8)
 
     @property
     def per_row(self) -> int:
@@ -48,8 +48,8 @@ class Grid(ddkit.Parametrization):
         _, height, width = shape
         if height % self.factor or width % self.factor:
             raise ddkit.InputError(
-                f"parametrization.factor = {self.factor} cuts an image into {self.factor} x {self.factor} equal parts, and the data's have "
-                f"{height} x {width} pixels. Choose a divisor of both (1: no grid), or set data.size.",
+                f"parametrization.factor = {self.factor} cuts an image into {self.factor} x {self.factor} equal parts, but the images have "
+                f"{height} x {width} pixels. Use a divisor of both (1 for no grid), or set data.size.",
                 "parametrization.factor",
             )
 
@@ -76,16 +76,16 @@ def enlarged_parts(images: Tensor, factor: int) -> Tensor:
 
 
 class Fourier(ddkit.Parametrization):
-    """The lowest frequencies of each channel are stored: several images share the numbers of one.
+    """The set stores the lowest frequencies of each channel, so that several images share the numbers of one.
 
-    A stored row has, for each channel, the height * width / images (rounded down) lowest coefficients of the orthonormal cosine
-    transform (DCT-II) of one image; the others are 0. First images are encoded by least squares: their coefficients. Shin, Shin and Moon,
-    Frequency Domain-based Dataset Distillation, NeurIPS 2023, arXiv 2311.08819, keep for each class the coefficients whose variance
-    over its first images is largest, and do not count the list of their places; here all classes keep the same, so that there is no list.
+    A stored row has, for each channel, the height * width / images (rounded down) lowest coefficients of the orthonormal cosine transform
+    (DCT-II) of one image; the others are 0. Initial images are encoded as their coefficients (least squares). Shin, Shin and Moon,
+    Frequency Domain-based Dataset Distillation, NeurIPS 2023, arXiv 2311.08819, keep for each class the coefficients whose variance over
+    its initial images is largest, and do not count the list of their positions; here all classes keep the same, without a list.
     """
 
     linear = True
-    images: int = ddkit.option(4, "images that share the numbers of one stored image", ge=1)
+    images: int = ddkit.option(4, "number of images that share the numbers of one stored image", ge=1)
 
     def images_per_class(self, ipc: int) -> int:
         return ipc * self.images
@@ -94,7 +94,7 @@ class Fourier(ddkit.Parametrization):
         if shape[1] * shape[2] < self.images:
             raise ddkit.InputError(
                 f"parametrization.images = {self.images}: an image of {shape[1]} x {shape[2]} pixels has {shape[1] * shape[2]} "
-                "coefficients a channel, and each image that shares them needs one. Choose fewer.",
+                "coefficients per channel, and each image that shares them needs at least one. Use fewer images.",
                 "parametrization.images",
             )
 
@@ -112,22 +112,24 @@ class Fourier(ddkit.Parametrization):
 
 
 class Bases(ddkit.Parametrization):
-    """Each of several images is a combination of fewer, smaller stored ones, the bases.
+    """Several images are combinations of fewer, smaller stored images, the bases.
 
     A stored row has the numbers of `pooled` images: the values of its bases, then the coefficients (images, bases). The bases are as large
-    as the room allows, of the images' proportions, and are enlarged by their cosine waves. First images are encoded by least squares: the
-    largest singular vectors. The combinations are those of Deng and Russakovsky, Remember the Past, NeurIPS 2022, arXiv 2206.02916,
-    Section 3, where all classes share the bases; here the images of a row do, so that a class does not depend on another one.
+    as the budget allows, with the proportions of the images, and are enlarged by their cosine waves. Initial images are encoded by least
+    squares: the largest singular vectors. The combinations are those of Deng and Russakovsky, Remember the Past, NeurIPS 2022, arXiv
+    2206.02916, Section 3, in which all classes share the bases; here only the images of a row share them, so that classes are independent.
 
-    `decoder` adds a convolution that all classes share, in the place of the hallucinators of Liu et al., Dataset Distillation via
-    Factorization, NeurIPS 2022, arXiv 2210.16774, which are larger: a kernel of 3 x 3 between all channels and a level of each.
-    It begins as the identity; both are stored in tenths, so that they move more slowly than pixels. They come on top of the budget.
+    `decoder` adds a convolution that all classes share, instead of the hallucinators of Liu et al., Dataset Distillation via Factorization,
+    NeurIPS 2022, arXiv 2210.16774, which are larger. It has a 3 x 3 kernel between all channels, and a bias for each. It starts as the
+    identity. Kernel and biases are stored in tenths, so that they change more slowly than pixels, in addition to the budget.
     """
 
-    images: int = ddkit.option(4, "images made of the numbers of one stored image", ge=1)
-    bases: int = ddkit.option(2, "bases in the place of one stored image, at most as many as images", ge=1)
-    pooled: int = ddkit.option(1, "stored images whose bases their images share: a divisor of ipc; ipc: by the whole class", ge=1)
-    decoder: bool = ddkit.option(False, "whether a convolution that all classes share ends it")
+    images: int = ddkit.option(4, "number of images made from the numbers of one stored image", ge=1)
+    bases: int = ddkit.option(2, "number of bases that replace one stored image, at most as many as `images`", ge=1)
+    pooled: int = ddkit.option(
+        1, "number of stored images that share their bases, a divisor of ipc; ipc itself shares them in the whole class", ge=1
+    )
+    decoder: bool = ddkit.option(False, "whether the images go through a last convolution that all classes share")
 
     @property
     def per_row(self) -> int:
@@ -136,8 +138,8 @@ class Bases(ddkit.Parametrization):
     def images_per_class(self, ipc: int) -> int:
         if ipc % self.pooled:
             raise ddkit.InputError(
-                f"parametrization.pooled = {self.pooled} is no divisor of ipc, which is {ipc}. "
-                f"Choose one, such as {math.gcd(self.pooled, ipc)}.",
+                f"parametrization.pooled = {self.pooled} is not a divisor of ipc = {ipc}. "
+                f"Use a divisor, such as {math.gcd(self.pooled, ipc)}.",
                 "parametrization.pooled",
             )
         return ipc * self.images
@@ -145,14 +147,14 @@ class Bases(ddkit.Parametrization):
     def check(self, shape: Shape) -> None:
         if self.bases > self.images:
             raise ddkit.InputError(
-                f"parametrization.bases = {self.bases}: {self.images} images (parametrization.images) are combinations of as many bases at "
-                "most. Choose fewer bases, or more images.",
+                f"parametrization.bases = {self.bases}: {self.images} images (parametrization.images) need at most as many bases. "
+                "Use fewer bases, or more images.",
                 "parametrization.bases",
             )
         if shape[0] * math.prod(self._size(shape)) < self.bases * self.pooled:
             raise ddkit.InputError(
-                f"parametrization.bases = {self.bases}: an image of {shape[1]} x {shape[2]} pixels has too few numbers for as many bases, "
-                f"and their coefficients for {self.per_row} images. Choose fewer bases or images.",
+                f"parametrization.bases = {self.bases}: an image of {shape[1]} x {shape[2]} pixels has too few numbers for these bases "
+                f"and their coefficients for {self.per_row} images. Use fewer bases or images.",
                 "parametrization.bases",
             )
 

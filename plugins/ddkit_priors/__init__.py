@@ -21,7 +21,7 @@ def total_variation(images: Tensor, power: float = 1.0) -> Tensor:
 
 
 class TotalVariation(ddkit.Loss):
-    """Mean absolute difference of neighbouring pixels of the synthetic images, normalised units."""
+    """Mean absolute difference of neighbouring pixels of the synthetic images, in normalised units."""
 
     power: float = ddkit.option(1.0, "exponent of the differences", ge=1)
 
@@ -33,7 +33,7 @@ class TotalVariation(ddkit.Loss):
 
 
 class ImageNorm(ddkit.Loss):
-    """Mean squared value of the synthetic images, normalised units: keeps them near the mean image."""
+    """Mean squared value of the synthetic images, in normalised units, which keeps them near the mean image."""
 
     order_invariant = True
     requires = ddkit.Requires(reduce="mean")

@@ -47,25 +47,25 @@ def label_margin(targets: Tensor) -> Tensor:
 
 
 class FeatureRegression(ddkit.Loss):
-    """Error of ridge regression, fitted on the synthetic set's features, on the accessible real images.
+    """Error on accessible real images of a ridge regression that is fitted on the features of the synthetic set.
 
-    What a network's last layer would learn from the set, in closed form, is judged by real images. Both sides are augmented
-    as in training a network, not by class: an augmentation that a class shares would give the class away.
+    The regression is the last layer that a network would learn from the set, in closed form. Both sides are augmented
+    per image as in the training of a network, because an augmentation per class would reveal the class.
     Source: Zhou, Nezhadarya and Ba, NeurIPS 2022, arXiv 2206.00719, Eq. 5, recipe `frepo`; their networks are trained on the set in
-    between (`network.inner_steps`) and their kernel solve is in float32. Their labels are learned, as here with `labels.kind = "learned"`,
-    but are any numbers around 0; these are probabilities, of which 1 / K is subtracted.
+    between (`network.inner_steps`), and they solve in float32. Their labels are learned, as here with `labels.kind = "learned"`,
+    but they are any numbers around 0; here they are probabilities minus 1 / K.
     """
 
-    ridge: float = ddkit.option(0.001, "regularisation, relative to the mean squared feature norm", gt=0)
-    augmenter: str = ddkit.option("dsa", "of the synthetic images: one operation a step, parameters per image")
-    real_augmenter: str = ddkit.option("dsv", "of the real images: one operation a step, parameters per image")
+    ridge: float = ddkit.option(0.001, "regularisation of the regression, relative to the mean squared norm of the features", gt=0)
+    augmenter: str = ddkit.option("dsa", "augmenter of the synthetic images: one operation per step, with parameters per image")
+    real_augmenter: str = ddkit.option("dsv", "augmenter of the real images: one operation per step, with parameters per image")
     targets: Literal["labels", "teacher"] = ddkit.option(
-        "labels", "what the real images should get: their labels, or the teacher's probabilities"
+        "labels", "targets of the real images: their labels, or the probabilities of the teacher"
     )
     mixup: float = ddkit.option(0.0, "largest share of another real image that is blended into each", ge=0, le=1)
 
-    mirror: bool = ddkit.option(False, "whether the mirrored synthetic images are fitted too, where a mirrored image keeps its class")
-    margin: float = ddkit.option(0.0, "weight of the margin, up to 1 / K, of the likeliest class of learned labels", ge=0)
+    mirror: bool = ddkit.option(False, "whether mirrored synthetic images are fitted too, if a mirrored image has the same class")
+    margin: float = ddkit.option(0.0, "weight of the margin (at most 1 / K) of the likeliest class of learned labels", ge=0)
 
     def requires(self) -> ddkit.Requires:
         return ddkit.Requires(real=True, network=True, teacher=self.targets == "teacher", reduce="global")

@@ -35,11 +35,11 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            log.warning("%s is set, but TensorBoard is not installed: pip install 'ddkit[tensorboard]'", VARIABLE)
+            log.warning("%s is set, but TensorBoard is not installed. Install it: pip install 'ddkit[tensorboard]'", VARIABLE)
             return
         folder = path / "tensorboard" if wanted == "1" else Path(wanted) / path.name
         if folder.is_symlink():
-            log.warning("%s is a symbolic link, and nothing is written through it: TensorBoard gets no events of this run.", folder)
+            log.warning("%s is a symbolic link, which ddkit does not follow, so no events of this run are written for TensorBoard.", folder)
             return
         self._writer = SummaryWriter(str(folder), purge_step=start or None)  # what a resumed run does again counts once
 

@@ -106,7 +106,7 @@ def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable
     sets = ("--set", "engine.log_every=2", "--set", "steps=5")
     assert cli("distill", "--losses", "dm:0.5,image-norm", "--pipc", 2, *SMALL_FLAGS, *sets, "--out", "run", "--verbose").code == 0
     first, *steps, last = caplog.messages
-    assert first == "run: steps 0 to 5, losses dm x 0.5, image-norm x 1; real at the start, convnet as network, compiled: no, float32."
+    assert first == "run: steps 0 to 5, losses dm x 0.5, image-norm x 1, initializer real, network convnet, compiled: no, float32."
     assert [line.partition(":")[0] for line in steps] == ["step 1 of 5", "step 3 of 5", "step 5 of 5"]
     assert re.fullmatch(r"step 1 of 5: total [\d.]+ \(dm [\d.]+, image-norm [\d.]+\); gradient: dm [\d.]+ %, image-norm [\d.]+ %", steps[0])
     assert last == "evaluation: 4 of 4"
@@ -170,8 +170,8 @@ def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[...
 
 @pytest.mark.parametrize(("shell", "asked", "begins"), [
     ("bash", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain,practical-plus\n"),
-    ("zsh", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain\npractical-plus\nThis project's own"),
-    ("fish", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "practical-"}, "plain,practical-plus\tThis project's own"),
+    ("zsh", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "3"}, "plain\npractical-plus\nThis project's"),
+    ("fish", {"COMP_WORDS": "ddkit distill --recipe practical-", "COMP_CWORD": "practical-"}, "plain,practical-plus\tThis project's"),
 ])  # fmt: skip
 def test_every_shell_gets_names_and_its_script(shell: str, asked: dict[str, str], begins: str, tmp_path: Path) -> None:
     tells = "import atexit, sys; sys.argv = ['ddkit']; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))"

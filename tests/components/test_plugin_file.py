@@ -112,7 +112,7 @@ def test_processes_of_a_run_know_the_file_too(cli: Callable[..., Any], tmp_path:
         "--set", "evaluators.accuracy.workers=2", "--set", "evaluators.accuracy.model=tiny-net",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert "trained here instead" not in caplog.text
+    assert "trained in this process instead" not in caplog.text
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluations"]
     assert [row["model"] for row in rows] == ["tiny-net"]
     assert rows[0]["details"]["workers"] == 2
@@ -156,9 +156,10 @@ BAD = {
     "a syntax error": ("bad.py", "def f(:\n", 3, "SyntaxError"),
     "an import error": ("bad.py", "import ddkit\nimport no_such_module_at_all\n", 3, "line 2"),
     "an exit": ("bad.py", "raise SystemExit(0)\n", 3, "SystemExit"),
-    "a name that is taken": ("bad.py", "import ddkit\n\n\nclass Dm(ddkit.Loss):\n    pass\n", 3, "has already"),
-    "the name of a group": ("bad.py", "import ddkit\n\n\nclass Dkkt(ddkit.Loss):\n    pass\n", 3, "has already"),
-    "one name twice": ("bad.py", LOSS + "\n\nclass Class_Spread(ddkit.Loss):\n    pass\n", 3, "another of its classes has already"),
+    "a name that is taken": ("bad.py", "import ddkit\n\n\nclass Dm(ddkit.Loss):\n    pass\n", 3, "has that name already"),
+    "the name of a group": ("bad.py", "import ddkit\n\n\nclass Dkkt(ddkit.Loss):\n    pass\n", 3, "has that name already"),
+    "one name twice": ("bad.py", LOSS + "\n\nclass Class_Spread(ddkit.Loss):\n    pass\n", 3, "another of its classes has that name "
+    "already"),
     "a default out of bounds": ("bad.py", LOSS.replace("2.0", "0.5").replace("ClassSpread", "Odd"), 3, "Options(power=0.5): Expected"),
     "an option of ddkit's name": ("bad.py", LOSS.replace("power:", "weight:").replace("ClassSpread", "Odd"), 3, "has an option 'weight'"),
 }  # fmt: skip
@@ -198,7 +199,7 @@ def test_what_was_read_first_counts_whatever_the_file_holds_by_then(tmp_path: Pa
 def test_a_file_that_is_refused_leaves_the_others_as_they_were(tmp_path: Path) -> None:
     registry.add_plugin_file(written(tmp_path, "mine.py", LOSS))
     before = plugin_file.known()
-    with pytest.raises(PluginError, match="has already"):
+    with pytest.raises(PluginError, match="has that name already"):
         registry.add_plugin_file(written(tmp_path, "again.py", LOSS))
     assert plugin_file.known() == before
     assert registry.find("loss", "class-spread").distribution == "mine.py"
@@ -283,7 +284,7 @@ def test_resume_refuses_a_file_that_changed_and_names_both(cli: Callable[..., An
     result = cli("distill", "--resume", "--plugin", begun, "--out", "run", "--steps", 4)
     assert (result.code, result.out) == (5, "")
     said = " ".join(result.err.split())
-    assert f"run began with the plugin file {begun}, which has changed since" in said
+    assert f"run was made with the plugin file {begun}, which has changed since" in said
     assert all(hashlib.sha256(text.encode()).hexdigest()[:12] in said for text in (LOSS, OTHER))
     assert sorted((path, path.stat().st_mtime_ns) for path in Path("run").rglob("*")) == before
     written(tmp_path, "mine.py", LOSS)

@@ -115,10 +115,11 @@ HURTING = {
     "raises": ("raise ValueError('of its own')", "raised ValueError: of its own"),
     "nan": ("return step.images.sum() * float('nan')", "became nan at step 0"),
     "detached": ("return step.images.detach().sum()", "requires_grad=False"),
-    "a plain number": ("return 1.0", "got 1.0"),
-    "writes to the images": ("with torch.no_grad(): step.images.mul_(2)\n        return step.images.sum()", "writes to the images"),
-    "writes to the real images": ("step.real.images.mul_(2); return step.images.sum()", "writes to the real images"),
-    "writes to what the next one uses": ("step.real.embeddings.mul_(0); return step.images.sum()", "writes to the real images' embeddings"),
+    "a plain number": ("return 1.0", "but returned 1.0"),
+    "writes to the images": ("with torch.no_grad(): step.images.mul_(2)\n        return step.images.sum()", "changes the images in place"),
+    "writes to the real images": ("step.real.images.mul_(2); return step.images.sum()", "changes the real images in place"),
+    "writes to what the next one uses": ("step.real.embeddings.mul_(0); return step.images.sum()", "changes the real images' embeddings "
+    "in place"),
     "seeds torch": ("torch.manual_seed(0); return step.images.sum()", "random state of torch"),
     "draws from numpy": ("numpy.random.rand(); return step.images.sum()", "random state of numpy"),
     "draws from Python": ("random.random(); return step.images.sum()", "random state of Python"),
@@ -136,7 +137,7 @@ def test_a_loss_that_hurts_in_mid_run_is_named_with_its_distribution_and_what_he
     result = cli("distill", "--losses", "odd,image-norm", "--out", "run", *flags)
     message = " ".join(result.err.split())
     assert (result.code, result.out) == (1, ""), message
-    for part in ("loss 'odd' (odd-dist 2.5) ", cause, "`ddkit check loss odd` tells more."):
+    for part in ("loss 'odd' (odd-dist 2.5) ", cause, "`ddkit check loss odd` shows more."):
         assert part in message
     assert "Traceback" not in message
     assert cli("distill", "--losses", "image-norm", "--out", "other", *flags).code == 0
@@ -164,9 +165,9 @@ BROKEN = [
     ("def Fine():\n    '''A function.'''\n", "ok", "not a subclass of ddkit.Loss"),
     (FINE + "    x: int = ddkit.option('one')\n", "ok", "has options that cannot be read: ValueError: Options(x='one')"),
     (FINE + "    x: 'Nowhere' = ddkit.option(1)\n", "ok", "has options that cannot be read: NameError"),
-    (FINE + "    argument = 'size'\n", "ok", "has argument = 'size'; it has to be None or one of its options"),
-    (FINE + "    requires = 'real'\n", "ok", "has requires = 'real'; it has to be a ddkit.Requires(...)"),
-    (FINE + "    deviations = 1\n", "ok", "has deviations = 1; it has to be a mapping"),
+    (FINE + "    argument = 'size'\n", "ok", "has argument = 'size', but it must be None or one of its options"),
+    (FINE + "    requires = 'real'\n", "ok", "has requires = 'real', but it must be a ddkit.Requires(...)"),
+    (FINE + "    deviations = 1\n", "ok", "has deviations = 1, but it must be a mapping"),
     ("class Odd(BaseException):\n    pass\n\n\nraise Odd('at import')\n" + FINE, "ok", "Odd: at import"),
     ("import torch\ntorch.set_default_dtype(torch.float64)\n" + FINE, "ok", "when it is imported: the default dtype."),
     ("import torch\ntorch.set_num_threads(torch.get_num_threads() + 1)\n" + FINE, "ok", "when it is imported: the number of threads."),
@@ -222,7 +223,7 @@ def test_the_first_partys_name_wins_and_the_stranger_is_reachable_by_its_distrib
     _loss(install, FINE, name="dm")
     rows = _rows(cli)
     assert rows["loss ddkit/dm"]["status"] == "ok"
-    assert rows["loss odd-dist/dm"]["status"] == "name taken (say odd-dist/dm)"
+    assert rows["loss odd-dist/dm"]["status"] == "name taken (write odd-dist/dm)"
     assert registry.load("loss", "dm").__module__ == "ddkit_dm"
     assert registry.load("loss", "odd-dist/dm").__module__ == registry.load("loss", "Odd_Dist/dm").__module__ == "odd_module"
     flags = ["--pipc", 2, "--evaluate", "none", *SMALL_FLAGS]
@@ -238,7 +239,7 @@ def test_two_strangers_with_one_name_are_an_error_on_use_that_names_both(install
     _loss(install, FINE, name="twin", distribution="one", module="one_module")
     _loss(install, FINE, name="twin", distribution="two", module="two_module")
     rows = _rows(cli)
-    assert "say one/twin" in rows["loss one/twin"]["status"]
+    assert "write one/twin" in rows["loss one/twin"]["status"]
     assert "say two/twin" in rows["loss two/twin"]["status"]
     with pytest.raises(PluginError, match="one/twin and two/twin"):
         registry.load("loss", "twin")
@@ -509,7 +510,7 @@ def sections(page: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-PAGE = ["Use", "Members", "Options", "Settings", "File", "What it requires", "See also"]
+PAGE = ["Use", "Members", "Options", "Settings", "File", "Requirements", "See also"]
 
 
 @pytest.mark.parametrize(("kind", "name"), FIRST_PARTY)
@@ -522,7 +523,7 @@ def test_info_describes_every_component_in_sections_in_order_with_options_and_co
     under = sections(page.out)
     assert page.out.startswith(f"# {kind.replace('-', ' ').capitalize()} `{name}`\n\n")
     assert list(under) == [title for title in PAGE if title in under]
-    wrapped = [line for title in ("See also", "What it requires") for line in under.get(title, "").splitlines() if " " in line[2:]]
+    wrapped = [line for title in ("See also", "Requirements") for line in under.get(title, "").splitlines() if " " in line[2:]]
     assert max(map(len, wrapped)) <= 60
     commands = [line.split()[1:] for line in under["Use"].splitlines() if line.startswith("ddkit")]
     assert bool(commands) == (kind != "observer")
@@ -566,11 +567,11 @@ def test_groups_of_losses_stand_in_a_file_beside_recipes(install: Install, cli: 
     (folder / "groups.toml").write_text("[groups]\n" + "".join(f"{name} = {json.dumps(names)}\n" for name, names in groups.items()))
     install("odd-dist", {"ddkit.recipes": {"odd": "odd_recipes"}})
     rows = {name: _rows(cli, "loss-groups")[f"loss-group odd-dist/{name}"] for name in groups}
-    assert (rows["both"]["status"], rows["both"]["summary"]) == ("ok", "The losses dm and total-variation, chosen together.")
+    assert (rows["both"]["status"], rows["both"]["summary"]) == ("ok", "The losses dm and total-variation, used together.")
     chosen = select_losses("both:0.5", {}, {"dm": {"weight": 200.0}})
     assert chosen == {"dm": {"weight": 100.0}, "total-variation": {"weight": 0.5}}
     for name in ("empty", "odd-dist-twice"):
-        assert "has to list losses, each once" in rows[name]["status"]
+        assert "must be a list of different losses" in rows[name]["status"]
         assert cli("distill", "--losses", name, "--plan").code == 3
     (folder / "groups.toml").write_text("[groups")
     registry.plugins.cache_clear()

@@ -38,7 +38,7 @@ def info(**values: Any) -> ddkit.DataInfo:
         (lambda: ddkit.Parameter(lr=-1), "lr=-1"),
         (lambda: ddkit.Requires(reduce="globally"), "Did you mean 'global'?"),  # type: ignore[arg-type]
         (lambda: ddkit.Requires(views="default"), "views='default'"),  # type: ignore[arg-type]
-        (lambda: ddkit.Requires(reduce="global", parameters={"scale": ddkit.Parameter(per="set")}), "would count twice"),
+        (lambda: ddkit.Requires(reduce="global", parameters={"scale": ddkit.Parameter(per="set")}), "would be counted twice"),
         (lambda: info(size=(0, 8)), "size"),
         (lambda: info(class_names="ab"), "class_names"),
         (lambda: evaluation(accuracy_mean=81.2), "accuracy_mean=81.2"),

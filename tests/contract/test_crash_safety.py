@@ -257,7 +257,7 @@ def test_what_a_killed_write_left_is_removed_and_a_folder_that_only_holds_that_c
 def test_a_folder_with_somebodys_files_is_left_alone(tmp_path: Path) -> None:
     for name in (".mine", ".tmp-mine"):
         (tmp_path / name).write_text("mine")
-    with pytest.raises(ddkit.RunFilesError, match="already holds something"):
+    with pytest.raises(ddkit.RunFilesError, match="is not empty"):
         begin(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {".mine", ".tmp-mine"}
 
@@ -335,7 +335,7 @@ def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_second_run_into_one_folder_is_refused_until_the_first_process_is_dead(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
-    with pytest.raises(ddkit.RunFilesError, match=r"Another process is working in .*run"):
+    with pytest.raises(ddkit.RunFilesError, match=r"Another process is writing to .*run"):
         begin(tmp_path / "run")
     assert {file.name for file in (tmp_path / "run").iterdir()} == {".lock"}
     holder.kill()
@@ -356,10 +356,10 @@ def test_a_run_that_is_being_written_is_continued_by_nobody_else_and_its_figures
         shown = cli("evaluate", tmp_path / "run", *flags)
         refused = cli("distill", "--resume", "--out", tmp_path / "run", "--steps", 4)
     assert (refused.code, refused.out) == (5, "")
-    assert "Another process is working in" in refused.err
+    assert "Another process is writing to" in refused.err
     assert shown.code == 0
     assert "%" in shown.out
-    assert "were not added to the run's files" in caplog.text
+    assert "were not added to the files of the run" in caplog.text
     assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
     assert cli("evaluate", tmp_path / "run", *flags).code == 0
     assert (tmp_path / "run" / "evaluation.json").read_bytes() != before
@@ -435,7 +435,7 @@ def test_a_second_interruption_stops_at_once_and_the_older_checkpoint_is_good(fo
     _, said = process.communicate()
     assert process.returncode == 130
     told = " ".join(said.split()).partition("ddkit: ")[2]
-    assert re.fullmatch(r"Interrupted while distilling .* What is done is kept. To go on: ddkit distill --out run --resume", told)
+    assert re.fullmatch(r"Interrupted while distilling .* The finished steps are kept. To continue: ddkit distill --out run --resume", told)
     newest = RunDirectory(tmp_path / "run").newest_checkpoint()
     assert newest is not None
     assert newest[0] == 2
@@ -471,11 +471,11 @@ def test_another_teacher_or_other_data_than_the_run_began_with_is_refused(tmp_pa
     whole = (tmp_path / "run" / "synthetic.safetensors").read_bytes()
     cut_after(tmp_path / "run", 2)
     teacher.write_bytes(other.read_bytes())
-    with pytest.raises(ddkit.RunFilesError, match=r"the teacher teacher-0\.safetensors is not what the run at .* began with"):
+    with pytest.raises(ddkit.RunFilesError, match=r"the teacher teacher-0\.safetensors has changed since the run .* began"):
         resume(tmp_path / "run", device="cpu")
     teacher.write_bytes(kept)
     np.savez(data, x_train=images[::-1], y_train=labels, x_test=images, y_test=labels)
-    with pytest.raises(ddkit.RunFilesError, match=r"the accessible data is not what the run at .* began with"):
+    with pytest.raises(ddkit.RunFilesError, match=r"the accessible data has changed since the run .* began"):
         resume(tmp_path / "run", device="cpu")
     np.savez(data, x_train=images, y_train=labels, x_test=images, y_test=labels)
     resume(tmp_path / "run", device="cpu")
@@ -495,7 +495,7 @@ def test_figures_of_a_set_that_has_changed_since_are_not_recorded(
 
     monkeypatch.setattr("ddkit.run.evaluation.judged", meanwhile)
     ddkit.evaluate(tmp_path / "run", evaluators="spectrum", device="cpu")
-    assert "its set has changed since they were begun" in caplog.text
+    assert "its set has changed in the meantime" in caplog.text
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluations"]
     assert [row["evaluator"] for row in rows] == ["accuracy"], "those of the longer run alone"
 
@@ -505,7 +505,7 @@ def test_figures_of_a_set_that_has_changed_since_are_not_recorded(
     [
         (lambda text: text.replace(b'"step": 0', b'"step": \xff'), "line 1 cannot be read"),
         (lambda text: b"garbage\n" + text, "line 1 cannot be read"),
-        (lambda text: b"", "no line of step 0"),
+        (lambda text: b"", "no line for step 0"),
     ],
 )
 def test_damaged_metrics_of_an_unfinished_run_are_told(tmp_path: Path, damage: Callable[[bytes], bytes], told: str) -> None:
@@ -522,7 +522,7 @@ def test_a_damaged_film_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFi
     cut_after(tmp_path / "run", 3)
     (tmp_path / "run" / "film.safetensors").write_bytes(b"xx")
     resume(tmp_path / "run", device="cpu")
-    assert "film of the run is lost" in caplog.text
+    assert "no film of the run" in caplog.text
     assert "film.safetensors" not in json.loads((tmp_path / "run" / "manifest.json").read_text())["files"]
 
 

@@ -181,7 +181,7 @@ def test_a_large_archive_may_be_ten_times_its_file(tmp_path: Path, size: int, de
     with (tmp_path / "x.npz").open("wb") as stream:
         stream.truncate(size * 2**20)
     archive: Any = SimpleNamespace(infolist=lambda: [SimpleNamespace(file_size=declared * 2**20)])
-    with nullcontext() if fits else pytest.raises(ddkit.InputError, match=f"declares {declared:,} MiB"):
+    with nullcontext() if fits else pytest.raises(ddkit.InputError, match=f"would have {declared:,} MiB"):
         check_declared(archive, tmp_path / "x.npz")
 
 
@@ -192,11 +192,11 @@ def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(
     of_torch = _claiming(_npz(tmp_path / "x.pt", "x/data.pkl", b"abcd"), 2**31)
     monkeypatch.setattr(zipfile.ZipFile, "open", _never)
     monkeypatch.setattr("torch.load", _never)
-    with pytest.raises(ddkit.InputError, match=r"x\.npz .* declares 2,048 MiB when unpacked; .* 1,024 MiB are unpacked at most"):
+    with pytest.raises(ddkit.InputError, match=r"x\.npz .* would have 2,048 MiB after unpacking.* the limit is 1,024 MiB"):
         ddkit.data.read_arrays(path)
     result = cli("import", of_torch, *IMPORT.split())
     assert result.code == 4
-    assert "declares 2,048 MiB when unpacked" in said(result.err)
+    assert "would have 2,048 MiB after unpacking" in said(result.err)
 
 
 @pytest.mark.parametrize(
@@ -205,9 +205,9 @@ def test_an_archive_that_declares_too_much_is_refused_before_it_is_unpacked(
         (_npy((10**12,)), "declares an array of shape (1000000000000,)"),
         (_npy((-1,)), "declares an array of shape (-1,)"),
         (_npy((2,), data=b"abc"), "declares an array of shape (2,)"),
-        (_npy((1,), "|O", b"x"), "holds Python objects, which would have to be unpickled"),
+        (_npy((1,), "|O", b"x"), "contains Python objects, and ddkit unpickles nothing"),
         (b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 70_000, "cannot be read as a NumPy .npz archive"),
-        (b"\x93NUMPY\x09\x00", "is of the .npy version (9, 0)"),
+        (b"\x93NUMPY\x09\x00", "has the .npy version (9, 0)"),
         (b"hello", "cannot be read as a NumPy .npz archive"),
     ],
 )
@@ -251,8 +251,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(
     result = cli("distill", "--losses", "dm", "--pipc", "all", "--dataset", f"imagefolder:{image_folder}", *SMALL_FLAGS)
     assert (result.code, result.out) == (4, "")
     assert said(result.err).endswith(
-        f"ddkit: The image {bad} declares {shown} pixels; more than {Image.MAX_IMAGE_PIXELS:,} are refused before they are decoded. "
-        "Scale it down or remove it."
+        f"ddkit: The image {bad} declares {shown} pixels, but the limit is {Image.MAX_IMAGE_PIXELS:,}. Scale it down or remove it."
     )
     assert set(prepared) == {(12, 12)}, "the others are decoded, this one is not"
 
@@ -287,15 +286,15 @@ def test_images_with_changed_bytes_are_decoded_or_refused(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"class_names": "abcdefghij"}, "its metadata lacks class_names"),
+        ({"class_names": "abcdefghij"}, "its metadata has no class_names"),
         ({"class_names": [1] * 10}, "Expected `str`, got `int` - at `$.class_names[0]`"),
         ({"mean": ["0"]}, "Expected `float`, got `str` - at `$.mean[0]`"),
-        ({"mean": [0.1, 0.2]}, "its mean and std do not fit its channels"),
-        ({"std": [1e400]}, "Infinity is no JSON"),
+        ({"mean": [0.1, 0.2]}, "its mean and std do not have one value per channel"),
+        ({"std": [1e400]}, "Infinity is not JSON"),
         ({"ipc": "x"}, "Expected `int | null`, got `str` - at `$.ipc`"),
         ({"seed": -1}, "Expected `int` >= 0 - at `$.seed`"),
         ({"seeds": ["x"]}, "Expected `int`, got `str` - at `$.seeds[0]`"),
-        ({"schema": "1" * 3000}, "this ddkit reads 1"),
+        ({"schema": "1" * 3000}, "this version of ddkit reads schema 1"),
     ],
 )
 def test_a_set_whose_record_cannot_be_used_is_refused(finished: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
@@ -323,7 +322,7 @@ def test_a_teacher_whose_record_cannot_be_used_is_refused(cli: Cli, tmp_path: Pa
     write_tensors(tmp_path / "t.safetensors", {"x": torch.ones(1)}, record | change)
     result = cli("distill", "--losses", "dkkt", "--pipc", 2, "--teacher", tmp_path / "t.safetensors")
     assert (result.code, result.out) == (4, "")
-    assert f"The teacher {tmp_path / 't.safetensors'} has a record that is none: Expected" in said(result.err)
+    assert f"The teacher {tmp_path / 't.safetensors'} has damaged metadata: Expected" in said(result.err)
 
 
 # What is shown

@@ -203,7 +203,7 @@ def test_a_name_that_is_no_text_is_refused_before_the_run(cli: Cli, finished: Pa
     for command in commands:
         refused = cli(*command, "--out", name)
         assert (refused.code, refused.out) == (2, ""), refused
-        assert "is a name that is no UTF-8 text" in said(refused.err)
+        assert "is not UTF-8 text" in said(refused.err)
     assert list(Path.cwd().iterdir()) == []
 
 

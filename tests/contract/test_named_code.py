@@ -267,7 +267,7 @@ def test_processes_that_train_networks_may_run_what_was_named(world: World, capl
     by_option = ["--set", "evaluators.accuracy.model=python", "--set", "evaluators.accuracy.model_options.factory=evil.toml"]
     for named in (["--model", CODE], by_option):
         world.runs("distill", *flags, *named, "--out", f"run{len(named)}")
-    assert "trained here instead" not in caplog.text
+    assert "trained in this process instead" not in caplog.text
 
 
 # in Python

@@ -81,4 +81,4 @@ def test_a_set_of_a_later_schema_is_refused_by_its_number(cli: Cli, old: Path) -
     write_tensors(old / "synthetic.safetensors", tensors, {**record, "schema": 2})
     refused = cli("evaluate", old / "synthetic.safetensors", *SMALLEST)
     assert (refused.code, refused.out) == (5, "")
-    assert "has schema 2; this ddkit reads 1" in " ".join(refused.err.split())
+    assert "has schema 2, but this version of ddkit reads schema 1" in " ".join(refused.err.split())

@@ -91,7 +91,7 @@ SLOW_IN_THREE = tuple(name for name in (*EACH_LOSS, *EACH_RECIPE, HEAVY, "fourie
 EACH_START = ("real", "noise", "kmeans", "herding", "k-center", "mix", "multiplier", "typical-crops")
 STARTS = [(2, name) for name in EACH_START] + [(3, "real")]
 REFUSED = {
-    "a loss of the whole set": "sees the whole synthetic set at once",
+    "a loss of the whole set": "needs the whole synthetic set at once",
 }
 
 
@@ -420,9 +420,9 @@ def test_classes_are_dealt_out_in_ranges_that_differ_by_one_at_most() -> None:
 
 def test_what_differs_between_processes_is_named() -> None:
     in_parts(3, lambda part: part.check_same("The recipe", {"seed": 0}))
-    with pytest.raises(InputError, match=r"The recipe of process 1 is not that of process 0: seed is 1 there, and 0 here\."):
+    with pytest.raises(InputError, match=r"The recipe of process 1 and of process 0 differ: seed is 1 in process 1 and 0 in process 0\."):
         in_parts(2, lambda part: part.check_same("The recipe", {"ipc": 1, "seed": part.rank}))
-    with pytest.raises(InputError, match=r"process 2 is not that of process 0: 'c' there, and 'a' here\."):
+    with pytest.raises(InputError, match=r"process 2 and of process 0 differ: 'c' in process 2 and 'a' in process 0\."):
         in_parts(3, lambda part: part.check_same("The teacher", "aac"[part.rank]))
 
 

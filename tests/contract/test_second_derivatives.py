@@ -59,7 +59,7 @@ def test_a_layer_without_second_derivative_is_refused_before_anything_is_trained
     for plan in ((), ("--plan",)):
         result = cli("distill", "--losses", losses, "--model", f"python:tests.factories.{model}", *FLAGS, *plan)
         assert (result.code, result.out) == (4, "")
-        assert f"second derivative, which the {where} does not have" in " ".join(result.err.split())
+        assert f"second derivatives, but the {where} has none" in " ".join(result.err.split())
 
 
 def test_a_layer_of_ones_own_in_the_graph_and_first_derivatives_of_any_are_fine(cli: Cli) -> None:

@@ -56,11 +56,11 @@ def test_a_run_names_its_silent_loss_where_it_warns_and_shows_all_shares(cli: Cl
     found = cli(*RUN, "--losses", "dm,image-norm:1e-7", "--out", "run")
     assert found.code == 0
     (told,) = json.loads(Path("run/manifest.json").read_text())["warnings"]
-    assert "image-norm has less than 1 %" in told
+    assert "image-norm had less than 1 %" in told
     assert caplog.messages == [told]
     assert re.search(r"^gradient dm 100\.0 %, image-norm 0\.0 % ", found.out, re.M)
     page = Path("run/report.html").read_text(encoding="utf-8")
-    assert "image-norm has less than 1 %" in page
+    assert "image-norm had less than 1 %" in page
     assert "Shares of the gradient on the images" in page
     assert "share of the gradient, median" in page
 

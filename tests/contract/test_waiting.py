@@ -139,9 +139,9 @@ def test_a_study_tells_which_sets_are_done_and_how_long_the_others_take(monkeypa
         told.ended(task, how)  # type: ignore[arg-type]
     assert lines == [
         "Making and evaluating 3 sets",
-        "0 of 3 done: dm seed 0 is begun", "1 of 3: dm seed 0: 20.0 %, about 20 min left",
-        "1 of 3 done: dm seed 0 is begun", "2 of 3: dm seed 0: failed: no, about 10 min left",
-        "2 of 3 done: dm seed 0 is begun", "3 of 3: dm seed 0: 21.0 %",
+        "0 of 3 done: dm seed 0 starts", "1 of 3: dm seed 0: 20.0 %, about 20 min left",
+        "1 of 3 done: dm seed 0 starts", "2 of 3: dm seed 0: failed: no, about 10 min left",
+        "2 of 3 done: dm seed 0 starts", "3 of 3: dm seed 0: 21.0 %",
     ]  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def test_interrupted_before_it_begins_a_run_leaves_nothing_and_says_so(cli: Cli,
     result = cli(*RUN, "--set", f"train.lr=0.01{len(stage)}", "--out", "new/run")
     assert result.code == 130
     assert told(result).startswith(f"Interrupted while {stage[0].lower()}{stage[1:]}")
-    assert told(result).endswith("nothing of it is kept: give the same command again.")
+    assert told(result).endswith("so no file is kept. Run the same command again.")
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -202,7 +202,7 @@ def test_interrupted_later_a_run_tells_the_command_that_goes_on(cli: Cli, interr
     interrupted_at(stage, number)
     result = cli(*RUN, "--out", "my run")
     assert result.code == code
-    words, _, command = told(result).partition(" What is done is kept. To go on: ddkit ")
+    words, _, command = told(result).partition(" The finished steps are kept. To continue: ddkit ")
     assert words.startswith(f"Interrupted while {stage.lower()}")
     assert command == "distill --out 'my run' --resume"
     interrupted_at("nothing")
@@ -220,7 +220,7 @@ def test_an_interrupted_training_or_evaluation_leaves_all_as_it_was(cli: Cli, in
     assert before == {file.name: file.read_bytes() for file in Path("run").iterdir() if file.is_file()}
     interrupted_at("Training")
     result = cli(*TRAIN, "--out", "new/t.safetensors")
-    assert (result.code, told(result).partition(". ")[2]) == (130, "Nothing of it is kept: give the same command again.")
+    assert (result.code, told(result).partition(". ")[2]) == (130, "The half-trained teacher is not kept. Run the same command again.")
     assert not Path("new").exists()
 
 

@@ -105,10 +105,10 @@ RAISING = {
     "evaluator 'checks'": (["--losses", "image-norm", "--evaluate", "checks"], 3),
 }
 WRONG = {
-    "complex": (["--losses", "complex", "--evaluate", "none"], 1, "attached to the graph of the images; got complex values of"),
-    "whole numbers": ([*BASE, "--init", "counts"], 1, "returned images of shape (10, 1, 8, 8), torch.int64; it has to"),
+    "complex": (["--losses", "complex", "--evaluate", "none"], 1, "that depends on the images, but returned complex values of"),
+    "whole numbers": ([*BASE, "--init", "counts"], 1, "returned images of shape (10, 1, 8, 8), torch.int64. It must"),
     "no super": (["--losses", "alone", "--evaluate", "none"], 3, "super().__init__"),
-    "None": ([*BASE, "--init", "nothing"], 1, "returned NoneType; it has to return finite floats of shape (10, 1, 8, 8)"),
+    "None": ([*BASE, "--init", "nothing"], 1, "returned NoneType. It must return finite floats of shape (10, 1, 8, 8)"),
 }  # fmt: skip
 FLAGS = SMALL_FLAGS[:2]  # the number of steps
 

@@ -112,7 +112,7 @@ def test_a_dataset_that_tells_nothing_is_opened_once_and_it_is_said(caplog: pyte
         open_again = opened((given, given))
     assert data.labels("train").tolist() == [1, 0, 2, 2]
     assert list(open_again.class_names) == ["0", "1", "2"]
-    assert "has no labels (.targets or .labels): all of its 4 items are opened once for them." in caplog.text
+    assert "has no attribute .targets or .labels, so all of its 4 items are opened once to read their labels." in caplog.text
 
 
 def test_names_of_several_words_and_twice_the_same() -> None:
@@ -162,8 +162,8 @@ def test_other_floats_stay_floats() -> None:
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (torch.full((3, 4, 4), -1.5), r"its pixels lie between -1\.5 and -1\.5, not in 0\.\.1; leave out Normalize"),
-        (torch.full((3, 4, 4), torch.nan), "not in 0..1"),
+        (torch.full((3, 4, 4), -1.5), r"its pixels go from -1\.5 to -1\.5, not from 0 to 1\. Remove Normalize"),
+        (torch.full((3, 4, 4), torch.nan), "not from 0 to 1"),
         (torch.zeros((3, 4, 4), dtype=torch.int64), "its pixels are int64, not uint8"),
         (torch.zeros(3), "it has the shape"),
         (torch.zeros((5, 4, 4)), "it has the shape"),
@@ -172,7 +172,7 @@ def test_other_floats_stay_floats() -> None:
     ],
 )
 def test_what_is_no_image_is_an_error_that_names_the_item(image: Any, message: str) -> None:
-    with pytest.raises(ddkit.InputError, match=rf"Item 1 of the dataset .*Listed, is no image that can be used: .*{message}"):
+    with pytest.raises(ddkit.InputError, match=rf"Item 1 of the dataset .*Listed, is not a usable image: .*{message}"):
         pixels(image)
 
 
@@ -205,20 +205,24 @@ FINE = (GREY, 0)
 @pytest.mark.parametrize(
     ("dataset", "error", "message"),
     [
-        (Stream(), ddkit.FlagError, "dataset: an object of the type Stream cannot be used. It is a name"),
+        (Stream(), ddkit.FlagError, "dataset: an object of the type Stream cannot be used. Pass a name"),
         (3, ddkit.FlagError, "dataset: an object of the type int cannot be used"),
-        ((Pictures(), Pictures(), Pictures()), ddkit.FlagError, "got one of 3"),
+        ((Pictures(), Pictures(), Pictures()), ddkit.FlagError, "must be .training, test., but this one has 3 items"),
         ((None, Pictures()), ddkit.FlagError, "the training dataset is None"),
         (Listed(), ddkit.InputError, "Listed, is empty"),
-        (Listed((GREY, None)), ddkit.InputError, "Item 0 .* has the label 'None'; it has to be an integer from 0, a one-hot row or a text"),
+        (Listed((GREY, None)), ddkit.InputError, "Item 0 .* has the label 'None', but must be an integer from 0, a one-hot row or a text"),
         (Listed((GREY, [0, 1, 1])), ddkit.InputError, r"Item 0 .* has the label '\[0, 1, 1\]'"),
-        (Listed({"image": GREY, "note": 3}), ddkit.InputError, "Item 0 .* is a dict of image, note, and none of them is the label"),
+        (
+            Listed({"image": GREY, "note": 3}),
+            ddkit.InputError,
+            "Item 0 .* is a dict of image, note, and none of these names is known for the label",
+        ),
         (Listed({"image": GREY, "label": 0}, {"image": GREY}), ddkit.InputError, "Item 1 .* has no 'label'"),
-        ({"validation": Pictures()}, ddkit.FlagError, "a dict of splits has the key 'train'; got"),
-        (Listed(3), ddkit.InputError, "Item 0 .* is a int; it has to be"),
-        (Listed(FINE, (GREY, "cat")), ddkit.InputError, "Item 1 .* has the label 'cat'; it has to be an integer from 0, or all"),
+        ({"validation": Pictures()}, ddkit.FlagError, "a dict of splits must have the key 'train'"),
+        (Listed(3), ddkit.InputError, "Item 0 .* is a int, but must be"),
+        (Listed(FINE, (GREY, "cat")), ddkit.InputError, "Item 1 .* has the label 'cat'. Labels must be integers from 0, or all"),
         (Listed(FINE, (GREY, -1)), ddkit.InputError, "has the label -1; labels count from 0"),
-        (Broken(FINE), ddkit.InputError, "Item 0 .* cannot be had: KeyError: 'lost'"),
+        (Broken(FINE), ddkit.InputError, "Item 0 .* cannot be read: KeyError: 'lost'"),
         (Listed(FINE, (GREY, 2)), ddkit.InputError, "class '1' of the dataset 'python' has no training image"),
     ],
 )
@@ -274,7 +278,7 @@ def test_floats_to_255_are_known_by_all_images_and_said(caplog: pytest.LogCaptur
     given = TensorDataset(images, torch.tensor([[0.0], [1.0], [0.0], [1.0]]))
     found = opened((given, given)).images("train", range(4))
     assert [float(image[0, 0, 0]) for image in found] == pytest.approx([1, 0, 250, 100.5 / 255])  # bytes, but for the last
-    assert "are floats to 250: they are taken as 0 black to 255 white" in caplog.text
+    assert "are floats up to 250, so they are read as 0 (black) to 255 (white)" in caplog.text
 
 
 @pytest.mark.slow
@@ -325,9 +329,9 @@ def test_a_run_goes_on_and_is_evaluated_when_the_dataset_is_passed_again(
     assert ddkit.evaluate(path, dataset=(Pictures(), Pictures(8)), sets=short), "other data: told, not recorded"
     assert (path / "evaluation.json").read_bytes() == kept
     assert ddkit.resume(path, dataset=(Pictures(), Pictures(6)), steps=3).steps == 3
-    with pytest.raises(ddkit.RunFilesError, match=r"the accessible data is not what the run at .* began with"):
+    with pytest.raises(ddkit.RunFilesError, match=r"the accessible data has changed since the run .* began"):
         ddkit.resume(path, dataset=(Pictures(shade=1), Pictures(6)), steps=4)
-    with pytest.raises(ddkit.FlagError, match="is continued on its own data"):
+    with pytest.raises(ddkit.FlagError, match="can only continue with its own dataset"):
         ddkit.resume(path, dataset="digits", steps=4)
     for command in (
         ["evaluate", path],
@@ -336,7 +340,7 @@ def test_a_run_goes_on_and_is_evaluated_when_the_dataset_is_passed_again(
     ):
         result = cli(*command)
         assert (result.code, result.out) == (4, "")
-        assert f"(then: {data['of']}), and no command or file can hold it. Pass it again" in " ".join(result.err.split())
+        assert f"(it was {data['of']}), and a command or file cannot contain it. Pass it again" in " ".join(result.err.split())
 
 
 def test_a_teacher_is_trained_on_a_dataset_object_and_a_streamed_one_gives_the_same_set(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_power_is_that_of_the_whole_transform() -> None:
 
 
 def test_one_pixel_has_no_spectrum() -> None:
-    with pytest.raises(InputError, match="more than one pixel"):
+    with pytest.raises(InputError, match="larger than one pixel"):
         radial_spectrum(torch.ones(1, 1, 1, 1))
 
 

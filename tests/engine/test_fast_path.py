@@ -127,7 +127,7 @@ def test_compiled_features_and_gradients_equal_plain_ones(
     largest, cosine = TOLERANCES[precision]
     assert float((features - right).abs().max() / right.abs().max()) < largest
     assert float(nn.functional.cosine_similarity(gradient.flatten(), right_gradient.flatten(), dim=0)) > cosine
-    assert "did not work" not in caplog.text
+    assert "torch.compile failed" not in caplog.text
 
 
 @SLOW
@@ -303,7 +303,7 @@ def test_a_compiled_run_from_the_command_line_gives_its_result(
         flags = ("--losses", "dm", "--evaluate", "none", "--ipc", 2, *SMALL_FLAGS, *(part for each in sets for part in ("--set", each)))
         result = cli("distill", "--dataset", f"npz:{tmp_path / 'data.npz'}", *flags, "--out", out)
         assert result.code == 0, result.err
-        assert "torch.compile did not work" not in result.err
+        assert "torch.compile failed" not in result.err
         results.append(ddkit.load(out).images)
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)
 

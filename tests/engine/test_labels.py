@@ -205,7 +205,7 @@ def test_a_set_of_another_project_may_have_logits_or_probabilities_in_any_order(
         torch.testing.assert_close(ddkit.load(tmp_path / name).soft_labels, logits.softmax(1)[order])
         assert isinstance(found, ddkit.Artifact)
         assert torch.equal(found.labels, logits.argmax(1)[order])
-        assert ("taken as logits" in caplog.text) == (name == "logits")
+        assert ("used as logits" in caplog.text) == (name == "logits")
     torch.save({"images": images, "labels": logits[:3]}, tmp_path / "short.pt")
     with pytest.raises(ddkit.InputError, match="a row for each of 4 images"):
         ddkit.import_file(tmp_path / "short.pt", tmp_path / "short", **given)
@@ -241,7 +241,7 @@ def test_a_stored_step_size_trains_the_networks_of_an_evaluation(cli: Cli) -> No
     assert (row["details"]["lr"], row["details"]["variant"]) == (stored, "2 epochs, lr stored")
     plain = cli("distill", "--losses", "dm", "--pipc", 4, *SMALL_FLAGS, "--set", "evaluators.accuracy.lr=stored", "--out", "plain")
     assert plain.code == 4
-    assert "no parameter step_size" in " ".join(plain.err.split())
+    assert "needs the parameter step_size" in " ".join(plain.err.split())
 
 
 STEP_SIZE = '''

@@ -240,7 +240,7 @@ def test_a_checkpoint_inside_a_draw_needs_the_network_and_one_at_its_border_does
             assert ("network_step" in tensors) == (steps == 2 and "2" in file.name)
             kept = {key: value for key, value in tensors.items() if not key.startswith("network")}
             write_tensors(file, kept, record)
-    with pytest.raises(ddkit.DdkitError, match=r"step 2 .* does not fit its recipe") as caught:
+    with pytest.raises(ddkit.DdkitError, match=r"step 2 .* does not fit the recipe of the run") as caught:
         api.resume(tmp_path / "2", steps=STEPS, device="cpu")
     assert caught.value.exit_code == 5
     api.resume(tmp_path / str(SHARED), steps=STEPS, device="cpu")

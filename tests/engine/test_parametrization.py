@@ -217,7 +217,7 @@ def test_sets_that_are_made_differently_cannot_be_averaged_and_alike_ones_can(cl
     for one, other in (("plain", "grid"), ("grid", "fourier")):
         refused = cli("blend", one, other, "--out", "both")
         assert refused.code == 4
-        assert "not in the same way" in " ".join(refused.err.split())
+        assert "have different parametrizations" in " ".join(refused.err.split())
     for name in KINDS:
         assert cli("blend", name, name, "--out", f"same-{name}").code == 0
         torch.testing.assert_close(ddkit.load(f"same-{name}").images, ddkit.load(name).images)
@@ -237,9 +237,9 @@ def test_a_file_that_makes_images_that_it_cannot_is_refused(tmp_path: Path) -> N
         tensors, record = read_tensors(tmp_path / kind / "synthetic.safetensors")
         for change in changes:
             write_tensors(tmp_path / "bad.safetensors", tensors, {**record, **change})
-            with pytest.raises(ddkit.RunFilesError, match=r"bad\.safetensors is no synthetic set"):
+            with pytest.raises(ddkit.RunFilesError, match=r"bad\.safetensors is not a synthetic set"):
                 ddkit.load(tmp_path / "bad.safetensors")
-    with pytest.raises(ddkit.InputError, match="every command takes as it is"):
+    with pytest.raises(ddkit.InputError, match="is already a set of ddkit"):
         ddkit.import_file(tmp_path / "fourier" / "synthetic.safetensors", tmp_path / "again")
 
 
@@ -249,12 +249,12 @@ def test_the_report_and_the_picture_show_what_can_be_looked_at_and_exports_what_
         assert made.code == 0, made.err
         page = Path(kind, "report.html").read_text(encoding="utf-8")
         assert f">{shown}</b>" in page
-        assert "Start and end" in page
+        assert "Before and after" in page
         assert f"as many as 1 images of this size have; {kind} makes 4 of them" in page
         for name in ("npz", "png"):
             assert cli("export", kind, "--to", name, "--out", f"{kind}-{name}").code == 0
         assert np.load(next(Path(f"{kind}-npz").glob("*.npz")))["x_train"].shape == (40, 1, 8, 8)
-        assert f"64 stored numbers a class, as many as 1 image of this size has (parametrization {kind})" in Path(
+        assert f"64 stored numbers per class, as many as 1 image of this size has (parametrization {kind})" in Path(
             f"{kind}-npz/README.md"
         ).read_text(encoding="utf-8")
 
@@ -267,5 +267,7 @@ def test_a_study_says_which_systems_of_a_cell_have_another_budget_and_is_silent_
         ]
         return report_table(Report(study="x", summary="", source="", split="test", published_on=None, figures=figures, pictures=[]))
 
-    assert "Of different budgets at ipc 1, pipc 10, so not to be compared: s0 64 numbers a class, s1 65 numbers" in table(64, 65)
+    assert "Do not compare these systems at ipc 1, pipc 10, as their budgets differ: s0 64 numbers per class, s1 65 numbers" in table(
+        64, 65
+    )
     assert "budgets" not in table(64, 64, None)

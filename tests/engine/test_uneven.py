@@ -98,5 +98,5 @@ def test_sets_with_the_same_numbers_by_class_are_blended_and_the_blend_has_them(
     assert sum(both.stored_by_class.values()) / 3 == both.stored_numbers
     assert budget(both.stored_numbers, both.stored_as_images, both.stored_by_class) == "64 to 192 (1 to 3 images)"
     assert tomllib.loads((tmp_path / "blend" / "recipe.toml").read_text())["ipc"] == {"0": 1, "1": 1, "2": 3}
-    with pytest.raises(ddkit.InputError, match="The first set has 3 images of the class '2', the second 1"):
+    with pytest.raises(ddkit.InputError, match="The first set has 3 images of the class '2', but the second has 1"):
         ddkit.blend(tmp_path / "0", tmp_path / "2", out=tmp_path / "none")

@@ -216,5 +216,5 @@ def test_a_module_that_was_edited_is_told_and_gets_another_automatic_teacher(
         first = ddkit.create("model", "python:edited_models.small", {}, data=info_of())
         file.write_text(file.read_text() + "\n# edited\n")
         again = ddkit.create("model", "python", {"factory": first.options.factory, "sha256": first.options.sha256}, data=info_of())
-    assert "is not what it was when this was recorded" in caplog.text
+    assert "has changed since this was recorded" in caplog.text
     assert again.options.sha256 != first.options.sha256

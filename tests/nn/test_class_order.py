@@ -85,7 +85,7 @@ def test_all_that_uses_a_teacher_sees_the_order_of_the_data(cli: Cli, files: Pat
         caplog.clear()
         result = distil(cli, files, name, *flags, "--out", name)
         assert result.code == 0, result.err
-        assert ("brought into that of the data (cat, dog, owl)" in caplog.text) == (name == "turned")
+        assert ("sorted into the order of the data (cat, dog, owl)" in caplog.text) == (name == "turned")
     good, turned = ddkit.load("good"), ddkit.load("turned")
     assert not torch.equal(good.targets, good.targets.roll(1, 1))
     torch.testing.assert_close(turned.images, good.images)
@@ -115,17 +115,17 @@ def test_names_that_prove_nothing_are_tried_and_the_order_that_fits_works_as_pri
         load(files, "blind")
     caplog.clear()
     load(files, "good-numbers")  # the negative control
-    assert "output k being taken for class k" in caplog.text
+    assert "if output k is used for class k" in caplog.text
     assert "too few" not in caplog.text
     load(files, "numbers", pipc=1)
-    assert "too few to tell" in caplog.text
+    assert "too few images to test this order" in caplog.text
     assert FIT not in caplog.text
     load(files, "claimed")
     assert FIT in caplog.text, "names that are those of the data are believed, with a warning"
 
 
 def test_numbers_are_no_proof_and_a_weak_teacher_of_such_data_is_only_warned_of(files: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(ddkit.InputError, match=r"it is right on 100.0 %: --set 'teacher.classes=\["):
+    with pytest.raises(ddkit.InputError, match=r"it is correct on 100.0 %: --set 'teacher.classes=\["):
         load(files, "numbers", data="numbered")
     with pytest.raises(ddkit.InputError, match="no better than guessing"):
         load(files, "blind", data="numbered")
@@ -139,7 +139,7 @@ def test_a_flag_that_an_error_would_cut_is_printed_whole_before(
     files: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ddkit.nn.teacher.LONGEST", 60)
-    with pytest.raises(ddkit.InputError, match="the flag of the line before"):
+    with pytest.raises(ddkit.InputError, match="the flag in the line above"):
         load(files, "numbers")
     assert caplog.messages == [f"The order of the outputs that fits: --set {shlex.quote(FIT)}"]
 
@@ -157,7 +157,7 @@ def test_of_a_teacher_of_more_classes_the_outputs_of_the_data_are_used(files: Pa
         own.exact_logits(images.double(), {k: v.double() for k, v in own.parameters.items()}).float(), own.logits(images)
     )
     other = msgspec.structs.replace(info, class_names=("yak", "cat"))
-    with pytest.raises(ddkit.InputError, match="knows 3 classes, the data has 2"):
+    with pytest.raises(ddkit.InputError, match="has 3 classes, but the data has 2"):
         load_teacher(TeacherTable(use=str(files / "turned.safetensors")), other, cpu)
 
 

@@ -111,12 +111,12 @@ def test_a_training_that_was_cut_off_goes_on_and_gives_the_same_bytes(data: str,
                 raise KeyboardInterrupt
 
     out = tmp_path / "cut"
-    with pytest.raises(KeyboardInterrupt, match="give the same command again"):
+    with pytest.raises(KeyboardInterrupt, match="Run the same command again"):
         trained(out, data, observers=[Kill()])
     left = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert {"experts.json", "expert-0000.safetensors"} <= left.keys()
     assert "expert-0002.safetensors" not in left
-    with pytest.raises(InputError, match="0 are finished, and none are asked for"):
+    with pytest.raises(InputError, match="0 are finished, but the run needs at least 1"):
         made(table(data, out))
     trained(out, data)
     assert content(out) == content(folder)
@@ -163,7 +163,7 @@ def edited(folder: Path) -> None:
 UNFIT: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "nothing is there": (shutil.rmtree, {}, "there is no experts.json. `ddkit train --experts 20"),
     "another file": (lambda folder: (folder / "experts.json").write_text("[]"), {}, "experts.json cannot be used"),
-    "an edited manifest": (edited, {}, "is damaged, or was edited"),
+    "an edited manifest": (edited, {}, "is damaged or was edited"),
     "a damaged file": (damaged, {}, "are damaged: "),
     "a missing file": (lambda folder: (folder / "expert-0002.safetensors").unlink(), {}, "expert-0002.safetensors is missing"),
     "files of two folders": (mixed, {}, "files of several folders are mixed"),
@@ -171,7 +171,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "all images asked for": (lambda folder: None, {"experts.data": "all"}, "--set experts.data=accessible allows it"),
     "another network": (lambda folder: None, {"network.width": 8}, "--set network.width=4"),
     "another model": (lambda folder: None, {"network.model": "mlp"}, "--set network.model=convnet"),
-    "more than there are": (lambda folder: None, {"experts.count": 9}, "3 are finished, and 9 are asked for"),
+    "more than there are": (lambda folder: None, {"experts.count": 9}, "3 are finished, but the run needs 9"),
     "other epochs": (lambda folder: None, {"experts.epochs": 9}, "they have epochs = 4"),
     "an epoch beyond the last": (lambda folder: None, {"network.last": 9}, "trained for 4 epochs"),
     "no saved epoch between": (lambda folder: None, {"network.first": 3, "network.last": 3}, "have no saved epoch from 3 to 3"),
@@ -198,8 +198,8 @@ def test_the_command_refuses_what_it_cannot_do(cli: Cli, data: str, folder: Path
     Path("full").mkdir()
     Path("full", "photo.jpg").write_text("mine")
     for code, phrase, *words in (
-        (5, "holds other experts: epochs 4 there, 10 here", "--experts", 3, "--save-every", 2, "--out", folder),
-        (5, "is no folder of experts", "--experts", 3, "--out", "full"),
+        (5, "contains other experts (epochs is 4 there and 10 here)", "--experts", 3, "--save-every", 2, "--out", folder),
+        (5, "is not a folder of experts", "--experts", 3, "--out", "full"),
         (2, "--pipc has no effect: it is of --experts", "--out", "teacher.safetensors"),
         (2, "--set network.inner_epochs has no effect", "--experts", 3, "--set", "network.inner_epochs=3", "--out", "new"),
         (4, "no trained weights would be saved", "--experts", 3, "--epochs", 2, "--save-every", 3, "--out", "new"),
@@ -281,7 +281,7 @@ def test_a_loss_that_does_not_declare_experts_gets_an_error(data: str, folder: P
         requires = ddkit.Requires(network=True)
 
     _, bank, engine = made(table(data, folder))
-    with pytest.raises(RunFailed, match=r"uses step.experts, which it does not declare: add experts=True"):
+    with pytest.raises(RunFailed, match=r"uses step.experts, which it does not declare. Add experts=True"):
         Engine(bank, engine.source, [WeightedLoss("undeclared", Undeclared(), 1.0)]).evaluate(0)
 
 
@@ -324,5 +324,5 @@ def test_epochs_that_nobody_saved_are_refused() -> None:
     assert list(found.epochs) == [0, 4, 8]
     assert found.rows(1, None, span=0) == [(1, 1), (2, 2)]
     assert found.rows(0, None, span=8) == [(0, 2)]
-    with pytest.raises(InputError, match="no saved epoch from 0 to 8 with another one 3 epochs later"):
+    with pytest.raises(InputError, match="no saved epoch from 0 to 8 with a saved epoch 3 epochs later"):
         found.rows(0, None, span=3)

@@ -231,7 +231,7 @@ def test_random_real_is_ipc_accessible_images_a_class_drawn_anew(monkeypatch: py
     assert len(set(drawn)) == 3
 
 
-@pytest.mark.parametrize(("counts", "words"), [((2, 2, 2), ""), ((1, 1, 1), "1 of 2 a class"), ((2, 1, 2), "5 of 6 in all")], ids=str)
+@pytest.mark.parametrize(("counts", "words"), [((2, 2, 2), ""), ((1, 1, 1), "1 of 2 per class"), ((2, 1, 2), "5 of 6 in all")], ids=str)
 def test_fewer_random_real_images_than_the_set_has_are_counted_and_said(
     counts: tuple[int, ...], words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,7 +242,7 @@ def test_fewer_random_real_images_than_the_set_has_are_counted_and_said(
     assert [torch.bincount(call["labels"]).tolist() for call in recorder.calls[1:]] == [list(counts)] * 2
     assert made.details["random_real_images"] == list(counts)
     assert made.details.get("random_real", "") == means.details.get("summary", "") == words
-    assert (f"random real is {words}" in caplog.text) == bool(words)
+    assert (f"random real has {words}" in caplog.text) == bool(words)
     assert (f"% ({words})" in evaluation_table([made])) == bool(words)
     (group,) = evaluation(Files(artifact=artifact(), facts={}, evaluations=msgspec.to_builtins([made])))["groups"]
     assert (f"% ({words})" in group["rows"][0][4].replace("\u00a0", " ")) == bool(words)
@@ -345,7 +345,7 @@ def test_compiling_that_fails_goes_on_without_and_says_so(monkeypatch: pytest.Mo
     with caplog.at_level(logging.WARNING, "ddkit"):
         assert torch.equal(forward(x), module(x))
         forward(x)
-    assert caplog.text.count("torch.compile did not work here (OSError)") == 1
+    assert caplog.text.count("torch.compile failed (OSError)") == 1
     assert compiled(module, wanted=False) is module
 
 
@@ -454,7 +454,7 @@ def test_an_exchanged_teacher_in_the_cache_is_not_used(own_cache: Path, image_fo
     file.write_bytes(second.read_bytes())  # whole, and of the same model
     again, trained = automatic(image_folder, caplog)
     assert trained
-    assert f"{file} is not the file that you trained there" in caplog.text
+    assert f"{file} is not the file that ddkit has saved there" in caplog.text
     assert same(first.module.state_dict(), again.module.state_dict())
     assert file.read_bytes() == whole
     assert not automatic(image_folder, caplog)[1]  # negative control
@@ -473,7 +473,7 @@ def test_a_teacher_that_cannot_be_kept_is_used_all_the_same(
 
     monkeypatch.setattr("ddkit.nn.teacher.write_tensors", full)
     found, _ = automatic(image_folder, caplog)
-    assert "could not be kept for the next time" in caplog.text
+    assert "could not be saved for later runs" in caplog.text
     assert "No space left on device" in caplog.text
     assert same(found.module.state_dict(), kept.module.state_dict())
     assert (found.sha256, found.info) == (kept.sha256, kept.info)

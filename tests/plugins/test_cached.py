@@ -239,7 +239,7 @@ def test_files_and_output_of_a_run_say_what_came_from_the_cache(cli: CLI) -> Non
     assert [row["details"].get("cached") for (row,) in rows] == [None, 2]
     assert rows[1][0]["details"].pop("cached") == 2
     assert rows[0] == rows[1]
-    told = "2 of 2 networks of the baseline came from the cache"
+    told = "2 of 2 networks of the baseline come from the cache"
     assert [told in Path(name, "report.html").read_text() for name in ("first", "second")] == [False, True]
     judged = json.loads(cli("evaluate", "first", "--json").out)["evaluations"]
     assert judged[0]["details"]["cached"] == 2

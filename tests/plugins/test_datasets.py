@@ -145,7 +145,7 @@ def test_npz_says_what_it_took_and_texts_become_class_names(tmp_path: Path, capl
     data = opened(f"npz:{tmp_path}/a.npz")
     assert (list(data.class_names), data.labels("train").tolist()) == (["b9", "b10", "owl"], [2, 1, 0, 2, 1, 0])
     np.testing.assert_allclose(np.asarray(data.images("test", range(6))), RGB.transpose(0, 3, 1, 2) / 255, rtol=1e-6)
-    said = "a.npz: training images x_train; test images x_val; y_train class names as labels; floats to 255, which are divided by 255."
+    said = "a.npz: training images x_train, test images x_val, y_train class names as labels, floats up to 255 are divided by 255."
     assert said in caplog.text
 
 
@@ -159,7 +159,7 @@ def test_rows_of_numbers_and_npy_files_become_images(tmp_path: Path, shape: tupl
     np.save(tmp_path / "y.npy", Y)
     (tmp_path / "classes.npy").unlink()
     assert opened(f"npz:{tmp_path}", shape=list(shape)).labels("train").tolist() == Y[kept].tolist()
-    with pytest.raises(ddkit.InputError, match=r"rows of numbers\. Say the shape of an image"):
+    with pytest.raises(ddkit.InputError, match=r"rows of numbers\. Add the shape of an image"):
         opened(f"npz:{tmp_path}")
 
 
@@ -207,14 +207,14 @@ def test_folders_inside_of_class_folders_are_said_and_become_classes_if_asked_fo
             write_image(tmp_path / split / name / "1.png", HALF_WHITE)
     data = opened(f"imagefolder:{tmp_path}")
     assert (list(data.class_names), data.labels("train").tolist()) == (["animal", "thing"], [0, 0, 1, 1])
-    assert "'cat', 'dog', 'car', 'tram' are no classes but parts of theirs, unless you say --set data.nested=true" in caplog.text
+    assert "'cat', 'dog', 'car', 'tram' are parts of the classes (to make them classes: --set data.nested=true)" in caplog.text
     caplog.clear()
     data = opened(f"imagefolder:{tmp_path}", nested=True)
     assert list(data.class_names) == ["animal/cat", "animal/dog", "thing/car", "thing/tram"]
     assert data.labels("train").tolist() == data.labels("test").tolist() == [0, 1, 2, 3]
     assert caplog.text == ""
     write_image(tmp_path / "train/animal/1.png", HALF_WHITE)
-    with pytest.raises(ddkit.InputError, match="animal holds images, and so does 'animal/cat' in it"):
+    with pytest.raises(ddkit.InputError, match="animal and 'animal/cat' inside it both contain images"):
         opened(f"imagefolder:{tmp_path}", nested=True)
     assert len(opened(f"imagefolder:{tmp_path}").labels("train")) == 5
     assert "data.nested" not in caplog.text
@@ -334,7 +334,7 @@ SYSTEMS = ("__MACOSX/a/._1.png", "@eaDir/1.png", ".ipynb_checkpoints/1.png", "$R
         ),
         (
             ("val/a/1.png", "val/b/1.png"), ("val/a/1.png", "val/b/1.png"), [],
-            "without a training split, 'val' is trained on, but for a part that is held out for testing",
+            "there is no training split, so 'val' is used for training, except a part that is held out for testing",
         ),
         (("a/1.png", "b/1.png", "a/desktop.ini", *SYSTEMS, *(f"a/{name}" for name in SYSTEMS)), ("a/1.png", "b/1.png"), [], ""),
     ],
@@ -353,10 +353,10 @@ def test_splits_are_found_by_common_names_and_what_is_not_obvious_is_said(
     [
         (
             ("bus/1.png", "car/1.png", "train/x/1.png", "train/y/1.png"),
-            "beside it 'bus', 'car' with images: is 'train' the training split, or a class",
+            "also 'bus', 'car' with images. If 'train' is the training split",
             "train",
         ),
-        (("bus/1.png", "train/1.png", "test/1.png"), "are these classes, or splits", None),
+        (("bus/1.png", "train/1.png", "test/1.png"), "can be classes or splits", None),
         (("train/a/1.png", "train/b/1.png", "training/a/1.png"), "two training splits", "train"),
         (("val/a/1.png", "val/b/1.png", "test/a/1.png", "test/b/1.png"), "no training split", "test"),
         (
@@ -386,7 +386,7 @@ def test_a_table_gives_labels_in_the_place_of_class_folders(tmp_path: Path, capl
     data = opened(f"imagefolder:{one}")
     assert (list(data.class_names), split_of(data, "train")) == (["2", "10"], ["img/0.png", "img/2.png", "img/1.png", "img/3.png"])
     assert split_of(data, "test") == ["img/4.png"]
-    said = "labels are those of a table; the test split is 'Val'; 1 image that it does not list is left out"
+    said = "labels come from a table; the test split is 'Val'; 1 image not in the table is ignored"
     assert caplog.messages == [f"{one}: {said}."]
     for split in ("train", "test"):
         make(two / split, "0.png", "1.png")
@@ -407,15 +407,15 @@ def test_a_table_gives_labels_in_the_place_of_class_folders(tmp_path: Path, capl
     [
         ("file_name,label\na.png,1\na.png,2\n", "line 3: 'a.png' is listed twice"),
         ("file_name,label\na.png,1\nb.png,2\n", "line 3: there is no file"),
-        ("file_name,label\n../a.png,1\n", "line 2: '../a.png' does not lie below"),
+        ("file_name,label\n../a.png,1\n", "line 2: '../a.png' is not inside"),
         ("file_name,label\na.png,\n", "line 2: label is empty"),
-        ("file_name,label,split\na.png,1,dev\n", "line 2: the split 'dev' is none of train"),
+        ("file_name,label,split\na.png,1,dev\n", "line 2: the split is 'dev', but must be one of train"),
         ("file_name,label,split\na.png,1,test\n", "'test' alone"),
-        ("id,label\na.png,1\n", "it has id, label. Name those of file and label: --set 'data.columns="),
+        ("id,label\na.png,1\n", "Its columns are id, label. Name the columns of file and label: --set 'data.columns="),
         ("file_name,label\n", "lists no image"),
         ("file_name,label\na.png,\xff\n", "cannot be read"),
-        ('{"file_name": "a.png", "label": ["x", "y"]}', r"line 1: label holds several values \(\['x', 'y'\]\)"),
-        ('{"file_name": "a.png", "label": "x"}\n{"file_name":', "line 2 is no JSON"),
+        ('{"file_name": "a.png", "label": ["x", "y"]}', r"line 1: label has several values \(\['x', 'y'\]\)"),
+        ('{"file_name": "a.png", "label": "x"}\n{"file_name":', "line 2 is not JSON"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused_with_its_line(tmp_path: Path, table: str, message: str) -> None:
@@ -465,9 +465,9 @@ def test_images_of_other_formats_are_counted_in_one_line(tmp_path: Path, caplog:
     assert split_of(data, "train") == ["train/a/1.JFIF", *CLASSES]
     assert data.images("train", [0])[0].shape == (3, 6, 6)
     (message,) = caplog.messages
-    assert "files that ddkit does not read are left out: 2 .heic, 1 .npy, 1 without an ending." in message
+    assert "ddkit cannot read some files and ignores them: 2 .heic, 1 .npy, 1 without a suffix." in message
     make(tmp_path, "train/c/only.heic")
-    with pytest.raises(ddkit.InputError, match=r"train/c holds no image \(1 \.heic, which ddkit does not read"):
+    with pytest.raises(ddkit.InputError, match=r"train/c contains no image \(1 \.heic which ddkit cannot read"):
         opened(f"imagefolder:{tmp_path}")
 
 

@@ -71,7 +71,7 @@ def test_held_out_images_depend_on_the_seed_and_not_on_pipc() -> None:
         ("all", 1, "--pipc 139"),
         (139, 200, "held_out=1"),
         (100, 41, "held_out=40"),
-        (500, 200, "--pipc 112 or less with --set data.held_out=28"),
+        (500, 200, "--pipc 112 with --set data.held_out=28"),
     ],
 )
 def test_too_few_images_to_hold_out_are_told_before_the_run(pipc: int | str, held_out: int, said: str, cli: CLI) -> None:
@@ -92,7 +92,7 @@ def test_without_test_images_the_advised_command_works_whatever_the_data(cli: CL
     flags = ("distill", "--losses", "dm", "--plan", "--dataset", f"imagefolder:{folder}", "--pipc", pipc)
     failed = cli(*flags)
     assert failed.code == 4
-    advised = " ".join(failed.err.split()).partition("hold out training images: ")[2].rstrip(".").split()
+    advised = " ".join(failed.err.split()).partition("held-out training images with ")[2].rstrip(".").split()
     assert advised[:2] == ["--set", "data.test=held-out"]
     done = cli(*flags, "--json", *advised)
     assert done.code == 0, done.err
@@ -243,7 +243,7 @@ def test_class_means_are_of_disjoint_groups_that_hold_every_image() -> None:
 def test_without_real_images_baselines_are_left_out_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
     (row,) = evaluated(given=data(0), baselines=BASELINES)
     assert row.images == "synthetic"
-    assert "they are left out" in caplog.text
+    assert "The baselines are left out" in caplog.text
 
 
 def test_baselines_alone_have_the_rows_that_they_have_beside_the_set(monkeypatch: pytest.MonkeyPatch) -> None:

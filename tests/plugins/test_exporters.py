@@ -197,7 +197,7 @@ def test_a_set_of_four_channels_has_no_png(tmp_path: Path) -> None:
     made.images = made.stored = torch.rand(4, 4, 5, 5)
     made.metadata |= {"mean": [0.5] * 4, "std": [0.2] * 4}
     for name in ("imagefolder", "png"):
-        with pytest.raises(ddkit.InputError, match="1 or 3 channels, and this set has 4"):
+        with pytest.raises(ddkit.InputError, match="1 or 3 channels, but this set has 4"):
             exported(made, name, tmp_path / name)
         assert not (tmp_path / name).exists()
     assert exported(made, "npz", tmp_path / "npz").is_dir()
@@ -247,7 +247,7 @@ def test_the_card_of_a_file_says_that_nothing_was_measured(tmp_path: Path) -> No
 
 def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, run: Path, cli: Cli) -> None:
     before = part(card_of(run, tmp_path / "before"), "## Closeness to real images")
-    assert "The set began with real images (initializer real). How close its images are to real ones was not measured" in before
+    assert "The set began with real images (initializer real). The distance of its images to real images was not measured" in before
     assert "Do not claim that the set hides the images that it was made from." in before
     copy = shutil.copytree(run, tmp_path / "copy")
     assert cli("evaluate", copy, "--evaluate", "memorisation,spectrum").code == 0
@@ -257,7 +257,7 @@ def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, 
     assert close > 0
     found = part(text, "## Closeness to real images")
     assert "**Warning: this set shows real images.**" in found
-    assert f"{close} of 20 images are nearer to a real image that the run could see than 95 % of those are to each other." in found
+    assert f"{close} of 20 images are nearer to an accessible real image than 95 % of these are to each other." in found
     table = part(text, "## Accuracy")
     assert table.count("not measured") == 0  # rows without an accuracy are no rows of accuracies
     assert f"| memorisation | {close} of 20 images are close to a real one |" in table
@@ -266,9 +266,9 @@ def test_the_card_warns_where_a_set_stayed_close_to_real_images(tmp_path: Path, 
 @pytest.mark.parametrize(
     ("init", "steps", "phrases"),
     [
-        ("noise", 2, ["The set began with noise (initializer noise).", "0 of 10 images are nearer", "no proof that the set protects them",
+        ("noise", 2, ["The set began with noise (initializer noise).", "0 of 10 images are nearer", "does not prove that the set protects",
                       "The images were optimised"]),
-        ("herding", 0, ["They are real images (initializer herding), as a run of no steps took them: nothing was optimised.",
+        ("herding", 0, ["They are real images (initializer herding), from a run without steps, so nothing was optimised.",
                         "10 of 10 images are nearer", "**Warning: this set shows real images.**"]),
     ],
 )  # fmt: skip
@@ -471,7 +471,7 @@ class Told(ddkit.Exporter):
 
 def test_an_exporter_of_a_plugin_file_is_blamed_by_name_and_may_take_an_argument(cli: Cli, run: Path) -> None:
     Path("mine.py").write_text(EXPORTERS_OF_OTHERS)
-    for name, message in (("raises", "raised ValueError: no more"), ("told", "wrote no file")):
+    for name, message in (("raises", "raised ValueError: no more"), ("told", "has written no file")):
         result = cli("export", run, "--plugin", "mine.py", "--to", name, "--out", "out")
         assert (result.code, result.out) == (1, "")
         told = " ".join(result.err.split())

@@ -122,7 +122,7 @@ def test_the_teacher_is_there_only_where_it_is_required(features: str, tmp_path:
 def test_too_few_images_are_an_error_that_names_the_class(name: str) -> None:
     initializer = ddkit.create("initializer", name)
     initializer.check(4, {"cat": 4, "dog": 9})
-    with pytest.raises(ddkit.InputError, match=rf"Initializer '{name}' needs 4 accessible images a class.*'cat' has 3.*--pipc"):
+    with pytest.raises(ddkit.InputError, match=rf"The initializer '{name}' needs 4 accessible real images per class.*'cat' has 3.*--pipc"):
         initializer.check(4, {"cat": 3, "dog": 9})
 
 
@@ -150,7 +150,7 @@ def test_no_image_stands_twice_where_there_are_enough(available: int, twice: boo
 
 def test_a_factor_that_images_have_no_room_for_is_an_error() -> None:
     initializer, start = begin("mix", 1, [81], factor=9)
-    with pytest.raises(ddkit.InputError, match="images of 8 x 8 pixels have no room for 9"):
+    with pytest.raises(ddkit.InputError, match="images of 8 x 8 pixels are too small for 9"):
         initializer(start)
 
 
@@ -178,7 +178,7 @@ def test_multipliers_are_the_nonnegative_least_squares_solution_which_is_also_ne
 def test_a_solver_that_is_stopped_early_says_so(caplog: pytest.LogCaptureFixture) -> None:
     g, theta = points(30, 40), points(1, 40, 5)[0]
     solve(g @ g.T, g @ theta, sweeps=1)
-    assert "raise initializer.sweeps" in caplog.text
+    assert "Raise initializer.sweeps" in caplog.text
     assert nonnegative_solution(np.zeros((2, 2)), np.array([1.0, -1.0]), sweeps=3)[0].tolist() == [0.0, 0.0]
 
 
@@ -273,7 +273,7 @@ def test_class_folders_are_matched_by_name_and_taken_in_order(tmp_path: Path, in
 def test_other_sizes_and_channels_are_made_to_fit_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = write_classes(tmp_path / "images", DIGITS, shape=(12, 10, 3))
     assert continued(root, tmp_path / "now").images.shape == (20, 1, 8, 8)
-    assert "20 of 20 images were made to fit: 1 channel, 8 x 8 pixels" in caplog.text
+    assert "20 of 20 images were converted to 1 channel and 8 x 8 pixels" in caplog.text
 
 
 def test_a_set_that_cannot_be_continued_is_an_error_before_the_run(tmp_path: Path, cli: CLI) -> None:
@@ -281,11 +281,11 @@ def test_a_set_that_cannot_be_continued_is_an_error_before_the_run(tmp_path: Pat
     missing = write_classes(tmp_path / "missing", DIGITS[:8])
     (tmp_path / "text.safetensors").write_text("no")
     for path, code, words in (
-        (tmp_path / "nothing", 4, "there is no such file or folder"),
+        (tmp_path / "nothing", 4, "which does not exist"),
         (few, 4, "has too few images for ipc 2: '0' has 1"),
         (missing, 4, "has no class '8', '9'; it has '0', '1'"),
         (tmp_path / "text.safetensors", 5, "text.safetensors"),
-        ("", 4, "needs a path: --init file:PATH"),
+        ("", 4, "needs a path, as in --init file:PATH"),
     ):
         found = cli("distill", "--losses", "dm", "--ipc", 2, "--pipc", 4, "--init", f"file:{path}", "--out", "run", *SMALL_FLAGS)
         assert (found.code, found.out) == (code, ""), found.err

@@ -130,7 +130,7 @@ def test_selected_parameters_are_included_but_for_invariant_groups_which_a_warni
     [
         (teacher("instance"), "features.0.*", r"every selected parameter .* scale-invariant"),
         (teacher(nn.Sequential(HandNormalised(standardised=True))), "0.mixing", r"every selected parameter .* scale-invariant"),
-        (teacher("none"), "layer*", r"selects; it has features.0.weight, .*classifier.bias"),
+        (teacher("none"), "layer*", r"selects. It has features.0.weight, .*classifier.bias"),
     ],
     ids=["convnet", "the user's own", "a pattern that selects nothing"],
 )

@@ -146,7 +146,7 @@ def test_model_without_embed_is_embedded_by_the_input_of_its_last_linear_layer()
 
 
 def test_model_without_embed_or_linear_layer_is_an_error() -> None:
-    with pytest.raises(RunFailed, match="neither an embed method nor a linear layer"):
+    with pytest.raises(RunFailed, match="neither a method embed nor a linear layer"):
         embed(nn.Sequential(nn.Conv2d(3, 2, 1)), torch.zeros(1, 3, 2, 2))
 
 
@@ -297,7 +297,7 @@ def test_normalising_maps_of_one_pixel_leaves_nothing_so_the_first_halvings_are_
 
 def test_lenet_of_grey_28_pixels_pads_as_the_original() -> None:
     assert built("lenet", (1, 28, 28)).features[7].in_features == 400  # type: ignore[index, union-attr]
-    with pytest.raises(ddkit.InputError, match="3 x 8 pixels are too small; the least is 4 x 4"):
+    with pytest.raises(ddkit.InputError, match=r"3 x 8 pixels are too small\. They must be at least 4 x 4"):
         built("lenet", (1, 3, 8))
 
 
@@ -331,7 +331,7 @@ def test_convnet_norm_group_and_layer_normalise_what_they_say() -> None:
 
 
 def test_group_norm_of_a_width_that_cannot_be_grouped_is_refused() -> None:
-    with pytest.raises(ddkit.InputError, match="convnet: norm = group needs a width that is a multiple of 4, not 6"):
+    with pytest.raises(ddkit.InputError, match="convnet: norm = group needs a number of channels that is a multiple of 4, not 6"):
         built("convnet", width=6, norm="group")
 
 

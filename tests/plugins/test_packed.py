@@ -98,7 +98,7 @@ def test_splits_are_told_by_the_names_of_files_and_folders(
 
 
 def test_without_files_to_train_on_the_paragraph_says_what_is_there(tmp_path: Path) -> None:
-    for path, message in ((tmp_path, "holds no .tar file"), (tmp_path / "no", "does not exist"), ("", "needs a folder")):
+    for path, message in ((tmp_path, "contains no .tar file"), (tmp_path / "no", "does not exist"), ("", "needs the path of a folder")):
         with pytest.raises(ddkit.InputError, match=message):
             Named(name="named", path=str(path))
     (tmp_path / "val-0.tar").touch()
@@ -127,9 +127,9 @@ def test_a_sample_is_an_image_and_its_label(fields: dict[str, Any], label: str) 
     [
         ({"cls": b"1", "txt": b"x"}, r"a\.tar, sample x: it has no image \(cls, txt\)"),
         ({"jpg": b"", "seg.png": b"", "cls": b"1"}, r"several images \(jpg, seg.png\)"),
-        ({"jpg": b""}, r"it has no label.*unpack it: mkdir FOLDER && tar -xf a\.tar -C FOLDER"),
+        ({"jpg": b""}, r"it has no label.*unpack it with `mkdir FOLDER && tar -xf a\.tar -C FOLDER"),
         ({"jpg": b"", "json": b'{"caption": 1}'}, r"its \.json has caption"),
-        ({"jpg": b"", "json": b'{"label": [1, 2]}'}, "label holds several values"),
+        ({"jpg": b"", "json": b'{"label": [1, 2]}'}, "label has several values"),
         ({"jpg": b"", "json": b"{"}, "its label cannot be read"),
         ({"jpg": b"", "json": b"[]"}, "it has no label"),
         ({"jpg": b"", "cls": b"\xff"}, "its label cannot be read"),
@@ -154,7 +154,7 @@ def test_several_sets_of_one_split_are_not_mixed(tmp_path: Path, monkeypatch: py
         (tmp_path / name).mkdir()
         (tmp_path / name / "train-00000-of-00001.parquet").touch()
     with pytest.raises(
-        ddkit.InputError, match=rf"several sets of one split, in 'coarse', 'fine'.*--dataset huggingface:{tmp_path}/coarse$"
+        ddkit.InputError, match=rf"several sets of the same split, in 'coarse', 'fine'.*--dataset huggingface:{tmp_path}/coarse$"
     ):
         HuggingFace(name="huggingface", path=str(tmp_path))
 

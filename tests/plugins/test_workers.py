@@ -72,7 +72,7 @@ def test_what_processes_cannot_do_is_told_and_their_networks_are_trained_here(
 
     monkeypatch.setattr(workers, "_write", broken)
     found = evaluated(workers=2)
-    assert "4 networks are trained here instead" in caplog.text
+    assert "4 networks are trained in this process instead" in caplog.text
     assert phrase in caplog.text
     assert found.details["accuracies"] == evaluated(workers=1).details["accuracies"]
 
@@ -80,7 +80,7 @@ def test_what_processes_cannot_do_is_told_and_their_networks_are_trained_here(
 def test_several_processes_on_another_device_are_refused() -> None:
     evaluator = Accuracy(workers=2)
     model = ddkit.create("model", "mlp", {"width": 8}, data=INFO)
-    with pytest.raises(ddkit.InputError, match="on the CPU only"):
+    with pytest.raises(ddkit.InputError, match="several processes on the CPU"):
         evaluator.plan(INFO, torch.device("cuda"), rows=4, tests=4, networks=4, model=model)
 
 

@@ -47,10 +47,10 @@ def test_images_are_matched_by_class_name_and_place() -> None:
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        (_set("ac"), "only the first has b, only the second has c"),
-        (_set("ab", (0, 1, 1, 1)), "has 2 images of the class 'a', the second 1"),
-        (_set("ab", (0, 0, 0, 1, 1, 1)), "only sets of the same ipc"),
-        (_set("ab", size=5), "(1, 4, 4) (C, H, W), the second of (1, 5, 5)"),
+        (_set("ac"), "Only the first has b, only the second has c"),
+        (_set("ab", (0, 1, 1, 1)), "has 2 images of the class 'a', but the second has 1"),
+        (_set("ab", (0, 0, 0, 1, 1, 1)), "Only sets with the same ipc"),
+        (_set("ab", size=5), "(1, 4, 4) (C, H, W), but the second of (1, 5, 5)"),
     ],
 )
 def test_what_does_not_fit_is_refused(second: Artifact, said: str) -> None:
@@ -107,7 +107,9 @@ def test_files_can_be_blended_and_then_need_a_dataset(runs: CLI) -> None:
 
 
 TABLE = "\nipc = 1\nsteps = 2\n[blend]\nfirst = 'dsv-noise'\nsecond = './two'\nalpha = 0.25\n"
-INSTEAD = "ddkit distill --recipe dsv-noise --ipc 1 --steps 2 --evaluate none --out first; ddkit blend first ./two --alpha 0.25 --out both"
+INSTEAD = (
+    "ddkit distill --recipe dsv-noise --ipc 1 --steps 2 --evaluate none --out first && ddkit blend first ./two --alpha 0.25 --out both"
+)
 
 
 def test_a_recipe_or_unfinished_run_with_a_table_blend_is_refused_with_the_commands_to_give_instead(cli: CLI) -> None:

@@ -122,7 +122,7 @@ def test_without_a_common_evaluation_the_command_that_adds_one_works_as_printed(
     refused = copied("compare", "dm", "m3d", "--out", "x.png")
     assert (refused.code, refused.out, Path("x.png").exists()) == (5, "", False)
     assert "no evaluation in common" in said(refused.err)
-    command = said(refused.err).partition("This adds one: ddkit ")[2]
+    command = said(refused.err).partition("This command adds one: ddkit ")[2]
     assert copied(*shlex.split(command)).code == 0
     assert copied("compare", "dm", "m3d").code == 0
 
@@ -141,9 +141,9 @@ def test_sets_of_other_data_are_refused(copied: Callable[..., Result], tmp_path:
         folder = write_image_folder(tmp_path / name)
         ddkit.distill(losses="dm", pipc=2, steps=1, dataset=f"imagefolder:{folder}", evaluators="none", sets=small, out=name, device="cpu")
     for one, other, phrase in (
-        ("dm", "cats", "other images"),
-        ("dogs", "cats", "other data"),
-        ("cats/synthetic.safetensors", "dm", "other images"),
+        ("dm", "cats", "their images differ"),
+        ("dogs", "cats", "their data differ"),
+        ("cats/synthetic.safetensors", "dm", "their images differ"),
     ):
         refused = copied("compare", one, other)
         assert (refused.code, refused.out) == (5, "")
@@ -153,7 +153,7 @@ def test_sets_of_other_data_are_refused(copied: Callable[..., Result], tmp_path:
 WRONG = {
     "an empty name": (("dm", ""), 2, "the path is empty"),
     "twice": (("dm", "./dm"), 2, "named twice"),
-    "an empty folder": (("dm", "empty"), 5, "holds none that is finished"),
+    "an empty folder": (("dm", "empty"), 5, "contains no finished run"),
     "no set": (("dm", "text.safetensors"), 5, "text.safetensors"),
     "not finished": (("dm", "killed"), 5, "--resume"),
     "a file that is there": (("dm", "m3d", "--out", "there.png"), 5, "exists already"),
@@ -211,7 +211,7 @@ def test_the_runs_of_a_folder_are_listed_whatever_else_is_in_it(copied: Callable
         (("runs", "nowhere"), 5, "The folder nowhere does not exist"),
         (("runs",), 5, "The folder runs does not exist"),
         (("runs", "set/a file"), 5, "is a file"),
-        (("runs", "set/other"), 5, "holds no run"),
+        (("runs", "set/other"), 5, "contains no run"),
         (("losses", "set"), 2, "ddkit list runs set"),
         (("runs", "set", "--check"), 2, "--check has no effect"),
     ):

@@ -205,7 +205,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one_and_cuts_what_wa
 def test_resume_refuses_to_go_back(cli: Cli, run: Path) -> None:
     result = cli("distill", "--resume", "--out", run, "--steps", 3)
     assert (result.code, result.out) == (5, "")
-    assert "step 8 already" in " ".join(result.err.split())
+    assert "already at step 8" in " ".join(result.err.split())
     assert ddkit.load(run).images.shape == (20, 1, 8, 8)
 
 
@@ -301,10 +301,10 @@ def test_a_run_goes_on_with_data_and_teacher_that_were_moved(cli: Cli, placed: P
     assert f"ddkit distill --resume --out {run} --dataset imagefolder:PATH" in " ".join(lost.err.split())
     teacher = ["--teacher", moved.parent / "renamed.safetensors"]
     for words, code, message in (
-        (["--dataset", "digits", *teacher], 2, "--dataset imagefolder:PATH says where the same data are now"),
-        (["--dataset", "imagefolder", *teacher], 2, "says where the same data are now"),
-        (["--dataset", f"imagefolder:{moved}", "--teacher", "auto"], 2, "only the file of a teacher can have been moved"),
-        (["--dataset", f"imagefolder:{moved}", "--losses", "dm"], 2, "cannot change it"),
+        (["--dataset", "digits", *teacher], 2, "If the data were moved: --dataset imagefolder:PATH"),
+        (["--dataset", "imagefolder", *teacher], 2, "If the data were moved: --dataset imagefolder:PATH"),
+        (["--dataset", f"imagefolder:{moved}", "--teacher", "auto"], 2, "only takes the new path of a teacher file"),
+        (["--dataset", f"imagefolder:{moved}", "--losses", "dm"], 2, "which --losses cannot change"),
     ):
         refused = cli("distill", "--resume", "--out", run, *words)
         assert (refused.code, refused.out) == (code, "")

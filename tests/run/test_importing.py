@@ -94,7 +94,7 @@ def test_labels_that_are_texts_become_the_class_names_in_natural_order(tmp_path:
         assert torch.equal(found.images, IMAGES[[1, 3, 0, 2]])
     refused = cli("import", tmp_path / "x.npz", "--mean", "0.5", "--std", "0.5", "--pixels", "unit", "--classes", "a,b", "--out", "three")
     assert (refused.code, refused.out) == (2, "")
-    assert "the labels are texts, which are the class names: dog 2, dog 10" in " ".join(refused.err.split())
+    assert "the labels are texts and give the class names: dog 2, dog 10" in " ".join(refused.err.split())
 
 
 def test_the_old_format_of_torch_npz_and_safetensors_are_read(tmp_path: Path) -> None:
@@ -143,16 +143,16 @@ def test_rows_are_put_in_order_of_class_unequal_classes_are_taken_and_both_is_sa
     assert "ipc" not in found.metadata
     assert "(cat 1, dog 2)" in caplog.text
     assert found.class_names == ["cat", "dog"]
-    assert "not in order of class" in caplog.text
+    assert "not sorted by class" in caplog.text
 
 
 def test_one_of_several_sets_is_taken_by_its_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = _saved({"data": [[IMAGES, LABELS], [IMAGES / 2, LABELS]]}, tmp_path / "x.pt")
     ddkit.import_file(file, tmp_path / "first", pixels="unit", **NORM)
-    assert "holds 2 sets; number 0 is taken" in caplog.text
+    assert "contains 2 sets. Number 0 is imported" in caplog.text
     ddkit.import_file(file, tmp_path / "second", pixels="unit", index=1, **NORM)
     assert torch.equal(ddkit.load(tmp_path / "second").images, IMAGES / 2)
-    with pytest.raises(ddkit.InputError, match="--run is a number from 0 to 1; got 2"):
+    with pytest.raises(ddkit.InputError, match="--run must be from 0 to 1, not 2"):
         ddkit.import_file(file, tmp_path / "third", pixels="unit", index=2, **NORM)
 
 
@@ -224,21 +224,21 @@ def test_a_step_size_that_a_file_records_is_kept_and_said(tmp_path: Path, caplog
     found = ddkit.import_file(file, tmp_path / "out", pixels="unit", **NORM)
     assert isinstance(found, Artifact)
     assert float(ddkit.load(tmp_path / "out").parameters["step_size"]) == pytest.approx(0.03)
-    assert "records the step size 0.03: it is kept" in caplog.text
+    assert "records the step size 0.03. It is kept" in caplog.text
     _saved({"images": IMAGES, "labels": LABELS, "lr": torch.ones(3)}, tmp_path / "several.pt")
     ddkit.import_file(tmp_path / "several.pt", tmp_path / "without", pixels="unit", **NORM)
-    assert "'lr' of the file is not one number, so it is left out" in caplog.text
+    assert "'lr' in the file is not a single number, so it is ignored" in caplog.text
 
 
 def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_file_is_read(tmp_path: Path) -> None:
     record = {"class_names": [str(number) for number in range(1001)], "mean": [0.5], "std": [0.5]}
     Artifact(IMAGES, LABELS, record).save(tmp_path / "set.safetensors")
-    with pytest.raises(ddkit.RunFilesError, match=r"1,001 classes for 4 images, and at most 1,000"):
+    with pytest.raises(ddkit.RunFilesError, match=r"1,001 classes for 4 images, but the limit is 1,000"):
         ddkit.load(tmp_path / "set.safetensors")
     Artifact(IMAGES, LABELS, record | {"class_names": record["class_names"][:1000]}).save(tmp_path / "most.safetensors")
     assert len(ddkit.load(tmp_path / "most.safetensors").class_names) == 1000
     write_tensors(tmp_path / "teacher.safetensors", {"weight": torch.zeros(3, 4)}, record)
-    with pytest.raises(ddkit.InputError, match=r"1,001 class names, and no tensor for more than 1,000"):
+    with pytest.raises(ddkit.InputError, match=r"1,001 class names, but its tensors have at most 1,000"):
         read_teacher(tmp_path / "teacher.safetensors")
 
 
@@ -398,29 +398,29 @@ SET = "--mean 0.25 --std 0.5 --pixels unit"
 TEACHER = "--mean 0.25 --std 0.5 --classes 10 --size 8"
 REFUSED = [
     (f"gone.pt {SET}", 4, "gone.pt does not exist"),
-    ("set.pt --pixels unit", 4, "set.pt does not record how images are normalised: give the mean and std of each channel"),
-    ("set.pt --mean 0.25 --std 0.5", 4, "set.pt does not tell what its images are: give --pixels normalised, or --pixels unit"),
-    ("set.pt --mean 0.25,0.3 --std 0.5", 2, "--mean has 2 values and --std 1"),
-    ("set.pt --mean 0.25 --std 0 --pixels unit", 2, "every std is positive"),
-    ("set.pt --mean nan --std 1 --pixels unit", 2, "--mean and --std are finite numbers"),
+    ("set.pt --pixels unit", 4, "set.pt does not record how images are normalised. Add the mean and std of each channel"),
+    ("set.pt --mean 0.25 --std 0.5", 4, "set.pt does not record the unit of its images. Add --pixels normalised, or --pixels unit"),
+    ("set.pt --mean 0.25,0.3 --std 0.5", 2, "--mean has 2 values, but --std has 1"),
+    ("set.pt --mean 0.25 --std 0 --pixels unit", 2, "each std must be positive"),
+    ("set.pt --mean nan --std 1 --pixels unit", 2, "--mean and --std must be finite"),
     ("set.pt --mean much --std 1", 2, "'much' is not a list of numbers separated by commas"),
-    (f"set.pt {SET} --classes cat,cat", 2, "every class has a name of its own; got cat, cat"),
-    (f"set.pt {SET} --classes cat", 4, "set.pt has the label 1, and there are 1 classes"),
-    (f"set.pt {SET} --as teacher", 4, "set.pt holds a list of 2 items: that is no teacher (a state dict of tensors by name)"),
-    (f"set.pt {SET} --run 1", 4, "set.pt holds one set, so --run is 0; got 1"),
+    (f"set.pt {SET} --classes cat,cat", 2, "each class needs its own name, but the names are cat, cat"),
+    (f"set.pt {SET} --classes cat", 4, "set.pt has the label 1, but --classes has 1"),
+    (f"set.pt {SET} --as teacher", 4, "set.pt contains a list of 2 items. This is not a teacher (a state dict of tensors by name)"),
+    (f"set.pt {SET} --run 1", 4, "set.pt contains one set, so --run must be 0, not 1"),
     ("set.pt --mean 0.1,0.2,0.3 --std 1,1,1 --pixels unit", 4, "with this --mean it must be (n, 3, H, W)"),
     (f"flat.pt {SET}", 4, "flat.pt: images have the shape (4, 16)"),
     (f"short.pt {SET}", 4, "short.pt: labels are torch.int64 (3,)"),
-    (f"soft.pt {SET}", 4, "soft.pt: labels are torch.float32 (4,); they must be whole numbers"),
+    (f"soft.pt {SET}", 4, "soft.pt: labels are torch.float32 (4,), but must be whole numbers"),
     (f"negative.pt {SET}", 4, "negative.pt: labels go from -1 to 0"),
     (f"nan.pt {SET}", 4, "nan.pt: an image value is not finite"),
     (f"one.pt {SET}", 4, "one.pt has the label 0, and there are 1 classes"),
-    (f"bomb.pt {SET}", 4, "bomb.pt: labels is no plain tensor"),
+    (f"bomb.pt {SET}", 4, "bomb.pt: labels is not a plain tensor"),
     (f"names_bomb.pt {SET}", 4, "names_bomb.pt holds a dict of mine (4, 1, 4, 4), theirs (1000000000000000,): that is no set"),
-    (f"complex.pt {SET}", 4, "complex.pt: images is no plain tensor (torch.complex64"),
+    (f"complex.pt {SET}", 4, "complex.pt: images is not a plain tensor (torch.complex64"),
     (f"numbers.pt {SET}", 4, "numbers.pt holds a dict of a int: that is no set"),
     (f"empty.pt {SET} --as set", 4, "empty.pt holds a list of 0 items: that is no set"),
-    ("state.pt --mean 0.25 --std 0.5", 4, "state.pt is a state dict, which does not record classes and image size: give --classes 10"),
+    ("state.pt --mean 0.25 --std 0.5", 4, "state.pt is a state dict, which records neither classes nor image size. Add --classes 10"),
     (f"state.pt {TEACHER}", 4, "does not fit the model 'convnet'; of another shape: classifier.weight is (10, 32)"),
     (f"state.pt {TEACHER} --set train.epochs=3", 2, "--set train.epochs has no effect"),
     (f"state.pt {TEACHER} --pixels unit --index 0 --set teacher.use=x", 2, "--pixels, --run, --set teacher.use have no effect"),
@@ -429,35 +429,35 @@ REFUSED = [
         2,
         "--labels, --ipc, --grid, --step-size have no effect",
     ),
-    (f"bare.pt {SET}", 4, "bare.pt holds images (4, 1, 4, 4) and no labels: give their file, --labels FILE, or"),
+    (f"bare.pt {SET}", 4, "bare.pt contains images (4, 1, 4, 4), but no labels. Add their file with --labels FILE"),
     (f"bare.pt {SET} --ipc 3", 4, "--ipc 3: "),
-    (f"bare.pt {SET} --ipc 2 --labels FILES/set.pt", 2, "leave one of them out"),
+    (f"bare.pt {SET} --ipc 2 --labels FILES/set.pt", 2, "Leave one of them out"),
     (f"bare.pt {SET} --labels FILES/gone.pt", 4, "gone.pt does not exist"),
-    (f"bare.pt {SET} --labels FILES/numbers.pt", 4, "numbers.pt: it holds no labels"),
-    (f"bare.pt FILES/bytes.pt {SET} --ipc 2", 4, "Files that are joined have images of one shape and type"),
+    (f"bare.pt {SET} --labels FILES/numbers.pt", 4, "numbers.pt: the file contains no labels"),
+    (f"bare.pt FILES/bytes.pt {SET} --ipc 2", 4, "Files can only be joined if their images have the same shape and type"),
     (f"set.pt FILES/state.pt {SET}", 4, "state.pt holds none"),
     (f"set.pt {SET} --labels FILES/set.pt", 2, "set.pt has no effect: "),
     (f"set.pt {SET} --ipc 2", 2, "--ipc 2 has no effect: "),
     (f"set.pt {SET} --labels argmax", 2, "the labels of "),
-    (f"set.pt {SET} --grid 2 --set parametrization.factor=2", 2, "--grid 2 is --set parametrization.factor=2: leave one"),
-    (f"set.pt {SET} --step-size nan", 2, "--step-size nan: a learning rate is finite and above 0"),
-    (f"set.pt {SET} --step-size FILES/set.pt", 4, "the step size of a set is one finite number above 0; got None"),
-    (f"several.pt {SET}", 4, "name several classes of an image, or none"),
-    (f"objects.pt {SET}", 4, "it holds a NumPy array of the type 'O8', which is no number"),
+    (f"set.pt {SET} --grid 2 --set parametrization.factor=2", 2, "--grid 2 and --set parametrization.* set the same. Leave one"),
+    (f"set.pt {SET} --step-size nan", 2, "--step-size nan: a learning rate must be finite and above 0"),
+    (f"set.pt {SET} --step-size FILES/set.pt", 4, "the step size of a set must be one finite number above 0, but is None"),
+    (f"several.pt {SET}", 4, "give an image several classes, or none"),
+    (f"objects.pt {SET}", 4, "it contains a NumPy array of the type 'O8', which is not a number"),
     (f"set.pt {SET} --size 64 --model nosuch --set nonsense=1", 2, "--size, --model, --set nonsense have no effect"),
     (f"bytes.pt {SET}", 2, "--pixels has no effect: the images of"),
     (f"set.pt {SET} --set parametrization.factor=3", 4, "parametrization.factor = 3 cuts an image into 3 x 3 equal parts"),
     (f"set.pt {SET} --set decode.factor=2", 4, "--set parametrization.use=grid --set parametrization.factor=2"),
-    (f"set.pt {SET} --set parametrization.use=fourier", 4, "the parametrization 'fourier', which stores none"),
+    (f"set.pt {SET} --set parametrization.use=fourier", 4, "the parametrization 'fourier' stores no images"),
     (f"set.pt {SET} --set parametrization.factor=9", 4, "parametrization.factor = 9 is not possible"),
     (f"set.pt {SET} --classes 1001", 2, "--classes: 1,001 for 4 images; at most 1,000 are taken"),
     (f"state.pt {TEACHER} --model convnett", 3, "Did you mean 'convnet'?"),
-    ("state.pt --mean 0.25 --std 0.5 --classes 10 --size 8,8,8", 2, "--size is height and width in pixels"),
-    ("state.pt --mean 0.25 --std 0.5 --classes 1 --size 8", 2, "1 is no number of classes from 2 to 100,000"),
-    (f"stranger.pt {SET}", 4, "holds tests.run.test_importing._Stranger beside tensors"),
-    (f"network.pt {SET}", 4, "Where you trust the file, keep the tensors of it in Python: found = torch.load("),
-    (f"text.pt {SET}", 4, "text.pt is no file of torch.save, .npz, .npy or .safetensors that can be read ("),
-    (f"torn.pt {SET}", 4, "torn.pt is no file of torch.save, .npz, .npy or .safetensors that can be read ("),
+    ("state.pt --mean 0.25 --std 0.5 --classes 10 --size 8,8,8", 2, "--size must be height and width in pixels"),
+    ("state.pt --mean 0.25 --std 0.5 --classes 1 --size 8", 2, "1 is not a number of classes from 2 to 100,000"),
+    (f"stranger.pt {SET}", 4, "contains tests.run.test_importing._Stranger"),
+    (f"network.pt {SET}", 4, "If you trust the file, save its tensors in Python: found = torch.load("),
+    (f"text.pt {SET}", 4, "text.pt is not a readable file of torch.save, .npz, .npy or .safetensors ("),
+    (f"torn.pt {SET}", 4, "torn.pt is not a readable file of torch.save, .npz, .npy or .safetensors ("),
 ]
 
 
@@ -474,7 +474,7 @@ def test_evaluate_of_a_file_of_another_project_names_the_command_that_reads_it(f
     for file in (files / "set.pt", Path("x.npz")):
         result = cli("evaluate", file, "--dataset", "digits")
         assert (result.code, result.out) == (5, "")
-        assert f"`ddkit import {file} --out NAME` makes a set of a file of another project" in said(result.err)
+        assert f"To import a file of another project: `ddkit import {file} --out NAME`" in said(result.err)
 
 
 def test_an_output_that_is_there_is_kept(files: Path, cli: Cli) -> None:

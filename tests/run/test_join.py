@@ -52,7 +52,7 @@ def test_statistics_of_sets_that_differ_are_those_of_all_classes_together(caplog
     pixels = torch.cat([torch.full((3, 10), 0.4), torch.full((1, 10), 0.8)])  # three classes and one, each of std 0
     found = _joined(*(_set(names, (0,) * len(names), mean=mean, more={"std": [1e-6]}) for names, mean in (("abc", 0.4), ("x", 0.8))))
     assert (found.mean[0], found.std[0]) == pytest.approx((float(pixels.mean()), float(pixels.std(correction=0))), rel=1e-4)
-    assert "different mean and std" in caplog.text
+    assert "different means and stds" in caplog.text
     caplog.clear()
     assert _joined(_set("a", (0,)), _set("x", (0, 0))).mean == [0.5]
     assert caplog.text == ""
@@ -109,11 +109,11 @@ WHITE = Whitening(torch.zeros(1, 4, 4), torch.eye(16)[:2], torch.ones(3)).tensor
 @pytest.mark.parametrize(
     ("second", "said"),
     [
-        (_set("x", (0,), size=5), "another shape, (1, 5, 5) (C, H, W) and not (1, 4, 4)"),
+        (_set("x", (0,), size=5), "another image shape ((1, 5, 5) (C, H, W), not (1, 4, 4)"),
         (_set("x", (0,), **WHITE), "another whitening"),
         (
             _set("x", (0,), more={"parametrization": {"use": "grid", "factor": 2}}),
-            "another parametrization, grid {'factor': 2} and not pixels",
+            "another parametrization (grid {'factor': 2}, not pixels)",
         ),
     ],
 )

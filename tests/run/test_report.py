@@ -136,11 +136,11 @@ def test_a_run_ends_with_a_report_that_its_manifest_lists(finished: Path) -> Non
     assert "report.html" in read_manifest(finished)["files"]
     page = read(finished)
     check_self_contained(page)
-    titles = ["Images", "Before and after", "Film strip", "Losses", "Parameters beside the images", "Spectra", "Evaluation",
+    titles = ["Images", "Before and after", "Film strip", "Losses", "Other parameters of the set", "Spectra", "Evaluation",
               "Time and environment", "Recipe"]  # fmt: skip
     content = (finished / "report.html").read_text()
     assert re.findall(r"<h2>(.*?)</h2>", content) == titles
-    assert "<h1>DM + DKKT on digits, 2 images a class</h1>" in content
+    assert "<h1>DM + DKKT on digits, 2 images per class</h1>" in content
 
 
 def test_that_check_would_see_a_request_and_a_script() -> None:
@@ -260,7 +260,7 @@ def test_the_figure_at_the_top_is_that_of_the_set_and_of_no_baseline(run: Path) 
 
 
 def test_what_evaluators_say_in_words_is_told_and_close_images_are_warned_of(cli: Cli, run: Path) -> None:
-    assert "What else was found" not in read(run).text
+    assert "Other findings" not in read(run).text
     assert cli("evaluate", run, "--evaluate", "spectrum,memorisation").code == 0
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
     told = {row["evaluator"]: row["details"] for row in rows if row["accuracy_mean"] is None}
@@ -315,12 +315,12 @@ def test_out_writes_a_new_file_and_leaves_the_run_as_it_is(cli: Cli, run: Path) 
 
 
 def test_what_is_no_finished_run_has_no_report(cli: Cli, run: Path) -> None:
-    for target, message in ((run / "synthetic.safetensors", "is no run directory"), ("nowhere", "is no run directory")):
+    for target, message in ((run / "synthetic.safetensors", "is not a run directory"), ("nowhere", "is not a run directory")):
         result = cli("report", target)
         assert (result.code, result.out) == (5, "")
         assert message in " ".join(result.err.split())
     (run / "manifest.json").unlink()
-    assert "no finished run" in " ".join(cli("report", run).err.split())
+    assert "the run is not finished" in " ".join(cli("report", run).err.split())
 
 
 def test_a_run_of_before_there_were_reports_gets_one(cli: Cli, tmp_path: Path) -> None:
@@ -421,7 +421,7 @@ def test_frames_of_steps_that_come_again_are_dropped_and_a_film_that_cannot_be_r
     assert film() == ([0, 1], [0, 153])
     (tmp_path / "film.safetensors").write_bytes(b"x")
     add_frame(tmp_path, 4, torch.zeros(3, 1, 4, 4), labels)
-    assert "are lost for its report" in caplog.text
+    assert "will have no frames of earlier steps" in caplog.text
     assert film() == ([4], [0])
 
 

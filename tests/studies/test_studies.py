@@ -177,7 +177,7 @@ def test_no_difference_is_told_from_figures_of_other_data(
     assert (figure["comparable"], figure["difference"] is not None, figure["dataset"]) == (comparable, comparable, use)
     table = " ".join(cli(*flags, "--show").out.split())
     assert f"Data: {use}. Published figures: Ones." in table
-    assert ("They are not of the same data (Ones has 10 classes of 1 x 8 x 8 values), so no difference is shown" in table) != comparable
+    assert ("Those are for other data (Ones has 10 classes of 1 x 8 x 8 values), so no difference is shown" in table) != comparable
 
 
 def test_warnings_of_runs_are_told_once_under_the_table_and_kept_by_their_manifests(
@@ -247,10 +247,10 @@ def test_what_is_not_run_is_named_as_in_the_table(cli: CLI, commands: list[list[
     blends = "\n[blends]\nfirst = 'dm'\nsecond = 'shared'\nalphas = [0.5, 1.0]\n"
     soft = "\n[systems.taught]\ntitle = 'DM'\nrecipe = 'dm'\nlabels = 'soft'\n"
     result = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show")
-    left = result.out.partition("Not yet run, or not all sets: ")[2].strip().rstrip(".").split("; ")
+    left = result.out.partition("Not finished: ")[2].strip().rstrip(".").split("; ")
     assert len(left) == len(set(left)) == 6
     fewer = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show", "--alphas", "1.0")
-    assert fewer.out.partition("Not yet run")[2].count("alpha 1") == fewer.out.partition("Not yet run")[2].count("alpha") == 1
+    assert fewer.out.partition("Not finished")[2].count("alpha 1") == fewer.out.partition("Not finished")[2].count("alpha") == 1
     assert {"DM at ipc 1, pipc 3", "DM (soft) at ipc 1, pipc 3", "dm+shared at ipc 1, pipc 3, alpha 0.5"} <= set(left)
 
 
@@ -271,7 +271,7 @@ def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
         patch.setattr(runner._Crew, "make", make)
         result = cli(*common)
     assert (result.code, result.out) == (130, "")
-    assert "Interrupted. 1 of 3 evaluations are finished and kept in runs/study; the same command goes on." in said(result.err)
+    assert "Interrupted. 1 of 3 evaluations are finished and kept in runs/study. The same command continues." in said(result.err)
     states = {f["system"]: f["state"] for f in json.loads(Path("runs/study/report.json").read_text())["figures"]}
     assert states == {"dm": "done", "shared": "failed", "means": "not run"}
     commands.clear()
@@ -288,7 +288,7 @@ def test_other_steps_protocol_or_repeats_are_another_figure(cli: CLI, commands: 
     assert networks == [2, 2, 2, 3, 2]
     shown = cli("reproduce", f"./{_study()}", *SMALL, "--show")
     assert len(commands) == 6, "nothing is made"
-    assert "Not yet run, or not all sets: DM at ipc 1, pipc 3" in shown.out
+    assert "Not finished: DM at ipc 1, pipc 3" in shown.out
     assert "1 of 2 x 2" in shown.out
 
 
@@ -404,7 +404,7 @@ def test_commands_keep_exit_codes_and_after_an_error_nothing_of_another_set_is_w
     (task,) = grid.planned(parse_study(tomllib.loads(STUDY)), [Cell(1, 3, "dm")], tmp_path, grid.Settings(seeds=1))
     task.path.parent.mkdir()
     crew = runner._Crew(grid.Settings())
-    with pytest.raises(DdkitError, match="no finished run") as error:
+    with pytest.raises(DdkitError, match="Name a finished run") as error:
         crew.command(["evaluate", str(tmp_path / "nothing"), "--dataset", "digits"])
     assert error.value.exit_code == 5
     crew.stop()
@@ -450,7 +450,7 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
     assert "held-out training images" in result.out
     rows = json.loads(next(Path("runs/study/sets").glob("dm-*/evaluation.json")).read_text())["evaluations"]
     assert [row["split"] for row in rows] == ["held-out"]
-    assert "Published figures are of a test split, these are not, so no difference is shown" in " ".join(result.out.split())
+    assert "Published figures are for the test split, and these are not, so no difference is shown" in " ".join(result.out.split())
     figure = json.loads(Path("runs/study/report.json").read_text())["figures"][0]
     assert (figure["published"], figure["comparable"], figure["difference"]) == (0.5, False, None)
 
@@ -501,10 +501,10 @@ DM, STAR, REAL, LAST = '"dm"\n', '"dm-star"\n', 'baseline = "class-mean"', "ipc 
 BLENDS = "\n[blends]\nfirst = 'dm'\nsecond = '{}'\nalphas = [{}]\n"
 BAD = [
     ('name = "a/b"\n' + STUDY, "lower-case letters"),
-    ("held_out = 200\n" + STUDY, "Make the study's `held_out` or the `pipc` of its cells smaller"),
-    ('pictures = ["means"]\n' + STUDY, "pictures names the system 'means', a baseline class-mean that keeps no images"),
-    ('set = { "data.test" = "held-out" }\n' + STUDY, "set: data.test cannot be set in a study, whose cells and evaluation decide it: use"),
-    ("set = { data = { held_out = 5 } }\n" + STUDY, "set: data.held_out cannot be set in a study"),
+    ("held_out = 200\n" + STUDY, "Lower `held_out` or the `pipc` of the cells"),
+    ('pictures = ["means"]\n' + STUDY, "pictures names the system 'means', but a baseline class-mean stores no images"),
+    ('set = { "data.test" = "held-out" }\n' + STUDY, "set: data.test cannot be set here, as the study sets it itself. Use"),
+    ("set = { data = { held_out = 5 } }\n" + STUDY, "set: data.held_out cannot be set here"),
     ('set = { teacher.use = "none.safetensors" }\n' + STUDY, "ddkit: set: The teacher file none.safetensors does not exist"),
     (STUDY + 'systems = ["dm", "dm"]\n', "cells[1].systems names the system 'dm' twice"),
     (STUDY + BLENDS.format("means", 0.5), "blends names the system 'means', a baseline"),
@@ -520,10 +520,10 @@ BAD = [
     (STUDY.replace("pipc = 4", "pipc = 0\nsystems = ['means']"), "systems.means, cell 1:0: the baseline class-mean needs 1 real image a"),
     (STUDY.replace(LAST, "ipc = 5\npipc = 4"), "systems.dm, cell 5:4: the initializer real needs 5 real images a class"),
     (STUDY.replace("[systems.shared]", '[systems."x/y"]'), "lower-case letters"),
-    (STUDY.replace(REAL, f'{REAL}\nlosses = "dm"'), "has no recipe and no losses"),
+    (STUDY.replace(REAL, f'{REAL}\nlosses = "dm"'), "recipe and losses have no effect"),
     (STUDY.replace(REAL, 'baseline = "synthetic"'), "systems.means.baseline = 'synthetic' is not possible"),
     (STUDY.replace(DM, '"teacher"\n'), "systems.dm: The recipe 'teacher' has no loss"),
-    (STUDY.replace(DM, '"dm"\nset = { "pipc" = 5 }\n'), "systems.dm.set: pipc cannot be set in a study"),
+    (STUDY.replace(DM, '"dm"\nset = { "pipc" = 5 }\n'), "systems.dm.set: pipc cannot be set here"),
     (STUDY.replace(DM, '"dm"\nfallback = "practical"\n'), "systems.dm.fallback has no effect"),
     (STUDY.replace(DM, '"dm"\nlosses = "dkkt"\nfallback = "practica"\n'), "systems.dm: There is no recipe 'practica'"),
     (STUDY + "seeds = 0\n", "cells[1].seeds = 0 is not possible"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -39,10 +40,10 @@ log = logging.getLogger("ddkit")
 def report(target: str | Path, *, out: str | Path | None = None, figures: str | Path | None = None) -> Path:
     """Makes the report of the finished run at `target` again from its files; returns the file.
 
-    It is the run's report.html, which the manifest lists, or the new file `out`, which leaves the run as it is. With `figures`, the name
-    of an absent or empty folder, each chart and the images are written there too, as PDF and PNG files, and the images at some steps as
-    an animated GIF. Raises RunFilesError where a file of the run is
-    missing or damaged, or something cannot be written.
+    It is the run's report.html, which the manifest lists, or the new file `out`, which does not change the run. With `figures`, the name
+    of a new or empty folder, each chart and the images are written there too, as PDF and PNG files, and the images at some steps as
+    an animated GIF. Raises RunFilesError if a file of the run is
+    missing or damaged, or a file cannot be written.
 
     Examples:
         >>> ddkit.report("my-run", out="talk.html").name
@@ -50,11 +51,15 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
     """
     directory = RunDirectory(Path(target))
     if not directory.path.is_dir():
-        raise RunFilesError(f"{target} is no run directory, and only a run has a report. `ddkit export {target} --to png` draws a file.")
+        raise RunFilesError(
+            f"{target} is not a run directory, and only runs have reports. For a picture of a file: `ddkit export "
+            f"{shlex.quote(str(target))} --to png "
+            "--out DIR`."
+        )
     if out is not None:
         check_out(Path(out))
         if Path(out).exists():
-            raise RunFilesError(f"--out {out} exists already; name a new file.")
+            raise RunFilesError(f"--out {out} exists already. Name a new file.")
     if figures is not None:
         check_figures(Path(figures))
     read_manifest(directory.path)  # of what is no finished run nothing is locked
@@ -79,7 +84,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
     try:
         snapshots.read_film(directory.path)
     except ValueError as error:
-        log.warning("The film of the run is lost for its report: %s.", error)
+        log.warning("The report will have no film of the run: %s.", error)
         (directory.path / FILM).unlink(missing_ok=True)
     try:
         write_atomic(file, report_html(directory.path, {**facts, "versions": versions(), "warnings": warnings.warnings()}))
@@ -87,7 +92,7 @@ def close_run(directory: RunDirectory, facts: Mapping[str, Any]) -> None:
         raise
     except Exception as error:
         file.unlink(missing_ok=True)
-        log.warning("%s could not be made (%s: %s); the run is whole without it.", file, type(error).__name__, error)
+        log.warning("%s could not be made (%s: %s). The run is complete without it.", file, type(error).__name__, error)
     directory.write_manifest({**facts, "warnings": warnings.warnings()})
 
 
@@ -153,13 +158,13 @@ def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 def check_figures(out: Path) -> None:
     """Raises an error where charts cannot be written to the folder `out`, which is absent or empty."""
     if not is_text(str(out)) or "\0" in str(out):
-        raise FlagError(f"--figures {printable(str(out))} is no name of a folder. Name another.")
+        raise FlagError(f"--figures {printable(str(out))} is not the name of a folder. Use another name.")
     try:
         taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
     except OSError as error:
         raise RunFilesError(f"--figures {out} cannot be read: {error.strerror or error}.") from None
     if taken:
-        raise RunFilesError(f"--figures {out} exists already and is no empty folder; name a new one.")
+        raise RunFilesError(f"--figures {out} exists already and is not an empty folder. Name a new one.")
 
 
 def _charts(shown: Mapping[str, Any]) -> list[Chart]:

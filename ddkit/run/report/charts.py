@@ -229,8 +229,8 @@ def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequ
         axes.set_xticks([])
         axes.set_yticks([])
 
-    x, height = "found, in the order of the classes, in %", TOP + LINE * side + BOTTOM
-    return Chart(file, "What networks take each class for", what, draw, x, height=height, left=NAMES)
+    x, height = "predicted classes, in the order of the classes, in %", TOP + LINE * side + BOTTOM
+    return Chart(file, "Predicted classes for each class of the test images", what, draw, x, height=height, left=NAMES)
 
 
 def rows_of_images(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[str, Tensor | None]]]]) -> Chart:

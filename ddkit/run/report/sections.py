@@ -84,15 +84,15 @@ def head(files: Files) -> dict[str, Any]:
     derived = next((kind for kind in DERIVED if kind in files.facts), "")
     source = "" if derived == "join" else source  # it has several
     title = derived.capitalize() or method_title(recipe) or artifact.metadata.get("recipe") or "Synthetic set"
-    title += (f" on {source}" if source else "") + (f", {counted(ipc, 'image')} a class" if ipc else "")
+    title += (f" on {source}" if source else "") + (f", {counted(ipc, 'image')} per class" if ipc else "")
     counts = artifact.stored_labels.bincount(minlength=len(artifact.class_names)).tolist()
-    uneven = f"; {min(counts)} to {max(counts)} a class" if len(set(counts)) > 1 else ""
+    uneven = f"; {min(counts)} to {max(counts)} per class" if len(set(counts)) > 1 else ""
     tiles = _results(files)
     tiles += [("images", f"{count:,}", f"{height} x {width} pixels, {counted(channels, 'channel')}{uneven}")]
     tiles += [("classes", str(len(artifact.class_names)), "" if pipc is None else f"{pipc} real images of each accessible")]
     images_a_class = len(artifact.images) / len(artifact.class_names)
     by_class = artifact.stored_by_class.values()
-    told = f"numbers stored for a class, as many as {artifact.stored_as_images:.3g} images of this size have"
+    told = f"numbers stored per class, as many as {artifact.stored_as_images:.3g} images of this size have"
     told += f", on average: {min(by_class):,.6g} to {max(by_class):,.6g}" if len(set(by_class)) > 1 else ""
     told += f"; {artifact.parametrization.name} makes {images_a_class:.3g} of them" if artifact.parametrization else ""
     tiles += [("budget", f"{artifact.stored_numbers:,.6g}", told)]
@@ -102,7 +102,7 @@ def head(files: Files) -> dict[str, Any]:
     if artifact.whitening is not None:
         directions = len(artifact.whitening.vectors)
         tiles += [
-            ("whitened", f"{directions:,}", "directions of the ZCA through which networks see the images, which are shown as they are")
+            ("whitened", f"{directions:,}", "directions of the ZCA of the images that networks see; the images here are not whitened")
         ]
     tiles += [("labels", str(artifact.metadata.get("labels", "soft")), _of_labels(artifact))] if artifact.soft_labels is not None else []
     warned = [FOLDERS.sub("", message) for message in files.facts.get("warnings", [])]
@@ -144,7 +144,7 @@ def images(files: Files) -> dict[str, Any]:
     names = {label: files.name(label) for label in shown}
     outside = ((artifact.stored_images < 0) | (artifact.stored_images > 1)).float().mean()
     most = int(artifact.stored_labels.bincount().max())
-    words = [f"Shown in 8 bits: {100 * float(outside):.1f} % of the values lie outside 0..1 and are clipped here."]
+    words = [f"Shown in 8 bits: {100 * float(outside):.1f} % of the values are outside 0..1 and clipped here."]
     words += [f"The first {each} of {most} images of each class."] if each < most else []
     words += [f"The first {len(shown)} of {len(labels)} classes."] if len(shown) < len(labels) else []
     words += ["Reduced to fit the page."] if sides(artifact.stored_images, cell)[0] < artifact.stored_images.shape[2] else []
@@ -342,8 +342,8 @@ def evaluation(files: Files) -> dict[str, Any]:
         for row in files.evaluations if (words := str(row.get("details", {}).get("summary", "")))
     ]  # fmt: skip
     findings += [
-        [row["evaluator"], _named(row), f"{known} of {row['repeats']} networks of the baseline came from the cache: an earlier evaluation "
-         "trained them."]
+        [row["evaluator"], _named(row), f"{known} of {row['repeats']} networks of the baseline come from the cache of an earlier "
+         "evaluation."]
         for row in files.evaluations if (known := row.get("details", {}).get("cached"))
     ]  # fmt: skip
     findings += [
@@ -394,7 +394,7 @@ def _ceiling(files: Files) -> str:
     count = facts.get("accessible_images")
     rows = [("the test images, as recorded when it was trained", "test_accuracy"), (f"{count} accessible images", "accessible_accuracy")]
     known = [f"{100 * facts[key]:.1f} % of {what}" for what, key in rows if facts.get(key) is not None]
-    told = [f"the teacher is right on {' and '.join(known)}"] if known else []
+    told = [f"the teacher is correct on {' and '.join(known)}"] if known else []
     told += [f"networks trained on {_whole(files)} reach {_percent(row, 'accuracy')} ({_named(row)})" for row in _of_whole(files)]
     return "; ".join(told)
 

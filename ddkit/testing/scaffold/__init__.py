@@ -40,7 +40,7 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
     _check_name(kind, name, package, class_name)
     target = folder or Path(distribution)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise RunFilesError(f"{target} is there already. Name another folder with --out, or remove it.")
+        raise RunFilesError(f"{target} exists already. Name another folder with --out, or remove it.")
     values = {
         "kind": kind, "name": name, "distribution": distribution, "package": package, "group": registry.GROUPS[kind],
         "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
@@ -57,21 +57,23 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunFilesError(f"{file.parent} cannot be made ({error.strerror}). Name a folder that can be written with --out.") from None
+            raise RunFilesError(f"{file.parent} cannot be made ({error.strerror}). Name a writable folder with --out.") from None
         write_atomic(file, text.encode())
     return target
 
 
 def _check_name(kind: str, name: str, package: str, class_name: str) -> None:
     if not registry.NAME.fullmatch(name) or name.endswith("-") or "--" in name:
-        raise FlagError(f"A {kind} cannot be called '{name}': a name is lower-case letters, digits and hyphens, such as my-{kind}.")
+        raise FlagError(f"A {kind} cannot be named '{name}'. Names consist of lower-case letters, digits and hyphens, such as my-{kind}.")
     if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}\b", _template(f"{kind}.py").replace("$class_name", "")):
-        raise FlagError(f"A {kind} cannot be called '{name}': its class {class_name} would hide a name that it needs. Try my-{name}.")
+        raise FlagError(
+            f"A {kind} cannot be named '{name}', because its class {class_name} would hide a name that the code needs. Try my-{name}."
+        )
     taken = [plugin for plugin in registry.plugins() if plugin.name == name and registry.share_names(plugin.kind, kind)]
     if taken:
-        raise FlagError(f"The {taken[0].label} has that name already; choose another.")
+        raise FlagError(f"The {taken[0].label} has that name already. Choose another.")
     if importlib.util.find_spec(package) is not None:
-        raise FlagError(f"A {kind} cannot be called '{name}': there is a package {package} here already. Try my-{name}.")
+        raise FlagError(f"A {kind} cannot be named '{name}', because a package {package} exists already. Try my-{name}.")
 
 
 def _template(name: str) -> str:

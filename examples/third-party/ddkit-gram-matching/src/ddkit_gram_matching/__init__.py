@@ -30,7 +30,9 @@ class GramMatching(ddkit.Loss):
 
     def check(self, *, network: nn.Module | None, teacher: nn.Module | None) -> None:
         if network is not None and not any(isinstance(each, nn.Conv2d) for each in network.modules()):
-            raise ddkit.InputError("gram-matching: the network has no convolution; choose another: --model convnet.", "network.model")
+            raise ddkit.InputError(
+                "gram-matching: the network has no convolution. Use another network, e.g. --model convnet.", "network.model"
+            )
 
     def __call__(self, step: ddkit.Step) -> Tensor:
         real, images = step.real, step.augmented
