@@ -245,7 +245,7 @@ def test_more_class_names_than_images_and_tensors_can_need_are_refused_when_a_fi
 def test_values_that_are_no_pixels_are_said_and_the_manifest_tells_the_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = _saved([IMAGES * 9 - 4, LABELS], tmp_path / "x.pt")
     ddkit.import_file(file, tmp_path / "out", pixels="unit", **NORM)
-    assert "do --pixels, --mean and --std fit this file?" in caplog.text
+    assert "Do --pixels, --mean and --std fit this file?" in caplog.text
     manifest = read_manifest(tmp_path / "out")
     assert manifest["imported"]["path"] == str(file)
     assert set(manifest["files"]) == {"synthetic.safetensors", "preview.png"}
