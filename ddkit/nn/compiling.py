@@ -12,6 +12,7 @@ import msgspec
 from ddkit.components.options import check_fields
 from ddkit.errors import RunFilesError, out_of_memory
 from ddkit.files import passing_folder, private_folder
+from ddkit.nn.first_compilation import hasten
 
 if TYPE_CHECKING:
     import torch
@@ -107,6 +108,7 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
     from torch._inductor import codecache
 
     codecache._HEADER_DIR = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "precompiled_headers")  # in the shared /tmp otherwise
+    hasten(**OPTIONS)
     options = OPTIONS | ({"triton.cudagraphs": True} if graphs else {})
     return Compiled(module, torch.compile(module, options=options, dynamic=False if static else None))  # type: ignore[arg-type]
 
