@@ -130,9 +130,10 @@ def _open_streams() -> None:
 
 
 MEMORY_ADVICE = {
-    "distill": "use a smaller --ipc, --set data.batch=64 (real images a step) or --set engine.memory=512 (MiB for chunks of classes)",
+    "distill": "use a smaller --ipc, --set data.batch=64 (real images per class and step) or --set engine.memory=512 (MiB for chunks of "
+    "classes)",
     "evaluate": "use --set evaluators.accuracy.workers=1 (one network at a time) or --set data.memory=512 (MiB of decoded images)",
-    "train": "use --set train.batch=64 (images a step) or --set data.memory=512 (MiB of decoded images)",
+    "train": "use --set train.batch=64 (images per batch) or --set data.memory=512 (MiB of decoded images)",
 }
 
 

@@ -71,7 +71,10 @@ class TeacherTable(PluginTable):
     std: Annotated[list[float], Option("channel standard deviations that the teacher was trained with, for pixels in 0..1")] | None = None
     classes: Annotated[list[str], Option("class names in the order of the teacher's outputs; if left out, those in its file")] | None = None
     check: Annotated[
-        bool, Option("whether a teacher file with accuracy at chance is refused, if its class names do not prove the order of its outputs")
+        bool,
+        Option(
+            "whether a teacher file that is no better than guessing is refused, if its class names do not prove the order of its outputs"
+        ),
     ] = True
 
 
