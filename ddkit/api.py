@@ -16,7 +16,7 @@ from ddkit.components.observers import Observers
 from ddkit.distributed import group, own_device
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of
-from ddkit.recipes.resolve import Part, check_effect, flattened, resolve
+from ddkit.recipes.resolve import Part, check_effect, flattened, names, resolve
 from ddkit.recipes.tables import NetworkTable, Recipe, own_keys, recipe_dict
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def distill(
     model: str | None = None,
     init: str | None = None,
     augment: str | None = None,
-    evaluators: str | None = None,
+    evaluators: str | Sequence[str] | None = None,
     protocol: str | None = None,
     data_dir: str | None = None,
     deterministic: bool | None = None,
@@ -131,7 +131,7 @@ def distill(
         place = run.Place(own_device(device), ranks, observers)
         pick_device(place.device)
         ranks.check_same("The recipe", dict(flattened(recipe_dict(built))))
-        name = built.name if losses is None else losses if isinstance(losses, str) else ",".join(losses)
+        name = names("losses", losses) or built.name
         stem = f"{name.replace(',', '+').replace(':', '-')}-{registry.split_name(built.data.use)[0]}"
         with place.directory(
             lambda: RunDirectory.numbered(stem) if out is None else RunDirectory.claim(Path(out), force=force)
@@ -151,8 +151,7 @@ def _resolved(
     """Inside, the code runs and the dataset is passed that the caller named; yields the recipe that `flags` describe."""
     named = {flag: flags.get(flag) for flag in ("model", "dataset", "init", "augment", "evaluators")}
     table = recipe if isinstance(recipe, Mapping) else None  # data that the caller wrote, unlike a file
-    others = {key: value for key, value in flags.items() if key not in ("dataset", "losses", "protocol")}
-    losses = flags.get("losses")
+    others = {key: value for key, value in flags.items() if key not in ("dataset", "protocol")}
     dataset = flags.get("dataset")
     with trust.granting(named, sets, table, everything=allow_code), ExitStack() as stack:
         data = {"dataset": dataset}
@@ -161,8 +160,7 @@ def _resolved(
 
             data = stack.enter_context(passing(dataset))
         built = resolve(
-            recipe, losses=losses if losses is None or isinstance(losses, str) else ",".join(losses),
-            evaluation={"protocol": flags.get("protocol")}, sets=sets or {}, part=part, **others, **data,
+            recipe, evaluation={"protocol": flags.get("protocol")}, sets=sets or {}, part=part, **others, **data,
         )  # fmt: skip
         if part is None:
             check_effect(built, [path for path, _ in flattened(sets or {})])

@@ -16,8 +16,9 @@ from typing import Any
 import click
 import msgspec
 
-from ddkit.cli.common import Names, Place, as_json, echo_json, percent, plugin_files, refuse_given, set_option, show, show_table
+from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show, show_table
 from ddkit.components import registry, source
+from ddkit.components.figures import percent
 from ddkit.errors import DdkitError, FlagError, PluginError
 
 
@@ -33,13 +34,13 @@ def list_components(kind: str | None, folder: Path | None, check: bool, as_json:
     `ddkit list runs` lists the runs in the folder runs, and `ddkit list runs FOLDER` those in FOLDER, with method, data, steps and
     accuracy.
     """
-    if kind in ("run", "runs"):
+    if kind and kind.lower() in ("run", "runs"):
         refuse_given(["check", "plugin_files"], "a run is not a component.")
         _list_runs(folder or Path("runs"), as_json)
         return
+    wanted = registry.parse_kind(kind) if kind else None
     if folder is not None:
         raise FlagError(f"A FOLDER only contains runs. To list them: ddkit list runs {shlex.quote(str(folder))}")
-    wanted = registry.parse_kind(kind) if kind else None
     if wanted in registry.DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a TOML file, which is never imported.")
     rows = []

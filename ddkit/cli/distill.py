@@ -13,11 +13,8 @@ from ddkit.cli.common import (
     PIPC,
     Names,
     Place,
-    budget,
     echo_json,
-    evaluation_table,
     options,
-    percent,
     protocol,
     quiet,
     refuse_given,
@@ -26,6 +23,7 @@ from ddkit.cli.common import (
     show,
     verbose,
 )
+from ddkit.components.figures import budget, evaluation_table, percent
 from ddkit.errors import FlagError, counted
 
 recipe_flags = options(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
-from ddkit.cli.common import Kind, Place, as_json, budget, echo_json, names_of, percent, show
+from ddkit.cli.common import Kind, Place, as_json, echo_json, names_of, show
+from ddkit.components.figures import budget, percent
 from ddkit.errors import printable
 
 if TYPE_CHECKING:

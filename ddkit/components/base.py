@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 import msgspec
 
+from ddkit.components.figures import evaluation_table
 from ddkit.components.options import Count, Field, Option, Requires, check_fields, declared, options_type, parse_options
 from ddkit.errors import InputError, counted
 
@@ -355,6 +356,10 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
         check_fields(self)
         if self.labels == "soft":
             msgspec.structs.force_setattr(self, "labels", "teacher")
+
+    def _repr_html_(self) -> str:
+        """Returns a table of the row, which a notebook shows."""
+        return evaluation_table([self], "html")
 
 
 class EvaluationData(msgspec.Struct, frozen=True, kw_only=True):

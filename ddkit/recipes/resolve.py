@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from ddkit.components import registry, trust
+from ddkit.components.base import Component
 from ddkit.components.options import fields, options_type, parse_struct, takes
+from ddkit.components.plugin_file import hyphenated
 from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
 from ddkit.files import MOST_TOML, read_text, with_home
 from ddkit.recipes.protocols import Protocol
@@ -104,8 +106,8 @@ class Part(NamedTuple):
 def resolve(
     recipe: str | Path | Mapping[str, Any] | None = None,
     *,
-    losses: str | None = None,
-    evaluators: str | None = None,
+    losses: str | Sequence[str] | None = None,
+    evaluators: str | Sequence[str] | None = None,
     model: str | None = None,
     sets: Mapping[str, Any] | Iterable[tuple[str, Any]] = (),
     evaluation: Mapping[str, Any] | None = None,
@@ -120,6 +122,8 @@ def resolve(
     evaluation, `evaluation` are options of the evaluators that have them, and `flags` are others of `ddkit
     distill`; None is not given. With `part` only that of the recipe may be set, and only its options are checked. Raises a DdkitError.
     """
+    losses = names("losses", losses)
+    evaluators = names("evaluators", evaluators)
     sets = list(sets.items() if isinstance(sets, Mapping) else sets)
     given = {FLAGS.get(flag, flag): value for flag, value in flags.items() if value is not None}
     if model is not None:
@@ -144,8 +148,8 @@ def resolve(
             name = Path(recipe).stem if isinstance(recipe, str | Path) else "custom" if recipe else "default"
             built = msgspec.structs.replace(built, name=name)
         if evaluators is not None:
-            names = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
-            built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in names})
+            wanted = [] if evaluators == "none" else [name.strip() for name in evaluators.split(",")]
+            built = msgspec.structs.replace(built, evaluators={n: built.evaluators.get(n, EvaluatorTable()) for n in wanted})
         for kind, name, _, _ in named_components(built):
             registry.find(kind, registry.split_name(name)[0])
         dataset = registry.split_name(built.data.use)[0]
@@ -160,6 +164,23 @@ def resolve(
         with trust.granting(everything=True):  # to read options runs no code that they name; to build the component does
             check_options(built, part)
     return built
+
+
+def names(flag: str, given: Any) -> str | None:
+    """Returns names of components, given as text or one by one, with commas; raises FlagError for what is no text, such as a class."""
+    if given is None:
+        return None
+    each = given if isinstance(given, list | tuple) else [given]
+    for wrong in (one for one in each if not isinstance(one, str)):
+        kind = wrong if isinstance(wrong, type) else type(wrong)
+        if not issubclass(kind, Component):
+            raise FlagError(f"{flag} = {shown(given)}: it takes names, as text with commas or as a list of texts.")
+        raise FlagError(
+            f"{flag} = {shown(given)}: it takes names. A class of your own stands in a file, so that a run can be continued and repeated: "
+            "write it to mine.py (in a notebook with %%writefile mine.py at the top of its cell), call ddkit.add_plugin_file('mine.py'), "
+            f"and give its name, '{hyphenated(kind.__name__)}'."
+        )
+    return ",".join(each)
 
 
 def check_effect(recipe: Recipe, given: Collection[str]) -> None:

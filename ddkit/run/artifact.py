@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 from ddkit.components import registry
 from ddkit.components.base import Parametrization
+from ddkit.components.figures import budget
 from ddkit.components.guard import blamed
 from ddkit.components.options import Count, written_options
 from ddkit.data.images import Normalisation, most_classes
@@ -22,6 +23,7 @@ from ddkit.data.whitening import NAMES, Whitening
 from ddkit.errors import InputError, RunFailed, RunFilesError, shown
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.manifest import SET, check_finished, check_listed, check_own
+from ddkit.run.notebook import sheet, table
 
 MOST_MADE = 10_000  # numbers of images for each number that is stored
 
@@ -91,6 +93,22 @@ class Artifact:
             own = self.soft_labels.gather(1, self.labels[:, None])[:, 0]
             best = self.soft_labels.max(1)
             self.labels = torch.where(own < best.values, best.indices, self.labels)
+
+    def __repr__(self) -> str:
+        return f"<ddkit.Artifact of {len(self.images):,} images {self.shape}, {len(self.class_names):,} classes>"
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows of the set: some of its images, and a table of what it is."""
+        counts = self.stored_labels.bincount(minlength=len(self.class_names))
+        low, high = int(counts.min()), int(counts.max())
+        rows = {
+            "images": f"{len(self.images):,} of {' x '.join(map(str, self.shape))} (channels, height, width)",
+            "classes": f"{len(self.class_names):,}, of {low if low == high else f'{low} to {high}'} images each",
+            "labels": "hard" if self.soft_labels is None else "probabilities (soft_labels)",
+            "stored a class": budget(self.stored_numbers, self.stored_as_images),
+            "recipe": str(self.metadata.get("recipe", "-")),
+        }
+        return sheet(self.stored_images, self.stored_labels, self.class_names) + table(rows)
 
     @property
     def stored_numbers(self) -> float:

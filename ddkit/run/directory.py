@@ -17,6 +17,7 @@ import msgspec
 import tomli_w
 
 from ddkit.components.base import Evaluation
+from ddkit.components.figures import evaluation_table
 from ddkit.data.pictures import sheet_png
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import (
@@ -56,6 +57,7 @@ from ddkit.run.manifest import (
     write_manifest,
 )
 from ddkit.run.metrics import read_metrics
+from ddkit.run.notebook import preview, written
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,10 +80,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         """The losses' median shares of the gradient on the images, {} for a run of one loss or of an older version."""
         return typical_shares(read_metrics(self.path))
 
-    def _repr_png_(self) -> bytes | None:
-        """Returns the picture of the set, which a notebook shows for a run."""
-        file = self.path / PREVIEW
-        return file.read_bytes() if file.is_file() else None
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows of the run: the picture of its set and its evaluations, or a sentence if its folder is gone."""
+        head = f"<b>{written(self.path)}</b>: {self.steps:,} steps in {self.seconds:,.1f} s"
+        table = evaluation_table(self.evaluations, "html") if self.evaluations else ""
+        return f"<p>{head}</p>{preview(self.path)}{table}"
 
 
 class RunDirectory:

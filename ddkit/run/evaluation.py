@@ -54,7 +54,7 @@ def evaluate(
     *,
     dataset: Any = None,
     data_dir: str | None = None,
-    evaluators: str | None = None,
+    evaluators: str | Sequence[str] | None = None,
     protocol: str | None = None,
     model: str | None = None,
     repeats: int | None = None,

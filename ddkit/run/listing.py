@@ -51,14 +51,18 @@ class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
     random_real_std: float | None = None
 
 
+class _Use(msgspec.Struct):
+    use: str
+
+
 class _Recipe(msgspec.Struct):
     """What is read of a recipe; all of it stands in that of a run."""
 
     ipc: int | dict[str, int]
     pipc: int | str
     steps: int
-    data: dict[str, Any]
-    initializer: dict[str, Any]
+    data: _Use
+    initializer: _Use
     name: str = ""
     losses: dict[str, Any] = {}
 

@@ -66,7 +66,8 @@ class ProgressLines:
 
 
 class ProgressBar:
-    """Writes a line when a stage begins, and shows a bar with the time left: on stderr, or in a notebook as a notebook's bar.
+    """Writes a line when a stage begins, and shows a bar with the time left: on stderr, in a notebook in the output of the cell.
+
     A command shows one by itself if stderr is a terminal.
 
     Examples:
@@ -146,17 +147,15 @@ def in_notebook() -> bool:
     """Whether this process is the kernel of a notebook."""
     shell = sys.modules.get("IPython")
     found = shell.get_ipython() if shell is not None else None
-    return type(found).__name__ == "ZMQInteractiveShell"
+    return any(kind.__name__ == "ZMQInteractiveShell" for kind in type(found).__mro__)  # Colab has one of its own that is derived from it
 
 
 def _new_bar(name: str, total: int, done: int = 0) -> Any:
     given: dict[str, Any] = {"total": total, "desc": name, "leave": False, **({"initial": done} if done else {})}
     if UNITS.get(name) == "network":  # parts of networks count
         given["bar_format"] = "{l_bar}{bar}| {n:.1f}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-    if in_notebook():
-        from tqdm.auto import tqdm  # a notebook's bar where ipywidgets is installed, else text
+    from tqdm import tqdm
 
-        return tqdm(**given)
-    from tqdm import tqdm as plain
-
-    return plain(**given, file=sys.stderr, dynamic_ncols=True)
+    if in_notebook():  # a line that is written over works in every one, and needs no widgets
+        return tqdm(**given, file=sys.stdout, ncols=100, mininterval=0.5)
+    return tqdm(**given, file=sys.stderr, dynamic_ncols=True)

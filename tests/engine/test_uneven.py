@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import ddkit
-from ddkit.cli.common import IPC, budget
+from ddkit.cli.common import IPC
+from ddkit.components.figures import budget
 from ddkit.data.real import repeated
 from ddkit.recipes.tables import Recipe, parse_recipe
 from tests.engine.runs import made, write_npz

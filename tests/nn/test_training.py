@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import ddkit
-from ddkit.cli.common import evaluation_table
+from ddkit.components.figures import evaluation_table
 from ddkit.data.images import Normalisation
 from ddkit.data.real import open_dataset
 from ddkit.files import read_tensors, sha256

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import ddkit
-from ddkit.cli.common import evaluation_table
+from ddkit.components.figures import evaluation_table
 from ddkit.components.registry import add_plugin_file
 from ddkit.files import CachedResult
 from tests.conftest import SMALL, Result, forget_plugin_files, set_flags

@@ -11,7 +11,7 @@ from ddkit_evaluators import by_class
 from ddkit_evaluators.trainer import MOST_CONFUSED, Result
 
 import ddkit
-from ddkit.cli.common import evaluation_table
+from ddkit.components.figures import evaluation_table
 from ddkit.run.report import charts
 from ddkit.run.report.sections import Files, evaluation
 from tests.plugins.test_evaluators import artifact, data, evaluated

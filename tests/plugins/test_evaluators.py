@@ -15,8 +15,8 @@ from ddkit_evaluators import Accuracy
 from ddkit_evaluators.trainer import SoftLabels, Trainer
 
 import ddkit
-from ddkit.cli.common import evaluation_table
 from ddkit.components import registry
+from ddkit.components.figures import evaluation_table
 from ddkit.data.real import RealData, open_dataset
 from ddkit.nn.training import Schedule, fit
 from ddkit.recipes.tables import DataTable

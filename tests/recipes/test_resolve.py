@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tomli_w
 
+import ddkit
 from ddkit import api
 from ddkit.components import registry
 from ddkit.errors import FlagError, InputError, PluginError
@@ -332,3 +333,16 @@ def test_a_key_that_a_user_sets_and_the_recipe_does_not_use_is_refused_and_those
     for path in ("labels.lr", "labels.init", "labels.temperature", "network.first", "experts.count", "experts", "network.inner_lr"):
         with pytest.raises(FlagError, match=f"--set {path} has no effect"):
             check(path)
+
+
+class Centre(ddkit.Loss):
+    """A loss of a notebook's cell."""
+
+
+@pytest.mark.parametrize("given", [Centre, Centre(name="c"), ["dm", Centre]])
+def test_a_class_in_the_place_of_a_name_is_refused_with_what_helps(given: Any) -> None:
+    with pytest.raises(FlagError, match=r"losses = .*Centre.*add_plugin_file\('mine.py'\), and give its name, 'centre'"):
+        resolve(losses=given)
+    with pytest.raises(FlagError, match="evaluators = 3: it takes names"):
+        resolve(evaluators=3)  # type: ignore[arg-type]
+    assert resolve(losses=["dm", "image-norm"], evaluators=["spectrum"]) == resolve(losses="dm,image-norm", evaluators="spectrum")
