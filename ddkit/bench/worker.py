@@ -167,11 +167,14 @@ def _recipe(spec: Spec, folder: Path) -> Any:
     np.savez(folder / "random.npz", x_train=pixels, y_train=labels, x_test=pixels[:1], y_test=labels[:1])
     start = {} if "recipe" in spec else {"initializer.use": "noise"}
     sets = {"data.use": f"npz:{folder / 'random.npz'}"} | start | dict(spec["sets"])
-    if spec["losses"] != "dm" and "teacher.use" not in sets:
-        sets |= {"teacher.use": str(folder / "teacher.safetensors"), "teacher.check": False}
-        save_teacher(folder / "teacher.safetensors", _teacher(info))
     asked = {"ipc": spec["ipc"], "pipc": spec["pipc"], "losses": spec["losses"] or None}
-    return resolve(spec.get("recipe", "practical"), evaluators="none", steps=spec["run_steps"], sets=sets, **asked)
+    asked |= {"evaluators": "none", "steps": spec["run_steps"]}
+    name = spec.get("recipe", "practical")
+    recipe = resolve(name, sets=sets, **asked)
+    if spec["losses"] == "dm" or "teacher.use" in sets or recipe.data.whiten:  # networks of whitened images take no plain teacher
+        return recipe
+    save_teacher(folder / "teacher.safetensors", _teacher(info))
+    return resolve(name, sets=sets | {"teacher.use": str(folder / "teacher.safetensors"), "teacher.check": False}, **asked)
 
 
 def _teacher(info: Any) -> Any:
