@@ -402,8 +402,11 @@ def on_meta(*names: str) -> Engine:
     return there
 
 
+LOOP_LOSSES = tuple(plugin.name for plugin in registry.plugins() if plugin.kind == "loss" and plugin.first_party)
+
+
 def test_the_loop_with_every_loss_asks_the_device_for_nothing() -> None:
-    engine = on_meta(*(plugin.name for plugin in registry.plugins() if plugin.kind == "loss" and plugin.first_party))
+    engine = on_meta(*LOOP_LOSSES)
     guard = Finiteness(engine, 0, lambda index: None)
     for index in range(3):
         with guard.around(index):
