@@ -1,7 +1,7 @@
-"""Writes docs/data/practical-zoo.csv, a row for each finished figure, from the report.json that `ddkit reproduce practical-zoo` keeps.
+"""Writes docs/data/practical-zoo.csv, a row for each finished figure, from the report of `ddkit reproduce practical-zoo ... --show --json`.
 
-`python docs/zoo.py runs/practical-zoo/report.json MACHINE`. Accuracies are in percent. "random" is the accuracy of ipc real images under
-the same protocol, with the teacher's labels beside sets that store labels of their own.
+`python docs/zoo.py REPORT.json MACHINE`. Accuracies are in percent. "random" is the accuracy of ipc real images under the same protocol,
+with the teacher's labels beside sets that store labels of their own.
 """
 
 from __future__ import annotations
