@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ddkit.bench.reference import LOSSES, ReferenceEvaluation, ReferenceStep, fi
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import WeightedLoss
 from ddkit.nn.networks import build_network, forward_flops
+from ddkit.nn.teacher import read_teacher
 from tests.conftest import Result
 from tests.engine.test_fast_path import INFO, bank, model, source
 
@@ -70,6 +72,16 @@ def test_losses_of_a_teacher_are_measured_with_one_that_knows_nothing() -> None:
     sizes = {"ipc": 1, "pipc": 40, "classes": 2, "size": 8, "channels": 3, "steps": 1, "run_steps": 10}  # real images enough to test it
     facts = next(worker._steps({"losses": "dkkt", "device": "cpu", "count": False, "sets": [], **sizes}))
     assert facts["first_step_seconds"] > 0
+
+
+@pytest.mark.parametrize(("name", "model"), [("kkt-reconstruction", "mlp"), ("inversion", "convnet"), ("datm", None)])
+def test_a_recipe_is_measured_with_a_teacher_of_its_own_kind(name: str, model: str | None, tmp_path: Path) -> None:
+    sizes = {"ipc": 1, "pipc": 2, "classes": 2, "size": 8, "channels": 3, "run_steps": 10}
+    recipe = worker._recipe({"losses": "", "sets": [], "recipe": name, **sizes}, tmp_path)
+    if model:
+        assert read_teacher(Path(recipe.teacher.use))[1]["model"] == model
+    else:  # its networks see whitened images
+        assert recipe.teacher.use == "auto"
 
 
 @pytest.mark.parametrize(("name", "words"), [("nosuch", "There is no recipe"), ("teacher", "no losses")])
