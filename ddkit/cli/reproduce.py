@@ -65,16 +65,22 @@ def _shard(text: str) -> tuple[int, int]:
 @click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="First copy the finished sets of another --out.")
 @click.option("--show", is_flag=True, help="Show the finished results. Nothing is run.")
 @click.option("--markdown", is_flag=True, help="Print the table as Markdown.")
+@click.option("--pivot", is_flag=True, help="Print the table with one column for each system.")
+@click.option("--figures", metavar="DIR", type=Place(), help="New folder for the charts as PDF and PNG files.")
 @quiet
-def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: Any) -> None:
+def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, pivot: bool, **flags: Any) -> None:
     """Run a study and compare its figures with the published ones. A study has a figure for each system and cell.
 
     Finished sets are kept, and a second call continues. `ddkit list studies` shows the installed studies. Under torchrun each process makes
     a share of the sets. On machines that are not connected, use --shard I/N, and then --merge to bring the results together.
+
+    The folder of the sets also gets the table as report.md, report.tex, report.csv and report.json, and with charts as report.html.
     """
     set_verbosity(quiet)
     if markdown and as_json:
         raise FlagError("--markdown and --json are two forms of one output. Choose one of them.")
+    if pivot and as_json:
+        raise FlagError("--pivot changes the table, and --json prints none. Choose one of them.")
     if flags["seed"] is not None:
         raise FlagError("--seed: a study makes sets with the seeds 0, 1, ... Use --seeds N for the number of sets.")
     if flags["show"]:
@@ -94,14 +100,16 @@ def reproduce(study: str, as_json: bool, quiet: bool, markdown: bool, **flags: A
         report = runner.reproduce(
             found, flags["out"] or Path("runs") / found.name, settings, cells=flags["cells"],
             systems=None if flags["systems"] is None else _names(flags["systems"]), run=not flags["show"],
-            observers=observers, part=flags["shard"] or (0, 1), merged=flags["merged"],
+            observers=observers, part=flags["shard"] or (0, 1), merged=flags["merged"], figures=flags["figures"],
         )  # fmt: skip
+    charts = [] if flags["figures"] is None else [str(chart) for chart in sorted(flags["figures"].iterdir())]
     if as_json:
-        echo_json(report_json(report))
+        echo_json(report_json(report) | ({"charts": charts} if charts else {}))
     else:
-        show(report_table(report, "pipe" if markdown else "simple"))
-        for picture in report.pictures:
-            show(f"picture  {picture}")
+        show(report_table(report, "pipe" if markdown else "simple", pivot=pivot))
+        for kind, files in (("picture", report.pictures), ("figure", charts)):
+            for file in files:
+                show(f"{kind:8} {file}")
     if any(figure.failed for figure in report.figures):
         raise RunFailed("Some sets failed. The table names them, and the same command tries them again.")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
 import torch
 
+from ddkit.components import registry
 from ddkit.components.registry import split_name
 from ddkit.data.pictures import high_frequency_share, radial_spectrum, sheet_png
-from ddkit.errors import DdkitError
+from ddkit.errors import DdkitError, doubles
 from ddkit.files import path_part, write_atomic
 from ddkit.run.artifact import load
 from ddkit.run.manifest import MANIFEST, read_manifest
@@ -26,7 +27,8 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
     `std_of_sets` is that of the sets' means; `wanted` the sets asked for; `failed` why one could not be had. `comparable` is False where
     the data is not that of the published figures; `warnings` are what the runs of its sets warned of. `stored_numbers` is the
-    budget of a class, and `stored_as_images` how many images have as many numbers, None where that is not known.
+    budget of a class, and `stored_as_images` how many images have as many numbers, None where that is not known. `images_in_one`: so many
+    images networks see of each that is counted by ipc; a baseline of ipc images is another one then.
     """
 
     ipc: int
@@ -55,6 +57,7 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
     cached: int = 0
     stored_numbers: float | None = None
     stored_as_images: float | None = None
+    images_in_one: int = 1
 
     @property
     def difference(self) -> float | None:
@@ -62,8 +65,13 @@ class Figure(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The system, as a row of the table names it."""
+        """The system, as a column of the table names it."""
         return self.title + (f" ({self.labels})" if self.labels != "hard" else "")
+
+    @property
+    def row(self) -> str:
+        """The system, as a row of the table names it: with what makes a baseline of ipc images another one."""
+        return self.name + (f", {self.images_in_one} images in one" if self.images_in_one > 1 else "")
 
     @property
     def label(self) -> str:
@@ -131,9 +139,18 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         spectrum=[statistics.fmean(values) for values in zip(*spectra, strict=True)],
         failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
         dataset=":".join(filter(None, (name, place))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
-        comparable=comparable, warnings=warnings, cached=sum(row["details"].get("cached", 0) for _, row in done),
+        images_in_one=_images_in_one(first), comparable=comparable, warnings=warnings,
+        cached=sum(row["details"].get("cached", 0) for _, row in done),
         **{name: done[0][1].get(name) if done else None for name in ("stored_numbers", "stored_as_images")},
     )  # fmt: skip
+
+
+def _images_in_one(task: Task) -> int:
+    table, ipc = task.recipe.parametrization, task.cell.ipc
+    if task.evaluation.images != "synthetic":
+        return 1
+    makes = registry.create("parametrization", table.use, table.options, where="parametrization")
+    return int(makes.images_per_class(ipc)) // ipc
 
 
 def _std(values: Sequence[float]) -> float | None:
@@ -168,26 +185,95 @@ def report_json(report: Report) -> dict[str, Any]:
     return {"schema": 1, **msgspec.to_builtins(report), "figures": figures}
 
 
-def report_table(report: Report, style: str = "simple") -> str:
-    """Returns the report as a text table of tabulate's `style` ("pipe": Markdown); accuracies in percent."""
+def report_table(report: Report, style: str = "simple", *, pivot: bool = False) -> str:
+    """Returns the report as a text table of tabulate's `style` ("pipe": Markdown), accuracies in percent; `pivot`: systems are columns."""
     from tabulate import tabulate
 
-    figures, known = report.figures, report.published_on
-    blends = any(figure.alpha is not None for figure in figures)
-    spectra = any(figure.high_frequency is not None for figure in figures)
-    header = ["ipc", "pipc", "system", *(["alpha"] if blends else []), "published", "measured", "difference", "std of sets", "n",
-              "protocol", "steps", *(["high freq."] if spectra else [])]  # fmt: skip
+    header, rows, notes = table_of(report, pivot=pivot)
+    if style == "pipe":
+        header, notes = [markdown(name) for name in header], [markdown(note) for note in notes]
+        rows = [[markdown(cell) for cell in row] for row in rows]
+    aligned = ["right", "right", *["left"] * (len(header) - 2)]
+    return "\n\n".join([tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned), "\n".join(notes)])
+
+
+def table_of(report: Report, *, pivot: bool = False) -> tuple[list[str], list[list[str]], list[str]]:
+    """Returns the names of columns, the rows and the notes of a report; columns without an entry are left out."""
+    header, rows = _with_systems_as_columns(report.figures) if pivot else _with_a_row_each(report.figures)
+    kept = [place for place, name in enumerate(header) if name in ("ipc", "pipc") or any(row[place] != "-" for row in rows)]
+    notes = _notes(report) + (_settings(report.figures) if pivot else [])
+    return [header[place] for place in kept], [[row[place] for place in kept] for row in rows], notes
+
+
+def _with_a_row_each(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
+    header = [
+        "ipc",
+        "pipc",
+        "system",
+        "alpha",
+        "published",
+        "measured",
+        "difference",
+        "std of sets",
+        "n",
+        "protocol",
+        "steps",
+        "high freq.",
+    ]
     rows = []
     for figure in figures:
-        row = [str(figure.ipc), str(figure.pipc), figure.name]
-        row += ["-" if figure.alpha is None else f"{figure.alpha:g}"] if blends else []
+        row = [str(figure.ipc), str(figure.pipc), figure.row, "-" if figure.alpha is None else f"{figure.alpha:g}"]
         row += [_percent(figure.published, figure.published_std, 2), _percent(figure.mean, figure.std, 1)]
         row += ["-" if figure.difference is None else f"{100 * figure.difference:+.1f}", _percent(figure.std_of_sets, None, 1)]
-        sets = f"{figure.sets} of {figure.wanted}" if figure.state == "partly" else figure.sets
-        row += [f"{sets} x {figure.networks}" if figure.state in ("done", "partly") else figure.state]
-        row += [figure.protocol, str(figure.steps)]
-        row += ["-" if figure.high_frequency is None else f"{100 * figure.high_frequency:.1f} %"] if spectra else []
+        row += [_count(figure) if figure.state in ("done", "partly") else figure.state, figure.protocol, str(figure.steps)]
+        row += ["-" if figure.high_frequency is None else f"{100 * figure.high_frequency:.1f} %"]
         rows.append(row)
+    return header, rows
+
+
+def _with_systems_as_columns(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
+    names = {(figure.system, figure.name): figure.name for figure in figures}
+    twice = list(doubles(names.values()))
+    names = {key: f"{name} [{key[0]}]" if name in twice else name for key, name in names.items()}
+    header = ["ipc", "pipc", "alpha"]
+    for name in names.values():
+        header += [f"{name}, published", name]
+    rows: dict[tuple[int, int | str, float | None], dict[str, str]] = {}
+    for figure in figures:
+        name, row = names[figure.system, figure.name], rows.setdefault((figure.ipc, figure.pipc, figure.alpha), {})
+        row[f"{name}, published"] = _percent(figure.published, figure.published_std, 2)
+        row[name] = _percent(figure.mean, figure.std, 1) if figure.mean is not None else "failed" if figure.failed else "-"
+    return header, [
+        [str(ipc), str(pipc), "-" if alpha is None else f"{alpha:g}", *(row.get(name, "-") for name in header[3:])]
+        for (ipc, pipc, alpha), row in rows.items()
+    ]
+
+
+def _count(figure: Figure) -> str:
+    """Returns sets x networks: "3 x 3", "2 of 3 x 3"."""
+    return f"{figure.sets} of {figure.wanted} x {figure.networks}" if figure.state == "partly" else f"{figure.sets} x {figure.networks}"
+
+
+def _settings(figures: Sequence[Figure]) -> list[str]:
+    """Returns a sentence each on protocol, steps, n and images in one, and on which systems have which if they differ."""
+    measured, notes = [figure for figure in figures if figure.mean is not None], []
+    values: dict[str, Callable[[Figure], str]] = {
+        "Protocol": lambda each: each.protocol, "Steps": lambda each: str(each.steps), "n": _count,
+        "Images in each stored one": lambda each: str(each.images_in_one),
+    }  # fmt: skip
+    for what, value in values.items():
+        groups: dict[str, dict[str, None]] = {}
+        for figure in measured:
+            alike = all(value(other) == value(figure) for other in measured if other.name == figure.name)
+            groups.setdefault(value(figure), {})[figure.name if alike else figure.label] = None
+        said = list(groups) if len(groups) == 1 else [f"{each} ({'; '.join(names)})" for each, names in groups.items()]
+        notes += [f"{what}: {', '.join(said)}."] if said and (what != "Images in each stored one" or said != ["1"]) else []
+    return notes
+
+
+def _notes(report: Report) -> list[str]:
+    """Returns the sentences under the table."""
+    figures, known = report.figures, report.published_on
     held_out = report.split == "held-out"
     data = dict.fromkeys(figure.dataset for figure in figures)
     teachers = dict.fromkeys(figure.teacher for figure in figures if figure.teacher)
@@ -213,10 +299,7 @@ def report_table(report: Report, style: str = "simple") -> str:
     notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
     notes += [f"Not finished: {'; '.join(left)}."] if left else []
-    if style == "pipe":
-        rows, notes = [[markdown(cell) for cell in row] for row in rows], [markdown(note) for note in notes]
-    aligned = ["right", "right", *["left"] * (len(header) - 2)]
-    return "\n\n".join([tabulate(rows, header, tablefmt=style, disable_numparse=True, colalign=aligned), "\n".join(notes)])
+    return notes
 
 
 def _budgets(figures: Sequence[Figure]) -> list[str]:

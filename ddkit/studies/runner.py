@@ -39,7 +39,9 @@ from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
 from ddkit.run.manifest import MANIFEST, RECIPE
 from ddkit.run.progress import duration
+from ddkit.run.report import check_figures, write_figures
 from ddkit.studies.grid import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
+from ddkit.studies.presenting import report_charts, report_files
 from ddkit.studies.results import Report, figures_of, report_json, report_table, write_pictures
 from ddkit.studies.sharding import SETS, merge, share
 from ddkit.studies.study import Study, chosen_cells
@@ -56,16 +58,20 @@ def reproduce(
     observers: Sequence[Any] = (),
     part: tuple[int, int] = (0, 1),
     merged: Sequence[Path] = (),
+    figures: Path | None = None,
 ) -> Report:
     """Runs what is not yet there of the study (all cells and systems, or those given) and returns what is known.
 
     `part` (i, n): only the sets of share i, 0 to n - 1, which another machine's share completes; `merged` are stores from which finished
     sets are copied first. The processes that torchrun started, all of which call this, make a share each.
 
-    With `run` False nothing is made. Every recipe is checked before the first run. Files `report.json` and `report.md` in `out` have
-    the result. Raises DdkitError for bad input at once; the figure of a set that fails later says why.
+    With `run` False nothing is made. Every recipe is checked before the first run. Files `report.json`, `report.md` and those of
+    report_files in `out` have the result; `figures`, an absent or empty folder, gets the charts as PDF and PNG files, and the pictures.
+    Raises DdkitError for bad input at once; the figure of a set that fails later says why.
     """
     check_out(out)
+    if figures is not None:
+        check_figures(figures)
     tasks = planned(study, chosen_cells(study, cells, systems), out, settings)
     watchers = Observers((f"observer {i}", o) for i, o in enumerate(observers))
     _check(study, tasks, settings)
@@ -97,11 +103,14 @@ def reproduce(
                 if ranks.is_main:
                     _known(study, tasks, failures, out)
             raise
-    return _known(study, tasks, failures, out if run and ranks.is_main else None)
+    result = _known(study, tasks, failures, out if run and ranks.is_main else None)
+    if figures is not None and ranks.is_main:
+        write_figures(figures, report_charts(result), {Path(file).name: Path(file).read_bytes() for file in result.pictures})
+    return result
 
 
 def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], out: Path | None = None) -> Report:
-    """Returns what is known of the study's figures; with `out` it writes pictures, report.json and report.md there."""
+    """Returns what is known of the study's figures; with `out` it writes pictures and its files there."""
     result = Report(
         study=study.name, summary=study.summary, source=study.source, split="held-out" if study.held_out else "test",
         published_on=study.published_on, figures=figures_of(study, tasks, failures),
@@ -109,7 +118,9 @@ def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], ou
     )  # fmt: skip
     if out is not None:
         write_json(out / "report.json", report_json(result))
-        write_atomic(out / "report.md", (report_table(result, "pipe") + "\n").encode())
+        contents = {"report.md": (report_table(result, "pipe") + "\n").encode(), **report_files(result)}
+        for name, content in contents.items():
+            write_atomic(out / name, content)
     return result
 
 

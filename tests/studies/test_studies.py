@@ -124,6 +124,16 @@ def test_every_set_is_made_once_and_its_figure_stands_beside_the_published_one(c
     assert figure["mean"] == pytest.approx(sum(sum(row) for row in rows) / 4)
     assert json.loads(Path("runs/study/report.json").read_text())["figures"] == found["figures"]
     assert Path("runs/study/report.md").read_text().startswith("|")
+    assert {file.name for file in Path("runs/study").glob("report.*")} == {
+        f"report.{kind}" for kind in ("json", "md", "csv", "tex", "html")
+    }
+    shown = json.loads(cli("reproduce", f"./{_study()}", *SMALL, "--show", "--json", "--systems", "dm", "--figures", "charts").out)
+    assert shown["charts"] == ["charts/pipc-ipc1.pdf", "charts/pipc-ipc1.png"]
+    pivoted = cli("reproduce", f"./{_study()}", *SMALL, "--show", "--pivot").out
+    assert ["DM, published" in pivoted, "DM" in pivoted, "shared, published" in pivoted] == [True, True, False]
+    for flags, code in ((("--figures", "charts"), 5), (("--pivot", "--json"), 2)):
+        refused = cli("reproduce", f"./{_study()}", *SMALL, "--show", *flags)
+        assert (refused.code, refused.out) == (code, "")
 
 
 def test_settings_of_distilled_sets_change_no_baseline(cli: CLI, commands: list[list[str]]) -> None:

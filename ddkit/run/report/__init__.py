@@ -1,6 +1,6 @@
 """The report of a run, report.html: one file that opens from the disk, made from the files of the run alone; and its charts as files.
 
-`sections` says what the page shows, `charts` and `pictures` draw it, and the template page.html is the page. jinja2 and matplotlib are
+`sections` says what the page shows, `charts` and `pictures` draw it, and page.html is the page. jinja2 and matplotlib are
 imported when a report is made, not before.
 """
 
@@ -35,6 +35,7 @@ from ddkit.run.report.pictures import animation
 from ddkit.run.report.sections import Files, contents, spectrum_bins
 
 log = logging.getLogger("ddkit")
+PAGE = Path(__file__).with_name("page.html")
 
 
 def report(target: str | Path, *, out: str | Path | None = None, figures: str | Path | None = None) -> Path:
@@ -66,9 +67,9 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
     with directory.take(wait=LOCK_SECONDS) if out is None else nullcontext():
         shown = _shown(directory.path, read_manifest(directory.path))
         if out is None:
-            directory.rewrite(REPORT, _page(shown))
+            directory.rewrite(REPORT, page(PAGE, shown))
         else:
-            write_atomic(Path(out), _page(shown))
+            write_atomic(Path(out), page(PAGE, shown))
     if figures is not None:
         film = shown["film"]
         write_figures(Path(figures), _charts(shown), {"strip.gif": animation(film["frames"], film["columns"])} if film else {})
@@ -117,24 +118,24 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 
     It names neither the folder nor the time at which it was made, so the same run gives the same report, its times apart.
     """
-    return _page(_shown(folder, facts))
+    return page(PAGE, _shown(folder, facts))
 
 
-def _page(shown: Mapping[str, Any]) -> bytes:
-    return _template().render(shown, svg=svg).encode()
+def page(template: Path, shown: Mapping[str, Any]) -> bytes:
+    """Returns the page that a file of jinja2 makes of what it shows; it may extend base.html and use macros.html."""
+    return bytes(_templates().from_string(template.read_text("utf-8")).render(shown, svg=svg), "utf-8")
 
 
 @cache
-def _template() -> Any:
-    """Returns the template of the page: every word is escaped, and what acts on a terminal or hides is shown."""
+def _templates() -> Any:
+    """Returns the templates of this package: every word is escaped, and what acts on a terminal or hides is shown."""
     import jinja2
     from markupsafe import Markup
 
-    made = jinja2.Environment(
+    return jinja2.Environment(
         autoescape=True, loader=jinja2.PackageLoader(__name__, ""), trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
         finalize=lambda value: value if isinstance(value, Markup) else printable(str(value)),
     )  # fmt: skip
-    return made.get_template("page.html")
 
 
 def _shown(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -163,21 +163,32 @@ def dots(
     return Chart(file, "Accuracy", what, draw, "accuracy in %", legend=shown, height=height, left=RIGHT)
 
 
-def accuracies(file: str, title: str, what: str, x: str, lines: Mapping[str, Mapping[float | str, tuple[float, float | None]]]) -> Chart:
+def accuracies(
+    file: str,
+    title: str,
+    what: str,
+    x: str,
+    lines: Mapping[str, Mapping[float | str, tuple[float, float | None]]],
+    published: Mapping[str, Mapping[float | str, tuple[float, float | None]]] = MappingProxyType({}),
+) -> Chart:
     """Returns a chart of accuracies with error bars: by the name of a line and the value of `x`, (percent, half of its error bar or None).
 
-    The values, numbers in their order and words behind them, are evenly spaced; those of several lines stand a little apart.
+    The values, numbers in their order and words behind them, are evenly spaced; those of several lines stand a little apart. `published`
+    are dashed lines in the colours of those of the same names.
     """
-    values = sorted({value for line in lines.values() for value in line}, key=lambda value: (isinstance(value, str), value))
+    every = [*lines.values(), *published.values()]
+    values = sorted({value for line in every for value in line}, key=lambda value: (isinstance(value, str), value))
 
     def draw(axes: Any) -> None:
         for index, (name, line) in enumerate(lines.items()):
-            known = [value for value in values if value in line]
-            places = [values.index(value) + 0.05 * (index - (len(lines) - 1) / 2) for value in known]
-            means = [line[value][0] for value in known]
-            style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "fmt": "o-" if index < len(COLOURS) else "s--"}
-            axes.errorbar(places, means, yerr=[line[value][1] or math.nan for value in known], label=name, **style)
-        axes.margins(x=0.08)
+            measured = "o-" if index < len(COLOURS) else "s-"
+            for part, style, label in ((line, measured, name), (published.get(name, {}), "x--", None)):
+                known = [value for value in values if value in part]
+                places = [values.index(value) + 0.04 * (index - (len(lines) - 1) / 2) for value in known]
+                bars = [part[value][1] or math.nan for value in known]
+                colour = COLOURS[index % len(COLOURS)]
+                axes.errorbar(places, [part[value][0] for value in known], yerr=bars, color=colour, fmt=style, label=label)
+        axes.set_xlim(-0.3, len(values) - 0.7)
 
     ticks = [value if isinstance(value, str) else number(value) for value in values]
     return Chart(file, title, what, draw, x, "accuracy in %", list(lines), ticks=ticks)
@@ -209,8 +220,8 @@ def _short(name: str) -> str:
     return printable(name if len(name) <= SHORT else f"{name[: SHORT - 2]} \N{HORIZONTAL ELLIPSIS}")
 
 
-def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> Chart:
-    """Returns a picture of `counts` (K, K) by class and found class: a row is a class, a darker field a larger share of it."""
+def confusion(file: str, of: str, what: str, counts: Sequence[Sequence[int]], names: Sequence[str]) -> Chart:
+    """Returns a picture of `counts` (K, K) by class and found class: a darker field is a larger share of a row; `of` ends the title."""
     side = len(counts)
 
     def draw(axes: Any) -> None:
@@ -230,7 +241,7 @@ def confusion(file: str, what: str, counts: Sequence[Sequence[int]], names: Sequ
         axes.set_yticks([])
 
     x, height = "predicted classes, in the order of the classes, in %", TOP + LINE * side + BOTTOM
-    return Chart(file, "Predicted classes for each class of the test images", what, draw, x, height=height, left=NAMES)
+    return Chart(file, f"Predicted classes for each class of the test images{of}", what, draw, x, height=height, left=NAMES)
 
 
 def rows_of_images(file: str, what: str, rows: Sequence[tuple[str, Sequence[tuple[str, Tensor | None]]]]) -> Chart:

@@ -327,15 +327,17 @@ def evaluation(files: Files) -> dict[str, Any]:
             lines.append([row["evaluator"], _named(row), row["repeats"], _percent(row, "accuracy"), _random_real(row), difference])
         what, legend = f"{title}: accuracies with error bars", ["trained on the set", "random real"]
         chart = dots(f"accuracy-{labels}", what, shown, legend, _ceilings(files))
+        of = {row["model"]: f": {row['model']}" if len({each["model"] for each in found}) > 1 else "" for row in found}
+        names = files.artifact.class_names
         pictures_ = [
-            confusion(f"confusion-{labels}-{path_part(row['model'])}", f"Confusion: {_named(row)}", counts, files.artifact.class_names)
+            confusion(f"confusion-{labels}-{path_part(row['model'])}", of[row["model"]], f"Confusion: {_named(row)}", counts, names)
             for row in found if row.get("images", "synthetic") == "synthetic" and _fits(counts := row["details"].get("confusion"), files)
         ]  # fmt: skip
         classes = [
             [name, _named(row), each["test_images"], *(_share(each.get(key)) for key in ("accuracy", "random_real"))]
             for row in found for name, each in row["details"].get("class_accuracies", {}).items()
         ]  # fmt: skip
-        charts = [chart, *_class_charts(files, labels, found), *pictures_[:MOST_CONFUSIONS]]
+        charts = [chart, *_class_charts(files, labels, found, of), *pictures_[:MOST_CONFUSIONS]]
         groups += [{"title": title, "charts": charts, "rows": lines, "classes": classes}] if found else []
     findings = [
         [row["evaluator"], "" if row["model"] == "-" else _named(row), words]
@@ -355,8 +357,11 @@ def evaluation(files: Files) -> dict[str, Any]:
     return {"ceiling": _ceiling(files), "groups": groups, "findings": findings, "close": close}
 
 
-def _class_charts(files: Files, labels: str, rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    """Returns the chart of the accuracy of each class of the first network trained on the set; of many classes the best and the worst."""
+def _class_charts(files: Files, labels: str, rows: Sequence[Mapping[str, Any]], of: Mapping[str, str]) -> list[Chart]:
+    """Returns the chart of the accuracy of each class of the first network trained on the set; of many classes the best and the worst.
+
+    `of` ends the title by the name of a network.
+    """
     for row in rows:
         lines = _by_class(row, files) if row.get("images", "synthetic") == "synthetic" else []
         if lines:
@@ -365,7 +370,8 @@ def _class_charts(files: Files, labels: str, rows: Sequence[Mapping[str, Any]]) 
                 title = f"Accuracy of the {half} best and {half} worst of {len(lines)} classes"
                 ordered = sorted(lines, key=lambda line: -line[1])
                 lines = ordered[:half] + ordered[-half:]
-            return [bars(f"classes-{labels}", title, f"{title}: {_named(row)}", lines, ["trained on the set", "random real"])]
+            legend = ["trained on the set", "random real"]
+            return [bars(f"classes-{labels}", title + of[row["model"]], f"{title}: {_named(row)}", lines, legend)]
     return []
 
 
