@@ -240,7 +240,7 @@ def test_two_strangers_with_one_name_are_an_error_on_use_that_names_both(install
     _loss(install, FINE, name="twin", distribution="two", module="two_module")
     rows = _rows(cli)
     assert "write one/twin" in rows["loss one/twin"]["status"]
-    assert "say two/twin" in rows["loss two/twin"]["status"]
+    assert "write two/twin" in rows["loss two/twin"]["status"]
     with pytest.raises(PluginError, match="one/twin and two/twin"):
         registry.load("loss", "twin")
     assert registry.load("loss", "two/twin").__module__ == "two_module"
