@@ -264,8 +264,11 @@ def _named(title: str, names: list[tuple[str, Any]]) -> str:
 
 
 def _limits(found: Any) -> list[str]:
-    """Returns the options of a directive: base classes have their methods on the page of their kind."""
-    return ["    options: { members: false }"] if found in registry.BASES.values() else []
+    """Returns what follows the directive of a base class: its methods and an example are on the page of its kind."""
+    kinds = [kind for kind, base in registry.BASES.items() if base is found]
+    return [
+        f"    options: {{ members: false }}\n\nIts methods and an example: [{kind}](components/{kind}.md#the-base-class)." for kind in kinds
+    ]
 
 
 # The pages of methods: the recipe, docs/data/methods.csv and CITATION.cff, one row, file and reference a method

@@ -25,7 +25,7 @@ def _pages(folder: str) -> list[Any]:
         if path.endswith("/index.md") and not path.startswith("."):
             below = path.removesuffix("index.md")
             found.append({below.strip("/").capitalize(): _pages(folder + below)})
-        elif path.endswith(".md") and not path.startswith("."):
+        elif path.endswith(".md") and "/" not in path:
             found.append(folder + path)
     return found
 
