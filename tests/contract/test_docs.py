@@ -139,7 +139,12 @@ def _faster(words: list[str]) -> list[str]:
     return [*words, *set_flags(small)]
 
 
-@pytest.mark.parametrize("page", FOLLOWED, ids=_name)
+LONG = ("a-loss", "begin-with-other-images", "continue-a-run")  # they take seconds each
+
+
+@pytest.mark.parametrize(
+    "page", [pytest.param(page, marks=pytest.mark.slow if page.stem in LONG else ()) for page in FOLLOWED], ids=map(_name, FOLLOWED)
+)
 def test_a_task_works_from_the_first_line_of_its_page_to_the_last(cli: CLI, page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image_folder(Path("photos"))
     network = ddkit.create("model", "convnet", {"norm": "batch"})(3, (12, 12), 3)
