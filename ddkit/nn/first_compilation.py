@@ -118,8 +118,8 @@ def module_of(kernels: Sequence[Kernel], submit: Callable[..., Any] | None = Non
     for number, kernel in enumerate(kernels):
         arguments = (f"parse_arg<{each.replace('const ', '')}>(args, {place})" for place, each in enumerate(kernel.types, start=1))
         functions.append(f"static void kernel_{number}{kernel.code}")
-        cases.append(f"case {number}: kernel_{number}({', '.join(arguments)}); break;")
-    call = f"switch (parse_arg<int64_t>(args, 0)) {{ {' '.join(cases)} }} Py_RETURN_NONE;"
+        cases.append(f"case {number}: kernel_{number}({', '.join(arguments)});")
+    call = f"switch (parse_arg<int64_t>(args, 0)) {{ {' break; '.join(cases)} }} Py_RETURN_NONE;"
     binding = Cache.suffix_template.format(
         entry_func=Cache.entry_function, arg_len="PyTuple_GET_SIZE(args)", call_entry_func=call, extra_parse_arg=""
     )

@@ -110,7 +110,7 @@ def newest_checkpoint(run: Path, recipes: Sequence[str]) -> Checkpoint | None:
             reasons.append(str(error))
             continue
         for reason in reasons:
-            log.warning("A checkpoint cannot be used, so an older one is: %s.", reason, extra=NEWS)
+            log.warning("A checkpoint is ignored, and an older one is used: %s.", reason, extra=NEWS)
         return found
     if reasons:
         restart = f"To start again: ddkit distill --recipe {shlex.quote(str(run / RECIPE))}"

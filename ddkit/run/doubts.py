@@ -62,7 +62,8 @@ def silent(lines: Sequence[Line], weights: Mapping[str, float]) -> list[str]:
         moving = [share for share in own if share > 0]
         if not moving:
             told.append(
-                f"The loss {label} had no gradient on the images at any logged step, so it changed nothing. {without(label, weights)}"
+                f"The loss {label} had no gradient on the images at any logged step, so it changed nothing, "
+                f"and no weight helps. {without(label, weights)}"
             )
             continue
         wanted = float(f"{weight * statistics.median((1 - share) / share for share in moving) * WANTED / (1 - WANTED):.2g}")

@@ -100,7 +100,7 @@ class Conformance:
         unknown = [str(name) for name in deviations if name not in cls._may_deviate()]
         if unknown:
             raise Broken(
-                f"`deviations`{whose} has no such check {', '.join(map(repr, unknown))}. Possible checks: {', '.join(cls._may_deviate())}."
+                f"`deviations`{whose} cannot name {', '.join(map(repr, unknown))}. Possible checks: {', '.join(cls._may_deviate())}."
             )
 
     def __init_subclass__(cls, **named: Any) -> None:

@@ -107,7 +107,7 @@ def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable
     first, *steps, last = caplog.messages
     assert first == "run: steps 0 to 5, losses dm x 0.5, image-norm x 1, initializer real, network convnet, compiled: no, float32."
     assert [line.partition(":")[0] for line in steps] == ["step 1 of 5", "step 3 of 5", "step 5 of 5"]
-    assert re.fullmatch(r"step 1 of 5: total [\d.]+ \(dm [\d.]+, image-norm [\d.]+\); gradient: dm [\d.]+ %, image-norm [\d.]+ %", steps[0])
+    assert re.fullmatch(r"step 1 of 5: total [\d.]+ \(dm [\d.]+, image-norm [\d.]+\), gradient: dm [\d.]+ %, image-norm [\d.]+ %", steps[0])
     assert last == "evaluation: 4 of 4"
     caplog.clear()
     assert cli("evaluate", "run", "--verbose").code == 0

@@ -241,13 +241,13 @@ def test_two_strangers_with_one_name_are_an_error_on_use_that_names_both(install
     rows = _rows(cli)
     assert "write one/twin" in rows["loss one/twin"]["status"]
     assert "write two/twin" in rows["loss two/twin"]["status"]
-    with pytest.raises(PluginError, match="one/twin and two/twin"):
+    with pytest.raises(PluginError, match="one/twin or two/twin"):
         registry.load("loss", "twin")
     assert registry.load("loss", "two/twin").__module__ == "two_module"
     assert cli("distill", "--losses", "dm", "--pipc", 1, "--plan").code == 0
     result = cli("distill", "--losses", "twin", "--pipc", 1, "--plan")
     assert result.code == 3
-    assert "one/twin and two/twin" in result.err
+    assert "one/twin or two/twin" in result.err
 
 
 @pytest.mark.parametrize("name", ["Odd", "9lives", "odd_name", "odd.name"])

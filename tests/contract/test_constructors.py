@@ -45,7 +45,7 @@ def info(**values: Any) -> ddkit.DataInfo:
         (lambda: evaluation(accuracy_mean=math.nan), "accuracy_mean=nan"),
         (lambda: evaluation(random_real_std=-0.1), "random_real_std=-0.1"),
         (lambda: ddkit.data.Normalisation([0.5], [0.0]), "above 0"),
-        (lambda: ddkit.data.Normalisation([0.5, 0.5], [0.2]), "for each channel"),
+        (lambda: ddkit.data.Normalisation([0.5, 0.5], [0.2]), "each channel needs"),
         (lambda: ddkit.nn.Arithmetic(compile=False, precision="bf16"), "Did you mean 'bfloat16'?"),  # type: ignore[arg-type]
     ],
 )

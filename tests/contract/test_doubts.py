@@ -163,7 +163,7 @@ def test_real_images_that_are_matched_with_themselves_learn_nothing_and_it_is_sa
     flags = ("distill", "--losses", "dm", "--evaluate", "none", *SMALL_FLAGS)
     told = words(*flags, "--ipc", 3, "--pipc", 3, "--out", "idle")
     assert "so the set did not change" in told
-    assert "raise --pipc, lower --ipc" in told
+    assert "Raise --pipc, lower --ipc" in told
     assert any("so the set did not change" in message for message in manifest("idle")["warnings"])
     for changed in (("--ipc", 3, "--pipc", 4), ("--ipc", 2, "--pipc", 3), ("--ipc", 3, "--pipc", 3, "--init", "noise")):
         assert "so the set did not change" not in words(*flags, *changed, "--out", "-".join(map(str, changed)))

@@ -102,7 +102,7 @@ def test_every_stage_is_told_at_its_start_where_stderr_is_no_terminal(cli: Cli, 
         *([] if json_flag else [r"Reading all 1,\d+ images .*", r"Training a teacher \(convnet, 3 epochs on 1,\d+ images\)"]),  # then kept
         r"Making the first images \(real\)",
         r"Reading 3\d\d test images",
-        r"Distilling 10 images into run \(2 steps; dkkt-primal, dkkt-stationarity\)",
+        r"Distilling 10 images into run \(2 steps, dkkt-primal, dkkt-stationarity\)",
         r"Evaluating: accuracy \(convnet: 2 on synthetic images and 2 on random real images, 2 epochs each\)",
         r"Writing the report of run",
     ]
@@ -215,7 +215,7 @@ def test_an_interrupted_training_or_evaluation_leaves_all_as_it_was(cli: Cli, in
     interrupted_at("Evaluating")
     result = cli("evaluate", "run", "--repeats", 1)
     assert (result.code, told(result).partition(". ")[2]) == (
-        130, "No figure of this evaluation is kept. run is as it was. Give the same command again.",
+        130, "No figure of this evaluation is kept. run is unchanged. Run the same command again.",
     )  # fmt: skip
     assert before == {file.name: file.read_bytes() for file in Path("run").iterdir() if file.is_file()}
     interrupted_at("Training")
