@@ -76,6 +76,8 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
         return _as_value(read_arrays(path)[path.stem], path), {}
     if is_archive and not of_torch:
         return _read_npz(path)
+    if not of_torch and start.startswith(b"PK\x03\x04"):
+        raise InputError(f"{path} is an incomplete archive of torch.save or .npz: its end is missing. Copy the whole file again.")
     if not of_torch:
         raise InputError(f"{path} is not a file of torch.save, .npz, .npy or .safetensors: its first bytes fit none of them.")
     try:

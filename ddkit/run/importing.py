@@ -217,6 +217,8 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
     if len(set(names)) < len(names) or not all(names):
         raise FlagError(f"--classes: each class needs its own name, but the names are {', '.join(names[:20])}.")
     if len(names) < max(least, 2):
+        if not classes:
+            raise InputError(f"{path} only has the label 0, but a set needs at least two classes. Name all of them with --classes.")
         raise InputError(f"{path} has the label {least - 1}, but --classes has {len(names)}. Name all classes, at least two.")
     return names
 

@@ -100,7 +100,9 @@ def test_a_changed_label_is_followed_and_a_wrong_one_is_an_error() -> None:
     changed.target_transform = lambda label: 1 - label
     data = opened((changed, changed))
     assert data.labels("train")[:2].tolist() == [1, 0]
-    with pytest.raises(ddkit.InputError, match=r"Item 3 of the dataset that was passed, .*Pictures, has the label 1, but its .* say 0\."):
+    with pytest.raises(
+        ddkit.InputError, match=r"Item 3 of the dataset that was passed, .*Pictures, has the label 1, but \.targets or \.labels have 0\."
+    ):
         data.images("train", [3])
 
 
@@ -221,7 +223,7 @@ FINE = (GREY, 0)
         ({"validation": Pictures()}, ddkit.FlagError, "a dict of splits must have the key 'train'"),
         (Listed(3), ddkit.InputError, "Item 0 .* is a int, but must be"),
         (Listed(FINE, (GREY, "cat")), ddkit.InputError, "Item 1 .* has the label 'cat'. Labels must be integers from 0, or all"),
-        (Listed(FINE, (GREY, -1)), ddkit.InputError, "has the label -1; labels count from 0"),
+        (Listed(FINE, (GREY, -1)), ddkit.InputError, "has the label -1, but labels count from 0"),
         (Broken(FINE), ddkit.InputError, "Item 0 .* cannot be read: KeyError: 'lost'"),
         (Listed(FINE, (GREY, 2)), ddkit.InputError, "class '1' of the dataset 'python' has no training image"),
     ],

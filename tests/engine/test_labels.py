@@ -207,7 +207,7 @@ def test_a_set_of_another_project_may_have_logits_or_probabilities_in_any_order(
         assert torch.equal(found.labels, logits.argmax(1)[order])
         assert ("used as logits" in caplog.text) == (name == "logits")
     torch.save({"images": images, "labels": logits[:3]}, tmp_path / "short.pt")
-    with pytest.raises(ddkit.InputError, match="a row for each of 4 images"):
+    with pytest.raises(ddkit.InputError, match="one row for each of the 4 images"):
         ddkit.import_file(tmp_path / "short.pt", tmp_path / "short", **given)
 
 

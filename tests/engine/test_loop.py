@@ -509,8 +509,8 @@ def test_an_infinite_gradient_is_refused_even_where_a_constraint_would_hide_it(r
 @pytest.mark.parametrize(
     ("result", "words"),
     [
-        (lambda step: 1.0, r"got 1\.0"),
-        (lambda step: None, "got None"),
+        (lambda step: 1.0, r"returned 1\.0"),
+        (lambda step: None, "returned None"),
         (lambda step: step.images.sum((1, 2, 3)), r"shape \(10,\)"),
         (lambda step: step.images.detach().sum(), "requires_grad=False"),
         (lambda step: step.images.sum().reshape(1), r"shape \(1,\)"),
@@ -579,7 +579,7 @@ def test_an_optimizer_table_overrides_a_parameters_own_rate_and_an_unknown_one_i
 
 
 def test_a_parameter_declared_differently_by_two_losses_is_refused_and_alike_is_shared(recipe: Maker) -> None:
-    with pytest.raises(ddkit.InputError, match="'multipliers' differently"):
+    with pytest.raises(ddkit.InputError, match="'multipliers' with different values"):
         made(recipe(["weighted", "other-multipliers"]))
     _, bank, engine = made(recipe({"weighted": {}, "again": {"use": "weighted"}}))
     assert set(bank.tensors()) == {"images", "multipliers", "shift"}
@@ -596,7 +596,7 @@ def test_initial_fills_a_parameter_inside_its_constraint(recipe: Maker) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"multiplier": torch.zeros(())}, "'multiplier', which it does not declare"),
+        ({"multiplier": torch.zeros(())}, "'multiplier'. Declare this parameter"),
         ({"shift": torch.tensor(float("nan"))}, "not finite"),
         ({"shift": torch.zeros(3)}, "raised"),
     ],

@@ -171,8 +171,8 @@ def test_arguments_of_the_library_pass_through_but_those_that_load_weights() -> 
     assert made(img_size=(16, 16), depth=2).size == (16, 16)
     for kwargs, said in (
         ({"nonsense": 1}, "cannot be made with kwargs nonsense = 1"),
-        ({"pretrained": True}, "ddkit gives pretrained itself"),
-        ({"checkpoint_path": "theirs.pth"}, "ddkit gives checkpoint_path itself"),
+        ({"pretrained": True}, "pretrained cannot be set, because ddkit sets it"),
+        ({"checkpoint_path": "theirs.pth"}, "checkpoint_path cannot be set, because ddkit sets it"),
         ({"depth": {"a": 1}}, "kwargs.depth is a table"),
     ):
         with pytest.raises(ddkit.InputError, match=said):

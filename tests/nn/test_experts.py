@@ -168,7 +168,7 @@ UNFIT: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
     "a missing file": (lambda folder: (folder / "expert-0002.safetensors").unlink(), {}, "expert-0002.safetensors is missing"),
     "files of two folders": (mixed, {}, "files of several folders are mixed"),
     "other images": (lambda folder: None, {"seed": 1}, "they are trained on other images"),
-    "all images asked for": (lambda folder: None, {"experts.data": "all"}, "--set experts.data=accessible allows it"),
+    "all images asked for": (lambda folder: None, {"experts.data": "all"}, "Use --set experts.data=accessible"),
     "another network": (lambda folder: None, {"network.width": 8}, "--set network.width=4"),
     "another model": (lambda folder: None, {"network.model": "mlp"}, "--set network.model=convnet"),
     "more than there are": (lambda folder: None, {"experts.count": 9}, "3 are finished, but the run needs 9"),
@@ -200,7 +200,7 @@ def test_the_command_refuses_what_it_cannot_do(cli: Cli, data: str, folder: Path
     for code, phrase, *words in (
         (5, "contains other experts (epochs is 4 there and 10 here)", "--experts", 3, "--save-every", 2, "--out", folder),
         (5, "is not a folder of experts", "--experts", 3, "--out", "full"),
-        (2, "--pipc has no effect: it is of --experts", "--out", "teacher.safetensors"),
+        (2, "--pipc has no effect: only --experts uses it", "--out", "teacher.safetensors"),
         (2, "--set network.inner_epochs has no effect", "--experts", 3, "--set", "network.inner_epochs=3", "--out", "new"),
         (4, "no trained weights would be saved", "--experts", 3, "--epochs", 2, "--save-every", 3, "--out", "new"),
         (1, "The training of expert 0 diverged", "--experts", 1, "--set", "train.lr=1e30", "--out", "new2"),

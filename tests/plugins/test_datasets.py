@@ -410,7 +410,7 @@ def test_a_table_gives_labels_in_the_place_of_class_folders(tmp_path: Path, capl
         ("file_name,label\n../a.png,1\n", "line 2: '../a.png' is not inside"),
         ("file_name,label\na.png,\n", "line 2: label is empty"),
         ("file_name,label,split\na.png,1,dev\n", "line 2: the split is 'dev', but must be one of train"),
-        ("file_name,label,split\na.png,1,test\n", "'test' alone"),
+        ("file_name,label,split\na.png,1,test\n", "only has images of the split 'test'"),
         ("id,label\na.png,1\n", "Its columns are id, label. Name the columns of file and label: --set 'data.columns="),
         ("file_name,label\n", "lists no image"),
         ("file_name,label\na.png,\xff\n", "cannot be read"),
@@ -752,7 +752,12 @@ class ThirdParty(ddkit.Dataset):
 
 @pytest.mark.parametrize(
     ("targets", "message"),
-    [((0, 1, 2), "label 2 but only 2 class names"), ((0, -1), "could not be opened"), ((0, 0), "class 'b'"), ("ab", "could not be opened")],
+    [
+        ((0, 1, 2), "label 2, but only 2 class names"),
+        ((0, -1), "could not be opened"),
+        ((0, 0), "class 'b'"),
+        ("ab", "could not be opened"),
+    ],
 )
 def test_strange_labels_are_an_input_error(monkeypatch: pytest.MonkeyPatch, targets: Any, message: str) -> None:
     made = ThirdParty()

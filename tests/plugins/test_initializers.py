@@ -283,7 +283,7 @@ def test_a_set_that_cannot_be_continued_is_an_error_before_the_run(tmp_path: Pat
     for path, code, words in (
         (tmp_path / "nothing", 4, "which does not exist"),
         (few, 4, "has too few images for ipc 2: '0' has 1"),
-        (missing, 4, "has no class '8', '9'; it has '0', '1'"),
+        (missing, 4, "has no class '8', '9'. Its classes are '0', '1'"),
         (tmp_path / "text.safetensors", 5, "text.safetensors"),
         ("", 4, "needs a path, as in --init file:PATH"),
     ):

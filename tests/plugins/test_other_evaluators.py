@@ -125,7 +125,7 @@ def test_ranking_needs_all_real_data_from_a_teacher_or_a_number() -> None:
     assert row.details["ior"] == pytest.approx(row.accuracy_mean - row.random_real_mean)  # type: ignore[operator]
     assert ddkit.create("evaluator", "ranking", {"full": 0.8}, data=data.info).requires.teacher is False
     assert ddkit.create("evaluator", "ranking", {}, data=data.info).requires.teacher is True
-    with pytest.raises(ddkit.InputError, match="one network"):
+    with pytest.raises(ddkit.InputError, match="Name only one"):
         judged("ranking", artifact, data, full=0.8, model="convnet,mlp")
 
 

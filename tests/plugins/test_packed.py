@@ -102,7 +102,7 @@ def test_without_files_to_train_on_the_paragraph_says_what_is_there(tmp_path: Pa
         with pytest.raises(ddkit.InputError, match=message):
             Named(name="named", path=str(path))
     (tmp_path / "val-0.tar").touch()
-    with pytest.raises(ddkit.InputError, match=rf"files of val alone.* --dataset named:{tmp_path}/val-0\.tar$"):
+    with pytest.raises(ddkit.InputError, match=rf"only contains files of the split val.* --dataset named:{tmp_path}/val-0\.tar$"):
         Named(name="named", path=str(tmp_path))
 
 

@@ -191,7 +191,7 @@ def test_the_own_protocol_of_the_docs_works_and_its_figures_can_be_had_without_t
     (file,) = [block for block in blocks(page) if block.file]
     text = file.text.replace("epochs = 100", "epochs = 3")
     Path("mine.toml").write_text(text)
-    for line in next(block for block in blocks(page) if block.language == "bash").text.splitlines():
+    for line in next(block for block in blocks(page) if block.language == "bash" and "mine.toml" in block.text).text.splitlines():
         small = {"evaluators.accuracy.repeats": 1, "evaluators.accuracy.model_options.width": 8, "evaluators.accuracy.cache": False}
         few = [*SMALL_FLAGS, "--evaluate", "none"] if "distill" in line else set_flags(small)
         result = cli(*shlex.split(line)[1:], *few)

@@ -131,7 +131,7 @@ def test_labels_begin_as_the_mean_logits_of_the_experts_that_are_right_and_else_
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        ({"losses.trajectory.last": 10, "experts.epochs": 10}, "another one 2 epochs later"),
+        ({"losses.trajectory.last": 10, "experts.epochs": 10}, "with a saved epoch 2 epochs later"),
         ({"losses.trajectory.last": 20, "experts.epochs": 10}, "experts.epochs=22"),
         ({"network.norm": "batch"}, "network.norm=instance"),
         ({"losses.trajectory.widening": 5}, "last_at_first"),

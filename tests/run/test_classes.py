@@ -80,7 +80,7 @@ def test_a_set_is_evaluated_on_its_own_classes_of_larger_data(cli: Cli, pets: Pa
     assert result.code == 0, result.err
     row = json.loads(result.out)["evaluations"][0]
     assert row["details"]["classes"] == ["cat", "owl"]
-    assert "the set's own (cat, owl)" in caplog.text
+    assert "on the classes of the set (cat, owl)" in caplog.text
     assert "into the order of the data" in caplog.text
 
 

@@ -166,4 +166,4 @@ def test_the_commands_write_runs_that_tell_of_their_parts_and_can_be_evaluated(c
     assert cli("split", "both", "--classes", "7", "--out", "only").code == 0
     refused = cli("evaluate", "only", "--dataset", "digits")
     assert (refused.code, refused.out) == (4, "")
-    assert "the class '7' alone" in " ".join(refused.err.split())
+    assert "only the class '7'" in " ".join(refused.err.split())
