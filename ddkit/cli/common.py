@@ -212,7 +212,7 @@ shared = options(
 )
 protocol = click.option(
     "--protocol", type=Names("protocol", files=".toml"), metavar="NAME|FILE",
-    help="Evaluation protocol: short, dm-official, dc-official, practical-sam, idc, ncfm, mtt, rded, or a file: ./mine.toml.",
+    help="Evaluation protocol: short, dm-official, dc-official, practical-sam, idc, ncfm, mtt, rded, dd, or a file: ./mine.toml.",
 )  # fmt: skip
 quiet = click.option("--quiet", is_flag=True, help="Show errors only, no progress.")
 verbose = click.option(

@@ -285,10 +285,16 @@ class Finiteness:
         kept = f"The state after step {self.index - 1}, the last checked step, is kept in checkpoints/. " if self.index else ""
         if place < len(self.losses):
             loss = engine.losses[place]
+            smaller = f"a smaller learning rate ({engine.bank.smaller_rate('images')}"
+            smaller += f"{', or a smaller network.inner_lr' if engine.source.inner else ''}), a smaller weight"
+            first = (
+                "No update was made before: look at its formula, for example a variance of one image. Or try"
+                if step == 0
+                else f"Try {smaller}, or"
+            )
             message = (
-                f"The value of the {loss} became {found[rank][1][place]} at step {step}. {kept}Try a smaller learning rate "
-                f"({engine.bank.smaller_rate('images')}{', or a smaller network.inner_lr' if engine.source.inner else ''}), a smaller "
-                f"weight, or float32 (--set engine.precision=float32).{loss.advice}"
+                f"The value of the {loss} became {found[rank][1][place]} at step {step}. {kept}{first} float32 "
+                f"(--set engine.precision=float32).{loss.advice}"
             )
         elif place < len(self.losses) + len(self.parameters):
             name = self.parameters[place - len(self.losses)]

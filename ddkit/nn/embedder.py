@@ -60,7 +60,7 @@ def layer_features(
         missing = f"named {layers}. {suggestion(layers, named)}"
     else:
         chosen = {name: each for name, each in named.items() if isinstance(each, layers)}
-        missing = f"of the class {' or '.join(each.__name__ for each in (layers if isinstance(layers, tuple) else (layers,)))}."
+        missing = f"that is a {' or '.join(each.__name__ for each in (layers if isinstance(layers, tuple) else (layers,)))}."
     if not chosen:
         raise InputError(f"The network {type(module).__name__} has no layer {missing}")
     found: dict[str, Tensor] = {}

@@ -217,7 +217,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
     tensors = {**counters, **tensors}
     missing, surplus = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     shapes = [
-        f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()}in the file and {tuple(own[key].shape)} in the model"
+        f"{key} is {tuple(tensors[key].shape)}{' complex' * tensors[key].is_complex()} in the file and {tuple(own[key].shape)} in the model"
         for key in sorted(own.keys() & tensors.keys())
         if own[key].shape != tensors[key].shape or own[key].is_complex() != tensors[key].is_complex()
     ]

@@ -153,7 +153,9 @@ def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, fig
     notes += _checked_data(found)
     evaluations = _evaluations(found)
     sets = [_described(each) for each in found]
-    made = Comparison(sets=sets, evaluations=evaluations, notes=[*notes, *_differences(sets), *_unevaluated(found, evaluations)])
+    warned = [f"{each.name}: {warning}" for each in found for warning in each.facts.get("warnings", ())]
+    notes += [*_differences(sets), *_unevaluated(found, evaluations), *warned]
+    made = Comparison(sets=sets, evaluations=evaluations, notes=notes)
     short = [Path(each.name).name for each in sets]
     names = short if len(set(short)) == len(short) else [each.name for each in sets]
     titles = [f"{name} ({each.method})" for name, each in zip(names, sets, strict=True)]

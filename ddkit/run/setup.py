@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.experts import Experts, experts_of, untrained
-from ddkit.nn.networks import batch_norms, build_network, network_tensors, no_second_derivative, training_flops
+from ddkit.nn.networks import batch_norms, build_network, modes_kept, network_tensors, no_second_derivative, training_flops
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
@@ -181,7 +181,7 @@ class RunSetup:
             self._check_deterministic()
         self.decided = ExecutionPlan(
             recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
-            images_per_class=self.images_per_class, network=lambda: build_network(self.model, info, 0, "probe"),
+            images_per_class=self.images_per_class, network=lambda: self._probe("network", self.model),
             teacher=self._teacher_probe,
         )  # fmt: skip
         self._check_networks()
@@ -241,7 +241,7 @@ class RunSetup:
 
     def _check_networks(self) -> None:
         """Raises InputError, before a teacher is trained, where a loss cannot work with networks or teachers of the run's kind."""
-        probes = {"teacher": cache(self._teacher_probe), "network": cache(lambda: build_network(self.model, self.info, 0, "probe"))}
+        probes = {"teacher": cache(self._teacher_probe), "network": cache(lambda: self._probe("network", self.model))}
         for each in self.losses:
             needed = {name: probe().to(self.device) for name, probe in probes.items() if getattr(each.requires, name)}
             with each.blamed():
@@ -260,7 +260,26 @@ class RunSetup:
         table = self.recipe.teacher
         record = {} if table.use == "auto" else self._teacher_record
         name, options = record.get("model", table.model), record.get("options", table.options)
-        return build_network(registry.create("model", name, options, data=self.info, where="teacher"), self.info, 0, "probe").eval()
+        return self._probe(
+            "teacher", registry.create("model", name, options, data=self.info, where="teacher"), record.get("input_shape")
+        ).eval()
+
+    def _probe(self, whose: str, model: Model, made_for: Sequence[int] | None = None) -> nn.Module:
+        """Returns a network of `model`, made for images (C, H, W) if that is known; raises InputError if it does not take the data's."""
+        probe = build_network(model, self.info, 0, "probe")
+        with modes_kept(probe), torch.no_grad():
+            probe.eval()
+            try:
+                probe(torch.zeros(2, *self.info.shape))
+            except (RuntimeError, ValueError) as error:
+                size = ",".join(str(side) for side in made_for[1:]) if made_for else "HEIGHT,WIDTH"
+                raise InputError(
+                    f"The {called('model', model)} of the {whose} does not take the images of the data, which have the shape "
+                    f"{self.info.shape} (C, H, W): {str(error).splitlines()[0]}. Add --set 'data.size=[{size}]', the size that it was made "
+                    "for, or use another model.",
+                    f"{whose}.model",
+                ) from None
+        return probe
 
     @cached_property
     def inputs(self) -> dict[str, str]:

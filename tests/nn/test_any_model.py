@@ -199,6 +199,15 @@ def test_a_function_in_the_current_folder_is_a_model(cli: CLI) -> None:
     assert os.getcwd() not in sys.path
 
 
+def test_a_network_made_for_another_size_is_refused_with_the_size_to_set(cli: CLI) -> None:
+    body = "    return nn.Sequential(nn.Flatten(), nn.Linear(channels * 256, classes))\n"
+    Path("of_one_size.py").write_text(f"from torch import nn\n\n\ndef fixed(channels, size, classes):\n{body}", encoding="utf-8")
+    found = cli("distill", "--losses", "dm", "--pipc", 2, "--out", "run", *QUICK_FLAGS, "--model", "python:of_one_size.fixed")
+    assert (found.code, found.out, Path("run").exists()) == (4, "", False)
+    assert "does not take the images" in found.err
+    assert "--set 'data.size=[HEIGHT,WIDTH]'" in " ".join(found.err.split())
+
+
 def test_dropout_of_a_users_model_is_told(caplog: pytest.LogCaptureFixture) -> None:
     network("python:tests.factories.small", (1, 8, 8))
     assert caplog.text == ""

@@ -63,7 +63,7 @@ def test_features_under_other_weights_are_those_of_a_network_that_has_them() -> 
     assert not torch.allclose(layer_features(module, x, "last")["last"], other(x))
 
 
-@pytest.mark.parametrize(("layers", "words"), [("lost", "Did you mean 'last'"), (nn.GELU, "of the class GELU")])
+@pytest.mark.parametrize(("layers", "words"), [("lost", "Did you mean 'last'"), (nn.GELU, "a GELU")])
 def test_a_layer_that_is_not_there_is_named(layers: str | type[nn.Module], words: str) -> None:
     with pytest.raises(ddkit.InputError, match=words):
         layer_features(network(), normal(2, 1, 4, 4), layers)
