@@ -214,7 +214,7 @@ protocol = click.option(
     "--protocol", type=Names("protocol", files=".toml"), metavar="NAME|FILE",
     help="Evaluation protocol: short, dm-official, dc-official, practical-sam, idc, ncfm, mtt, rded, dd, or a file: ./mine.toml.",
 )  # fmt: skip
-quiet = click.option("--quiet", is_flag=True, help="Show errors only, no progress.")
+quiet = click.option("--quiet", is_flag=True, help="Show errors only: no progress, and no warnings, which the manifest keeps.")
 verbose = click.option(
     "--verbose", is_flag=True, help="Show lines instead of a progress bar: each stage, and the losses of every logged step."
 )

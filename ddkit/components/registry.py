@@ -160,10 +160,12 @@ def add_plugin_file(path: str | Path) -> None:
         for number, plugin in enumerate(added):
             others = [p for p in (*known[:number], *known[len(added) :]) if p.name == plugin.name and share_names(p.kind, plugin.kind)]
             if others:
-                owner = "another of its classes" if others[0].file == file else f"{others[0].distribution} {others[0].version}"
+                inside = others[0].file == file
+                owner = "another of its classes" if inside else f"{others[0].distribution} {others[0].version}"
+                advice = "Rename" if inside else "Leave out --plugin to use that one, or rename"
                 raise PluginError(
                     f"The plugin file {path} defines the {plugin.kind} '{plugin.name}', but {owner} has "
-                    "that name already. Rename the class: MyLoss becomes the component my-loss."
+                    f"that name already. {advice} the class: MyLoss becomes the component my-loss."
                 )
     except BaseException:
         plugin_file.remember(before)

@@ -294,11 +294,16 @@ def _notes(report: Report) -> list[str]:
         )
     notes += [f"Teacher: {', '.join(teachers)}."] if teachers else []
     notes += [f"Failed: {figure.label}: {figure.failed}" for figure in figures if figure.failed]
-    notes += [f"Warned: {message}" for message in dict.fromkeys(message for figure in figures for message in figure.warnings)]
+    warned: dict[str, list[str]] = {}
+    for figure in figures:
+        for message in figure.warnings:
+            warned.setdefault(message, []).append(figure.label)
+    notes += [f"Warned: {'; '.join(labels)}: {message}" for message, labels in warned.items()]
     notes += [f"From the cache: {figure.cached} networks of {figure.label}." for figure in figures if figure.cached]
     notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
-    notes += [f"Not finished: {'; '.join(left)}."] if left else []
+    shown = left if len(left) <= 6 else [*left[:5], f"{len(left) - 5} others"]
+    notes += [f"Not finished: {'; '.join(shown)}."] if left else []
     return notes
 
 

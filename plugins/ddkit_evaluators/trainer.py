@@ -67,7 +67,7 @@ def real_counts(artifact: ddkit.Artifact, real_labels: Tensor) -> tuple[list[int
     have, of = (int(counts[0] if uniform else counts.sum()) for counts in (found, stored))
     decoded = len(artifact.labels) // int(stored.sum())
     words = f"{have}{'' if enough else f' of {of}'} {'per class' if uniform else 'in all'}"
-    words += f", compared with {of * decoded} decoded images" if decoded > 1 else ""
+    words += f", while the set shows {of * decoded}" if decoded > 1 else ""
     return found.tolist(), "" if enough and decoded == 1 else words
 
 

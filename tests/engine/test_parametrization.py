@@ -172,7 +172,7 @@ def test_random_real_images_beside_it_are_as_many_as_have_its_numbers(cli: Cli, 
         flags = [*SMALL_FLAGS, *KINDS[kind], *more, "--set", "evaluators.accuracy.workers=1"]
         told = cli("distill", "--losses", "dm", "--ipc", 2, "--pipc", 10, *flags, "--out", kind)
         assert seen == {"synthetic": 10 * images, "random real": 20}
-        assert f"% (2 per class, compared with {images} decoded images)" in told.out
+        assert f"% (2 per class, while the set shows {images})" in told.out
         assert budget in told.out
 
 
