@@ -173,22 +173,21 @@ def _recipe(spec: Spec, folder: Path) -> Any:
     recipe = resolve(name, sets=sets, **asked)
     if spec["losses"] == "dm" or "teacher.use" in sets or recipe.data.whiten:  # networks of whitened images take no plain teacher
         return recipe
-    own = recipe.teacher if "recipe" in spec else None
-    save_teacher(folder / "teacher.safetensors", _teacher(info, own.model, **own.options) if own else _teacher(info, norm="batch"))
+    save_teacher(folder / "teacher.safetensors", _teacher(info, recipe.teacher))
     return resolve(name, sets=sets | {"teacher.use": str(folder / "teacher.safetensors"), "teacher.check": False}, **asked)
 
 
-def _teacher(info: Any, model: str = "convnet", **options: Any) -> Any:
-    """Returns a teacher that is not trained: its speed is that of a trained one."""
+def _teacher(info: Any, table: Any) -> Any:
+    """Returns a teacher of the model that a recipe's [teacher] names. It is not trained: its speed is that of a trained one."""
     from ddkit.components import registry
     from ddkit.nn.networks import build_network
     from ddkit.nn.teacher import Teacher
 
     record = {
-        "model": model, "options": options, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
+        "model": table.model, "options": table.options, "mean": [0.5] * info.channels, "std": [0.25] * info.channels,
         "class_names": list(info.class_names), "input_shape": list(info.shape),
     }  # fmt: skip
-    network = build_network(registry.create("model", model, options, data=info), info, 0, "teacher")
+    network = build_network(registry.create("model", table.model, table.options, data=info), info, 0, "teacher")
     return Teacher(network, mean=(0.5,), std=(0.25,), info=record)
 
 
@@ -199,11 +198,12 @@ def _reference(spec: Spec) -> Measuring:
     from ddkit.bench.reference import ReferenceStep, field_components
 
     with tempfile.TemporaryDirectory() as folder:
-        losses = {label: table.weight for label, table in _recipe(spec, Path(folder)).losses.items()}
+        recipe = _recipe(spec, Path(folder))
+    losses = {label: table.weight for label, table in recipe.losses.items()}
     info, device = _info(spec), pick_device(spec["device"])
     real = torch.randn((info.classes, spec["pipc"], *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
     model, augmenter = field_components(info)
-    teacher = _teacher(info, norm="batch").module.to(device)
+    teacher = _teacher(info, recipe.teacher).module.to(device)
     step = ReferenceStep(losses, model, info, augmenter, teacher, real, ipc=spec["ipc"], batch=256)
     first = _timed(step, 1)
     step()
