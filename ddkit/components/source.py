@@ -23,7 +23,7 @@ def _top_spec(name: str) -> ModuleSpec | None:
 
 @lru_cache(maxsize=256)
 def _top_spec_on(name: str, path: tuple[str, ...]) -> ModuleSpec | None:
-    """Returns the spec of a top-level module: a package of many components is looked for once while `path` stays what it is."""
+    """Returns the spec of a top-level module. It is kept as long as `path` is the same, so a package of many components is found once."""
     try:
         return find_spec(name)  # of a top-level name: imports nothing
     except (ImportError, ValueError):
@@ -70,7 +70,7 @@ def option_names(value: str) -> list[str]:
 
 
 def _located(value: str) -> tuple[str, ast.stmt | ast.Module | None]:
-    """Returns (status, definition) of what an entry point's `value` names, None if it is not found; of an object that of its class."""
+    """Returns (status, definition) of the class that an entry point's `value` names, or whose object it names; None if it is not found."""
     module, _, attribute = value.partition(":")
     for _ in range(4):  # follows `from .other import Class`
         file = module_file(module)

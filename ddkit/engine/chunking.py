@@ -73,7 +73,9 @@ class Sums:
     def settle(self, ranks: Ranks) -> None:
         """Ends the first pass: its sums, over all processes, are those of the whole set."""
         self._whole = [ranks.all_reduce(sums, self.weighted.label) for sums in self._found]
-        self._first, self._found, self._sizes = self._found, [], []
+        self._first = self._found
+        self._found = []
+        self._sizes = []
 
     def differences(self) -> list[Tensor]:
         """Returns by call whether the chunks gave other tensors in the second pass than in the first: boolean scalars on the device."""

@@ -98,7 +98,7 @@ class Artifact:
         return f"<ddkit.Artifact of {len(self.images):,} images {self.shape}, {len(self.class_names):,} classes>"
 
     def _repr_html_(self) -> str:
-        """Returns what a notebook shows of the set: some of its images, and a table of what it is."""
+        """Returns the HTML that a notebook shows for the set: some of its images and a table of its facts."""
         counts = self.stored_labels.bincount(minlength=len(self.class_names))
         low, high = int(counts.min()), int(counts.max())
         rows = {

@@ -81,7 +81,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         return typical_shares(read_metrics(self.path))
 
     def _repr_html_(self) -> str:
-        """Returns what a notebook shows of the run: the picture of its set and its evaluations, or a sentence if its folder is gone."""
+        """Returns the HTML that a notebook shows for the run: its picture and evaluations, or a sentence if its folder is gone."""
         head = f"<b>{written(self.path)}</b>: {self.steps:,} steps in {self.seconds:,.1f} s"
         table = evaluation_table(self.evaluations, "html") if self.evaluations else ""
         return f"<p>{head}</p>{preview(self.path)}{table}"

@@ -27,7 +27,7 @@ from ddkit.run.manifest import (
 
 
 class ListedRun(msgspec.Struct, frozen=True, kw_only=True):
-    """A run directory. None, and "" for a text: its files do not say it.
+    """A run directory. A value that its files do not record is None, or "" for a text.
 
     `problem` says in a sentence why a run is damaged. `steps` are done, of `all_steps`; `seconds` are those of distillation. The accuracies
     are fractions: those of the first evaluation of the set, of networks `model` under `protocol`.
@@ -85,7 +85,7 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Returns the run directories in `folder`, in natural order; of several names of one, links, that which is no link."""
+    """Returns the run directories in `folder`, in natural order. A run that links name too is returned once, by its own name."""
     there = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name), reverse=True)
     return sorted({path.resolve(): path for path in there if is_run_folder(path)}.values(), key=lambda path: natural(path.name))
 

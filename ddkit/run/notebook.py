@@ -1,4 +1,4 @@
-"""What a run and a set show of themselves in a notebook, as HTML: small pictures and tables, every text escaped. Nothing here raises."""
+"""The HTML that a notebook shows for a run and for a set: small pictures and tables, every text escaped. Nothing here raises."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from ddkit.files import read_bytes
 from ddkit.run.manifest import PREVIEW
 
 MOST_BYTES = 256 * 1024  # of a picture that is shown as it is
-CORNER = (640, 640)  # width and height of what is shown of a larger one
-MOST_CLASSES, MOST_IMAGES = 10, 50  # shown of a set
+CORNER = (640, 640)  # width and height of the part of a larger picture that is shown
+MOST_CLASSES = 10  # of a set, that are shown
+MOST_IMAGES = 50
 SIDE = 64  # pixels of an image of a set
 
 
 def written(text: object) -> str:
-    """Returns a text for a page: escaped, with what acts on a terminal or hides shown."""
+    """Returns a text for a page: escaped, and with control and invisible characters made visible."""
     return html.escape(printable(str(text)))
 
 

@@ -1,4 +1,4 @@
-"""A study as others take it up: its charts, its table for LaTeX, its figures as CSV, and its page, report.html."""
+"""The forms of a study for papers and pages: its charts, its table for LaTeX, its figures as CSV, and its page, report.html."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddkit.run.report.charts import Chart, accuracies, dots
 from ddkit.studies.results import Figure, Report, table_of
 
 MOST_LINES = 12  # in a chart; more systems are rows of one
-LATEX = {"\N{PLUS-MINUS SIGN}": r"$\pm$"}  # of what tabulate leaves as it is
+LATEX = {"\N{PLUS-MINUS SIGN}": r"$\pm$"}  # characters that tabulate does not replace
 PAGE = Path(__file__).with_name("study.html")
 
 
@@ -26,7 +26,7 @@ def report_files(report: Report) -> dict[str, bytes]:
 
 
 def report_csv(report: Report) -> str:
-    """Returns a line for each figure under a line of names; accuracies are fractions, and cells of what is not known are empty."""
+    """Returns a line of names and one line for each figure. Accuracies are fractions, and unknown values are empty cells."""
     names = [name for name in Figure.__struct_fields__ if name not in ("spectrum", "warnings")]
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")

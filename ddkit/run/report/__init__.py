@@ -122,7 +122,7 @@ def report_html(folder: Path, facts: Mapping[str, Any]) -> bytes:
 
 
 def page(template: Path, shown: Mapping[str, Any]) -> bytes:
-    """Returns the page that a file of jinja2 makes of what it shows; it may extend base.html and use macros.html."""
+    """Returns the page that a jinja2 template makes of the values `shown`. The template may extend base.html and use macros.html."""
     return bytes(_templates().from_string(template.read_text("utf-8")).render(shown, svg=svg), "utf-8")
 
 

@@ -110,7 +110,7 @@ def head(files: Files) -> dict[str, Any]:
 
 
 def _results(files: Files) -> list[tuple[str, str, str]]:
-    """Returns the tiles of the set's first accuracy, and of what it may be read beside: the teacher, and the full data."""
+    """Returns the tiles of the set's first accuracy and of its ceilings: the accuracy of the teacher and of the full data."""
     tiles = []
     own = [row for labels in LABELS for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
     for row in own[:1]:  # a baseline's is no figure of this set
