@@ -57,7 +57,7 @@ def read_recipe(name: str, kind: str = "recipe") -> Raw:
     known = {p.name: p for p in reversed(registry.plugins()) if p.kind == kind}
     if name not in known:
         hint = f"There is no {kind} '{name}'. {suggestion(name, known)}"
-        raise InputError(f"{hint} For a file, write its path: {'--recipe ' if kind == 'recipe' else ''}./{name or 'FILE'}.toml")
+        raise InputError(f"{hint} For a file, write its path: ./{name or 'FILE'}.toml")
     return parse_toml(Path(known[name].value), kind)
 
 
