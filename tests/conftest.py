@@ -18,6 +18,8 @@ import pytest
 
 from tests.forks import HEAVY, OWN, forking
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also if the tests run under nohup
+
 SMALL = {  # keeps every run in tests to a fraction of a second
     "steps": 2,
     "train.epochs": 1,
