@@ -405,7 +405,7 @@ def _method(name: str) -> str:
     }
     made = []
     if row["step_1_10"]:
-        facts["seconds a step"] = f"{row['step_1_10']} at ipc 1 with 10 real images a class, {row['step_10_50']} at ipc 10 with 50"
+        facts["seconds a step"] = f"{row['step_1_10']} at ipc 1 with 10 real images per class, {row['step_10_50']} at ipc 10 with 50"
     if row["ours"]:
         share = f": {_share(row)} of the published gain over random real images" if row["published_1"] else ""
         facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}{share}"
@@ -499,7 +499,7 @@ README = {  # the methods of the README's table, by their names in results.csv
 
 
 def _readme(_: str) -> str:
-    """Returns the README's four rows: one image a class of CIFAR-10, from 50 real ones or from all."""
+    """Returns the README's four rows: one image per class of CIFAR-10, from 50 real ones or from all."""
     found = {(row["method"], row["ipc"], row["pipc"]): row for row in _rows("results") if row["experiment"] in PIVOTS["practical-plus"][0]}
     measured = {name: _plus_minus(row["accuracy"], row["std"]) for (name, *cell), row in found.items() if cell == ["1", "50"]}
     rows = [
@@ -508,7 +508,7 @@ def _readme(_: str) -> str:
     idm = _figures()["idm"]
     name = "[IDM](docs/methods/idm.md), for which all images are needed: recipe `idm`"
     rows.append([name, "all 5,000", _accuracy(idm, "ours"), _accuracy(idm, "random"), idm["published_1"]])
-    return _table(["method", "real images of a class", "accuracy, %", "random real, %", "published, %"], rows)
+    return _table(["method", "real images per class", "accuracy, %", "random real, %", "published, %"], rows)
 
 
 def _zoo_name(row: dict[str, str]) -> str:
@@ -562,18 +562,18 @@ def _zoo(_: str) -> str:
             tables[first["labels"] == "hard"].append(line)
     if not any(tables.values()):
         return "Not measured yet."
-    head = ["ipc", "pipc", "method", "alone", "with DKKT", "gain", "random real", "stored numbers a class", "steps", "n"]
+    head = ["ipc", "pipc", "method", "alone", "with DKKT", "gain", "random real", "stored numbers per class", "steps", "n"]
     said = {
         True: "Networks learn from hard labels:",
         False: "Networks learn from probabilities, the set's own or the teacher's:",
     }
     shown = [f"{said[hard]}\n\n{_table(head, rows)}" for hard, rows in tables.items() if rows]
-    titles = {"zoo-pipc.png": "Accuracy of methods against real images a class", "zoo-gain.png": "What DKKT adds to each method"}
+    titles = {"zoo-pipc.png": "Accuracy of methods against real images per class", "zoo-gain.png": "What DKKT adds to each method"}
     return "\n\n".join([*shown, *(f"![{title}](images/{name})" for name, title in titles.items() if DOCS / "images" / name in plots())])
 
 
 def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
-    """Returns accuracy against the real images a class: a panel each title, with a line each name of points [pipc, accuracy, std]."""
+    """Returns accuracy against the real images per class: a panel each title, with a line each name of points [pipc, accuracy, std]."""
     across = min(len(data), 5)
     down = -(-len(data) // across)
     figure = Figure(figsize=(2.4 * across + 2, 2.6 * down + 0.6), layout="constrained")
@@ -590,7 +590,7 @@ def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
         axes.grid(alpha=0.3)
     for axes in panels[len(data) :]:
         axes.set_axis_off()
-    figure.supxlabel("real images of a class")
+    figure.supxlabel("real images per class")
     figure.supylabel("test accuracy, %")
     figure.legend(known.values(), known.keys(), loc="outside right upper")
     return figure
@@ -624,7 +624,7 @@ def plots() -> dict[Path, tuple[Callable[[Any], Figure], Any]]:
         (f"{_zoo_name(row)}, ipc {row['ipc']}", "with DKKT" if "dkkt" in row["losses"] else "alone", row) for row in _rows("practical-zoo")
     ]
     gains = {
-        f"ipc {ipc}, {pipc} real images a class": {name: gain for name, pair in methods.items() if (gain := _gain(pair))}
+        f"ipc {ipc}, {pipc} real images per class": {name: gain for name, pair in methods.items() if (gain := _gain(pair))}
         for (ipc, pipc), methods in _pairs().items()
     }
     found: dict[str, tuple[Callable[[Any], Figure], Any]] = {

@@ -171,7 +171,7 @@ def timeless(checkpoint: Path) -> str:
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """Returns a folder train/{cat,dog,owl} with 6 and test/ with 3 RGB images of 12 x 12 a class."""
+    """Returns a folder train/{cat,dog,owl} with 6 and test/ with 3 RGB images of 12 x 12 per class."""
     return write_image_folder(tmp_path / "images")
 
 

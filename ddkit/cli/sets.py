@@ -94,12 +94,17 @@ def _show_files(run: Run) -> None:
 
 @click.command()
 @click.argument("targets", metavar="RUN RUN ...|FOLDER", nargs=-1, required=True, type=Place())
+@click.option(
+    "--titles",
+    type=Kind("names|file", names_of),
+    help="Name of each set in tables and charts, in their order: separated by commas, or a file with a name on each line.",
+)
 @click.option("--out", metavar="FILE", type=Place(), help="New .png or .pdf file with the images of the sets side by side.")
 @click.option(
     "--figures", metavar="DIR", type=Place(), help="New or empty folder for charts of the images and accuracies, as PDF and PNG files."
 )
 @as_json
-def compare(targets: tuple[Path, ...], out: Path | None, figures: Path | None, as_json: bool) -> None:
+def compare(targets: tuple[Path, ...], titles: list[str] | None, out: Path | None, figures: Path | None, as_json: bool) -> None:
     """Compare runs: accuracy, random real, budget, cost and images. Nothing is computed again.
 
     RUN is a run directory or the file of a set. FOLDER stands for all finished runs in it. The runs must have the same data and at least
@@ -107,7 +112,7 @@ def compare(targets: tuple[Path, ...], out: Path | None, figures: Path | None, a
     """
     from ddkit import api
 
-    found = api.compare(targets, out=out, figures=figures)
+    found = api.compare(targets, titles=titles or (), out=out, figures=figures)
     charts = [] if figures is None else [str(chart) for chart in sorted(figures.iterdir())]
     if as_json:
         drawn = ({"out": str(out)} if out else {}) | ({"figures": charts} if figures else {})
@@ -123,12 +128,12 @@ def _comparison_table(sets: Sequence[ComparedSet], rows: Sequence[ComparedRow]) 
     from tabulate import tabulate
 
     columns: dict[str, list[Any]] = {
-        "set": [printable(each.name) for each in sets],
+        "set": [printable(each.title or each.name) for each in sets],
         "method": [printable(each.method) for each in sets],
         "ipc": [each.ipc for each in sets],
         "real images": [each.pipc for each in sets],
         "labels": [each.labels for each in sets],
-        "stored a class": [budget(each.stored_numbers, each.stored_as_images) for each in sets],
+        "stored per class": [budget(each.stored_numbers, each.stored_as_images) for each in sets],
         "seconds": [None if each.seconds is None else f"{each.seconds:,.1f}" for each in sets],
     }
     if rows:

@@ -55,7 +55,7 @@ def evaluation_table(rows: Sequence[Any], form: str = "simple") -> str:
             percent(row.details.get("random_real_balanced_mean"), row.details.get("random_real_balanced_std")) for row in rows
         ]
     columns["networks"] = [row.repeats for row in rows]
-    columns["stored a class"] = [budget(row.stored_numbers, row.stored_as_images, row.details.get("stored_by_class")) for row in rows]
+    columns["stored per class"] = [budget(row.stored_numbers, row.stored_as_images, row.details.get("stored_by_class")) for row in rows]
     cached = [f"{row.details['cached']} of {row.repeats}" if row.details.get("cached") else "" for row in rows]
     columns |= {"baseline from cache": cached} if any(cached) else {}
     tables = [tabulate(columns, headers="keys", tablefmt=form, disable_numparse=True)]

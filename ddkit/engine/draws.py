@@ -31,7 +31,7 @@ from ddkit.recipes.tables import LabelsTable
 from ddkit.seeding import generator
 
 T = TypeVar("T")
-NORM_IMAGES = 16  # real images a class that give the statistics of batch norm, as many as in the public code of gradient matching
+NORM_IMAGES = 16  # real images per class that give the statistics of batch norm, as many as in the public code of gradient matching
 MEMORY = {  # what torch's optimizers keep for each parameter
     "sgd": {"momentum_buffer"},
     "adam": {"step", "exp_avg", "exp_avg_sq"},

@@ -105,7 +105,7 @@ class Artifact:
             "images": f"{len(self.images):,} of {' x '.join(map(str, self.shape))} (channels, height, width)",
             "classes": f"{len(self.class_names):,}, of {low if low == high else f'{low} to {high}'} images each",
             "labels": "hard" if self.soft_labels is None else "probabilities (soft_labels)",
-            "stored a class": budget(self.stored_numbers, self.stored_as_images),
+            "stored per class": budget(self.stored_numbers, self.stored_as_images),
             "recipe": str(self.metadata.get("recipe", "-")),
         }
         return sheet(self.stored_images, self.stored_labels, self.class_names) + table(rows)

@@ -42,7 +42,7 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
 
     Images are matched by class name, and within a class by their order in each file. The result has the order, the
     normalisation and the other metadata of the first, without its multipliers. Labels that are not hard are averaged too. Raises
-    FlagError for an alpha outside 0..1, InputError where classes, images a class or shapes differ.
+    FlagError for an alpha outside 0..1, InputError where classes, images per class or shapes differ.
     """
     if not 0 <= alpha <= 1:
         raise FlagError(f"--alpha {alpha}: the share of the second set must be from 0 to 1.")
@@ -69,7 +69,7 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
 def partners(first: Artifact, second: Artifact) -> Tensor:
     """Returns (n,) int64: for each stored row of the first set the row of the second that it is averaged with.
 
-    Raises InputError where classes, images a class or shapes differ.
+    Raises InputError where classes, images per class or shapes differ.
     """
     ours, theirs = first.class_names, second.class_names
     if sorted(ours) != sorted(theirs):

@@ -35,7 +35,7 @@ ELSEWHERE = ("dir", "memory", "batch", "test", "held_out", "class_order", "white
 
 
 class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
-    """The description of one set. `name` is the path as it was given.
+    """The description of one set. `name` is the path as it was given, `title` the name that was chosen for it, "" if none was.
 
     `method` is the recipe, or the losses of the recipe `default` ("DM + DKKT"), `ipc` the images of the largest class, `pipc` the
     accessible real images per class. `stored_numbers` and `stored_as_images` are its budget per class, as in Evaluation. `labels` is
@@ -44,6 +44,7 @@ class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    title: str = ""
     method: str
     ipc: int
     pipc: int | str | None
@@ -59,7 +60,7 @@ class ComparedSet(msgspec.Struct, frozen=True, kw_only=True):
 class ComparedRow(msgspec.Struct, frozen=True, kw_only=True):
     """The figures of one set: fractions, with sample standard deviations over `repeats` networks; None for a set that has none.
 
-    `random_real` says how many random real images there are if not as many as the set has, e.g. "1 a class, beside 4 decoded ones".
+    `random_real` says how many random real images there are if not as many as the set has, e.g. "1 per class, while the set shows 4".
     """
 
     name: str
@@ -124,12 +125,16 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
         return (row["model"], row["protocol"], row["labels"], row["split"], _variant(row), row["details"].get("temperature"), *held_out)
 
 
-def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, figures: str | Path | None = None) -> Comparison:
+def compare(
+    targets: Sequence[str | Path], *, titles: Sequence[str] = (), out: str | Path | None = None, figures: str | Path | None = None
+) -> Comparison:
     """Compares runs, files of sets, and the runs inside folders; `out` and `figures` draw them too.
 
-    `out` is a new .png or .pdf file with their images; `figures` is a new or empty folder for charts of images and accuracies as PDF and
-    PNG files. Raises FlagError for fewer than two sets, and RunFilesError for sets with different data, classes or image sizes, and for
-    runs that have no evaluation in common, with the same model, protocol, labels and test split.
+    `titles` are the names of the sets in charts, one for each set in order; by default these are the paths and methods. Sets with the same
+    title are one line of a chart over ipc or pipc. `out` is a new .png or .pdf file with their images; `figures` is a new or empty folder
+    for charts of images and accuracies as PDF and PNG files. Raises FlagError for fewer than two sets, and for another number of titles;
+    RunFilesError for sets with different data, classes or image sizes, and for runs that have no evaluation in common, with the same model,
+    protocol, labels and test split.
 
     Examples:
         >>> compared = ddkit.compare(["my-run", "other-run"])
@@ -149,16 +154,20 @@ def compare(targets: Sequence[str | Path], *, out: str | Path | None = None, fig
     if figures is not None:
         check_figures(Path(figures))
     names, notes = _expanded(targets)
+    if titles and (len(titles) != len(names) or not all(title.strip() for title in titles)):
+        raise FlagError(f"--titles must give each of the {len(names)} sets a name, in this order: {_cut(', '.join(names))}.")
+    if "random real" in titles:
+        raise FlagError("--titles: 'random real' is the baseline in the charts. Choose another name.")
     found = [_opened(name) for name in names]
     notes += _checked_data(found)
     evaluations = _evaluations(found)
-    sets = [_described(each) for each in found]
+    sets = [_described(each, title) for each, title in zip(found, titles or [""] * len(found), strict=True)]
     warned = [f"{each.name}: {warning}" for each in found for warning in each.facts.get("warnings", ())]
     notes += [*_differences(sets), *_unevaluated(found, evaluations), *warned]
     made = Comparison(sets=sets, evaluations=evaluations, notes=notes)
     short = [Path(each.name).name for each in sets]
     names = short if len(set(short)) == len(short) else [each.name for each in sets]
-    titles = [f"{name} ({each.method})" for name, each in zip(names, sets, strict=True)]
+    titles = [each.title or f"{name} ({each.method})" for name, each in zip(names, sets, strict=True)]
     shown = [_first_images(each.artifact, found[0], max(one.ipc for one in sets)) for each in found]
     images = rows_of_images("sets", "Images of the sets", list(zip(titles, shown, strict=True)))
     with ExitStack() as after:
@@ -315,11 +324,12 @@ def _command(run: _Found, row: Mapping[str, Any], owner: _Found) -> str:
     return " ".join([*words, *(f"--set {flag}" for flag in flags)])
 
 
-def _described(found: _Found) -> ComparedSet:
+def _described(found: _Found, title: str) -> ComparedSet:
     artifact, recipe, facts = found.artifact, found.recipe, found.facts
     soft = str(artifact.metadata.get("labels", "soft"))
     return ComparedSet(
-        name=found.name, method=method_of(recipe, facts, artifact.metadata.get("recipe", "")), pipc=artifact.metadata.get("pipc"),
+        name=found.name, title=title, method=method_of(recipe, facts, artifact.metadata.get("recipe", "")),
+        pipc=artifact.metadata.get("pipc"),
         ipc=int(artifact.metadata.get("ipc") or artifact.row_labels.bincount().max()),
         steps=facts.get("steps"), seed=artifact.metadata.get("seed"), labels="hard" if artifact.soft_labels is None else soft,
         stored_numbers=artifact.stored_numbers, stored_as_images=artifact.stored_as_images,
@@ -376,7 +386,7 @@ def _charts(evaluations: Sequence[ComparedEvaluation], titles: Sequence[str]) ->
 def _over(sets: Sequence[ComparedSet], evaluations: Sequence[ComparedEvaluation]) -> Iterator[Chart]:
     """Yields the accuracies of each method over ipc, and over pipc, as far as the sets differ in it; sets that are alike are one point."""
     for each in evaluations:
-        for axis, other, x in (("ipc", "pipc", "images a class (ipc)"), ("pipc", "ipc", "accessible real images a class (pipc)")):
+        for axis, other, x in (("ipc", "pipc", "images per class (ipc)"), ("pipc", "ipc", "accessible real images per class (pipc)")):
             known = [(one, row) for one, row in zip(sets, each.rows, strict=True) if row.repeats and getattr(one, axis) is not None]
             if len({getattr(one, axis) for one, _ in known}) < 2:
                 continue
@@ -386,7 +396,7 @@ def _over(sets: Sequence[ComparedSet], evaluations: Sequence[ComparedEvaluation]
                 for one, row in known:
                     mean, std = getattr(row, f"{key}_mean"), getattr(row, f"{key}_std")
                     if mean is not None:
-                        line = (name or one.method) + (f", {other} {getattr(one, other)}" if several else "")
+                        line = (name or one.title or one.method) + (f", {other} {getattr(one, other)}" if several else "")
                         lines.setdefault(line, {}).setdefault(getattr(one, axis), []).append((row.repeats or 1, mean, std))
             drawn = {name: {value: _pooled(parts) for value, parts in line.items()} for name, line in lines.items()}
             yield accuracies(f"{axis}-{path_part(each.model)}", f"Accuracy over {axis}", str(each), x, drawn)

@@ -77,7 +77,7 @@ def report_charts(report: Report) -> Iterator[Chart]:
         of, end = ("", "") if labels == "hard" else (f", {labels} labels", f"-{labels}")
         plain = [figure for figure in known if figure.labels == labels and figure.alpha is None]
         drawn: set[tuple[int, int | str]] = set()
-        for axis, other, x in (("ipc", "pipc", "images a class (ipc)"), ("pipc", "ipc", "real images a class (pipc)")):
+        for axis, other, x in (("ipc", "pipc", "images per class (ipc)"), ("pipc", "ipc", "real images per class (pipc)")):
             for value in dict.fromkeys(getattr(figure, other) for figure in plain):
                 own = [figure for figure in plain if getattr(figure, other) == value]
                 if len({getattr(figure, axis) for figure in own}) > 1 and len({figure.name for figure in own}) <= MOST_LINES:

@@ -308,7 +308,7 @@ def _notes(report: Report) -> list[str]:
 
 
 def _budgets(figures: Sequence[Figure]) -> list[str]:
-    """Returns a sentence for each row of cells whose sets store different numbers a class: such figures are not compared."""
+    """Returns a sentence for each row of cells whose sets store different numbers per class: such figures are not compared."""
     rows: dict[tuple[int, int | str], dict[str, float]] = {}
     for figure in figures:
         if figure.stored_numbers is not None:

@@ -60,7 +60,7 @@ class InitializerConformance(ShapeConformance):
 
     @check
     def test_one_image_a_class(self) -> None:
-        """It works with one image a class."""
+        """It works with one image per class."""
         self._made(self.start(rows=(1, 1, 1)))
 
     @check

@@ -42,7 +42,7 @@ class LossConformance(ShapeConformance):
 
     @check
     def test_one_image_a_class(self) -> None:
-        """So it is with one synthetic image a class."""
+        """So it is with one synthetic image per class."""
         self._value_of(self.world(Setting(rows=(1, 1, 1))))
 
     @check

@@ -191,7 +191,7 @@ class Trainer:
         """Returns what network `repeat` of a kind is trained on; real images are normalised as the set is.
 
         Random real are as many accessible images of each class as the set stores, or all where there are fewer; see real_counts. Means
-        are of disjoint groups of accessible images, as many a class as the set has, or fewer for want of images: the groups of a class
+        are of disjoint groups of accessible images, as many per class as the set has, or fewer for want of images: the groups of a class
         hold all of its images and differ in size by one at most.
         """
         norm = self.artifact.normalisation

@@ -154,7 +154,7 @@ def test_quiet_leaves_errors_alone_and_a_run_ends_with_a_table(cli: Callable[...
     usual = cli("distill", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--out", "run")
     assert (usual.code, "\r" in usual.err, caplog.messages) == (0, False, [])  # stderr is no terminal: no bar
     lines = usual.out.splitlines()
-    columns = ["evaluator", "model", "protocol", "labels", "accuracy", "random real", "networks", "stored a class"]
+    columns = ["evaluator", "model", "protocol", "labels", "accuracy", "random real", "networks", "stored per class"]
     assert lines[0].split() == " ".join(columns).split()
     assert lines[3] == ""
     assert [line.split()[0] for line in lines[4:]] == ["2", "run", "picture", "report"]

@@ -304,7 +304,7 @@ def test_methods_with_few_real_images_have_a_table_and_plots_once_they_are_measu
     assert plots["zoo-pipc"][1] == {
         "DM, ipc 1": {"alone": [["10", "20.0", "1.0"], ["50", "24.0", "1.0"]], "with DKKT": [["10", "22.5", "1.0"]]}
     }
-    assert plots["zoo-gain"][1] == {"ipc 1, 10 real images a class": {"DM": [2.5, 1.41]}}
+    assert plots["zoo-gain"][1] == {"ipc 1, 10 real images per class": {"DM": [2.5, 1.41]}}
     for draw, data in plots.values():
         assert draw(data).axes
 

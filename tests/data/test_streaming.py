@@ -207,7 +207,7 @@ def test_initializers_take_from_the_disk_what_they_take_from_memory(pictures: Pa
 
 
 def test_a_streamed_run_gives_the_same_set_and_figures(pictures: Path, tmp_path: Path, cache: Path) -> None:
-    """Teacher, initializer, losses and every evaluator that looks at real images; 10 of 60 images a class and step."""
+    """Teacher, initializer, losses and every evaluator that looks at real images; 10 of 60 images per class and step."""
     found, flags = [], SMALL | {"data.batch": 10, "evaluators.accuracy.repeats": 1}
     for memory in (1, 64):
         run = ddkit.distill(

@@ -17,7 +17,7 @@ from ddkit.run.setup import RunSetup
 
 
 def write_npz(file: Path, counts: Sequence[int]) -> Path:
-    """Writes a data set of `counts` grey images of 8 x 8 a class, whose brightness tells the class a little."""
+    """Writes a data set of `counts` grey images of 8 x 8 per class, whose brightness tells the class a little."""
     draw = np.random.default_rng(0)
     labels = np.repeat(np.arange(len(counts)), counts)
     images = (draw.random((len(labels), 8, 8)) * 0.5 + labels[:, None, None] / 10).astype(np.float32)

@@ -236,7 +236,7 @@ def test_class_means_are_of_disjoint_groups_that_hold_every_image() -> None:
     again = trainer(made, given).training_set("class-mean", 0)[0]
     assert torch.equal(found, again)
     assert not torch.equal(found, trainer(made, given).training_set("class-mean", 1)[0])
-    one_each = trainer(artifact((15, 15)), given).training_set("class-mean", 0)[0]  # of 10 accessible images a class
+    one_each = trainer(artifact((15, 15)), given).training_set("class-mean", 0)[0]  # of 10 accessible images per class
     assert rows_of(one_each) == rows_of(normalised)
 
 

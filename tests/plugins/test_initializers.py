@@ -223,7 +223,7 @@ def test_candidates_bound_the_images_that_take_part_but_not_below_ipc(candidates
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a run of digits with two images a class."""
+    """Returns a run of digits with two images per class."""
     return ddkit.distill(**SHORT, out=tmp_path_factory.mktemp("earlier") / "run").path
 
 

@@ -34,7 +34,7 @@ def dataset(pets: Path) -> ddkit.Dataset:
 
 
 def a_set(names: list[str], **parameters: torch.Tensor) -> ddkit.Artifact:
-    """Returns a set of two images of 12 x 12 pixels a class, each as bright as the class's place in `names`."""
+    """Returns a set of two images of 12 x 12 pixels per class, each as bright as the class's place in `names`."""
     labels = torch.arange(len(names)).repeat_interleave(2)
     images = (labels[:, None, None, None] / len(names)).expand(-1, 3, 12, 12).clone()
     return ddkit.Artifact(images, labels, {"class_names": names, "mean": [0.5] * 3, "std": [0.2] * 3}, parameters)

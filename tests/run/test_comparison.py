@@ -20,7 +20,7 @@ from tests.conftest import SMALL, Result, said, write_image_folder
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a folder of two finished runs: `dm` with 1 image a class, and `m3d`, a grid of twice the budget."""
+    """Returns a folder of two finished runs: `dm` with 1 image per class, and `m3d`, a grid of twice the budget."""
     folder = tmp_path_factory.mktemp("runs")
     ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=folder / "dm", device="cpu")
     more = SMALL | {"parametrization.use": "grid", "evaluators.accuracy.model": "mlp,convnet", "evaluators.accuracy.model_options": {}}
@@ -68,8 +68,13 @@ def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(co
     assert [note.partition(" is ")[0] for note in found["notes"]] == ["set/killed"]
 
 
-def test_the_images_are_one_picture(copied: Callable[..., Result]) -> None:
-    assert copied("compare", "dm", "m3d", "--out", "deep/sets.png").code == 0
+def test_the_images_are_one_picture_with_the_titles_that_are_given(copied: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[str] = []
+    draw = comparison.rows_of_images
+    monkeypatch.setattr(comparison, "rows_of_images", lambda *words: drawn.extend(name for name, _ in words[2]) or draw(*words))
+    named = copied("compare", "dm", "m3d", "--titles", "Ours (a), $M^3$", "--out", "deep/sets.png")
+    assert (named.code, drawn) == (0, ["Ours (a)", "$M^3$"])
+    assert "Ours (a)  DM" in named.out
     assert Path("deep/sets.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -93,6 +98,8 @@ def test_sets_that_are_alike_are_one_point_over_ipc_as_if_their_networks_were_of
     over_ipc, over_pipc = comparison._over(found.sets, found.evaluations)
     assert (over_ipc.ticks, over_pipc.ticks) == (["1", "2"], ["2", "3"])
     assert over_ipc.legend == ["DM, pipc 2", "m3d, pipc 3", "random real, pipc 2", "random real, pipc 3"]
+    named = ddkit.compare(["dm", "again", "m3d"], titles=["ours", "ours", "theirs"])
+    assert next(comparison._over(named.sets, named.evaluations)).legend[:2] == ["ours, pipc 2", "theirs, pipc 3"]
     alike = ddkit.compare(["dm", "again"])
     assert list(comparison._over(alike.sets, alike.evaluations)) == []
 
@@ -157,6 +164,9 @@ WRONG = {
     "no set": (("dm", "text.safetensors"), 5, "text.safetensors"),
     "not finished": (("dm", "killed"), 5, "--resume"),
     "a file that is there": (("dm", "m3d", "--out", "there.png"), 5, "exists already"),
+    "too few titles": (("dm", "m3d", "--titles", "Ours"), 2, "in this order: dm, m3d"),
+    "an empty title": (("dm", "m3d", "--titles", "Ours,"), 2, "each of the 2 sets a name"),
+    "the baseline's title": (("dm", "m3d", "--titles", "Ours,random real"), 2, "Choose another name"),
     "figures that are there": (("dm", "m3d", "--figures", "m3d"), 5, "exists already"),
 }
 
