@@ -405,7 +405,7 @@ def _method(name: str) -> str:
     }
     made = []
     if row["step_1_10"]:
-        facts["seconds a step"] = f"{row['step_1_10']} at ipc 1 with 10 real images per class, {row['step_10_50']} at ipc 10 with 50"
+        facts["seconds per step"] = f"{row['step_1_10']} at ipc 1 with 10 real images per class, {row['step_10_50']} at ipc 10 with 50"
     if row["ours"]:
         share = f": {_share(row)} of the published gain over random real images" if row["published_1"] else ""
         facts["ours, ipc 1"] = f"{_accuracy(row, 'ours')} %, {row['sets']}{share}"
