@@ -6,6 +6,7 @@ import logging
 import math
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,12 +34,38 @@ from ddkit.run.foreign import Found, fitted, labels_in, number_of, plain, read, 
 log = logging.getLogger("ddkit")
 
 Classes = Sequence[str] | int | None
+FLAGS = {"index": "--run"}  # whose name is not that of the argument
 WHITENED = "with --whitened the training images of the dataset give the normalisation."
 OF_WHITENING = Part(
     ("data",),
     ("data.batch", "data.test", "data.held_out", "data.whiten"),
     "--whitened uses only data.whiten_eps, data.whiten_absolute and the options of the dataset.",
 )
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What `import_file` gets beside the files: each as there, `whitening` the options of `dataset`, `settings` the other ones."""
+
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    classes: Classes
+    pixels: str | None
+    labels: Sequence[str]
+    ipc: int | None
+    index: int | None
+    grid: int | None
+    whitened: bool | None
+    dataset: Any
+    whitening: Mapping[str, Any]
+    step_size: float | str | Path | None
+    size: Sequence[int] | None
+    model: str | None
+    settings: Mapping[str, Any]
+
+    def given(self, *names: str) -> list[str]:
+        """Returns the flags of those arguments that are given."""
+        return [FLAGS.get(name, f"--{name}").replace("_", "-") for name in names if getattr(self, name) not in (None, [])]
 
 
 def import_file(
@@ -82,64 +109,39 @@ def import_file(
         (4, 3, 8, 8)
     """
     sources = [Path(each) for each in ([path] if isinstance(path, str | Path) else path)]
-    wanted = [str(each) for each in ([labels] if isinstance(labels, str | Path) else labels)]
     settings = dict(flattened(dict(sets or {})))
     contents = [read(source) for source in sources]
-    found, recorded = contents[0]
     refuse_unused(["--dataset"] if dataset is not None and not whitened else [], "only --whitened uses it.")
-    data = {path: settings.pop(path) for path in list(settings) if whitened and path.startswith("data.")}
+    declared = Declared(
+        mean=mean,
+        std=std,
+        classes=classes,
+        pixels=pixels,
+        labels=[str(each) for each in ([labels] if isinstance(labels, str | Path) else labels)],
+        ipc=ipc,
+        index=index,
+        grid=grid,
+        whitened=whitened,
+        dataset=dataset,
+        whitening={path: settings.pop(path) for path in list(settings) if whitened and path.startswith("data.")},
+        step_size=step_size,
+        size=size,
+        model=model,
+        settings=settings,
+    )
     parts = [sets_in(content) if kind in ("auto", "set") else [] for content, _ in contents]
-    of_sets = {
-        "--pixels": pixels, "--labels": wanted or None, "--ipc": ipc, "--run": index, "--grid": grid, "--step-size": step_size,
-    }  # fmt: skip
     if all(parts):
-        unused = [flag for flag, value in (("--size", size), ("--model", model)) if value is not None]
-        if "decode.factor" in settings:
-            raise InputError(f"--set decode.factor: {instead_of_decode(settings['decode.factor'])}", "decode.factor")
-        unused += [f"--set {path}" for path in settings if not path.startswith("parametrization.")]
-        refuse_unused(
-            unused, f"{sources[0]} is a synthetic set, for which --set takes parametrization.* only, for example parametrization.factor=2."
-        )
-        if any(other != recorded for _, other in contents):
-            raise InputError(f"{' and '.join(map(str, sources))} record different means, stds or class names. Import them one by one.")
-        joined = _joined(sources, [_chosen(each, index, source) for each, source in zip(parts, sources, strict=True)])
-        joined = _labelled(sources[0], joined, wanted, ipc)
-        joined = joined._replace(step_size=_step_size(sources[0], step_size, joined))
-        if joined.names is not None:
-            refuse_unused(
-                ["--classes"] if classes else [], f"the labels are texts and give the class names: {', '.join(joined.names[:8])}."
-            )
-        names = classes or joined.names or recorded.get("classes")
-        if whitened:
-            refuse_unused(["--whitened"] if "pixels" in recorded else [], f"{sources[0]} records that its images are in pixel units.")
-            refuse_unused(_given(mean, std) + (["--pixels"] if pixels else []), WHITENED)
-            norm, named = _whitening(dataset, data)
-            _check_shape(sources[0], joined.images, norm)
-            names = classes or joined.names or named
-        else:
-            norm = _statistics(sources[0], mean or recorded.get("mean"), std or recorded.get("std"), recorded.get("whitening"))
-        pixels = "normalised" if whitened else pixels or recorded.get("pixels")
-        makes = _parametrization(settings, grid, recorded)
-        return _import_set(sources, Path(out), joined, norm, names, pixels, makes, declared=grid is not None, plain=whitened is False)
+        return _import_set(sources, contents, parts, Path(out), declared)
     if len(sources) > 1:
         without = sources[[not part for part in parts].index(True)]
         raise InputError(
             f"Several files are joined into one set, but {without} contains no set. If it contains the labels: --labels "
             f"{shlex.quote(str(without))}"
         )
-    source = sources[0]
-    state = state_in(found, any_names=kind == "teacher") if kind in ("auto", "teacher") else None
+    state = state_in(contents[0][0], any_names=kind == "teacher") if kind in ("auto", "teacher") else None
     if state is None:
-        raise InputError(f"{source} contains {_content(found)}. This is {_missing(kind)}.")
-    own = ("teacher.use", "teacher.mean", "teacher.std", "teacher.classes", "teacher.check")
-    unused = [flag for flag, value in of_sets.items() if value is not None]
-    unused += [f"--set {path}" for path in settings if not path.startswith("teacher.") or path in own]
-    refuse_unused(unused, f"{source} is a teacher, for which --set takes options of the model only, for example teacher.norm=batch.")
-    refuse_unused(["--not-whitened"] if whitened is False else [], f"{source} is a teacher.")
-    if whitened:
-        refuse_unused(_given(mean, std), WHITENED)
-    norm = _whitening(dataset, data)[0] if whitened else _statistics(source, mean, std)
-    return _import_teacher(source, Path(out), state, norm, classes, size, model, settings)
+        raise InputError(f"{sources[0]} contains {_content(contents[0][0])}. This is {_missing(kind)}.")
+    return _import_teacher(sources[0], state, Path(out), declared)
 
 
 def _content(found: Any) -> str:
@@ -164,12 +166,9 @@ def _missing(kind: str) -> str:
 # What is given
 
 
-def _given(mean: Sequence[float] | None, std: Sequence[float] | None) -> list[str]:
-    return [flag for flag, value in (("--mean", mean), ("--std", std)) if value]
-
-
-def _whitening(dataset: Any, settings: Mapping[str, Any]) -> tuple[Normalisation, list[str]]:
+def _whitening(declared: Declared) -> tuple[Normalisation, list[str]]:
     """Returns the normalisation of all training images of a dataset, which whitens, and the names of its classes."""
+    dataset, settings = declared.dataset, declared.whitening
     if dataset is None:
         raise InputError("--whitened computes the whitening from the training images of a dataset. Add --dataset NAME[:PATH].")
     with passing(dataset) as named, trust.granting({"dataset": dataset}, settings):
@@ -224,6 +223,40 @@ def _names(classes: Classes, least: int, path: Path) -> list[str]:
 
 
 # Sets
+
+
+def _import_set(
+    paths: Sequence[Path],
+    contents: Sequence[tuple[Any, Mapping[str, Any]]],
+    parts: Sequence[Sequence[Found]],
+    out: Path,
+    declared: Declared,
+) -> Artifact:
+    """Writes the sets `parts` of the files as one. `contents` are what was read of each file: what it holds and what it records."""
+    path, recorded, settings = paths[0], contents[0][1], declared.settings
+    if "decode.factor" in settings:
+        raise InputError(f"--set decode.factor: {instead_of_decode(settings['decode.factor'])}", "decode.factor")
+    unused = declared.given("size", "model") + [f"--set {each}" for each in settings if not each.startswith("parametrization.")]
+    refuse_unused(unused, f"{path} is a synthetic set, for which --set takes parametrization.* only, for example parametrization.factor=2.")
+    if any(other != recorded for _, other in contents):
+        raise InputError(f"{' and '.join(map(str, paths))} record different means, stds or class names. Import them one by one.")
+    found = _joined(paths, [_chosen(each, declared.index, source) for each, source in zip(parts, paths, strict=True)])
+    found = _labelled(path, found, declared.labels, declared.ipc)
+    found = found._replace(step_size=_step_size(path, declared.step_size, found))
+    if found.names is not None:
+        refuse_unused(declared.given("classes"), f"the labels are texts and give the class names: {', '.join(found.names[:8])}.")
+    names = declared.classes or found.names or recorded.get("classes")
+    if declared.whitened:
+        refuse_unused(["--whitened"] if "pixels" in recorded else [], f"{path} records that its images are in pixel units.")
+        refuse_unused(declared.given("mean", "std", "pixels"), WHITENED)
+        norm, named = _whitening(declared)
+        _check_shape(path, found.images, norm)
+        names = names or named
+    else:
+        whitening = recorded.get("whitening")
+        norm = _statistics(path, declared.mean or recorded.get("mean"), declared.std or recorded.get("std"), whitening)
+    pixels = "normalised" if declared.whitened else declared.pixels or recorded.get("pixels")
+    return _save_set(paths, out, found, norm, names, pixels, _parametrization(settings, declared.grid, recorded), declared)
 
 
 def _chosen(sets: Sequence[Found], index: int | None, path: Path) -> Found:
@@ -341,9 +374,9 @@ def _parametrization(settings: Mapping[str, Any], grid: int | None, recorded: Ma
     return {"use": "grid", "factor": grid} if grid > 1 else {}
 
 
-def _import_set(
-    paths: Sequence[Path], out: Path, found: Found, norm: Normalisation, classes: Classes, pixels: str | None,
-    makes: Mapping[str, Any], *, declared: bool, plain: bool,
+def _save_set(
+    paths: Sequence[Path], out: Path, found: Found, norm: Normalisation, classes: Classes, pixels: str | None, makes: Mapping[str, Any],
+    declared: Declared,
 ) -> Artifact:  # fmt: skip
     path, labels = paths[0], found.labels
     images = _images(path, found.images, norm, pixels)
@@ -379,7 +412,7 @@ def _import_set(
             )
         made.check((images.shape[1], images.shape[2], images.shape[3]))
         record |= made_with(made, makes["use"], images.shape[1:], whitened=norm.whitening is not None)
-    elif not declared and (factor := looks_like_grid(images)):
+    elif declared.grid is None and (factor := looks_like_grid(images)):
         log.warning(
             "Each image looks like a grid of %d x %d images. If it is a grid, use --grid %d, and if not, --grid 1", factor, factor, factor
         )
@@ -390,7 +423,7 @@ def _import_set(
         log.warning("The classes have different numbers of images (%s). `ddkit evaluate` accepts this, `ddkit blend` does not.", told)
     if norm.whitening is not None:
         record["whitening"] = norm.whitening.facts
-    elif not plain and looks_whitened(found.images):
+    elif declared.whitened is not False and looks_whitened(found.images):
         log.warning(
             "The images look whitened (ZCA): their mean is 0, neighbouring pixels differ, and some values are large. If they are, use "
             "--whitened --dataset NAME, and if not, --not-whitened"
@@ -457,38 +490,40 @@ def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None)
 # Teachers
 
 
-def _import_teacher(
-    path: Path,
-    out: Path,
-    state: Mapping[str, Tensor],
-    norm: Normalisation,
-    classes: Classes,
-    size: Sequence[int] | None,
-    model: str | None,
-    sets: Mapping[str, Any],
-) -> Teacher:
+def _import_teacher(path: Path, state: Mapping[str, Tensor], out: Path, declared: Declared) -> Teacher:
+    settings, size = declared.settings, declared.size
+    own = ("teacher.use", "teacher.mean", "teacher.std", "teacher.classes", "teacher.check")
+    unused = declared.given("pixels", "labels", "ipc", "index", "grid", "step_size")
+    unused += [f"--set {each}" for each in settings if not each.startswith("teacher.") or each in own]
+    refuse_unused(unused, f"{path} is a teacher, for which --set takes options of the model only, for example teacher.norm=batch.")
+    refuse_unused(["--not-whitened"] if declared.whitened is False else [], f"{path} is a teacher.")
+    if declared.whitened:
+        refuse_unused(declared.given("mean", "std"), WHITENED)
+    norm = _whitening(declared)[0] if declared.whitened else _statistics(path, declared.mean, declared.std)
     check_out(out)
     if out.exists():
         raise RunFilesError(f"--out {out} exists already. Name a new file.")
-    if classes is None or size is None:
+    if declared.classes is None or size is None:
         raise InputError(
             f"{path} is a state dict, which records neither classes nor image size. Add --classes 10, or the class names, and --size 32 "
             "(or height,width)."
         )
     if len(size) != 2 or min(size) < 1:
         raise FlagError(f"--size must be height and width in pixels, both at least 1, not {list(size)}.")
-    names = _names(classes, 2, path)
+    names = _names(declared.classes, 2, path)
     check_outputs(path, names, state)
     info = DataInfo(class_names=tuple(names), channels=len(norm.mean), size=(int(size[0]), int(size[1])))
     if norm.whitening is not None and tuple(norm.whitening.centre.shape) != info.shape:
         raise FlagError(f"--size: the images of --dataset have the shape {tuple(norm.whitening.centre.shape)} (C, H, W), not {info.shape}.")
-    table = resolve({"name": "import"}, model=model, sets=sets).teacher
-    with trust.granting({"model": model}, sets):
+    table = resolve({"name": "import"}, model=declared.model, sets=settings).teacher
+    with trust.granting({"model": declared.model}, settings):
         factory = registry.create("model", table.model, table.options, data=info, where="teacher")
     module = build_network(factory, info, 0, "teacher")
-    own = module.state_dict()
-    tensors = {name: plain(value, name, path) for name, value in fitted(state, own).items()}
-    load_state(module, {name: value.to(own[name].dtype) if name in own else value for name, value in tensors.items()}, path, table.model)
+    built = module.state_dict()
+    tensors = {name: plain(value, name, path) for name, value in fitted(state, built).items()}
+    load_state(
+        module, {name: value.to(built[name].dtype) if name in built else value for name, value in tensors.items()}, path, table.model
+    )
     kept = {key: value for key, value in written_options(factory.options).items() if not key.startswith("weights")}  # these are newer
     record = {
         "model": registry.split_name(table.model)[0], "options": kept,
