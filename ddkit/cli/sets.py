@@ -112,7 +112,7 @@ def compare(targets: tuple[Path, ...], titles: list[str] | None, out: Path | Non
     """
     from ddkit import api
 
-    found = api.compare(targets, titles=titles or (), out=out, figures=figures)
+    found = api.compare(targets, titles=titles, out=out, figures=figures)
     charts = [] if figures is None else [str(chart) for chart in sorted(figures.iterdir())]
     if as_json:
         drawn = ({"out": str(out)} if out else {}) | ({"figures": charts} if figures else {})

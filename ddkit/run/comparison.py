@@ -126,7 +126,7 @@ class _Found(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def compare(
-    targets: Sequence[str | Path], *, titles: Sequence[str] = (), out: str | Path | None = None, figures: str | Path | None = None
+    targets: Sequence[str | Path], *, titles: Sequence[str] | None = None, out: str | Path | None = None, figures: str | Path | None = None
 ) -> Comparison:
     """Compares runs, files of sets, and the runs inside folders; `out` and `figures` draw them too.
 
@@ -154,9 +154,9 @@ def compare(
     if figures is not None:
         check_figures(Path(figures))
     names, notes = _expanded(targets)
-    if titles and (len(titles) != len(names) or not all(title.strip() for title in titles)):
+    if titles is not None and (len(titles) != len(names) or not all(title.strip() for title in titles)):
         raise FlagError(f"--titles must give each of the {len(names)} sets a name, in this order: {_cut(', '.join(names))}.")
-    if "random real" in titles:
+    if "random real" in (titles or ()):
         raise FlagError("--titles: 'random real' is the baseline in the charts. Choose another name.")
     found = [_opened(name) for name in names]
     notes += _checked_data(found)

@@ -164,7 +164,8 @@ WRONG = {
     "no set": (("dm", "text.safetensors"), 5, "text.safetensors"),
     "not finished": (("dm", "killed"), 5, "--resume"),
     "a file that is there": (("dm", "m3d", "--out", "there.png"), 5, "exists already"),
-    "too few titles": (("dm", "m3d", "--titles", "Ours"), 2, "in this order: dm, m3d"),
+    "too few titles, that of a folder": (("dm", "m3d", "--titles", "dm"), 2, "in this order: dm, m3d"),
+    "no titles": (("dm", "m3d", "--titles", "nothing.txt"), 2, "each of the 2 sets a name"),
     "an empty title": (("dm", "m3d", "--titles", "Ours,"), 2, "each of the 2 sets a name"),
     "the baseline's title": (("dm", "m3d", "--titles", "Ours,random real"), 2, "Choose another name"),
     "figures that are there": (("dm", "m3d", "--figures", "m3d"), 5, "exists already"),
@@ -177,6 +178,7 @@ def test_what_cannot_be_is_said_and_nothing_is_written(
 ) -> None:
     Path("empty").mkdir()
     Path("text.safetensors").write_text("no set")
+    Path("nothing.txt").touch()
     Path("there.png").write_text("mine")
     shutil.copytree("dm", "killed")
     Path("killed/manifest.json").unlink()
