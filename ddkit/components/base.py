@@ -26,7 +26,7 @@ Spread = Annotated[float, Option(ge=0)]
 
 
 class DataInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of the data before an image is used: `size` is (height, width) in pixels.
+    """Facts about the data that are known before an image is opened. `size` is (height, width) in pixels.
 
     Examples:
         >>> info = ddkit.DataInfo(class_names=("cat", "dog"), channels=3, size=(32, 48))
@@ -81,11 +81,11 @@ def _taken(kind: type, name: str) -> str:
 class Component:
     """Base of every named component. Its options are typed fields of the class, validated before it is built; see ddkit.option.
 
-    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), None where there is none. `runs_code` says that this
-    option names Python code, which a file may not have run unless the user allows it. `requires`, a ddkit.Requires or a method that
-    returns one, is read once from each instance. `deviations` maps a check of the conformance suite that the component does not pass, on
-    purpose, to the reason. ddkit fills in, for messages: `origin`, the distribution and version of a third party's component, and `advice`,
-    the command that tells more of it, both "" for ddkit's own; `recipe_path`, the place of its table in the recipe (`losses.dm`).
+    `argument` names the option that `NAME:ARGUMENT` sets (`imagefolder:PATH`), or is None. `runs_code` says that this option names
+    Python code, which runs from a file only if the user allows it. `requires`, a ddkit.Requires or a method that returns one, is read
+    once from each instance. `deviations` maps the name of a check that the component breaks on purpose to the reason. ddkit fills in,
+    for messages: `origin`, the distribution and version of a third-party component, `advice`, the command that says more about it, both
+    "" for components of ddkit, and `recipe_path`, the place of its table in the recipe (`losses.dm`).
     """
 
     argument: ClassVar[str | None] = None
@@ -126,10 +126,10 @@ class Component:
         return {}
 
     def nondeterministic(self, device: str) -> str:
-        """Returns what keeps its gradients from being the same bit for bit on a `device` ("cpu", "cuda", "mps"), "" where nothing does.
+        """Returns why its gradients are not the same bit for bit on a `device` ("cpu", "cuda", "mps"), "" if they are the same.
 
-        A run with `engine.deterministic` refuses, before it begins, a component that returns something. What a component does not
-        tell, torch does when it gets there.
+        A run with `engine.deterministic` refuses, before it begins, a component that returns a reason. Without one, torch refuses such
+        an operation when it is called.
         """
         return ""
 
@@ -519,7 +519,7 @@ class Exporter(Component):
     def __call__(self, artifact: Artifact, folder: str) -> None:
         """Writes one file or more into `folder`, which is there and empty; the same set gives the same bytes.
 
-        Called by `ddkit export`; `artifact.provenance` has what the files of a run tell of the set. Raises InputError where the
-        format cannot hold the set.
+        Called by `ddkit export`. `artifact.provenance` has the facts about the set from the files of its run. Raises InputError if
+        the format cannot store the set.
         """
         raise NotImplementedError

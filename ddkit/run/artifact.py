@@ -29,7 +29,7 @@ MOST_MADE = 10_000  # numbers of images for each number that is stored
 
 
 class Provenance(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a set comes from, as its files tell: empty where they do not, as beside a file without its run.
+    """The origin of a set as its files record it; fields are empty if they do not, for example for a file without its run.
 
     sha256: of the set's own file; recipe: the resolved recipe as TOML data; manifest: what manifest.json says; evaluations:
     the rows of evaluation.json, accuracies as fractions.

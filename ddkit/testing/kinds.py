@@ -246,7 +246,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_a_row_depends_on_its_own_parameters_only(self) -> None:
-        """Row i of the result depends on row i of the images and of the parameters, wherever it stands."""
+        """Row i of the result depends only on row i of the images and of the parameters, for every i."""
         augmenter, x, drawn = self._drawn()
         turned = torch.tensor([3, 1, 4, 0, 2])
         one = augmenter.apply(x, drawn)[turned]
@@ -256,7 +256,7 @@ class AugmenterConformance(ShapeConformance):
 
     @check
     def test_rowwise_as_declared(self) -> None:
-        """With `rowwise = True`, two batches in one call give what they give apart."""
+        """With `rowwise = True`, two batches in one call have the same result as in two calls."""
         augmenter, x, _ = self._drawn(rows=6)
         if not augmenter.rowwise:
             return

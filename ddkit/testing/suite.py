@@ -176,7 +176,7 @@ class Conformance:
 
     @check
     def test_deviations_are_of_checks(self) -> None:
-        """What the component's `deviations` names are checks of its suite, each with a reason."""
+        """The names in `deviations` of the component are checks of its suite, each with a reason."""
         self._check_names(getattr(self.found(), "deviations", {}), f" of '{self.label}'")
 
     @check
