@@ -97,6 +97,13 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
         return module
     import torch
 
+    get_ready()
+    options = OPTIONS | ({"triton.cudagraphs": True} if graphs else {})
+    return Compiled(module, torch.compile(module, options=options, dynamic=False if static else None))  # type: ignore[arg-type]
+
+
+def get_ready() -> None:
+    """Says where compiled code is kept, and has what all of it needs made in the background: a run calls it as soon as it will compile."""
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports that there is no CUDA, which nobody asked
     if not os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
         try:
@@ -109,8 +116,6 @@ def compiled(module: Callable[..., T], *, wanted: bool, graphs: bool = False, st
 
     codecache._HEADER_DIR = os.path.join(os.environ["TORCHINDUCTOR_CACHE_DIR"], "precompiled_headers")  # in the shared /tmp otherwise
     hasten(**OPTIONS)
-    options = OPTIONS | ({"triton.cudagraphs": True} if graphs else {})
-    return Compiled(module, torch.compile(module, options=options, dynamic=False if static else None))  # type: ignore[arg-type]
 
 
 class Compiled(Generic[T]):

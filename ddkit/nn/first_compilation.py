@@ -1,9 +1,9 @@
-"""The first compilation on a CPU in less time: torch makes the same code with less work, and goes on while it is compiled.
+"""The first compilation on a CPU in less time: torch writes code with less work, and goes on while it is compiled.
 
 torch 2.14 has sympy simplify every index of a kernel, which is a third of its own time. It calls the C++ compiler for each kernel, most of
-whose time is the header's, and waits for all kernels of a graph. Here linear indices are differentiated, the kernels of a graph are
-compiled in as many calls as there are cores, and each is waited for when it is first called. The header is made while torch looks at the
-network.
+whose time is the header's, and waits for all kernels of a graph. Here the step of a linear index is read off its terms, the gradient of
+average pooling has simple indices, the kernels of a graph are compiled together, and each is waited for when it is first called. torch
+looks at the backward graph while the kernels of the forward graph are compiled. The header is made while torch looks at the network.
 """
 
 from __future__ import annotations
@@ -15,9 +15,13 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KNOWN = "2.14."  # the version of torch that this is for; others are left as they are
+TOGETHER = 16  # kernels that one call of the C++ compiler takes: half a second of a call is the header's, and 0.2 s each kernel's
 HEADER = "#include <torch/csrc/inductor/cpp_prefix.h>"
 KERNEL = re.compile(rf'\s*{re.escape(HEADER)}\s*extern "C"\s+void\s+kernel(\(.*)', re.DOTALL)
 
@@ -46,9 +50,12 @@ def hasten(**options: Any) -> None:
     if torch.cuda.is_available() or not torch.__version__.startswith(KNOWN):
         return
     os.environ.setdefault("TORCH_WARM_POOL", "0")  # else torch starts processes that compile for a GPU
+    from torch._decomp import register_decomposition
+    from torch._functorch import config as graphs
     from torch._inductor import config, cpu_vec_isa
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codegen import cpp
+    from torch._inductor.decomposition import decompositions
 
     alone, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
 
@@ -67,6 +74,9 @@ def hasten(**options: Any) -> None:
     AsyncCompile.cpp_pybinding = cpp_pybinding  # type: ignore[assignment,method-assign]
     AsyncCompile.wait = wait_for_others  # type: ignore[method-assign]
     cpp.stride_at_vec_range = quick_stride(cpp.stride_at_vec_range)  # type: ignore[assignment,attr-defined]
+    register_decomposition(torch.ops.aten.avg_pool2d_backward, registry=decompositions)(spread_over_tiles)
+    graphs.force_non_lazy_backward_lowering = True
+    config.aot_inductor.enable_line_tables = False  # nobody debugs the kernels
 
     def make_header() -> None:
         with suppress(Exception):
@@ -84,21 +94,48 @@ def quick_stride(slow: Callable[..., Any]) -> Callable[..., Any]:
     import sympy  # type: ignore[import-untyped]
 
     def stride(index: Any, variable: Any, vec_length: int | None = None) -> Any:
-        part = sympy.Add(*(term for term in sympy.Add.make_args(index) if term.has(variable)))
-        found = None if part.has(sympy.Function, sympy.Rel) else part.diff(variable)
-        return slow(part, variable, vec_length) if found is None or not found.is_number else found
+        terms = [term for term in sympy.Add.make_args(index) if term.has(variable)]
+        factors = [term.as_coeff_Mul() for term in terms]
+        if all(rest == variable for _, rest in factors):
+            return sympy.Add(*(factor for factor, _ in factors))
+        return slow(sympy.Add(*terms), variable, vec_length)
 
     return stride
 
 
+def spread_over_tiles(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Returns the gradient of average pooling by x (n, C, H, W) if its windows are tiles of x, else leaves it to torch.
+
+    torch's own code looks at each pixel for the windows that it may be in, with indices that take sympy seconds.
+    """
+    import torch
+
+    high, wide = kernel_size
+    tiled = list(stride or kernel_size) == [high, wide] and not any(padding) and divisor_override is None
+    if not tiled or x.ndim != 4 or x.shape[2] % high or x.shape[3] % wide:
+        return NotImplemented
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    rows, channels, height, width = grad.shape
+    tiles = (grad / (high * wide))[:, :, :, None, :, None].expand(rows, channels, height, high, width, wide)
+    return tiles.reshape(x.shape).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
 def join(kernels: Sequence[Kernel]) -> None:
-    """Has the kernels of a graph compiled in the background, in as many parts as torch has threads to compile."""
+    """Has the kernels of a graph compiled in the background, several together."""
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
 
-    threads = get_compile_threads()
-    for first in range(min(threads, len(kernels))):
-        own = kernels[first::threads]
-        module = module_of(own, AsyncCompile.pool().submit if threads > 1 else None)
+    for first in range(0, len(kernels), TOGETHER):
+        own = kernels[first : first + TOGETHER]
+        module = module_of(own, AsyncCompile.pool().submit if get_compile_threads() > 1 else None)
         for number, kernel in enumerate(own):
             kernel.load = partial(_function, module, number)
 

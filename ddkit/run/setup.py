@@ -31,6 +31,7 @@ from ddkit.engine.planning import ExecutionPlan
 from ddkit.errors import DdkitError, InputError, RunFailed, shown
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
+from ddkit.nn.compiling import get_ready
 from ddkit.nn.device import pick_device, product_rate, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.experts import Experts, experts_of, untrained
@@ -308,6 +309,8 @@ class RunSetup:
 
         Writes nothing but caches. `train_it`: as in load_teacher.
         """
+        if self.decided.arithmetic.compile and train_it:
+            get_ready()
         self.load_teacher(train_it=train_it)
         self.load_experts(train_it=train_it)
         self.bank = self.initial_bank()
