@@ -15,7 +15,7 @@ from ddkit.distributed import Ranks
 from ddkit.errors import InputError
 from ddkit.nn.compiling import Arithmetic, decide_arithmetic
 from ddkit.nn.networks import batch_norms, couples_samples, forward_flops, saved_bytes
-from ddkit.nn.second_order import no_forward_mode, takes_classes
+from ddkit.nn.second_order import no_forward_mode
 from ddkit.recipes.tables import Recipe
 
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
@@ -134,29 +134,19 @@ class ExecutionPlan:
     @property
     def teacher_block(self) -> int:
         """How many images the teacher is differentiated with at once. All parts have this size: one compiled shape serves them all."""
-        classes = self._classes_at_once
+        most = -(-self.info.classes // self.ranks.world_size)
+        classes = min(self.chunk, most) or most
         rows = max(sum(self._counts[first : first + classes]) for first in range(self.info.classes))
         return self._parts(rows, self._teacher())
 
     @property
-    def gradient_blocks(self) -> list[tuple[int, int]]:
-        """How many images of a class, and how many classes, the network is differentiated with at once: synthetic ones, and real ones."""
-        several = takes_classes(self._network().eval(), self.info)
-        found = []
-        for rows in (self._images, max(1, *self._real)):
-            together = self._images_at_once(self._probe) // rows if several else 0
-            found.append((rows, _even(self._classes_at_once, together)) if together > 1 else (self._parts(rows, self._probe), 1))
-        return found
+    def gradient_blocks(self) -> tuple[int, int]:
+        """How many synthetic and how many real images of a class the network is differentiated with at once."""
+        return self._parts(self._images, self._probe), self._parts(max(1, *self._real), self._probe)
 
     def _parts(self, rows: int, network: nn.Module) -> int:
         """Returns the size of the fewest parts of nearly one size of `rows` images."""
-        return _even(rows, self._images_at_once(network))
-
-    @property
-    def _classes_at_once(self) -> int:
-        """How many classes of a process a step sees at once."""
-        most = -(-self.info.classes // self.ranks.world_size)
-        return min(self.chunk, most) or most
+        return -(-rows // -(-rows // self._images_at_once(network)))
 
     def _images_at_once(self, network: nn.Module) -> int:
         """Returns how many images' activations are few enough for the cache of a CPU, and for engine.memory."""
@@ -230,8 +220,3 @@ class ExecutionPlan:
             alive = ALIVE_TWICE if any(each.teacher and each.second_order for each in requires) else ALIVE
             per_class += len(views) * int(alive * saved_bytes(self._teacher(), self.info)) * self._images
         return per_class
-
-
-def _even(count: int, most: int) -> int:
-    """Returns the size of the fewest parts of nearly one size, and at most `most`, of `count`."""
-    return -(-count // -(-count // most))

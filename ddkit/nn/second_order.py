@@ -9,9 +9,6 @@ backward pass. As <V, G> = <J V, u>, it can also be taken so:
     3. the gradient of <J V, u> by x with u held, by a backward pass, which takes along that of all other losses of f.
 
 Each of them is compiled, computed in bfloat16, and in blocks of images that stay in the processor's cache.
-
-Gradients by class are taken for several classes at once. Then a parameter has a class dimension in front, (k, *shape). Only the gradients
-of kernels and the products with V, which differ between classes, are computed class by class (`_ByClass`).
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -39,18 +35,16 @@ NEARLY = 1e-3  # how far from double backward's a gradient in float32 may be, of
 class SecondOrder:
     """Logits of `module` in blocks of `block` images (0: all at once), for losses that differentiate gradients by its parameters.
 
-    A loss takes them as it would of any network: torch.autograd.grad(loss, parameters, create_graph=True). With `classes` (0: none) a block
-    has as many images of each of them, one class after another, and the parameters have a class dimension: theirs are those of the module.
+    A loss takes them as it would of any network: torch.autograd.grad(loss, parameters, create_graph=True).
     """
 
-    def __init__(self, module: nn.Module, arithmetic: Arithmetic, *, block: int = 0, classes: int = 0) -> None:
+    def __init__(self, module: nn.Module, arithmetic: Arithmetic, *, block: int = 0) -> None:
         with warnings.catch_warnings():  # torch's forward mode loads torch.jit, which is deprecated
             warnings.simplefilter("ignore", FutureWarning)
             torch.func.jvp(torch.clone, (torch.zeros(1),), (torch.zeros(1),))
         self.module = module
         self.arithmetic = arithmetic
         self.block = block
-        self.classes = classes
         self.names = [name for name, _ in module.named_parameters()]
         self.forward = compiled(self.logits, wanted=arithmetic.compile, static=True)
         self.forward_along = compiled(self._logits_along, wanted=arithmetic.compile, static=True)
@@ -70,8 +64,7 @@ class SecondOrder:
 
     def logits(self, x: Tensor, *parameters: Tensor) -> Tensor:
         """Returns the logits in one block, by plain operations."""
-        with _ByClass(self.classes) if self.classes else nullcontext():
-            return _wide(torch.func.functional_call(self.module, dict(zip(self.names, parameters, strict=True)), (x,)))
+        return _wide(torch.func.functional_call(self.module, dict(zip(self.names, parameters, strict=True)), (x,)))
 
     def _logits_along(
         self, x: Tensor, parameters: Sequence[Tensor], chosen: Sequence[int], direction: Sequence[Tensor]
@@ -84,11 +77,8 @@ class SecondOrder:
                 every[index] = parameter
             return self.logits(x, *every)
 
-        varied = [parameters[index] for index in chosen]
-        if self.classes:  # one in memory for all classes, which cannot have a derivative for each
-            varied = [each.clone() for each in varied]
         with _Norms():
-            value, derivative = torch.func.jvp(logits, tuple(varied), tuple(direction))  # type: ignore[misc]
+            value, derivative = torch.func.jvp(logits, tuple(parameters[index] for index in chosen), tuple(direction))  # type: ignore[misc]
         return value, derivative
 
     def blocks(self, t: Tensor) -> list[Tensor]:
@@ -109,19 +99,12 @@ class SecondOrder:
 class ClassGradients:
     """For each class the gradient, by the parameters of `module` in evaluation mode, of the mean cross-entropy of its images.
 
-    If `arithmetic` is given, compiled code takes blocks of synthetic and of real images. `blocks` says for each of the two how many images
-    of a class, and how many classes, are in a block: all images of several classes, or images of one. Else plain operations take all.
+    If `arithmetic` is given, compiled code takes `blocks` synthetic and real images of a class at once; else plain operations take all.
     """
 
-    def __init__(
-        self, module: nn.Module, arithmetic: Arithmetic | None = None, *, blocks: Sequence[tuple[int, int]] = ((0, 1), (0, 1))
-    ) -> None:
+    def __init__(self, module: nn.Module, arithmetic: Arithmetic | None = None, *, blocks: tuple[int, int] = (0, 0)) -> None:
         self.module = module
-        self.fast = []
-        if arithmetic:
-            self.fast = [
-                SecondOrder(module, arithmetic, block=images * classes, classes=classes if classes > 1 else 0) for images, classes in blocks
-            ]
+        self.fast = [SecondOrder(module, arithmetic, block=block) for block in blocks] if arithmetic else []
 
     @property
     def compiled(self) -> bool:
@@ -130,36 +113,14 @@ class ClassGradients:
 
     def __call__(self, x: Tensor, labels: Tensor, class_slices: Mapping[int, slice], *, real: bool) -> dict[int, Sequence[Tensor]]:
         """Returns the gradients by label, in the order of the parameters; if the images are not `real`, with a graph to them."""
-        found: dict[int, Sequence[Tensor]] = {}
-        together = self.fast[real].classes if self.fast else 0
-        with evaluating(self.module):
-            for first in range(0, len(class_slices), together or 1):
-                chosen = list(class_slices)[first : first + (together or 1)]
-                classes = [class_slices[label] for label in chosen]
-                gradients = (
-                    self._of_classes(x, labels, classes, real=real) if together else [self._of_class(x, labels, classes[0], real=real)]
-                )
-                found |= dict(zip(chosen, gradients, strict=False))
-        return found
-
-    def _of_class(self, x: Tensor, labels: Tensor, rows: slice, *, real: bool) -> Sequence[Tensor]:
         parameters = dict(self.module.named_parameters())
-        logits = self.fast[real](x[rows], parameters) if self.fast else self.module(x[rows])
-        loss = functional.cross_entropy(logits, labels[rows])
-        return torch.autograd.grad(loss, list(parameters.values()), create_graph=not real)
-
-    def _of_classes(self, x: Tensor, labels: Tensor, classes: Sequence[slice], *, real: bool) -> list[Sequence[Tensor]]:
-        """Returns the gradients of the classes of a block: each is filled up with zeros, and the block with classes of zeros."""
-        network = self.fast[real]
-        size = network.block // network.classes
-        counts = [rows.stop - rows.start for rows in classes]
-        sides = (0, 0) * (x.ndim - 1)
-        filled = torch.cat([functional.pad(x[rows], (*sides, 0, size - count)) for rows, count in zip(classes, counts, strict=True)])
-        parameters = {name: each.expand(network.classes, *each.shape) for name, each in self.module.named_parameters()}
-        parts = zip(network(filled, parameters).split(size), counts, classes, strict=True)
-        losses = [functional.cross_entropy(logits[:count], labels[rows]) for logits, count, rows in parts]
-        gradients = torch.autograd.grad(torch.stack(losses).sum(), list(parameters.values()), create_graph=not real)
-        return list(zip(*(each.unbind() for each in gradients), strict=True))
+        found: dict[int, Sequence[Tensor]] = {}
+        with evaluating(self.module):
+            for label, rows in class_slices.items():
+                logits = self.fast[real](x[rows], parameters) if self.fast else self.module(x[rows])
+                loss = functional.cross_entropy(logits, labels[rows])
+                found[label] = torch.autograd.grad(loss, list(parameters.values()), create_graph=not real)
+        return found
 
 
 @contextmanager
@@ -299,7 +260,6 @@ class _Gradient(torch.autograd.Function):
 
 
 NORMS = {torch.batch_norm, functional.batch_norm, functional.group_norm, functional.instance_norm}
-CONVOLUTIONS = [functional.conv1d, functional.conv2d, functional.conv3d]
 
 
 class _Norms(TorchFunctionMode):
@@ -317,155 +277,6 @@ class _Norms(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _ByClass(TorchFunctionMode):
-    """Inside, convolutions, linear layers and norms take parameters (k, *shape), and inputs with rows of k classes, one after another.
-
-    The parameters are the same for all classes, but their gradients and, in forward mode, their derivatives are not. So a convolution
-    is one for all classes, and by class only for these. `takes_classes` finds modules that use parameters in other ways.
-    """
-
-    def __init__(self, classes: int) -> None:
-        super().__init__()
-        self.classes = classes
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in CONVOLUTIONS:
-            return self._convolved(func, *args, **(kwargs or {}))
-        if func is functional.linear:
-            return self._multiplied(*args, **(kwargs or {}))
-        if func is functional.group_norm:
-            return self._group_normalised(*args, **(kwargs or {}))
-        if func is functional.layer_norm:
-            return self._layer_normalised(*args, **(kwargs or {}))
-        if func in (functional.batch_norm, functional.instance_norm):
-            return self._channel_normalised(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def _scaled(self, x: Tensor, weight: Tensor | None, bias: Tensor | None, before: int = 0) -> Tensor:
-        """Returns x times weight plus bias (k, *shape), `before` sides of x being between its rows and `shape`."""
-        rows = x.unflatten(0, (self.classes, -1))
-        after = 0 if weight is None else x.ndim - before - weight.ndim
-
-        def spread(each: Tensor) -> Tensor:
-            return each.reshape(self.classes, 1, *([1] * before), *each.shape[1:], *([1] * after))
-
-        rows = rows if weight is None else rows * spread(weight)
-        return (rows if bias is None else rows + spread(bias)).flatten(0, 1)
-
-    def _multiplied(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        rows = x.reshape(self.classes, -1, x.shape[-1])
-        turned = weight.transpose(1, 2)
-        found = torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias.unsqueeze(1), rows, turned)
-        return found.reshape(*x.shape[:-1], -1)
-
-    def _layer_normalised(
-        self, x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        return self._scaled(_layer_norm(_wide(x), shape, eps=eps), weight, bias, before=x.ndim - 1 - len(shape)).to(x.dtype)
-
-    def _channel_normalised(
-        self,
-        func: Any,
-        x: Tensor,
-        running_mean: Any = None,
-        running_var: Any = None,
-        weight: Any = None,
-        bias: Any = None,
-        *rest: Any,
-        **named: Any,
-    ) -> Tensor:
-        return self._scaled(func(_wide(x), running_mean, running_var, None, None, *rest, **named), weight, bias).to(x.dtype)
-
-    def _group_normalised(
-        self, x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-    ) -> Tensor:
-        """A multiple of x plus a constant for each image and channel: so the sums over pixels that its derivatives take are the fewest."""
-        wide = _wide(x)
-        grouped = wide.unflatten(1, (groups, -1))
-        sides = tuple(range(2, grouped.ndim))
-        middle = grouped.mean(sides, keepdim=True).detach()  # near the mean: no more than for precision
-        centred = grouped - middle
-        rest = centred.mean(sides, keepdim=True)
-        scale = (centred.square().mean(sides, keepdim=True) - rest.square() + eps).rsqrt()
-        shift = -(middle + rest) * scale
-        channels = (len(x), groups, x.shape[1] // groups, *([1] * (x.ndim - 2)))
-        scale, shift = (each.expand(channels).flatten(1, 2) for each in (scale, shift))
-        return (wide * self._scaled(scale, weight, None) + self._scaled(shift, weight, bias)).to(x.dtype)
-
-    def _convolved(self, func: Any, x: Tensor, weight: Tensor, bias: Tensor | None = None, *geometry: Any) -> Tensor:
-        value, along = forward_ad.unpack_dual(x)
-        kernels, turned = forward_ad.unpack_dual(weight)
-        constants, moved = (None, None) if bias is None else forward_ad.unpack_dual(bias)
-        if along is None and turned is None and moved is None:
-            found: Tensor = _Convolution.apply(x, weight, bias, *geometry)
-            return found
-        found = func(value, kernels[0], None if constants is None else constants[0], *geometry)
-        parts = [] if along is None else [func(along, kernels[0], None, *geometry)]
-        if turned is not None:
-            biases = turned.new_zeros((self.classes, turned.shape[1])) if moved is None else moved
-            own = zip(value.chunk(self.classes), turned, biases, strict=True)
-            parts.append(torch.cat([func(rows, kernel, constant, *geometry) for rows, kernel, constant in own]))
-        elif moved is not None:
-            parts.append(self._scaled(torch.zeros_like(found), None, moved))
-        return forward_ad.make_dual(found, parts[0] + parts[1] if len(parts) > 1 else parts[0])
-
-
-class _Convolution(torch.autograd.Function):
-    """A convolution of all rows, whose gradient by the kernels (k, *shape) is taken class by class."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        return CONVOLUTIONS[x.ndim - 3](x, weight[0], None if bias is None else bias[0], *geometry)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        x, weight, bias, *ctx.geometry = inputs
-        ctx.biased = bias is not None
-        ctx.save_for_backward(x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        narrow = x.to(g.dtype)
-        kernel = weight[0].to(g.dtype)
-        by_x: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            settings = (None, stride, padding, dilation, False, [0] * len(stride), groups, [True, False, False])
-            by_x = torch.ops.aten.convolution_backward(g, narrow, kernel, *settings)[0].to(x.dtype)
-        by_kernel, by_bias = _parameter_gradients(g, narrow, kernel, stride, padding, dilation, groups, len(weight))
-        by_kernel, by_bias = (each.unflatten(0, (len(weight), -1)).to(weight.dtype) for each in (by_kernel, by_bias))
-        return by_x, by_kernel, by_bias if ctx.biased else None, None, None, None, None
-
-
-def _gradients_like(kernel: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    found = kernel.new_empty((classes * len(kernel), *kernel.shape[1:]))
-    layout = torch.channels_last if kernel.ndim == 4 else torch.contiguous_format
-    return torch.empty_like(found, memory_format=layout), kernel.new_empty(classes * len(kernel))
-
-
-@torch.library.custom_op("ddkit::parameter_gradients", mutates_args=())
-def _parameter_gradients(
-    g: Tensor, x: Tensor, kernel: Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int], groups: int, classes: int
-) -> tuple[Tensor, Tensor]:
-    """Returns by class the gradients of a kernel (classes * out, in, ...) and of a bias (classes * out).
-
-    It is one operation for torch.compile, which else would write g anew for each class.
-    """
-    found = _gradients_like(kernel, classes)
-    settings = ([len(kernel)], stride, padding, dilation, False, [0] * len(stride), groups, [False, True, True])
-    for own, rows, by_kernel, by_bias in zip(*(each.chunk(classes) for each in (g, x, *found)), strict=True):
-        _, first, second = torch.ops.aten.convolution_backward(own, rows, kernel, *settings)
-        by_kernel.copy_(first)
-        by_bias.copy_(second)
-    return found
-
-
-@_parameter_gradients.register_fake
-def _(g: Tensor, x: Tensor, kernel: Tensor, stride: Any, padding: Any, dilation: Any, groups: int, classes: int) -> tuple[Tensor, Tensor]:
-    return _gradients_like(kernel, classes)
-
-
 def _layer_norm(
     x: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
@@ -478,27 +289,6 @@ def _layer_norm(
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def takes_classes(module: nn.Module, info: DataInfo) -> bool:
-    """Returns whether gradients of several classes at once are those of one class after another on `module`, a probe in evaluation mode."""
-    module.requires_grad_(True)
-    device = next(module.parameters()).device
-    images = torch.randn((4, *info.shape), generator=torch.Generator().manual_seed(0)).to(device)
-    labels = torch.arange(4, device=device).div(2, rounding_mode="floor") % info.classes
-    plain = Arithmetic(compile=False, precision="float32")
-
-    def gradient(classes: int) -> Tensor:
-        x = images.clone().requires_grad_()
-        found = ClassGradients(module, plain, blocks=[(2, classes)] * 2)(x, labels, {0: slice(0, 2), 1: slice(2, 4)}, real=False)
-        return torch.autograd.grad(torch.stack([each.square().sum() for own in found.values() for each in own]).sum(), x)[0]
-
-    try:
-        found = gradient(2)
-    except (RuntimeError, TypeError, ValueError, IndexError):  # of layers that do not know of a class dimension
-        return False
-    expected = gradient(1)
-    return float((found - expected).norm()) <= NEARLY * float(expected.norm())
 
 
 def no_forward_mode(module: nn.Module, info: DataInfo) -> str:

@@ -17,7 +17,7 @@ from ddkit.engine.draws import class_slices
 from ddkit.nn.compiling import Arithmetic, native_bfloat16
 from ddkit.nn.device import differentiable_attention
 from ddkit.nn.networks import build_network
-from ddkit.nn.second_order import ClassGradients, SecondOrder, no_forward_mode, takes_classes
+from ddkit.nn.second_order import ClassGradients, SecondOrder, no_forward_mode
 from ddkit.testing.suite import info_of
 from tests.engine.runs import made, write_npz
 
@@ -119,9 +119,9 @@ def image_gradient(gradients: Sequence[Sequence[Tensor]], x: Tensor) -> Tensor:
     return torch.autograd.grad(torch.stack([(g + 1).square().sum() for each in gradients for g in each]).sum(), x)[0]
 
 
-@pytest.mark.parametrize("norm", ["instance", "batch", "group", "layer", "none"])
-@pytest.mark.parametrize("blocks", [[(0, 1), (0, 1)], [(1, 1), (4, 1)], [(3, 3), (3, 3)], [(4, 2), (3, 2)]])
-def test_gradients_by_class_are_those_of_a_loop_over_classes_of_unequal_sizes(norm: str, blocks: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize("norm", ["instance", "batch", "none"])
+@pytest.mark.parametrize("blocks", [(0, 0), (1, 4), (3, 2)])
+def test_gradients_by_class_are_those_of_a_loop_over_classes_of_unequal_sizes(norm: str, blocks: tuple[int, int]) -> None:
     module = network(norm).train().requires_grad_(True)
     labels = torch.tensor([0, 0, 0, 2, 2, 4])  # classes 1 and 3 have no images
     x = torch.randn((6, *INFO.shape), generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
@@ -141,11 +141,6 @@ def test_gradients_by_class_are_those_of_a_loop_over_classes_of_unequal_sizes(no
         assert not one.requires_grad
         torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-12)
     assert module.training
-
-
-def test_gradients_of_several_classes_at_once_are_taken_of_convolutional_networks_alone() -> None:
-    assert takes_classes(network("instance").float(), INFO)
-    assert not takes_classes(transformer().float(), INFO)
 
 
 def test_weights_that_change_in_place_reach_the_gradients_by_class() -> None:
@@ -227,7 +222,7 @@ def matching(tmp_path: Path, **more: Any) -> dict[str, Any]:
 def test_gradients_by_class_are_compiled_if_their_work_pays_it_back_and_the_network_can_be(tmp_path: Path) -> None:
     setups = {steps: made(matching(tmp_path, steps=steps))[0] for steps in (3, 10**9)}
     assert [setup.decided.compiled for setup in setups.values()] == [set(), {"gradients"}]
-    assert made(matching(tmp_path, engine={"compile": True}))[0].decided.gradient_blocks == [(2, 3), (4, 3)]
+    assert made(matching(tmp_path, engine={"compile": True}))[0].decided.gradient_blocks == (2, 4)
     both = made(matching(tmp_path, steps=10**9, losses={"gm": {}, "dm": {}}))[0]
     assert both.decided.compiled == {"gradients", "network"}
     assert made(matching(tmp_path, norm="batch", steps=10**9))[0].decided.compiled == set()
