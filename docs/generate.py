@@ -494,7 +494,7 @@ def _pivot(name: str) -> str:
 README = {  # the methods of the README's table, by their names in results.csv
     "DM": "distribution matching (DM): recipe `dm`",
     "DM + DKKT (practical)": "DM and deep support vectors (DKKT): recipe `practical`",
-    "practical-plus": "both, feature regression, four images in one: recipe `practical-plus`",
+    "practical-plus": "both, feature regression, ten images in the numbers of one: recipe `practical-plus`",
 }
 
 
@@ -532,10 +532,10 @@ def _badge(name: str, text: str) -> str:
     )
 
 
-def _pairs() -> dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]]:
-    """Returns the rows of practical-zoo.csv by (ipc, pipc), method, and whether DKKT is among the losses."""
+def _pairs(name: str) -> dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]]:
+    """Returns the rows of a study of methods, docs/data/NAME.csv, by (ipc, pipc), method, and whether DKKT is among the losses."""
     found: dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]] = {}
-    for row in _rows("practical-zoo"):
+    for row in _rows(name):
         found.setdefault((row["ipc"], row["pipc"]), {}).setdefault(_zoo_name(row), {})["dkkt" in row["losses"]] = row
     return found
 
@@ -548,10 +548,10 @@ def _gain(pair: dict[bool, dict[str, str]]) -> list[float] | None:
     return [round(float(pair[True]["accuracy"]) - float(pair[False]["accuracy"]), 2), round(spread, 2)]
 
 
-def _zoo(_: str) -> str:
+def _zoo(name: str) -> str:
     """Returns the tables of every method alone and with DKKT, of hard labels and of probabilities apart, and the plots that there are."""
     tables: dict[bool, list[list[str]]] = {True: [], False: []}
-    for cell, methods in _pairs().items():
+    for cell, methods in _pairs(name).items():
         for method, pair in methods.items():
             gain = _gain(pair)
             first = next(iter(pair.values()))
@@ -568,8 +568,7 @@ def _zoo(_: str) -> str:
         False: "Networks learn from probabilities, the set's own or the teacher's:",
     }
     shown = [f"{said[hard]}\n\n{_table(head, rows)}" for hard, rows in tables.items() if rows]
-    titles = {"zoo-pipc.png": "Accuracy of methods against real images per class", "zoo-gain.png": "What DKKT adds to each method"}
-    return "\n\n".join([*shown, *(f"![{title}](images/{name})" for name, title in titles.items() if DOCS / "images" / name in plots())])
+    return "\n\n".join(shown)
 
 
 def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
@@ -625,7 +624,7 @@ def plots() -> dict[Path, tuple[Callable[[Any], Figure], Any]]:
     ]
     gains = {
         f"ipc {ipc}, {pipc} real images per class": {name: gain for name, pair in methods.items() if (gain := _gain(pair))}
-        for (ipc, pipc), methods in _pairs().items()
+        for (ipc, pipc), methods in _pairs("practical-zoo").items()
     }
     found: dict[str, tuple[Callable[[Any], Figure], Any]] = {
         "results.png": (_draw_curves, _curves(measured)),

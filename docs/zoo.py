@@ -1,7 +1,7 @@
-"""Writes docs/data/practical-zoo.csv, a row for each finished figure, from the report of `ddkit reproduce practical-zoo ... --show --json`.
+"""Writes a file of docs/data, a row for each finished figure, from the report of `ddkit reproduce practical-zoo FLAGS ... --show --json`.
 
-`python docs/zoo.py REPORT.json MACHINE`. Accuracies are in percent. "random" is the accuracy of ipc real images under the same protocol,
-with the teacher's labels beside sets that store labels of their own.
+`python docs/zoo.py REPORT.json FILE.csv MACHINE FLAGS`. Accuracies are in percent. "random" is the accuracy of ipc real images under the
+same protocol, with the teacher's labels beside sets that store labels of their own.
 """
 
 from __future__ import annotations
@@ -12,16 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FILE = Path(__file__).parent / "data" / "practical-zoo.csv"
 WITH = " + DKKT"  # how the titles of systems end to which DKKT is added
-COMMAND = (
-    "ddkit reproduce practical-zoo --dataset imagefolder:cifar --teacher convnet3-batchnorm.safetensors --set teacher.norm=batch "
-    "--set 'teacher.mean=[0.4914,0.4822,0.4465]' --set 'teacher.std=[0.2023,0.1994,0.2010]' "
-    "--cells {ipc}:{pipc} --systems {system} --seeds {sets}"
-)
+COMMAND = "ddkit reproduce practical-zoo {flags} --cells {ipc}:{pipc} --systems {system} --seeds {sets}"
 
 
-def rows(report: dict[str, Any], machine: str) -> list[dict[str, Any]]:
+def rows(report: dict[str, Any], machine: str, flags: str) -> list[dict[str, Any]]:
     """Returns the rows of the table, those of a cell together, in the order of the study."""
     done = [figure for figure in report["figures"] if figure["state"] in ("done", "partly")]
     random = {(f["ipc"], f["pipc"], f["labels"] == "hard"): f for f in done if f["system"].startswith("random-real")}
@@ -33,7 +28,7 @@ def rows(report: dict[str, Any], machine: str) -> list[dict[str, Any]]:
         row |= {"accuracy": _percent(figure["mean"]), "std": _percent(figure["std"])}
         row |= {"random": _percent(beside.get("mean")), "random_std": _percent(beside.get("std"))}
         row |= {key: figure[key] for key in ("stored_numbers", "protocol", "steps", "teacher")}
-        found.append(row | {"machine": machine, "command": COMMAND.format(**figure)})
+        found.append(row | {"machine": machine, "command": COMMAND.format(flags=flags, **figure)})
     return found
 
 
@@ -42,8 +37,9 @@ def _percent(value: float | None) -> str:
 
 
 if __name__ == "__main__":
-    table = rows(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")), sys.argv[2])
-    with FILE.open("w", encoding="utf-8", newline="") as stream:
+    source, file, machine, flags = sys.argv[1:]
+    table = rows(json.loads(Path(source).read_text(encoding="utf-8")), machine, flags)
+    with Path(file).open("w", encoding="utf-8", newline="") as stream:
         writer = csv.DictWriter(stream, list(table[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(table)

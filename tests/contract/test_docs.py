@@ -274,7 +274,7 @@ def test_figures_of_methods_with_few_real_images_stand_beside_real_images_with_l
             ("dm", "DM", "hard", None, "not run"),
         )
     ]
-    rows = runpy.run_path(str(ROOT / "docs" / "zoo.py"))["rows"]({"figures": figures}, "a machine")
+    rows = runpy.run_path(str(ROOT / "docs" / "zoo.py"))["rows"]({"figures": figures}, "a machine", "--dataset digits")
     found = [(row["method"], row["losses"], row["labels"], row["accuracy"], row["random"]) for row in rows[2:]]
     assert found == [("DM", "own,dkkt", "hard", "20.0", "15.0"), ("DATM", "own", "stored", "30.0", "18.0")]
     assert rows[2]["command"].endswith("--cells 1:10 --systems dm-dkkt --seeds 1")
@@ -297,7 +297,7 @@ def test_methods_with_few_real_images_have_a_table_and_plots_once_they_are_measu
         for losses, pipc, accuracy in (("own", "10", "20.0"), ("own,dkkt", "10", "22.5"), ("own", "50", "24.0"))
     ]
     monkeypatch.setattr(generator, "_rows", lambda name: rows if name == "practical-zoo" else [])
-    table = generator._zoo("")
+    table = generator._zoo("practical-zoo")
     assert "| 1 | 10 | DM | 20.0 ± 1.0 | 22.5 ± 1.0 | +2.5 | 15.0 ± 1.1 | 3,072 | 60 | 1 x 3 |" in table
     assert "| 1 | 50 | DM | 24.0 ± 1.0 | - | - | 15.0 ± 1.1 | 3,072 | 60 | 1 x 3 |" in table
     plots = {file.stem: found for file, found in generator.plots().items()}
