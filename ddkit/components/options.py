@@ -233,7 +233,7 @@ def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Coll
     try:
         return msgspec.convert(dict(table), kind)
     except msgspec.ValidationError as error:
-        raise _explained(error, kind, where, table) from None
+        raise _explained(error, kind, where, table, flag=whole == "the recipe") from None
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -258,7 +258,9 @@ def _check_leaf(path: str, value: Any) -> None:
             raise InputError(f"{printable(path)} holds bytes that are not UTF-8 text ({shown(text)}).", path)
 
 
-def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where: str, table: Mapping[str, Any]) -> InputError:
+def _explained(
+    error: msgspec.ValidationError, kind: type[msgspec.Struct], where: str, table: Mapping[str, Any], *, flag: bool = True
+) -> InputError:
     text, _, place = str(error).replace(" - at `key` in `$", " as a key - at `$").partition(" - at `$")
     keys = re.sub(r"\[\.\.\.\]|\[\d+\]", "", place.rstrip("`")).strip(".")
     path = ".".join(part for part in (where, keys) if part)
@@ -273,7 +275,7 @@ def _explained(error: msgspec.ValidationError, kind: type[msgspec.Struct], where
         hint = f" Write a list: {json.dumps([value])}." if value in choices else f"{hint} Write a list."
     elif text.startswith("expected `array"):
         listed = value if isinstance(value, str) and re.fullmatch(r"[\d., -]+", value) else "..."
-        hint = f" Write a list in brackets: --set '{path}=[{listed}]'."
+        hint = f" Write a list in brackets: --set '{path}=[{listed}]'." if flag else f" Write a list in brackets: {path} = [{listed}]."
     if any(isinstance(part, msgspec.inspect.IntType | msgspec.inspect.FloatType) for part in _alternatives(kind, keys)):
         hint = hint.replace("Choose from:", "Use a number, or one of:")
     return InputError(f"{path} = {shown(value)} is not possible: {text.replace('`', '')}.{hint}", path)

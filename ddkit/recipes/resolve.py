@@ -86,10 +86,12 @@ def read_protocol(name: str, known: Mapping[str, Protocol] | None = None) -> Pro
 def parse_toml(path: Path, kind: str = "recipe") -> Raw:
     """Returns the TOML data of a file; raises InputError naming the file and line."""
     try:
-        found = tomllib.loads(read_text(path, most=MOST_TOML))
+        found = tomllib.loads(read_text(path, most=MOST_TOML).removeprefix("\ufeff"))  # with which some editors begin a file
     except FileNotFoundError:
         raise InputError(f"The {kind} file {path} does not exist.") from None
-    except (ValueError, OSError, RecursionError) as error:
+    except OSError as error:
+        raise InputError(f"The {kind} file {path} cannot be read: {error.strerror or error}.") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"The {kind} file {path} cannot be read as TOML: {error}.") from None
     check_depth(found, f"The {kind} file {path}")
     return found

@@ -13,7 +13,7 @@ import msgspec
 
 from ddkit.components.base import Fraction
 from ddkit.components.options import fields
-from ddkit.errors import DdkitError, FlagError, InputError, shown
+from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, shown
 from ddkit.files import path_part, read_with_digest, sha256, with_home
 from ddkit.recipes.resolve import flattened, read_protocol, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
@@ -248,7 +248,10 @@ def kept_row(task: Task) -> dict[str, Any] | None:
     file = kept_file(task)
     if not file.is_file() or not (task.path / MANIFEST).is_file():
         return None
-    found = read_with_digest(file)
-    checked(found, _Kept, file)
+    try:
+        found = read_with_digest(file)
+        checked(found, _Kept, file)
+    except RunFilesError as error:
+        raise RunFilesError(f"{error} After you remove this file, the same command evaluates the set again.") from None
     row: dict[str, Any] = found["row"]
     return row

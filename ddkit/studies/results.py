@@ -9,16 +9,18 @@ from typing import Any, Literal
 
 import msgspec
 import torch
+from msgspec.structs import replace
+from torch import Tensor
 
 from ddkit.components import registry
 from ddkit.components.registry import split_name
 from ddkit.data.pictures import high_frequency_share, radial_spectrum, sheet_png
-from ddkit.errors import DdkitError, doubles
+from ddkit.errors import DdkitError, counted, doubles
 from ddkit.files import path_part, write_atomic
 from ddkit.run.artifact import load
 from ddkit.run.manifest import MANIFEST, read_manifest
 from ddkit.run.markdown import markdown
-from ddkit.studies.grid import Task, kept_row
+from ddkit.studies.grid import Task, kept_file, kept_row
 from ddkit.studies.study import Cell, PublishedOn, Study, published
 
 
@@ -97,11 +99,17 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def figures_of(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> list[Figure]:
-    """Returns a figure for each cell and alpha of the tasks; `failures` tells by path which sets failed, and why."""
+    """Returns a figure for each cell and alpha of the tasks; `failures` says why evaluations failed, by their files."""
     groups: dict[tuple[Cell, float | None], list[Task]] = {}
     for task in tasks:
         groups.setdefault((task.cell, task.alpha), []).append(task)
-    return [_figure(study, group, failures) for group in groups.values()]
+    return named_apart([_figure(study, group, failures) for group in groups.values()])
+
+
+def named_apart(figures: Sequence[Figure]) -> list[Figure]:
+    """Returns the figures, with the system after the title where another system has the same title and labels."""
+    twice = doubles({figure.system: figure.name for figure in figures}.values())
+    return [replace(figure, title=f"{figure.title} [{figure.system}]") if figure.name in twice else figure for figure in figures]
 
 
 def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> Figure:
@@ -111,24 +119,30 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     done = [(task, row) for task in tasks if (row := kept_row(task)) is not None]
     networks = [accuracy for _, row in done for accuracy in row["details"]["accuracies"]]
     means = [row["accuracy_mean"] for _, row in done]
-    images = [load(task.path).images for task, _ in done] if study.blends is not None else []
-    spectra = [radial_spectrum(each)[1] for each in images]
     data = first.recipe.data
     name, argument = split_name(data.use)
     place = argument or str(data.options.get("path") or "")  # "" for a dataset that has a place of its own
     on, comparable = study.published_on, not study.held_out  # held-out images are none of theirs
     comparable = comparable and (on is None or name == on.dataset or bool(place))
     warned: list[str] = []
+    images: list[Tensor] = []
     for task, _ in done:
         try:
-            warned += read_manifest(task.path).get("warnings", [])
+            manifest = read_manifest(task.path)
+            made = load(task.path)
+            pipc = task.recipe.pipc
+            warned += manifest.get("warnings", [])
+            images += [made.images] if study.blends is not None else []
+            real = len(manifest.get("real_files", []))
+            if pipc != "all" and task.alpha is None and 0 < real < int(pipc) * len(made.class_names):
+                warned.append(f"The data has fewer than {pipc} training images of some classes, so {real:,} in all are accessible.")
             if on is not None and name != on.dataset and comparable:  # a user's own: of the same shape, as far as a set tells
-                made = load(task.path)
                 comparable = (len(made.class_names), tuple(made.images.shape[1:])) == (on.classes, on.shape)
         except DdkitError as error:  # a set that cannot be read any more costs no figure
             warned.append(str(error))
     warnings = list(dict.fromkeys(" ".join(message.split()) for message in warned))
     warnings += dict.fromkeys(f"{first.label}: {row['details']['summary']}" for _, row in done if row["details"].get("summary"))
+    spectra = [radial_spectrum(each)[1] for each in images]
     return Figure(
         ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
         title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
@@ -137,7 +151,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
         sets=len(done), networks=len(networks) // len(done) if done else 0,
         high_frequency=statistics.fmean(map(high_frequency_share, images)) if images else None,
         spectrum=[statistics.fmean(values) for values in zip(*spectra, strict=True)],
-        failed=next((failures[task.path] for task in tasks if task.path in failures), ""),
+        failed=next(filter(None, (failures.get(kept_file(task)) for task in tasks)), ""),
         dataset=":".join(filter(None, (name, place))), teacher="" if first.recipe.teacher.use == "auto" else first.recipe.teacher.use,
         images_in_one=_images_in_one(first), comparable=comparable, warnings=warnings,
         cached=sum(row["details"].get("cached", 0) for _, row in done),
@@ -171,7 +185,10 @@ def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
                     rows[study.systems[task.cell.system].title or task.cell.system] = task
         wanted = len(study.pictures) + len(study.blends.alphas if study.blends else [])
         if rows and len(rows) == wanted:  # a call for some of them leaves the picture of all as it is
-            sets = [load(task.path).stored_images for task in rows.values()]
+            try:
+                sets = [load(task.path).stored_images for task in rows.values()]
+            except DdkitError:  # a warning under the table has the reason
+                continue
             labels = torch.cat([torch.full((len(images),), row) for row, images in enumerate(sets)])
             file = out / f"{path_part(study.name)}-ipc{ipc}-pipc{pipc}.png"
             write_atomic(file, sheet_png(torch.cat(sets), labels, list(rows), columns=len(labels)))
@@ -232,17 +249,14 @@ def _with_a_row_each(figures: Sequence[Figure]) -> tuple[list[str], list[list[st
 
 
 def _with_systems_as_columns(figures: Sequence[Figure]) -> tuple[list[str], list[list[str]]]:
-    names = {(figure.system, figure.name): figure.name for figure in figures}
-    twice = list(doubles(names.values()))
-    names = {key: f"{name} [{key[0]}]" if name in twice else name for key, name in names.items()}
     header = ["ipc", "pipc", "alpha"]
-    for name in names.values():
+    for name in dict.fromkeys(figure.name for figure in figures):
         header += [f"{name}, published", name]
     rows: dict[tuple[int, int | str, float | None], dict[str, str]] = {}
     for figure in figures:
-        name, row = names[figure.system, figure.name], rows.setdefault((figure.ipc, figure.pipc, figure.alpha), {})
-        row[f"{name}, published"] = _percent(figure.published, figure.published_std, 2)
-        row[name] = _percent(figure.mean, figure.std, 1) if figure.mean is not None else "failed" if figure.failed else "-"
+        row = rows.setdefault((figure.ipc, figure.pipc, figure.alpha), {})
+        row[f"{figure.name}, published"] = _percent(figure.published, figure.published_std, 2)
+        row[figure.name] = _percent(figure.mean, figure.std, 1) if figure.mean is not None else "failed" if figure.failed else "-"
     return header, [
         [str(ipc), str(pipc), "-" if alpha is None else f"{alpha:g}", *(row.get(name, "-") for name in header[3:])]
         for (ipc, pipc, alpha), row in rows.items()
@@ -299,7 +313,7 @@ def _notes(report: Report) -> list[str]:
         for message in figure.warnings:
             warned.setdefault(message, []).append(figure.label)
     notes += [f"Warned: {'; '.join(labels)}: {message}" for message, labels in warned.items()]
-    notes += [f"From the cache: {figure.cached} networks of {figure.label}." for figure in figures if figure.cached]
+    notes += [f"From the cache: {counted(figure.cached, 'network')} of {figure.label}." for figure in figures if figure.cached]
     notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
     shown = left if len(left) <= 6 else [*left[:5], f"{len(left) - 5} others"]

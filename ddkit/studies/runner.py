@@ -33,7 +33,7 @@ from ddkit.files import check_out, with_digest, write_atomic, write_json
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, resolve
-from ddkit.recipes.tables import recipe_dict
+from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run import children
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import LOCK_SECONDS
@@ -70,6 +70,12 @@ def reproduce(
     Raises DdkitError for bad input at once; the figure of a set that fails later says why.
     """
     check_out(out)
+    if run and not (out / SETS).is_dir():
+        for file in (out / f"report.{kind}" for kind in ("json", "md", "csv", "tex", "html")):
+            if file.exists():  # of a run, or the user's own
+                raise RunFilesError(
+                    f"{out} is not the folder of a study, and {file} would be overwritten. Name another place with --out DIR."
+                )
     if figures is not None:
         check_figures(figures)
     tasks = planned(study, chosen_cells(study, cells, systems), out, settings)
@@ -86,6 +92,7 @@ def reproduce(
         own = share(tasks, *part)
         try:
             if run:
+                _check_data(study, [task.recipe for task in own if kept_row(task) is None])
                 try:
                     (out / SETS).mkdir(parents=True, exist_ok=True)
                 except OSError as error:
@@ -139,14 +146,23 @@ def _check(study: Study, tasks: Sequence[Task], settings: Settings) -> None:
         with _told_of(f"systems.{task.cell.system}"):
             check_options(task.recipe)
         _check_images(study, task)
+        if task.evaluation.labels == "stored" and task.recipe.own_labels.kind == "hard":
+            raise InputError(
+                f'systems.{task.cell.system}: labels = "stored", of the system or its protocol, are those of a set, but its recipe stores '
+                'none (labels.kind = "hard"). Use labels = "hard" or "soft" for this system.',
+                f"systems.{task.cell.system}.labels",
+            )
     for teacher, system in {task.recipe.teacher.use: task.cell.system for task in reversed(tasks) if not task.parts}.items():
         if teacher != "auto":
             with _told_of(_origin(study, system, settings)):
                 read_teacher(Path(teacher))
-    recipes = [task.recipe for task in tasks] if study.held_out else []
+
+
+def _check_data(study: Study, recipes: Sequence[Recipe]) -> None:
+    """Raises InputError if the data of a set cannot be opened, or has too few images for those that are held out."""
     for data in {msgspec.json.encode(recipe.data): recipe.data for recipe in recipes}.values():
         dataset = open_dataset(data)
-        for pipc in {recipe.pipc for recipe in recipes if recipe.data == data}:
+        for pipc in {recipe.pipc for recipe in recipes if recipe.data == data and study.held_out}:
             remedy = "Lower `held_out` or the `pipc` of the cells in the study, or use a dataset with more images: --dataset NAME."
             check_held_out(dataset, pipc, study.held_out, remedy=remedy)
 
@@ -194,7 +210,7 @@ def _check_images(study: Study, task: Task) -> None:
 
 
 def _work(tasks: Sequence[Task], settings: Settings, watchers: Observers, failures: dict[Path, str]) -> None:
-    """Makes and evaluates every set that is not there; puts into `failures` why those failed that did, by path."""
+    """Makes and evaluates every set that is not there; puts into `failures` why those failed that did, by the file of the evaluation."""
     crew = _Crew(settings)
     for blends in (False, True):
         waiting = {kept_file(task): task for task in tasks if bool(task.parts) == blends and kept_row(task) is None}
@@ -209,7 +225,7 @@ def _work(tasks: Sequence[Task], settings: Settings, watchers: Observers, failur
                 try:
                     told.ended(task, f"{100 * crew.make(task):.1f} %")
                 except RunFailed as error:
-                    failures[task.path] = str(error)
+                    failures[kept_file(task)] = str(error)
                     told.ended(task, f"failed: {error}")
                 except Interrupted:
                     raise
@@ -260,6 +276,7 @@ class _Crew:
         """Calls `work` for each of the items; raises the cause of the first failure, when all that ran has ended."""
 
         def guarded(item: Any) -> None:
+            self._check_going_on()
             try:
                 work(item)
             except BaseException:

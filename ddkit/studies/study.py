@@ -10,7 +10,7 @@ import msgspec
 
 from ddkit.components.options import Option, parse_struct
 from ddkit.components.registry import NAME
-from ddkit.errors import InputError, doubles
+from ddkit.errors import InputError, doubles, suggestion
 from ddkit.recipes.resolve import read_recipe
 from ddkit.recipes.tables import Positive, Table
 
@@ -142,7 +142,7 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         for double in doubles(names):
             raise InputError(f"{where} names the system '{double}' twice. Name it once.", where)
         for unknown in (each for each in names if each not in study.systems):
-            raise InputError(f"{where} names the system '{unknown}', but the study has {', '.join(study.systems)}.", where)
+            raise InputError(f"{where} names the system '{unknown}', which the study lacks. {suggestion(unknown, study.systems)}", where)
     for where, names in shown:
         for name in (name for name in names if study.systems[name].baseline in ("pipc-real", "class-mean")):
             raise InputError(f"{where} names the system '{name}', but a baseline {study.systems[name].baseline} stores no images.", where)
@@ -165,7 +165,7 @@ def chosen_cells(study: Study, wanted: Sequence[tuple[int, int | str]] | None, s
             raise InputError(f"The study '{study.name}' has no cell {row[0]}:{row[1]}. It has {known}.", "cells")
     for name in systems or []:
         if name not in study.systems:
-            raise InputError(f"The study '{study.name}' has no system '{name}'. It has {', '.join(study.systems)}.", "systems")
+            raise InputError(f"The study '{study.name}' has no system '{name}'. {suggestion(name, study.systems)}", "systems")
     found = [
         Cell(row.ipc, row.pipc, system)
         for row in study.cells if not wanted or (row.ipc, row.pipc) in wanted

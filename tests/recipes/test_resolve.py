@@ -15,7 +15,7 @@ import ddkit
 from ddkit import api
 from ddkit.components import registry
 from ddkit.errors import FlagError, InputError, PluginError
-from ddkit.recipes.resolve import assign, check_effect, described, parse_set, read_recipe, resolve, select_losses
+from ddkit.recipes.resolve import assign, check_effect, described, parse_set, parse_toml, read_recipe, resolve, select_losses
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, PluginTable, Recipe, own_keys, parse_recipe, recipe_dict
 from tests.conftest import SMALL_FLAGS, Result
 
@@ -130,6 +130,11 @@ def test_flags_and_sets_win_over_rules_and_the_given_data_stay_as_they_are() -> 
 )
 def test_a_set_value_is_toml_else_a_string(text: str, expected: tuple[str, Any]) -> None:
     assert parse_set(text) == expected
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("\ufeffsteps = 3\n")
+    assert parse_toml(tmp_path / "a.toml") == {"steps": 3}
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def test_warnings_of_runs_are_told_once_under_the_table_and_kept_by_their_manife
 
 
 def test_a_set_that_cannot_be_read_any_more_costs_no_figure(cli: CLI, commands: list[list[str]]) -> None:
-    study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', '"cifar10"'), 1))
+    study = _study(STUDY.replace("[[cells]]", ON.replace('"digits"', '"cifar10"'), 1) + BLENDS.format("shared", 0.5))
     flags = ["reproduce", f"./{study}", *SMALL, "--dataset", _digits(10), "--cells", "1:3", "--systems", "dm", "--seeds", 1]
     whole = json.loads(cli(*flags, "--json").out)["figures"][0]
     file = next(Path("runs/study/sets").glob("dm-*/synthetic.safetensors"))
@@ -219,7 +219,13 @@ def test_a_set_that_cannot_be_read_any_more_costs_no_figure(cli: CLI, commands: 
     found = json.loads(result.out)["figures"][0]
     assert len(found["warnings"]) == 1
     assert "synthetic.safetensors" in found["warnings"][0]
-    assert found | {"warnings": []} == whole
+    assert found | {"warnings": []} == whole | {"high_frequency": None, "spectrum": []}
+    kept = next(Path("runs/study/sets").glob("dm-*.json"))
+    kept.write_text("{")
+    result = cli(*flags, "--show")
+    assert (result.code, result.out) == (5, "")
+    assert f"{kept} cannot be read" in said(result.err)
+    assert "After you remove this file, the same command evaluates the set again." in said(result.err)
 
 
 WARNS_AT_START = """
@@ -431,14 +437,18 @@ def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[
     def failing(self: Any, arguments: Sequence[str]) -> str:
         if arguments[0] == "distill" and "pipc3" in str(arguments):
             raise RunFailed("The loss 'dm' became nan at step 1.")
+        if any("labels=soft" in argument for argument in arguments):
+            raise RunFailed("The teacher's probabilities are nan.")
         return real(self, arguments)
 
     monkeypatch.setattr(runner._Crew, "command", failing)
-    result = cli("reproduce", f"./{_study()}", *SMALL, "--systems", "dm", "--seeds", 1)
+    taught = "\n[systems.taught]\nrecipe = 'dm'\nlabels = 'soft'\n"  # the same sets as those of dm
+    result = cli("reproduce", f"./{_study(STUDY + taught)}", *SMALL, "--systems", "dm,taught", "--seeds", 1)
     assert result.code == 1
     assert "Failed: DM at ipc 1, pipc 3: The loss 'dm' became nan at step 1." in result.out
+    assert "Failed: taught (soft) at ipc 1, pipc 4: The teacher's probabilities are nan." in result.out
     figures = json.loads(Path("runs/study/report.json").read_text())["figures"]
-    assert [f["state"] for f in figures] == ["failed", "done"]
+    assert [f["state"] for f in figures] == ["failed", "failed", "done", "failed"]
 
 
 def test_blends_go_over_alpha_from_one_set_to_the_other_with_spectra(cli: CLI, commands: list[list[str]]) -> None:
@@ -465,11 +475,48 @@ def test_held_out_studies_never_see_the_test_set(cli: CLI, commands: list[list[s
     assert (figure["published"], figure["comparable"], figure["difference"]) == (0.5, False, None)
 
 
-def test_what_hinders_a_set_later_is_told_with_its_cell(cli: CLI, commands: list[list[str]]) -> None:
-    result = cli("reproduce", f"./{_study()}", *SMALL, "--dataset", "npz:nothing.npz", "--cells", "1:3", "--systems", "dm", "--seeds", 1)
-    assert (result.code, commands[0][0]) == (4, "distill")
-    assert "ddkit: DM ipc 1 pipc 3 seed 0: " in said(result.err)
-    assert "nothing.npz" in result.err
+def test_what_hinders_a_set_later_is_told_with_its_cell_and_no_other_set_starts(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def command(self: Any, arguments: Sequence[str]) -> str:
+        raise InputError("The data has an image that is none.")
+
+    monkeypatch.setattr(runner._Crew, "command", command)
+    result = cli("reproduce", f"./{_study()}", *SMALL[:-1], "--cells", "1:3")
+    assert (result.code, result.out, result.err.count(" starts")) == (4, "", 1)
+    assert "ddkit: DM ipc 1 pipc 3 seed 0: The data has an image that is none." in said(result.err)
+
+
+def test_data_that_cannot_be_opened_is_reported_before_the_first_set(cli: CLI, commands: list[list[str]]) -> None:
+    flags = ["reproduce", f"./{_study()}", *SMALL, "--dataset", "npz:nothing.npz"]
+    result = cli(*flags)
+    assert (result.code, result.out, commands, Path("runs").exists()) == (4, "", [], False)
+    assert "nothing.npz does not exist" in said(result.err)
+    assert cli(*flags, "--show").code == 0, "nothing is opened"
+
+
+def test_classes_with_fewer_images_than_pipc_are_named_under_the_table(cli: CLI, commands: list[list[str]]) -> None:
+    flags = [
+        "reproduce",
+        f"./{_study(STUDY.replace('pipc = 4', 'pipc = 400'))}",
+        *SMALL,
+        "--cells",
+        "1:400",
+        "--systems",
+        "dm",
+        "--seeds",
+        1,
+    ]
+    notes = [line for line in cli(*flags).out.splitlines() if "fewer than" in line]
+    assert [note.partition(", so")[0] for note in notes] == [
+        "Warned: DM at ipc 1, pipc 400: The data has fewer than 400 training images of some classes"
+    ]
+
+
+def test_files_that_no_study_has_written_are_not_overwritten(cli: CLI, commands: list[list[str]]) -> None:
+    Path("mine").mkdir()
+    Path("mine/report.md").write_text("mine")
+    result = cli("reproduce", f"./{_study()}", *SMALL, "--out", "mine")
+    assert (result.code, commands, [file.read_text() for file in Path("mine").iterdir()]) == (5, [], ["mine"])
+    assert "mine is not the folder of a study, and mine/report.md would be overwritten" in said(result.err)
 
 
 def test_soft_labels_of_real_images_come_from_the_teacher_of_the_systems_beside_them() -> None:
@@ -521,11 +568,19 @@ BAD = [
     (STUDY + BLENDS.format("dm", 1.5), "alphas"),
     (STUDY + BLENDS.format("shared", "0.5, 0, 0.5"), "blends.alphas has 0.5 twice"),
     (STUDY.replace("[[cells]]", "[published_on]\nname = 'X'\n[[cells]]", 1), "published_on"),
-    (STUDY.replace("{ dm =", "{ dn ="), "cells[0].published names the system 'dn', but the study has dm, shared, means"),
+    (STUDY.replace("{ dm =", "{ dn ="), "cells[0].published names the system 'dn', which the study lacks. Choose from: dm, means, shared."),
     (STUDY.replace("[50.0, 1.0]", "[150.0, 1.0]"), "cells[0].published.dm = [150.0, 1.0]: write an accuracy in percent"),
     (STUDY.replace("[50.0, 1.0]", "[50.0, -1.0]"), "cells[0].published.dm = [50.0, -1.0]: write an accuracy in percent"),
     (STUDY.replace("[50.0, 1.0]", "[50.0, 1.0, 3.0]"), "cells[0].published.dm = [50.0, 1.0, 3.0]: write an accuracy in percent"),
     (STUDY.replace("seeds = 2", "seeds = 0"), "seeds"),
+    (
+        "cells = 3\n" + STUDY.partition("[[cells]]")[0],
+        "cells = 3 is not possible: expected array, got int. Write a list in brackets: cells = [...]",
+    ),
+    (
+        STUDY.replace(STAR, STAR + 'labels = "stored"\n'),
+        'systems.shared: labels = "stored", of the system or its protocol, are those of a set',
+    ),
     (STUDY.replace("seeds = 2", "sets = 2"), "sets"),
     (
         STUDY.replace("pipc = 4", "pipc = 0\nsystems = ['means']"),
