@@ -18,7 +18,7 @@ import torch
 from ddkit.components import registry
 from ddkit.components.base import Evaluation
 from ddkit.data.pictures import eight_bits
-from ddkit.errors import FlagError, RunFilesError, doubles, printable
+from ddkit.errors import FlagError, RunFilesError, counted, doubles, printable
 from ddkit.files import check_out, check_writable, folders_of, path_part, write_atomic
 from ddkit.recipes.protocols import Protocol
 from ddkit.recipes.resolve import flattened
@@ -285,7 +285,13 @@ def _nothing_in_common(runs: Sequence[_Found]) -> RunFilesError:
     installed = {plugin.name for plugin in registry.plugins() if plugin.kind == "protocol"}
     choices = [(run, row) for run in runs for row in run.by_key.values() if row["protocol"] in installed]
     choices.sort(key=lambda choice: (choice[1]["labels"] == "teacher", bool(_variant(choice[1])), choice[1]["evaluator"] != "accuracy"))
-    has = [f"{run.name} has {'; '.join(_told(row) for row in run.by_key.values()) or 'none'}" for run in runs]
+    own: dict[str, list[str]] = {}
+    for run in runs:
+        own.setdefault("; ".join(_told(row) for row in run.by_key.values()) or "none", []).append(run.name)
+    has = [
+        f"{' and '.join([first, *([counted(len(others), 'other')] if others else [])])}: {told}"
+        for told, (first, *others) in sorted(own.items(), key=lambda item: len(item[1]))
+    ]
     lacking = list(runs)
     helps = [f"ddkit evaluate {shlex.quote(run.name)} --evaluate accuracy --protocol short --model convnet" for run in runs]
     if choices:

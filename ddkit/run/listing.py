@@ -85,8 +85,11 @@ def is_run_folder(folder: Path) -> bool:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """Returns the run directories in `folder`, in natural order. A run that links name too is returned once, by its own name."""
-    there = sorted(folder.iterdir(), key=lambda path: (path.is_symlink(), path.name), reverse=True)
+    """Returns the run directories in `folder` and in its folder sets, which a study has, in natural order of their names.
+
+    A run that links name too is returned once, by its own name.
+    """
+    there = sorted([*folder.iterdir(), *folder.glob("sets/*")], key=lambda path: (path.is_symlink(), path.name), reverse=True)
     return sorted({path.resolve(): path for path in there if is_run_folder(path)}.values(), key=lambda path: natural(path.name))
 
 

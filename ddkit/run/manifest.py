@@ -192,6 +192,8 @@ def check_finished(folder: Path) -> None:
 
 
 def _unfinished(folder: Path) -> RunFilesError:
+    if not (folder / RECIPE).is_file():
+        return RunFilesError(f"{folder} is not a run directory, as it has neither {MANIFEST} nor {RECIPE}. Name a finished run.")
     return RunFilesError(
         f"{folder} has no {MANIFEST}, so the run is not finished. To finish it: `ddkit distill --out {shlex.quote(str(folder))} --resume`."
     )

@@ -129,6 +129,7 @@ def test_every_set_is_made_once_and_its_figure_stands_beside_the_published_one(c
     }
     shown = json.loads(cli("reproduce", f"./{_study()}", *SMALL, "--show", "--json", "--systems", "dm", "--figures", "charts").out)
     assert shown["charts"] == ["charts/pipc-ipc1.pdf", "charts/pipc-ipc1.png"]
+    assert len(json.loads(cli("list", "runs", "runs/study", "--json").out)["runs"]) == len(made)
     pivoted = cli("reproduce", f"./{_study()}", *SMALL, "--show", "--pivot").out
     assert ["DM, published" in pivoted, "DM" in pivoted, "shared, published" in pivoted] == [True, True, False]
     for flags, code in ((("--figures", "charts"), 5), (("--pivot", "--json"), 2)):
