@@ -15,6 +15,7 @@ from ddkit.recipes.resolve import read_recipe
 from ddkit.recipes.tables import Positive, Table
 
 Share = Annotated[float, Option(ge=0, le=1)]
+MOST_SEEDS = 1000  # a larger number is probably meant as a seed
 
 
 class SystemTable(Table):
@@ -43,7 +44,7 @@ class CellTable(Table):
     pipc: Annotated[int, Option(ge=0)] | Literal["all"]
     published: dict[str, Annotated[list[float], Option(min_length=1)]] = {}
     systems: Annotated[list[str], Option("systems of this cell; if empty, all")] = []
-    seeds: Annotated[int, Option("number of sets of this cell; if left out, that of the study", ge=1)] | None = None
+    seeds: Annotated[int, Option("number of sets of this cell; if left out, that of the study", ge=1, le=MOST_SEEDS)] | None = None
 
 
 class PublishedOn(Table):
@@ -70,7 +71,7 @@ class Study(Table):
     summary: str = ""
     source: str = ""
     protocol: str = "short"
-    seeds: Annotated[int, Option("number of sets per cell, with the seeds 0, 1, ...", ge=1)] = 1
+    seeds: Annotated[int, Option("number of sets per cell, with the seeds 0, 1, ...", ge=1, le=MOST_SEEDS)] = 1
     networks: Annotated[int, Option("number of networks per set; if left out, as in the protocol", ge=1)] | None = None
     held_out: Annotated[int, Option("number of training images per class that are held out for testing, 0 to use the test split", ge=0)] = 0
     set: Annotated[dict[str, Any], Option("recipe paths and values for all systems, which each system can override")] = {}

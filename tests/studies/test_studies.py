@@ -583,6 +583,7 @@ BAD = [
         'systems.shared: labels = "stored", of the system or its protocol, are those of a set',
     ),
     (STUDY.replace("seeds = 2", "sets = 2"), "sets"),
+    (STUDY.replace("seeds = 2", "seeds = 1001"), "seeds = 1001 is not possible"),
     (
         STUDY.replace("pipc = 4", "pipc = 0\nsystems = ['means']"),
         "systems.means, cell 1:0: the baseline class-mean needs 1 real image per class",
