@@ -76,16 +76,22 @@ def enlarged_parts(images: Tensor, factor: int) -> Tensor:
 
 
 class Fourier(ddkit.Parametrization):
-    """The set stores the lowest frequencies of each channel, so that several images share the numbers of one.
+    """The set stores the lowest frequencies of an image, so that several images share the numbers of one.
 
-    A stored row has, for each channel, the height * width / images (rounded down) lowest coefficients of the orthonormal cosine transform
+    A stored row has, of each channel, the height * width / images (rounded down) lowest coefficients of the orthonormal cosine transform
     (DCT-II) of one image; the others are 0. Initial images are encoded as their coefficients (least squares). Shin, Shin and Moon,
     Frequency Domain-based Dataset Distillation, NeurIPS 2023, arXiv 2311.08819, keep for each class the coefficients whose variance over
     its initial images is largest, and do not count the list of their positions; here all classes keep the same, without a list.
+
+    `luma` stores brightness and the differences between channels in the place of channels, and has more coefficients for brightness, as
+    JPEG does: photographs have most of their detail in it. For images of one channel it has no effect.
     """
 
     linear = True
     images: int = ddkit.option(4, "number of images that share the numbers of one stored image", ge=1)
+    luma: float = ddkit.option(
+        0.0, "share of the numbers that is for brightness, the mean of the channels; 0: as many per channel", ge=0, lt=1
+    )
 
     def images_per_class(self, ipc: int) -> int:
         return ipc * self.images
@@ -99,16 +105,33 @@ class Fourier(ddkit.Parametrization):
             )
 
     def encode(self, images: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-        places, rows, columns = self._kept(images.shape[2], images.shape[3], images)
-        return (rows @ images @ columns.T).flatten(2)[:, :, places]
+        places, rows, columns = self._kept((images.shape[1], images.shape[2], images.shape[3]), images)
+        mixed = opponents(images.shape[1], images.device, images.dtype) @ images.flatten(2) if self.luma else images
+        return (rows @ mixed.view(images.shape) @ columns.T).flatten(1)[:, places]
 
     def decode(self, stored: Tensor, shape: Shape, shared: Mapping[str, Tensor]) -> Tensor:
-        places, rows, columns = self._kept(shape[1], shape[2], stored)
-        spectrum = stored.new_zeros((*stored.shape[:2], len(rows) * len(columns))).index_copy(2, places, stored)
-        return rows.T @ spectrum.unflatten(2, (len(rows), len(columns))) @ columns
+        places, rows, columns = self._kept(shape, stored)
+        spectrum = stored.new_zeros((len(stored), shape[0] * len(rows) * len(columns))).index_copy(1, places, stored.flatten(1))
+        mixed = rows.T @ spectrum.unflatten(1, (shape[0], len(rows), len(columns))) @ columns
+        return (opponents(shape[0], stored.device, stored.dtype).T @ mixed.flatten(2)).view(mixed.shape) if self.luma else mixed
 
-    def _kept(self, height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return lowest(height, width, height * width // self.images, like.device, like.dtype)
+    def _kept(self, shape: Shape, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        channels, pixels = shape[0], shape[1] * shape[2]
+        counts = [pixels // self.images] * channels
+        if self.luma and channels > 1:
+            others, total = channels - 1, sum(counts)
+            brightness = min(max(1, round(self.luma * total)), total - others, pixels)
+            each = min((total - brightness) // others, pixels)
+            counts = [min(total - others * each, pixels), *[each] * others]
+        return lowest(shape[1], shape[2], tuple(counts), like.device, like.dtype)
+
+
+@cache
+def opponents(channels: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Returns an orthonormal matrix (channels, channels): the mean of all channels, then how each differs from the mean of those before."""
+    found = torch.ones(channels, channels, dtype=torch.float64).tril().roll(1, 0)  # row 0: ones, row k: k ones
+    found -= torch.diag(torch.arange(channels, dtype=torch.float64))
+    return (found / found.norm(dim=1, keepdim=True)).to(device, dtype)
 
 
 class Bases(ddkit.Parametrization):
@@ -200,16 +223,19 @@ def enlarging(small: int, large: int, device: torch.device, dtype: torch.dtype) 
 
 
 @cache
-def lowest(height: int, width: int, count: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the places (count,) of the lowest frequencies in a matrix (a, b), row by row, and the waves (a, height) and (b, width).
+def lowest(height: int, width: int, counts: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the places of the lowest frequencies, and the waves (a, height) and (b, width).
 
-    Frequency (u, v) has u / height and v / width half waves a pixel; the length of that vector orders them, and u where it is equal.
+    The places are those in as many matrices (a, b) as there are counts, one after the other and row by row, of a count of frequencies in
+    each. Frequency (u, v) has u / height and v / width half waves a pixel; the length of that vector orders them, and u where it is equal.
     """
     u, v = torch.arange(height, dtype=torch.float64)[:, None] / height, torch.arange(width, dtype=torch.float64) / width
-    order = (u.square() + v.square()).flatten().argsort(stable=True)[:count]
+    order = (u.square() + v.square()).flatten().argsort(stable=True)[: max(counts)]
     down, across = order // width, order % width
     rows, columns = (waves(int(side.max()) + 1, size).to(device, dtype) for side, size in ((down, height), (across, width)))
-    return (down * len(columns) + across).to(device), rows, columns
+    size = len(rows) * len(columns)
+    places = [(down * len(columns) + across)[:count] + number * size for number, count in enumerate(counts)]
+    return torch.cat(places).to(device), rows, columns
 
 
 def waves(count: int, pixels: int) -> Tensor:

@@ -55,14 +55,33 @@ def test_fourier_is_the_least_squares_of_the_lowest_waves_in_every_channel() -> 
     height, width, images = 6, 10, torch.randn(3, 2, 6, 10, dtype=torch.float64)
     makes = Fourier(images=4)
     stored = makes.encode(images, {})
-    assert stored.shape == (3, 2, 15)
+    assert stored.shape == (3, 2 * 15)
     lowest = sorted(((u / height) ** 2 + (v / width) ** 2, u, v) for u in range(height) for v in range(width))[:15]
     waves = torch.stack([_slow_wave(u, v, height, width).flatten() for _, u, v in lowest])
     wanted = torch.linalg.lstsq(waves.T, images.view(6, -1).T).solution.T.view(3, 2, 15)
-    torch.testing.assert_close(stored, wanted)
+    torch.testing.assert_close(stored, wanted.flatten(1))
     torch.testing.assert_close(makes.decode(stored, (2, height, width), {}), (wanted @ waves).view_as(images))
-    whole = Fourier(images=1)
-    torch.testing.assert_close(whole.decode(whole.encode(images, {}), (2, height, width), {}), images)
+    for whole in (Fourier(images=1), Fourier(images=1, luma=0.8)):
+        torch.testing.assert_close(whole.decode(whole.encode(images, {}), (2, height, width), {}), images)
+
+
+def test_luma_keeps_more_waves_of_brightness_than_of_the_differences_between_channels() -> None:
+    shape = (3, 8, 8)
+    wave = _slow_wave(
+        2, 2, 8, 8
+    )  # the ninth lowest: ten images have 18 numbers each, 6 of a channel, or 14 of brightness and 2 of each difference
+    grey, coloured = wave.expand(1, *shape), torch.stack([wave, 0 * wave, -wave])[None]
+    makes, equal = Fourier(images=10, luma=0.7), Fourier(images=10)
+    assert makes.encode(grey, {}).shape == (1, 14 + 2 * 2)
+    assert len(makes.encode(torch.randn(1, 1, 8, 8), {})[0]) == len(equal.encode(torch.randn(1, 1, 8, 8), {})[0]) == 6
+    torch.testing.assert_close(makes.decode(makes.encode(grey, {}), shape, {}), grey)
+    assert makes.decode(makes.encode(coloured, {}), shape, {}).abs().max() < 1e-12
+    assert equal.decode(equal.encode(grey, {}), shape, {}).abs().max() < 1e-12
+    smooth = torch.randn(1, 3, 1, 1, dtype=torch.float64).expand(1, *shape)
+    torch.testing.assert_close(makes.decode(makes.encode(smooth, {}), shape, {}), smooth)
+    images = torch.randn(2, *shape, dtype=torch.float64)
+    near = makes.decode(makes.encode(images, {}), shape, {})
+    torch.testing.assert_close(((images - near) * near).sum().item(), 0.0, atol=1e-10, rtol=0)  # an orthogonal projection: least squares
 
 
 def test_bases_are_the_least_squares_of_fewer_smaller_images_and_all_that_they_store_is_within_the_budget() -> None:
@@ -137,7 +156,7 @@ def test_losses_and_networks_see_the_images_that_are_made_and_a_file_alone_gives
     made = cli("distill", "--losses", "dm,dkkt", "--ipc", 2, "--pipc", 10, *SMALL_FLAGS, *KINDS[kind], "--out", "run", "--json")
     assert made.code == 0, made.err
     stored, record = read_tensors(Path("run/synthetic.safetensors"))
-    shapes = {"grid": ("images", (20, 1, 8, 8)), "fourier": ("stored", (80, 1, 16))}
+    shapes = {"grid": ("images", (20, 1, 8, 8)), "fourier": ("stored", (80, 16))}
     name, shape = shapes[kind]
     assert (stored[name].shape, len(stored["labels"]), record["ipc"], record["parametrization"]["use"]) == (shape, shape[0], 2, kind)
     assert stored["multipliers"].shape == (80,)
