@@ -494,7 +494,7 @@ def _pivot(name: str) -> str:
 README = {  # the methods of the README's table, by their names in results.csv
     "DM": "distribution matching (DM): recipe `dm`",
     "DM + DKKT (practical)": "DM and deep support vectors (DKKT): recipe `practical`",
-    "practical-plus": "both, feature regression, ten images in the numbers of one: recipe `practical-plus`",
+    "practical-plus": "both, feature regression, twenty images in the numbers of one: recipe `practical-plus`",
 }
 
 
