@@ -221,7 +221,8 @@ def check_fields(made: msgspec.Struct) -> None:
 def parse_struct(kind: type[T], table: Mapping[str, Any], where: str, also: Collection[str] = (), *, whole: str = "the recipe") -> T:
     """Returns `table` as a `kind`, or raises InputError naming `where`, the key, and what would be right.
 
-    `also` are keys that the same table of the recipe may hold, to suggest from. `whole` is what a table is called that is in no other.
+    `also` are keys that the same table of the recipe may hold, to suggest from. `whole` is what a table is called that is in no other;
+    advice has the flag --set only for values of the recipe.
     """
     known = fields(kind)
     for key in table:

@@ -258,7 +258,7 @@ def _with_rules(raw: Raw, ipc: Any, pipc: Any) -> Raw:
     values = {"ipc": ipc, "pipc": math.inf if pipc == "all" else pipc}
     known = all(isinstance(value, int | float) for value in values.values())  # else the recipe's own check names the bad value
     for number, entry in enumerate(rules):
-        rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, f"rules[{number}]")
+        rule = parse_struct(RuleTable, entry if isinstance(entry, Mapping) else {"": entry}, f"rules[{number}]", whole="the rule")
         bounds = [(values[str(key)[:-4]], str(key)[-3:], bound) for key, bound in rule.when.items()] if known else []
         if known and all(value >= bound if end == "min" else value <= bound for value, end, bound in bounds):
             assign_all(result, flattened(rule.set))

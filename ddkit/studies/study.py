@@ -108,7 +108,7 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     parts += [(CellTable, f"cells[{number}]", table) for number, table in enumerate(cells)] if isinstance(cells, list) else []
     for kind, where, table in parts:
         if isinstance(table, Mapping):  # reading the whole study reports what is no table
-            parse_struct(kind, table, where)
+            parse_struct(kind, table, where, whole="the study")
     study = parse_struct(Study, dict(raw), "", whole="the study")
     for what, table in (("systems", study.systems), ("cells", study.cells)):
         if not table:

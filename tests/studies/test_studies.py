@@ -579,6 +579,10 @@ BAD = [
         "cells = 3 is not possible: expected array, got int. Write a list in brackets: cells = [...]",
     ),
     (
+        STUDY.replace("pipc = 4", "pipc = 4\nsystems = 'dm'"),
+        "cells[1].systems = 'dm' is not possible: expected array, got str. Write a list in brackets: cells[1].systems = [",
+    ),
+    (
         STUDY.replace(STAR, STAR + 'labels = "stored"\n'),
         'systems.shared: labels = "stored", of the system or its protocol, are those of a set',
     ),
