@@ -61,6 +61,9 @@ def test_fourier_is_the_least_squares_of_the_lowest_waves_in_every_channel() -> 
     wanted = torch.linalg.lstsq(waves.T, images.view(6, -1).T).solution.T.view(3, 2, 15)
     torch.testing.assert_close(stored, wanted.flatten(1))
     torch.testing.assert_close(makes.decode(stored, (2, height, width), {}), (wanted @ waves).view_as(images))
+    assert torch.equal(
+        makes.decode(stored.unflatten(1, (2, 15)), (2, height, width), {}), makes.decode(stored, (2, height, width), {})
+    )  # earlier sets
     for whole in (Fourier(images=1), Fourier(images=1, luma=0.8)):
         torch.testing.assert_close(whole.decode(whole.encode(images, {}), (2, height, width), {}), images)
 
