@@ -486,7 +486,7 @@ def _pivot(name: str) -> str:
         if row["experiment"] in experiments:
             published = f" ({row['published']})" if row["published"] else ""
             cells.setdefault((row["ipc"], row["pipc"]), {})[row["method"]] = _plus_minus(row["accuracy"], row["std"]) + published
-    kept = {cell: found for cell, found in cells.items() if next(iter(columns)) in found}
+    kept = {cell: found for cell, found in cells.items() if any(method in found for method in columns)}
     ordered = sorted(kept.items(), key=lambda item: (int(item[0][0]), item[0][1] == "all", item[0][1]))
     return _table(["ipc", "pipc", *columns.values()], [[*cell, *(found.get(method, "") for method in columns)] for cell, found in ordered])
 
