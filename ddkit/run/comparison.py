@@ -153,12 +153,12 @@ def compare(
             raise RunFilesError(f"--out {picture} exists already. Name a new file.")
     if figures is not None:
         check_figures(Path(figures))
-    names, notes = _expanded(targets)
+    found, notes = _opened(targets)
+    names = [each.name for each in found]
     if titles is not None and (len(titles) != len(names) or not all(title.strip() for title in titles)):
         raise FlagError(f"--titles must give each of the {len(names)} sets a name, in this order: {_cut(', '.join(names))}.")
     if "random real" in (titles or ()):
         raise FlagError("--titles: 'random real' is the baseline in the charts. Choose another name.")
-    found = [_opened(name) for name in names]
     notes += _checked_data(found)
     evaluations = _evaluations(found)
     sets = [_described(each, title) for each, title in zip(found, titles or [""] * len(found), strict=True)]
@@ -181,34 +181,37 @@ def compare(
     return made
 
 
-def _expanded(targets: Sequence[str | Path]) -> tuple[list[str], list[str]]:
-    """Returns the paths of the sets, those of a folder of runs in its place, and a note on runs that are not finished."""
-    names, notes = [], []
+def _opened(targets: Sequence[str | Path]) -> tuple[list[_Found], list[str]]:
+    """Returns the sets, those in a folder of runs in its place, and notes on the runs of folders that are not finished or damaged."""
+    found, notes = [], []
     for target in map(str, targets):
         folder = Path(target)
         if not folder.is_dir() or is_run_folder(folder):
-            names.append(target)
+            found.append(_open(target))
             continue
-        runs = run_folders(folder)
-        done = [str(path) for path in runs if (path / MANIFEST).exists()]
-        if not done:
-            raise RunFilesError(f"{target} is not a run directory and contains no finished run. Name runs, or a folder of runs.")
-        names += done
-        notes += [
-            f"{path} is left out, because it is not finished. `ddkit distill --out {shlex.quote(str(path))} --resume` finishes it."
-            for path in runs if str(path) not in done
-        ]  # fmt: skip
-    for path in doubles([Path(name).resolve() for name in names]):
+        before = len(found)
+        for path in run_folders(folder):
+            if not (path / MANIFEST).exists():
+                remedy = f"`ddkit distill --out {shlex.quote(str(path))} --resume` finishes it."
+                notes.append(f"{path} is left out, because it is not finished. {remedy}")
+                continue
+            try:
+                found.append(_open(str(path)))
+            except RunFilesError as error:
+                notes.append(f"{path} is left out: {error}")
+        if len(found) == before:
+            what = " ".join(["is not a run directory and contains no finished run. Name runs, or a folder of runs.", *notes])
+            raise RunFilesError(f"{target} {what}")
+    for path in doubles([Path(each.name).resolve() for each in found]):
         raise FlagError(f"The set {path} is named twice. Name each set once.")
-    if not names:
+    if not found:
         raise FlagError("There is nothing to compare. Name at least two runs.")
-    if len(names) == 1:
-        load(names[0])  # an error in it is reported first
-        raise FlagError(f"{printable(names[0])} cannot be compared, as no other run is named. Name at least two runs.")
-    return names, notes
+    if len(found) == 1:
+        raise FlagError(f"{printable(found[0].name)} cannot be compared, as no other run is named. Name at least two runs.")
+    return found, notes
 
 
-def _opened(name: str) -> _Found:
+def _open(name: str) -> _Found:
     artifact, path = load(name), Path(name)
     if not (path / MANIFEST).is_file():
         return _Found(name=name, artifact=artifact)

@@ -1,28 +1,23 @@
-"""The forms of a study for papers and pages: its charts, its table for LaTeX, its figures as CSV, and its page, report.html."""
+"""The files of a study, for programs, papers and pages: its charts, its table for LaTeX, its figures as CSV, and its page, report.html."""
 
 from __future__ import annotations
 
 import base64
 import csv
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from ddkit.errors import printable
+from ddkit.files import json_bytes
 from ddkit.run.report import page
 from ddkit.run.report.charts import Chart, accuracies, dots
-from ddkit.studies.results import Figure, Report, table_of
+from ddkit.studies.results import Figure, Report, report_json, report_table, table_of
 
 MOST_LINES = 12  # in a chart; more systems are rows of one
 LATEX = {"\N{PLUS-MINUS SIGN}": r"$\pm$"}  # characters that tabulate does not replace
 PAGE = Path(__file__).with_name("study.html")
-
-
-def report_files(report: Report) -> dict[str, bytes]:
-    """Returns report.csv, report.tex and report.html of a study."""
-    texts = {"report.csv": report_csv(report), "report.tex": report_latex(report)}
-    return {name: text.encode() for name, text in texts.items()} | {"report.html": report_page(report)}
 
 
 def report_csv(report: Report) -> str:
@@ -108,3 +103,12 @@ def _lines(file: str, title: str, axis: str, x: str, figures: Sequence[Figure]) 
 
 def _pair(mean: float | None, std: float | None) -> tuple[float, float | None] | None:
     return None if mean is None else (100 * mean, None if std is None else 100 * std)
+
+
+FILES: dict[str, Callable[[Report], bytes]] = {
+    "report.json": lambda report: json_bytes(report_json(report)),
+    "report.md": lambda report: f"{report_table(report, 'pipe')}\n".encode(),
+    "report.csv": lambda report: report_csv(report).encode(),
+    "report.tex": lambda report: report_latex(report).encode(),
+    "report.html": report_page,
+}  # in the folder of a study

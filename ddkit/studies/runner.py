@@ -41,8 +41,8 @@ from ddkit.run.manifest import MANIFEST, RECIPE
 from ddkit.run.progress import duration
 from ddkit.run.report import check_figures, write_figures
 from ddkit.studies.grid import REAL_IMAGES, Settings, Task, kept_file, kept_row, planned
-from ddkit.studies.presenting import report_charts, report_files
-from ddkit.studies.results import Report, figures_of, report_json, report_table, write_pictures
+from ddkit.studies.presenting import FILES, report_charts
+from ddkit.studies.results import Report, figures_of, write_pictures
 from ddkit.studies.sharding import SETS, merge, share
 from ddkit.studies.study import Study, chosen_cells
 
@@ -65,13 +65,13 @@ def reproduce(
     `part` (i, n): only the sets of share i, 0 to n - 1, which another machine's share completes; `merged` are stores from which finished
     sets are copied first. The processes that torchrun started, all of which call this, make a share each.
 
-    With `run` False nothing is made. Every recipe is checked before the first run. Files `report.json`, `report.md` and those of
-    report_files in `out` have the result; `figures`, an absent or empty folder, gets the charts as PDF and PNG files, and the pictures.
+    With `run` False nothing is made. Every recipe is checked before the first run. The FILES in `out` have the result; `figures`, an absent
+    or empty folder, gets the charts as PDF and PNG files, and the pictures.
     Raises DdkitError for bad input at once; the figure of a set that fails later says why.
     """
     check_out(out)
     if run and not (out / SETS).is_dir():
-        for file in (out / f"report.{kind}" for kind in ("json", "md", "csv", "tex", "html")):
+        for file in (out / name for name in FILES):
             if file.exists():  # of a run, or the user's own
                 raise RunFilesError(
                     f"{out} is not the folder of a study, and {file} would be overwritten. Name another place with --out DIR."
@@ -124,10 +124,8 @@ def _known(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str], ou
         pictures=[] if out is None else write_pictures(study, tasks, out),
     )  # fmt: skip
     if out is not None:
-        write_json(out / "report.json", report_json(result))
-        contents = {"report.md": (report_table(result, "pipe") + "\n").encode(), **report_files(result)}
-        for name, content in contents.items():
-            write_atomic(out / name, content)
+        for name, content in FILES.items():
+            write_atomic(out / name, content(result))
     return result
 
 

@@ -60,12 +60,23 @@ def test_runs_stand_beside_each_other_with_what_differs(copied: Callable[..., Re
 def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(copied: Callable[..., Result]) -> None:
     shutil.copytree("dm", "set/again")
     shutil.copytree("dm", "set/one")
-    shutil.copytree("dm", "set/killed")
+    for name in ("killed", "damaged", "edited", "without-its-set"):
+        shutil.copytree("dm", f"set/{name}")
     Path("set/killed/manifest.json").unlink()
+    Path("set/damaged/manifest.json").write_text("{")
+    Path("set/edited/evaluation.json").write_text('{"evaluations": [{}]}')
+    Path("set/without-its-set/synthetic.safetensors").unlink()
     Path("set/link").symlink_to("one")
     found = json.loads(copied("compare", "set", "--json").out)
     assert [one["name"] for one in found["sets"]] == ["set/again", "set/one"]
-    assert [note.partition(" is ")[0] for note in found["notes"]] == ["set/killed"]
+    left_out = [f"set/{name}" for name in ("damaged", "edited", "killed", "without-its-set")]
+    assert [note.partition(" is left out")[0] for note in found["notes"]] == left_out
+    for name in ("again", "one", "link"):
+        Path("set", name).rename(name)
+    refused = copied("compare", "dm", "set")
+    assert (refused.code, refused.out) == (5, "")
+    assert "contains no finished run" in said(refused.err)
+    assert "manifest.json cannot be read" in said(refused.err)
 
 
 def test_the_images_are_one_picture_with_the_titles_that_are_given(copied: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:

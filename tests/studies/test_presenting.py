@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from ddkit.studies.presenting import report_charts, report_csv, report_files, report_latex, report_page
+from ddkit.studies.presenting import report_charts, report_csv, report_latex, report_page
 from ddkit.studies.results import Figure, Report, named_apart, report_table
 from tests.run.test_report import Page, check_self_contained
 
@@ -90,4 +90,3 @@ def test_the_page_is_whole_and_its_words_are_escaped(tmp_path: Path) -> None:
     check_self_contained(page)
     assert (page.tags["script"], page.tags["figure"], page.text.count(bad) >= 4) == (0, 1, True)
     assert "Dashed, with crosses: published." in page.text
-    assert set(report_files(shown)) == {"report.csv", "report.tex", "report.html"}
