@@ -197,7 +197,7 @@ def _opened(targets: Sequence[str | Path]) -> tuple[list[_Found], list[str]]:
                 continue
             try:
                 found.append(_open(str(path)))
-            except RunFilesError as error:
+            except (RunFilesError, OSError) as error:
                 notes.append(f"{path} is left out: {error}")
         if len(found) == before:
             what = " ".join(["is not a run directory and contains no finished run. Name runs, or a folder of runs.", *notes])
@@ -207,7 +207,8 @@ def _opened(targets: Sequence[str | Path]) -> tuple[list[_Found], list[str]]:
     if not found:
         raise FlagError("There is nothing to compare. Name at least two runs.")
     if len(found) == 1:
-        raise FlagError(f"{printable(found[0].name)} cannot be compared, as no other run is named. Name at least two runs.")
+        what = " ".join(["cannot be compared, as no other run is named. Name at least two runs.", *notes])
+        raise FlagError(f"{printable(found[0].name)} {what}")
     return found, notes
 
 

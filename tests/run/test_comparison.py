@@ -71,7 +71,12 @@ def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(co
     assert [one["name"] for one in found["sets"]] == ["set/again", "set/one"]
     left_out = [f"set/{name}" for name in ("damaged", "edited", "killed", "without-its-set")]
     assert [note.partition(" is left out")[0] for note in found["notes"]] == left_out
-    for name in ("again", "one", "link"):
+    Path("set/again").rename("again")
+    alone = copied("compare", "set")
+    assert (alone.code, alone.out) == (2, "")
+    assert "no other run is named" in said(alone.err)
+    assert "manifest.json cannot be read" in said(alone.err)
+    for name in ("one", "link"):
         Path("set", name).rename(name)
     refused = copied("compare", "dm", "set")
     assert (refused.code, refused.out) == (5, "")
