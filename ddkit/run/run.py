@@ -38,11 +38,12 @@ from ddkit.run.artifact import Artifact, load, made_with
 from ddkit.run.checkpoints import is_due, keep_until
 from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, for_a_better_set, outside, silent, without
+from ddkit.run.estimate import estimated
 from ddkit.run.evaluation import run_evaluators
 from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_evaluations, read_manifest
 from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
-from ddkit.run.setup import AUTOMATIC_EXPERTS, AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup, estimated
+from ddkit.run.setup import AUTOMATIC_EXPERTS, AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
 from ddkit.run.snapshots import add_frame, is_frame
 
 log = logging.getLogger("ddkit")

@@ -18,7 +18,7 @@ from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evalu
 from ddkit.components.guard import blamed, called
 from ddkit.components.observers import Observers
 from ddkit.components.options import written_options
-from ddkit.data.images import Normalisation, channel_statistics, on_disk
+from ddkit.data.images import Normalisation, channel_statistics
 from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset, repeated
 from ddkit.data.whitening import Whitening, shared, whitening_of
 from ddkit.distributed import ALONE, Ranks, class_rows
@@ -32,10 +32,10 @@ from ddkit.errors import DdkitError, InputError, RunFailed, shown
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
 from ddkit.nn.compiling import get_ready
-from ddkit.nn.device import pick_device, product_rate, products
+from ddkit.nn.device import pick_device, products
 from ddkit.nn.embedder import features_of
 from ddkit.nn.experts import Experts, experts_of, untrained
-from ddkit.nn.networks import batch_norms, build_network, modes_kept, network_tensors, no_second_derivative, training_flops
+from ddkit.nn.networks import batch_norms, build_network, modes_kept, network_tensors, no_second_derivative
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
@@ -48,9 +48,6 @@ AUTOMATIC_TEACHER = "the automatic teacher"
 AUTOMATIC_EXPERTS = "the automatic experts"
 TEACHER_FILE = "the teacher "  # and the name of its file
 BUILT_IN_VIEWS = ("default", "raw", "augmented")
-SHARE = 0.4  # of the rate of large matrix products that networks reach on a CPU: 0.2 uncompiled to 0.68 (docs/explanation/performance.md)
-PROCESS_MIB = 450  # Python, torch and what both load
-BANK_COPIES = 4  # of the synthetic images: they, their gradient, and two moments
 
 
 class RunSetup:
@@ -663,37 +660,3 @@ def evaluators_of(recipe: Recipe, info: DataInfo, parameters: Collection[str]) -
             f"With pipc 0 there are no real images, but the evaluator {', '.join(needing)} needs some. Set --pipc to at least 1.", "pipc"
         )
     return made
-
-
-def estimated(setup: RunSetup) -> dict[str, Any]:
-    """Returns seconds, MiB and the operations of each stage; the measurement takes about a quarter of a second.
-
-    The seconds leave out reading, augmenting and compiling, and what evaluators do not report.
-    """
-    recipe, info, decided = setup.recipe, setup.info, setup.decided
-    operations = {
-        "teacher": training_flops(setup.teacher.module, setup.info, images=len(setup.dataset.labels("train")), epochs=recipe.train.epochs)
-        if setup.teacher is not None and not setup.teacher.path
-        else 0.0,
-        "experts": training_flops(
-            build_network(setup.model, info, 0, "probe"), info, epochs=setup.experts.trained,
-            images=len(setup.dataset.labels("train") if recipe.experts.data == "all" else setup.real.labels) * setup.experts.count,
-        ) if setup.experts is not None and not setup.experts.path else 0.0,
-        "steps": decided.step_flops() * recipe.steps / setup.ranks.world_size,
-        "evaluation": sum(
-            each.operations(
-                info, rows=sum(setup.images_per_class), real=len(setup.real.labels), tests=len(setup.real.test_set[1])
-            ) for each in setup.evaluators.values()
-        ),
-    }  # fmt: skip
-    side, count = (4096, 20) if setup.device.type == "cuda" else (1024, 8)
-    rate = product_rate(setup.device, decided.arithmetic.precision, side=side, count=count)
-    held = [setup.real.images, setup.real.test_set[0]] if setup.evaluators else [setup.real.images]
-    images = sum(each.nbytes for each in held if not on_disk(each))
-    bank = BANK_COPIES * 4 * sum(setup.counts(setup.own_classes)) * math.prod(info.shape)
-    return {
-        "seconds": round(sum(operations.values()) / (SHARE * rate), 1),
-        "memory_mib": round(PROCESS_MIB + (images + bank + decided.step_bytes()) / 2**20),
-        "operations": operations,
-        "operations_per_second": rate,
-    }
