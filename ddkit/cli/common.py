@@ -130,7 +130,7 @@ def _pairs(text: str) -> dict[str, str]:
 
 def names_of(text: str) -> list[str]:
     """Returns the names of classes in a text, separated by commas, or those of a file with a name on each line."""
-    if Path(text).exists() and not Path(text).is_dir():  # a folder may be called as a class is
+    if os.path.exists(text) and not os.path.isdir(text):  # Path.exists fails on a long list; a folder may be called as a class is
         try:
             return [line.strip() for line in read_text(text, most=MOST_TOML).splitlines() if line.strip()]
         except (OSError, ValueError) as error:

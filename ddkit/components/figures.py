@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ddkit.errors import printable
@@ -69,3 +69,9 @@ def evaluation_table(rows: Sequence[Any], form: str = "simple") -> str:
         head = [f"class ({row.model}, {row.images})", "test images", "accuracy", "random real"]
         tables += [tabulate(lines, head, tablefmt="simple", disable_numparse=True) + rest] if lines else []
     return "\n\n".join(tables)
+
+
+def budgets_differ(numbers: Iterable[float]) -> bool:
+    """Whether stored numbers differ by more than 1 %: not every parametrization can use the last few numbers of an image."""
+    known = list(numbers)
+    return max(known) > 1.01 * min(known)

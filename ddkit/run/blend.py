@@ -83,7 +83,7 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
             f"The first set has images of shape {shapes[0]} (C, H, W), but the second of {shapes[1]}, so they cannot be averaged."
         )
     made = [(each.parametrization.name, each.parametrization.options) if each.parametrization else None for each in (first, second)]
-    if made[0] != made[1]:
+    if made[0] != made[1] or first.stored.shape[1:] != second.stored.shape[1:]:  # an older version's
         raise InputError("The two sets have different parametrizations, so they cannot be averaged.")
     makes = first.parametrization
     in_pixels = all(stored_in_pixels(makes, each.whitening is not None) for each in (first, second))

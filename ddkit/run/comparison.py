@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 
 from ddkit.components import registry
 from ddkit.components.base import Evaluation
+from ddkit.components.figures import budgets_differ
 from ddkit.data.pictures import eight_bits
 from ddkit.errors import FlagError, RunFilesError, counted, doubles, printable
 from ddkit.files import check_out, check_writable, folders_of, path_part, write_atomic
@@ -155,10 +156,12 @@ def compare(
         check_figures(Path(figures))
     found, notes = _opened(targets)
     names = [each.name for each in found]
-    if titles is not None and (len(titles) != len(names) or not all(title.strip() for title in titles)):
-        raise FlagError(f"--titles must give each of the {len(names)} sets a name, in this order: {_cut(', '.join(names))}.")
-    if "random real" in (titles or ()):
-        raise FlagError("--titles: 'random real' is the baseline in the charts. Choose another name.")
+    if titles is not None:
+        titles = [title.strip() if isinstance(title, str) else "" for title in ([] if isinstance(titles, str) else titles)]
+        if len(titles) != len(names) or not all(titles):
+            raise FlagError(f"--titles must give each of the {len(names)} sets a name, in this order: {_cut(', '.join(names))}.")
+        if "random real" in titles:
+            raise FlagError("--titles: 'random real' is the baseline in the charts. Choose another name.")
     notes += _checked_data(found)
     evaluations = _evaluations(found)
     sets = [_described(each, title) for each, title in zip(found, titles or [""] * len(found), strict=True)]
@@ -182,7 +185,7 @@ def compare(
 
 
 def _opened(targets: Sequence[str | Path]) -> tuple[list[_Found], list[str]]:
-    """Returns the sets, those in a folder of runs in its place, and notes on the runs of folders that are not finished or damaged."""
+    """Returns the sets, those in a folder of runs in its place, and notes on the runs of folders that are left out."""
     found, notes = [], []
     for target in map(str, targets):
         folder = Path(target)
@@ -199,6 +202,13 @@ def _opened(targets: Sequence[str | Path]) -> tuple[list[_Found], list[str]]:
                 found.append(_open(str(path)))
             except (RunFilesError, OSError) as error:
                 notes.append(f"{path} is left out: {error}")
+        if any(each.by_key for each in found[before:]):
+            own, found[before:] = found[before:], []
+            for each in own:
+                if each.by_key or not each.recipe:
+                    found.append(each)
+                else:
+                    notes.append(f"{each.name} is left out, because no network was trained on its set.")
         if len(found) == before:
             what = " ".join(["is not a run directory and contains no finished run. Name runs, or a folder of runs.", *notes])
             raise RunFilesError(f"{target} {what}")
@@ -349,13 +359,14 @@ def _described(found: _Found, title: str) -> ComparedSet:
 
 def _differences(sets: Sequence[ComparedSet]) -> Iterator[str]:
     """Yields a sentence for whatever beside the method may explain a difference."""
-    differing: list[tuple[str, Callable[[ComparedSet], Any], str]] = [
-        ("Budgets", lambda each: f"{each.stored_numbers:,.6g}", "numbers stored per class. A larger budget alone can make a set better"),
-        ("Accessible real images", lambda each: each.pipc, "per class. More real images alone can make a set better"),
-        ("Devices", lambda each: each.device, "so the seconds cannot be compared"),
-    ]
-    for what, value, so in differing:
-        values = {each.name: value(each) for each in sets if value(each) is not None}
+    if budgets_differ(each.stored_numbers for each in sets):
+        known = ", ".join(f"{each.name} {each.stored_numbers:,.6g}" for each in sets)
+        yield f"Budgets differ: {known} numbers stored per class. A larger budget alone can make a set better."
+    for what, field, so in (
+        ("Accessible real images", "pipc", "per class. More real images alone can make a set better"),
+        ("Devices", "device", "so the seconds cannot be compared"),
+    ):
+        values = {each.name: getattr(each, field) for each in sets if getattr(each, field) is not None}
         if len(set(values.values())) > 1:
             yield f"{what} differ: {', '.join(f'{name} {known}' for name, known in values.items())} {so}."
 

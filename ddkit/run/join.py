@@ -137,6 +137,7 @@ def check_parts(parts: Sequence[tuple[Path, Artifact]]) -> None:
             (_shape, "another image shape", "Distil both at the same size: --set 'data.size=[HEIGHT,WIDTH]'."),
             (_whitening, "another whitening", "Distil both with the same whitening, or without."),
             (_made_by, "another parametrization", pixels),
+            (_rows, "other stored rows", pixels),  # an older version may have had another default of an option
         ):
             if told(first) != told(part):
                 raise InputError(f"{other} cannot be joined to {place}: it has {what} ({told(part)}, not {told(first)}). {remedy}")
@@ -158,6 +159,10 @@ def _whitening(part: Artifact) -> str:
 def _made_by(part: Artifact) -> str:
     makes = part.parametrization
     return "pixels" if makes is None else f"{makes.name} {written_options(makes.options) or ''}".strip()
+
+
+def _rows(part: Artifact) -> str:
+    return " x ".join(map(str, part.stored.shape[1:]))
 
 
 def _shared(part: Artifact) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ import msgspec
 
 from ddkit.components.base import Fraction
 from ddkit.components.options import fields
-from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, shown
+from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, doubles, shown
 from ddkit.files import path_part, read_with_digest, sha256, with_home
 from ddkit.recipes.resolve import flattened, read_protocol, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.manifest import MANIFEST, checked
-from ddkit.studies.study import Cell, Study, SystemTable
+from ddkit.studies.study import MOST_SEEDS, Cell, Study, SystemTable
 
 REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are
     "name": "real-images", "steps": 0, "initializer": {"use": "real"}, "losses": {"dm": {}},
@@ -65,15 +65,18 @@ class Task(NamedTuple):
     recipe: Recipe
     path: Path
     evaluation: Evaluating
+    title: str  # of its system, or of the two that are blended
     parts: tuple[Path, ...] = ()  # runs that are blended, where it is a blend
     alpha: float | None = None
-    title: str = ""  # of its system, or of the two that are blended
+
+    @property
+    def name(self) -> str:
+        return self.title + ("" if self.evaluation.labels == "hard" else f" ({self.evaluation.labels})")
 
     @property
     def label(self) -> str:
         blend = "" if self.alpha is None else f" alpha {self.alpha:g}"
-        labels = "" if self.evaluation.labels == "hard" else f" ({self.evaluation.labels})"
-        return f"{self.title or self.cell.system}{labels} ipc {self.cell.ipc} pipc {self.cell.pipc}{blend} seed {self.seed}"
+        return f"{self.name} ipc {self.cell.ipc} pipc {self.cell.pipc}{blend} seed {self.seed}"
 
 
 def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) -> list[Task]:
@@ -82,6 +85,8 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
     for alpha in (alpha for alpha in settings.alphas or () if alpha not in known):
         what = f"blends at {', '.join(f'{each:g}' for each in known)}" if known else "no blends. Leave --alphas out"
         raise InputError(f"The study '{study.name}' has no blend at alpha {alpha:g}. It has {what}.", "alphas")
+    if settings.seeds is not None and settings.seeds > MOST_SEEDS:
+        raise FlagError(f"--seeds {settings.seeds}: it is a number of sets, not a seed, and at most {MOST_SEEDS:,} are made of a cell.")
     labels = {name: _labels_of(system, system.protocol or study.protocol, settings) for name, system in study.systems.items()}
     named = {name: msgspec.structs.replace(system, labels=labels[name]) for name, system in study.systems.items()}
     study = msgspec.structs.replace(study, systems=named)
@@ -98,13 +103,21 @@ def planned(study: Study, cells: Sequence[Cell], out: Path, settings: Settings) 
             own_labels = "stored" if recipe.own_labels.kind != "hard" and images == "synthetic" else "hard"
             learned = own_labels if system.labels == "auto" else system.labels
             evaluating = _evaluating(study, system.protocol or study.protocol, learned, images, settings)
-            own.append(Task(cell, seed, recipe, out / "sets" / name, evaluating, title=system.title))
+            own.append(Task(cell, seed, recipe, out / "sets" / name, evaluating, system.title or cell.system))
         tasks += own + _blends(study, own, out, settings)
+    tasks = _told_apart(tasks)
     if settings.alphas is not None and all(task.alpha is None for task in tasks):
         assert study.blends is not None
         both = f"{study.blends.first} and {study.blends.second}"
         raise InputError(f"--alphas: blends need both systems {both}. Add them to --systems.", "alphas")
     return tasks
+
+
+def _told_apart(tasks: Sequence[Task]) -> list[Task]:
+    """Returns the tasks, with the system after the title where another system has the same title and labels."""
+    named = {(task.cell.system, task.title, task.evaluation.labels) for task in tasks}
+    twice = set(doubles((title, labels) for _, title, labels in named))
+    return [t._replace(title=f"{t.title} [{t.cell.system}]") if (t.title, t.evaluation.labels) in twice else t for t in tasks]
 
 
 def _labels_of(system: SystemTable, protocol: str, settings: Settings) -> Literal["auto", "hard", "stored", "soft"]:
@@ -217,8 +230,8 @@ def _blends(study: Study, tasks: Sequence[Task], out: Path, settings: Settings) 
             key = _short(f"{first.path.name} {second.path.name} {alpha}".encode())
             path = out / "sets" / f"blend-ipc{cell[0]}-pipc{cell[1]}-seed{first.seed}-{key}"
             system = f"{study.blends.first}+{study.blends.second}"
-            parts, title = (first.path, second.path), " and ".join(task.title or task.cell.system for task in (first, second))
-            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, parts, alpha, f"Blend of {title}"))
+            parts, title = (first.path, second.path), " and ".join(task.title for task in (first, second))
+            found.append(Task(Cell(*cell, system), first.seed, first.recipe, path, evaluating, f"Blend of {title}", parts, alpha))
     return found
 
 

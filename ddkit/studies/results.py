@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import msgspec
 import torch
-from msgspec.structs import replace
 from torch import Tensor
 
 from ddkit.components import registry
+from ddkit.components.figures import budgets_differ
 from ddkit.components.registry import split_name
 from ddkit.data.pictures import high_frequency_share, radial_spectrum, sheet_png
-from ddkit.errors import DdkitError, counted, doubles
+from ddkit.errors import DdkitError, counted
 from ddkit.files import path_part, write_atomic
 from ddkit.run.artifact import load
 from ddkit.run.manifest import MANIFEST, read_manifest
@@ -103,18 +103,11 @@ def figures_of(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]
     groups: dict[tuple[Cell, float | None], list[Task]] = {}
     for task in tasks:
         groups.setdefault((task.cell, task.alpha), []).append(task)
-    return named_apart([_figure(study, group, failures) for group in groups.values()])
-
-
-def named_apart(figures: Sequence[Figure]) -> list[Figure]:
-    """Returns the figures, with the system after the title where another system has the same title and labels."""
-    twice = doubles({figure.system: figure.name for figure in figures}.values())
-    return [replace(figure, title=f"{figure.title} [{figure.system}]") if figure.name in twice else figure for figure in figures]
+    return [_figure(study, group, failures) for group in groups.values()]
 
 
 def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -> Figure:
     first = tasks[0]
-    system = study.systems.get(first.cell.system)
     known, known_std = published(study, first.cell) if first.alpha is None else (None, None)
     done = [(task, row) for task in tasks if (row := kept_row(task)) is not None]
     networks = [accuracy for _, row in done for accuracy in row["details"]["accuracies"]]
@@ -129,9 +122,9 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     for task, _ in done:
         try:
             manifest = read_manifest(task.path)
+            warned += manifest.get("warnings", [])
             made = load(task.path)
             pipc = task.recipe.pipc
-            warned += manifest.get("warnings", [])
             images += [made.images] if study.blends is not None else []
             real = len(manifest.get("real_files", []))
             if pipc != "all" and task.alpha is None and 0 < real < int(pipc) * len(made.class_names):
@@ -145,7 +138,7 @@ def _figure(study: Study, tasks: Sequence[Task], failures: Mapping[Path, str]) -
     spectra = [radial_spectrum(each)[1] for each in images]
     return Figure(
         ipc=first.cell.ipc, pipc=first.cell.pipc, system=first.cell.system,
-        title=(system.title if system else "") or first.cell.system, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
+        title=first.title, protocol=first.evaluation.protocol, labels=first.evaluation.labels,
         steps=first.recipe.steps, wanted=len(tasks), alpha=first.alpha, published=known, published_std=known_std,
         mean=statistics.fmean(networks) if networks else None, std=_std(networks), std_of_sets=_std(means),
         sets=len(done), networks=len(networks) // len(done) if done else 0,
@@ -182,7 +175,7 @@ def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
                 if task.alpha is not None:
                     rows[f"alpha {task.alpha:g}"] = task
                 elif task.cell.system in study.pictures:
-                    rows[study.systems[task.cell.system].title or task.cell.system] = task
+                    rows[task.name] = task
         wanted = len(study.pictures) + len(study.blends.alphas if study.blends else [])
         if rows and len(rows) == wanted:  # a call for some of them leaves the picture of all as it is
             try:
@@ -330,7 +323,7 @@ def _budgets(figures: Sequence[Figure]) -> list[str]:
     return [
         f"Do not compare these systems at ipc {ipc}, pipc {pipc}, as their budgets differ: "
         + ", ".join(f"{name} {numbers:,.6g} numbers per class" for name, numbers in row.items()) + "."
-        for (ipc, pipc), row in rows.items() if len(set(row.values())) > 1
+        for (ipc, pipc), row in rows.items() if budgets_differ(row.values())
     ]  # fmt: skip
 
 

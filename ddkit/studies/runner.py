@@ -107,7 +107,7 @@ def reproduce(
                 wanted = {kept_file(task): kept_row(task) for task in own}  # cells may share one
                 done = f"{len(wanted) - list(wanted.values()).count(None)} of {len(wanted)}"
                 stop.args = (f"Interrupted. {done} evaluations are finished and kept in {out}. The same command continues.",)
-                if ranks.is_main:
+                if ranks.is_main and (out / SETS).is_dir():
                     _known(study, tasks, failures, out)
             raise
     result = _known(study, tasks, failures, out if run and ranks.is_main else None)

@@ -15,7 +15,7 @@ from ddkit.recipes.resolve import read_recipe
 from ddkit.recipes.tables import Positive, Table
 
 Share = Annotated[float, Option(ge=0, le=1)]
-MOST_SEEDS = 1000  # a larger number is probably meant as a seed
+MOST_SEEDS = 1000  # of a cell; a larger number is probably meant as a seed
 
 
 class SystemTable(Table):

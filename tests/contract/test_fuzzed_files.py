@@ -187,7 +187,7 @@ def test_a_kept_evaluation_of_a_study_is_read_with_its_figures_or_refused(tmp_pa
     from ddkit.studies.study import Cell
 
     asked = Evaluating(protocol="short", labels="hard", images="synthetic", networks=None, teacher="")
-    task = Task(Cell(1, 1, "one"), 0, resolve("dm"), tmp_path / "one", asked)
+    task = Task(Cell(1, 1, "one"), 0, resolve("dm"), tmp_path / "one", asked, "one")
     task.path.mkdir()
     (task.path / "manifest.json").touch()
     content = {"schema": 1, "row": ROW}

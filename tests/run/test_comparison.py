@@ -67,9 +67,11 @@ def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(co
     Path("set/edited/evaluation.json").write_text('{"evaluations": [{}]}')
     Path("set/without-its-set/synthetic.safetensors").unlink()
     Path("set/link").symlink_to("one")
+    shutil.copytree("dm", "set/untested")
+    Path("set/untested/evaluation.json").write_text('{"schema": 1, "evaluations": []}')
     found = json.loads(copied("compare", "set", "--json").out)
     assert [one["name"] for one in found["sets"]] == ["set/again", "set/one"]
-    left_out = [f"set/{name}" for name in ("damaged", "edited", "killed", "without-its-set")]
+    left_out = [f"set/{name}" for name in ("damaged", "edited", "killed", "without-its-set", "untested")]
     assert [note.partition(" is left out")[0] for note in found["notes"]] == left_out
     Path("set/again").rename("again")
     alone = copied("compare", "set")
@@ -184,6 +186,7 @@ WRONG = {
     "no titles": (("dm", "m3d", "--titles", "nothing.txt"), 2, "each of the 2 sets a name"),
     "an empty title": (("dm", "m3d", "--titles", "Ours,"), 2, "each of the 2 sets a name"),
     "the baseline's title": (("dm", "m3d", "--titles", "Ours,random real"), 2, "Choose another name"),
+    "many titles": (("dm", "m3d", "--titles", ",".join(["a name"] * 60)), 2, "each of the 2 sets a name"),
     "figures that are there": (("dm", "m3d", "--figures", "m3d"), 5, "exists already"),
 }
 

@@ -14,6 +14,7 @@ import ddkit
 from ddkit.data.whitening import Whitening
 from ddkit.errors import FlagError, InputError
 from ddkit.run.artifact import Artifact
+from ddkit.run.blend import blended
 from ddkit.run.join import joined, of_classes
 from tests.conftest import Result
 
@@ -122,6 +123,16 @@ def test_what_cannot_stand_in_one_set_is_refused_with_the_two_names(second: Arti
         _joined(_set("ab", (0, 1)), _set("ac", (0, 1)), second)
     assert said in str(error.value)
     assert "set-2 cannot be joined to set-0" in str(error.value)
+
+
+def test_rows_of_an_older_layout_are_neither_joined_nor_averaged_with_those_of_today() -> None:
+    made = {"class_names": ["a"], "mean": [0.5], "std": [0.2], "image_shape": [1, 4, 4], "parametrization": {"use": "fourier", "images": 4}}
+    today, older = (Artifact(torch.ones(4, *shape), torch.zeros(4, dtype=torch.int64), made) for shape in ((4,), (1, 4)))
+    assert len(_joined(today, today).images) == 8
+    with pytest.raises(InputError, match=r"other stored rows \(1 x 4, not 4\)"):
+        _joined(today, older)
+    with pytest.raises(InputError, match="different parametrizations"):
+        blended(today, older, 0.5)
 
 
 def test_sets_of_one_whitening_keep_it() -> None:

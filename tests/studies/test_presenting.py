@@ -7,11 +7,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from ddkit.studies.presenting import report_charts, report_csv, report_latex, report_page
-from ddkit.studies.results import Figure, Report, named_apart, report_table
+from ddkit.studies.results import Figure, Report, report_table
 from tests.run.test_report import Page, check_self_contained
 
 
@@ -41,12 +40,6 @@ def test_with_pivot_systems_are_columns_and_what_they_do_not_share_is_said_below
     assert "Steps: 9 (DM), 5 (C)." in lines
     assert "n: 2 x 3." in lines
     assert "Images in each stored one: 1 (DM at ipc 1, pipc 10; C), 4 (DM at ipc 10, pipc 10)." in lines
-
-
-def test_two_systems_of_one_title_keep_columns_of_their_own() -> None:
-    both = report({}, {"system": "dm-b", "mean": 0.3})
-    lines = report_table(msgspec.structs.replace(both, figures=named_apart(both.figures)), pivot=True).splitlines()
-    assert ("DM [dm]" in lines[0], "DM [dm-b]" in lines[0]) == (True, True)
 
 
 def test_latex_is_a_tabular_of_booktabs_whose_letters_are_escaped_and_whose_notes_are_comments() -> None:

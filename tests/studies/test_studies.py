@@ -268,7 +268,7 @@ def test_what_is_not_run_is_named_as_in_the_table(cli: CLI, commands: list[list[
     assert len(left) == len(set(left)) == 6
     fewer = cli("reproduce", f"./{_study(STUDY + blends + soft)}", *SMALL, "--cells", "1:3", "--show", "--alphas", "1.0")
     assert fewer.out.partition("Not finished")[2].count("alpha 1") == fewer.out.partition("Not finished")[2].count("alpha") == 1
-    assert {"DM at ipc 1, pipc 3", "DM (soft) at ipc 1, pipc 3", "dm+shared at ipc 1, pipc 3, alpha 0.5"} <= set(left)
+    assert {"DM at ipc 1, pipc 3", "DM (soft) at ipc 1, pipc 3", "Blend of DM and shared at ipc 1, pipc 3, alpha 0.5"} <= set(left)
 
 
 def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
@@ -339,6 +339,29 @@ def test_a_cell_may_have_a_number_of_sets_of_its_own_and_all_of_seed_0_come_firs
 
     assert seeds() == [(0, 3), (0, 4), (1, 3), (1, 4), (2, 4)]
     assert seeds(seeds=1) == [(0, 3), (0, 4)]
+
+
+def test_a_number_of_sets_that_is_meant_as_a_seed_is_refused(cli: CLI) -> None:
+    refused = cli("reproduce", f"./{_study()}", *SMALL, "--seeds", 20261130)
+    assert refused.code == 2
+    assert "it is a number of sets, not a seed" in said(refused.err)
+
+
+@pytest.mark.parametrize("table", ["recipe = 'dm-star'", "recipe = 'dm'\nlabels = 'hard'"])
+def test_systems_of_one_title_are_told_apart(table: str) -> None:
+    study = parse_study(tomllib.loads(f"{STUDY}\n[systems.again]\ntitle = 'DM'\n{table}\n[systems.soft]\ntitle = 'DM'\nlabels = 'soft'\n"))
+    tasks = grid.planned(study, chosen_cells(study, [(1, 3)], None), Path("out"), grid.Settings(seeds=1))
+    assert [task.name for task in tasks] == ["DM [dm]", "shared", "means", "DM [again]", "DM (soft)"]
+
+
+def test_a_call_that_is_interrupted_before_the_first_set_writes_nothing(cli: CLI, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1, "--out", "empty")
+    Path("empty").mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(runner, "_check_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert cli(*flags).code == 130
+    assert list(Path("empty").iterdir()) == []
+    assert cli(*flags).code == 0
 
 
 def test_an_interrupted_set_is_continued(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -671,7 +694,7 @@ def test_methods_alone_and_with_dkkt_differ_in_dkkt_alone() -> None:
 
 def _task(name: str, *parts: str) -> grid.Task:
     asked = grid.Evaluating(protocol="short", labels="hard", images="synthetic", networks=1, teacher="")
-    return grid.Task(Cell(1, 1, name), 0, parse_recipe({}), Path(name), asked, tuple(map(Path, parts)))
+    return grid.Task(Cell(1, 1, name), 0, parse_recipe({}), Path(name), asked, name, tuple(map(Path, parts)))
 
 
 @pytest.mark.parametrize("of", [1, 2, 3, 5])
