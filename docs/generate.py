@@ -558,7 +558,8 @@ def _zoo(name: str) -> str:
             both = [_plus_minus(pair[each]["accuracy"], pair[each]["std"]) if each in pair else "" for each in (False, True)]
             random = _plus_minus(first["random"], first["random_std"])
             numbers = f"{float(first['stored_numbers']):,.6g}" if first["stored_numbers"] else ""
-            line = [*cell, method, *both, f"{gain[0]:+.1f}" if gain else "", random, numbers, first["steps"], first["n"]]
+            steps = " and ".join(dict.fromkeys(pair[each]["steps"] for each in (False, True) if each in pair))  # alone and with DKKT
+            line = [*cell, method, *both, f"{gain[0]:+.1f}" if gain else "", random, numbers, steps, first["n"]]
             tables[first["labels"] == "hard"].append(line)
     if not any(tables.values()):
         return "Not measured yet."
@@ -583,9 +584,11 @@ def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
     for axes, (title, lines) in zip(panels, data.items(), strict=False):
         for name, line in lines.items():
             x, y, error = zip(*((ticks.index(pipc), float(mean), float(std)) for pipc, mean, std in line), strict=True)
-            known.setdefault(name, axes.errorbar(x, y, error, color=f"C{[*known, name].index(name)}", marker="o", capsize=3))
+            number = [*known, name].index(name)
+            known.setdefault(name, axes.errorbar(x, y, error, color=f"C{number}", marker="osD^vPX*"[number % 8], capsize=3))
         axes.set_title(title, fontsize="medium")
-        axes.set_xticks(range(len(ticks)), ticks)
+        own = sorted({ticks.index(pipc) for line in lines.values() for pipc, _, _ in line})
+        axes.set_xticks(own, [ticks[place] for place in own])
         axes.grid(alpha=0.3)
     for axes in panels[len(data) :]:
         axes.set_axis_off()
@@ -598,7 +601,7 @@ def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
 def _draw_gains(data: dict[str, dict[str, list[float]]]) -> Figure:
     """Returns what DKKT adds to each method: a panel each cell, a bar each method."""
     figure = Figure(figsize=(3.2 * len(data) + 2, 1 + 0.25 * max(map(len, data.values()))), layout="constrained")
-    for axes, (cell, gains) in zip(figure.subplots(1, len(data), squeeze=False)[0], data.items(), strict=True):
+    for axes, (cell, gains) in zip(figure.subplots(1, len(data), squeeze=False, sharex=True)[0], data.items(), strict=True):
         axes.barh(list(gains), [gain for gain, _ in gains.values()], xerr=[spread for _, spread in gains.values()], capsize=2)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.invert_yaxis()

@@ -84,7 +84,8 @@ class Fourier(ddkit.Parametrization):
     its initial images is largest, and do not count the list of their positions; here all classes keep the same, without a list.
 
     `luma` stores brightness and the differences between channels in the place of channels, and has more coefficients for brightness, as
-    JPEG does: photographs have most of their detail in it. For images of one channel it has no effect.
+    JPEG does: photographs have most of their detail in it. Brightness has no more coefficients than pixels, so of two images in one it has
+    at most two thirds of the numbers. For images of one channel `luma` has no effect.
     """
 
     linear = True

@@ -67,12 +67,12 @@ def test_a_folder_stands_for_its_finished_runs_and_equal_budgets_need_no_word(co
     Path("set/edited/evaluation.json").write_text('{"evaluations": [{}]}')
     Path("set/without-its-set/synthetic.safetensors").unlink()
     Path("set/link").symlink_to("one")
-    shutil.copytree("dm", "set/untested")
-    Path("set/untested/evaluation.json").write_text('{"schema": 1, "evaluations": []}')
+    ddkit.distill(losses="dm", pipc=2, sets=SMALL, evaluators="none", out="set/untested", device="cpu")
     found = json.loads(copied("compare", "set", "--json").out)
     assert [one["name"] for one in found["sets"]] == ["set/again", "set/one"]
     left_out = [f"set/{name}" for name in ("damaged", "edited", "killed", "without-its-set", "untested")]
     assert [note.partition(" is left out")[0] for note in found["notes"]] == left_out
+    shutil.rmtree("set/untested")
     Path("set/again").rename("again")
     alone = copied("compare", "set")
     assert (alone.code, alone.out) == (2, "")
