@@ -599,13 +599,18 @@ def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
 
 
 def _draw_gains(data: dict[str, dict[str, list[float]]]) -> Figure:
-    """Returns what DKKT adds to each method: a panel each cell, a bar each method."""
-    figure = Figure(figsize=(3.2 * len(data) + 2, 1 + 0.25 * max(map(len, data.values()))), layout="constrained")
-    for axes, (cell, gains) in zip(figure.subplots(1, len(data), squeeze=False, sharex=True)[0], data.items(), strict=True):
-        axes.barh(list(gains), [gain for gain, _ in gains.values()], xerr=[spread for _, spread in gains.values()], capsize=2)
+    """Returns what DKKT adds to each method: a panel each cell, a bar each method, with a line for the spread unless there is none."""
+    names = list(dict.fromkeys(name for gains in data.values() for name in gains))
+    figure = Figure(figsize=(2.6 * len(data) + 2, 1.2 + 0.25 * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(data), squeeze=False, sharex=True, sharey=True)[0]
+    for axes, (cell, gains) in zip(panels, data.items(), strict=True):
+        places = [names.index(name) for name in gains]
+        axes.barh(places, [gain for gain, _ in gains.values()], xerr=[spread or float("nan") for _, spread in gains.values()], capsize=2)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.invert_yaxis()
-        axes.set(title=cell, xlabel="gain by DKKT, points")
+        axes.set_title(cell.replace(", ", "\n"), fontsize="medium")
+    panels[0].set_yticks(range(len(names)), names)
+    panels[0].invert_yaxis()
+    figure.supxlabel("gain by DKKT, points")
     return figure
 
 
