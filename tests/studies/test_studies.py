@@ -341,12 +341,6 @@ def test_a_cell_may_have_a_number_of_sets_of_its_own_and_all_of_seed_0_come_firs
     assert seeds(seeds=1) == [(0, 3), (0, 4)]
 
 
-def test_a_number_of_sets_that_is_meant_as_a_seed_is_refused(cli: CLI) -> None:
-    refused = cli("reproduce", f"./{_study()}", *SMALL, "--seeds", 20261130)
-    assert refused.code == 2
-    assert "it is a number of sets, not a seed" in said(refused.err)
-
-
 @pytest.mark.parametrize("table", ["recipe = 'dm-star'", "recipe = 'dm'\nlabels = 'hard'"])
 def test_systems_of_one_title_are_told_apart(table: str) -> None:
     study = parse_study(tomllib.loads(f"{STUDY}\n[systems.again]\ntitle = 'DM'\n{table}\n[systems.soft]\ntitle = 'DM'\nlabels = 'soft'\n"))
