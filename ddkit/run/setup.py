@@ -4,45 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from ddkit.components import plugin_file, registry
-from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, InitContext, Initializer, Model, Parametrization
+from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Model, Parametrization
 from ddkit.components.guard import blamed, called
 from ddkit.components.observers import Observers
-from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, channel_statistics
-from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset, repeated
+from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
 from ddkit.data.whitening import Whitening, shared, whitening_of
-from ddkit.distributed import ALONE, Ranks, class_rows
+from ddkit.distributed import ALONE, Ranks
 from ddkit.engine.bank import Bank
 from ddkit.engine.draws import Inner, StepSource, ViewSpec
-from ddkit.engine.labels import SOFT_LABELS, label_parameters
+from ddkit.engine.labels import SOFT_LABELS
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.planning import ExecutionPlan
-from ddkit.errors import DdkitError, InputError, RunFailed, shown
+from ddkit.errors import InputError, shown
 from ddkit.files import machine_bytes
-from ddkit.nn.automatic_teacher import automatic_teacher, resolved_training
+from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.compiling import get_ready
 from ddkit.nn.device import pick_device, products
-from ddkit.nn.embedder import features_of
 from ddkit.nn.experts import Experts, experts_of, untrained
 from ddkit.nn.networks import batch_norms, build_network, modes_kept, network_tensors, no_second_derivative
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
-from ddkit.recipes.resolve import evaluator_options, flattened, named_components
+from ddkit.recipes.resolve import evaluator_options, flattened
 from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
 from ddkit.run.artifact import stored_in_pixels
-from ddkit.seeding import generator
+from ddkit.run.initial_set import initial_set
+from ddkit.run.resolved import resolved
 
 AUTOMATIC_TEACHER = "the automatic teacher"
 AUTOMATIC_EXPERTS = "the automatic experts"
@@ -73,8 +70,6 @@ class RunSetup:
         ranks.check_classes(len(self.dataset.class_names))
         check_reduce(self.losses, ranks)
         self._check_room()
-        self.encoding_error = 0.0  # of the first images, once they are made
-        self.first_labels: Tensor | None = None  # (n, K) of the first images, if the initializer has others than their classes
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
         self.experts: Experts | None = None
@@ -86,7 +81,6 @@ class RunSetup:
         self._check_memory()
         self._build_components()
         self.plugin_files = plugin_file.known()
-        self.plugins_used = self._plugins_used()
 
     def _without_data(self) -> Dataset | None:
         """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""
@@ -310,14 +304,15 @@ class RunSetup:
             get_ready()
         self.load_teacher(train_it=train_it)
         self.load_experts(train_it=train_it)
-        self.bank = self.initial_bank()
-        self.resolved_recipe = self.resolved()
+        self.begins = initial_set(self)
+        self.bank = self.begins.bank
+        self.resolved_recipe = resolved(self)
         self.ranks.check_same("The resolved recipe", dict(flattened(recipe_dict(self.resolved_recipe))))
         self.engine = self.engine_over(self.bank)
         if self.begun:
             return
         with products(self.device, self.decided.products):
-            self.engine.start(self.first_labels)
+            self.engine.start(self.begins.soft_labels)
             if SOFT_LABELS in self.bank.parameters and self.recipe.steps:
                 self.engine.evaluate(0)  # an error if no loss teaches the labels, which a step shows
         if self.evaluators and self.ranks.is_main:
@@ -441,88 +436,15 @@ class RunSetup:
         whitened = self.recipe.data.whiten and self.recipe.parametrization.use != "pixels"
         return stored_in_pixels(self.parametrization, whitened)
 
-    def initial_bank(self) -> Bank:
-        """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
-        own = self.own_classes
-        if not self.begun:
-            self.watchers.begin("start", f"Making the first images ({registry.split_name(self.recipe.initializer.use)[0]})")
-        rows = self.labels_of(own)
-        images = torch.zeros((len(rows), *self.info.shape)) if self.begun else self._first_images(rows)
-        with blamed("parametrization", self.parametrization, building=True):
-            stored = self.parametrization.encode(images, self.parametrization.shared(self.info.shape))
-        labels, per_row = self.labels_of(range(self.info.classes)), self.parametrization.per_row
-        declared = {**declared_by(self.losses), **label_parameters(self.recipe.own_labels, self.info.classes)}
-        bank = Bank(
-            stored.to(self.device), rows[::per_row].to(self.device), declared, self.recipe.optimizer,
-            parametrization=self.parametrization, shape=self.info.shape, start=sum(self.counts(range(own.start))) // per_row,
-            size=len(labels) // per_row,
-        )  # fmt: skip
-        self.stored_labels = labels[::per_row]
-        self.shown_labels = self.stored_labels if self.stores_pixels else labels
-        if stored is not images:
-            made = bank.decoded(bank.rows(None))
-            if (made.shape, made.dtype) != (images.shape, torch.float32) or not bool(made.isfinite().all()):
-                raise RunFailed(
-                    f"The {called('parametrization', self.parametrization)} made images of shape {tuple(made.shape)} and {made.dtype}, "
-                    "or images that "
-                    f"are not finite. It must make finite float32 images of shape {tuple(images.shape)}.{self.parametrization.advice}"
-                )
-        if stored is not images and not self.begun:
-            square = (made.detach().cpu() - images).double().square().sum()
-            total = self.ranks.all_reduce([square], "encoding")[0]
-            self.encoding_error = math.sqrt(float(total) / (len(labels) * math.prod(self.info.shape)))
-            far = f"{self.encoding_error:.3f} (root mean square, normalised units)"
-            self.watchers.begin(
-                "start",
-                f"The first images of the parametrization {self.parametrization.name} differ by {far} from those of the initializer",
-            )
-        return bank
+    @property
+    def stored_labels(self) -> Tensor:
+        """(n,) int64: the class of each row that the set stores."""
+        return self.labels_of(range(self.info.classes))[:: self.parametrization.per_row]
 
-    def _first_images(self, labels: Tensor) -> Tensor:
-        """Returns what the initializer gives for labels (n,) of this process's classes: (n, C, H, W), normalised.
-
-        An initializer that does not do class by class gets all of them, so that the set begins as that of a single process.
-        """
-        together = self.ranks.world_size > 1 and not self.initializer.by_class
-        if together:
-            labels = self.labels_of(range(self.info.classes))
-        real = self.real.all_images() if together else self.real.images
-        real_labels = self.real.labels if together else self.real.labels[self.real.own]
-        if self.recipe.initializer.reuse:
-            real, real_labels = repeated(real, real_labels, [self.initializer.needed(each) for each in self.images_per_class])
-        guide = self.teacher if self.initializer.requires.teacher else None
-        start = InitContext(
-            labels=labels,
-            shape=self.info.shape,
-            real_images=self.normalisation.lazily(real),
-            real_labels=real_labels,
-            generator=lambda label: generator(self.recipe.seed, "initializer", label),
-            class_names=self.info.class_names,
-            normalisation=self.normalisation,
-            teacher=guide,
-            features=None if guide is None else lambda images: features_of(guide.module, images),
-        )
-        with blamed("initializer", self.initializer, building=True):
-            images = self.initializer(start)
-        shape = (len(labels), *self.info.shape)
-        fits = isinstance(images, Tensor) and images.is_floating_point() and tuple(images.shape) == shape
-        if not fits or not bool(images.isfinite().all()):
-            what = f"images of shape {tuple(images.shape)}, {images.dtype}" if isinstance(images, Tensor) else type(images).__name__
-            raise RunFailed(
-                f"The {called('initializer', self.initializer)} returned {what}{', not finite' if fits else ''}. It must return finite "
-                f"floats of shape {shape}.{self.initializer.advice}"
-            )
-        own = class_rows(labels, self.own_classes) if together else slice(None)
-        if (self.recipe.own_labels.kind, self.recipe.own_labels.init) == ("learned", "auto"):
-            with blamed("initializer", self.initializer, building=True):
-                found = self.initializer.soft_labels(start)
-            if found is not None and found.shape != (len(labels), self.info.classes):
-                raise RunFailed(
-                    f"The {called('initializer', self.initializer)} returned soft labels of shape {tuple(found.shape)}. The shape must be "
-                    f"{(len(labels), self.info.classes)}, a row for each image.{self.initializer.advice}"
-                )
-            self.first_labels = None if found is None else found[own]
-        return images[own]
+    @property
+    def shown_labels(self) -> Tensor:
+        """(n,) int64: the class of each image of the set in pictures: its rows if they are images, else what they make."""
+        return self.stored_labels if self.stores_pixels else self.labels_of(range(self.info.classes))
 
     def engine_over(self, bank: Bank) -> Engine:
         """Returns the engine of this run over `bank`."""
@@ -548,77 +470,6 @@ class RunSetup:
         )  # fmt: skip
         return Engine(bank, source, self.losses, chunk=self.decided.chunk)
 
-    def resolved(self) -> Recipe:
-        """Returns the recipe with every option, and what the engine decided, written out.
-
-        Its notes are left out: they are about the values that the recipe had before they were changed.
-        """
-        recipe = self.recipe
-        replace = msgspec.structs.replace
-
-        def written(table: Any, key: str, options: Any) -> Any:
-            """Returns a table with its component named without an argument, and with all of its options."""
-            return replace(table, **{key: registry.split_name(getattr(table, key))[0]}, options=written_options(options))
-
-        teacher, training = recipe.teacher, recipe.train
-        if teacher.use == "auto":
-            teacher, training = resolved_training(teacher, training, self.info)
-        else:
-            teacher = replace(teacher, use=str(Path(teacher.use).absolute()))
-        experts = recipe.experts
-        if self.experts is not None:
-            experts = replace(
-                experts, count=self.experts.count, epochs=self.experts.trained, save_every=self.experts.save_every,
-                use=experts.use if experts.use == "auto" else str(Path(experts.use).absolute()),
-            )  # fmt: skip
-        data = recipe.data
-        if isinstance(self.dataset, NoImages):  # the data are not opened, and may not even be there
-            data_options = registry.options_of("dataset", data.use, data.options, "data")
-            with suppress(DdkitError):
-                data_options = registry.create("dataset", data.use, data.options, where="data", directory=data.dir).options
-        else:
-            data_options = self.dataset.options
-        return replace(
-            recipe,
-            notes={},
-            teacher=teacher,
-            train=training,
-            experts=experts,
-            data=replace(written(data, "use", data_options), held_out=self.real.held_out or data.held_out),
-            network=written(recipe.network, "model", self.model.options),
-            initializer=written(recipe.initializer, "use", self.initializer.options),
-            parametrization=written(recipe.parametrization, "use", self.parametrization.options),
-            augmenter=written(recipe.augmenter, "use", self.augmenter.options),
-            views={
-                name: replace(written(recipe.views[name], "augmenter", view.augmenter.options), compose=None)
-                for name, view in self.views.items()
-            },
-            engine=replace(
-                recipe.engine, chunk=self.decided.chunk, block=self.decided.block, compile=self.decided.arithmetic.compile,
-                precision=self.decided.arithmetic.precision,
-            ),
-            losses={
-                each.label: replace(recipe.losses[each.label], use=recipe.loss_name(each.label), options=written_options(each.loss.options))
-                for each in self.losses
-            },
-            evaluators={
-                label: replace(recipe.evaluators[label], options=_named(written_options(each.options)))
-                for label, each in self.evaluators.items()
-            },
-        )  # fmt: skip
-
-    def _plugins_used(self) -> list[dict[str, str]]:
-        """Returns kind, name, distribution and version of every plugin of the run, of a plugin file its path and sha256."""
-        trains = (self.needs_teacher and self.recipe.teacher.use == "auto") or (self.needs_experts and self.recipe.experts.use == "auto")
-        in_use = {"network": self.decided.needs_network, "teacher": self.needs_teacher, "train": trains}
-        named = {(kind, name) for kind, name, _, where in named_components(self.recipe) if in_use.get(where, True)}
-        used = [registry.find(kind, registry.split_name(name)[0]) for kind, name in sorted(named)]
-        return [
-            {"kind": p.kind, "name": p.name, "distribution": p.distribution, "version": p.version}
-            | ({"file": p.file, "sha256": p.sha256} if p.file else {})
-            for p in used
-        ]
-
 
 def _inner(table: NetworkTable) -> Inner:
     """Returns how [network] says that networks are trained between steps."""
@@ -627,12 +478,6 @@ def _inner(table: NetworkTable) -> Inner:
         momentum=table.inner_momentum, weight_decay=table.inner_weight_decay, mix=table.inner_mix, mix_share=table.inner_mix_share,
     )  # fmt: skip
     return Inner(schedule, steps=table.inner_steps, real=table.trained_on == "real", augmented=table.inner_augment)
-
-
-def _named(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the written options of an evaluator with the name of its protocol, whose values the recipe's [protocols] has."""
-    protocol = options.get("protocol")
-    return options | {"protocol": protocol["name"]} if isinstance(protocol, dict) and "usual" in protocol else options
 
 
 def evaluators_of(recipe: Recipe, info: DataInfo, parameters: Collection[str]) -> dict[str, Evaluator]:

@@ -14,6 +14,7 @@ from torch import nn
 from ddkit.components.trust import granting
 from ddkit.engine.loop import Engine
 from ddkit.recipes.resolve import resolve
+from ddkit.run.initial_set import initial_set
 from ddkit.run.setup import RunSetup
 from tests import factories
 from tests.conftest import Result
@@ -43,7 +44,7 @@ def test_fused_attention_is_given_up_for_second_derivatives_alone(monkeypatch: p
         for losses, fused in (("dm", True), ("gm", False)):
             recipe = resolve(None, losses=losses, evaluators="none", model="python:tests.factories.attentive", sets=[], steps=1)
             job = RunSetup(recipe, device="cpu")
-            engine: Engine = job.engine_over(job.initial_bank())
+            engine: Engine = job.engine_over(initial_set(job).bank)
             seen.clear()
             engine.evaluate(0)
             assert set(seen) == {fused}

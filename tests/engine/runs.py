@@ -13,6 +13,7 @@ from torch import Tensor
 from ddkit.engine.bank import Bank
 from ddkit.engine.loop import Engine
 from ddkit.recipes.tables import parse_recipe
+from ddkit.run.initial_set import initial_set
 from ddkit.run.setup import RunSetup
 
 
@@ -30,7 +31,7 @@ def made(table: Mapping[str, Any]) -> tuple[RunSetup, Bank, Engine]:
     job = RunSetup(parse_recipe(table), device="cpu")
     job.load_teacher()
     job.load_experts()
-    bank = job.initial_bank()
+    bank = initial_set(job).bank
     return job, bank, job.engine_over(bank)
 
 

@@ -337,6 +337,7 @@ def test_little_memory_means_smaller_chunks_and_blocks_with_the_same_result(cli:
 PEAK = """
 import re, sys
 import torch
+from ddkit.run.initial_set import initial_set
 from ddkit.run.setup import RunSetup
 from ddkit.recipes.resolve import resolve
 
@@ -346,7 +347,7 @@ sets |= {"teacher.use": sys.argv[4], "teacher.width": 64, "teacher.norm": "batch
 recipe = resolve(sys.argv[3], evaluators="none", dataset=f"npz:{sys.argv[1]}", ipc=60, pipc=20, steps=2, sets=list(sets.items()))
 job = RunSetup(recipe, device="cpu")
 job.load_teacher()
-engine = job.engine_over(job.initial_bank())
+engine = job.engine_over(initial_set(job).bank)
 
 def peak():  # not ru_maxrss, which a process inherits from the one that started it
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])

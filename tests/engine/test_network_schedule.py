@@ -22,6 +22,7 @@ from ddkit.nn.embedder import embed
 from ddkit.nn.networks import build_network, network_tensors
 from ddkit.recipes.resolve import resolve
 from ddkit.recipes.tables import Recipe, parse_recipe
+from ddkit.run.initial_set import initial_set
 from ddkit.run.setup import RunSetup
 from ddkit.testing.world import in_parts
 from tests.engine.runs import made, same, write_npz
@@ -212,7 +213,7 @@ def test_two_processes_train_a_pool_on_real_images_as_one_does_to_the_last_bit(r
 
     def trained(ranks: Ranks) -> dict[str, Tensor]:
         setup = RunSetup(parse_recipe(table), device="cpu", ranks=ranks)
-        engine = setup.engine_over(setup.initial_bank())
+        engine = setup.engine_over(initial_set(setup).bank)
         advance(engine, 0, STEPS)
         return engine.source._tensors()
 

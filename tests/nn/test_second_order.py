@@ -18,6 +18,7 @@ from ddkit.nn.compiling import Arithmetic, native_bfloat16
 from ddkit.nn.device import differentiable_attention
 from ddkit.nn.networks import build_network
 from ddkit.nn.second_order import ClassGradients, SecondOrder, no_forward_mode
+from ddkit.run.resolved import resolved
 from ddkit.testing.suite import info_of
 from tests.engine.runs import made, write_npz
 
@@ -209,7 +210,7 @@ def test_the_teacher_is_compiled_if_its_work_pays_it_back_or_it_is_asked_for(tmp
     assert [setup.decided.compiled for setup in setups.values()] == [set(), {"teacher"}]
     again = made(long_run(tmp_path, engine={"compile": True}))[0]
     assert again.decided.compiled == {"teacher"}
-    assert again.resolved().engine.compile is True
+    assert resolved(again).engine.compile is True
 
 
 def matching(tmp_path: Path, **more: Any) -> dict[str, Any]:
