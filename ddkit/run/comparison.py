@@ -208,7 +208,8 @@ def _opened(targets: Sequence[str | Path]) -> tuple[list[_Found], list[str]]:
                 if each.by_key or not each.recipe:
                     found.append(each)
                 else:
-                    notes.append(f"{each.name} is left out, because no network was trained on its set.")
+                    remedy = f"`ddkit evaluate {shlex.quote(each.name)}` does it."
+                    notes.append(f"{each.name} is left out, because no network was trained on its set. {remedy}")
         if len(found) == before:
             what = " ".join(["is not a run directory and contains no finished run. Name runs, or a folder of runs.", *notes])
             raise RunFilesError(f"{target} {what}")
