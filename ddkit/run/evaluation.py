@@ -144,7 +144,7 @@ def run_evaluators(
 ) -> list[Evaluation]:
     """Returns the rows of every evaluator, in order of label, in every process; those that do not share their work run in the first.
 
-    `helps` are flags to try if the set is worse than random real images.
+    `helps` is a sentence on what to try if the set is worse than random real images.
     """
 
     def spread(tasks: Sequence[Any], work: Callable[[Sequence[Any]], Sequence[Any]]) -> list[Any]:

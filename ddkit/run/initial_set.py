@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,10 +19,13 @@ from ddkit.engine.labels import label_parameters
 from ddkit.engine.losses import declared_by
 from ddkit.errors import RunFailed
 from ddkit.nn.embedder import features_of
+from ddkit.run.doubts import too_coarse
 from ddkit.seeding import generator
 
 if TYPE_CHECKING:
     from ddkit.run.setup import RunSetup
+
+log = logging.getLogger("ddkit")
 
 
 class InitialSet(NamedTuple):
@@ -65,6 +69,9 @@ def initial_set(setup: RunSetup) -> InitialSet:
         f"The first images of the parametrization {parametrization.name} differ by {error:.3f} (root mean square, normalised units) from "
         "those of the initializer",
     )
+    if setup.initializer.needed(max(setup.images_per_class)):  # noise has no form that could be lost
+        for sentence in too_coarse(parametrization.name, error):
+            log.warning("%s", sentence)
     return InitialSet(bank, soft_labels, error)
 
 

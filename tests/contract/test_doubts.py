@@ -102,6 +102,16 @@ def test_chance_is_told_where_the_images_are_enough(right: list[int], seen: list
     assert at_chance(torch.tensor(right), torch.tensor(seen)) is told
 
 
+def test_a_parametrization_that_cannot_hold_the_real_images_is_told_with_the_one_that_can(words: Words) -> None:
+    flags = ("distill", "--recipe", "practical-plus", "--losses", "dm", "--ipc", 1, "--pipc", 10, "--evaluate", "none", *SMALL_FLAGS)
+    told = words(*flags, "--steps", 0, "--out", "ten-in-one")
+    advice = re.search(r"--set parametrization\.use=\S+$", told, re.M)
+    assert "has too few numbers for these images" in told
+    assert advice
+    for name, enough in (("one", shlex.split(advice[0])), ("two", ["--set", "parametrization.images=2"]), ("noise", ["--init", "noise"])):
+        assert "too few numbers" not in words(*flags, "--steps", 0, *enough, "--out", name)
+
+
 def test_a_set_worse_than_random_real_images_is_told_in_distill_and_evaluate(words: Words) -> None:
     noise = ("--init", "noise", "--set", "optimizer.images.lr=1e-9", "--set", "evaluators.accuracy.epochs=60", "--ipc", 5)
     told = words("distill", "--losses", "dm", *SMALL_FLAGS, *noise, "--out", "noise")

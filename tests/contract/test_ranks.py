@@ -28,8 +28,8 @@ from ddkit.components import registry
 from ddkit.errors import FlagError, InputError
 from ddkit.files import read_tensors
 from ddkit.recipes.resolve import resolve
-from ddkit.run.run import Place, planned
 from ddkit.run.resolved import resolved
+from ddkit.run.run import Place, planned
 from ddkit.run.setup import RunSetup
 from ddkit.testing import world as testing_world
 from ddkit.testing.world import Setting, in_parts, part_of
