@@ -69,7 +69,12 @@ class Trajectory(ddkit.Loss):
     )
     last_at_first: int | None = ddkit.option(None, "value of `last` in the first step of the run; if left out, it does not change", ge=0)
     widening: int = ddkit.option(0, "number of steps of the run in which `last_at_first` grows to `last`", ge=0)
-    most: float | None = ddkit.option(None, "largest distance at which a step has a gradient; if left out, all steps have one", gt=0)
+    most: float | None = ddkit.option(
+        None,
+        "largest distance at which a step has a gradient; if left out, all steps have one. If the distance is above it in the first step "
+        "(metrics.jsonl has it), use a smaller step_size",
+        gt=0,
+    )
     step_size: float = ddkit.option(0.01, "initial value of the learned learning rate", gt=0)
     graph: Literal["whole", "again", "separate"] = ddkit.option(
         "whole",
@@ -114,6 +119,7 @@ class Trajectory(ddkit.Loss):
         else:
             found = unrolled_sgd(step.network, start, batches, rate, constant_memory=self.graph == "again")
         value = trajectory_distance(found, start, end)
+        step.log("distance", value)
         return value if self.most is None else value.clamp(max=self.most)
 
     def batches(self, step: ddkit.Step) -> Iterator[Batch]:
