@@ -16,7 +16,6 @@ import msgspec
 import torch
 
 from ddkit.components import registry
-from ddkit.components.base import Evaluation
 from ddkit.components.figures import budgets_differ
 from ddkit.data.pictures import eight_bits
 from ddkit.errors import FlagError, RunFilesError, counted, doubles, printable
@@ -231,8 +230,7 @@ def _open(name: str) -> _Found:
     facts = read_manifest(path)
     if not (path / RECIPE).is_file():
         return _Found(name=name, artifact=artifact, facts=facts)
-    rows = msgspec.to_builtins(msgspec.convert(read_evaluations(path), list[Evaluation]))  # with what older versions left out
-    return _Found(name=name, artifact=artifact, facts=facts, recipe=run.read_recipe(), rows=rows)
+    return _Found(name=name, artifact=artifact, facts=facts, recipe=run.read_recipe(), rows=read_evaluations(path))
 
 
 def _checked_data(found: Sequence[_Found]) -> list[str]:
@@ -288,7 +286,7 @@ def _evaluations(found: Sequence[_Found]) -> list[ComparedEvaluation]:
         figures = []
         for each in found:
             own = rows.get(each.name, {}).get(key, {})
-            own = own | {"random_real": own.get("details", {}).get("random_real", "")}
+            own = own | {"random_real": own.get("details", {}).get("random_real", "")}  # a file has no figures
             figures.append({name: value for name, value in own.items() if name in fields})
         compared = [ComparedRow(**known | {"name": each.name}) for each, known in zip(found, figures, strict=True)]
         made.append(ComparedEvaluation(model=row["model"], protocol=protocol, labels=row["labels"], split=row["split"], rows=compared))

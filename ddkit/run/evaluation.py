@@ -284,5 +284,5 @@ def _record_evaluation(
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
     """Returns what two rows have in common of which the newer replaces the older."""
     named = (row.get(key) for key in ("evaluator", "model", "protocol", "labels", "repeats"))
-    settings = (row.get("details", {}).get(key) for key in ("epochs", "temperature", "variant"))
-    return (*named, row.get("images", "synthetic"), row.get("split", "test"), *settings)
+    settings = (row["details"].get(key) for key in ("epochs", "temperature", "variant"))
+    return (*named, row["images"], row["split"], *settings)

@@ -246,5 +246,5 @@ def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     file = folder / EVALUATION
     found = read_json(file) if file.is_file() else {"evaluations": []}
     checked(found, _Evaluations, file)
-    rows: list[dict[str, Any]] = found["evaluations"]
+    rows = [msgspec.to_builtins(msgspec.convert(row, Evaluation)) | row for row in found["evaluations"]]  # older versions left fields out
     return [row | {"labels": "teacher"} if row["labels"] == "soft" else row for row in rows]  # as versions up to 0.2 call them

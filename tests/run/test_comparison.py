@@ -51,7 +51,7 @@ def test_runs_stand_beside_each_other_with_what_differs(copied: Callable[..., Re
         own = next(each for each in json.loads(Path(run, "evaluation.json").read_text())["evaluations"] if each["model"] == "convnet")
         own["random_real"] = own["details"].get("random_real", "")
         assert row == {"name": run} | {key: own[key] for key in row if key != "name"}
-    assert [note.partition(":")[0] for note in found["notes"]] == ["Budgets differ", "Accessible real images differ"]
+    assert [note.partition(":")[0] for note in found["notes"]] == ["Budgets differ", "Accessible real images differ", "m3d"]
     shown = copied("compare", "dm", "m3d").out
     assert shown.startswith("convnet, protocol short, 2 epochs, hard labels, tested on the test split\n")
     assert all(note in shown for note in found["notes"])

@@ -112,7 +112,7 @@ def head(files: Files) -> dict[str, Any]:
 def _results(files: Files) -> list[tuple[str, str, str]]:
     """Returns the tiles of the set's first accuracy and of its ceilings: the accuracy of the teacher and of the full data."""
     tiles = []
-    own = [row for labels in LABELS for row in _rows(files, labels) if row.get("images", "synthetic") == "synthetic"]
+    own = [row for labels in LABELS for row in _rows(files, labels) if row["images"] == "synthetic"]
     for row in own[:1]:  # a baseline's is no figure of this set
         beside = f"random real {_random_real(row)}; " if row.get("random_real_mean") is not None else ""
         told = f"{beside}{_named(row)}, {row.get('labels', 'hard')} labels, n = {row['repeats']}"
@@ -286,7 +286,7 @@ def _rows(files: Files, labels: str) -> list[Mapping[str, Any]]:
 
 def _named(row: Mapping[str, Any]) -> str:
     """Returns "convnet, standard, 300 epochs", with the images and the split where they are not the usual ones."""
-    details = row.get("details", {})
+    details = row["details"]
     epochs = counted(details["epochs"], "epoch") if details.get("epochs") else ""
     variant = str(details.get("variant") or "")  # tells the epochs where they are not the protocol's
     parts = [row["model"], row["protocol"], "" if epochs and epochs in variant else epochs, variant]
@@ -310,7 +310,7 @@ def _percent(row: Mapping[str, Any], key: str) -> str:
 
 def _random_real(row: Mapping[str, Any]) -> str:
     """Returns the accuracy of the random real images, and how many they are if that is not as many as the set has."""
-    said = row.get("details", {}).get("random_real")
+    said = row["details"].get("random_real")
     return _percent(row, "random_real") + (f" ({said})" if said else "")
 
 
@@ -331,7 +331,7 @@ def evaluation(files: Files) -> dict[str, Any]:
         names = files.artifact.class_names
         pictures_ = [
             confusion(f"confusion-{labels}-{path_part(row['model'])}", of[row["model"]], f"Confusion: {_named(row)}", counts, names)
-            for row in found if row.get("images", "synthetic") == "synthetic" and _fits(counts := row["details"].get("confusion"), files)
+            for row in found if row["images"] == "synthetic" and _fits(counts := row["details"].get("confusion"), files)
         ]  # fmt: skip
         classes = [
             [name, _named(row), each["test_images"], *(_share(each.get(key)) for key in ("accuracy", "random_real"))]
@@ -341,19 +341,19 @@ def evaluation(files: Files) -> dict[str, Any]:
         groups += [{"title": title, "charts": charts, "rows": lines, "classes": classes}] if found else []
     findings = [
         [row["evaluator"], "" if row["model"] == "-" else _named(row), words]
-        for row in files.evaluations if (words := str(row.get("details", {}).get("summary", "")))
+        for row in files.evaluations if (words := str(row["details"].get("summary", "")))
     ]  # fmt: skip
     findings += [
         [row["evaluator"], _named(row), f"{known} of {row['repeats']} networks of the baseline come from the cache of an earlier "
          "evaluation."]
-        for row in files.evaluations if (known := row.get("details", {}).get("cached"))
+        for row in files.evaluations if (known := row["details"].get("cached"))
     ]  # fmt: skip
     findings += [
         [row["evaluator"], _named(row), f"The test split is uneven: balanced accuracy {_percent(row['details'], 'balanced')}, random real "
          f"{_percent(row['details'], 'random_real_balanced')}."]
-        for row in files.evaluations if row.get("details", {}).get("balanced_mean") is not None
+        for row in files.evaluations if row["details"].get("balanced_mean") is not None
     ]  # fmt: skip
-    close = any(row["evaluator"] == "memorisation" and row.get("details", {}).get("close") for row in files.evaluations)
+    close = any(row["evaluator"] == "memorisation" and row["details"].get("close") for row in files.evaluations)
     return {"ceiling": _ceiling(files), "groups": groups, "findings": findings, "close": close}
 
 
@@ -363,7 +363,7 @@ def _class_charts(files: Files, labels: str, rows: Sequence[Mapping[str, Any]], 
     `of` ends the title by the name of a network.
     """
     for row in rows:
-        lines = _by_class(row, files) if row.get("images", "synthetic") == "synthetic" else []
+        lines = _by_class(row, files) if row["images"] == "synthetic" else []
         if lines:
             title, half = "Accuracy of each class", MOST_BARS // 2
             if len(lines) > MOST_BARS:
