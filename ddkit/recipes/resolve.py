@@ -347,6 +347,9 @@ def assign(raw: Raw, path: str, value: Any) -> None:
         own = own_keys((NAMED_TABLES if named else TABLES)[top]) - {"compose"}
         for key in table.keys() - own:
             del table[key]
+    if isinstance(value, Mapping):  # into which later paths write
+        check_depth(value, path)
+        value = copy.deepcopy(dict(value))
     table[keys[-1]] = value
 
 

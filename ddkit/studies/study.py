@@ -11,7 +11,7 @@ import msgspec
 from ddkit.components.options import Option, parse_struct
 from ddkit.components.registry import NAME
 from ddkit.errors import InputError, doubles, suggestion
-from ddkit.recipes.resolve import read_recipe
+from ddkit.recipes.resolve import flattened, read_recipe
 from ddkit.recipes.tables import Positive, Table
 
 Share = Annotated[float, Option(ge=0, le=1)]
@@ -22,6 +22,7 @@ class SystemTable(Table):
     """One column of a study: a recipe, and what it changes."""
 
     title: str = ""
+    like: Annotated[str, Option("system of this study that it is like: it has that one's keys where it has none of its own")] | None = None
     recipe: str = "default"
     losses: Annotated[str, Option("losses that replace those of the recipe, written as for --losses")] | None = None
     fallback: Annotated[str, Option("recipe for the weights and options of losses that `recipe` does not have")] | None = None
@@ -109,6 +110,8 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
     for kind, where, table in parts:
         if isinstance(table, Mapping):  # reading the whole study reports what is no table
             parse_struct(kind, table, where, whole="the study")
+    if isinstance(systems, Mapping) and all(isinstance(table, Mapping) for table in systems.values()):
+        raw = {**raw, "systems": {name: _whole(name, systems) for name in systems}}
     study = parse_struct(Study, dict(raw), "", whole="the study")
     for what, table in (("systems", study.systems), ("cells", study.cells)):
         if not table:
@@ -148,6 +151,20 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
         for name in (name for name in names if study.systems[name].baseline in ("pipc-real", "class-mean")):
             raise InputError(f"{where} names the system '{name}', but a baseline {study.systems[name].baseline} stores no images.", where)
     return study
+
+
+def _whole(name: str, systems: Mapping[str, Mapping[str, Any]], heirs: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Returns the table of a system with the keys of the one that it is `like`; of `set` it has those paths that its own does not name."""
+    own = dict(systems[name])
+    if "like" not in own:
+        return own
+    where, other = f"systems.{name}.like", own["like"]
+    if other not in systems:
+        raise InputError(f"{where} names the system '{other}', which the study lacks. {suggestion(other, systems)}", where)
+    if other in (name, *heirs):
+        raise InputError(f"{where} = {other!r} leads back to the system itself. Write the keys of one of them out.", where)
+    base = _whole(other, systems, (*heirs, name))
+    return base | own | {"set": dict([*flattened(base.get("set", {})), *flattened(own.get("set", {}))])}
 
 
 def published(study: Study, cell: Cell) -> tuple[float | None, float | None]:

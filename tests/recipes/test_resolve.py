@@ -61,6 +61,16 @@ def test_values_that_nothing_sets_are_the_plugins_own(cli: Callable[..., Result]
     assert (augmenter["cutout"], augmenter["scale"], augmenter["rotate"]) == (0.25, 1.5, 15.0)
 
 
+def test_tables_that_are_set_stay_the_callers_own_and_are_not_too_deep() -> None:
+    own: dict[str, Any] = {"width": 8}
+    assert resolve(None, sets={"network": own, "network.depth": 2}).network.options["depth"] == 2
+    assert own == {"width": 8}
+    for _ in range(100_000):
+        own = {"a": own}
+    with pytest.raises(InputError, match="network is nested more than 32 levels deep"):
+        resolve(None, sets={"network": own})
+
+
 def test_model_and_protocol_flags_reach_every_table_that_names_a_model() -> None:
     recipe = resolve("default", model="mlp", evaluation={"protocol": "dm-official"}, evaluators="accuracy")
     assert (recipe.teacher.model, recipe.network.model) == ("mlp", "mlp")

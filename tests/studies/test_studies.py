@@ -330,6 +330,26 @@ def test_losses_that_a_recipe_lacks_are_those_of_the_fallback_with_its_rules() -
     assert weights("all") == {"dm": 1.0, "dkkt-primal": 100.0, "dkkt-stationarity": 0.1}
 
 
+def test_a_system_like_another_has_its_keys_and_settings_but_for_its_own() -> None:
+    base = '"dm"\nlabels = "hard"\nset = { "steps" = 7, "network" = { width = 8, depth = 2 } }\n'
+    likes = """
+[systems.wide]
+like = "narrow"
+set = { "network.width" = 32 }
+[systems.narrow]
+like = "dm"
+set = { "network.width" = 4 }
+"""
+    study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', base) + likes))
+    systems = {name: study.systems[name] for name in ("dm", "narrow", "wide")}
+    assert [each.title for each in systems.values()] == ["DM", "DM", "DM"]
+    assert [each.labels for each in systems.values()] == ["hard", "hard", "hard"]
+    found = {name: grid.recipe_of(study, Cell(1, 3, name), 0, grid.Settings()) for name in systems}
+    options = [each.network.options for each in found.values()]
+    assert [(each["width"], each["depth"]) for each in options] == [(8, 2), (4, 2), (32, 2)]
+    assert [each.steps for each in found.values()] == [7, 7, 7]
+
+
 def test_a_cell_may_have_a_number_of_sets_of_its_own_and_all_of_seed_0_come_first() -> None:
     study = parse_study(tomllib.loads(STUDY + "seeds = 3\n"))
 
@@ -616,6 +636,11 @@ BAD = [
     (STUDY.replace(DM, '"teacher"\n'), "systems.dm: The recipe 'teacher' has no loss"),
     (STUDY.replace(DM, '"dm"\nset = { "pipc" = 5 }\n'), "systems.dm.set: pipc cannot be set here"),
     (STUDY.replace(DM, '"dm"\nfallback = "practical"\n'), "systems.dm.fallback has no effect"),
+    (STUDY.replace(DM, '"dm"\nlike = "shard"\n'), "systems.dm.like names the system 'shard', which the study lacks. Did you mean"),
+    (STUDY.replace(DM, '"dm"\nlike = "dm"\n'), "systems.dm.like = 'dm' leads back to the system itself"),
+    (STUDY.replace(DM, '"dm"\nlike = "shared"\n').replace(STAR, '"dm-star"\nlike = "dm"\n'), "leads back to the system itself"),
+    (STUDY.replace(DM, '"dm"\nlike = 3\n'), "systems.dm.like = 3"),
+    (STUDY.replace(DM, '"dm"\nlike = "means"\n'), "systems.dm: a baseline has real images, so recipe and losses have no effect"),
     (STUDY.replace(DM, '"dm"\nlosses = "dkkt"\nfallback = "practica"\n'), "systems.dm: There is no recipe 'practica'"),
     (STUDY + "seeds = 0\n", "cells[1].seeds = 0 is not possible"),
     (STUDY.replace(DM, '"dm"\nlosses = "dmm"\n'), "systems.dm: There is no loss 'dmm'"),
