@@ -511,8 +511,11 @@ def _readme(_: str) -> str:
     return _table(["method", "real images per class", "accuracy, %", "random real, %", "published, %"], rows)
 
 
-def _zoo_name(row: dict[str, str]) -> str:
-    return row["method"] + (f", {row['labels']} labels" if row["labels"] != "hard" else "")
+def _zoo_rows(name: str) -> list[tuple[str, dict[str, str]]]:
+    """Returns the rows of docs/data/NAME.csv, a study of methods, with their methods, and what labels networks learn if not always hard."""
+    rows = _rows(name)
+    several = {row["method"] for row in rows if row["labels"] == "stored"}
+    return [(row["method"] + f", {row['labels']} labels" * (row["labels"] != "hard" or row["method"] in several), row) for row in rows]
 
 
 def _badges() -> dict[Path, str]:
@@ -535,8 +538,8 @@ def _badge(name: str, text: str) -> str:
 def _pairs(name: str) -> dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]]:
     """Returns the rows of a study of methods, docs/data/NAME.csv, by (ipc, pipc), method, and whether DKKT is among the losses."""
     found: dict[tuple[str, str], dict[str, dict[bool, dict[str, str]]]] = {}
-    for row in _rows(name):
-        found.setdefault((row["ipc"], row["pipc"]), {}).setdefault(_zoo_name(row), {})["dkkt" in row["losses"]] = row
+    for method, row in _zoo_rows(name):
+        found.setdefault((row["ipc"], row["pipc"]), {}).setdefault(method, {})["dkkt" in row["losses"]] = row
     return found
 
 
@@ -600,7 +603,7 @@ def _draw_curves(data: dict[str, dict[str, list[list[str]]]]) -> Figure:
 
 def _draw_gains(data: dict[str, dict[str, list[float]]]) -> Figure:
     """Returns what DKKT adds to each method: a panel each cell, a bar each method, with a line for the spread unless there is none."""
-    names = list(dict.fromkeys(name for gains in data.values() for name in gains))
+    names = list(dict.fromkeys(name for gains in sorted(data.values(), key=len, reverse=True) for name in gains))
     figure = Figure(figsize=(2.6 * len(data) + 2, 1.2 + 0.25 * len(names)), layout="constrained")
     panels = figure.subplots(1, len(data), squeeze=False, sharex=True, sharey=True)[0]
     for axes, (cell, gains) in zip(panels, data.items(), strict=True):
@@ -628,7 +631,8 @@ def plots() -> dict[Path, tuple[Callable[[Any], Figure], Any]]:
     results = [row for row in _rows("results") if row["experiment"] in PIVOTS["practical-plus"][0]]
     measured = [(f"ipc {row['ipc']}", row["method"], row) for row in results if row["method"] in lines and row["ipc"] != "50"]
     zoo = [
-        (f"{_zoo_name(row)}, ipc {row['ipc']}", "with DKKT" if "dkkt" in row["losses"] else "alone", row) for row in _rows("practical-zoo")
+        (f"{method}, ipc {row['ipc']}", "with DKKT" if "dkkt" in row["losses"] else "alone", row)
+        for method, row in _zoo_rows("practical-zoo")
     ]
     gains = {
         f"ipc {ipc}, {pipc} real images per class": {name: gain for name, pair in methods.items() if (gain := _gain(pair))}

@@ -22,7 +22,7 @@ class SystemTable(Table):
     """One column of a study: a recipe, and what it changes."""
 
     title: str = ""
-    like: Annotated[str, Option("system of this study that it is like: it has that one's keys where it has none of its own")] | None = None
+    like: Annotated[str, Option("another system of the study, whose keys it has beside its own")] | None = None
     recipe: str = "default"
     losses: Annotated[str, Option("losses that replace those of the recipe, written as for --losses")] | None = None
     fallback: Annotated[str, Option("recipe for the weights and options of losses that `recipe` does not have")] | None = None
