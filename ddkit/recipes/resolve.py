@@ -347,10 +347,31 @@ def assign(raw: Raw, path: str, value: Any) -> None:
         own = own_keys((NAMED_TABLES if named else TABLES)[top]) - {"compose"}
         for key in table.keys() - own:
             del table[key]
-    if isinstance(value, Mapping):  # into which later paths write
+    if isinstance(value, Mapping):
         check_depth(value, path)
-        value = copy.deepcopy(dict(value))
-    table[keys[-1]] = value
+    table[keys[-1]] = _copied(value)
+
+
+def _copied(value: Any) -> Any:
+    """Returns the value with tables of its own, into which later paths may write."""
+    return {key: _copied(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def superseded(path: str, value: Any, others: Mapping[str, Any]) -> list[str]:
+    """Returns those paths of `others` that end where `path` becomes `value`: those of a whole table, or options of another component.
+
+    >>> superseded("parametrization.use", "pixels", {"parametrization.use": "grid", "parametrization.factor": 2, "network.width": 8})
+    ['parametrization.use', 'parametrization.factor']
+    """
+    keys = path.split(".")
+    if not _chooses(keys) or others.get(path) == value:
+        return []
+    named = keys[0] in NAMED_TABLES
+    whole = len(keys) == 1 + named and not isinstance(value, str)
+    table = ".".join(keys[: 1 + named])
+    kept = () if whole else own_keys((NAMED_TABLES if named else TABLES)[keys[0]]) - {"compose", SHORTHAND.get(keys[0], keys[-1])}
+    below = {other: other.removeprefix(f"{table}.").split(".")[0] for other in others if f"{other}.".startswith(f"{table}.")}
+    return [other for other, key in below.items() if key not in kept]
 
 
 def _check_path(raw: Raw, keys: list[str], path: str, value: Any) -> None:

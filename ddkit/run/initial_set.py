@@ -36,8 +36,10 @@ class InitialSet(NamedTuple):
 
 def initial_set(setup: RunSetup) -> InitialSet:
     """Returns the initial synthetic set; where the run has begun, one of zeros for the state that was kept."""
-    own, parametrization = setup.own_classes, setup.parametrization
-    rows, soft_labels = setup.labels_of(own), None
+    own = setup.own_classes
+    parametrization = setup.parametrization
+    rows = setup.labels_of(own)
+    soft_labels = None
     if setup.begun:
         images = torch.zeros((len(rows), *setup.info.shape))
     else:
@@ -62,7 +64,7 @@ def initial_set(setup: RunSetup) -> InitialSet:
     if setup.begun:
         return InitialSet(bank)
     square = (made.detach().cpu() - images).double().square().sum()
-    total = setup.ranks.all_reduce([square], "encoding")[0]
+    total, whole = setup.ranks.all_reduce([square, images.double().square().sum()], "encoding")
     error = math.sqrt(float(total) / (sum(setup.images_per_class) * math.prod(setup.info.shape)))
     setup.watchers.begin(
         "start",
@@ -70,7 +72,7 @@ def initial_set(setup: RunSetup) -> InitialSet:
         "those of the initializer",
     )
     if setup.initializer.needed(max(setup.images_per_class)):  # noise has no form that could be lost
-        for sentence in too_coarse(parametrization.name, error):
+        for sentence in too_coarse(parametrization.name, math.sqrt(float(total / whole))):
             log.warning("%s", sentence)
     return InitialSet(bank, soft_labels, error)
 
@@ -80,7 +82,8 @@ def _initial_images(setup: RunSetup, labels: Tensor) -> tuple[Tensor, Tensor | N
 
     An initializer that does not do class by class gets the labels of all classes, so that the set begins as that of a single process.
     """
-    recipe, initializer = setup.recipe, setup.initializer
+    recipe = setup.recipe
+    initializer = setup.initializer
     together = setup.ranks.world_size > 1 and not initializer.by_class
     if together:
         labels = setup.labels_of(range(setup.info.classes))

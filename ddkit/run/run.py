@@ -43,7 +43,6 @@ from ddkit.run.evaluation import run_evaluators
 from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_evaluations, read_manifest
 from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
-from ddkit.run.resolved import plugins_used
 from ddkit.run.setup import AUTOMATIC_EXPERTS, AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
 from ddkit.run.snapshots import add_frame, is_frame
 
@@ -121,7 +120,7 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "experts_are_trained_first": setup.experts is not None and not setup.experts.path,
             "training": recipe.network.sentence if setup.decided.needs_network else "",
             "estimate": estimated(setup),
-            "plugins": plugins_used(setup),
+            "plugins": setup.plugins_used,
         }
 
 
@@ -428,7 +427,7 @@ def _facts(setup: RunSetup) -> dict[str, Any]:
         "seed": setup.recipe.seed,
         "device": str(setup.device),
         "threads": torch.get_num_threads(),
-        "plugins": plugins_used(setup),
+        "plugins": setup.plugins_used,
         **({"plugin_files": setup.plugin_files} if setup.plugin_files else {}),
         "teacher": teacher,
         **({"experts": {"path": experts.path, "sha256": experts.digest, "count": experts.count}} if experts else {}),

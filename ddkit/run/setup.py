@@ -39,7 +39,7 @@ from ddkit.recipes.resolve import evaluator_options, flattened
 from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
 from ddkit.run.artifact import stored_in_pixels
 from ddkit.run.initial_set import initial_set
-from ddkit.run.resolved import resolved
+from ddkit.run.resolved import plugins_used, resolved
 
 AUTOMATIC_TEACHER = "the automatic teacher"
 AUTOMATIC_EXPERTS = "the automatic experts"
@@ -81,6 +81,7 @@ class RunSetup:
         self._check_memory()
         self._build_components()
         self.plugin_files = plugin_file.known()
+        self.plugins_used = plugins_used(self)
 
     def _without_data(self) -> Dataset | None:
         """Returns the classes of a recorded teacher where nothing of the run needs real data, else None."""

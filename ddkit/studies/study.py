@@ -11,7 +11,7 @@ import msgspec
 from ddkit.components.options import Option, parse_struct
 from ddkit.components.registry import NAME
 from ddkit.errors import InputError, doubles, suggestion
-from ddkit.recipes.resolve import flattened, read_recipe
+from ddkit.recipes.resolve import flattened, read_recipe, superseded
 from ddkit.recipes.tables import Positive, Table
 
 Share = Annotated[float, Option(ge=0, le=1)]
@@ -154,7 +154,7 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
 
 
 def _whole(name: str, systems: Mapping[str, Mapping[str, Any]], heirs: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Returns the table of a system with the keys of the one that it is `like`; of `set` it has those paths that its own does not name."""
+    """Returns the table of a system with the keys of the one that it is `like`, and those paths of its `set` that the own `set` leaves."""
     own = dict(systems[name])
     if "like" not in own:
         return own
@@ -164,7 +164,10 @@ def _whole(name: str, systems: Mapping[str, Mapping[str, Any]], heirs: tuple[str
     if other in (name, *heirs):
         raise InputError(f"{where} = {other!r} leads back to the system itself. Write the keys of one of them out.", where)
     base = _whole(other, systems, (*heirs, name))
-    return base | own | {"set": dict([*flattened(base.get("set", {})), *flattened(own.get("set", {}))])}
+    inherited, changed = dict(flattened(base.get("set", {}))), dict(flattened(own.get("set", {})))
+    gone = {each for path, value in changed.items() for each in superseded(path, value, inherited)}
+    left = {path: value for path, value in inherited.items() if path not in gone | changed.keys()}
+    return base | own | {"set": left | changed}
 
 
 def published(study: Study, cell: Cell) -> tuple[float | None, float | None]:

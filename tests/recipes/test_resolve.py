@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,8 @@ def test_tables_that_are_set_stay_the_callers_own_and_are_not_too_deep() -> None
     own: dict[str, Any] = {"width": 8}
     assert resolve(None, sets={"network": own, "network.depth": 2}).network.options["depth"] == 2
     assert own == {"width": 8}
+    with pytest.raises(InputError, match=r"network\.width"):
+        resolve(None, sets={"network": {"width": threading.Lock()}})
     for _ in range(100_000):
         own = {"a": own}
     with pytest.raises(InputError, match="network is nested more than 32 levels deep"):

@@ -350,6 +350,27 @@ set = { "network.width" = 4 }
     assert [each.steps for each in found.values()] == [7, 7, 7]
 
 
+@pytest.mark.parametrize(
+    ("own", "left"),
+    [
+        ('{ "parametrization.use" = "pixels" }', {"initializer.reuse": True, "parametrization.use": "pixels"}),
+        ('{ "parametrization" = "pixels" }', {"initializer.reuse": True, "parametrization": "pixels"}),
+        ('{ parametrization = { use = "grid", factor = 3 } }', {"parametrization.use": "grid", "parametrization.factor": 3}),
+        ('{ "parametrization.images" = 5 }', {"parametrization.use": "fourier", "parametrization.images": 5}),
+        ('{ "data" = {} }', {"data": {}, "parametrization.images": 20}),
+    ],
+)
+def test_another_component_or_a_whole_table_ends_the_settings_of_the_system_that_it_is_like(own: str, left: dict[str, Any]) -> None:
+    base = 'set = { parametrization = { use = "fourier", images = 20 }, "initializer.reuse" = true, "data.batch" = 9 }\n'
+    heir = f'[systems.heir]\nlike = "dm"\nset = {own}\n'
+    study = parse_study(tomllib.loads(STUDY.replace('"dm"\n', f'"dm"\n{base}') + heir))
+    found = study.systems["heir"].set
+    assert {path: found[path] for path in left} == left
+    assert ("parametrization.images" in found) is ("parametrization.images" in left)
+    assert ("data.batch" in found) is ("data" not in left)
+    grid.recipe_of(study, Cell(1, 3, "heir"), 0, grid.Settings())
+
+
 def test_a_cell_may_have_a_number_of_sets_of_its_own_and_all_of_seed_0_come_first() -> None:
     study = parse_study(tomllib.loads(STUDY + "seeds = 3\n"))
 
