@@ -344,8 +344,7 @@ def assign(raw: Raw, path: str, value: Any) -> None:
             raise InputError(f"{path} cannot be set: {key} is not a table in this recipe.", path)
     named = top in NAMED_TABLES
     if len(keys) == 2 + named and _chooses(keys) and table.get(keys[-1], keys[-2]) != value:
-        own = own_keys((NAMED_TABLES if named else TABLES)[top]) - {"compose"}
-        for key in table.keys() - own:
+        for key in table.keys() - _lasting(top):
             del table[key]
     if isinstance(value, Mapping):
         check_depth(value, path)
@@ -355,6 +354,11 @@ def assign(raw: Raw, path: str, value: Any) -> None:
 def _copied(value: Any) -> Any:
     """Returns the value with tables of its own, into which later paths may write."""
     return {key: _copied(each) for key, each in value.items()} if isinstance(value, Mapping) else value
+
+
+def _lasting(top: str) -> set[str]:
+    """Returns the keys of the tables `top` that stay where another component is chosen: those that are no options of the one before."""
+    return own_keys((NAMED_TABLES | TABLES)[top]) - {"compose"}
 
 
 def superseded(path: str, value: Any, others: Mapping[str, Any]) -> list[str]:
@@ -369,7 +373,7 @@ def superseded(path: str, value: Any, others: Mapping[str, Any]) -> list[str]:
     named = keys[0] in NAMED_TABLES
     whole = len(keys) == 1 + named and not isinstance(value, str)
     table = ".".join(keys[: 1 + named])
-    kept = () if whole else own_keys((NAMED_TABLES if named else TABLES)[keys[0]]) - {"compose", SHORTHAND.get(keys[0], keys[-1])}
+    kept = set() if whole else _lasting(keys[0]) - {CHOOSING[keys[0]][0]}
     below = {other: other.removeprefix(f"{table}.").split(".")[0] for other in others if f"{other}.".startswith(f"{table}.")}
     return [other for other, key in below.items() if key not in kept]
 

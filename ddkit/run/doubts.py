@@ -19,7 +19,7 @@ LOWEST, HIGHEST, MOST_OUTSIDE = -1.0, 2.0, 0.05  # pixel units; more of the valu
 EXPLODED = 10.0  # pixel units: not one value of an image is as large (the largest of some thousand sets, of good settings, is 2.3)
 ROUNDING = 1e-6  # relative: what float32 sums of the same values may differ by
 SMALL, WANTED = 0.01, 0.1
-COARSE = 0.65  # CIFAR-10 in the recipes has at most 0.38, in bases 0.6; digits with 0.59 lose 8 points, with 0.7 12 and more
+COARSE = 0.65  # CIFAR-10 in practical-plus has at most 0.28; digits with 0.59 lose 8 points, with 0.7 18 and more
 SEAM = 1.5  # times the steps beside it: in photographs and sets made of them 0.5 to 1.3, in grids of them 2.3 to 5
 
 Line = Mapping[str, Any]
@@ -155,7 +155,7 @@ def too_coarse(parametrization: str, lost: float) -> list[str]:
         return []
     return [
         f"The parametrization {parametrization} has too few numbers for these images: the first images differ from the real ones by "
-        f"{100 * lost:.0f} % of these (root mean square; photographs in the recipes of ddkit by at most 40 %), so networks may learn "
+        f"{100 * lost:.0f} % of these (root mean square; photographs in practical-plus by at most 28 %), so networks may learn "
         "little from the set. Use one image in one, in the place of all of your settings of the parametrization: --set "
         "parametrization.use=pixels"
     ]

@@ -108,7 +108,7 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
             "parametrization": {
                 "use": setup.parametrization.name,
                 "images_per_class": _by_class(setup, setup.images_per_class),
-                "encoding_error": setup.begins.encoding_error,
+                "encoding_error": setup.initial.encoding_error,
                 "stored_numbers": setup.bank.stored_numbers / setup.info.classes,
                 "stored_as_images": setup.bank.stored_numbers / setup.info.classes / math.prod(setup.info.shape),
             },

@@ -305,15 +305,15 @@ class RunSetup:
             get_ready()
         self.load_teacher(train_it=train_it)
         self.load_experts(train_it=train_it)
-        self.begins = initial_set(self)
-        self.bank = self.begins.bank
+        self.initial = initial_set(self)
+        self.bank = self.initial.bank
         self.resolved_recipe = resolved(self)
         self.ranks.check_same("The resolved recipe", dict(flattened(recipe_dict(self.resolved_recipe))))
         self.engine = self.engine_over(self.bank)
         if self.begun:
             return
         with products(self.device, self.decided.products):
-            self.engine.start(self.begins.soft_labels)
+            self.engine.start(self.initial.soft_labels)
             if SOFT_LABELS in self.bank.parameters and self.recipe.steps:
                 self.engine.evaluate(0)  # an error if no loss teaches the labels, which a step shows
         if self.evaluators and self.ranks.is_main:
