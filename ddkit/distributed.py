@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import FlagError, InputError, RunFailed, counted, shown
+from ddkit.errors import FlagError, InputError, RunFailed
+from ddkit.text import counted, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

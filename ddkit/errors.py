@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
-import json
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 ALLOCATORS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed")  # how CUDA's and torch's put it
+NEWS = {"news": True}  # `extra` of a log message that is worth a line at the time, and is no warning of a result
 LONGEST = 1800  # characters of a message: a value in it may have any length
 
 
@@ -105,50 +100,3 @@ def is_its_own(error: BaseException) -> bool:
     Not for an error of ddkit's, want of memory, or KeyboardInterrupt: Ctrl-C comes in the middle of whatever code runs.
     """
     return not isinstance(error, DdkitError | KeyboardInterrupt) and not out_of_memory(error)
-
-
-def doubles(values: Iterable[Any]) -> list[Any]:
-    """Returns the values that are there more than once, each once, in order."""
-    return [value for value, count in Counter(values).items() if count > 1]
-
-
-def suggestion(name: str, choices: Iterable[str]) -> str:
-    """Returns "Did you mean 'x'?" where one of `choices` is near `name`, else the choices themselves; "" is none to suggest."""
-    known = sorted(filter(None, choices))
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if near:
-        return f"Did you mean '{near[0]}'?"
-    return f"Choose from: {', '.join(known)}." if known else "None is available."
-
-
-def counted(number: int, noun: str) -> str:
-    """Returns "1 epoch", "2 epochs"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def printable(text: str) -> str:
-    r"""Returns `text` with what acts on a terminal, hides, or cannot be written as JSON's escapes: control characters, direction marks.
-
-    >>> printable("cat\x1b[31m"), printable("chat é")
-    ('cat\\u001b[31m', 'chat é')
-    """
-
-    def shown(char: re.Match[str]) -> str:
-        hides = unicodedata.category(char[0]) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        return json.dumps(char[0])[1:-1] if hides else char[0]
-
-    return re.sub(r"[^ -~\n\t]", shown, text)
-
-
-def is_text(text: str) -> bool:
-    """Whether `text` can be written as UTF-8: a file name of other bytes has half characters in it."""
-    return text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def shown(value: object, most: int = 80) -> str:
-    """Returns repr(value) for a message, cut to `most` characters; a number too long to be written says so."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):
-        return f"<a {type(value).__name__} too long to be shown>"
-    return text if len(text) <= most else f"{text[: most - 5]} ..."

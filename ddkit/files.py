@@ -21,7 +21,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ddkit.errors import FlagError, InputError, RunFilesError, is_text, printable, shown
+from ddkit.errors import NEWS, FlagError, InputError, RunFilesError
+from ddkit.text import is_text, printable, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -442,7 +443,7 @@ def cache_folder() -> Path:
     log.warning(
         "You have no home folder for a cache, so %s is used instead. Files in that folder (trained teachers, decoded images, compiled "
         "code) may be deleted before the next run. Set the environment variable DDKIT_CACHE to use another folder.",
-        found, extra={"news": True},
+        found, extra=NEWS,
     )  # fmt: skip
     return found
 

@@ -35,6 +35,7 @@ from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
 PAGES = {"loss-group": "loss"}  # the kinds that are described on another kind's page
+LEFT_OUT = ("Settings", "File", "See also")  # the sections of `ddkit info` that the pages of kinds do not repeat
 REFERENCE = DOCS / "reference"
 METHODS = DOCS / "methods"
 IMAGES = DOCS / "images" / "methods"
@@ -78,7 +79,7 @@ def _component(plugin: registry.Plugin) -> str:
     """Returns the section of one component, as `ddkit info` shows it; of recipes, protocols and studies without settings and files."""
     _, text, *sections = _prose(page(facts(plugin), 120)).replace("\n\n", "\n\n## ", 1).split("\n\n## ")
     kept = [section.partition("\n\n") for section in sections]
-    bodies = [f"**{title}**\n\n{body}" for title, _, body in kept if title in ("Use", "Members", "Options", "What it requires")]
+    bodies = [f"**{title}**\n\n{body}" for title, _, body in kept if title not in LEFT_OUT]
     return "\n\n".join([f"### `{plugin.name}`", text, *bodies])
 
 
@@ -552,7 +553,7 @@ def _gain(pair: dict[bool, dict[str, str]]) -> list[float] | None:
 
 
 def _zoo(name: str) -> str:
-    """Returns the tables of every method alone and with DKKT, of hard labels and of probabilities apart, and the plots that there are."""
+    """Returns the tables of every method alone and with DKKT, of hard labels and of probabilities apart."""
     tables: dict[bool, list[list[str]]] = {True: [], False: []}
     for cell, methods in _pairs(name).items():
         for method, pair in methods.items():

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import msgspec
 
 from ddkit.errors import FlagError, InputError, PluginError, RunFailed, RunFilesError
 from ddkit.recipes.resolve import select_losses
-from ddkit.run.children import handed_over
+from ddkit.run.children import Child, ChildEnded
 
 PARTS = ("steps", "methods", "evaluation", "loading", "startup")
 Row = dict[str, Any]
@@ -62,8 +62,8 @@ class Case(NamedTuple):
 
 
 def bench(settings: Settings, report: Report = lambda text: None) -> Row:
-    """Returns every measurement as data (schema 1); raises DdkitError for what cannot be measured. `report` gets the progress."""
-    result: Row = {"schema": 1, "cores": os.cpu_count(), "runs": settings.runs}
+    """Returns every measurement as data; raises DdkitError for what cannot be measured. `report` gets the progress."""
+    result: Row = {"cores": os.cpu_count(), "runs": settings.runs}
     if {"steps", "evaluation"} & set(settings.parts):
         result["limits"] = [_limit(device, settings) for device in settings.devices]
     if "steps" in settings.parts:
@@ -112,22 +112,14 @@ _ERRORS = {kind.exit_code: kind for kind in (FlagError, PluginError, InputError,
 def _process(spec: Row, environment: Mapping[str, str]) -> Iterator[Callable[[str | None], Row]]:
     """Yields what asks a measuring process, which ends with this block or this process; None only waits until it is set up."""
     inherited = {key: value for key, value in os.environ.items() if spec["tuned"] or key not in TUNING}
-    words = [sys.executable, "-P", "-m", "ddkit.bench.worker", json.dumps(spec), handed_over()]
-    with tempfile.TemporaryFile("w+") as errors:
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=errors, text=True, env={**inherited, **environment})
-        assert process.stdin is not None
-        assert process.stdout is not None
+    with tempfile.TemporaryDirectory() as folder:
+        child = Child("ddkit.bench.worker", json.dumps(spec), errors=Path(folder) / "errors", environment={**inherited, **environment})
 
         def ask(question: str | None) -> Row:
-            with suppress(OSError):  # that it is gone shows in its answer
-                print(question or "", end="\n" if question else "", file=process.stdin, flush=True)
-            line = process.stdout.readline()  # type: ignore[union-attr]
-            if not line:
-                ended = process.wait()
-                errors.seek(0)
-                raise RunFailed(f"Measuring {spec['kind']} ended with exit code {ended}: {_last_line(errors.read())}")
-            answer: Row = json.loads(line)
+            try:
+                answer: Row = child.answer() if question is None else child.ask(question)
+            except ChildEnded as error:
+                raise RunFailed(f"Measuring {spec['kind']} {error}") from None
             if "error" in answer:
                 raise _ERRORS.get(answer["exit_code"], RunFailed)(answer["error"])
             return answer
@@ -135,11 +127,7 @@ def _process(spec: Row, environment: Mapping[str, str]) -> Iterator[Callable[[st
         try:
             yield ask
         finally:
-            process.kill()
-            process.wait()
-            with suppress(OSError):  # a line that it has not read
-                process.stdin.close()
-            process.stdout.close()
+            child.stop()
 
 
 def _limit(device: str, settings: Settings) -> Row:

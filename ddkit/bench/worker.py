@@ -21,7 +21,7 @@ from typing import Any
 from ddkit.errors import DdkitError
 from ddkit.nn.compiling import native_bfloat16
 from ddkit.nn.device import pick_device, product_rate, products, tune_process
-from ddkit.run.children import reply, take_over
+from ddkit.run.children import reply
 
 Spec = dict[str, Any]
 Measuring = Iterator[dict[str, Any]]  # first what setting up cost, then a measurement each time
@@ -31,7 +31,6 @@ MEASURED_NETWORKS = 8
 
 def main() -> None:
     """Reads a specification from the command line, prints what setting up cost, then measures at every line of stdin."""
-    take_over(sys.argv[2])
     spec = json.loads(sys.argv[1])
     if spec["tuned"]:
         tune_process()

@@ -22,8 +22,9 @@ import click
 
 from ddkit.cli.common import LogFormat, prepared
 from ddkit.distributed import LastWords, ending_signals, follows, launched
-from ddkit.errors import DdkitError, out_of_memory, printable
+from ddkit.errors import DdkitError, out_of_memory
 from ddkit.nn.device import tune_process
+from ddkit.text import printable
 
 ENDED_BY_TORCHRUN = (
     " torchrun ended this process. Either torchrun itself was stopped, or another process failed; its output below names it. A run that "

@@ -19,9 +19,10 @@ from click.shell_completion import CompletionItem
 
 from ddkit import output
 from ddkit.distributed import follows
-from ddkit.errors import FlagError, RunFilesError, doubles, printable, refuse_unused
-from ddkit.files import MOST_TOML, read_text, with_home
+from ddkit.errors import FlagError, RunFilesError, refuse_unused
+from ddkit.files import MOST_TOML, SCHEMA, read_text, with_home
 from ddkit.run.warnings import show_from
+from ddkit.text import doubles, printable
 
 F = TypeVar("F", bound=Callable[..., Any])
 NARROWEST = 20  # characters that the last column of a table has in a narrow terminal
@@ -236,9 +237,9 @@ def refuse_given(names: Iterable[str], why: str) -> None:
     refuse_unused([param.opts[0] for param in given], why)
 
 
-def echo_json(value: Any) -> None:
-    """Prints one JSON object on stdout. Characters that control a terminal are escaped, as in JSON."""
-    show(json.dumps(value, ensure_ascii=False, allow_nan=False))
+def echo_json(facts: Mapping[str, Any]) -> None:
+    """Prints one JSON object on stdout, whose first key is its schema. Characters that control a terminal are escaped, as in JSON."""
+    show(json.dumps({"schema": SCHEMA, **facts}, ensure_ascii=False, allow_nan=False))
 
 
 def show(text: str, end: str = "\n") -> None:

@@ -54,7 +54,7 @@ def list_components(kind: str | None, folder: Path | None, check: bool, as_json:
         for row, problem in zip(rows, _check(found), strict=True):
             row["status"] = problem if row["status"] == "ok" else row["status"]
     if as_json:
-        echo_json({"schema": 1, "components": rows})
+        echo_json({"components": rows})
         return
     keys = {"kind": "kind", "name": "name", "from": "distribution", "status": "status", "summary": "summary"}
     show_table({head: [row[key] for row in rows] for head, key in keys.items()}, ("from", "summary", "status"))
@@ -65,7 +65,7 @@ def _list_runs(folder: Path, as_json: bool) -> None:
 
     runs = api.list_runs(folder)
     if as_json:
-        echo_json({"schema": 1, "runs": [msgspec.to_builtins(run) for run in runs]})
+        echo_json({"runs": [msgspec.to_builtins(run) for run in runs]})
         return
     columns: dict[str, list[Any]] = {
         "run": [run.path for run in runs],
@@ -136,7 +136,7 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
         raise click.UsageError("The arguments are [KIND] NAME, at most two words.")
     told = facts(_found_plugin(words))
     if as_json:
-        echo_json({"schema": 1, **told})
+        echo_json(told)
     else:
         width = max(40, min(WIDEST, shutil.get_terminal_size((WIDEST, 24)).columns))
         show(f"{page(told, width)}\n\nFrom {told['distribution']} {told['version']}.")
@@ -187,7 +187,7 @@ def cite(target: str, as_json: bool) -> None:
 
     found = api.cite(target)
     if as_json:
-        echo_json({"schema": 1, "citations": [msgspec.to_builtins(each) for each in found]})
+        echo_json({"citations": [msgspec.to_builtins(each) for each in found]})
     else:
         show("\n\n".join(map(str, found)))
 
@@ -203,10 +203,7 @@ def schema(kind: str, as_json: bool) -> None:
     from ddkit.recipes.schema import protocol_schema, recipe_schema
 
     found = recipe_schema() if kind == "recipe" else protocol_schema()
-    if as_json:
-        echo_json(found)
-    else:
-        show(json.dumps(found, indent=2, ensure_ascii=False))
+    show(json.dumps(found, indent=None if as_json else 2, ensure_ascii=False))
 
 
 @click.command()
@@ -246,7 +243,7 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
         raise
     if as_json:
         rows = [{"check": each.check, "status": each.status, "problem": each.problem, "reason": each.reason} for each in outcomes]
-        echo_json({"schema": 1, "kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "checks": rows})
+        echo_json({"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "checks": rows})
     else:
         for outcome in outcomes:
             show(f"{outcome.status:8}  {outcome.check}")

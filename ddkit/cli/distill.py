@@ -24,7 +24,8 @@ from ddkit.cli.common import (
     verbose,
 )
 from ddkit.components.figures import budget, evaluation_table, percent
-from ddkit.errors import FlagError, counted
+from ddkit.errors import FlagError
+from ddkit.text import counted
 
 recipe_flags = options(
     click.option(
@@ -170,7 +171,7 @@ def _show_run(run: Any, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        facts = {"schema": 1, "run": str(run.path), "steps": run.steps, "seconds": round(run.seconds, 3), "shares": run.shares}
+        facts = {"run": str(run.path), "steps": run.steps, "seconds": round(run.seconds, 3), "shares": run.shares}
         echo_json(facts | {"evaluations": msgspec.to_builtins(run.evaluations)})
         return
     if run.evaluations:
@@ -220,7 +221,7 @@ def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
             experts = api.train_experts(observers=observers, **flags)
         facts = {"experts": experts.count, "epochs": list(experts.epochs), "accuracy": experts.accuracy}
         if as_json:
-            echo_json({"schema": 1, "folder": str(flags["out"]), **facts})
+            echo_json({"folder": str(flags["out"]), **facts})
         else:
             show(f"experts  {flags['out']}\ntraining accuracy  {percent(experts.accuracy[-1], None)} after epoch {experts.epochs[-1]}")
         return
@@ -231,7 +232,7 @@ def train(as_json: bool, quiet: bool, verbose: bool, **flags: Any) -> None:
         teacher = api.train(observers=observers, **flags)
     found = teacher.info["test_accuracy"]
     if as_json:
-        echo_json({"schema": 1, "teacher": str(flags["out"]), "test_accuracy": found, "model": teacher.info["model"]})
+        echo_json({"teacher": str(flags["out"]), "test_accuracy": found, "model": teacher.info["model"]})
     else:
         show(f"teacher  {flags['out']}\ntest accuracy  {percent(found, None)}")
 
@@ -273,4 +274,4 @@ def evaluate(target: str, as_json: bool, quiet: bool, verbose: bool, **flags: An
 
     manifest = read_manifest(Path(target)) if Path(target).is_dir() else {}  # a file alone does not say how it was made
     made_in = {key: manifest.get(key) for key in ("steps", "seconds")}
-    echo_json({"schema": 1, "run": target, **made_in, "evaluations": msgspec.to_builtins(rows)})
+    echo_json({"run": target, **made_in, "evaluations": msgspec.to_builtins(rows)})

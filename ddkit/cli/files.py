@@ -119,7 +119,7 @@ def import_(files: tuple[Path, ...], out: Path, as_json: bool, quiet: bool, **fl
         facts = {"kind": "teacher", "model": found.info["model"], "classes": found.info["class_names"]}
         told = f"{found.info['model']} for {len(found.info['class_names'])} classes"
     if as_json:
-        echo_json({"schema": 1, "out": str(out), **facts})
+        echo_json({"out": str(out), **facts})
     else:
         show(f"{facts['kind']:8} {out}\n{told}")
 
@@ -143,7 +143,7 @@ def export(target: str, to: str, out: Path, sets: dict[str, Any], as_json: bool)
     found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), path))
     files = [{"name": path.relative_to(folder).as_posix(), **file_entry(path)} for path in found]
     if as_json:
-        echo_json({"schema": 1, "exporter": to.partition(":")[0], "out": str(out), "files": files})
+        echo_json({"exporter": to.partition(":")[0], "out": str(out), "files": files})
         return
     for entry in files[:SHOWN]:
         show(f"{entry['bytes']:>12,}  {out / entry['name']}")
@@ -166,6 +166,6 @@ def report(target: str, out: Path | None, figures: Path | None, as_json: bool) -
     file = api.report(target, out=out, figures=figures)
     charts = [] if figures is None else [str(chart) for chart in sorted(figures.iterdir())]
     if as_json:
-        echo_json({"schema": 1, "run": target, "report": str(file)} | ({} if figures is None else {"figures": charts}))
+        echo_json({"run": target, "report": str(file)} | ({} if figures is None else {"figures": charts}))
     else:
         show("\n".join([f"report   {file}", *(f"figure   {chart}" for chart in charts)]))

@@ -10,7 +10,8 @@ import click
 from ddkit.cli.common import ROWS, Kind, Names, Place, converted, echo_json, quiet, refuse_given, set_verbosity, shared, show
 from ddkit.cli.progress import watching
 from ddkit.components import trust
-from ddkit.errors import FlagError, RunFailed, doubles
+from ddkit.errors import FlagError, RunFailed
+from ddkit.text import doubles
 
 
 def _alphas(text: str) -> tuple[float, ...]:

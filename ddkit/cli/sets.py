@@ -11,7 +11,7 @@ import msgspec
 
 from ddkit.cli.common import Kind, Place, as_json, echo_json, names_of, show
 from ddkit.components.figures import budget, percent
-from ddkit.errors import printable
+from ddkit.text import printable
 
 if TYPE_CHECKING:
     from ddkit.api import Run
@@ -35,7 +35,7 @@ def blend(first: str, second: str, alpha: float, out: Path, as_json: bool) -> No
 
     run = api.blend(first, second, alpha=alpha, out=out)
     if as_json:
-        echo_json({"schema": 1, "run": str(run.path), "alpha": alpha, "first": first, "second": second})
+        echo_json({"run": str(run.path), "alpha": alpha, "first": first, "second": second})
     else:
         _show_files(run)
 
@@ -54,7 +54,7 @@ def join(sets: tuple[str, ...], out: Path, as_json: bool) -> None:
 
     run = api.join(sets, out=out)
     if as_json:
-        echo_json({"schema": 1, "run": str(run.path), "sets": list(sets), **_counts(run)})
+        echo_json({"run": str(run.path), "sets": list(sets), **_counts(run)})
     else:
         _show_files(run)
 
@@ -75,7 +75,7 @@ def split(target: str, classes: list[str], out: Path, as_json: bool) -> None:
 
     run = api.split(target, classes, out=out)
     if as_json:
-        echo_json({"schema": 1, "run": str(run.path), "set": target, **_counts(run)})
+        echo_json({"run": str(run.path), "set": target, **_counts(run)})
     else:
         _show_files(run)
 
@@ -116,7 +116,7 @@ def compare(targets: tuple[Path, ...], titles: list[str] | None, out: Path | Non
     charts = [] if figures is None else [str(chart) for chart in sorted(figures.iterdir())]
     if as_json:
         drawn = ({"out": str(out)} if out else {}) | ({"figures": charts} if figures else {})
-        echo_json({"schema": 1, **msgspec.to_builtins(found), **drawn})
+        echo_json({**msgspec.to_builtins(found), **drawn})
         return
     tables = [f"{each}\n\n{_comparison_table(found.sets, each.rows)}" for each in found.evaluations] or [_comparison_table(found.sets, [])]
     lines = [*found.notes, *([f"picture  {out}"] if out else []), *(f"figure   {chart}" for chart in charts)]

@@ -11,7 +11,8 @@ import msgspec
 
 from ddkit.components.figures import evaluation_table
 from ddkit.components.options import Count, Field, Option, Requires, check_fields, declared, options_type, parse_options
-from ddkit.errors import InputError, counted
+from ddkit.errors import InputError
+from ddkit.text import counted, few
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -229,8 +230,7 @@ class Initializer(Component):
         short = [f"'{each}' has {count}" for each, count in available.items() if count < needed]
         if short:
             wanted = f"{needed} accessible real images per class to make {counted(ipc, 'image')}"
-            told = f"{', '.join(short[:5])}{f' and {len(short) - 5} more have too few' if len(short) > 5 else ''}"
-            raise InputError(f"The initializer '{self.name}' needs {wanted}, but {told}. Raise --pipc, {self.remedy}.", "ipc")
+            raise InputError(f"The initializer '{self.name}' needs {wanted}, but {few(short)}. Raise --pipc, {self.remedy}.", "ipc")
 
     def __call__(self, start: InitContext) -> Tensor:
         """Returns (n, C, H, W) float32 normalised images, one for each of `start.labels`: finite, and no view of the real ones.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ddkit.errors import printable
+from ddkit.text import printable
 
 MOST_CLASSES = 50  # whose accuracies are printed
 

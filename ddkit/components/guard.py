@@ -164,11 +164,6 @@ class Watch:
         """Watches `made` from now on, under `name`."""
         self._known[name] = (made, _version(made))
 
-    def noted(self, name: str, made: Tensor) -> Tensor:
-        """Watches `made` and returns it."""
-        self.note(name, made)
-        return made
-
     def written(self) -> list[str]:
         """Returns the names of what was written to since it was noted, or since this was asked."""
         found = [name for name, (made, version) in self._known.items() if _version(made) != version]

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 import msgspec
 
-from ddkit.errors import InputError, is_text, printable, shown, suggestion
+from ddkit.errors import InputError
+from ddkit.text import is_text, printable, shown, suggestion
 
 T = TypeVar("T", bound=msgspec.Struct)
 V = TypeVar("V")

@@ -21,7 +21,8 @@ from ddkit.components import base as base
 from ddkit.components import plugin_file, source, trust, upgrade
 from ddkit.components.observers import Observers
 from ddkit.components.options import Requires, describe_options, fields, options_type, parse_options
-from ddkit.errors import FlagError, PluginError, is_its_own, shown, suggestion, told
+from ddkit.errors import FlagError, PluginError, is_its_own, told
+from ddkit.text import shown, suggestion
 
 log = logging.getLogger("ddkit")
 

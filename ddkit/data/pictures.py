@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddkit.data.images import MOST_VALUES, blocks, to_unit
-from ddkit.errors import InputError, printable
+from ddkit.errors import InputError
+from ddkit.text import printable
 
 LONGEST_NAME = 60  # characters of a class name in a picture
 MANY_CLASSES = 100  # whose rows, of 64 pixels, may stand below each other; more are drawn smaller

@@ -13,8 +13,9 @@ from ddkit.components.base import Loss, Step
 from ddkit.components.guard import called, check_shared_state, shared_state
 from ddkit.components.options import Parameter, Requires
 from ddkit.distributed import Ranks
-from ddkit.errors import FlagError, InputError, RunFailed, is_its_own, shown, told
+from ddkit.errors import FlagError, InputError, RunFailed, is_its_own, told
 from ddkit.recipes.tables import Recipe
+from ddkit.text import shown
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from ddkit.recipes.tables import Recipe
 CACHED_MIB = 64  # activations of a block of images: 50 of 32 x 32 in the standard network; 20 to 50 were equally fast, 250 slower
 ALIVE = 1.5  # times the kept activations: their gradients come to live beside them
 ALIVE_TWICE = 4.0  # likewise where gradients of the parameters are differentiated again
+PASSES = 3  # forward passes that a forward and a backward pass take together
 SECOND_ORDER_PASSES = 9  # forward passes that a gradient by parameters, differentiated by the images, takes
 IMAGE_COPIES = 4  # float32 images alive at once: as they are, augmented, and what an augmentation needs in between
 
@@ -101,7 +102,7 @@ class ExecutionPlan:
         elif self.needs_embedder:
             work["network"] = forward_flops(self._probe, self.info, features=True) * (real + 2 * synthetic)
         if self.needs_network and any(each.network and each.second_order for each in self.requires) and fixed:
-            work["gradients"] = forward_flops(self._probe, self.info) * (SECOND_ORDER_PASSES * synthetic + 3 * real)
+            work["gradients"] = forward_flops(self._probe, self.info) * (SECOND_ORDER_PASSES * synthetic + PASSES * real)
         if views:
             work["teacher"] = forward_flops(self._teacher(), self.info) * SECOND_ORDER_PASSES * len(views) * synthetic
 
@@ -176,13 +177,13 @@ class ExecutionPlan:
         differentiated again.
         """
         synthetic, real = sum(self._counts), sum(self._real)
-        total = forward_flops(self._probe, self.info, features=True) * (3 * synthetic + real) if self.needs_embedder else 0.0
+        total = forward_flops(self._probe, self.info, features=True) * (PASSES * synthetic + real) if self.needs_embedder else 0.0
         teacher_flops = forward_flops(self._teacher(), self.info) if any(each.teacher for each in self.requires) else 0.0
         for each in self.requires:
             if each.network and each.second_order:
-                total += forward_flops(self._probe, self.info) * (9 * synthetic + (3 * real if each.real else 0))
+                total += forward_flops(self._probe, self.info) * (SECOND_ORDER_PASSES * synthetic + (PASSES * real if each.real else 0))
             if each.teacher:
-                passes = (SECOND_ORDER_PASSES if each.second_order else 3) * len(each.views or ("default",))
+                passes = (SECOND_ORDER_PASSES if each.second_order else PASSES) * len(each.views or ("default",))
                 total += teacher_flops * passes * synthetic
         return total + (self._training_flops() if self.needs_network else 0.0)
 
@@ -191,7 +192,7 @@ class ExecutionPlan:
         table = self.recipe.network
         images = {"none": 0, "real": self._accessible, "synthetic": sum(self._counts)}[table.trained_on]
         seen = table.inner_steps * min(table.batch, images) or table.inner_epochs * images
-        return 3 * forward_flops(self._probe, self.info) * seen * (1 - 1 / table.renew_every)
+        return PASSES * forward_flops(self._probe, self.info) * seen * (1 - 1 / table.renew_every)
 
     def step_bytes(self) -> int:
         """Returns about how much memory the images and activations of a step take at a time."""

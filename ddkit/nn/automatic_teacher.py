@@ -22,16 +22,17 @@ from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import data_info
 from ddkit.data.whitening import normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
-from ddkit.errors import InputError, RunFailed, RunFilesError, counted
+from ddkit.errors import NEWS, InputError, RunFailed, RunFilesError
 from ddkit.files import SCHEMA, cache_folder, make_folder, path_part, read_tensors, sha256, tensors_bytes, vouch, vouched
 from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.networks import build_network, training_flops
 from ddkit.nn.teacher import Teacher, all_finite, load_teacher, save_teacher
-from ddkit.nn.training import accuracy, fit
+from ddkit.nn.training import BatchAccuracy, accuracy, fit
 from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.tables import DataTable, TeacherTable, TrainTable
 from ddkit.seeding import generator
+from ddkit.text import counted
 
 log = logging.getLogger("ddkit")
 
@@ -85,35 +86,21 @@ def _fit(
     module: nn.Module, images: Tensor | NormalisedRows, labels: Tensor, train: TrainTable, info: DataInfo, seed: int, report: Report
 ) -> None:
     """Trains `module` as `train` says, compiled if that pays back, and reports the accuracy of each epoch on its own batches."""
-    right, seen = torch.zeros((), dtype=torch.int64, device=images.device), 0
-
-    def count(logits: Tensor, labels: Tensor) -> None:
-        nonlocal seen
-        right.add_((logits.argmax(1) == labels).sum())
-        seen += len(labels)
-
-    def tell(epoch: int, epochs: int) -> None:
-        nonlocal seen
-        report(epoch, epochs, **{"training accuracy": int(right) / seen})
-        right.zero_()
-        seen = 0
-
+    own = BatchAccuracy(images.device)
     made = decide_arithmetic("auto", "auto", images.device, work=training_flops(module, info, images=len(images), epochs=train.epochs))
     with products(images.device, made.precision):
         fit(
             module,
             images,
             labels,
-            Schedule(
-                **{key: getattr(train, key) for key in ("epochs", "batch", "optimizer", "lr", "momentum", "weight_decay", "schedule")}
-            ),
+            Schedule.of(msgspec.structs.asdict(train)),
             augmenter=registry.create("augmenter", train.augmenter, train.options, data=info, where="train"),
             generator=generator(seed, "teacher training"),
             forward=compiled(module, wanted=made.compile),
             precision=made.dtype,
             channels_last=made.compile,
-            report=tell,
-            on_batch=count,
+            report=lambda epoch, epochs: report(epoch, epochs, **{"training accuracy": own.taken()}),
+            on_batch=own,
         )
 
 
@@ -187,7 +174,7 @@ def automatic_teacher(
         if not train_it:
             ranks.broadcast(None)
             return None
-        log.warning("No teacher was given. One is trained on all training images, and kept for later runs.", extra={"news": True})
+        log.warning("No teacher was given. One is trained on all training images, and kept for later runs.", extra=NEWS)
         try:  # before an hour of training whose result could not be kept
             make_folder(folder)
             tempfile.TemporaryFile(dir=folder).close()
@@ -230,7 +217,7 @@ def _kept(path: Path, made: Teacher) -> bool:
     except (OSError, RunFilesError) as error:
         log.warning(
             "The teacher could not be saved for later runs: %s The run continues with it. To have a file for --teacher, run `ddkit train "
-            "--out FILE`. To use another cache, set the environment variable DDKIT_CACHE.", error, extra={"news": True},
+            "--out FILE`. To use another cache, set the environment variable DDKIT_CACHE.", error, extra=NEWS,
         )  # fmt: skip
         with suppress(OSError):
             path.unlink(missing_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 import msgspec
 
 from ddkit.components.options import check_fields
-from ddkit.errors import RunFilesError, out_of_memory
+from ddkit.errors import NEWS, RunFilesError, out_of_memory
 from ddkit.files import passing_folder, private_folder
 from ddkit.nn.first_compilation import hasten
 
@@ -109,7 +109,7 @@ def get_ready() -> None:
         try:
             folder = private_folder("compile")
         except RunFilesError as error:
-            log.warning("Compiled code is not kept for later runs. %s", error, extra={"news": True})
+            log.warning("Compiled code is not kept for later runs. %s", error, extra=NEWS)
             folder = passing_folder()
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     from torch._inductor import codecache

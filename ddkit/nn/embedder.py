@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddkit.errors import InputError, RunFailed, suggestion
+from ddkit.errors import InputError, RunFailed
 from ddkit.nn.compiling import Arithmetic, compiled, is_compiled
+from ddkit.text import suggestion
 
 
 def embed(module: nn.Module, x: Tensor) -> Tensor:

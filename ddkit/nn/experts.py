@@ -31,7 +31,7 @@ from ddkit.data.loading import fingerprint, load_images
 from ddkit.data.real import RealData
 from ddkit.data.whitening import Whitening, normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
-from ddkit.errors import InputError, RunFailed, RunFilesError, counted
+from ddkit.errors import NEWS, InputError, RunFailed, RunFilesError
 from ddkit.files import (
     SCHEMA,
     json_digest,
@@ -49,10 +49,11 @@ from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.networks import build_network, network_tensors, redraw, training_flops
 from ddkit.nn.teacher import all_finite
-from ddkit.nn.training import fit
+from ddkit.nn.training import BatchAccuracy, fit
 from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.tables import DataTable, ExpertsTable, Recipe, TrainTable
 from ddkit.seeding import drawn_from, generator
+from ddkit.text import counted
 
 log = logging.getLogger("ddkit")
 MANIFEST = "experts.json"
@@ -92,10 +93,10 @@ class Experts:
         """The saved epochs, ascending from 0."""
         return _saved(self.trained, self.save_every)
 
-    def rows(self, first: int, last: int | None, span: int = 0) -> list[tuple[int, int]]:
+    def rows(self, first: int, last: int | None, span: int = 0, where: str = "network") -> list[tuple[int, int]]:
         """Returns the rows of the saved epochs t from `first` to `last` (None: the end), each with the row of t + span.
 
-        Raises InputError if there is none.
+        Raises InputError if there is none, whose path is in the table `where` that asks for them.
         """
         row_of = {epoch: row for row, epoch in enumerate(self.epochs)}
         end = self.epochs[-1] if last is None else last
@@ -103,7 +104,7 @@ class Experts:
             raise InputError(
                 f"The experts are trained for {self.trained} epochs, so they have no weights of epoch {end}. Train them longer (--set "
                 f"experts.epochs={end + span}), or use earlier epochs.",
-                "network.last",
+                f"{where}.last",
             )
         found = [(row, row_of[epoch + span]) for epoch, row in row_of.items() if first <= epoch <= end and epoch + span in row_of]
         if not found:
@@ -111,7 +112,7 @@ class Experts:
             raise InputError(
                 f"The experts have no saved epoch from {first} to {end}{later}. Saved are the epochs 0 to {self.epochs[-1]} in steps of "
                 f"{self.save_every}. Choose other epochs, train longer (experts.epochs), or save more often (experts.save_every).",
-                "network.first",
+                f"{where}.first",
             )
         return found
 
@@ -258,7 +259,7 @@ def experts_of(
     except InputError as error:
         log.info("No experts in the cache can be used. %s", error)
     if found is None and train_it:
-        log.warning("The run needs experts. %d are trained, and kept for later runs.", table.count, extra={"news": True})
+        log.warning("The run needs experts. %d are trained, and kept for later runs.", table.count, extra=NEWS)
         train_experts(make_folder(folder), wanted, table.count or COUNT, real, model, device, watchers, units or recipe.data)
         found = open_experts(folder, table, wanted, model)
     ranks.broadcast(None if found is None else str(folder))  # the others wait for this
@@ -526,38 +527,34 @@ def _fit(
         for name, value in network_tensors(module).items()
     }
     accuracy: list[float | None] = []
-    right, seen = torch.zeros((), dtype=torch.int64, device=images.device), 0
+    own = BatchAccuracy(images.device)
     batches = settings.epochs * -(-len(labels) // settings.train["batch"])
     done = 0
 
     def save(epoch: int, _: int = 0) -> None:
-        nonlocal seen
+        right = own.taken()
         if epoch in epochs:
             for name, value in network_tensors(module).items():
                 kept[name][epochs.index(epoch)] = value.to(kept[name].dtype)
-            accuracy.append(int(right) / seen if seen else None)
-        right.zero_()
-        seen = 0
+            accuracy.append(right)
 
     def count(logits: Tensor, labels: Tensor) -> None:
-        nonlocal seen, done
-        right.add_((logits.argmax(1) == labels).sum())
-        seen += len(labels)
+        nonlocal done
+        own(logits, labels)
         done += 1
         tell(number, done / batches)
 
     save(0)
-    keys = ("batch", "optimizer", "lr", "momentum", "weight_decay", "schedule")
-    schedule = {key: settings.train[key] for key in keys if key in settings.train}
+    schedule = Schedule.of({"epochs": settings.epochs, **settings.train})
     augmenter = registry.create("augmenter", settings.train["augmenter"], settings.train["options"], data=info, where="train")
     fit(
-        module, images, labels, Schedule(epochs=settings.epochs, **schedule), augmenter=augmenter,
+        module, images, labels, schedule, augmenter=augmenter,
         generator=generator(settings.seed, "expert training", number), report=save, on_batch=count, **how,
     )  # fmt: skip
     if not all_finite(kept):
         raise RunFailed(
             f"The training of expert {number} diverged: its weights are not finite. They are not saved. Use a smaller learning rate "
-            f"(--set train.lr={min(schedule['lr'] / 10, TrainTable().lr):g}), or another schedule or optimizer."
+            f"(--set train.lr={min(schedule.lr / 10, TrainTable().lr):g}), or another schedule or optimizer."
         )
     return kept, accuracy
 

@@ -18,12 +18,13 @@ from ddkit.components.base import DataInfo
 from ddkit.data.images import Normalisation, NormalisedRows, rows_of, spread
 from ddkit.data.real import RealData
 from ddkit.data.whitening import Whitening
-from ddkit.errors import LONGEST, InputError
+from ddkit.errors import LONGEST, NEWS, InputError
 from ddkit.files import not_permitted, open_regular, read_tensors, sha256, write_tensors
 from ddkit.nn import class_order
 from ddkit.nn.networks import build_network
 from ddkit.nn.training import predicted
 from ddkit.recipes.tables import TeacherTable
+from ddkit.text import few
 
 log = logging.getLogger("ddkit")
 JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: evenly over the classes
@@ -167,13 +168,9 @@ def load_teacher(table: TeacherTable, info: DataInfo, device: torch.device) -> T
         others = "has more classes than the data" if own.classes > info.classes else "has its classes in another order than the data"
         log.warning(
             "The teacher %s %s (%s): its outputs are sorted into the order of the data (%s).",
-            path, others, _few(own.class_names), _few(info.class_names), extra={"news": True},
+            path, others, few(own.class_names, 12), few(info.class_names, 12), extra=NEWS,
         )  # fmt: skip
     return teacher
-
-
-def _few(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (" ..." if len(names) > most else "")
 
 
 def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
@@ -182,7 +179,7 @@ def _difference(theirs: Sequence[str], ours: Sequence[str]) -> str:
     for who, names, others in (("the teacher", theirs, ours), ("the data", ours, theirs)):
         own = [f"'{name}'" for name in names if name not in others]
         if own:
-            said.append(f"only {who} has {', '.join(own[:5])}{f' and {len(own) - 5} more' if len(own) > 5 else ''}")
+            said.append(f"only {who} has {few(own)}")
     return ", ".join(said)
 
 
@@ -291,7 +288,7 @@ def tested(teacher: Teacher, real: RealData, device: torch.device, table: Teache
             outputs[order[output]] = name
         flag = class_order.as_flag(outputs)
         if len(flag) > LONGEST // 2:  # an error would cut it
-            log.warning("The order of the outputs that fits: %s", flag, extra={"news": True})
+            log.warning("The order of the outputs that fits: %s", flag, extra=NEWS)
             flag = "the flag in the line above"
         again = 100 * float((fitting[labels] == found).double().mean())
         helps = f"With its outputs in another order it is correct on {again:.1f} %: {flag}"

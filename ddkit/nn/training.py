@@ -45,7 +45,7 @@ def fit(
     Each epoch is one pass in random order; each batch is augmented by one draw of `augmenter` (one operation per
     batch, parameters per image) and then mixed as the schedule says. Everything random comes from `generator`. `forward` is a
     compiled version of `module`, if there is one; with `channels_last` it gets its images in that layout. `report(epoch, epochs)` is called
-    after each epoch, `on_batch(logits, labels)` after each batch, with its logits (b, K) as they were before the update and the labels
+    after each epoch, `on_batch(logits, labels)` once for each batch, with its logits (b, K) as they were before the update and the labels
     (b,) that it had before it was mixed.
 
     With `targets` a batch is trained not on its labels, but on the probabilities (n, K) that `targets(batch, labels)`
@@ -79,20 +79,21 @@ def fit(
         x, mixed_y = (x, y) if mixed is None else mixed(x, y)
         x, wanted = x.contiguous(memory_format=layout), mixed_y if targets is None else targets(x, y)
 
-        def gradient(x: Tensor = x, y: Tensor = y, wanted: Tensor = wanted) -> None:
+        def gradient(x: Tensor = x, y: Tensor = y, wanted: Tensor = wanted) -> Tensor:
             with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == torch.bfloat16):
-                logits = forward(x)
-            if on_batch is not None:
-                on_batch(logits.detach(), y)
-            logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+                found = forward(x)
+            logits = found.float() if found.dtype == torch.bfloat16 else found
             if wanted.ndim == 1:
                 loss = nn.functional.cross_entropy(logits, wanted)
             else:
                 loss = nn.functional.cross_entropy(logits / temperature, wanted) * temperature**2
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            return found.detach()
 
-        gradient()
+        logits = gradient()
+        if on_batch is not None:
+            on_batch(logits, y)
         if schedule.rho:
             _sharpen(module, schedule.rho, gradient)
         optimizer.step()
@@ -104,6 +105,25 @@ def fit(
     if average is not None:
         module.load_state_dict(average.module.state_dict())
     module.eval()
+
+
+class BatchAccuracy:
+    """The share of the images whose class a network had right in their own batches: the `on_batch` of `fit`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._right = torch.zeros((), dtype=torch.int64, device=device)
+        self._seen = 0
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> None:
+        self._right.add_((logits.argmax(1) == labels).sum())
+        self._seen += len(labels)
+
+    def taken(self) -> float | None:
+        """Returns the share since the last call, None if there was no batch."""
+        share = int(self._right) / self._seen if self._seen else None
+        self._right.zero_()
+        self._seen = 0
+        return share
 
 
 def optimizer_of(module: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
@@ -165,7 +185,7 @@ def _mixing(schedule: Schedule, classes: int, generator: torch.Generator) -> Cal
     return mix
 
 
-def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], None]) -> None:
+def _sharpen(module: nn.Module, rho: float, gradient: Callable[[], object]) -> None:
     """Replaces the gradient g of `module` by the one that `gradient()` leaves at weights + rho * g / |g|, |g| over all of them.
 
     Weights and buffers (running statistics) are as before afterwards.

@@ -53,6 +53,11 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Schedule:
+        """Returns the schedule of a table that has more than a schedule, e.g. of a protocol or [train]; what it lacks is as by default."""
+        return cls(**{key: values[key] for key in cls.__struct_fields__ if key in values})
+
     @property
     def passes(self) -> int:
         """Forward and backward passes of a batch."""

@@ -20,16 +20,16 @@ from ddkit.components import registry, trust
 from ddkit.components.base import Component
 from ddkit.components.options import fields, options_type, parse_struct, takes
 from ddkit.components.plugin_file import hyphenated
-from ddkit.errors import FlagError, InputError, PluginError, refuse_unused, shown, suggestion
+from ddkit.errors import FlagError, InputError, PluginError, refuse_unused
 from ddkit.files import MOST_TOML, read_text, with_home
 from ddkit.recipes.protocols import Protocol
 from ddkit.recipes.tables import (
     CHOOSING,
+    INNER,
     NAMED_BY_LABEL,
     NAMED_TABLES,
     SHORTHAND,
     TABLES,
-    TRAINING,
     EvaluatorTable,
     Recipe,
     RuleTable,
@@ -38,6 +38,7 @@ from ddkit.recipes.tables import (
     own_keys,
     parse_recipe,
 )
+from ddkit.text import shown, suggestion
 
 Raw = dict[str, Any]
 FLAGS = {  # what a flag of the command line sets in the recipe, where it is not called alike
@@ -207,7 +208,7 @@ def check_effect(recipe: Recipe, given: Collection[str]) -> None:
         ),
         (recipe.train.optimizer == "sgd", "train.optimizer is not sgd", ["train.momentum"]),
         (drawn, "network.source is not experts", ["network.first", "network.last"]),
-        (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in ("inner_lr", *TRAINING)]),
+        (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in INNER]),
         (takes_real, f"the initializer '{begin.use}' uses no real images", [reuse]),
         (in_use, "no loss uses experts, and neither network.source nor labels.init is experts", experts),
     ]

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from ddkit.components.options import Option, fields, parse_struct
-from ddkit.errors import InputError, shown, suggestion
+from ddkit.errors import InputError
 from ddkit.recipes.protocols import Protocol
+from ddkit.text import shown, suggestion
 
 Positive = Annotated[int, Option(ge=1)]
 Beta = Annotated[float, Option(ge=0, lt=1)]
@@ -183,7 +184,7 @@ class NetworkTable(PluginTable):
             ),
             *(
                 (key, not trained and getattr(self, key) != getattr(usual, key), f"no network is trained between steps. {how}")
-                for key in TRAINING
+                for key in INNER
             ),
             ("inner_momentum", self.inner_momentum and self.inner_optimizer != "sgd", "only sgd has a momentum. Set it to 0"),
             (
@@ -197,7 +198,7 @@ class NetworkTable(PluginTable):
                 raise InputError(f"network.{key} = {shown(getattr(self, key))} is not possible: {reason}.", f"network.{key}")
 
 
-TRAINING = ("inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share", "batch")
+INNER = ("inner_lr", "inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share", "batch")
 
 
 class ExpertsTable(Table):

@@ -20,10 +20,11 @@ from ddkit.components.guard import blamed
 from ddkit.components.options import Count, written_options
 from ddkit.data.images import Normalisation, most_classes
 from ddkit.data.whitening import NAMES, Whitening
-from ddkit.errors import InputError, RunFailed, RunFilesError, shown
+from ddkit.errors import InputError, RunFailed, RunFilesError
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.manifest import SET, check_finished, check_listed, check_own
 from ddkit.run.notebook import sheet, table
+from ddkit.text import shown
 
 MOST_MADE = 10_000  # numbers of images for each number that is stored
 

@@ -14,6 +14,7 @@ from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, stored_in_pixels
 from ddkit.run.derived import write_derived
 from ddkit.run.directory import Run, RunDirectory
+from ddkit.text import few
 
 log = logging.getLogger("ddkit")
 
@@ -74,8 +75,8 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
     ours, theirs = first.class_names, second.class_names
     if sorted(ours) != sorted(theirs):
         raise InputError(
-            f"The two sets have different classes, so they cannot be averaged. Only the first has {_some(ours, theirs)}, only the second "
-            f"has {_some(theirs, ours)}."
+            f"The two sets have different classes, so they cannot be averaged. Only the first has {_own(ours, theirs)}, only the second "
+            f"has {_own(theirs, ours)}."
         )
     if first.images.shape[1:] != second.images.shape[1:]:
         shapes = [tuple(each.images.shape[1:]) for each in (first, second)]
@@ -104,8 +105,6 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
     return partner
 
 
-def _some(names: Sequence[str], others: Sequence[str], most: int = 5) -> str:
+def _own(names: Sequence[str], others: Sequence[str]) -> str:
     """Returns the names that are not among the others, the first few of them."""
-    own = [name for name in names if name not in others]
-    more = f" and {len(own) - most} more" if len(own) > most else ""
-    return f"{', '.join(own[:most])}{more}" if own else "no others"
+    return few([name for name in names if name not in others]) or "no others"

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import msgspec
 
-from ddkit.errors import RunFilesError
+from ddkit.errors import NEWS, RunFilesError
 from ddkit.files import json_digest, read_tensors, sync, write_tensors
 from ddkit.run.manifest import CHECKPOINT, CHECKPOINTS, METRICS, RECIPE
-from ddkit.run.warnings import NEWS, warnings
+from ddkit.run.warnings import warnings
 
 if TYPE_CHECKING:
     from torch import Tensor

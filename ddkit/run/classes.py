@@ -13,9 +13,9 @@ import torch
 
 from ddkit.components.base import Dataset
 from ddkit.data.real import SomeClasses
-from ddkit.errors import InputError, doubles, suggestion
+from ddkit.errors import NEWS, InputError
 from ddkit.run.artifact import Artifact
-from ddkit.run.warnings import NEWS
+from ddkit.text import doubles, few, suggestion
 
 log = logging.getLogger("ddkit")
 LONGEST = 1200  # characters of a flag in a message
@@ -31,20 +31,19 @@ def matched(artifact: Artifact, dataset: Dataset, pairs: Mapping[str, str]) -> t
     names = _renamed(artifact.class_names, classes, pairs)
     missing = [name for name in names if name not in classes]
     if missing:
-        raise InputError(
-            f"The data does not have these classes of the set: {_few(missing)}. {_advice(missing, [c for c in classes if c not in names])}"
-        )
+        advice = _advice(missing, [name for name in classes if name not in names])
+        raise InputError(f"The data does not have these classes of the set: {few(missing, 12)}. {advice}")
     if len(names) < 2:
         raise InputError(f"The set has only the class '{names[0]}', but a classifier needs two. `ddkit join` makes one set of several.")
     own = [name for name in classes if name in names]
     if own != classes:
         log.warning(
             "The data has %d classes, and the set has %d of them. Networks are trained and tested on the classes of the set (%s).",
-            len(classes), len(own), _few(own), extra=NEWS,
+            len(classes), len(own), few(own, 12), extra=NEWS,
         )  # fmt: skip
         dataset = SomeClasses(dataset, own)
     if names != own:
-        log.warning("The classes of the set are sorted into the order of the data (%s).", _few(own), extra=NEWS)
+        log.warning("The classes of the set are sorted into the order of the data (%s).", few(own, 12), extra=NEWS)
     return (artifact if artifact.class_names == own else _in_order(artifact, names, own)), dataset
 
 
@@ -80,7 +79,7 @@ def _in_order(artifact: Artifact, names: Sequence[str], own: Sequence[str]) -> A
 def _advice(missing: Sequence[str], others: Sequence[str]) -> str:
     """Returns the flag that calls classes of the set as the data does: by the nearest name, else in order."""
     if len(others) < len(missing):
-        return f"A set is evaluated on data with all of its classes. The data has only these other classes: {_few(others) or 'none'}."
+        return f"A set is evaluated on data with all of its classes. The data has only these other classes: {few(others, 12) or 'none'}."
     left = list(others)
     pairs: dict[str, str] = {}
     for name in missing:
@@ -104,7 +103,3 @@ def _written(pairs: Mapping[str, str]) -> str:
 
 def _quoted(name: str) -> str:
     return json.dumps(name, ensure_ascii=False)
-
-
-def _few(names: Sequence[str], most: int = 12) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -18,7 +18,7 @@ import torch
 from ddkit.components import registry
 from ddkit.components.figures import budgets_differ
 from ddkit.data.pictures import eight_bits
-from ddkit.errors import FlagError, RunFilesError, counted, doubles, printable
+from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of, path_part, write_atomic
 from ddkit.recipes.protocols import Protocol
 from ddkit.recipes.resolve import flattened
@@ -28,6 +28,7 @@ from ddkit.run.listing import is_run_folder, method_of, run_folders
 from ddkit.run.manifest import MANIFEST, RECIPE, read_evaluations, read_manifest
 from ddkit.run.report import check_figures, write_figures
 from ddkit.run.report.charts import COLUMNS, Chart, accuracies, dots, files, rows_of_images
+from ddkit.text import counted, doubles, printable
 
 MOST_COMMANDS = 2  # in an error, of which a long one would be cut
 FORMATS = (".png", ".pdf")  # of a picture

@@ -37,7 +37,7 @@ from ddkit.run.classes import matched
 from ddkit.run.directory import RunDirectory
 from ddkit.run.doubts import below_random_real, for_a_better_set
 from ddkit.run.lock import LOCK_SECONDS
-from ddkit.run.manifest import DERIVED, EVALUATION, MANIFEST, RECIPE, SET, read_evaluations, read_manifest, write_manifest
+from ddkit.run.manifest import DERIVED, EVALUATION, MANIFEST, RECIPE, SET, evaluations_json, read_evaluations, read_manifest, write_manifest
 from ddkit.run.report import renew_report
 from ddkit.run.setup import evaluators_of
 
@@ -267,14 +267,13 @@ def _record_evaluation(
         if not (directory.path / MANIFEST).is_file() or read_manifest(directory.path)["files"].get(SET) != judged_file:
             log.warning("The figures were not added to the files of the run, because its set has changed in the meantime.")
             return
-        fresh = msgspec.to_builtins(rows)
-        keys = [_identity(row) for row in fresh]
+        keys = [_identity(row) for row in msgspec.to_builtins(rows)]
         older = [row for row in read_evaluations(directory.path) if _identity(row) not in keys]
         table = directory.read_recipe()
         known = table.get("protocols", {})
         if added := {name: each for name, each in recipe_dict(recipe).get("protocols", {}).items() if name not in known}:
             directory.rewrite(RECIPE, tomli_w.dumps(table | {"protocols": known | added}).encode())
-        directory.rewrite(EVALUATION, json_bytes({"schema": 1, "evaluations": older + fresh}))
+        directory.rewrite(EVALUATION, json_bytes(evaluations_json([*older, *rows])))
         manifest = read_manifest(directory.path)
         if new := [sentence for sentence in said if sentence not in manifest.get("warnings", [])]:
             write_manifest(directory.path, manifest | {"warnings": [*manifest.get("warnings", []), *new]})

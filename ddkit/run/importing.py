@@ -20,7 +20,7 @@ from ddkit.data.images import Normalisation, most_classes, to_unit
 from ddkit.data.loading import load_images
 from ddkit.data.real import open_dataset, passing
 from ddkit.data.whitening import EPS, Whitening, normalisation_of
-from ddkit.errors import FlagError, InputError, RunFilesError, counted, refuse_unused
+from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import check_out, sha256
 from ddkit.nn.networks import build_network
 from ddkit.nn.teacher import Teacher, check_outputs, load_state, save_teacher
@@ -30,6 +30,7 @@ from ddkit.run.artifact import Artifact, are_probabilities, made_with, parametri
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.doubts import looks_like_grid, looks_whitened
 from ddkit.run.foreign import Found, fitted, labels_in, number_of, plain, read, sets_in, state_in
+from ddkit.text import counted
 
 log = logging.getLogger("ddkit")
 

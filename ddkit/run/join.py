@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddkit.components.options import written_options
-from ddkit.errors import FlagError, InputError, doubles, shown, suggestion
+from ddkit.errors import NEWS, FlagError, InputError
 from ddkit.files import sha256
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, stored_in_pixels
 from ddkit.run.derived import file_of, write_derived
 from ddkit.run.directory import Run, RunDirectory
+from ddkit.text import doubles, shown, suggestion
 
 log = logging.getLogger("ddkit")
 HOW_MADE = ("decode", "parametrization", "image_shape", "whitening")  # keys of a set's metadata
@@ -189,7 +190,7 @@ def _statistics(sets: Sequence[Artifact]) -> dict[str, list[float]]:
     log.warning(
         "The sets have different means and stds. The joined set has the mean and std of all their classes together (mean %s).",
         words,
-        extra=warnings.NEWS,
+        extra=NEWS,
     )
     return {"mean": centre.tolist(), "std": spread.tolist()}
 

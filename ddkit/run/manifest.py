@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -237,14 +237,22 @@ def check_listed(folder: Path, name: str) -> None:
 
 
 class _Evaluations(msgspec.Struct):
+    schema: int
     evaluations: list[Evaluation]
+
+
+def evaluations_json(rows: Sequence[Evaluation | Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what evaluation.json holds."""
+    return {"schema": SCHEMA, "evaluations": msgspec.to_builtins(rows)}
 
 
 def read_evaluations(folder: Path) -> list[dict[str, Any]]:
     """Returns the rows of evaluation.json, each with all fields of an Evaluation, perhaps with more; raises RunFilesError."""
     check_listed(folder, EVALUATION)
     file = folder / EVALUATION
-    found = read_json(file) if file.is_file() else {"evaluations": []}
+    found = read_json(file) if file.is_file() else evaluations_json([])
     checked(found, _Evaluations, file)
+    if found["schema"] != SCHEMA:
+        raise RunFilesError(f"{file} has schema {found['schema']}, but this version of ddkit reads schema {SCHEMA}.")
     rows = [msgspec.to_builtins(msgspec.convert(row, Evaluation)) | row for row in found["evaluations"]]  # older versions left fields out
     return [row | {"labels": "teacher"} if row["labels"] == "soft" else row for row in rows]  # as versions up to 0.2 call them

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from ddkit.errors import printable
+from ddkit.text import printable
 
 _INLINE = re.compile(r"([\\`*_\[\]|~$])")
 _AT_START = re.compile(r"^([#+=-]|\d+(?=[.)](?: |$)))")

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from ddkit.data.pictures import sheet_png
-from ddkit.errors import printable
 from ddkit.files import read_bytes
 from ddkit.run.manifest import PREVIEW
+from ddkit.text import printable
 
 MOST_BYTES = 256 * 1024  # of a picture that is shown as it is
 CORNER = (640, 640)  # width and height of the part of a larger picture that is shown

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ddkit.components.observers import hookimpl
-from ddkit.errors import printable
+from ddkit.text import printable
 
 UNITS = {
     "reading": "image",

@@ -40,7 +40,7 @@ from ddkit.run.directory import Run, RunDirectory, save_set
 from ddkit.run.doubts import constant_losses, for_a_better_set, outside, silent, without
 from ddkit.run.estimate import estimated
 from ddkit.run.evaluation import run_evaluators
-from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, read_evaluations, read_manifest
+from ddkit.run.manifest import EVALUATION, LOCK, MANIFEST, RECIPE, SET, check_listed, evaluations_json, read_evaluations, read_manifest
 from ddkit.run.metrics import append_metrics, cut_metrics, is_logged, read_metrics
 from ddkit.run.report import close_run, known_spectrum
 from ddkit.run.setup import AUTOMATIC_EXPERTS, AUTOMATIC_TEACHER, TEACHER_FILE, RunSetup
@@ -97,7 +97,6 @@ def planned(recipe: Recipe, place: Place) -> dict[str, Any]:
         setup = RunSetup(recipe, device=place.device, ranks=place.ranks, watchers=Observers([]))
         setup.prepare(train_it=False)
         return {
-            "schema": 1,
             "recipe": recipe_dict(setup.resolved_recipe),
             "device": str(setup.device),
             "processes": place.ranks.world_size,
@@ -297,7 +296,7 @@ def _finish(setup: RunSetup, directory: RunDirectory, *, start: int, spent: floa
             helps=for_a_better_set(recipe),
         )  # fmt: skip
         if setup.ranks.is_main:
-            write_json(directory.path / EVALUATION, {"schema": 1, "evaluations": msgspec.to_builtins(evaluations)})
+            write_json(directory.path / EVALUATION, evaluations_json(evaluations))
     facts = _facts(setup) | {"steps": recipe.steps, "seconds": round(seconds, 3)}
     if setup.ranks.is_main:
         watchers.begin("writing", f"Writing the report of {directory.path}")

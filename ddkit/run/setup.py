@@ -25,7 +25,7 @@ from ddkit.engine.labels import SOFT_LABELS
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.planning import ExecutionPlan
-from ddkit.errors import InputError, shown
+from ddkit.errors import InputError
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.compiling import get_ready
@@ -40,6 +40,7 @@ from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
 from ddkit.run.artifact import stored_in_pixels
 from ddkit.run.initial_set import initial_set
 from ddkit.run.resolved import plugins_used, resolved
+from ddkit.text import shown
 
 AUTOMATIC_TEACHER = "the automatic teacher"
 AUTOMATIC_EXPERTS = "the automatic experts"
@@ -404,7 +405,7 @@ class RunSetup:
             with each.blamed():
                 draws = each.loss.expert_draws()
             for span, first, last in draws:
-                experts.rows(first, last, span)
+                experts.rows(first, last, span, f"losses.{each.label}")
 
     @property
     def normalisation(self) -> Normalisation:

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-NEWS = {"news": True}  # `extra` of what is worth a line at the time, and is no warning of a result
 _kept: ContextVar[list[str] | None] = ContextVar("kept", default=None)  # of the run of this thread
 _shown_from = logging.NOTSET
 

@@ -13,12 +13,13 @@ import msgspec
 
 from ddkit.components.base import Fraction
 from ddkit.components.options import fields
-from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError, doubles, shown
+from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError
 from ddkit.files import path_part, read_with_digest, sha256, with_home
 from ddkit.recipes.resolve import flattened, read_protocol, resolve
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.manifest import MANIFEST, checked
 from ddkit.studies.study import MOST_SEEDS, Cell, Study, SystemTable
+from ddkit.text import doubles, shown
 
 REAL_IMAGES: dict[str, Any] = {  # a baseline's set: real images as they are
     "name": "real-images", "steps": 0, "initializer": {"use": "real"}, "losses": {"dm": {}},

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ddkit.errors import printable
 from ddkit.files import json_bytes
 from ddkit.run.report import page
 from ddkit.run.report.charts import Chart, accuracies, dots
 from ddkit.studies.results import Figure, Report, report_json, report_table, table_of
+from ddkit.text import printable
 
 MOST_LINES = 12  # in a chart; more systems are rows of one
 LATEX = {"\N{PLUS-MINUS SIGN}": r"$\pm$"}  # characters that tabulate does not replace

@@ -15,13 +15,14 @@ from ddkit.components import registry
 from ddkit.components.figures import budgets_differ
 from ddkit.components.registry import split_name
 from ddkit.data.pictures import high_frequency_share, radial_spectrum, sheet_png
-from ddkit.errors import DdkitError, counted
-from ddkit.files import path_part, write_atomic
+from ddkit.errors import DdkitError
+from ddkit.files import SCHEMA, path_part, write_atomic
 from ddkit.run.artifact import load
 from ddkit.run.manifest import MANIFEST, read_manifest
 from ddkit.run.markdown import markdown
 from ddkit.studies.grid import Task, kept_file, kept_row
 from ddkit.studies.study import Cell, PublishedOn, Study, published
+from ddkit.text import counted, few
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +193,7 @@ def write_pictures(study: Study, tasks: Sequence[Task], out: Path) -> list[str]:
 def report_json(report: Report) -> dict[str, Any]:
     """Returns the report as one JSON object; accuracies are fractions."""
     figures = [msgspec.to_builtins(each) | {"difference": each.difference, "state": each.state} for each in report.figures]
-    return {"schema": 1, **msgspec.to_builtins(report), "figures": figures}
+    return {"schema": SCHEMA, **msgspec.to_builtins(report), "figures": figures}
 
 
 def report_table(report: Report, style: str = "simple", *, pivot: bool = False) -> str:
@@ -309,8 +310,7 @@ def _notes(report: Report) -> list[str]:
     notes += [f"From the cache: {counted(figure.cached, 'network')} of {figure.label}." for figure in figures if figure.cached]
     notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
-    shown = left if len(left) <= 6 else [*left[:5], f"{len(left) - 5} others"]
-    notes += [f"Not finished: {'; '.join(shown)}."] if left else []
+    notes += [f"Not finished: {few(left)}."] if left else []
     return notes
 
 

@@ -28,8 +28,8 @@ from ddkit.components.observers import Observers
 from ddkit.data.real import check_held_out, open_dataset
 from ddkit.distributed import group, own_device, plain_environment
 from ddkit.engine.losses import losses_of
-from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError, counted
-from ddkit.files import check_out, with_digest, write_atomic, write_json
+from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError
+from ddkit.files import SCHEMA, check_out, with_digest, write_atomic, write_json
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import read_teacher
 from ddkit.recipes.resolve import check_options, flattened, resolve
@@ -45,6 +45,7 @@ from ddkit.studies.presenting import FILES, report_charts
 from ddkit.studies.results import Report, figures_of, write_pictures
 from ddkit.studies.sharding import SETS, merge, share
 from ddkit.studies.study import Study, chosen_cells
+from ddkit.text import counted
 
 
 def reproduce(
@@ -334,7 +335,7 @@ class _Crew:
         row = next((row for row in rows if row["images"] == asked.images), None)
         if row is None:
             raise RunFailed(f"The evaluation gave no row of '{asked.images}' images.")
-        write_json(kept_file(task), with_digest({"schema": 1, "asked": msgspec.to_builtins(asked), "row": row}))
+        write_json(kept_file(task), with_digest({"schema": SCHEMA, "asked": msgspec.to_builtins(asked), "row": row}))
         return float(row["accuracy_mean"])
 
     def _check_going_on(self) -> None:

@@ -10,9 +10,10 @@ import msgspec
 
 from ddkit.components.options import Option, parse_struct
 from ddkit.components.registry import NAME
-from ddkit.errors import InputError, doubles, suggestion
+from ddkit.errors import InputError
 from ddkit.recipes.resolve import flattened, read_recipe, superseded
 from ddkit.recipes.tables import Positive, Table
+from ddkit.text import doubles, suggestion
 
 Share = Annotated[float, Option(ge=0, le=1)]
 MOST_SEEDS = 1000  # of a cell; a larger number is probably meant as a seed

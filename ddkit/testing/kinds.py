@@ -530,9 +530,7 @@ class ObserverConformance(Conformance):
         if not any(observers.has(hook) for hook in HOOKS):
             raise Broken(f"The observer '{self.label}' has no hook: mark at least one of {', '.join(HOOKS)} with @ddkit.hookimpl.")
 
-    @check
-    def test_options_survive_a_recipe(self) -> None:
-        """Holds always: an observer has no options."""
+    test_options_survive_a_recipe = None  # type: ignore[assignment]  # an observer has no options
 
     @check
     def test_every_hook_can_be_called(self) -> None:

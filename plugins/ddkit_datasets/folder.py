@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 import ddkit
-from ddkit.data import natural
+from ddkit.data import TEST, TRAIN, natural
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
-from ddkit_datasets.tables import TABLES, TEST, TRAIN, Row, read_table, table_in
+from ddkit_datasets.tables import TABLES, Row, read_table, table_in
 
 log = logging.getLogger("ddkit")
 MOST_HEADERS = 5000  # that are read to learn whether images are grey: a quarter of a second
@@ -427,7 +427,7 @@ def _packed(root: Path) -> str:
 
 
 def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:8]) + (" ..." if len(names) > 8 else "")
+    return ddkit.data.few([f"'{name}'" for name in names], 8)
 
 
 def check_case(folder: Path, names: Iterable[str]) -> None:

@@ -9,13 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddkit.data import natural
+from ddkit.data import TEST, TRAIN, VALIDATION, natural
 
-SPLITS = {
-    "train": ("train", "training", "tr"),
-    "test": ("test", "testing", "te"),
-    "val": ("val", "valid", "validation", "dev"),
-}  # fmt: skip
+SPLITS = {"train": (*TRAIN, "tr"), "test": ("te", *(word for word in TEST if word not in VALIDATION)), "val": VALIDATION}
 IMAGES = ("x", "images", "image", "imgs", "img", "data", "features", "inputs", "pixels")
 LABELS = ("y", "labels", "label", "targets", "target", "classes")
 PLAIN = {f"{kind}_{split}" for kind in "xy" for split in ("train", "test")}  # names that need no word

@@ -19,10 +19,11 @@ from typing import Any
 from PIL import Image
 
 import ddkit
+from ddkit.data import TEST, TRAIN
 from ddkit_datasets.decoding import strict_pillow
 from ddkit_datasets.folder import SUFFIXES
 from ddkit_datasets.objects import Items, OfItems, numbered
-from ddkit_datasets.tables import LABEL, TEST, TRAIN, label_text
+from ddkit_datasets.tables import LABEL, label_text
 
 log = logging.getLogger("ddkit")
 

@@ -11,11 +11,10 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import ddkit
+from ddkit.data import TEST, TRAIN
 
 TABLES = (".csv", ".tsv", ".jsonl")
 NAMES = ("metadata.csv", "metadata.jsonl")  # as Hugging Face calls the table of an image folder
-TRAIN = ("train", "training")
-TEST = ("test", "testing", "val", "valid", "validation")  # the first that has labelled images is the test split
 FILE = ("file_name", "filename", "file", "path", "file_path", "filepath", "image", "image_path", "image_file")
 LABEL = ("label", "class", "category", "target", "class_name", "label_name")
 SPLIT = ("split", "subset", "partition")

@@ -212,7 +212,8 @@ def selected_parameters(module: nn.Module, names: Sequence[str], which: str) -> 
     if which == "all":
         return list(names)
     if which == "weights":
-        return [name for name in names if parameters[name].ndim >= 2]
+        norms = {name for name, layer in module.named_modules() if isinstance(layer, NORMS)}
+        return [name for name in names if parameters[name].ndim >= 2 and name.rpartition(".")[0] not in norms]
     if which == "classifier":
         linear = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
         return [name for name in names if linear and name.rpartition(".")[0] == linear[-1]]

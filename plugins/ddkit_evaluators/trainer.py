@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -115,7 +116,7 @@ class Trainer:
         self.artifact = artifact
         self.data = data
         self.protocol = protocol
-        self.schedule = ddkit.nn.Schedule(**{key: getattr(protocol, key) for key in ddkit.nn.Schedule.__struct_fields__})
+        self.schedule = ddkit.nn.Schedule.of(msgspec.structs.asdict(protocol))
         self.arithmetic = arithmetic
         self.soft = soft
         self.stored = stored

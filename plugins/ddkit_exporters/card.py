@@ -19,7 +19,6 @@ import ddkit
 README = "README.md"
 LEVELS = 255
 FOLDED = 100  # classes; of more the table opens on a click
-REAL_STARTS = ("real", "kmeans", "herding", "k-center", "multiplier", "mix")  # initializers that begin with real images
 SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_000, "100K<n<1M"))  # of Hugging Face
 LOAD_SET = [
     "import ddkit",
@@ -157,12 +156,22 @@ def _parts(artifact: ddkit.Artifact) -> str:
 
 def _start(artifact: ddkit.Artifact) -> str:
     """Returns what the run began with in words, "" where that is not known."""
-    name = artifact.provenance.recipe.get("initializer", {}).get("use", "")
+    table = artifact.provenance.recipe.get("initializer", {})
+    name = table.get("use", "")
     if not name or _is_derived(artifact):
         return ""
     kinds = {"noise": "noise", "file": "images of an earlier set or folder"}
-    kind = kinds.get(name, "real images" if name in REAL_STARTS else "images")
-    return f"{kind} (initializer {name})"
+    return f"{kinds.get(name) or _taken(name, table)} (initializer {name})"
+
+
+def _taken(name: str, table: Mapping[str, Any]) -> str:
+    """Returns in words what an initializer with the table of a recipe begins with, as far as this machine can tell."""
+    options = {key: value for key, value in table.items() if key not in ("use", "reuse")}
+    try:
+        needs_real = ddkit.create("initializer", name, options).requires.real
+    except ddkit.DdkitError:  # it is not installed here, or has other options by now
+        return "images of its own, perhaps real ones"
+    return "real images" if needs_real else "images"
 
 
 def _classes(artifact: ddkit.Artifact, layout: Layout) -> list[list[Any]]:

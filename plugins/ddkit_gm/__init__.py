@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import ddkit
 
@@ -54,7 +54,7 @@ class GradientMatching(ddkit.Loss):
     requires = ddkit.Requires(real=True, network=True, second_order=True, reduce="sum")
 
     def initial(self, step: ddkit.Step) -> Mapping[str, Tensor]:
-        if not self._compared(list(step.network.parameters())):
+        if not self._compared(step.network, list(step.network.parameters())):
             raise ddkit.InputError(
                 f"{self.recipe_path}.kernels compares the kernels of convolutions, but the network has none. Use another network, e.g. "
                 f"--set network.model=convnet, or --set {self.recipe_path}.kernels=false.",
@@ -63,13 +63,17 @@ class GradientMatching(ddkit.Loss):
         return {}
 
     def __call__(self, step: ddkit.Step) -> Tensor:
-        real, terms = step.real.class_gradients, []
+        network, real, terms = step.network, step.real.class_gradients, []
         for label, synthetic in step.class_gradients.items():
             if label in real:
-                terms.append(gradient_distance(self._compared(real[label]), self._compared(synthetic), self.distance))
+                terms.append(gradient_distance(self._compared(network, real[label]), self._compared(network, synthetic), self.distance))
             else:  # nothing to match: 0, as in distribution matching
                 terms.append(step.images[step.class_slices[label]].sum() * 0)
         return torch.stack(terms).sum()
 
-    def _compared(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [each for each in gradients if each.ndim > 2] if self.kernels else gradients
+    def _compared(self, network: nn.Module, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns those of the gradients, one for each parameter of the network, that are compared."""
+        if not self.kernels:
+            return gradients
+        kernels = {id(layer.weight) for layer in network.modules() if isinstance(layer, nn.modules.conv._ConvNd)}
+        return [each for each, parameter in zip(gradients, network.parameters(), strict=True) if id(parameter) in kernels]

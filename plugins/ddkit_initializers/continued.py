@@ -61,15 +61,14 @@ class File(ddkit.Initializer):
         missing = [name for name in available if name not in counts]
         if missing:
             raise ddkit.InputError(
-                f"{path} has no class {', '.join(map(repr, missing[:5]))}{' ...' if len(missing) > 5 else ''}. Its classes are "
-                f"{', '.join(map(repr, list(counts)[:12]))}. An initial set needs all classes of the data, with the same names.",
+                f"{path} has no class {ddkit.data.few([repr(name) for name in missing])}. Its classes are "
+                f"{ddkit.data.few([repr(name) for name in counts], 12)}. An initial set needs all classes of the data, with "
+                "the same names.",
                 "initializer.path",
             )
         short = [f"'{name}' has {counts[name]}" for name in available if counts[name] < ipc]
         if short:
-            raise ddkit.InputError(
-                f"{path} has too few images for ipc {ipc}: {', '.join(short[:5])}{' ...' if len(short) > 5 else ''}. Lower --ipc.", "ipc"
-            )
+            raise ddkit.InputError(f"{path} has too few images for ipc {ipc}: {ddkit.data.few(short)}. Lower --ipc.", "ipc")
 
     def __call__(self, start: ddkit.InitContext) -> Tensor:
         images: list[Tensor] = []

@@ -26,11 +26,11 @@ from PIL import Image, ImageFile
 import ddkit
 from ddkit.cli.common import LogFormat
 from ddkit.data.arrays import check_declared
-from ddkit.errors import printable
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.markdown import markdown
 from ddkit.studies.results import Figure, Report, report_table
 from ddkit.studies.study import PublishedOn
+from ddkit.text import printable
 from tests.conftest import SMALL_FLAGS, Result, png_of, said, write_image_folder
 
 Cli = Callable[..., Result]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ddkit.data.images import spread
 from ddkit.data.pictures import radial_spectrum
-from ddkit.errors import DdkitError, FlagError, RunFilesError, is_text, printable
+from ddkit.errors import DdkitError, FlagError, RunFilesError
 from ddkit.files import TEMPORARY, check_out, folders_of, write_atomic
 from ddkit.run import snapshots, warnings
 from ddkit.run.artifact import load
@@ -33,6 +33,7 @@ from ddkit.run.metrics import read_metrics
 from ddkit.run.report.charts import Chart, files, svg
 from ddkit.run.report.pictures import animation
 from ddkit.run.report.sections import Files, contents, spectrum_bins
+from ddkit.text import is_text, printable
 
 log = logging.getLogger("ddkit")
 PAGE = Path(__file__).with_name("page.html")

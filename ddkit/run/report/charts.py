@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ddkit.errors import printable
 from ddkit.files import path_part
 from ddkit.run.report.pictures import colours
+from ddkit.text import printable
 
 WIDTH, HEIGHT = 420, 280  # points, which are pixels of a wide page
 LEFT, RIGHT, TOP, BOTTOM = 88, 14, 14, 50  # margins of the plot

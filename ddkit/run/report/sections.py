@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ddkit.data.pictures import eight_bits, radial_spectrum
-from ddkit.errors import counted
 from ddkit.files import path_part, without_folders
 from ddkit.recipes.tables import NetworkTable, own_keys
 from ddkit.run.artifact import Artifact
@@ -25,6 +24,7 @@ from ddkit.run.manifest import DERIVED, SET
 from ddkit.run.report.charts import COLUMNS, Chart, bars, can_be_drawn, confusion, curves, dots, histogram, number, rows_of_images
 from ddkit.run.report.pictures import Picture, picture, pictures, sides
 from ddkit.run.snapshots import Film
+from ddkit.text import counted
 
 MOST_CLASSES, MOST_IMAGES, MOST_A_CLASS = 50, 200, 10  # shown of the set
 FILM_ROWS, FILM_COLUMNS = 10, 7

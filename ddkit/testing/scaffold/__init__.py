@@ -11,8 +11,9 @@ from string import Template
 
 import ddkit
 from ddkit.components import registry
-from ddkit.errors import FlagError, RunFilesError, suggestion
+from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import write_atomic
+from ddkit.text import suggestion
 
 USES = {
     "loss": "ddkit distill --losses dm,$name --steps 20",
