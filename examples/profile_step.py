@@ -29,9 +29,9 @@ def made(ipc: int, pipc: int, folder: Path) -> Engine:
         "practical", losses="dm", evaluators="none", dataset=f"npz:{folder / 'random.npz'}", ipc=ipc, pipc=pipc, steps=5000,
         init="noise",
     )  # fmt: skip
-    job = RunSetup(recipe)
-    job.prepare()
-    return job.engine
+    setup = RunSetup(recipe)
+    setup.prepare()
+    return setup.engine
 
 
 def advance(engine: Engine, start: int, stop: int) -> None:

@@ -131,8 +131,8 @@ def _steps(spec: Spec) -> Measuring:
     advance(1)
     first = _synchronised() - began
     advance(2)
-    made: list[Any] = [engine.source.embedder(index)] if decided.needs_embedder else []
-    made += [each for each in (engine.source.twice, engine.source.gradients) if each]
+    made: list[Any] = [engine.source.networks.at(index)] if decided.needs_embedder else []
+    made += [each for each in (engine.source.twice, engine.source.networks.gradients) if each]
     yield {
         "setup_seconds": setup_seconds,
         "first_step_seconds": first, "flops": flops, "work": decided.step_work, "precision": decided.arithmetic.precision,

@@ -77,7 +77,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def origin(self) -> str:
-        """The distribution and version of a stranger's component, "" for ddkit's own."""
+        """The distribution and version of a third-party component, "" for ddkit's own."""
         return "" if self.first_party else f"{self.distribution} {self.version}"
 
     @property
@@ -91,7 +91,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def advice(self) -> str:
-        """What helps a stranger's component, to add to a message: "" for ddkit's own, and for kinds without a suite."""
+        """What helps a third-party component, to add to a message: "" for ddkit's own, and for kinds without a suite."""
         if self.first_party or self.kind not in CHECKED:
             return ""
         return f" `ddkit check {self.flag}{self.kind} {self.name}` shows more."

@@ -25,7 +25,7 @@ PART_BYTES = 2**24  # of pages of a file that are in memory at once
 MOST_IMAGES = 1000  # that stand for all of a set
 
 
-def mapped(path: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+def memmap(path: str, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
     """Returns the tensor that the file `path` holds; the file may lose its name afterwards.
 
     The mapping is private: writing into the tensor stays in this process, and is lost where pages are given back.

@@ -29,7 +29,7 @@ from torch import Tensor
 from ddkit import __version__
 from ddkit.components.base import Dataset
 from ddkit.components.observers import Report
-from ddkit.data.images import Kinds, conform, mapped, to_unit
+from ddkit.data.images import Kinds, conform, memmap, to_unit
 from ddkit.errors import InputError, RunFilesError
 from ddkit.files import (
     cache_folder,
@@ -185,7 +185,7 @@ def _unnamed(made: Iterable[Tensor], dtype: torch.dtype, shape: Sequence[int]) -
     try:
         with tempfile.TemporaryFile(prefix="ddkit-", dir=folder) as file:
             _write(file, made)
-            return mapped(f"/dev/fd/{file.fileno()}", dtype, shape)
+            return memmap(f"/dev/fd/{file.fileno()}", dtype, shape)
     except OSError as error:
         where, needed = folder or tempfile.gettempdir(), prod(shape) * dtype.itemsize / 2**20
         raise InputError(
@@ -252,7 +252,7 @@ def _cached(entry: Path, limit: int) -> tuple[Tensor, int] | None:
         if known["stamp"] != list(_stamp(str(entry))) or prod(shape) * dtype.itemsize != known["stamp"][0]:
             raise ValueError("this user did not write them")
         if prod(shape) * dtype.itemsize > limit:
-            images = mapped(str(entry), dtype, shape)
+            images = memmap(str(entry), dtype, shape)
         else:
             images = torch.from_numpy(np.fromfile(entry, np.uint8 if known["bytes"] else np.float32)).view(shape)
         os.utime(mark_of(entry))  # the least recently used go first

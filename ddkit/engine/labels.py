@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddkit.components.options import Parameter
 from ddkit.engine.bank import Bank
-from ddkit.engine.draws import StepSource
+from ddkit.engine.source import StepSource
 from ddkit.nn.networks import build_network, load_weights
 from ddkit.recipes.tables import LabelsTable
 
@@ -44,13 +44,13 @@ def targets_of(source: StepSource, bank: Bank, index: int, rows: slice) -> Tenso
     if SOFT_LABELS in bank.parameters:
         return bank.parameters[SOFT_LABELS][rows]
     if source.labels.kind == "teacher":
-        return source.once(index, f"targets {rows.start}:{rows.stop}", lambda: _teachers(source, bank.decoded(rows)))
+        return source.draws.once(index, f"targets {rows.start}:{rows.stop}", lambda: _teachers(source, bank.decoded(rows)))
     return _one_hot(source, bank, rows)
 
 
 def _one_hot(source: StepSource, bank: Bank, rows: slice) -> Tensor:
     labels = bank.decoded_labels[rows]
-    return (labels[:, None] == torch.arange(source.info.classes, device=labels.device)).to(bank.images.dtype)
+    return (labels[:, None] == torch.arange(source.draws.info.classes, device=labels.device)).to(bank.images.dtype)
 
 
 def _teachers(source: StepSource, images: Tensor) -> Tensor:
@@ -66,13 +66,13 @@ def _experts(source: StepSource, images: Tensor, classes: Tensor) -> Tensor:
 
     `classes` (n, K) are one-hot, and stay where no expert is right. Source: Guo et al., arXiv 2310.05773, and its public code.
     """
-    assert source.experts is not None
-    assert source.model is not None
-    module = build_network(source.model, source.info, source.seed, "labels").to(source.device).eval()
+    assert source.networks.experts is not None
+    assert source.networks.model is not None
+    module = build_network(source.networks.model, source.draws.info, source.draws.seed, "labels").to(source.draws.device).eval()
     total = torch.zeros_like(classes)
     right = torch.zeros_like(classes[:, :1])
-    for expert in range(source.experts.count):
-        load_weights(module, source.experts.weights(expert, len(source.experts.epochs) - 1))
+    for expert in range(source.networks.experts.count):
+        load_weights(module, source.networks.experts.weights(expert, len(source.networks.experts.epochs) - 1))
         with torch.no_grad():
             logits = torch.cat([module(part).to(classes.dtype) for part in images.split(AT_ONCE)])
         agrees = (logits.argmax(1) == classes.argmax(1))[:, None]

@@ -25,10 +25,10 @@ from torch import Tensor
 
 from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Sums, dependent_sums, parts_of
-from ddkit.engine.draws import StepSource
 from ddkit.engine.guards import interruption
 from ddkit.engine.labels import SOFT_LABELS, begin_labels, targets_of
 from ddkit.engine.losses import WeightedLoss, differentiated
+from ddkit.engine.source import StepSource
 from ddkit.engine.step import Step
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed
 from ddkit.nn.device import differentiable_attention
@@ -74,7 +74,7 @@ def distill(engine: Engine, start: int, stop: int, hooks: Hooks = Hooks(), *, dr
     with interruption() as signals:
         for index in range(start, stop):
             with finite.around(index), differentiable_attention(engine.second_order):
-                engine.source.advance(index, partial(engine.whole_set, index))
+                engine.source.networks.advance(index, partial(engine.whole_set, index))
                 found = Evaluated({}, {}, {}, {}, {})
                 sums = engine.record_sums(index)
                 for classes, losses in engine.parts:
@@ -110,10 +110,10 @@ class Engine:
     def __init__(self, bank: Bank, source: StepSource, losses: Sequence[WeightedLoss], *, chunk: int = 0) -> None:
         self.bank = bank
         self.source = source
-        self.ranks = source.ranks
+        self.ranks = source.draws.ranks
         self.losses = sorted(losses, key=lambda each: each.label)
-        most = -(-source.info.classes // self.ranks.world_size)  # classes of a process: all of them do chunks, or none does
-        self.parts = parts_of(self.losses, chunk if chunk < most else 0, source.own_classes)
+        most = -(-source.draws.info.classes // self.ranks.world_size)  # classes of a process: all of them do chunks, or none does
+        self.parts = parts_of(self.losses, chunk if chunk < most else 0, source.draws.own_classes)
         self.second_order = any(each.requires.second_order for each in self.losses)
 
     def start(self, labels: Tensor | None = None) -> None:
@@ -143,12 +143,12 @@ class Engine:
 
     def state(self, index: int) -> dict[str, Tensor]:
         """Returns copies of all that an exact continuation at step `index` needs: the bank, and a network that was trained."""
-        return self.bank.state() | self.source.network_state(index)
+        return self.bank.state() | self.source.networks.state(index)
 
     def load_state(self, index: int, state: Mapping[str, Tensor]) -> None:
         """Continues at step `index` from what state(index) returned; raises KeyError or ValueError where it does not fit."""
         self.bank.load_state(state)
-        self.source.load_network(index, state)
+        self.source.networks.load_state(index, state)
 
     def evaluate(self, index: int, *, measured: bool = False) -> Evaluated:
         """Returns values, gradients and diagnostics of step `index`, and if `measured` the norms of the losses' gradients."""
@@ -286,7 +286,7 @@ class Finiteness:
         if place < len(self.losses):
             loss = engine.losses[place]
             smaller = f"a smaller learning rate ({engine.bank.smaller_rate('images')}"
-            smaller += f"{', or a smaller network.inner_lr' if engine.source.inner else ''}), a smaller weight"
+            smaller += f"{', or a smaller network.inner_lr' if engine.source.networks.inner else ''}), a smaller weight"
             first = (
                 "No update was made before: look at its formula, for example a variance of one image. Or try"
                 if step == 0

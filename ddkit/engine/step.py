@@ -15,9 +15,10 @@ from ddkit.components.guard import Watch
 from ddkit.distributed import class_rows
 from ddkit.engine.bank import Bank
 from ddkit.engine.chunking import Exchange, Sums
-from ddkit.engine.draws import StepSource, class_slices
+from ddkit.engine.draws import class_slices
 from ddkit.engine.labels import targets_of
 from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.source import StepSource
 from ddkit.errors import RunFailed
 from ddkit.nn.device import to_device
 from ddkit.nn.embedder import Embedder
@@ -73,7 +74,7 @@ class ExpertStep:
         The expert and t, from the saved epochs `first` to `last` (None: the last that has a later one), are a function of seed and
         step. Raises InputError where no two saved epochs are so. To differentiate by the weights, make leaves of them.
         """
-        found = self._source.trajectory(self._index, span, first, last)
+        found = self._source.networks.trajectory(self._index, span, first, last)
         for part in (found.start, found.end):
             for name, value in part.items():
                 self._watch.note(f"the experts' {name}", value)
@@ -84,8 +85,8 @@ class RealStep:
     """The real images of a step, of this part of the set; `size` is their number in all parts."""
 
     def __init__(self, source: StepSource, index: int, classes: range, embedder: Callable[[], Embedder], watch: Watch) -> None:
-        drawn = source.real_rows(index)
-        labels = source.real_labels[drawn]
+        drawn = source.draws.real_rows(index)
+        labels = source.draws.real_labels[drawn]
         self.size = len(drawn)
         self.part = class_rows(labels, classes)
         self._rows = drawn[self.part]
@@ -109,12 +110,12 @@ class RealStep:
     @_member(watched="the real images")
     def images(self) -> Tensor:
         """(m, C, H, W) normalised."""
-        return self._source.real_of(self._rows)
+        return self._source.draws.real_of(self._rows)
 
     @_member(watched="the real labels")
     def labels(self) -> Tensor:
         """(m,) int64, ascending."""
-        return to_device(self._host_labels, self._source.device)
+        return to_device(self._host_labels, self._source.draws.device)
 
     @_member()
     def class_slices(self) -> Mapping[int, slice]:
@@ -124,7 +125,7 @@ class RealStep:
     @_member(watched="the augmented real images")
     def augmented(self) -> Tensor:
         """The real images under the step's augmentation."""
-        return self._source.augmented(self._index, self.images, self._host_labels)
+        return self._source.draws.augmented(self._index, self.images, self._host_labels)
 
     @_member(needs="network", watched="the real images' embeddings")
     def embeddings(self) -> Tensor:
@@ -135,19 +136,19 @@ class RealStep:
     @_member(needs="second_order")
     def class_gradients(self) -> Mapping[int, Sequence[Tensor]]:
         """For each class that has real images `step.class_gradients` of its augmented real images, without a graph."""
-        differentiated = self._source.class_gradients(self._embedder().module)
+        differentiated = self._source.networks.class_gradients(self._embedder().module)
         return differentiated(self.augmented.detach(), self.labels, self.class_slices, real=True)
 
     @_member(watched="the real images of all parts")
     def all_images(self) -> Tensor:
         """(size, C, H, W) the real images of all parts of the set, in order of class."""
-        return self.images if len(self._rows) == self.size else self._source.all_real(self._index)
+        return self.images if len(self._rows) == self.size else self._source.draws.all_real(self._index)
 
     @_member(watched="the real labels of all parts")
     def all_labels(self) -> Tensor:
         """(size,) int64, ascending: the labels of `all_images`."""
-        source = self._source
-        return to_device(source.real_labels[source.real_rows(self._index)], source.device)
+        draws = self._source.draws
+        return to_device(draws.real_labels[draws.real_rows(self._index)], draws.device)
 
 
 class Step:
@@ -187,7 +188,7 @@ class Step:
         self._losses = losses
         self._sums = sums or {}
         self._counted = like is None
-        self._classes = source.own_classes if classes is None else classes
+        self._classes = source.draws.own_classes if classes is None else classes
         self._rows = bank.rows(classes)
         self._host_labels = bank.host_labels[self._rows]
         kept = ("real", "_embedder", "network")
@@ -201,7 +202,7 @@ class Step:
 
     def for_loss(self, weighted: WeightedLoss) -> Self:
         """Returns the step as one loss sees it in one evaluation. Values that were computed are shared with the other losses."""
-        seen, ranks = copy.copy(self), self._source.ranks
+        seen, ranks = copy.copy(self), self._source.draws.ranks
         seen._loss = weighted
         if weighted.label in self._sums:
             seen._exchange = self._sums[weighted.label].calls(counted=self._counted)
@@ -229,7 +230,7 @@ class Step:
     @property
     def info(self) -> DataInfo:
         """Class names, channels and size of the data."""
-        return self._source.info
+        return self._source.draws.info
 
     @_member(watched="the images")
     def images(self) -> Tensor:
@@ -256,7 +257,7 @@ class Step:
 
         Each `draw` from 0 on is another augmentation in the same step, for a loss that trains a network on the set.
         """
-        return self._source.augmented(self._index, x, self._host_labels if labels is None else labels.cpu(), draw=draw)
+        return self._source.draws.augmented(self._index, x, self._host_labels if labels is None else labels.cpu(), draw=draw)
 
     @_member(watched="the augmented images")
     def augmented(self) -> Tensor:
@@ -267,7 +268,7 @@ class Step:
     def generator(self) -> torch.Generator:
         """A CPU generator keyed by the loss's label and the step."""
         assert self._loss is not None
-        return generator(self._source.seed, "loss", self._loss.label, self._index)
+        return generator(self._source.draws.seed, "loss", self._loss.label, self._index)
 
     @overload
     def all_reduce(self, t: Tensor) -> Tensor: ...
@@ -332,14 +333,14 @@ class Step:
         """This step's real images, their labels, augmentation and (declare network) embeddings (declare real)."""
         self._declared("real", "real")
         if "real" not in self._built:
-            embedder = partial(self._source.embedder, self._index, gradients=self._differentiates("network"))
+            embedder = partial(self._source.networks.at, self._index, gradients=self._differentiates("network"))
             self._built["real"] = RealStep(self._source, self._index, self._classes, embedder, self._watch)
         real: RealStep = self._built["real"]
         return real.for_loss(self._declared)
 
     @_member(needs="network")
     def _embedder(self) -> Embedder:
-        return self._source.embedder(self._index, gradients=self._differentiates("network"))
+        return self._source.networks.at(self._index, gradients=self._differentiates("network"))
 
     @_member(needs="network", watched="the network")
     def network(self) -> nn.Module:
@@ -362,7 +363,7 @@ class Step:
 
         The network is in evaluation mode. The gradients are differentiable by the images (declare network and second_order).
         """
-        differentiated = self._source.class_gradients(self.network)
+        differentiated = self._source.networks.class_gradients(self.network)
         return differentiated(self.augmented, self.labels, self.class_slices, real=False)
 
     @_member(needs="teacher")
@@ -393,7 +394,7 @@ class Step:
             )
         key = f"the view '{name}'"
         if key not in self._built:
-            viewed = self._source.viewed
+            viewed = self._source.draws.viewed
             images = self.augmented if name == "augmented" else viewed(self._index, name, self.images, self._host_labels)
             self._watch.note(key, images)
             twice = self._source.twice if any(each.requires.second_order and name in each.requires.views for each in self._losses) else None

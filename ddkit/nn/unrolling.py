@@ -30,7 +30,8 @@ def unrolled_sgd(
 
     Without `constant_memory` the graphs of all steps are kept. With it a step only keeps its weights and batch, and is computed again in
     the backward pass: the same gradient for about half more time, and memory that grows by one copy of the weights a step. Such
-    gradients cannot be differentiated again.
+    gradients cannot be differentiated again, and `module` must not draw in its forward pass, as dropout does: the second time it would
+    draw anew.
 
     Sources: Wang et al., Dataset Distillation, arXiv 1811.10959, Algorithm 1; Cazenavette et al., arXiv 2203.11932, Algorithm 1.
 

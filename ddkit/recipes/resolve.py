@@ -208,7 +208,7 @@ def check_effect(recipe: Recipe, given: Collection[str]) -> None:
         ),
         (recipe.train.optimizer == "sgd", "train.optimizer is not sgd", ["train.momentum"]),
         (drawn, "network.source is not experts", ["network.first", "network.last"]),
-        (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in INNER]),
+        (network.trained_on != "none", "no network is trained between steps", [f"network.{key}" for key in ("inner_lr", *INNER)]),
         (takes_real, f"the initializer '{begin.use}' uses no real images", [reuse]),
         (in_use, "no loss uses experts, and neither network.source nor labels.init is experts", experts),
     ]

@@ -198,7 +198,7 @@ class NetworkTable(PluginTable):
                 raise InputError(f"network.{key} = {shown(getattr(self, key))} is not possible: {reason}.", f"network.{key}")
 
 
-INNER = ("inner_lr", "inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share", "batch")
+INNER = ("inner_optimizer", "inner_momentum", "inner_weight_decay", "inner_augment", "inner_mix", "inner_mix_share", "batch")
 
 
 class ExpertsTable(Table):

@@ -20,11 +20,13 @@ from ddkit.data.real import NoImages, RealData, check_classes, class_counts, col
 from ddkit.data.whitening import Whitening, shared, whitening_of
 from ddkit.distributed import ALONE, Ranks
 from ddkit.engine.bank import Bank
-from ddkit.engine.draws import Inner, StepSource, ViewSpec
+from ddkit.engine.draws import Draws, ViewSpec
 from ddkit.engine.labels import SOFT_LABELS
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import check_access, check_reduce, declared_by, losses_of
 from ddkit.engine.planning import ExecutionPlan
+from ddkit.engine.pool import Inner, NetworkPool
+from ddkit.engine.source import StepSource
 from ddkit.errors import InputError
 from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher
@@ -458,18 +460,18 @@ class RunSetup:
         if "gradients" in self.decided.compiled:
             blocks = self.decided.gradient_blocks
             differentiate = partial(ClassGradients, arithmetic=self.decided.arithmetic_of("gradients"), blocks=blocks)
-        source = StepSource(
+        draws = Draws(
             seed=self.recipe.seed, info=self.info, normalisation=self.normalisation, real_images=self.real.images,
             real_labels=self.real.labels, batch=self.recipe.data.batch, augmenter=self.augmenter, views=self.views,
-            model=self.model if self.decided.needs_network or self._labelled_by_experts else None,
-            renew_every=table.renew_every, teacher=self.teacher,
-            device=self.device, arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, twice=twice,
-            differentiate=differentiate, ranks=self.ranks,
-            pool=table.pool, inner=_inner(table) if table.trained_on != "none" and self.decided.needs_network else None,
-            experts=self.experts, network_epochs=(table.first, table.last) if self._draws_experts else None,
-            interpolate=table.interpolate,
-            labels=self.recipe.own_labels,
+            device=self.device, ranks=self.ranks,
         )  # fmt: skip
+        networks = NetworkPool(
+            draws=draws, model=self.model if self.decided.needs_network or self._labelled_by_experts else None,
+            arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, size=table.pool, renew_every=table.renew_every,
+            inner=_inner(table) if table.trained_on != "none" and self.decided.needs_network else None, experts=self.experts,
+            epochs=(table.first, table.last) if self._draws_experts else None, interpolate=table.interpolate, differentiate=differentiate,
+        )  # fmt: skip
+        source = StepSource(draws=draws, networks=networks, teacher=self.teacher, twice=twice, labels=self.recipe.own_labels)
         return Engine(bank, source, self.losses, chunk=self.decided.chunk)
 
 

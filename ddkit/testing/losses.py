@@ -90,7 +90,7 @@ class LossConformance(ShapeConformance):
         world.loss(world.step())  # builds the network
         teacher = world.source.teacher
         assert teacher is not None
-        modules = [teacher.module] + ([world.source._embedder.module] if world.source._embedder else [])
+        modules = [teacher.module] + ([world.source.networks.embedder.module] if world.source.networks.embedder else [])
         before, states = copies(world.inputs()), _modes(modules)
         step = world.step()
         world.loss(step)

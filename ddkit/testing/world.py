@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import msgspec
@@ -17,9 +18,11 @@ from ddkit.components.base import DataInfo, Loss, Model
 from ddkit.data.images import Normalisation
 from ddkit.distributed import Ranks, class_rows
 from ddkit.engine.bank import Bank
-from ddkit.engine.draws import StepSource, ViewSpec
+from ddkit.engine.draws import Draws, ViewSpec
 from ddkit.engine.loop import Engine
 from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.pool import NetworkPool
+from ddkit.engine.source import StepSource
 from ddkit.engine.step import Step
 from ddkit.nn.compiling import Arithmetic
 from ddkit.nn.embedder import Embedder
@@ -48,13 +51,14 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
         return DataInfo(class_names=tuple(f"class {i}" for i in range(len(self.rows))), channels=self.channels, size=self.size)
 
 
-class _Source(StepSource):
-    """The source of steps, its network in the images' type."""
+@dataclass(kw_only=True)
+class _Networks(NetworkPool):
+    """Networks in the images' type."""
 
     dtype: torch.dtype = torch.float32
 
-    def embedder(self, index: int, *, gradients: bool = False) -> Embedder:
-        found = super().embedder(index, gradients=gradients)
+    def at(self, index: int, *, gradients: bool = False) -> Embedder:
+        found = super().at(index, gradients=gradients)
         found.module.to(self.dtype)
         return found
 
@@ -97,13 +101,16 @@ class World:
         real = torch.rand((count, *info.shape), generator=draw, dtype=dtype)
         real_labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.real))
         views = {name: ViewSpec(_augmenter("none", info), 0.0) for name in loss.requires.views if name not in ("raw", "augmented")}
-        self.source = _Source(
-            seed=0, info=info, normalisation=Normalisation([0.5] * info.channels, [0.25] * info.channels), batch=max(setting.real),
-            real_images=real, real_labels=real_labels, augmenter=_augmenter("dsa", info), views=views, model=_model("instance", info),
-            renew_every=1, teacher=untrained_teacher(info, dtype), device=CPU, arithmetic=PLAIN,
-            experts=untrained(_model("instance", info), info, ExpertsTable(), Normalisation([0.5] * info.channels, [0.25] * info.channels)),
+        normalisation = Normalisation([0.5] * info.channels, [0.25] * info.channels)
+        draws = Draws(
+            seed=0, info=info, normalisation=normalisation, batch=max(setting.real), real_images=real, real_labels=real_labels,
+            augmenter=_augmenter("dsa", info), views=views, device=CPU,
         )  # fmt: skip
-        self.source.dtype = dtype
+        model = _model("instance", info)
+        networks = _Networks(
+            draws=draws, model=model, arithmetic=PLAIN, experts=untrained(model, info, ExpertsTable(), normalisation), dtype=dtype,
+        )  # fmt: skip
+        self.source = StepSource(draws=draws, networks=networks, teacher=untrained_teacher(info, dtype))
         labels = torch.arange(info.classes).repeat_interleave(torch.tensor(setting.rows))
         images = torch.randn((len(labels), *info.shape), generator=generator(0, "conformance", "images"), dtype=dtype)
         self.bank = Bank(images, labels, loss.requires.parameters, {})
@@ -127,10 +134,10 @@ class World:
     def inputs(self) -> dict[str, Tensor]:
         """Returns everything that a loss can reach and may not change, by name."""
         found = {"images": self.bank.images, "labels": self.bank.labels, **self.bank.parameters}
-        found |= {"real images": self.source.real_images, "real labels": self.source.real_labels}
+        found |= {"real images": self.source.draws.real_images, "real labels": self.source.draws.real_labels}
         teacher = self.source.teacher
         modules = {"teacher": teacher.module} if teacher else {}
-        modules |= {"network": self.source._embedder.module} if self.source._embedder else {}
+        modules |= {"network": self.source.networks.embedder.module} if self.source.networks.embedder else {}
         for owner, module in modules.items():
             found |= {f"{owner} {name}": value for name, value in (*module.named_parameters(), *module.named_buffers())}
         return found
@@ -221,13 +228,12 @@ def in_parts(size: int, work: Callable[[Ranks], T]) -> list[T]:
 def part_of(world: World, ranks: Ranks) -> World:
     """Returns the world of one part: its classes' rows and real images."""
     found = copy.copy(world)
-    found.source = copy.copy(world.source)
-    found.source.ranks = ranks
-    found.source.own_classes = ranks.classes(world.info.classes)
-    found.source.own_real = class_rows(world.source.real_labels, found.source.own_classes)
-    found.source.real_images = world.source.real_images[found.source.own_real]
-    found.source._embedder = None  # a network of its own
-    rows = class_rows(world.bank.labels, found.source.own_classes)
+    whole = world.source.draws
+    own = class_rows(whole.real_labels, ranks.classes(world.info.classes))
+    draws = replace(whole, ranks=ranks, real_images=whole.real_images[own], _drawn={})
+    networks = replace(world.source.networks, draws=draws, embedder=None)  # a network of its own
+    found.source = replace(world.source, draws=draws, networks=networks)
+    rows = class_rows(world.bank.labels, draws.own_classes)
     found.bank = type(world.bank)(
         world.bank.images[rows], world.bank.labels[rows], world.loss.requires.parameters, {}, start=rows.start, size=len(world.bank.labels)
     )

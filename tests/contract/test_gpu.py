@@ -42,9 +42,9 @@ def test_compiled_features_and_gradients_equal_plain_ones(precision: str, graphs
 
 def test_a_set_that_equals_its_real_images_stays_there() -> None:
     engine = engine_on(CUDA, "dm", arithmetic=COMPILED)
-    steps = engine.source
-    start: Tensor = steps.normalisation.normalise(steps.real_images)
-    own = Engine(bank(start, steps.real_labels.to(CUDA)), source(arithmetic=steps.arithmetic, block=4, device=CUDA), engine.losses)
+    draws = engine.source.draws
+    start: Tensor = draws.normalisation.normalise(draws.real_images)
+    own = Engine(bank(start, draws.real_labels.to(CUDA)), source(arithmetic=COMPILED, block=4, device=CUDA), engine.losses)
     for index in range(3):
         found = own.evaluate(index)
         own.bank.update(found.gradients)

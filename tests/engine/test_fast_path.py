@@ -21,9 +21,11 @@ import ddkit
 from ddkit.components import registry
 from ddkit.data.images import Normalisation
 from ddkit.engine.bank import Bank
-from ddkit.engine.draws import Inner, StepSource, ViewSpec
+from ddkit.engine.draws import Draws, ViewSpec
 from ddkit.engine.loop import Engine, Finiteness, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.pool import Inner, NetworkPool
+from ddkit.engine.source import StepSource
 from ddkit.engine.step import Step
 from ddkit.nn.compiling import PAYS_BACK, Arithmetic, compiled, decide_arithmetic, native_bfloat16
 from ddkit.nn.device import products, tune_process
@@ -67,12 +69,15 @@ def source(
 ) -> StepSource:
     images, labels = real(counts)
     composed = ddkit.create("augmenter", "dsa", {"compose": 3}, data=INFO)
-    return StepSource(
-        seed=0, info=INFO, normalisation=Normalisation((0.5,) * 3, (0.25,) * 3), real_images=images, real_labels=labels, batch=batch,
-        augmenter=ddkit.create("augmenter", "dsa", data=INFO), views={"default": ViewSpec(composed, 0.2)}, model=model(), renew_every=1,
-        teacher=teacher, device=device, arithmetic=arithmetic, block=block,
-        experts=untrained(model(), INFO, ExpertsTable(), Normalisation((0.5,) * 3, (0.25,) * 3)),
+    normalisation = Normalisation((0.5,) * 3, (0.25,) * 3)
+    draws = Draws(
+        seed=0, info=INFO, normalisation=normalisation, real_images=images, real_labels=labels, batch=batch,
+        augmenter=ddkit.create("augmenter", "dsa", data=INFO), views={"default": ViewSpec(composed, 0.2)}, device=device,
     )  # fmt: skip
+    networks = NetworkPool(
+        draws=draws, model=model(), arithmetic=arithmetic, block=block, experts=untrained(model(), INFO, ExpertsTable(), normalisation)
+    )
+    return StepSource(draws=draws, networks=networks, teacher=teacher)
 
 
 def bank(images: Tensor, labels: Tensor, lr: float = 1.0, declared: Any = ()) -> Bank:
@@ -80,7 +85,7 @@ def bank(images: Tensor, labels: Tensor, lr: float = 1.0, declared: Any = ()) ->
 
 
 def started_at_real(steps: StepSource, *, lr: float = 1.0) -> Bank:
-    return bank(steps.normalisation.normalise(steps.real_images), steps.real_labels, lr)
+    return bank(steps.draws.normalisation.normalise(steps.draws.real_images), steps.draws.real_labels, lr)
 
 
 def terms(*names: str) -> list[WeightedLoss]:
@@ -150,7 +155,7 @@ def test_equal_images_have_equal_features_with_and_without_gradient_and_in_any_b
 def test_a_set_that_equals_its_real_images_stays_there(compiled_embedders: dict[str, Embedder], precision: str, chunk: int) -> None:
     """DM from all accessible real images is at its minimum from the first step: rounding must not move it."""
     steps = source(arithmetic=compiled_embedders[precision].arithmetic if precision in TOLERANCES else PLAIN, block=4)
-    steps._embedder = compiled_embedders.get(precision)
+    steps.networks.embedder = compiled_embedders.get(precision)
     engine = Engine(started_at_real(steps), steps, terms("dm"), chunk=chunk)
     before = engine.bank.images.detach().clone()
     for index in range(3):
@@ -177,13 +182,13 @@ def test_weights_drawn_anew_reach_the_compiled_code(compiled_embedders: dict[str
 @SLOW
 def test_weights_of_experts_reach_the_compiled_code(compiled_embedders: dict[str, Embedder]) -> None:
     embedder = compiled_embedders["float32"]
-    steps, x = source(arithmetic=embedder.arithmetic), torch.randn((5, *INFO.shape), generator=draw())
-    steps._embedder, steps.network_epochs = embedder, (1, None)
-    steps.experts = untrained(model(), INFO, ExpertsTable(count=2, epochs=2), steps.normalisation)
+    networks, x = source(arithmetic=embedder.arithmetic).networks, torch.randn((5, *INFO.shape), generator=draw())
+    networks.embedder, networks.epochs = embedder, (1, None)
+    networks.experts = experts = untrained(model(), INFO, ExpertsTable(count=2, epochs=2), networks.draws.normalisation)
     for index in (0, 1):
         plain = Embedder(build_network(model(), INFO, 0, "other"), PLAIN)
-        load_weights(plain.module, steps.experts.drawn(generator(0, "network", index), first=1).start)
-        torch.testing.assert_close(steps.embedder(index)(x).detach(), plain(x).detach(), rtol=1e-4, atol=1e-5)
+        load_weights(plain.module, experts.drawn(generator(0, "network", index), first=1).start)
+        torch.testing.assert_close(networks.at(index)(x).detach(), plain(x).detach(), rtol=1e-4, atol=1e-5)
     redraw(embedder.module, model(), INFO, 0, "network")
 
 
@@ -193,13 +198,13 @@ def test_weights_trained_between_steps_reach_the_compiled_code(compiled_embedder
     x, labels = torch.randn((6, *INFO.shape), generator=draw()), torch.arange(3).repeat_interleave(2)
     features = []
     for embedder in (compiled_embedders["float32"], Embedder(build_network(model(), INFO, 0, "network").requires_grad_(False), PLAIN)):
-        steps = source(arithmetic=embedder.arithmetic)
-        steps.renew_every = 3
-        steps.inner = Inner(Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant"))
-        steps._embedder, found = embedder, []
+        networks = source(arithmetic=embedder.arithmetic).networks
+        networks.renew_every = 3
+        networks.inner = Inner(Schedule(epochs=2, lr=0.1, momentum=0.0, weight_decay=0.0, schedule="constant"))
+        networks.embedder, found = embedder, []
         for index in range(4):
-            steps.advance(index, lambda: (x, labels))
-            found.append(steps.embedder(index)(x).detach())
+            networks.advance(index, lambda: (x, labels))
+            found.append(networks.at(index)(x).detach())
         assert not any(parameter.requires_grad for parameter in embedder.module.parameters())
         redraw(embedder.module, model(), INFO, 0, "network")
         features.append(found)
@@ -447,15 +452,15 @@ def test_what_went_wrong_between_two_looks_is_found_and_the_state_of_the_last_lo
 
 
 def test_real_rows_are_a_class_by_class_sample_without_repetition() -> None:
-    steps = source(counts=(3, 9, 5), batch=4)
-    drawn = [steps.real_rows(index) for index in range(40)]
+    draws = source(counts=(3, 9, 5), batch=4).draws
+    drawn = [draws.real_rows(index) for index in range(40)]
     for rows in drawn:
         assert torch.equal(rows, rows.unique())
-        assert torch.bincount(steps.real_labels[rows]).tolist() == [3, 4, 4]
+        assert torch.bincount(draws.real_labels[rows]).tolist() == [3, 4, 4]
     seen = torch.bincount(torch.cat(drawn), minlength=17)
     assert (seen[:3] == 40).all()
     assert int(seen[3:].min()) >= 8, "each image of a larger class is drawn now and then"
-    assert torch.equal(drawn[7], steps.real_rows(7))
+    assert torch.equal(drawn[7], draws.real_rows(7))
 
 
 @pytest.mark.parametrize(("classes", "ours", "theirs"), [(None, {0, 2}, {0, 1, 2}), (range(2), {0}, {0, 1}), (range(2, 3), {2}, {2})])

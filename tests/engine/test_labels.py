@@ -93,7 +93,7 @@ def test_the_teachers_targets_are_its_probabilities_at_the_temperature_on_the_im
 
 def test_a_network_between_steps_is_trained_on_the_labels_of_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
-    monkeypatch.setattr("ddkit.engine.draws.fit", lambda module, images, labels, *rest, **how: seen.append(labels.clone()))
+    monkeypatch.setattr("ddkit.engine.pool.fit", lambda module, images, labels, *rest, **how: seen.append(labels.clone()))
     network = {"model": "convnet", "width": 4, "depth": 2, "renew_every": 2, "inner_epochs": 1}
     for labels in (LEARNED, {"kind": "hard"}):
         _, bank, engine = made(table_of(tmp_path, labels=labels, network=network))

@@ -326,7 +326,7 @@ def test_every_shared_member_is_built_once_a_step(recipe: Maker, monkeypatch: py
     _, _, engine = made(recipe({"again": {"use": "curious"}} | {name: {} for name in names}, views=views))
     counting("embed", Embedder, "__call__")
     counting("logits", ddkit.nn.Teacher, "logits")
-    counting("real", engine.source, "real_of")
+    counting("real", engine.source.draws, "real_of")
     engine.evaluate(0)
     assert counts == {"embed": 2, "logits": 4, "real": 1}, "real and synthetic; one pass a view"
 
@@ -369,7 +369,7 @@ def test_the_mean_of_dm_is_its_sum_over_classes_and_features_of_the_whole_set(re
     total = made(base)[2].evaluate(0)
     base = recipe({"dm": {"normalise": "mean"}}) | {"engine": {"chunk": chunk}}
     job, _, engine = made(base)
-    features = engine.source.embedder(0)(engine.bank.images.detach()).shape[1]
+    features = engine.source.networks.at(0)(engine.bank.images.detach()).shape[1]
     mean = engine.evaluate(0)
     torch.testing.assert_close(mean.values["dm"] * job.info.classes * features, total.values["dm"], rtol=1e-5, atol=0)
     torch.testing.assert_close(mean.gradients["images"] * job.info.classes * features, total.gradients["images"], rtol=1e-3, atol=1e-4)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import ddkit
 from ddkit import api
 from ddkit.distributed import ALONE, Ranks
-from ddkit.engine.draws import NORM_IMAGES
 from ddkit.engine.loop import Engine, Hooks, distill
 from ddkit.engine.losses import WeightedLoss
+from ddkit.engine.pool import NORM_IMAGES, NetworkPool
 from ddkit.engine.step import Step
 from ddkit.files import read_tensors, write_tensors
 from ddkit.nn.embedder import embed
@@ -124,11 +124,13 @@ def test_a_network_that_no_two_steps_share_is_never_trained(recipe: Maker) -> No
     assert same(*states)
 
 
-def by_the_book(job: RunSetup, source: Any, sets: list[Tensor], images: Tensor | None, labels: Tensor) -> list[dict[str, Tensor]]:
+def by_the_book(
+    job: RunSetup, pool: NetworkPool, sets: list[Tensor], images: Tensor | None, labels: Tensor
+) -> list[dict[str, Tensor]]:
     """Returns the tensors of each step's network, of a pool trained on `images` (None: the set after the step, of `sets`) and `labels`."""
     table, networks, found = job.recipe.network, {}, []
     for index in range(len(sets)):
-        turn = source.turn(index)
+        turn = pool.turn(index)
         if turn.draw not in networks:
             module = build_network(job.model, job.info, job.recipe.seed, "network", turn.draw)
             networks[turn.draw] = module, torch.optim.SGD(module.parameters(), lr=table.inner_lr, momentum=table.inner_momentum)
@@ -150,13 +152,13 @@ def test_each_network_of_a_pool_goes_on_with_its_weights_and_momentum_until_it_i
     watch = Watch()
     advance(Engine(bank, engine.source, [*engine.losses, WeightedLoss("watch", watch, 1.0)]), 0, 12)
     seen = watch.__dict__["seen"]
-    turns = [engine.source.turn(index) for index in range(12)]
+    turns = [engine.source.networks.turn(index) for index in range(12)]
     assert {turn.place for turn in turns} == {0, 1}
     assert max(turn.age for turn in turns) == SHARED - 1
     assert max(turn.draw for turn in turns) > 2, "some were renewed"
     real = job.normalisation.normalise(job.real.images) if on == "real" else None
     labels = torch.arange(CLASSES).repeat_interleave(2) if real is None else job.real.labels
-    right = by_the_book(job, engine.source, [images for _, _, images in seen], real, labels)
+    right = by_the_book(job, engine.source.networks, [images for _, _, images in seen], real, labels)
     for (tensors, _, _), expected in zip(seen, right, strict=True):
         for key, value in expected.items():
             torch.testing.assert_close(tensors[key], value, rtol=1e-3, atol=1e-5)
@@ -164,7 +166,7 @@ def test_each_network_of_a_pool_goes_on_with_its_weights_and_momentum_until_it_i
 
 def test_training_on_a_few_real_images_takes_new_ones_each_time(recipe: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[Tensor, Any]] = []
-    monkeypatch.setattr("ddkit.engine.draws.fit", lambda module, images, labels, schedule, **how: taken.append((images, how)))
+    monkeypatch.setattr("ddkit.engine.pool.fit", lambda module, images, labels, schedule, **how: taken.append((images, how)))
     network = {"train_on": "real", "inner_epochs": 0, "inner_steps": 2, "batch": 5, "inner_augment": False}
     job, _, engine = made(recipe("dm", network=network))
     advance(engine, 0, 3)
@@ -180,11 +182,11 @@ def test_batch_norm_has_the_statistics_of_real_images_so_that_an_image_does_not_
     job, bank, engine = made(recipe("dm", network={"norm": "batch", "inner_epochs": epochs}))
     engine.evaluate(0)
     if epochs:
-        engine.source.advance(1, lambda: (bank.images, bank.labels))
-    embedder = engine.source.embedder(1)
+        engine.source.networks.advance(1, lambda: (bank.images, bank.labels))
+    embedder = engine.source.networks.at(1)
     layers = [each for each in embedder.module.modules() if isinstance(each, nn.BatchNorm2d)]
     assert [each.training for each in layers] == [False]
-    real = job.normalisation.normalise(job.real.images[engine.source._drawn_rows(1, "batch norm", NORM_IMAGES)])
+    real = job.normalisation.normalise(job.real.images[engine.source.draws.rows(1, "batch norm", NORM_IMAGES)])
     assert len(real) == CLASSES * NORM_IMAGES
     entering: list[Tensor] = []
     layers[0].register_forward_pre_hook(lambda layer, inputs: entering.append(inputs[0]))
@@ -215,7 +217,7 @@ def test_two_processes_train_a_pool_on_real_images_as_one_does_to_the_last_bit(r
         setup = RunSetup(parse_recipe(table), device="cpu", ranks=ranks)
         engine = setup.engine_over(initial_set(setup).bank)
         advance(engine, 0, STEPS)
-        return engine.source._tensors()
+        return engine.source.networks.tensors()
 
     alone = trained(ALONE)
     assert any("momentum_buffer" in name for name in alone)
@@ -268,7 +270,9 @@ def test_a_network_of_a_pool_that_a_checkpoint_lacks_is_reported(recipe: Maker) 
     _, _, engine = made(recipe("dm", network=POOL))
     advance(engine, 0, 11)
     state = engine.state(11)
-    assert {key.split(".")[1] for key in state if key.startswith("network.")} == {str(turn.place) for turn in engine.source._waiting(11)}
+    assert {key.split(".")[1] for key in state if key.startswith("network.")} == {
+        str(turn.place) for turn in engine.source.networks._waiting(11)
+    }
     assert any("optimizer.momentum_buffer" in key for key in state)
     engine.load_state(11, state)
     name = next(key for key in state if key.startswith("network."))
@@ -279,9 +283,9 @@ def test_a_network_of_a_pool_that_a_checkpoint_lacks_is_reported(recipe: Maker) 
 def test_momentum_that_is_read_back_has_the_layout_of_its_parameter_as_fused_updates_need_it(recipe: Maker) -> None:
     _, _, engine = made(recipe("dm", network=POOL | {"pool": 1}))
     advance(engine, 0, 2)
-    engine.source.embedder(1).module.to(memory_format=torch.channels_last)
+    engine.source.networks.at(1).module.to(memory_format=torch.channels_last)
     engine.load_state(2, {name: value.clone(memory_format=torch.contiguous_format) for name, value in engine.state(2).items()})
-    optimizer, module = engine.source._optimizer, engine.source.embedder(1).module
+    optimizer, module = engine.source.networks.optimizer, engine.source.networks.at(1).module
     assert optimizer is not None
     kept = {name: optimizer.state[parameter]["momentum_buffer"].stride() for name, parameter in module.named_parameters()}
     assert kept == {name: parameter.stride() for name, parameter in module.named_parameters()}

@@ -68,7 +68,7 @@ def test_an_expert_is_a_network_trained_by_the_book_with_its_weights_at_the_star
     assert (job.experts.count, list(job.experts.epochs)) == (COUNT, [0, 2, 4])
     manifest = json.loads((folder / "experts.json").read_text())
     dsa = ddkit.create("augmenter", "dsa", manifest["settings"]["train"]["options"], data=job.info)
-    source = engine.source
+    source = engine.source.draws
     images = source.normalisation.normalise(source.real_images)
     module = build_network(job.model, job.info, 0, "expert", 1)
     seen = [{name: value.clone() for name, value in network_tensors(module).items()}]
@@ -245,7 +245,7 @@ def test_the_network_of_a_step_is_an_expert_at_one_of_the_epochs(data: str, fold
     other = [network for network, *_ in watched(table(data, folder, first=2, last=4, renew_every=4))[1]]
     assert same(other[0], other[3])
     assert not same(other[0], other[4])
-    fresh = network_tensors(made(table(data, folder, source="fresh"))[2].source.embedder(0).module)
+    fresh = network_tensors(made(table(data, folder, source="fresh"))[2].source.networks.at(0).module)
     assert not any(same(fresh, each) for each in allowed)
 
 
