@@ -146,7 +146,9 @@ def natural(name: str) -> tuple[list[Any], str]:
         >>> sorted(["class 10", "class 2"], key=ddkit.data.natural)
         ['class 2', 'class 10']
     """
-    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name))], name
+    parts = re.split(r"(\d+)", name)
+    parts[1::2] = [(len(digits), digits) for part in parts[1::2] for digits in [part.lstrip("0")]]  # as numbers of any length
+    return parts, name
 
 
 def sha256(path: Path) -> str:

@@ -31,10 +31,11 @@ def counted(number: int, noun: str) -> str:
 
 
 def few(names: Sequence[str], most: int = 5) -> str:
-    """Returns the first `most` names and how many more there are.
+    """Returns the first `most` names, and how many more there are.
 
-    >>> few(["cat", "dog", "owl"], most=2)
-    'cat, dog and 1 more'
+    Examples:
+        >>> ddkit.data.few(["cat", "dog", "owl"], most=2)
+        'cat, dog and 1 more'
     """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 

@@ -61,7 +61,7 @@ def _shard(text: str) -> tuple[int, int]:
     show_default=True,
     help="Number of sets that are made at the same time and share the cores.",
 )
-@click.option("--out", metavar="DIR", type=Place(file_okay=False), help="Folder of the sets (default: runs/STUDY).")
+@click.option("--out", metavar="DIR", type=Place(), help="Folder of the sets (default: runs/STUDY).")
 @click.option("--shard", type=Kind("i/n", _shard), help="Make only share I of N, on one of N machines: 1/4, 2/4, 3/4 or 4/4.")
 @click.option("--merge", "merged", multiple=True, metavar="DIR", type=Place(), help="First copy the finished sets of another --out.")
 @click.option("--show", is_flag=True, help="Show the finished results. Nothing is run.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Mapping
@@ -53,7 +54,7 @@ def check_unchanged(began: Mapping[str, str], run: Path) -> None:
         f"{run} was made with the plugin file {file}, which {what}: the sha256 was {gone[file][:12]}, and is now {new[other][:12]}. A "
         "run can only "
         f"be continued with the same code. Restore the file, or start a new run: "
-        f"`ddkit distill --recipe {run / 'recipe.toml'} --plugin {other}`."
+        f"`ddkit distill --recipe {shlex.quote(str(run / 'recipe.toml'))} --plugin {shlex.quote(other)}`."
     )
 
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -87,7 +88,7 @@ class Plugin(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def flag(self) -> str:
         """What a command needs to find the component: "--plugin FILE " for that of a plugin file, else ""."""
-        return f"--plugin {self.file} " if self.file else ""
+        return f"--plugin {shlex.quote(self.file)} " if self.file else ""
 
     @property
     def advice(self) -> str:
@@ -233,7 +234,9 @@ def find(kind: str, name: str) -> Plugin:
         names = {p.name for p in of_kind}
         use = "npz" if name.lower().endswith(".npz") else "imagefolder" if name.startswith((".", "/", "~")) or os.path.isdir(name) else ""
         if kind == "dataset" and use:
-            raise PluginError(f"'{name}' is a path, not the name of a dataset. Write the name before the path: --dataset {use}:{name}")
+            raise PluginError(
+                f"'{name}' is a path, not the name of a dataset. Write the name before the path: --dataset {shlex.quote(f'{use}:{name}')}"
+            )
         raise PluginError(
             f"There is no {kind} '{name}'. {suggestion(short, names)} (`ddkit list {kind}` shows all that are installed. "
             "--plugin FILE adds your own file.)"

@@ -68,5 +68,5 @@ def check(kind: str, name: str, code: str, options: Collection[str]) -> None:
         return
     raise InputError(
         f"The {kind} '{name}:{code}' runs Python code, and only a file (a recipe, a run or a teacher) names it, not your command. "
-        f"If you trust this code, add --allow-code (allow_code=True in Python), or for a new run --{kind} {name}:{code}."
+        f"If you trust this code, add --allow-code (allow_code=True in Python), or, to `ddkit distill`, --{kind} {name}:{code}."
     )

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
     from ddkit.data.pictures import grid, high_frequency_share, radial_spectrum, sheet_png
     from ddkit.data.real import passed_dataset
-    from ddkit.data.splits import TEST, TRAIN, VALIDATION
     from ddkit.files import CachedResult, cache_folder, natural, not_permitted, open_regular, without_folders
     from ddkit.text import few
 
@@ -31,35 +30,13 @@ _HOMES = {
     "ddkit.data.pictures": "grid high_frequency_share radial_spectrum sheet_png",
     "ddkit.data.real": "passed_dataset",
     "ddkit.files": "CachedResult cache_folder natural not_permitted open_regular without_folders",
-    "ddkit.data.splits": "TEST TRAIN VALIDATION",
     "ddkit.text": "few",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
 __all__ = [
-    "TEST",
-    "TRAIN",
-    "VALIDATION",
-    "CachedResult",
-    "EvaluationData",
-    "Normalisation",
-    "NormalisedRows",
-    "blocks",
-    "cache_folder",
-    "conform",
-    "few",
-    "grid",
-    "high_frequency_share",
-    "natural",
-    "not_permitted",
-    "on_disk",
-    "open_regular",
-    "passed_dataset",
-    "radial_spectrum",
-    "read_arrays",
-    "sheet_png",
-    "spread",
-    "to_unit",
-    "without_folders",
+    "CachedResult", "EvaluationData", "Normalisation", "NormalisedRows", "blocks", "cache_folder", "conform", "few", "grid",
+    "high_frequency_share", "natural", "not_permitted", "on_disk", "open_regular", "passed_dataset", "radial_spectrum", "read_arrays",
+    "sheet_png", "spread", "to_unit", "without_folders",
 ]  # fmt: skip
 
 

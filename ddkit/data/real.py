@@ -18,7 +18,6 @@ from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.observers import Observers
 from ddkit.data.images import Kinds, blocks, rows_of, spread
 from ddkit.data.loading import Shape, load_images, surveyed
-from ddkit.data.splits import TEST, TRAIN
 from ddkit.distributed import ALONE, Ranks, class_rows
 from ddkit.errors import FlagError, InputError, is_its_own, told
 from ddkit.files import bytes_of
@@ -84,10 +83,10 @@ def passing(dataset: Any) -> Iterator[dict[str, Any]]:
 
 def _splits(parts: Mapping[str, Any]) -> tuple[Any, Any]:
     """Returns (training, test) of a dict of splits, with the validation split if it has no test; raises FlagError without training."""
-    train = next((parts[name] for name in TRAIN if name in parts), None)
+    train = next((parts[name] for name in ("train", "training") if name in parts), None)
     if train is None:
         raise FlagError(f"dataset: a dict of splits must have the key 'train', but has {shown(list(parts))}. Or pass (training, test).")
-    test = next((name for name in TEST if name in parts), None)
+    test = next((name for name in ("test", "testing", "val", "valid", "validation", "dev") if name in parts), None)
     if test not in (None, "test"):
         log.warning("There is no split 'test', so the split '%s' is the test split.", test)
     return train, None if test is None else parts[test]

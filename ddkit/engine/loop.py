@@ -300,7 +300,8 @@ class Finiteness:
             name = self.parameters[place - len(self.losses)]
             message = (
                 f"The update of step {step} made values of '{name}' that are not finite, although every loss was finite "
-                f"({', '.join(self.losses)}). {kept}Try a smaller learning rate: {engine.bank.smaller_rate(name)}"
+                f"({', '.join(self.losses)}). {kept}Try a smaller learning rate: {engine.bank.smaller_rate(name)}, or smaller weights "
+                "of the losses."
             )
         else:
             message = f"{dependent_sums(engine.losses[place - len(self.losses) - len(self.parameters)])} {kept}".rstrip()

@@ -462,7 +462,9 @@ def check_folder(folder: Path, settings: Settings) -> None:
         raise RunFilesError(f"--out: {error}") from None
     ours = msgspec.to_builtins(settings)
     unlike = [
-        f"{key} is {theirs.get(key)} there and {ours.get(key)} here" for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)
+        f"{key} is {theirs.get(key)} there and {ours.get(key)} here" if key != "data" else "they are trained on other images"
+        for key in {**theirs, **ours}
+        if theirs.get(key) != ours.get(key)
     ]
     if unlike:
         raise RunFilesError(f"--out {folder} contains other experts ({'; '.join(unlike)}). Name a new folder, or use the same settings.")

@@ -24,7 +24,7 @@ from ddkit.nn import class_order
 from ddkit.nn.networks import build_network
 from ddkit.nn.training import predicted
 from ddkit.recipes.tables import TeacherTable
-from ddkit.text import few
+from ddkit.text import counted, few
 
 log = logging.getLogger("ddkit")
 JUDGED_IMAGES = 1000  # accessible ones that a teacher is tested on, at most: evenly over the classes
@@ -193,7 +193,11 @@ def _statistics(table: TeacherTable, record: dict[str, Any], channels: int, path
         )
     for name, values in (("mean", mean), ("std", std)):
         if len(values) != channels:
-            raise InputError(f"teacher.{name} has {len(values)} values for {channels} channels.", f"teacher.{name}")
+            raise InputError(
+                f"teacher.{name} has {counted(len(values), 'value')}, but the images of the data have {counted(channels, 'channel')}. Use "
+                f"data with as many channels as the teacher {path} was trained on, or another teacher.",
+                f"teacher.{name}",
+            )
     if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
         raise InputError("teacher.std must be finite and positive in every channel, and teacher.mean must be finite.", "teacher.std")
     if max(mean) > 1:
@@ -219,7 +223,7 @@ def load_state(module: nn.Module, tensors: Mapping[str, Tensor], path: Path, mod
         if own[key].shape != tensors[key].shape or own[key].is_complex() != tensors[key].is_complex()
     ]
     lists = (("missing in the file", missing), ("not in the model", surplus), ("of another shape", shapes))
-    problems = [f"{what}: {', '.join(keys[:6])}{' ...' if len(keys) > 6 else ''}" for what, keys in lists if keys]
+    problems = [f"{what}: {few(keys, 6)}" for what, keys in lists if keys]
     if problems:
         unlike = [(tensors[key].shape, own[key].shape) for key in own.keys() & tensors.keys() if own[key].shape != tensors[key].shape]
         heads = {(theirs[:1], ours[:1]) if theirs[1:] == ours[1:] else None for theirs, ours in unlike}

@@ -55,7 +55,7 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Schedule:
-        """Returns the schedule of a table that has more than a schedule, e.g. of a protocol or [train]; what it lacks is as by default."""
+        """Returns the schedule in a table that has more, e.g. in a protocol or [train]; of keys that it lacks, the defaults."""
         return cls(**{key: values[key] for key in cls.__struct_fields__ if key in values})
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -437,9 +438,9 @@ def _instead_of_blend(table: Mapping[str, Any]) -> str:
     for key in ("first", "second"):
         name = str(blend.get(key, key.upper()))
         if "/" in name and not name.endswith(".toml"):  # a run or file that is there already
-            parts.append(name)
+            parts.append(shlex.quote(name))
         else:
-            commands.append(f"ddkit distill --recipe {name}{numbers} --evaluate none --out {key}")
+            commands.append(f"ddkit distill --recipe {shlex.quote(name)}{numbers} --evaluate none --out {key}")
             parts.append(key)
     commands += [f"ddkit blend {' '.join(parts)} --alpha {blend.get('alpha', 0.5)} --out both", "ddkit evaluate both"]
     return f"Make the two sets with the same flags, and average them: {' && '.join(commands)}"

@@ -157,7 +157,8 @@ class Artifact:
     @property
     def seeds(self) -> list[int]:
         """The recorded seeds that chose the accessible images; a blend has several."""
-        return list(self.metadata.get("seeds", [self.metadata["seed"]] if "seed" in self.metadata else []))
+        seed = self.metadata.get("seed")
+        return list(self.metadata.get("seeds", [] if seed is None else [seed]))
 
     @property
     def normalised(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ddkit.errors import FlagError, InputError
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, stored_in_pixels
-from ddkit.run.derived import write_derived
+from ddkit.run.derived import access, write_derived
 from ddkit.run.directory import Run, RunDirectory
 from ddkit.text import few
 
@@ -54,10 +54,7 @@ def blended(first: Artifact, second: Artifact, alpha: float) -> Artifact:
             "first."
         )
     rows = torch.lerp(first.stored, second.stored[partner], alpha)
-    known = [part.metadata["pipc"] for part in (first, second) if part.metadata.get("pipc") is not None]
-    pipc = {} if not known else {"pipc": "all" if "all" in known else max(known)}  # that both together had access to
-    seeds = sorted({seed for part in (first, second) for seed in part.seeds})
-    metadata = first.metadata | {"recipe": "blend", "alpha": alpha, "seeds": seeds} | pipc
+    metadata = first.metadata | {"recipe": "blend", "alpha": alpha} | access([first, second])
     soft = {} if first.whitening is None else first.whitening.tensors
     if first.soft_labels is not None or second.soft_labels is not None:
         metadata["labels"] = "blended"

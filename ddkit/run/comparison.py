@@ -140,7 +140,7 @@ def compare(
     Examples:
         >>> compared = ddkit.compare(["my-run", "other-run"])
         >>> len(compared.sets), compared.evaluations[0].protocol
-        (2, 'short, 2 epochs')
+        (2, 'short, 2 epochs, width 8')
     """
     picture = None if out is None else Path(out)
     if picture is not None:
@@ -337,6 +337,8 @@ def _command(run: _Found, row: Mapping[str, Any], owner: _Found) -> str:
     sets = {key: changed.get(key, protocol.get(key)) for key in Protocol.__struct_fields__ if key in own or key in changed}
     sets = {key: value for key, value in sets.items() if key not in ("model", "labels", "repeats") and value is not None}
     kept = {key: value for key, value in sets.items() if own.get(key, protocol.get(key)) != value}
+    if (options := row["details"].get("model_options", {})) != own.get("model_options", {}):
+        kept["model_options"] = options
     split = {"data": {"test": row["split"]}} if run.recipe["data"].get("test", "test") != row["split"] else {}
     values = flattened({"evaluators": {label: {**kept, "labels": row["labels"]}}} | split)
     flags = [shlex.quote(f"{path}={value if isinstance(value, str) else json.dumps(value)}") for path, value in values]

@@ -20,6 +20,13 @@ from ddkit.run.snapshots import add_frame
 COPIED = ("data", "teacher", "train", "seed", "pipc")  # tables and keys of a recipe that an evaluation of the set needs
 
 
+def access(parts: Sequence[Artifact]) -> dict[str, Any]:
+    """Returns what the sets together had access to, as metadata: the seeds that chose real images, and the largest pipc that is known."""
+    known = [part.metadata["pipc"] for part in parts if part.metadata.get("pipc") is not None]
+    seeds = sorted({seed for part in parts for seed in part.seeds})
+    return {"seeds": seeds} | ({"pipc": "all" if "all" in known else max(known)} if known else {})
+
+
 def write_derived(
     result: Artifact,
     parts: Sequence[tuple[Path, Artifact]],

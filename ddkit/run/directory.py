@@ -185,6 +185,8 @@ class RunDirectory:
     def existing(cls, path: Path) -> RunDirectory:
         """Returns the run at `path`; raises RunFilesError if there is none."""
         check_own(path)
+        if (path / MANIFEST).is_file() and not (path / RECIPE).is_file():
+            raise RunFilesError(f"{path / RECIPE} is missing. Restore it from a copy, or make the run again.")
         if not (path / RECIPE).is_file():
             raise RunFilesError(
                 f"{path} is not a run directory: it has no {RECIPE}. (A run that ended before its first step, for example while its "

@@ -255,29 +255,27 @@ def _record_evaluation(
 
     A protocol of a name that the run has already stays as it is: a row says what was other with it.
 
-    Where a run is being written there just now, or its set is not that of `judged_file` any more, a warning says that they were not
-    added.
+    Where a run is being written there just now, its set is not that of `judged_file` any more, or the disk is full, a warning says that
+    they were not added.
     """
     try:
-        directory.take(wait=LOCK_SECONDS)
-    except RunFilesError as error:
+        with directory.take(wait=LOCK_SECONDS):
+            if not (directory.path / MANIFEST).is_file() or read_manifest(directory.path)["files"].get(SET) != judged_file:
+                log.warning("The figures were not added to the files of the run, because its set has changed in the meantime.")
+                return
+            keys = [_identity(row) for row in msgspec.to_builtins(rows)]
+            older = [row for row in read_evaluations(directory.path) if _identity(row) not in keys]
+            table = directory.read_recipe()
+            known = table.get("protocols", {})
+            if added := {name: each for name, each in recipe_dict(recipe).get("protocols", {}).items() if name not in known}:
+                directory.rewrite(RECIPE, tomli_w.dumps(table | {"protocols": known | added}).encode())
+            directory.rewrite(EVALUATION, json_bytes(evaluations_json([*older, *rows])))
+            manifest = read_manifest(directory.path)
+            if new := [sentence for sentence in said if sentence not in manifest.get("warnings", [])]:
+                write_manifest(directory.path, manifest | {"warnings": [*manifest.get("warnings", []), *new]})
+            renew_report(directory)
+    except RunFilesError as error:  # the networks are trained: their figures are not lost
         log.warning("The figures were not added to the files of the run. %s", error)
-        return
-    with directory:
-        if not (directory.path / MANIFEST).is_file() or read_manifest(directory.path)["files"].get(SET) != judged_file:
-            log.warning("The figures were not added to the files of the run, because its set has changed in the meantime.")
-            return
-        keys = [_identity(row) for row in msgspec.to_builtins(rows)]
-        older = [row for row in read_evaluations(directory.path) if _identity(row) not in keys]
-        table = directory.read_recipe()
-        known = table.get("protocols", {})
-        if added := {name: each for name, each in recipe_dict(recipe).get("protocols", {}).items() if name not in known}:
-            directory.rewrite(RECIPE, tomli_w.dumps(table | {"protocols": known | added}).encode())
-        directory.rewrite(EVALUATION, json_bytes(evaluations_json([*older, *rows])))
-        manifest = read_manifest(directory.path)
-        if new := [sentence for sentence in said if sentence not in manifest.get("warnings", [])]:
-            write_manifest(directory.path, manifest | {"warnings": [*manifest.get("warnings", []), *new]})
-        renew_report(directory)
 
 
 def _identity(row: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shlex
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -30,6 +31,12 @@ LABELS = ("labels", "label", "targets", "target", "y", "y_train", "label_syn", "
 STEP_SIZES = ("step_size", "syn_lr", "lr_syn", "learned_lr", "lr")
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights", "ema")  # of several the first
 OF_NETWORKS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # how the names in a state dict end
+
+
+DTYPES = {  # of tensors that are used; torch computes with no other real numbers on every device
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+    torch.float16, torch.bfloat16, torch.float32, torch.float64,
+}  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -81,7 +88,8 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
     if not of_torch:
         raise InputError(f"{path} is not a file of torch.save, .npz, .npy or .safetensors: its first bytes fit none of them.")
     try:
-        with safe_globals(NUMPY):
+        with safe_globals(NUMPY), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, of what the file holds: what cannot be used is an error below
             loaded = _plain_values(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a third-party file can raise anything
         raise InputError(_refusal(path, str(error))) from None
@@ -145,8 +153,8 @@ def _refusal(path: Path, text: str) -> str:
     what = f"contains {named.group(1)}" if named else "contains other objects than tensors"
     return (
         f"{path} {what}. Loading it could run code from the file, so ddkit reads only tensors and numbers. If you trust the file, "
-        f"save its tensors in Python: found = torch.load({str(path)!r}, weights_only=False), then "
-        'torch.save({"images": ..., "labels": ...}, "set.pt"), or torch.save(state_dict, "teacher.pt").'
+        f"save its tensors in Python: found = torch.load({str(path)!r}, weights_only=False), then of a network "
+        'torch.save(found.state_dict(), "teacher.pt"), of a set torch.save({"images": ..., "labels": ...}, "set.pt").'
     )
 
 
@@ -293,7 +301,8 @@ def numbered(value: Any) -> tuple[Tensor | None, list[str] | None]:
 def tensor_of(value: Any) -> Tensor | None:
     """Returns a tensor, or a list of numbers as one; None for anything else."""
     if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
-        return torch.tensor(value)
+        with suppress(RuntimeError, ValueError):  # of more than 64 bits
+            return torch.tensor(value)
     if isinstance(value, list) and value and all(isinstance(each, Tensor) and each.ndim < 2 for each in value):
         with suppress(RuntimeError):  # of several lengths
             return torch.stack(value)
@@ -367,7 +376,7 @@ def fitted(state: Mapping[str, Tensor], own: Iterable[str]) -> dict[str, Tensor]
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary one, no larger than what its file holds of it."""
-    strange = tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_meta
+    strange = tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta or tensor.dtype not in DTYPES
     return not strange and tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 

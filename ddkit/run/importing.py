@@ -30,7 +30,7 @@ from ddkit.run.artifact import Artifact, are_probabilities, made_with, parametri
 from ddkit.run.directory import RunDirectory, save_set
 from ddkit.run.doubts import looks_like_grid, looks_whitened
 from ddkit.run.foreign import Found, fitted, labels_in, number_of, plain, read, sets_in, state_in
-from ddkit.text import counted
+from ddkit.text import counted, is_text, shown
 
 log = logging.getLogger("ddkit")
 
@@ -214,6 +214,8 @@ def _statistics(path: Path, mean: Sequence[float] | None, std: Sequence[float] |
 def _names(classes: Classes, least: int, path: Path) -> list[str]:
     """Returns the class names: as given, or numbers."""
     names = [str(number) for number in range(classes)] if isinstance(classes, int) else list(classes or map(str, range(least)))
+    if unwritable := [name for name in names if not is_text(name)]:
+        raise InputError(f"{path}: the name of a class is not UTF-8 text ({shown(unwritable[0])}). Give the names with --classes.")
     if len(set(names)) < len(names) or not all(names):
         raise FlagError(f"--classes: each class needs its own name, but the names are {', '.join(names[:20])}.")
     if len(names) < max(least, 2):
@@ -390,12 +392,22 @@ def _save_set(
     if found.soft is not None and len(found.soft):
         soft = _probabilities(path, found.soft, len(images), 1 if made is None else made.per_row)
         labels = soft[:: len(soft) // len(images)].argmax(1) if labels.ndim == 2 else labels
-    fits = labels.ndim == 1 and len(labels) == len(images) and labels.dtype != torch.bool
-    if not fits or not bool((labels == labels.long()).all()):
+    whole = not labels.is_floating_point() or bool((labels == labels.long()).all())
+    if labels.ndim != 1 or len(labels) != len(images) or labels.dtype == torch.bool or not whole:
         raise InputError(f"{path}: labels are {labels.dtype} {tuple(labels.shape)}, but must be whole numbers, one for each image.")
     labels = labels.long()
     if int(labels.min()) < 0 or int(labels.max()) >= most_classes(len(labels)):
-        raise InputError(f"{path}: labels go from {int(labels.min())} to {int(labels.max())}, but must count from 0.")
+        most = most_classes(len(labels)) - 1
+        raise InputError(
+            f"{path}: labels go from {int(labels.min())} to {int(labels.max())}, but must count the classes from 0 (to {most} at most for "
+            f"{len(labels)} images)."
+        )
+    if width is not None and int(labels.max()) >= width:
+        raise InputError(
+            f"{path}: a label is {int(labels.max())}, but its soft labels are of {width} classes. Both must count the same classes."
+        )
+    if found.names is not None and len(found.names) < 2:
+        raise InputError(f"{path}: all images have the label '{found.names[0]}', but a set needs at least two classes.")
     names = _names(classes, width or int(labels.max()) + 1, path)
     if width is not None and len(names) != width:
         raise FlagError(f"--classes has {len(names)} classes, but {path} has labels of {width}.")
@@ -445,11 +457,12 @@ def _save_set(
 def _probabilities(path: Path, soft: Tensor, images: int, per_row: int) -> Tensor:
     """Returns labels (n, K) as probabilities, a row for each decoded image: as they are, or softmax of other numbers, with a warning."""
     values = plain(soft, "soft labels", path).float()
-    if values.ndim != 2 or values.shape[1] < 2 or len(values) not in (images, images * per_row) or not bool(values.isfinite().all()):
+    if values.ndim != 2 or values.shape[1] < 2 or len(values) not in (images, images * per_row):
         raise InputError(
-            f"{path}: labels (n, K) must be finite numbers, one row for each of the {images} images, but have the shape "
-            f"{tuple(values.shape)}."
+            f"{path}: labels (n, K) must have one row for each of the {images} images, but have the shape {tuple(values.shape)}."
         )
+    if not bool(values.isfinite().all()):
+        raise InputError(f"{path}: a soft label is not finite. Leave out such images, or repair their labels.")
     if not are_probabilities(values, (len(values), values.shape[1])):
         log.warning("The labels are not probabilities (at least 0, with sum 1), so they are used as logits, and their softmax is stored.")
         values = values.softmax(1)
@@ -464,7 +477,9 @@ def _images(path: Path, images: Tensor, norm: Normalisation, pixels: str | None)
     elif images.ndim == 4 and images.shape[1] != channels and images.shape[3] == channels:
         log.warning("The images %s have their channels last. The channels are moved to the front.", tuple(images.shape))
         images = images.permute(0, 3, 1, 2)
-    if images.ndim != 4 or images.numel() == 0 or images.shape[1] != channels:
+    if images.numel() == 0:
+        raise InputError(f"{path}: the set has no image (shape {tuple(images.shape)}).")
+    if images.ndim != 4 or images.shape[1] != channels:
         raise InputError(f"{path}: images have the shape {tuple(images.shape)}, but with this --mean it must be (n, {channels}, H, W).")
     found = plain(images, "images", path)
     if found.dtype == torch.uint8:

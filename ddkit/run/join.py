@@ -15,7 +15,7 @@ from ddkit.errors import NEWS, FlagError, InputError
 from ddkit.files import sha256
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, stored_in_pixels
-from ddkit.run.derived import file_of, write_derived
+from ddkit.run.derived import access, file_of, write_derived
 from ddkit.run.directory import Run, RunDirectory
 from ddkit.text import doubles, shown, suggestion
 
@@ -77,14 +77,7 @@ def joined(parts: Sequence[tuple[Path, Artifact]]) -> Artifact:
     labels = torch.cat([place[part.row_labels] for place, part in zip(places, sets, strict=True)])
     order = labels.argsort(stable=True)
     metadata = {key: first.metadata[key] for key in HOW_MADE if key in first.metadata}
-    metadata |= {
-        "class_names": names,
-        **_statistics(sets),
-        "seeds": sorted({seed for part in sets for seed in part.seeds}),
-        "recipe": "join",
-    }
-    known = [part.metadata["pipc"] for part in sets if part.metadata.get("pipc") is not None]
-    metadata |= {"pipc": "all" if "all" in known else max(known)} if known else {}
+    metadata |= {"class_names": names, **_statistics(sets), **access(sets), "recipe": "join"}
     parameters = _shared(first) | _step_size(sets)
     if any(part.soft_labels is not None for part in sets):
         metadata["labels"] = "joined"

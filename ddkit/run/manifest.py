@@ -226,6 +226,8 @@ def check_listed(folder: Path, name: str) -> None:
     there = None
     with suppress(OSError):
         there = file_entry(file) if stat.S_ISREG(os.lstat(file).st_mode) else None
+    if listed is not None and not file.exists():
+        raise RunFilesError(f"{file} is missing, although {folder / MANIFEST} lists it. Restore it from a copy, or make the run again.")
     if listed not in (None, there):
         raise RunFilesError(
             f"{file} is not the file that {folder / MANIFEST} records. It was damaged, edited or replaced (its size or sha256 "

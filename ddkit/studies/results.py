@@ -22,7 +22,7 @@ from ddkit.run.manifest import MANIFEST, read_manifest
 from ddkit.run.markdown import markdown
 from ddkit.studies.grid import Task, kept_file, kept_row
 from ddkit.studies.study import Cell, PublishedOn, Study, published
-from ddkit.text import counted, few
+from ddkit.text import counted
 
 
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
@@ -310,7 +310,8 @@ def _notes(report: Report) -> list[str]:
     notes += [f"From the cache: {counted(figure.cached, 'network')} of {figure.label}." for figure in figures if figure.cached]
     notes += _budgets(figures)
     left = [figure.label for figure in figures if figure.state in ("not run", "partly")]
-    notes += [f"Not finished: {few(left)}."] if left else []
+    shown = left if len(left) <= 6 else [*left[:5], f"{len(left) - 5} others"]
+    notes += [f"Not finished: {'; '.join(shown)}."] if left else []
     return notes
 
 

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 import ddkit
-from ddkit.data import TEST, TRAIN, natural
+from ddkit.data import natural
 from ddkit_datasets.arrays import holdout
 from ddkit_datasets.decoding import Decoding, any_coloured, decode_images, image_shapes
+from ddkit_datasets.splits import TEST, TRAIN
 from ddkit_datasets.tables import TABLES, Row, read_table, table_in
 
 log = logging.getLogger("ddkit")
@@ -258,7 +259,8 @@ def _classes(root: Path, names: Sequence[str]) -> tuple[list[str], Files, Counte
             raise ddkit.InputError(f"{root} contains no image. {packed}")
         left_out = walked[empty[0]].unread
         why = f"{_counted(left_out)} which ddkit cannot read, and no " if left_out else ""
-        raise ddkit.InputError(f"The class folder {root / empty[0]} contains no image ({why or 'no '}{', '.join(SUFFIXES)}).")
+        suffixes = ", ".join(SUFFIXES)
+        raise ddkit.InputError(f"The class folder {root / empty[0]} contains no image ({why or 'no '}{suffixes}). Add some, or remove it.")
     if not classes:
         raise ddkit.InputError(f"{root} contains no class folders. The layout must be {root}/CLASS/IMAGE.")
     return classes, _files(root, classes, [walked[name] for name in classes]), unread

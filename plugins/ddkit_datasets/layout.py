@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddkit.data import TEST, TRAIN, VALIDATION, natural
+from ddkit.data import natural
+from ddkit_datasets.splits import TEST, TRAIN, VALIDATION
 
 SPLITS = {"train": (*TRAIN, "tr"), "test": ("te", *(word for word in TEST if word not in VALIDATION)), "val": VALIDATION}
 IMAGES = ("x", "images", "image", "imgs", "img", "data", "features", "inputs", "pixels")

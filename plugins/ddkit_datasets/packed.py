@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import tarfile
 import tempfile
 import weakref
@@ -19,10 +20,10 @@ from typing import Any
 from PIL import Image
 
 import ddkit
-from ddkit.data import TEST, TRAIN
 from ddkit_datasets.decoding import strict_pillow
 from ddkit_datasets.folder import SUFFIXES
 from ddkit_datasets.objects import Items, OfItems, numbered
+from ddkit_datasets.splits import TEST, TRAIN
 from ddkit_datasets.tables import LABEL, label_text
 
 log = logging.getLogger("ddkit")
@@ -72,9 +73,10 @@ class Packed(OfItems):
         others = found.pop("", [])
         train = named or others
         if not train:
+            part = shlex.quote(f"{self.name}:{next(iter(found.values()))[0]}")
             raise ddkit.InputError(
                 f"{root} only contains files of the split {', '.join(found)}. Files to train on must have train in their name or folder. "
-                f"To train on a part of a file and test on the rest: --dataset {self.name}:{next(iter(found.values()))[0]}"
+                f"To train on a part of a file and test on the rest: --dataset {part}"
             )
         tests = sorted(found, key=TEST.index)
         unused = [*tests[1:], *([file.name for file in others[:8]] if named else [])]

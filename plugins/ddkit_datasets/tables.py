@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import ddkit
-from ddkit.data import TEST, TRAIN
+from ddkit_datasets.splits import TEST, TRAIN
 
 TABLES = (".csv", ".tsv", ".jsonl")
 NAMES = ("metadata.csv", "metadata.jsonl")  # as Hugging Face calls the table of an image folder

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
+import msgspec
 import torch
 
 import ddkit
@@ -153,10 +154,15 @@ class Accuracy(ddkit.Evaluator):
         self._modules(info)  # an image too small for a network is an error before the run
         augmenter_of(self.training, info, f"{self.recipe_path}.augmenter_options")
 
+    @cached_property
+    def _options_of_models(self) -> dict[str, dict[str, Any]]:
+        """The options that are given, by the model's name."""
+        names = [name.strip() for name in self.training.model.split(",")]
+        return split_options(names, self.model_options, f"{self.recipe_path}.model_options")
+
     def _models(self, info: ddkit.DataInfo) -> dict[str, ddkit.Model]:
-        where, names = f"{self.recipe_path}.model_options", [name.strip() for name in self.training.model.split(",")]
-        found = split_options(names, self.model_options, where)
-        return {name: ddkit.create("model", name, found[name], data=info, where=where) for name in names}
+        where, options = f"{self.recipe_path}.model_options", self._options_of_models.items()
+        return {name: ddkit.create("model", name, given, data=info, where=where) for name, given in options}
 
     def _modules(self, info: ddkit.DataInfo) -> list[torch.nn.Module]:
         return [ddkit.nn.build_network(model, info, 0, "evaluate", "probe") for model in self._models(info).values()]
@@ -281,9 +287,16 @@ class Accuracy(ddkit.Evaluator):
         hits = data.shared(tasks, lambda some: [float(task in cache.found) for task in some])  # other processes look up their own
         cached = Counter(kind for (kind, _), hit in zip(tasks, hits, strict=True) if hit)
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
+        for kind, results in by_kind.items():
+            if diverged := sum(not each.finite for each in results):
+                log.warning(
+                    "The training of %d of %d networks on %s images diverged: their weights are not finite, so their accuracy means "
+                    "nothing. Use a smaller learning rate: --set %s.lr=%g",
+                    diverged, repeats, kind, self.recipe_path, trainer.schedule.lr / 10,
+                )  # fmt: skip
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
-        facts |= self._changed(soft)
+        facts |= self._changed(soft, name, model)
         if soft is not None:
             facts |= {"temperature": soft.temperature, "teacher": soft.teacher.sha256}
         facts |= {"lr": protocol.lr} if self.training.lr == "stored" else {}
@@ -309,10 +322,11 @@ class Accuracy(ddkit.Evaluator):
             rows.append(row)
         return rows
 
-    def _changed(self, soft: SoftLabels | None) -> dict[str, Any]:
+    def _changed(self, soft: SoftLabels | None, name: str, model: ddkit.Model) -> dict[str, Any]:
         """The values that are not the protocol's, e.g. {"epochs": 100, "variant": "100 epochs"}; {} if it is used unchanged.
 
-        Model, labels and repeats of a row stand in it in any case, and a temperature is of soft labels alone.
+        Model, labels and repeats of a row stand in it in any case, and a temperature is of soft labels alone. Options of the model are
+        named where they are given, and are not its defaults.
         """
         told = {"model", "labels", "repeats", *(["temperature"] if soft is None else [])}
         usual = fields_of(self.own) | self.own.usual
@@ -320,7 +334,10 @@ class Accuracy(ddkit.Evaluator):
         changed = {"augment" if key == "augmenter" else key: value for key, value in changed.items()}  # as rows of 0.1 call it
         count = f"{self.training.epochs} epoch{'s' if self.training.epochs != 1 else ''}"
         words = [count if key == "epochs" else f"{key.replace('_', ' ')} {_words(value)}" for key, value in changed.items()]
-        return changed | ({"variant": ", ".join(words)} if words else {})
+        usual_options = {field.name: field.default for field in msgspec.structs.fields(type(model.options))}
+        options = {key: value for key, value in self._options_of_models[name].items() if usual_options.get(key) != value}
+        words += [f"{key.replace('_', ' ')} {_words(value)}" for key, value in options.items()]
+        return changed | ({"model_options": options} if options else {}) | ({"variant": ", ".join(words)} if words else {})
 
 
 def stored_with_a_set(lr: float | str, labels: str = "auto") -> dict[str, ddkit.Parameter]:

@@ -18,10 +18,14 @@ MOST_CONFUSED = 30  # classes of which it is counted as which of the others a ne
 
 
 class Result(NamedTuple):
-    """The test accuracy of a network, and `counts`: test images by class and found class (K, K), of many classes right and wrong (K, 2)."""
+    """The test accuracy of a network, and `counts`: test images by class and found class (K, K), of many classes right and wrong (K, 2).
+
+    `finite`: whether its weights are finite numbers, without which the accuracy says nothing.
+    """
 
     accuracy: float
     counts: list[list[int]]
+    finite: bool = True
 
     @classmethod
     def of(cls, found: Tensor, labels: Tensor, classes: int) -> Result:
@@ -145,7 +149,8 @@ class Trainer:
         with ddkit.nn.products(self.data.device, self.arithmetic.precision):
             self._fit(images, labels, self.schedule, ddkit.generator(self.data.seed, "evaluate", kind, self.name, repeat), report)
             found = ddkit.nn.predicted(self.module, self.tests[0], batch=self._test_batch, **self._how)
-        return Result.of(found, self.tests[1], self.data.info.classes)
+        finite = all(bool(value.isfinite().all()) for value in self.module.state_dict().values())
+        return Result.of(found, self.tests[1], self.data.info.classes)._replace(finite=finite)
 
     @property
     def _test_batch(self) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import ddkit
 
+DEEPEST = 10  # blocks of a ConvNet
 GROUPS = 4  # of norm = group, as in the public DatasetCondensation code
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -64,7 +65,7 @@ def halvings(size: tuple[int, int], most: int, *, least: int = 1) -> int:
 def depth_for(size: tuple[int, int]) -> int:
     """Returns the depth for an image size: 3 for 28 and 32 pixels, 4 for 64, 2 for 8 and 16; the shorter side decides."""
     side = min(size)
-    return max(1, min(max(2, round(math.log2(side / 4))), int(math.log2(side))))
+    return max(1, min(max(2, round(math.log2(side / 4))), int(math.log2(side)), DEEPEST))
 
 
 class ConvNet(ddkit.Model):
@@ -74,7 +75,7 @@ class ConvNet(ddkit.Model):
     code, so its state dicts can be loaded.
     """
 
-    depth: int | None = ddkit.option(None, "number of blocks; if left out, it depends on the image size", ge=1, le=10)
+    depth: int | None = ddkit.option(None, "number of blocks; if left out, it depends on the image size", ge=1, le=DEEPEST)
     width: int = ddkit.option(128, "number of channels of each block", ge=1)
     norm: Literal["instance", "batch", "group", "layer", "none"] = ddkit.option(
         "instance", "normalisation; group has four groups of channels, and layer all values of an image"
@@ -102,8 +103,8 @@ class ConvNet(ddkit.Model):
                 height, width = height // 2, width // 2
         if min(height, width) < 1:
             raise ddkit.InputError(
-                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} poolings. Use a smaller depth, or pooling = "
-                "none."
+                f"convnet: images of {size[0]} x {size[1]} pixels are too small for {depth} pooling{'s' if depth > 1 else ''}. Use no "
+                "pooling (--set network.pooling=none, for a teacher --set teacher.pooling=none), or a smaller depth."
             )
         return Classifier(nn.Sequential(*layers), self.width * height * width, classes)
 

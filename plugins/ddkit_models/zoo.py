@@ -140,7 +140,7 @@ class Zoo(ddkit.Model):
             self._say(
                 (size,),
                 f"for {size[0]} x {size[1]} pixels its first convolution is 3x3 with stride 1 instead of 7x7 with stride 2, and the first "
-                "max pooling is left out (stem = original keeps them)",
+                f"max pooling is left out (--set {self.recipe_path}.stem=original keeps them)",
             )
         without_dropout(module)
         if self.weights is not None:

@@ -49,7 +49,7 @@ class Grid(ddkit.Parametrization):
         if height % self.factor or width % self.factor:
             raise ddkit.InputError(
                 f"parametrization.factor = {self.factor} cuts an image into {self.factor} x {self.factor} equal parts, but the images have "
-                f"{height} x {width} pixels. Use a divisor of both (1 for no grid), or set data.size.",
+                f"{height} x {width} pixels. Use a divisor of both (1 for no grid), or, for a new run, another data.size.",
                 "parametrization.factor",
             )
 

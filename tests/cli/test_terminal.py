@@ -120,13 +120,14 @@ def test_verbose_tells_what_is_done_and_every_logged_step_in_lines(cli: Callable
 LIBRARY = """
 import logging
 import threading
+from ddkit import errors
 from ddkit.run import warnings
 
 log = logging.getLogger("ddkit")
 with warnings.recording():
     log.warning("number %d", 1)
     log.warning("number %d", 1)
-    log.warning("news", extra=warnings.NEWS)
+    log.warning("news", extra=errors.NEWS)
     print(warnings.warnings())
 print(warnings.warnings())
 kept = []

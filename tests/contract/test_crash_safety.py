@@ -500,6 +500,23 @@ def test_figures_of_a_set_that_has_changed_since_are_not_recorded(
     assert [row["evaluator"] for row in rows] == ["accuracy"], "those of the longer run alone"
 
 
+def test_figures_that_a_full_disk_has_no_room_for_are_shown_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begin(tmp_path / "run")
+    before = (tmp_path / "run" / "evaluation.json").read_bytes()
+
+    def full(path: Path, content: bytes) -> None:
+        raise ddkit.RunFilesError(f"{path} cannot be written: No space left on device.")
+
+    monkeypatch.setattr("ddkit.run.directory.write_atomic", full)
+    (row,) = ddkit.evaluate(tmp_path / "run", evaluators="spectrum", device="cpu")
+    assert row.evaluator == "spectrum"
+    assert "The figures were not added to the files of the run." in caplog.text
+    assert "No space left on device" in caplog.text
+    assert (tmp_path / "run" / "evaluation.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

@@ -172,6 +172,13 @@ def test_an_evaluation_without_details_is_refused_before_it_is_evaluated(
         ddkit.evaluate(run, device="cpu")
 
 
+def test_evaluations_of_another_schema_are_refused(runs: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(runs / "run", tmp_path / "run")
+    _write(run, "evaluation.json", {"schema": 2, "evaluations": [ROW]}, read_with_digest(run / "manifest.json"))
+    with pytest.raises(ddkit.RunFilesError, match=r"evaluation\.json has schema 2, but this version of ddkit reads schema 1"):
+        ddkit.compare([run])
+
+
 def test_fields_that_ddkit_does_not_know_are_kept(runs: Path, tmp_path: Path) -> None:
     run = shutil.copytree(runs / "run", tmp_path / "run")
     manifest = read_with_digest(run / "manifest.json") | {"of_tomorrow": {"x": 1}}

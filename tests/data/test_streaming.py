@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ddkit
 from ddkit.data import loading
-from ddkit.data.images import Normalisation, blocks, channel_statistics, give_back, mapped, on_disk, rows_of
+from ddkit.data.images import Normalisation, blocks, channel_statistics, give_back, memmap, on_disk, rows_of
 from ddkit.data.loading import load_images
 from ddkit.data.real import RealData, open_dataset
 from ddkit.nn.training import Schedule, accuracy, fit
@@ -279,7 +279,7 @@ def test_resident_memory_stays_below_the_images() -> None:
 def test_a_mapped_tensor_outlives_its_file_and_does_not_write_it(tmp_path: Path) -> None:
     file = tmp_path / "a"
     file.write_bytes(bytes(range(8)))
-    found = mapped(str(file), torch.uint8, (2, 1, 2, 2))
+    found = memmap(str(file), torch.uint8, (2, 1, 2, 2))
     assert on_disk(found)
     assert not on_disk(found.clone())
     found[0] = 9

@@ -238,7 +238,7 @@ def test_a_stored_step_size_trains_the_networks_of_an_evaluation(cli: Cli) -> No
     row = json.loads(told.out)["evaluations"][0]
     stored = float(ddkit.load("run").parameters["step_size"])
     assert stored > 0.01, "it was maximised"
-    assert (row["details"]["lr"], row["details"]["variant"]) == (stored, "2 epochs, lr stored")
+    assert (row["details"]["lr"], row["details"]["variant"]) == (stored, "2 epochs, lr stored, width 8")
     plain = cli("distill", "--losses", "dm", "--pipc", 4, *SMALL_FLAGS, "--set", "evaluators.accuracy.lr=stored", "--out", "plain")
     assert plain.code == 4
     assert "needs the parameter step_size" in " ".join(plain.err.split())

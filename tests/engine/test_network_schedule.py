@@ -124,9 +124,7 @@ def test_a_network_that_no_two_steps_share_is_never_trained(recipe: Maker) -> No
     assert same(*states)
 
 
-def by_the_book(
-    job: RunSetup, pool: NetworkPool, sets: list[Tensor], images: Tensor | None, labels: Tensor
-) -> list[dict[str, Tensor]]:
+def by_the_book(job: RunSetup, pool: NetworkPool, sets: list[Tensor], images: Tensor | None, labels: Tensor) -> list[dict[str, Tensor]]:
     """Returns the tensors of each step's network, of a pool trained on `images` (None: the set after the step, of `sets`) and `labels`."""
     table, networks, found = job.recipe.network, {}, []
     for index in range(len(sets)):

@@ -250,9 +250,9 @@ def shared_step(name: str, index: int) -> Recorder:
     """Returns a step whose two real and two synthetic images of each class are one and the same."""
     world = World(ddkit.create("loss", "dm"), Setting(channels=3, size=(8, 8), real=(2, 2, 2)))
     source = world.source
-    source.augmenter = augmenter(name)
-    source.real_images = source.real_images[::2].repeat_interleave(2, 0)
-    world.bank.images = source.normalisation.normalise(source.real_images)
+    source.draws.augmenter = augmenter(name)
+    source.draws.real_images = source.draws.real_images[::2].repeat_interleave(2, 0)
+    world.bank.images = source.draws.normalisation.normalise(source.draws.real_images)
     return world.step(index=index)
 
 

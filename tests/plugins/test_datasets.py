@@ -409,7 +409,7 @@ def test_a_table_gives_labels_in_the_place_of_class_folders(tmp_path: Path, capl
         ("file_name,label\na.png,1\nb.png,2\n", "line 3: there is no file"),
         ("file_name,label\n../a.png,1\n", "line 2: '../a.png' is not inside"),
         ("file_name,label\na.png,\n", "line 2: label is empty"),
-        ("file_name,label,split\na.png,1,dev\n", "line 2: the split is 'dev', but must be one of train"),
+        ("file_name,label,split\na.png,1,extra\n", "line 2: the split is 'extra', but must be one of train"),
         ("file_name,label,split\na.png,1,test\n", "only has images of the split 'test'"),
         ("id,label\na.png,1\n", "Its columns are id, label. Name the columns of file and label: --set 'data.columns="),
         ("file_name,label\n", "lists no image"),
@@ -431,6 +431,8 @@ def test_numbers_in_class_names_sort_as_numbers_and_recorded_runs_keep_their_ord
     natural = [*map(str, range(12)), "x 2", "x 10"]
     assert list(opened(use).class_names) == natural
     assert list(opened(use, class_order="alphabetical").class_names) == sorted(natural)
+    longest = [f"x{number}" for number in ("0" * 5000, "7", "1" + "0" * 4999, "1" + "0" * 5000)]
+    assert sorted(reversed(longest), key=ddkit.data.natural) == longest
     run = ddkit.distill(losses="dm", dataset=use, pipc=1, steps=0, sets=SMALL, evaluators="none", out=tmp_path / "run")
     assert ddkit.load(run.path).class_names == natural
     for recorded, expected in ((run.path, "natural"), (tmp_path / "old", "alphabetical")):

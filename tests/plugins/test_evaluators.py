@@ -186,13 +186,29 @@ def test_an_evaluation_follows_its_seed() -> None:
     assert all(first != other for first, other in zip(figures[0], figures[2], strict=True))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_networks_that_diverge_are_told_also_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    monkeypatch.setenv("DDKIT_CACHE", str(tmp_path))
+    for _ in range(2):
+        caplog.clear()
+        evaluated(lr=1e20, epochs=3, repeats=2, workers=workers)
+        for kind in ("synthetic", "random real"):
+            assert f"The training of 2 of 2 networks on {kind} images diverged" in caplog.text
+    assert "--set evaluators.accuracy.lr=1e+19" in caplog.text
+    caplog.clear()
+    evaluated(epochs=3, repeats=1)
+    assert "diverged" not in caplog.text
+
+
 BASELINES = ["pipc-real", "class-mean"]
 
 
 def test_what_is_not_the_protocols_is_told_beside_its_name() -> None:
     (shorter,), (own,) = evaluated(epochs=7, random_real=False), evaluated(epochs=300, random_real=False, repeats=1)
-    assert shorter.details["variant"] == "7 epochs"
-    assert "variant" not in own.details, "300 are those of the protocol"
+    assert shorter.details["variant"] == "7 epochs, width 8"
+    assert own.details["variant"] == "width 8", "300 epochs are those of the protocol"
     assert "short, 7 epochs" in evaluation_table([shorter])
 
 
@@ -419,7 +435,7 @@ def test_sharpness_aware_steps_are_those_written_out_by_hand(rho: float) -> None
 def test_both_passes_see_the_same_batch_and_running_statistics_move_once() -> None:
     model = ddkit.create("model", "convnet", {"width": 8, "norm": "batch"}, data=INFO)
     x, labels = images(8, 0)
-    states, seen = [], []
+    states, seen, told = [], [], []
     for rho in (0.0, 0.05):
         module = ddkit.nn.build_network(model, INFO, 0, "test")
 
@@ -427,10 +443,15 @@ def test_both_passes_see_the_same_batch_and_running_statistics_move_once() -> No
             seen.append(batch)
             return module(batch)
 
-        fit(module, x.float() / 255, labels, Schedule(epochs=1, rho=rho), augmenter=Shift(), generator=torch.Generator(), forward=forward)
+        fit(
+            module, x.float() / 255, labels, Schedule(epochs=1, rho=rho), augmenter=Shift(), generator=torch.Generator(), forward=forward,
+            on_batch=lambda logits, labels: told.append(logits),
+        )  # fmt: skip
         states.append(module.state_dict())
     assert len(seen) == 3
     assert torch.equal(seen[1], seen[2])
+    assert len(told) == 2
+    assert torch.equal(*told), "the logits before the update"
     buffers = [name for name, _ in module.named_buffers()]
     assert buffers
     assert all(torch.equal(states[0][name], states[1][name]) for name in buffers)

@@ -237,7 +237,7 @@ def test_its_accuracies_are_those_recorded_hard_and_soft_apart_random_real_besid
     hard, soft = text.partition("### Hard labels")[2].split("### The teacher's labels")
     for row, part in zip(rows, (hard, soft), strict=True):
         told = [f"{100 * row[f'{key}_mean']:.1f} ± {100 * row[f'{key}_std']:.1f}" for key in ("accuracy", "random_real")]
-        assert f"| synthetic | convnet | short, 2 epochs | test | 2 | {told[0]} | {told[1]} |" in part
+        assert f"| synthetic | convnet | short, 2 epochs, width 8 | test | 2 | {told[0]} | {told[1]} |" in part
         assert part.partition("## Licence")[0].count("| synthetic |") == 1
 
 
@@ -279,6 +279,13 @@ def test_the_card_says_what_images_began_as_and_how_close_they_stayed(tmp_path: 
     text = card_of(path, tmp_path / "out")
     assert [phrase for phrase in phrases if phrase not in text] == []
     assert ("Warning" in text) == (steps == 0)
+
+
+@pytest.mark.parametrize(("use", "begun"), [("typical-crops", "real images"), ("noise", "noise"), ("of-theirs", "perhaps real ones")])
+def test_the_card_says_of_any_initializer_whether_it_begins_with_real_images(use: str, begun: str) -> None:
+    made = a_set(["a", "b"])
+    made.provenance = Provenance(recipe={"initializer": {"use": use}})
+    assert f"{begun} (initializer {use})" in card(made, Layout(load=[]))
 
 
 def test_the_card_measures_what_eight_bits_cost(tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_mirrored_images_are_fitted_too_where_a_mirrored_image_keeps_its_class_a
     def value(keeps: bool, **options: Any) -> Tensor:
         loss = ddkit.create("loss", "feature-regression", {"augmenter": "none", "real_augmenter": "none", **options})
         world = World(loss, SETTING)
-        world.source.info = msgspec.structs.replace(world.source.info, mirror=keeps)
+        world.source.draws.info = msgspec.structs.replace(world.source.draws.info, mirror=keeps)
         step = world.step()
         images, targets = (torch.cat([each, other]) for each, other in ((step.images, step.images.flip(3)), (step.targets, step.targets)))
         fitted = (images, targets) if options.get("mirror") and keeps else (step.images, step.targets)

@@ -238,6 +238,7 @@ NAMES = [name for name, _ in NAMED.named_parameters()]
         (NAMED, "features.?.weight", ["features.0.weight", "features.1.weight"]),
         (NAMED, "Classifier*", []),
         (nn.Sequential(nn.Conv2d(1, 2, 3)), "classifier", []),
+        (nn.Sequential(nn.Conv2d(1, 2, 3), nn.LayerNorm([2, 6, 6])), "weights", ["0.weight"]),
     ],
 )
 def test_selected_parameters(module: nn.Module, which: str, expected: list[str]) -> None:

@@ -196,9 +196,12 @@ def test_classification_counts_as_much_as_the_network_is_right_about_real_images
 
 
 def test_gradients_of_kernels_are_those_of_convolutions_alone_and_a_network_without_any_is_refused() -> None:
-    real, synthetic = ([normal(4, 2, 3, 3, seed=seed), normal(4, seed=seed), normal(5, 4, seed=seed)] for seed in (0, 1))
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.LayerNorm([4, 2, 2]), nn.Flatten(), nn.Linear(16, 5))
+    shapes = [tuple(each.shape) for each in network.parameters()]
+    assert sum(len(shape) > 2 for shape in shapes) == 3, "a layer norm has three dimensions too"
+    real, synthetic = ([normal(*shape, seed=seed) for shape in shapes] for seed in (0, 1))
     loss = GradientMatching(kernels=True)
-    kept = [loss._compared(side) for side in (real, synthetic)]
+    kept = [loss._compared(network, side) for side in (real, synthetic)]
     wanted = sum(float(a - b) ** 2 for a, b in zip(real[0].flatten(), synthetic[0].flatten(), strict=True))
     assert float(gradient_distance(*kept, "mse")) == pytest.approx(wanted, rel=1e-12)
     with pytest.raises(ddkit.InputError, match=r"kernels=false"):

@@ -179,10 +179,10 @@ def test_a_variant_of_a_protocol_is_a_row_of_its_own_and_says_so(tmp_path: Path,
     assert (refused.code, "Did you mean 'dsa'" in " ".join(refused.err.split())) == (3, True)
     told = cli("evaluate", run, "--set", "evaluators.accuracy.ema=0.5", "--set", "evaluators.accuracy.augment=none")
     assert told.code == 0, told.err
-    assert "short, 2 epochs, ema 0.5, augment none" in told.out
+    assert "short, 2 epochs, ema 0.5, augment none, width 8" in told.out
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
     assert (rows[1]["details"]["ema"], rows[1]["details"]["augment"]) == (0.5, "none")
-    assert [row["details"].get("variant") for row in rows] == ["2 epochs", "2 epochs, ema 0.5, augment none"]
-    assert "convnet, short, 2 epochs, ema 0.5, augment none" in (run / "report.html").read_text()
+    assert [row["details"].get("variant") for row in rows] == ["2 epochs, width 8", "2 epochs, ema 0.5, augment none, width 8"]
+    assert "convnet, short, 2 epochs, ema 0.5, augment none, width 8" in (run / "report.html").read_text()
     card = (ddkit.export(run, "card", tmp_path / "card") / "README.md").read_text()
-    assert "| short, 2 epochs, ema 0.5, augment none | test |" in card
+    assert "| short, 2 epochs, ema 0.5, augment none, width 8 | test |" in card

@@ -41,6 +41,7 @@ def test_protocols_that_were_code_give_the_same_rows(asked: dict[str, Any]) -> N
     rows = evaluated(WIDE, **{"epochs": None} | asked)
     for row in rows:
         assert row.details.pop("confusion")  # which version 0.2.0 did not count
+        assert (row.details.pop("variant"), row.details.pop("model_options")) == ("width 8", {"width": 8})  # nor name
     assert msgspec.to_builtins(rows) == json.loads(ROWS.read_text())[asked["protocol"]]
 
 
@@ -87,7 +88,7 @@ def test_every_key_is_an_option_and_every_change_but_those_with_a_column_stands_
         assert row.details["variant"].startswith({"epochs": "4 epochs"}.get(key, key.replace("_", " "))), key
         assert list(row.details[key]) == value if isinstance(value, list) else row.details[key] == value
     (row,) = evaluated(epochs=None, repeats=1, random_real=False, lr=0.01, augment="dsa")
-    assert "variant" not in row.details, "they are the protocol's"
+    assert row.details["variant"] == "width 8", "they are the protocol's"
 
 
 def test_random_real_from_the_cache_is_that_of_every_value() -> None:
@@ -198,7 +199,7 @@ def test_the_own_protocol_of_the_docs_works_and_its_figures_can_be_had_without_t
         assert result.code == 0, result.err
     assert "mine, lr 0.002" in result.out
     rows = json.loads(Path("my-run/evaluation.json").read_text())["evaluations"]
-    assert [(row["protocol"], row["details"].get("variant")) for row in rows] == [("mine", None), ("mine", "lr 0.002")]
+    assert [(row["protocol"], row["details"].get("variant")) for row in rows] == [("mine", "width 8"), ("mine", "lr 0.002, width 8")]
     recipe = tomllib.loads(Path("my-run/recipe.toml").read_text())
     assert [recipe["protocols"]["mine"][key] for key in ("optimizer", "mix", "mix_share")] == ["adamw", "cutmix", 0.5]
     Path("mine.toml").unlink()
@@ -217,7 +218,7 @@ def test_a_file_with_the_name_of_an_installed_protocol_says_what_it_changes(cli:
     result = cli("distill", "--losses", "dm", "--pipc", 2, *SMALL_FLAGS, "--protocol", "./short.toml", "--out", "run")
     assert result.code == 0, result.err
     (row,) = json.loads(Path("run/evaluation.json").read_text())["evaluations"]
-    assert (row["protocol"], row["details"]["variant"]) == ("short", "2 epochs, lr 0.5")
+    assert (row["protocol"], row["details"]["variant"]) == ("short", "2 epochs, lr 0.5, width 8")
     assert json.loads(cli("evaluate", "run", "--json").out)["evaluations"] == [row], "without the file"
     inline = cli("distill", "--losses", "dm", "--pipc", 2, "--set", "protocols.short={epochs=300, lr=0.5}", "--plan", "--json")
     assert json.loads(inline.out)["recipe"]["protocols"]["short"]["usual"] == {"lr": 0.01, "repeats": 3}
@@ -226,7 +227,7 @@ def test_a_file_with_the_name_of_an_installed_protocol_says_what_it_changes(cli:
 def test_soft_labels_and_several_processes_and_ranking_take_a_protocol(forked_children: Any) -> None:
     plain = {"epochs": 3, "random_real": False}
     (row,) = evaluated(WIDE, None, taught(), **plain, protocol="rded")
-    assert (row.labels, row.details["temperature"], row.details["variant"]) == ("teacher", 20.0, "3 epochs")
+    assert (row.labels, row.details["temperature"], row.details["variant"]) == ("teacher", 20.0, "3 epochs, width 8")
     one, two = (evaluated(WIDE, **plain, protocol="idc", augmenter="none", workers=workers)[0].details["accuracies"] for workers in (1, 2))
     assert one == two
     made = ddkit.create("evaluator", "ranking", {"protocol": "idc", "full": 1.0})

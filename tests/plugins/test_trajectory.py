@@ -112,11 +112,11 @@ def test_each_step_of_training_has_an_augmentation_of_its_own_and_one_that_is_to
 def test_labels_begin_as_the_mean_logits_of_the_experts_that_are_right_and_else_as_the_class() -> None:
     world = World(Trajectory(), Setting(rows=(4, 4, 4)))
     source, images, classes = world.source, world.bank.images.detach(), torch.eye(3)[world.bank.labels]
-    source.experts.count = 2  # of 20 one would always be right
-    network = build_network(source.model, world.info, 0, "any").eval()
+    source.networks.experts.count = 2  # of 20 one would always be right
+    network = build_network(source.networks.model, world.info, 0, "any").eval()
     logits = []
-    for expert in range(source.experts.count):
-        load_weights(network, source.experts.weights(expert, 10))
+    for expert in range(source.networks.experts.count):
+        load_weights(network, source.networks.experts.weights(expert, 10))
         with torch.no_grad():
             logits.append(network(images))
     kinds = set()

@@ -23,7 +23,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder of two finished runs: `dm` with 1 image per class, and `m3d`, a grid of twice the budget."""
     folder = tmp_path_factory.mktemp("runs")
     ddkit.distill(losses="dm", pipc=2, sets=SMALL, out=folder / "dm", device="cpu")
-    more = SMALL | {"parametrization.use": "grid", "evaluators.accuracy.model": "mlp,convnet", "evaluators.accuracy.model_options": {}}
+    more = SMALL | {"parametrization.use": "grid", "evaluators.accuracy.model": "mlp,convnet"}
     ddkit.distill("m3d", ipc=2, pipc=3, protocol="short", sets=more, out=folder / "m3d", device="cpu")
     return folder
 
@@ -46,14 +46,14 @@ def test_runs_stand_beside_each_other_with_what_differs(copied: Callable[..., Re
         json.loads(Path(run, "manifest.json").read_text())["seconds"] for run in ("dm", "m3d")
     ]
     (evaluation,) = found["evaluations"]  # mlp is of one run alone
-    assert (evaluation["model"], evaluation["protocol"]) == ("convnet", "short, 2 epochs")
+    assert (evaluation["model"], evaluation["protocol"]) == ("convnet", "short, 2 epochs, width 8")
     for run, row in zip(("dm", "m3d"), evaluation["rows"], strict=True):
         own = next(each for each in json.loads(Path(run, "evaluation.json").read_text())["evaluations"] if each["model"] == "convnet")
         own["random_real"] = own["details"].get("random_real", "")
         assert row == {"name": run} | {key: own[key] for key in row if key != "name"}
     assert [note.partition(":")[0] for note in found["notes"]] == ["Budgets differ", "Accessible real images differ", "m3d"]
     shown = copied("compare", "dm", "m3d").out
-    assert shown.startswith("convnet, protocol short, 2 epochs, hard labels, tested on the test split\n")
+    assert shown.startswith("convnet, protocol short, 2 epochs, width 8, hard labels, tested on the test split\n")
     assert all(note in shown for note in found["notes"])
 
 
@@ -249,3 +249,15 @@ def test_the_runs_of_a_folder_are_listed_whatever_else_is_in_it(copied: Callable
         refused = copied("list", *words)
         assert (refused.code, refused.out) == (code, "")
         assert phrase in said(refused.err)
+
+
+def test_networks_of_other_options_have_rows_of_their_own_and_are_not_compared(copied: Callable[..., Result]) -> None:
+    def judged(option: str) -> list[str]:
+        """Returns what is compared of dm, evaluated with an option of its networks, and m3d, whose mlp has width 8."""
+        flags = ("--model", "mlp", "--set", f"evaluators.accuracy.model_options.{option}", "--set", "evaluators.accuracy.epochs=2")
+        assert copied("evaluate", "dm", *flags).code == 0
+        return [each["model"] for each in json.loads(copied("compare", "dm", "m3d", "--json").out)["evaluations"]]
+
+    assert [judged(option) for option in ("width=16", "mlp.width=4", "width=8")] == [["convnet"], ["convnet"], ["convnet", "mlp"]]
+    rows = [row["details"]["variant"] for row in json.loads(Path("dm/evaluation.json").read_text())["evaluations"] if row["model"] == "mlp"]
+    assert rows == ["2 epochs, width 16", "2 epochs, width 4", "2 epochs, width 8"]

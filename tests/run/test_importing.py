@@ -49,6 +49,7 @@ FORMS: dict[str, Any] = {
     "list": [IMAGES, LABELS],
     "tuple": (IMAGES, LABELS),
     "result of the DC and DM code": {"data": [[IMAGES, LABELS]], "accs_all_exps": {"ConvNet": [0.5]}},
+    "unsigned labels": {"images": IMAGES.numpy(), "labels": LABELS.numpy().astype("u2")},
     "double precision": {"images": IMAGES.double(), "labels": LABELS.int()},
     "parameter": {"images": torch.nn.Parameter(IMAGES), "labels": LABELS},
     "other names": {"distilled": IMAGES, "classes_of_them": LABELS, "history": [0.5, 0.6]},
@@ -388,6 +389,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _saved([IMAGES.to(torch.complex64), LABELS], root / "complex.pt")
     _saved([IMAGES, LABELS * 0], root / "one.pt")
     _saved([(IMAGES * 255).to(torch.uint8), LABELS], root / "bytes.pt")
+    _saved({"images": IMAGES, "labels": torch.tensor([0, 0, 1, 5]), "soft_labels": torch.eye(2)[LABELS]}, root / "beyond.pt")
+    _saved({"images": IMAGES, "labels": [2**70, 0, 1, 1]}, root / "huge.pt")
+    _saved({"images": IMAGES.to(torch.float8_e4m3fn), "labels": LABELS}, root / "float8.pt")
+    _saved({"images": IMAGES, "labels": ["cat"] * 4}, root / "one_text.pt")
+    _saved({"images": IMAGES, "labels": ["cat", "dog", "\ud800", "owl"]}, root / "surrogate.pt")
+    _saved([IMAGES, torch.tensor([[0.5, torch.nan]] * 4)], root / "nan_soft.pt")
+    _saved([IMAGES[:0], LABELS[:0]], root / "none.pt")
     (root / "text.pt").write_text("hello")
     whole = (root / "set.pt").read_bytes()
     (root / "torn.pt").write_bytes(whole[: len(whole) // 2])
@@ -415,6 +423,13 @@ REFUSED = [
     (f"negative.pt {SET}", 4, "negative.pt: labels go from -1 to 0"),
     (f"nan.pt {SET}", 4, "nan.pt: an image value is not finite"),
     (f"one.pt {SET}", 4, "one.pt only has the label 0, but a set needs at least two classes"),
+    (f"one_text.pt {SET}", 4, "one_text.pt: all images have the label 'cat', but a set needs at least two classes"),
+    (f"surrogate.pt {SET}", 4, "surrogate.pt: the name of a class is not UTF-8 text ('\\ud800')"),
+    (f"beyond.pt {SET}", 4, "beyond.pt: a label is 5, but its soft labels are of 2 classes"),
+    (f"huge.pt {SET}", 4, "huge.pt contains "),
+    (f"float8.pt {SET}", 4, "float8.pt: images is not a plain tensor (torch.float8_e4m3fn"),
+    (f"nan_soft.pt {SET}", 4, "nan_soft.pt: a soft label is not finite"),
+    (f"none.pt {SET}", 4, "none.pt: the set has no image"),
     (f"bomb.pt {SET}", 4, "bomb.pt: labels is not a plain tensor"),
     (f"names_bomb.pt {SET}", 4, "names_bomb.pt contains a dict of mine (4, 1, 4, 4), theirs (1000000000000000,). This is not a set"),
     (f"complex.pt {SET}", 4, "complex.pt: images is not a plain tensor (torch.complex64"),

@@ -204,8 +204,8 @@ def test_accuracies_losses_and_multipliers_are_those_of_the_files(finished: Path
     words = read(finished).text
     (row,) = json.loads((finished / "evaluation.json").read_text())["evaluations"]
     accuracy, real = (f"{100 * row[f'{key}_mean']:.1f} ± {100 * row[f'{key}_std']:.1f} %" for key in ("accuracy", "random_real"))
-    assert f"convnet, short, 2 epochs 2 {accuracy} {real}" in words
-    assert f"accuracy {accuracy} random real {real}; convnet, short, 2 epochs, hard labels, n = 2" in words
+    assert f"convnet, short, 2 epochs, width 8 2 {accuracy} {real}" in words
+    assert f"accuracy {accuracy} random real {real}; convnet, short, 2 epochs, width 8, hard labels, n = 2" in words
     assert "Soft labels" not in words
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     first, last = lines[0]["losses"]["dm"], lines[-1]["losses"]["dm"]
@@ -283,7 +283,7 @@ def test_a_known_ceiling_stands_beside_the_accuracy_and_each_class_has_its_own(r
     rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
     confusion = rows[0]["details"]["confusion"]
     bars = [place for label in read(run).values("svg", "aria-label") if (place := str(label)).startswith("Accuracy of each class")]
-    assert bars == ["Accuracy of each class: convnet, short, 2 epochs"]
+    assert bars == ["Accuracy of each class: convnet, short, 2 epochs, width 8"]
     rows[0]["details"]["class_accuracies"] = {f"class {label}": {"test_images": 9, "accuracy": label / 99} for label in range(99)}
     RunDirectory(run).rewrite("evaluation.json", json.dumps({"schema": 1, "evaluations": rows}).encode())
     report.report(run)
@@ -307,7 +307,9 @@ def test_out_writes_a_new_file_and_leaves_the_run_as_it_is(cli: Cli, run: Path) 
     told = cli("report", run, "--out", "talk.html", "--json")
     assert json.loads(told.out) == {"schema": 1, "run": str(run), "report": "talk.html"}
     assert Path("talk.html").read_bytes() == before["report.html"]
-    for place, phrase in (("talk.html", "exists already"), ("no/folder.html", "cannot be written")):
+    assert cli("report", run, "--out", "no/folder.html").code == 0
+    assert Path("no/folder.html").read_bytes() == before["report.html"]
+    for place, phrase in (("talk.html", "exists already"), ("talk.html/in.html", "talk.html is not a folder")):
         again = cli("report", run, "--out", place)
         assert (again.code, again.out) == (5, "")
         assert phrase in again.err
@@ -315,7 +317,10 @@ def test_out_writes_a_new_file_and_leaves_the_run_as_it_is(cli: Cli, run: Path) 
 
 
 def test_what_is_no_finished_run_has_no_report(cli: Cli, run: Path) -> None:
-    for target, message in ((run / "synthetic.safetensors", "is not a run directory"), ("nowhere", "is not a run directory")):
+    for target, message in (
+        (run / "synthetic.safetensors", "is not a run directory"),
+        ("nowhere", "There is no run nowhere. `ddkit list runs`"),
+    ):
         result = cli("report", target)
         assert (result.code, result.out) == (5, "")
         assert message in " ".join(result.err.split())

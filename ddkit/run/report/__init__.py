@@ -52,6 +52,8 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
         'talk.html'
     """
     directory = RunDirectory(Path(target))
+    if not directory.path.exists():
+        raise RunFilesError(f"There is no run {target}. `ddkit list runs` shows the runs of a folder.")
     if not directory.path.is_dir():
         raise RunFilesError(
             f"{target} is not a run directory, and only runs have reports. For a picture of a file: `ddkit export "
@@ -70,7 +72,8 @@ def report(target: str | Path, *, out: str | Path | None = None, figures: str | 
         if out is None:
             directory.rewrite(REPORT, page(PAGE, shown))
         else:
-            write_atomic(Path(out), page(PAGE, shown))
+            with folders_of(Path(out)):
+                write_atomic(Path(out), page(PAGE, shown))
     if figures is not None:
         film = shown["film"]
         write_figures(Path(figures), _charts(shown), {"strip.gif": animation(film["frames"], film["columns"])} if film else {})
