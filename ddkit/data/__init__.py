@@ -15,12 +15,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ddkit.cache import CachedResult, cache_folder
     from ddkit.components.base import EvaluationData
     from ddkit.data.arrays import read_arrays
     from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
     from ddkit.data.pictures import grid, high_frequency_share, radial_spectrum, sheet_png
     from ddkit.data.real import passed_dataset
-    from ddkit.files import CachedResult, cache_folder, natural, not_permitted, open_regular, without_folders
+    from ddkit.files import natural, not_permitted, open_regular, without_folders
     from ddkit.text import few
 
 _HOMES = {
@@ -29,7 +30,8 @@ _HOMES = {
     "ddkit.data.images": "Normalisation NormalisedRows blocks conform on_disk spread to_unit",
     "ddkit.data.pictures": "grid high_frequency_share radial_spectrum sheet_png",
     "ddkit.data.real": "passed_dataset",
-    "ddkit.files": "CachedResult cache_folder natural not_permitted open_regular without_folders",
+    "ddkit.cache": "CachedResult cache_folder",
+    "ddkit.files": "natural not_permitted open_regular without_folders",
     "ddkit.text": "few",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}

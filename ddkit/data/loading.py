@@ -27,21 +27,12 @@ import torch
 from torch import Tensor
 
 from ddkit import __version__
+from ddkit.cache import cache_folder, make_folder, mark_of, private_folder, vouch, vouched
 from ddkit.components.base import Dataset
 from ddkit.components.observers import Report
 from ddkit.data.images import Kinds, conform, memmap, to_unit
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import (
-    cache_folder,
-    make_folder,
-    mark_of,
-    private_folder,
-    read_text,
-    replace_whole,
-    vouch,
-    vouched,
-    write_atomic,
-)
+from ddkit.files import read_text, replace_whole, write_atomic
 
 log = logging.getLogger("ddkit")
 

@@ -13,6 +13,7 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
+from ddkit.cache import cache_folder, make_folder, vouch, vouched
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.observers import Observers, Report
@@ -23,7 +24,7 @@ from ddkit.data.real import data_info
 from ddkit.data.whitening import normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import NEWS, InputError, RunFailed, RunFilesError
-from ddkit.files import SCHEMA, cache_folder, make_folder, path_part, read_tensors, sha256, tensors_bytes, vouch, vouched
+from ddkit.files import SCHEMA, path_part, read_tensors, sha256, tensors_bytes
 from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.networks import build_network, training_flops

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import msgspec
 
+from ddkit.cache import passing_folder, private_folder
 from ddkit.components.options import check_fields
 from ddkit.errors import NEWS, RunFilesError, out_of_memory
-from ddkit.files import passing_folder, private_folder
 from ddkit.nn.first_compilation import hasten
 
 if TYPE_CHECKING:

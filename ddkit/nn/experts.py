@@ -22,6 +22,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ddkit.cache import make_folder, private_folder
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Model
 from ddkit.components.observers import Observers, Report
@@ -32,19 +33,7 @@ from ddkit.data.real import RealData
 from ddkit.data.whitening import Whitening, normalisation_of, whitening_key
 from ddkit.distributed import ALONE, Ranks
 from ddkit.errors import NEWS, InputError, RunFailed, RunFilesError
-from ddkit.files import (
-    SCHEMA,
-    json_digest,
-    make_folder,
-    path_part,
-    private_folder,
-    read_tensors,
-    read_with_digest,
-    sha256,
-    with_digest,
-    write_json,
-    write_tensors,
-)
+from ddkit.files import SCHEMA, json_digest, path_part, read_tensors, read_with_digest, sha256, with_digest, write_json, write_tensors
 from ddkit.nn.compiling import compiled, decide_arithmetic
 from ddkit.nn.device import products
 from ddkit.nn.networks import build_network, network_tensors, redraw, training_flops

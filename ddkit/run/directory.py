@@ -20,16 +20,7 @@ from ddkit.components.base import Evaluation
 from ddkit.components.figures import evaluation_table
 from ddkit.data.pictures import sheet_png
 from ddkit.errors import InputError, RunFilesError
-from ddkit.files import (
-    MOST_TOML,
-    check_out,
-    is_leftover,
-    path_part,
-    read_text,
-    remove_leftovers,
-    sync,
-    write_atomic,
-)
+from ddkit.files import MOST_TOML, check_out, is_leftover, path_part, read_text, remove_leftovers, sync, write_atomic
 from ddkit.recipes.tables import check_depth, parse_recipe
 from ddkit.run.checkpoints import Checkpoint, newest_checkpoint, recipe_keys, write_checkpoint
 from ddkit.run.doubts import typical_shares

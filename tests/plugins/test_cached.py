@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import ddkit
+from ddkit.cache import CachedResult
 from ddkit.components.figures import evaluation_table
 from ddkit.components.registry import add_plugin_file
-from ddkit.files import CachedResult
 from tests.conftest import SMALL, Result, forget_plugin_files, set_flags
 from tests.plugins.test_evaluators import BASELINES, artifact, data, images, taught
 from tests.plugins.test_evaluators import evaluated as evaluated_anew
@@ -195,7 +195,7 @@ def test_a_cache_that_cannot_be_written_or_is_open_to_others_ends_no_evaluation(
 
 def test_two_processes_that_write_and_read_one_result_see_it_whole(forks: Any, folder: Path) -> None:
     code = (
-        "from ddkit.files import CachedResult\n"
+        "from ddkit.cache import CachedResult\n"
         "entry, value = CachedResult('accuracies', {'a': 1}), [0.25] * 5000\n"
         "for _ in range(40):\n    entry.write(value); assert entry.read() == value\n"
     )
