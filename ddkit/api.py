@@ -156,7 +156,7 @@ def _resolved(
     with trust.granting(named, sets, table, everything=allow_code), ExitStack() as stack:
         data = {"dataset": dataset}
         if dataset is not None and not isinstance(dataset, str):
-            from ddkit.data.real import passing
+            from ddkit.data.passed import passing
 
             data = stack.enter_context(passing(dataset))
         built = resolve(
@@ -190,7 +190,7 @@ def resume(
         >>> ddkit.resume("other-run", steps=3).steps
         3
     """
-    from ddkit.data.real import passing
+    from ddkit.data.passed import passing
     from ddkit.run import run
     from ddkit.run.directory import RunDirectory
 

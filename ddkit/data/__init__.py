@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ddkit.components.base import EvaluationData
     from ddkit.data.arrays import read_arrays
     from ddkit.data.images import Normalisation, NormalisedRows, blocks, conform, on_disk, spread, to_unit
+    from ddkit.data.passed import passed_dataset
     from ddkit.data.pictures import grid, high_frequency_share, radial_spectrum, sheet_png
-    from ddkit.data.real import passed_dataset
     from ddkit.files import natural, not_permitted, open_regular, without_folders
     from ddkit.text import few
 
@@ -29,7 +29,7 @@ _HOMES = {
     "ddkit.data.arrays": "read_arrays",
     "ddkit.data.images": "Normalisation NormalisedRows blocks conform on_disk spread to_unit",
     "ddkit.data.pictures": "grid high_frequency_share radial_spectrum sheet_png",
-    "ddkit.data.real": "passed_dataset",
+    "ddkit.data.passed": "passed_dataset",
     "ddkit.cache": "CachedResult cache_folder",
     "ddkit.files": "natural not_permitted open_regular without_folders",
     "ddkit.text": "few",

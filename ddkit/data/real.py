@@ -1,14 +1,11 @@
-"""The real data of a run: its dataset, by name or passed in Python, the accessible images and the test set; no other image is opened."""
+"""The real data of a run: its dataset, the accessible images and the test set; no other image is opened."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,80 +13,18 @@ from torch import Tensor
 from ddkit.components import registry
 from ddkit.components.base import DataInfo, Dataset
 from ddkit.components.observers import Observers
+from ddkit.data.held_out import check_held_out, fewest, held_out_count
 from ddkit.data.images import Kinds, blocks, rows_of, spread
 from ddkit.data.loading import Shape, load_images, surveyed
 from ddkit.distributed import ALONE, Ranks, class_rows
-from ddkit.errors import FlagError, InputError, is_its_own, told
+from ddkit.errors import InputError, is_its_own, told
 from ddkit.files import bytes_of
 from ddkit.recipes.tables import DataTable, Recipe
 from ddkit.seeding import generator
-from ddkit.text import counted, doubles, is_text, shown
+from ddkit.text import doubles, is_text, shown
 
 log = logging.getLogger("ddkit")
 HASHED_ROWS = 100  # images that are hashed at once
-PYTHON = "python"  # the dataset that stands for objects
-
-
-class Passed(NamedTuple):
-    """Datasets that are Python objects: `train` and `test` (None: some of `train` is held out), and what was found out about them once."""
-
-    train: Any
-    test: Any
-    known: dict[str, Any]
-
-
-_PASSED: ContextVar[Passed | None] = ContextVar("ddkit_passed", default=None)
-
-
-def passed_dataset() -> Passed | None:
-    """Returns the datasets that the caller of ddkit.distill, evaluate or train passed as objects, or None.
-
-    Examples:
-        >>> ddkit.data.passed_dataset() is None
-        True
-    """
-    return _PASSED.get()
-
-
-@contextmanager
-def passing(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Inside, `dataset` is the recipe's; yields the flags and recipe paths that say so.
-
-    `dataset` is a name or None, which are yielded as they are, a dataset, (training, test), or a dict of splits, such as Hugging Face's
-    DatasetDict. Raises FlagError for anything else, InputError for a dataset that cannot be used.
-    """
-    if dataset is None or isinstance(dataset, str):
-        yield {"dataset": dataset}
-        return
-    pair = _splits(dataset) if isinstance(dataset, Mapping) else dataset if isinstance(dataset, tuple) else (dataset, None)
-    if len(pair) != 2:
-        raise FlagError(f"dataset: a tuple must be (training, test), but this one has {counted(len(pair), 'item')}.")
-    for each in pair:
-        if each is not None and not (hasattr(each, "__len__") and hasattr(each, "__getitem__")):
-            raise FlagError(
-                f"dataset: an object of the type {type(each).__name__} cannot be used. Pass a name, such as 'imagefolder:PATH', "
-                "or a dataset whose len() and [index] give its length and (image, label), such as a map-style dataset of torch, or a "
-                "tuple (training, test) of two such datasets."
-            )
-    if pair[0] is None:
-        raise FlagError("dataset: the training dataset is None. Pass a dataset, or (training, test).")
-    token = _PASSED.set(Passed(*pair, {}))
-    try:
-        made = registry.create("dataset", PYTHON)
-        yield {"dataset": PYTHON, "data.labels": made.options.labels}  # by these an evaluation knows whether it is the run's own data
-    finally:
-        _PASSED.reset(token)
-
-
-def _splits(parts: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Returns (training, test) of a dict of splits, with the validation split if it has no test; raises FlagError without training."""
-    train = next((parts[name] for name in ("train", "training") if name in parts), None)
-    if train is None:
-        raise FlagError(f"dataset: a dict of splits must have the key 'train', but has {shown(list(parts))}. Or pass (training, test).")
-    test = next((name for name in ("test", "testing", "val", "valid", "validation", "dev") if name in parts), None)
-    if test not in (None, "test"):
-        log.warning("There is no split 'test', so the split '%s' is the test split.", test)
-    return train, None if test is None else parts[test]
 
 
 def open_dataset(table: DataTable) -> Dataset:
@@ -362,7 +297,7 @@ class RealData:
         if self.held_out is not None:
             check_held_out(self.dataset, self.pipc, self.held_out)
         elif len(self.dataset.labels("test")) == 0:
-            least, held_out = _fewest(self.dataset)[1], held_out_count(self.dataset, self.pipc)
+            least, held_out = fewest(self.dataset)[1], held_out_count(self.dataset, self.pipc)
             fits = self.pipc != "all" and int(self.pipc) + held_out <= least
             flags = f"with --set data.test=held-out{'' if fits else f' --pipc {least - held_out}'}"
             helps = f", or test on held-out training images {flags}" if least > 1 else ""
@@ -379,36 +314,3 @@ class RealData:
             indices = class_indices(labels, self.info.classes, self.seed, slice(-self.held_out, None))
         report = self._watchers.begin("reading", f"Reading {len(indices):,} {self.split} images", total=len(indices))
         return load_images(self.dataset, split, indices, self.info.shape, report), labels[torch.tensor(indices, dtype=torch.int64)]
-
-
-def _fewest(dataset: Dataset) -> tuple[str, int]:
-    """Returns the first class with the fewest training images, and how many."""
-    counts = class_counts(dataset.labels("train"), len(dataset.class_names))
-    return dataset.class_names[counts.index(min(counts))], min(counts)
-
-
-def held_out_count(dataset: Dataset, pipc: int | str) -> int:
-    """Returns how many images of each class are held out by default: a fifth of the smallest class, at most 200 and what pipc leaves."""
-    least = _fewest(dataset)[1]
-    left = least - int(pipc) if pipc != "all" else 0
-    fifth = min(200, least // 5)
-    return max(1, min(fifth, left) if left > 0 else fifth)
-
-
-def check_held_out(dataset: Dataset, pipc: int | str, held_out: int, *, remedy: str = "") -> None:
-    """Raises InputError where a class has fewer than pipc + held_out training images. `remedy` ends the message; "": flags of a run."""
-    name, least = _fewest(dataset)
-    if pipc != "all" and int(pipc) + held_out <= least:
-        return
-    fits = held_out if held_out < least else held_out_count(dataset, "all")
-    if least == 1:
-        flags = "Add images of this class, or use --evaluate none"
-    elif pipc == "all" or int(pipc) >= least:
-        flags = f"Use at most --pipc {least - fits}{'' if fits == held_out else f' with --set data.held_out={fits}'}"
-    else:
-        flags = f"Use --set data.held_out={least - int(pipc)} or a smaller value{', or a smaller --pipc' if pipc else ''}"
-    raise InputError(
-        f"data.test = held-out needs {held_out} training images of each class (data.held_out) in addition to the accessible ones "
-        f"(pipc {pipc}), but the class '{name}' has {least} in all. {remedy or f'{flags}, or --set data.test=test.'}",
-        "data.held_out",
-    )

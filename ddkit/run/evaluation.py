@@ -22,7 +22,9 @@ from ddkit.components import trust
 from ddkit.components.base import Evaluation, EvaluationData, Evaluator
 from ddkit.components.guard import blamed
 from ddkit.components.observers import Observers
-from ddkit.data.real import RealData, SomeClasses, check_classes, check_held_out, open_dataset, passing
+from ddkit.data.held_out import check_held_out
+from ddkit.data.passed import passing
+from ddkit.data.real import RealData, SomeClasses, check_classes, open_dataset
 from ddkit.distributed import ALONE, Ranks, group, own_device
 from ddkit.errors import FlagError, InputError, RunFilesError
 from ddkit.files import json_bytes

@@ -18,7 +18,8 @@ from ddkit.components.base import DataInfo
 from ddkit.components.options import written_options
 from ddkit.data.images import Normalisation, most_classes, to_unit
 from ddkit.data.loading import load_images
-from ddkit.data.real import open_dataset, passing
+from ddkit.data.passed import passing
+from ddkit.data.real import open_dataset
 from ddkit.data.whitening import EPS, Whitening, normalisation_of
 from ddkit.errors import FlagError, InputError, RunFilesError, refuse_unused
 from ddkit.files import check_out, sha256

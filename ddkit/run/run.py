@@ -23,7 +23,7 @@ from ddkit.components.observers import Observers
 from ddkit.components.plugin_file import check_unchanged
 from ddkit.components.registry import watchers_of
 from ddkit.data.loading import left_alone
-from ddkit.data.real import passed_dataset
+from ddkit.data.passed import passed_dataset
 from ddkit.distributed import Ranks
 from ddkit.engine.guards import deterministic
 from ddkit.engine.labels import SOFT_LABELS, targets_of

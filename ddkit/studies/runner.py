@@ -25,7 +25,8 @@ import tomli_w
 
 from ddkit.components import registry
 from ddkit.components.observers import Observers
-from ddkit.data.real import check_held_out, open_dataset
+from ddkit.data.held_out import check_held_out
+from ddkit.data.real import open_dataset
 from ddkit.distributed import group, own_device, plain_environment
 from ddkit.engine.losses import losses_of
 from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed, RunFilesError

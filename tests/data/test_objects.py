@@ -18,7 +18,8 @@ from torch.utils.data import ConcatDataset, IterableDataset, Subset, TensorDatas
 from torchvision import transforms
 
 import ddkit
-from ddkit.data.real import open_dataset, passing
+from ddkit.data.passed import passing
+from ddkit.data.real import open_dataset
 from ddkit.recipes.tables import DataTable
 from tests.conftest import SMALL, Result
 

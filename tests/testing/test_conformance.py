@@ -12,7 +12,7 @@ from PIL import Image
 
 from ddkit import testing
 from ddkit.components import registry
-from ddkit.data.real import passing
+from ddkit.data.passed import passing
 from ddkit.testing import scaffold
 from tests.forks import forking
 
