@@ -20,7 +20,7 @@ from torch import Tensor
 from ddkit.components import registry
 from ddkit.components.base import Evaluation
 from ddkit.components.observers import Observers
-from ddkit.components.plugin_file import check_unchanged
+from ddkit.components.plugin_file import check_unchanged, known
 from ddkit.components.registry import watchers_of
 from ddkit.data.loading import left_alone
 from ddkit.data.passed import passed_dataset
@@ -28,7 +28,7 @@ from ddkit.distributed import Ranks
 from ddkit.engine.guards import deterministic
 from ddkit.engine.labels import SOFT_LABELS, targets_of
 from ddkit.engine.loop import Hooks, distill
-from ddkit.errors import FlagError, InputError, Interrupted, RunFilesError, refuse_unused
+from ddkit.errors import NEWS, FlagError, InputError, Interrupted, PluginError, RunFilesError, refuse_unused
 from ddkit.files import write_json
 from ddkit.nn.device import products
 from ddkit.recipes.resolve import flattened
@@ -177,8 +177,15 @@ def go_on(directory: RunDirectory, place: Place, *, steps: int | None, moved: Ma
                 if gone:
                     error.args = (f"{error} If it was moved: ddkit distill --resume --out {shlex.quote(str(path))} {' '.join(gone)}",)
                 raise
+            except PluginError as error:
+                files = [file for file, digest in (newest.plugin_files if newest else {}).items() if digest not in known().values()]
+                if files:
+                    flags = " ".join(f"--plugin {shlex.quote(file)}" for file in files)
+                    error.args = (f"{error} The run began with {flags}: add it to this command.",)
+                raise
             if newest is None:
                 if ranks.is_main:
+                    log.warning("%s has no checkpoint, so the run begins again with step 0.", path, extra=NEWS)
                     directory.reopen()
                 _begin(setup, directory)
                 return _finish(setup, directory, start=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_a_run_resumes_with_the_file_and_names_the_missing_loss_without_it(cli: 
     without = cli("distill", "--resume", "--out", "run", "--steps", 4)
     assert without.code == 3
     assert "class-spread" in without.err
+    assert f"The run began with --plugin {shlex.quote(str(file))}: add it" in " ".join(without.err.split())
     again = cli("distill", "--resume", "--plugin", file, "--out", "run", "--steps", 4)
     assert again.code == 0, again.err
 
