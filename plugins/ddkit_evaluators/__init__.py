@@ -292,7 +292,8 @@ class Accuracy(ddkit.Evaluator):
                 log.warning(
                     "The training of %d of %d networks on %s images diverged: their weights are not finite, so their accuracy means "
                     "nothing. Use a smaller learning rate: --set %s.lr=%g",
-                    diverged, repeats, kind, self.recipe_path, trainer.schedule.lr / 10,
+                    diverged, repeats, kind, self.recipe_path,
+                    min([trainer.schedule.lr / 10, *([self.own.lr] if isinstance(self.own.lr, float) else [])]),
                 )  # fmt: skip
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}

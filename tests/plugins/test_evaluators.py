@@ -196,7 +196,7 @@ def test_networks_that_diverge_are_told_also_from_the_cache(
         evaluated(lr=1e20, epochs=3, repeats=2, workers=workers)
         for kind in ("synthetic", "random real"):
             assert f"The training of 2 of 2 networks on {kind} images diverged" in caplog.text
-    assert "--set evaluators.accuracy.lr=1e+19" in caplog.text
+    assert "--set evaluators.accuracy.lr=0.01" in caplog.text, "the protocol's own"
     caplog.clear()
     evaluated(epochs=3, repeats=1)
     assert "diverged" not in caplog.text
