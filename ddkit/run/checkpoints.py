@@ -80,22 +80,12 @@ def write_checkpoint(
             folder.mkdir()
             sync(run)
     except OSError as error:
-        raise RunFilesError(f"{error.filename or folder} cannot be written: {error.strerror or error}.{_kept(run)}") from error
+        raise RunFilesError(f"{error.filename or folder} cannot be written: {error.strerror or error}.") from error
     record: dict[str, Any] = {"step": step, "recipe": recipe, "inputs": dict(inputs), "seconds": round(seconds, 3)}
     record |= {"plugin_files": dict(plugin_files)} if plugin_files else {}
     record |= {"warnings": warnings()} if warnings() else {}
-    try:
-        write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
-    except RunFilesError as error:
-        raise RunFilesError(f"{error}{_kept(run)}") from None
+    write_tensors(folder / f"step-{step:08d}.safetensors", state, record)
     keep_until(run, step)
-
-
-def _kept(run: Path) -> str:
-    """Returns how to go on where a checkpoint could not be written, as on a full disk; "" where there is no earlier one."""
-    if not _files(run):
-        return ""
-    return f" Earlier steps are kept. Once there is room, continue: ddkit distill --out {shlex.quote(str(run))} --resume"
 
 
 def keep_until(run: Path, step: int) -> None:

@@ -89,7 +89,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
         raise InputError(f"{path} is not a file of torch.save, .npz, .npy or .safetensors: its first bytes fit none of them.")
     try:
         with safe_globals(NUMPY), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, of what the file holds: what cannot be used is an error below
+            warnings.simplefilter("ignore")  # of torch; tensors that cannot be used are refused below
             loaded = _plain_values(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # a third-party file can raise anything
         raise InputError(_refusal(path, str(error))) from None

@@ -57,7 +57,7 @@ def import_set(
         whitening = recorded.get("whitening")
         norm = statistics_of(path, declared.mean or recorded.get("mean"), declared.std or recorded.get("std"), whitening)
     pixels = "normalised" if declared.whitened else declared.pixels or recorded.get("pixels")
-    return _save_set(paths, out, found, norm, names, pixels, _parametrization(settings, declared.grid, recorded), declared)
+    return _save_set(paths, out, found, norm, names, pixels, _parametrization_table(settings, declared.grid, recorded), declared)
 
 
 def _chosen(sets: Sequence[Found], index: int | None, path: Path) -> Found:
@@ -163,7 +163,7 @@ def _step_size(path: Path, given: float | str | Path | None, found: Found) -> fl
     return value
 
 
-def _parametrization(settings: Mapping[str, Any], grid: int | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
+def _parametrization_table(settings: Mapping[str, Any], grid: int | None, recorded: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the table [parametrization] of a set: as --grid or --set say, else as the file records it."""
     makes = {path.partition(".")[2]: value for path, value in settings.items()}
     if grid is None:

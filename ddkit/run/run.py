@@ -288,7 +288,12 @@ def _finish(setup: RunSetup, directory: RunDirectory, *, start: int, spent: floa
     watchers.call("run_started", recipe=recipe, path=directory.path, start=start)
     began = time.perf_counter() - spent
     with products(setup.device, setup.decided.products):
-        _iterate(setup, directory, start, began)
+        try:
+            _iterate(setup, directory, start, began)
+        except RunFilesError as error:  # as where the disk is full
+            if directory.has_stepped():
+                error.args = (f"{error} {_going_on(directory.path)}",)
+            raise
     seconds = time.perf_counter() - began
     _write_set(setup, directory)
     setup.ranks.barrier()  # its file is there

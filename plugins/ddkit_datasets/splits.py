@@ -1,4 +1,4 @@
-"""The words by which data of other people's name their splits: of folders, columns, arrays, and keys of a dict."""
+"""The words by which other people's data name their splits, in folders, columns and arrays."""
 
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev")

@@ -287,14 +287,7 @@ class Accuracy(ddkit.Evaluator):
         hits = data.shared(tasks, lambda some: [float(task in cache.found) for task in some])  # other processes look up their own
         cached = Counter(kind for (kind, _), hit in zip(tasks, hits, strict=True) if hit)
         by_kind = {kind: found[number * repeats : (number + 1) * repeats] for number, kind in enumerate(kinds)}
-        for kind, results in by_kind.items():
-            if diverged := sum(not each.finite for each in results):
-                log.warning(
-                    "The training of %d of %d networks on %s images diverged: their weights are not finite, so their accuracy means "
-                    "nothing. Use a smaller learning rate: --set %s.lr=%g",
-                    diverged, repeats, kind, self.recipe_path,
-                    min([trainer.schedule.lr / 10, *([self.own.lr] if isinstance(self.own.lr, float) else [])]),
-                )  # fmt: skip
+        self._warn_of_diverged(by_kind, trainer.schedule.lr)
         real = by_kind.pop("random real", [])
         facts: dict[str, Any] = {"precision": plan.arithmetic.precision, "compiled": trainer.compiled, "workers": workers}
         facts |= self._changed(soft, name, model)
@@ -322,6 +315,17 @@ class Accuracy(ddkit.Evaluator):
             )  # fmt: skip
             rows.append(row)
         return rows
+
+    def _warn_of_diverged(self, results: Mapping[str, Sequence[Result]], lr: float) -> None:
+        """Warns of networks without finite weights, by what they were trained on, with a rate that may help: at most the protocol's."""
+        smaller = min([lr / 10, *([self.own.lr] if isinstance(self.own.lr, float) else [])])
+        for kind, made in results.items():
+            if diverged := sum(not each.finite for each in made):
+                log.warning(
+                    "The training of %d of %d networks on %s images diverged: their weights are not finite, so their accuracy means "
+                    "nothing. Use a smaller learning rate: --set %s.lr=%g",
+                    diverged, len(made), kind, self.recipe_path, smaller,
+                )  # fmt: skip
 
     def _changed(self, soft: SoftLabels | None, name: str, model: ddkit.Model) -> dict[str, Any]:
         """The values that are not the protocol's, e.g. {"epochs": 100, "variant": "100 epochs"}; {} if it is used unchanged.

@@ -21,6 +21,7 @@ import pytest
 
 import ddkit
 from ddkit.api import resume
+from ddkit.files import write_tensors
 from ddkit.run.directory import RunDirectory
 from ddkit.run.lock import FolderLock
 from ddkit.run.manifest import CHECKPOINTS
@@ -498,6 +499,23 @@ def test_figures_of_a_set_that_has_changed_since_are_not_recorded(
     assert "its set has changed in the meantime" in caplog.text
     rows = json.loads((tmp_path / "run" / "evaluation.json").read_text())["evaluations"]
     assert [row["evaluator"] for row in rows] == ["accuracy"], "those of the longer run alone"
+
+
+def test_a_run_that_a_full_disk_ends_says_how_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin(tmp_path / "whole", steps=4)
+
+    def full(path: Path, tensors: Any, record: Any) -> None:
+        if record["step"] > 0:
+            raise ddkit.RunFilesError(f"{path} cannot be written: No space left on device.")
+        write_tensors(path, tensors, record)
+
+    monkeypatch.setattr("ddkit.run.checkpoints.write_tensors", full)
+    with pytest.raises(ddkit.RunFilesError, match="No space left on device") as caught:
+        begin(tmp_path / "run", steps=4)
+    assert f"To continue: ddkit distill --out {tmp_path / 'run'} --resume" in str(caught.value)
+    monkeypatch.undo()
+    resume(tmp_path / "run", device="cpu")
+    assert result(tmp_path / "run") == result(tmp_path / "whole")
 
 
 def test_figures_that_a_full_disk_has_no_room_for_are_shown_all_the_same(
