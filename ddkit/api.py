@@ -287,8 +287,9 @@ def train_experts(
     with _resolved(recipe, sets, flags, allow_code=allow_code, part=TRAINING_EXPERTS) as built, kept, folders_of(path / "experts.json"):
         from ddkit.data.real import RealData, check_classes, open_dataset
         from ddkit.nn.device import pick_device
-        from ddkit.nn.experts import COUNT, check_folder, open_experts, settings_of
-        from ddkit.nn.experts import train_experts as train_into
+        from ddkit.nn.expert_files import check_folder, open_experts, settings_of
+        from ddkit.nn.expert_training import train_experts as train_into
+        from ddkit.nn.experts import COUNT
 
         where = pick_device(device)
         found = open_dataset(built.data)

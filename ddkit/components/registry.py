@@ -22,7 +22,7 @@ from ddkit.components import base as base
 from ddkit.components import plugin_file, source, trust, upgrade
 from ddkit.components.observers import Observers
 from ddkit.components.options import Requires, describe_options, fields, options_type, parse_options
-from ddkit.errors import FlagError, PluginError, is_its_own, told
+from ddkit.errors import FlagError, InputError, PluginError, is_its_own, told
 from ddkit.text import shown, suggestion
 
 log = logging.getLogger("ddkit")
@@ -374,7 +374,7 @@ def options_of(kind: str, name: str, table: Mapping[str, Any], where: str, data:
     merged = dict(table)
     if argument is not None:
         if found.argument is None:
-            raise FlagError(f"The {kind} '{short}' takes no argument after a colon, but got '{argument}'.")
+            raise InputError(f"The {kind} '{short}' takes no argument after a colon, but got '{argument}'.", f"{where}.use")
         merged[found.argument] = argument
     options = parse_options(options_type(found), merged, where, short, OWN_KEYS.get(where.partition(".")[0], set()), flag=plugin.flag)
     if found.runs_code and found.argument is not None:

@@ -236,6 +236,8 @@ def _blaming_flags(given: Mapping[str, Any], evaluation: Mapping[str, Any]) -> I
             raise FlagError(f"--{flag}: {error}") from None
         if path.endswith(".protocol") and evaluation.get("protocol") is not None:
             raise FlagError(f"--protocol: {error}") from None
+        if path.endswith(".use") and path in given:
+            raise FlagError(str(error)) from None
         raise
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ddkit.components import registry, trust
 from ddkit.components.base import Exporter
 from ddkit.components.guard import blamed, called
-from ddkit.errors import RunFailed, RunFilesError
+from ddkit.errors import FlagError, InputError, RunFailed, RunFilesError
 from ddkit.files import sha256, sync, write_json
 from ddkit.run.artifact import Artifact, Provenance, load
 from ddkit.run.directory import RunDirectory
@@ -30,7 +30,10 @@ def export(target: str | Path, to: str, out: str | Path, *, options: Mapping[str
         ['README.md', 'synthetic.npz']
     """
     with trust.granting({"to": to}, {"exporter": options}):
-        exporter: Exporter = registry.create("exporter", to, options, where="exporter")
+        try:
+            exporter: Exporter = registry.create("exporter", to, options, where="exporter")
+        except InputError as error:
+            raise FlagError(f"--to: {error}") if error.path == "exporter.use" else error from None
     artifact = load(target)
     path = Path(target)
     known: dict[str, Any] = {"sha256": sha256(path if path.is_file() else path / SET)}

@@ -64,8 +64,14 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
             start = stream.read(9)
     except FileNotFoundError:
         raise InputError(f"The file {path} does not exist.") from None
+    except IsADirectoryError:
+        begin = f"ddkit distill --init {shlex.quote(f'file:{path}')} --losses dm --steps 0"
+        raise InputError(
+            f"{path} is a folder, and an import reads files. If it contains class folders of images, a run of no step makes a set of them: "
+            f"`{begin}`, with the --dataset, --ipc and --out of the set."
+        ) from None
     except OSError as error:
-        raise InputError(f"The file {path} cannot be read: {error}.") from None
+        raise InputError(f"The file {path} cannot be read: {error.strerror or error}.") from None
     is_archive = zipfile.is_zipfile(path)
     of_torch = start.startswith(b"\x80")  # how a pickle begins, which torch.save wrote before archives
     if start[8:] == b"{" and not is_archive:

@@ -32,7 +32,8 @@ from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.compiling import get_ready
 from ddkit.nn.device import pick_device, products
-from ddkit.nn.experts import Experts, experts_of, untrained
+from ddkit.nn.expert_training import experts_of
+from ddkit.nn.experts import Experts, untrained
 from ddkit.nn.networks import batch_norms, build_network, modes_kept, network_tensors, no_second_derivative
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested

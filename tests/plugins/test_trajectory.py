@@ -140,7 +140,7 @@ def test_labels_begin_as_the_mean_logits_of_the_experts_that_are_right_and_else_
 def test_what_cannot_be_matched_is_refused_before_experts_are_trained(
     sets: dict[str, object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ddkit.nn.experts.train_experts", lambda *given: pytest.fail("experts are trained"))
+    monkeypatch.setattr("ddkit.nn.expert_training.train_experts", lambda *given: pytest.fail("experts are trained"))
     first = {"losses.trajectory.first": 9} if "losses.trajectory.last" in sets else {}
     with pytest.raises(ddkit.InputError, match=said):
         ddkit.distill(losses="trajectory", pipc=3, steps=2, evaluators="none", sets=first | sets, out=tmp_path / "run", device="cpu")
