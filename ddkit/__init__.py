@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         Parametrization,
     )
     from ddkit.components.observers import hookimpl
-    from ddkit.components.options import Parameter, Requires, option
+    from ddkit.components.options import Parameter, Requires, option, overriding
     from ddkit.components.registry import add_plugin_file, create
     from ddkit.engine.step import Step
     from ddkit.errors import DdkitError, FlagError, InputError, Interrupted, PluginError, RunFailed, RunFilesError
@@ -43,7 +43,7 @@ _HOMES = {
     "ddkit.api": "blend cite compare distill evaluate join resume split train train_experts",
     "ddkit.components.base": "Augmenter DataInfo Dataset Evaluation Evaluator Exporter InitContext Initializer Loss Model Parametrization",
     "ddkit.components.observers": "hookimpl",
-    "ddkit.components.options": "Parameter Requires option",
+    "ddkit.components.options": "Parameter Requires option overriding",
     "ddkit.components.registry": "add_plugin_file create",
     "ddkit.engine.step": "Step",
     "ddkit.errors": "DdkitError FlagError InputError Interrupted PluginError RunFailed RunFilesError",
@@ -62,7 +62,7 @@ __all__ = [
     "FlagError", "InitContext", "Initializer", "InputError", "Interrupted", "Loss", "Model", "Parameter",
     "Parametrization", "PluginError", "ProgressBar", "Requires", "RunFailed", "RunFilesError", "Step", "__version__", "add_plugin_file",
     "blend", "cite", "compare", "create", "data", "distill", "evaluate", "export", "generator", "hookimpl", "import_file", "join", "load",
-    "markdown", "nn", "option", "reply", "report", "resume", "split", "train", "train_experts",
+    "markdown", "nn", "option", "overriding", "reply", "report", "resume", "split", "train", "train_experts",
 ]  # fmt: skip
 
 

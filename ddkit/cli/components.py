@@ -155,21 +155,28 @@ def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROU
     kinds = [kind for kind in registry.GROUPS if kind in found]
     kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
-        raise PluginError(f"There is no component '{name}'. {_instead(short)}")
+        raise PluginError(f"There is no component '{name}'. {_instead(name)}")
     return registry.find(kinds[0], name)
 
 
 def _instead(name: str) -> str:
-    """Returns what helps where `name` is no component: it may be a kind, an option of some, or nearly the name of one."""
+    """Returns what helps where `name` is no component: it may be a run, a recipe file, a kind, an option of some, or nearly a name."""
+    from ddkit.run.manifest import MANIFEST
+
+    if Path(name, MANIFEST).is_file():
+        return f"To look at a run or set: ddkit report {shlex.quote(name)}"
+    if name.endswith(".toml") and Path(name).is_file():
+        return f"To look at a recipe file: ddkit distill --plan --recipe {shlex.quote(name)}"
+    short = name.rpartition("/")[2]
     with suppress(FlagError):
-        kind = registry.parse_kind(name)
-        told = "A view is an augmenter with noise, in the table [views.NAME] of a recipe. " if name.startswith("view") else ""
+        kind = registry.parse_kind(short)
+        told = "A view is an augmenter with noise, in the table [views.NAME] of a recipe. " if short.startswith("view") else ""
         return f"{told}`ddkit list {kind}` shows all components of this kind, and `ddkit info {kind} NAME` shows one."
-    own = [p for p in registry.plugins() if p.kind in registry.BASES and name in source.option_names(p.value)]
+    own = [p for p in registry.plugins() if p.kind in registry.BASES and short in source.option_names(p.value)]
     if own:
         told = " and ".join(f"the {p.kind} '{p.name}'" for p in own[:2]) + (" and others" if len(own) > 2 else "")
         return f"It is an option of {told}: ddkit info {own[0].kind} {own[0].name}"
-    near = difflib.get_close_matches(name, {p.name for p in registry.plugins()}, n=1)
+    near = difflib.get_close_matches(short, {p.name for p in registry.plugins()}, n=1)
     return (f"Did you mean '{near[0]}'? " if near else "") + "`ddkit list` shows all components."
 
 

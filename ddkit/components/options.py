@@ -20,6 +20,7 @@ from ddkit.text import is_text, printable, shown, suggestion
 
 T = TypeVar("T", bound=msgspec.Struct)
 V = TypeVar("V")
+C = TypeVar("C")
 
 
 class Field:
@@ -63,6 +64,30 @@ def option(
     bounds = {"gt": gt, "ge": ge, "lt": lt, "le": le, "min_length": min_length}
     field: Any = Field(default, help, {key: value for key, value in bounds.items() if value is not None}, choices)
     return field
+
+
+def overriding(kind: type[msgspec.Struct], keys: Sequence[str], otherwise: str) -> Callable[[type[C]], type[C]]:
+    """Decorates a component's class: each of the `keys` of `kind` that it does not declare becomes an option, None by default.
+
+    Type, bounds and description are those of the key; `otherwise` ends the description and tells the meaning of None.
+
+    Examples:
+        >>> @ddkit.overriding(ddkit.nn.Schedule, ["epochs", "lr"], "if left out, as in the protocol")
+        ... class Longest(ddkit.Evaluator):
+        ...     '''The epochs that were asked for.'''
+        >>> Longest(epochs=30).epochs, Longest().lr
+        (30, None)
+    """
+    schemas = _schemas(kind)
+
+    def declare(owner: type[C]) -> type[C]:
+        for name in keys:
+            if name not in vars(owner):
+                owner.__annotations__[name] = fields(kind)[name].type | None
+                setattr(owner, name, Field(None, f"{_merged(schemas[name])['description']}; {otherwise}", {}, None))
+        return owner
+
+    return declare
 
 
 class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -333,17 +358,15 @@ def describe_options(component: type) -> list[dict[str, Any]]:
     """Returns name, type, default, bounds and description of every option of a component's class, in order of declaration."""
     kind = options_type(component)
     described = []
-    for name, schema in msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"].items():
-        alternatives = schema.get("anyOf", [schema])
-        merged = {key: value for part in alternatives for key, value in part.items()} | dict(schema)
-        field = fields(kind)[name]
+    for name, schema in _schemas(kind).items():
+        merged, field = _merged(schema), fields(kind)[name]
         default = field.default_factory() if field.default is msgspec.NODEFAULT else field.default
         described.append(
             {
                 "name": name,
                 "type": " | ".join(
                     str(word)
-                    for part in alternatives
+                    for part in schema.get("anyOf", [schema])
                     for word in part.get("enum") or [part.get("type", "table" if "$ref" in part else "any")]
                 ),
                 "default": list(default) if isinstance(default, tuple) else default,
@@ -352,3 +375,14 @@ def describe_options(component: type) -> list[dict[str, Any]]:
             }
         )
     return described
+
+
+def _schemas(kind: type[msgspec.Struct]) -> dict[str, dict[str, Any]]:
+    """Returns the JSON schema of each field of `kind`."""
+    found: dict[str, dict[str, Any]] = msgspec.json.schema(kind)["$defs"][kind.__name__]["properties"]
+    return found
+
+
+def _merged(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the alternatives of a field's schema say, and what it says itself, which wins."""
+    return {key: value for part in schema.get("anyOf", [schema]) for key, value in part.items()} | dict(schema)

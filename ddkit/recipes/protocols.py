@@ -33,10 +33,10 @@ class Schedule(msgspec.Struct, frozen=True, kw_only=True):
 
     epochs: Annotated[int, Option("passes over the set", ge=1)]
     batch: Annotated[int, Option("images per batch", ge=1)] = 256
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Annotated[Literal["sgd", "adam", "adamw"], Option("optimizer of the networks")] = "sgd"
     lr: Annotated[float, Option("highest learning rate", gt=0)] = 0.01
     momentum: Annotated[float, Option("momentum, for the optimizer sgd only", ge=0, lt=1)] = 0.9
-    weight_decay: Annotated[float, Option(ge=0)] = 5e-4
+    weight_decay: Annotated[float, Option("weight decay", ge=0)] = 5e-4
     schedule: Annotated[Literal["one-cycle", "constant", "step", "cosine", "multi-step"], Option("schedule of the learning rate")] = "step"
     milestones: Annotated[
         tuple[Part, ...], Option("fractions of the epochs after which the learning rate falls, for the schedule multi-step only")
@@ -82,7 +82,7 @@ class Values(Schedule, frozen=True, kw_only=True, forbid_unknown_fields=True):
         ),
     ] = "auto"
     temperature: Annotated[float, Option("temperature of the teacher's labels", gt=0)] = 1.0
-    repeats: Annotated[int, Option("networks", ge=1)] = 5
+    repeats: Annotated[int, Option("number of networks", ge=1)] = 5
 
 
 class ProtocolFile(Values, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -41,6 +41,7 @@ SMALL_STEP = 5e9
 UNEVEN = 1.5  # how many times as many test images a class has as another, for the accuracy to be told class by class
 
 
+@ddkit.overriding(ddkit.nn.Protocol, KEYS, "if left out, as in the protocol")
 class Accuracy(ddkit.Evaluator):
     """Test accuracy, after the last epoch, of networks trained on the set, and of networks trained on random real images.
 
@@ -55,45 +56,9 @@ class Accuracy(ddkit.Evaluator):
     protocol: str | ddkit.nn.Protocol = ddkit.option(
         "short", "name or file of the protocol, which says how networks are trained and tested"
     )
-    model: str | None = ddkit.option(None, "architecture of the networks, or several separated by commas; if left out, as in the protocol")
     model_options: dict[str, Any] = ddkit.option(
         dict(), "options for all models that have them; a table with a model's name has options for that model only"
     )
-    repeats: int | None = ddkit.option(None, "number of networks; if left out, as in the protocol", ge=1)
-    epochs: int | None = ddkit.option(None, "passes over the set; if left out, as in the protocol", ge=1)
-    batch: int | None = ddkit.option(None, "images per batch; if left out, as in the protocol", ge=1)
-    optimizer: Literal["sgd", "adam", "adamw"] | None = ddkit.option(None, "optimizer of the networks; if left out, as in the protocol")
-    lr: float | Literal["stored"] | None = ddkit.option(
-        None, "highest learning rate, or stored for the learning rate that was learned with the set; if left out, as in the protocol", gt=0
-    )
-    momentum: float | None = ddkit.option(None, "momentum, for the optimizer sgd only; if left out, as in the protocol", ge=0, lt=1)
-    weight_decay: float | None = ddkit.option(None, "weight decay; if left out, as in the protocol", ge=0)
-    schedule: Literal["one-cycle", "constant", "step", "cosine", "multi-step"] | None = ddkit.option(
-        None, "schedule of the learning rate; if left out, as in the protocol"
-    )
-    milestones: tuple[float, ...] | None = ddkit.option(
-        None,
-        "fractions of the epochs after which the learning rate falls, for the schedule multi-step only; if left out, as in the protocol",
-        gt=0,
-        lt=1,
-    )
-    gamma: float | None = ddkit.option(
-        None,
-        "factor by which the learning rate falls, for the schedules step and multi-step only; if left out, as in the protocol",
-        gt=0,
-        le=1,
-    )
-    rho: float | None = ddkit.option(None, "radius of sharpness-aware minimisation, 0 for none; if left out, as in the protocol", ge=0)
-    ema: float | None = ddkit.option(
-        None, "decay of the moving average of the weights, which is tested, 0 for none; if left out, as in the protocol", ge=0, lt=1
-    )
-    mix: Literal["none", "cutmix", "mixup"] | None = ddkit.option(
-        None, "mixing of the images and labels of a batch; if left out, as in the protocol"
-    )
-    mix_alpha: float | None = ddkit.option(
-        None, "parameter of the Beta distribution from which the strength of mixing is drawn; if left out, as in the protocol", gt=0
-    )
-    mix_share: float | None = ddkit.option(None, "share of the batches that are mixed; if left out, as in the protocol", ge=0, le=1)
     augmenter: str | None = ddkit.option(None, "augmenter of each batch; if left out, as in the protocol")
     augmenter_options: dict[str, Any] | None = ddkit.option(
         None, "options of the augmenter; if left out, as in the protocol, and none for another augmenter"
@@ -103,7 +68,6 @@ class Accuracy(ddkit.Evaluator):
         "labels that networks learn: hard, stored (with the set), teacher (also called soft), both (a row for hard, a row for teacher), "
         "or auto (stored if the set has labels, and else hard); if left out, as in the protocol",
     )
-    temperature: float | None = ddkit.option(None, "temperature of the teacher's labels; if left out, as in the protocol", gt=0)
     synthetic: bool = ddkit.option(True, "whether the set is evaluated; if false, only the baselines are")
     random_real: bool = ddkit.option(True, "whether random real images are evaluated too")
     baselines: tuple[Literal["pipc-real", "class-mean"], ...] = ddkit.option(
