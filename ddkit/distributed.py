@@ -146,8 +146,8 @@ class Ranks:
                     theirs, ours, which = other.get(key), values[0].get(key), f"{key} is "
                 raise InputError(
                     f"{what} of process {rank} and of process 0 differ: {which}{shown(theirs)} in process {rank} and {shown(ours)} in "
-                    "process 0. All "
-                    "processes of a run need the same files and the same version of ddkit. Use the same command and paths on every machine."
+                    "process 0. All processes of a run need the same files and the same version of ddkit. Use the same command and paths "
+                    "on every machine."
                 )
 
 

@@ -51,10 +51,9 @@ def check_unchanged(began: Mapping[str, str], run: Path) -> None:
     other = file if file in new else next(iter([each for each in new if Path(each).name == Path(file).name] or new))
     what = "has changed since" if other == file else f"is not {other}"
     raise RunFilesError(
-        f"{run} was made with the plugin file {file}, which {what}: the sha256 was {gone[file][:12]}, and is now {new[other][:12]}. A "
-        "run can only "
-        f"be continued with the same code. Restore the file, or start a new run: "
-        f"`ddkit distill --recipe {shlex.quote(str(run / 'recipe.toml'))} --plugin {shlex.quote(other)}`."
+        f"{run} was made with the plugin file {file}, which {what}: the sha256 was {gone[file][:12]}, and is now {new[other][:12]}. A run "
+        "can only be continued with the same code. Restore the file, or start a new run: `ddkit distill --recipe "
+        f"{shlex.quote(str(run / 'recipe.toml'))} --plugin {shlex.quote(other)}`."
     )
 
 

@@ -62,8 +62,7 @@ def check_declared(archive: zipfile.ZipFile, path: Path) -> None:
     if declared > allowed:
         raise InputError(
             f"{path} has {size / 2**20:,.1f} MiB but would have {declared / 2**20:,.0f} MiB after unpacking. For a file of its size the "
-            "limit "
-            f"is {allowed / 2**20:,.0f} MiB. If the file is your own, save it uncompressed, with np.savez."
+            f"limit is {allowed / 2**20:,.0f} MiB. If the file is your own, save it uncompressed, with np.savez."
         )
 
 

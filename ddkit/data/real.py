@@ -211,8 +211,7 @@ class RealData:
         if not self.indices and shape is None:
             raise InputError(
                 "With --pipc 0 and no test images the image shape is not known. Use a larger --pipc, or a teacher made by ddkit, whose "
-                "file "
-                "records the shape (--teacher FILE)."
+                "file records the shape (--teacher FILE)."
             )
         self.labels = labels[torch.tensor(self.indices, dtype=torch.int64)]
         self.own = class_rows(self.labels, ranks.classes(classes))

@@ -214,8 +214,8 @@ class Engine:
         if SOFT_LABELS in self.bank.parameters and SOFT_LABELS not in found.gradients:
             raise InputError(
                 f"labels.kind = learned: none of the losses ({', '.join(each.label for each in self.losses)}) uses the labels "
-                "(step.targets), "
-                "so they would not change. Add a loss that uses them, for example feature-regression, or use --set labels.kind=teacher.",
+                "(step.targets), so they would not change. Add a loss that uses them, for example feature-regression, or use --set "
+                "labels.kind=teacher.",
                 "labels.kind",
             )
         for name, tensor in self.bank.tensors().items():

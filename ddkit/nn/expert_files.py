@@ -89,8 +89,7 @@ def settings_of(recipe: Recipe, real: RealData, model: Model, *, units: Normalis
     if (table.save_every or SAVE_EVERY) > (table.epochs or EPOCHS):
         raise InputError(
             f"experts.save_every = {table.save_every} is larger than experts.epochs ({table.epochs or EPOCHS}), so no trained weights "
-            "would be "
-            "saved. Lower experts.save_every, or raise experts.epochs.",
+            "would be saved. Lower experts.save_every, or raise experts.epochs.",
             "experts.save_every",
         )
     augmenter = registry.options_of("augmenter", train.augmenter, train.options, "train", info)

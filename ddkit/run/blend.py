@@ -95,8 +95,7 @@ def partners(first: Artifact, second: Artifact) -> Tensor:
         if len(rows) != len(others):
             raise InputError(
                 f"The first set has {len(rows)} images of the class '{name}', but the second has {len(others)}. Only sets with the same "
-                "ipc "
-                "can be averaged."
+                "ipc can be averaged."
             )
         partner[rows] = others
     return partner

@@ -140,8 +140,7 @@ def _read(file: Path, step: int, recipes: Sequence[str]) -> Checkpoint:
     if recipes and record.get("recipe", recipes[0]) not in recipes:
         raise ValueError(
             f"{file} belongs to another recipe than {file.parents[1] / RECIPE}: that file was damaged or edited, or one of the two files "
-            "is "
-            "from another run. A run can only continue with its own recipe"
+            "is from another run. A run can only continue with its own recipe"
         )
     try:
         plugin_files, inputs = [msgspec.convert(record.get(key, {}), dict[str, str]) for key in ("plugin_files", "inputs")]

@@ -181,8 +181,7 @@ class RunDirectory:
         if not (path / RECIPE).is_file():
             raise RunFilesError(
                 f"{path} is not a run directory: it has no {RECIPE}. (A run that ended before its first step, for example while its "
-                "teacher was "
-                "trained, cannot be continued. Run its first command again.)"
+                "teacher was trained, cannot be continued. Run its first command again.)"
             )
         return cls(path)
 

@@ -119,8 +119,7 @@ def _labelled(path: Path, found: Found, wanted: Sequence[str], ipc: int | None) 
     else:
         raise InputError(
             f"{path} contains images {tuple(found.images.shape)}, but no labels. Add their file with --labels FILE. If the images are "
-            "sorted by "
-            "class, with the same number for each, add that number with --ipc N"
+            "sorted by class, with the same number for each, add that number with --ipc N"
         )
     assert found.labels is not None
     labels = plain(found.labels, "labels", path)

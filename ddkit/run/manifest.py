@@ -61,8 +61,7 @@ def check_own(run: Path) -> None:
                 if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode) or is_leftover(entry)):
                     raise RunFilesError(
                         f"{entry} is {kind_of(mode)}, but must be a {'folder' if is_folder else 'regular file'}, so nothing is read or "
-                        "written "
-                        "there. Replace it by a copy of the original, or make the run again."
+                        "written there. Replace it by a copy of the original, or make the run again."
                     )
     except OSError as error:
         raise RunFilesError(f"{run} cannot be read: {error.strerror or error}.") from None

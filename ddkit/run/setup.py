@@ -205,8 +205,7 @@ class RunSetup:
             except ValueError as error:
                 raise InputError(
                     f"network.batch = {table.batch}: the last batch of {images} images has one image, which batch norm cannot use "
-                    f"({error}). "
-                    f"Use --set network.batch={table.batch + 1}.",
+                    f"({error}). Use --set network.batch={table.batch + 1}.",
                     "network.batch",
                 ) from None
 
@@ -223,8 +222,7 @@ class RunSetup:
         if reasons:
             raise InputError(
                 f"engine.deterministic (--deterministic): on {kind} these components cannot give the same bytes twice: "
-                f"{'; '.join(reasons)}. "
-                "Use other components (for dsa, other operations), --device cpu, or leave --deterministic out.",
+                f"{'; '.join(reasons)}. Use other components (for dsa, other operations), --device cpu, or leave --deterministic out.",
                 "engine.deterministic",
             )
 
@@ -354,8 +352,8 @@ class RunSetup:
         if whiten:
             raise InputError(
                 f"data.whiten: the teacher {teacher.path} was trained on plain images, but the networks of this run see whitened images. "
-                "Leave "
-                f"data.whiten out, or train a teacher on whitened images: ddkit train --dataset {data} --set data.whiten=true --out FILE.",
+                f"Leave data.whiten out, or train a teacher on whitened images: ddkit train --dataset {data} --set data.whiten=true --out "
+                "FILE.",
                 "data.whiten",
             )
         raise InputError(
@@ -500,8 +498,8 @@ def evaluators_of(recipe: Recipe, info: DataInfo, parameters: Collection[str]) -
         for name in (name for name in evaluator.requires.parameters if name not in parameters):
             raise InputError(
                 f"evaluators.{label} has an option `stored`, in its table or its protocol, which needs the parameter {name} of the set. "
-                "This set has "
-                f"none. Use a value instead of `stored`, or another protocol. `ddkit info {evaluator.name}` shows the options.",
+                f"This set has none. Use a value instead of `stored`, or another protocol. `ddkit info {evaluator.name}` shows the "
+                "options.",
                 f"evaluators.{label}",
             )
     needing = [label for label, evaluator in made.items() if evaluator.requires.real]

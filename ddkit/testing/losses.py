@@ -237,8 +237,7 @@ class LossConformance(ShapeConformance):
         if moved:
             raise Broken(
                 f"With the loss '{self.label}' a run that is continued after step 2 differs from an uninterrupted run in "
-                f"{', '.join(moved)}. "
-                "keep nothing from step to step but declared parameters."
+                f"{', '.join(moved)}. Keep nothing from step to step but declared parameters."
             )
 
 

@@ -146,8 +146,7 @@ class Conformance:
         if moved:
             raise Broken(
                 f"The {self.kind} '{self.label}' changes the global state of {', '.join(moved)}. Draw only from the generator that is "
-                "passed to it, "
-                "and set nothing globally."
+                "passed to it, and set nothing globally."
             )
         if written := changed(known, tensors):
             raise Broken(f"The {self.kind} '{self.label}' changes {', '.join(written)}{also}.")

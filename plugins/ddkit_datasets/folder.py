@@ -362,8 +362,7 @@ def layout_of(root: Path) -> tuple[Path, list[str], Path | None, str]:
         if train and len(flat) > len(train):
             raise ddkit.InputError(
                 f"{root} has the class folders {_quoted(others)}, and images without class folders in {_quoted(flat)}. These can be "
-                "classes "
-                "or splits. Rename the folders that are classes, and move the others away."
+                "classes or splits. Rename the folders that are classes, and move the others away."
             )
     said = [f"the test split is '{test.name}'"] if test is not None and (test.name != "test" or unlabelled) else []
     if unlabelled and test is None:

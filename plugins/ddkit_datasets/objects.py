@@ -103,9 +103,8 @@ class Python(OfItems):
             told = f" (it was {self.of})" if self.of else ""
             raise ddkit.InputError(
                 f"The dataset 'python' is an object that was passed to ddkit.distill in Python{told}, and a command or file cannot "
-                "contain it. "
-                "Pass it again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, dataset=...). Or "
-                "save the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
+                "contain it. Pass it again: ddkit.distill(recipe, dataset=...), ddkit.resume(run, dataset=...), ddkit.evaluate(run, "
+                "dataset=...). Or save the images as files, and use --dataset imagefolder:PATH or npz:PATH.",
                 "data.use",
             )
         if "python" not in passed.known:

@@ -227,7 +227,6 @@ def _label(fields: Mapping[str, bytes], where: str, file: Path) -> str:
         have = f" (its .json has {', '.join(record)})" if record and isinstance(record, dict) else ""
         raise ddkit.InputError(
             f"{where}: it has no label. A label is .cls, or a field of .json named {', '.join(LABEL)}{have}. If folders in the shard are "
-            "the "
-            f"classes, unpack it with `mkdir FOLDER && tar -xf {file} -C FOLDER`, and use --dataset imagefolder:FOLDER"
+            f"the classes, unpack it with `mkdir FOLDER && tar -xf {file} -C FOLDER`, and use --dataset imagefolder:FOLDER"
         )
     return label_text(record[named[0]], where, named[0])
