@@ -25,13 +25,12 @@ from PIL import Image
 import ddkit
 from ddkit import testing
 from ddkit.cli import cli
-from ddkit.cli.manual import USED as CHOSEN
 from ddkit.cli.manual import facts, page
 from ddkit.components import base, observers, registry
+from ddkit.components.kinds import BASES, CHECKED, KINDS
 from ddkit.recipes.citations import ENTRIES
 from ddkit.recipes.resolve import resolve
 from ddkit.run import artifact
-from ddkit.testing import scaffold
 
 DOCS = Path(__file__).parent
 PAGES = {"loss-group": "loss"}  # the kinds that are described on another kind's page
@@ -49,18 +48,7 @@ This page is written by `python docs/generate.py`; a test compares it with the c
 """
 NEEDS_NO_NAME = {
     "recipe": "`--recipe NAME`",
-    "study": "`ddkit reproduce`",
     "observer": "installed is enough",
-}
-WHERE = {
-    "loss": "`losses.NAME`",
-    "initializer": "`initializer`",
-    "parametrization": "`parametrization`",
-    "augmenter": "`augmenter`, `views.NAME` or `train`",
-    "evaluator": "`evaluators.NAME`",
-    "model": "`network` (the network that embeds or is matched) or `teacher`",
-    "dataset": "`data`",
-    "exporter": "`--set OPTION=VALUE`",
 }
 
 
@@ -107,7 +95,7 @@ def _commands() -> str:
 def _list(_: str) -> str:
     """Returns the tables of all first-party components, by kind."""
     parts = []
-    for kind in registry.GROUPS:
+    for kind in KINDS:
         rows = [
             f"| [`{p.name}`]({PAGES.get(kind, kind)}.md#{p.name}) | {_cell(registry.status(p)[1])} |"
             for p in registry.plugins()
@@ -136,17 +124,19 @@ def _filled(page: Path) -> str:
 
 def _facts(kind: str) -> str:
     """Returns the table at the head of a kind's page."""
-    base = registry.BASES.get(kind)
-    chosen = f"`{CHOSEN[kind].removeprefix('ddkit distill ')}`" if kind in CHOSEN else NEEDS_NO_NAME[kind]
+    base = BASES.get(kind)
+    uses, paths = KINDS[kind].uses, [f"`{path}`" for path in KINDS[kind].paths]
+    chosen = f"`{uses[0].removeprefix('ddkit distill ')}`" if uses else NEEDS_NO_NAME[kind]
+    options = " or ".join(filter(None, [", ".join(paths[:-1]), *paths[-1:]]))
     rows = {
         "base class": f"`ddkit.{base.__name__}`" if base else "functions marked `@ddkit.hookimpl`" if kind == "observer" else "none: TOML",
-        "entry-point group": f"`{registry.GROUPS[kind]}`",
+        "entry-point group": f"`{KINDS[kind].group}`",
         "chosen by": chosen,
-        "options in a recipe": WHERE.get(kind, "") if kind != "exporter" else "none, but `--set OPTION=VALUE` of `export`",
+        "options in a recipe": options if kind != "exporter" else "none, but `--set OPTION=VALUE` of `export`",
         "conformance suite": f"`ddkit.testing.{testing.SUITES[kind].__name__}`, `ddkit check {kind} NAME`"
         if kind in testing.SUITES
         else "",
-        "a package to begin with": f"`ddkit new {kind} my-{kind}`" if kind in scaffold.KINDS else "",
+        "a package to begin with": f"`ddkit new {kind} my-{kind}`" if kind in CHECKED else "",
         "what is installed": f"`ddkit list {kind}`",
         "write one": "[base class](#the-base-class), [example](#example), [checks](#what-ddkit-check-tests)"
         if base
@@ -231,13 +221,13 @@ def _hooks(_: str) -> str:
 def _kinds(_: str) -> str:
     """Returns the table of all kinds."""
     rows = []
-    for kind in registry.GROUPS:
-        base = registry.BASES.get(kind)
+    for kind in KINDS:
+        base = BASES.get(kind)
         suite = testing.SUITES.get(kind)
         cells = [
             f"[{kind}](components/{PAGES.get(kind, kind)}.md)",
             f"`ddkit.{base.__name__}`" if base else "",
-            f"`{registry.GROUPS[kind]}`",
+            f"`{KINDS[kind].group}`",
         ]
         rows.append(f"| {' | '.join([*cells, f'`{suite.__name__}`' if suite else ''])} |")
     return "\n".join(["| kind | base class | entry-point group | suite in `ddkit.testing` |", "|---|---|---|---|", *rows])
@@ -251,7 +241,7 @@ def _api(_: str) -> str:
         for name in sorted(set(module.__all__) - {"__version__", "data", "nn"}):
             found = getattr(module, name)
             error = inspect.isclass(found) and issubclass(found, Exception)
-            inherited = found in registry.BASES.values()
+            inherited = found in BASES.values()
             group = "errors" if error else list(groups)[1] if inherited else "classes" if inspect.isclass(found) else "functions"
             groups[group].append((f"{module.__name__}.{name}", found))
         parts += [_named(f"`{module.__name__}`: {group}", names) for group, names in groups.items() if names]
@@ -266,7 +256,7 @@ def _named(title: str, names: list[tuple[str, Any]]) -> str:
 
 def _limits(found: Any) -> list[str]:
     """Returns what follows the directive of a base class: its methods and an example are on the page of its kind."""
-    kinds = [kind for kind, base in registry.BASES.items() if base is found]
+    kinds = [kind for kind, base in BASES.items() if base is found]
     return [
         f"    options: {{ members: false }}\n\nIts methods and an example: [{kind}](components/{kind}.md#the-base-class)." for kind in kinds
     ]

@@ -19,6 +19,7 @@ import msgspec
 from ddkit.cli.common import Names, Place, as_json, echo_json, plugin_files, refuse_given, set_option, show, show_table
 from ddkit.components import registry, source
 from ddkit.components.figures import percent
+from ddkit.components.kinds import BASES, DATA_KINDS, KINDS
 from ddkit.errors import DdkitError, FlagError, PluginError
 
 
@@ -41,7 +42,7 @@ def list_components(kind: str | None, folder: Path | None, check: bool, as_json:
     wanted = registry.parse_kind(kind) if kind else None
     if folder is not None:
         raise FlagError(f"A FOLDER only contains runs. To list them: ddkit list runs {shlex.quote(str(folder))}")
-    if wanted in registry.DATA_KINDS:
+    if wanted in DATA_KINDS:
         refuse_given(["check"], f"a {wanted} is a TOML file, which is never imported.")
     rows = []
     with source.no_collection():
@@ -87,13 +88,14 @@ _CHECKER = """
 import json
 from ddkit import errors
 from ddkit.components import registry
+from ddkit.components.kinds import DATA_KINDS
 try:
     listed = registry.plugins()
 except errors.DdkitError as error:
     children.reply({"error": str(error)})
     sys.exit(error.exit_code)
 for plugin in listed:
-    if plugin.kind in registry.DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
+    if plugin.kind in DATA_KINDS or [plugin.kind, plugin.distribution, plugin.name] not in json.loads(sys.argv[1]):
         continue
     try:
         registry.load_plugin(plugin)
@@ -109,7 +111,7 @@ def _check(found: list[registry.Plugin]) -> list[str]:
     from ddkit.run import children
 
     results: dict[tuple[str, ...], str] = {}
-    waiting = [p for p in found if p.kind not in registry.DATA_KINDS]
+    waiting = [p for p in found if p.kind not in DATA_KINDS]
     while waiting:
         keys = [[p.kind, p.distribution, p.name] for p in waiting]
         done = children.run(_CHECKER, json.dumps(keys))
@@ -125,7 +127,7 @@ def _check(found: list[registry.Plugin]) -> list[str]:
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*KINDS))
 @plugin_files
 @as_json
 def info(words: tuple[str, ...], as_json: bool) -> None:
@@ -142,17 +144,17 @@ def info(words: tuple[str, ...], as_json: bool) -> None:
         show(f"{page(told, width)}\n\nFrom {told['distribution']} {told['version']}.")
 
 
-def _found_plugin(words: tuple[str, ...], among: Collection[str] = registry.GROUPS) -> registry.Plugin:
+def _found_plugin(words: tuple[str, ...], among: Collection[str] = KINDS) -> registry.Plugin:
     """Returns the plugin that the words [KIND] NAME mean; without a KIND it is of the first kind, of those `among`, that has the name.
 
-    Kinds are in the order of registry.GROUPS: a loss or another component comes before a recipe.
+    Kinds are in the order of KINDS: a loss or another component comes before a recipe.
     """
     name = words[-1]
     if len(words) == 2:
         return registry.find(registry.parse_kind(words[0]), name)
     short = name.rpartition("/")[2]
     found = {p.kind for p in registry.plugins() if p.name == short}
-    kinds = [kind for kind in registry.GROUPS if kind in found]
+    kinds = [kind for kind in KINDS if kind in found]
     kinds = [kind for kind in kinds if kind in among] or kinds
     if not kinds:
         raise PluginError(f"There is no component '{name}'. {_instead(name)}")
@@ -172,7 +174,7 @@ def _instead(name: str) -> str:
         kind = registry.parse_kind(short)
         told = "A view is an augmenter with noise, in the table [views.NAME] of a recipe. " if short.startswith("view") else ""
         return f"{told}`ddkit list {kind}` shows all components of this kind, and `ddkit info {kind} NAME` shows one."
-    own = [p for p in registry.plugins() if p.kind in registry.BASES and short in source.option_names(p.value)]
+    own = [p for p in registry.plugins() if p.kind in BASES and short in source.option_names(p.value)]
     if own:
         told = " and ".join(f"the {p.kind} '{p.name}'" for p in own[:2]) + (" and others" if len(own) > 2 else "")
         return f"It is an option of {told}: ddkit info {own[0].kind} {own[0].name}"
@@ -214,7 +216,7 @@ def schema(kind: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*registry.GROUPS))
+@click.argument("words", nargs=-1, required=True, metavar="[KIND] NAME", type=Names(*KINDS))
 @set_option("Set an option of the component, for the checks.", "OPTION=VALUE")
 @click.option("--data-dir", metavar="DIR", help="Folder for a downloaded dataset.")
 @plugin_files

@@ -10,39 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ddkit.components import registry
+from ddkit.components.kinds import CHECKED, DATA_KINDS, KINDS
 
 WIDEST = 100
-USED = {  # the first command of each kind; NAME is the component's
-    "loss": "ddkit distill --losses NAME",
-    "loss-group": "ddkit distill --losses NAME",
-    "initializer": "ddkit distill --init NAME",
-    "parametrization": "ddkit distill --set parametrization.use=NAME",
-    "augmenter": "ddkit distill --augment NAME",
-    "evaluator": "ddkit distill --evaluate NAME",
-    "model": "ddkit distill --model NAME",
-    "dataset": "ddkit distill --dataset NAME",
-    "exporter": "ddkit export my-run --to NAME --out exported",
-    "protocol": "ddkit distill --protocol NAME",
-    "study": "ddkit reproduce NAME --show",
-}
-MORE_USES = {
-    "loss": ["ddkit distill --losses NAME:0.5 --ipc 1 --pipc 10"],
-    "loss-group": ["ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"],
-    "evaluator": ["ddkit evaluate my-run --evaluate NAME"],
-    "model": ["ddkit train --model NAME --out teacher.safetensors", "ddkit evaluate my-run --model convnet,NAME"],
-    "dataset": ["ddkit train --dataset NAME --out teacher.safetensors", "ddkit evaluate set.safetensors --dataset NAME"],
-    "protocol": ["ddkit evaluate my-run --protocol NAME"],
-    "study": ["ddkit reproduce NAME"],
-}
-PATHS = {  # where the options of a kind stand in a recipe
-    "loss": ["losses.NAME"],
-    "initializer": ["initializer"],
-    "parametrization": ["parametrization"],
-    "augmenter": ["augmenter", "views.VIEW", "train"],
-    "evaluator": ["evaluators.NAME"],
-    "model": ["network", "teacher", "evaluators.accuracy.model_options"],
-    "dataset": ["data"],
-}
 ASKS = {
     "real": "real images that the run may use (--pipc)",
     "network": "the network of each step, or its features",
@@ -54,10 +24,10 @@ ASKS = {
 }
 
 
-def namesakes(plugin: registry.Plugin, among: Collection[str] = registry.GROUPS) -> list[str]:
+def namesakes(plugin: registry.Plugin, among: Collection[str] = KINDS) -> list[str]:
     """Returns the other kinds, of those `among`, that have a component or recipe of the plugin's name."""
     kinds = {p.kind for p in registry.plugins() if p.name == plugin.name} - {plugin.kind}
-    return [kind for kind in registry.GROUPS if kind in kinds and kind in among]
+    return [kind for kind in KINDS if kind in kinds and kind in among]
 
 
 def facts(plugin: registry.Plugin) -> dict[str, Any]:
@@ -66,7 +36,7 @@ def facts(plugin: registry.Plugin) -> dict[str, Any]:
     base |= {"namesakes": namesakes(plugin)}
     if plugin.kind == "loss-group":
         return base | {"description": registry.status(plugin)[1], "members": list(registry.members(plugin))}
-    if plugin.kind in registry.DATA_KINDS:
+    if plugin.kind in DATA_KINDS:
         from ddkit.recipes.resolve import described, parse_toml
 
         base |= {"text": Path(plugin.value).read_text(encoding="utf-8")}
@@ -99,7 +69,7 @@ def page(told: Mapping[str, Any], width: int = WIDEST) -> str:
         text += f"\n\nSource: {table['source']}" if table.get("source") else ""
     others = [f"`ddkit info {other} {name}` (the {other} of that name)" for other in told["namesakes"]]
     others += [f"`ddkit info {member}`" for member in told.get("members", ())]
-    others += [f"`ddkit list {kind}`", f"`ddkit check {kind} {name}`" if kind in registry.CHECKED else f"`ddkit info {kind} {name} --json`"]
+    others += [f"`ddkit list {kind}`", f"`ddkit check {kind} {name}`" if kind in CHECKED else f"`ddkit info {kind} {name} --json`"]
     settings = told.get("settings", [])
     noted = any(row["origin"] for row in settings)
     sections = {
@@ -124,12 +94,11 @@ def _commands(told: Mapping[str, Any]) -> str:
     if kind == "recipe":
         trains = "losses" not in tomllib.loads(told["text"])
         return f"ddkit train --recipe {name} --out teacher.safetensors" if trains else f"ddkit distill --recipe {name} --plan"
-    lines = [*([USED[kind]] if kind in USED else []), *MORE_USES.get(kind, ())]
-    lines = [line.replace("NAME", f"{name}:{argument.upper()}" if argument else name) for line in lines]
+    lines = [line.replace("NAME", f"{name}:{argument.upper()}" if argument else name) for line in KINDS[kind].uses]
     if kind == "protocol":
         lines += ["--set evaluators.accuracy.KEY=VALUE"]
     if told.get("options"):
-        lines += [f"--set {path}.OPTION=VALUE".replace("NAME", name) for path in PATHS.get(kind, ())]
+        lines += [f"--set {path}.OPTION=VALUE".replace("NAME", name) for path in KINDS[kind].paths]
         lines += ["--set OPTION=VALUE"] if kind == "exporter" else []
     return "\n".join(lines) or "# used in every run, once it is installed"
 

@@ -20,6 +20,7 @@ import msgspec
 
 from ddkit.components import base as base
 from ddkit.components import plugin_file, source, trust, upgrade
+from ddkit.components.kinds import BASES, CHECKED, DATA_KINDS, KINDS
 from ddkit.components.observers import Observers
 from ddkit.components.options import Requires, describe_options, fields, options_type, parse_options
 from ddkit.errors import FlagError, InputError, PluginError, is_its_own, told
@@ -27,34 +28,7 @@ from ddkit.text import shown, suggestion
 
 log = logging.getLogger("ddkit")
 
-GROUPS = {
-    "loss": "ddkit.losses",
-    "loss-group": "ddkit.recipes",
-    "initializer": "ddkit.initializers",
-    "parametrization": "ddkit.parametrizations",
-    "augmenter": "ddkit.augmenters",
-    "evaluator": "ddkit.evaluators",
-    "model": "ddkit.models",
-    "dataset": "ddkit.datasets",
-    "exporter": "ddkit.exporters",
-    "recipe": "ddkit.recipes",
-    "protocol": "ddkit.protocols",
-    "study": "ddkit.studies",
-    "observer": "ddkit.hooks",
-}
-DATA_KINDS = ("loss-group", "recipe", "protocol", "study")  # TOML files of a package, located without importing it
 GROUPS_FILE = "groups.toml"  # beside recipes: names of several losses that are chosen together
-BASES: dict[str, type[base.Component]] = {
-    "loss": base.Loss,
-    "initializer": base.Initializer,
-    "parametrization": base.Parametrization,
-    "augmenter": base.Augmenter,
-    "evaluator": base.Evaluator,
-    "model": base.Model,
-    "dataset": base.Dataset,
-    "exporter": base.Exporter,
-}
-CHECKED = (*BASES, "observer")  # kinds that have a conformance suite
 NAME = re.compile(r"[a-z][a-z0-9-]*")
 
 
@@ -103,10 +77,10 @@ def parse_kind(text: str) -> str:
     name = text.lower().replace("_", "-")
     if name.removesuffix("s") in ("view", "augmentation"):
         return "augmenter"
-    for kind in GROUPS:
+    for kind in KINDS:
         if name in (kind, kind + "s", kind.replace("loss", "losse") + "s", kind.replace("study", "studies")):
             return kind
-    raise FlagError(f"'{text}' is not a kind of component. {suggestion(name, GROUPS)}")
+    raise FlagError(f"'{text}' is not a kind of component. {suggestion(name, KINDS)}")
 
 
 @cache
@@ -117,7 +91,7 @@ def plugins() -> tuple[Plugin, ...]:
     allowed = os.environ.get("DDKIT_PLUGINS")
     names = {_canonical(name) for name in (allowed or "").split(",")}
     installed = metadata.entry_points()
-    for kind, group in GROUPS.items():
+    for kind, (group, *_) in KINDS.items():
         for point in installed.select(group=group) if kind != "loss-group" else ():  # these stand in files of a package of recipes
             if point.dist not in owners:
                 owners[point.dist] = (_canonical(point.dist.name), point.dist.version) if point.dist else ("unknown", "0")
@@ -132,7 +106,7 @@ def plugins() -> tuple[Plugin, ...]:
             raise
         except PluginError as error:  # handed to this process, and gone or broken by now
             log.warning("%s", error)
-    order = list(GROUPS)
+    order = list(KINDS)
     return tuple(sorted(set(listed), key=lambda p: (order.index(p.kind), p.name, not p.first_party, p.distribution)))
 
 
@@ -314,7 +288,7 @@ def load_plugin(plugin: Plugin) -> type[Any]:
     for name, (fits, must) in declared.items():
         if not fits:
             raise PluginError(f"The {plugin.label} has {name} = {shown(getattr(found, name))}, but it must be {must}.{remedy}")
-    taken = sorted({*names} & OWN_KEYS.get(TABLE_OF.get(plugin.kind, ""), set()))
+    taken = sorted({*names} & OWN_KEYS.get(KINDS[plugin.kind].table, set()))
     if taken:
         told_names = " and ".join(f"'{name}'" for name in taken)
         raise PluginError(
@@ -350,14 +324,6 @@ OWN_KEYS = {  # of each table of a recipe that carries options, the keys beside 
     "views": {"augmenter", "compose", "noise"},
     "evaluators": {"use"},
 }  # fmt: skip
-TABLE_OF = {
-    "loss": "losses",
-    "evaluator": "evaluators",
-    "dataset": "data",
-    "initializer": "initializer",
-    "model": "network",
-    "parametrization": "parametrization",
-}
 
 
 def split_name(name: str) -> tuple[str, str | None]:

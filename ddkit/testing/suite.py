@@ -19,6 +19,7 @@ from torch import Tensor
 from ddkit.components import registry
 from ddkit.components.base import Component, DataInfo
 from ddkit.components.guard import moved_since, shared_state
+from ddkit.components.kinds import BASES
 from ddkit.components.options import written_options
 from ddkit.components.trust import granting
 from ddkit.recipes.tables import parse_recipe, recipe_dict
@@ -182,7 +183,7 @@ class Conformance:
     @check
     def test_is_of_its_kind(self) -> None:
         """It is a subclass of the kind's base class, with a docstring."""
-        found, base = self.found(), registry.BASES[self.kind]
+        found, base = self.found(), BASES[self.kind]
         if not issubclass(found, base):
             raise Broken(f"'{self.label}' is not a subclass of ddkit.{base.__name__}.")
         if not (found.__doc__ or "").strip():

@@ -27,6 +27,7 @@ import ddkit
 from ddkit import testing
 from ddkit.cli import cli as command_line
 from ddkit.components import observers, options, registry
+from ddkit.components.kinds import BASES, DATA_KINDS, KINDS
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, OptimizerTable, Recipe, Table, own_keys
 from ddkit.studies.study import PublishedOn, Study, SystemTable, parse_study
 from ddkit.testing.suite import check as suite_check
@@ -348,7 +349,7 @@ def test_every_public_name_has_an_example_that_holds(finished: Path, tmp_path: P
         (test,) = doctest.DocTestFinder(recurse=False).find(found, name, module=False, globs=dict(known))
         without |= set() if test.examples else {found}
         assert runner.run(test).failed == 0, name
-    assert without == {*registry.BASES.values(), *ddkit.DdkitError.__subclasses__(), ddkit.ChildEnded}
+    assert without == {*BASES.values(), *ddkit.DdkitError.__subclasses__(), ddkit.ChildEnded}
 
 
 def test_every_public_name_is_on_the_page_of_the_python_api() -> None:
@@ -474,8 +475,8 @@ def test_documented_errors_are_what_one_gets(cli: CLI, arguments: list[str], mes
 # The pages of kinds
 
 
-OWN_PAGE = {kind: group for kind, group in registry.GROUPS.items() if kind != "loss-group"}  # groups are on the page of recipes
-MADE = [kind for kind in registry.GROUPS if kind not in registry.DATA_KINDS]
+OWN_PAGE = {kind: group for kind, (group, *_) in KINDS.items() if kind != "loss-group"}  # groups are on the page of recipes
+MADE = [kind for kind in KINDS if kind not in DATA_KINDS]
 
 
 def _lacking(kinds: Mapping[str, str], suites: Mapping[str, type[testing.Conformance]]) -> list[str]:
@@ -488,9 +489,9 @@ def _lacking(kinds: Mapping[str, str], suites: Mapping[str, type[testing.Conform
             continue
         text = page.read_text(encoding="utf-8")
         wanted = ["<!-- generated: facts -->", "<!-- generated: own -->", f"`{group}`", f'[project.entry-points."{group}"]', "## Example"]
-        if kind in registry.BASES:
-            wanted += [f"<!-- generated: class {registry.BASES[kind].__name__} -->"]
-        if kind not in registry.DATA_KINDS:
+        if kind in BASES:
+            wanted += [f"<!-- generated: class {BASES[kind].__name__} -->"]
+        if kind not in DATA_KINDS:
             wanted += ["<!-- generated: checks -->", "## What it may do, and may not"]
             found += [] if kind in suites else [f"{kind}: no suite"]
         wanted += [f"| `{check}` |" for check in (suites[kind].checks() if kind in suites else ())]
@@ -538,7 +539,7 @@ def test_every_check_and_every_method_of_a_base_class_says_what_it_is() -> None:
     ]
     silent += [
         f"{base.__name__}.{name}"
-        for base in registry.BASES.values()
+        for base in BASES.values()
         for name, member in vars(base).items()
         if callable(member) and (not name.startswith("_") or name == "__call__") and not member.__doc__
     ]
@@ -563,7 +564,7 @@ def _made_on(page: Path) -> tuple[str, str, Any]:
 @pytest.mark.parametrize("kind", MADE)
 def test_the_example_of_a_kind_passes_every_check_of_its_suite(kind: str) -> None:
     group, name, made = _made_on(COMPONENTS / f"{kind}.md")
-    assert group == registry.GROUPS[kind]
+    assert group == KINDS[kind].group
     assert registry.NAME.fullmatch(name)
     suite = type("Example", (testing.SUITES[kind],), {"component": made})()
     for method in suite.checks().values():
@@ -597,7 +598,7 @@ def test_the_command_with_the_example_of_a_kind_works(cli: CLI, page: Path, comm
 
 
 def test_every_kind_that_a_file_can_hold_shows_such_a_command() -> None:
-    assert {page.stem for page, _ in WITH_FILES} == {*registry.BASES, "plugins"}
+    assert {page.stem for page, _ in WITH_FILES} == {*BASES, "plugins"}
 
 
 OWN_IMAGES = ROOT / "docs" / "reference" / "images.md"

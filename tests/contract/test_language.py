@@ -17,6 +17,7 @@ import ddkit.data
 import ddkit.nn
 from ddkit.cli import cli
 from ddkit.components import registry
+from ddkit.components.kinds import DATA_KINDS
 from ddkit.components.options import describe_options
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def _components() -> Iterator[tuple[str, str]]:
     for plugin in registry.plugins():
         if not plugin.first_party or plugin.kind == "loss-group":
             continue
-        if plugin.kind in registry.DATA_KINDS:
+        if plugin.kind in DATA_KINDS:
             table = tomllib.loads(Path(plugin.value).read_text(encoding="utf-8"))
             yield from ((f"{plugin.kind} {plugin.name} {key}", table.get(key, "")) for key in ("summary", "source"))
             yield from ((f"{plugin.kind} {plugin.name} {key}", note) for key, note in table.get("notes", {}).items())

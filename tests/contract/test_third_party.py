@@ -21,6 +21,7 @@ import pytest
 import torch
 
 import ddkit as package
+from ddkit.components.kinds import CHECKED
 from ddkit.testing import LossConformance, scaffold
 from tests.conftest import CHECKOUT, SMALL_FLAGS
 from tests.forks import HEAVY, forking
@@ -36,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("stranger")
     for name in NAMES:
         shutil.copytree(EXAMPLES / f"ddkit-{name}", root / f"ddkit-{name}", ignore=shutil.ignore_patterns("__pycache__", "build", "dist"))
-    for kind in scaffold.KINDS:
+    for kind in CHECKED:
         scaffold.new_package(kind, f"my-{kind}", root / f"ddkit-my-{kind}")
     return root
 
@@ -192,7 +193,7 @@ def test_the_command_writes_beside_and_tells_how_to_go_on(cli: Callable[..., Any
 def test_every_generated_package_is_listed(ddkit: Ddkit) -> None:
     rows = json.loads(ddkit("list", "--json").stdout)["components"]
     mine = {row["kind"]: row for row in rows if row["name"].startswith("my-")}
-    assert set(mine) == set(scaffold.KINDS)
+    assert set(mine) == set(CHECKED)
     for kind, row in mine.items():
         assert (row["name"], row["distribution"], row["version"], row["status"]) == (f"my-{kind}", f"ddkit-my-{kind}", "0.1.0", "ok")
         assert row["summary"]
@@ -216,11 +217,11 @@ def test_the_tests_of_every_generated_package_pass(stranger: Path, processes: An
     shutil.copy(Path(__file__).parents[1] / "forks.py", folder)
     (folder / "forked.py").write_text(FORKED)
     flags = ("-q", "-p", "no:cacheprovider", "-p", "forked", "--import-mode=importlib", "--junitxml=own.xml")
-    command = [str(stranger), "-m", "pytest", *flags, *(f"ddkit-my-{kind}/tests" for kind in scaffold.KINDS)]
+    command = [str(stranger), "-m", "pytest", *flags, *(f"ddkit-my-{kind}/tests" for kind in CHECKED)]
     done = processes.run(command, capture_output=True, text=True, check=False, cwd=folder, env=_clean())
     assert done.returncode == 0, done.stdout + done.stderr
     names = [case.attrib["classname"] for case in ElementTree.parse(folder / "own.xml").iter("testcase")]
-    for kind in scaffold.KINDS:
+    for kind in CHECKED:
         assert sum(name.endswith(f".TestMy{kind.title().replace('-', '')}") for name in names) >= 4
 
 
@@ -232,13 +233,13 @@ def test_a_run_uses_all_generated_packages_at_once(ddkit: Ddkit, tmp_path: Path)
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     used = {(each["kind"], each["name"]) for each in json.loads((tmp_path / "run" / "manifest.json").read_text())["plugins"]}
-    assert {(kind, f"my-{kind}") for kind in scaffold.KINDS if kind not in ("exporter", "observer")} <= used
+    assert {(kind, f"my-{kind}") for kind in CHECKED if kind not in ("exporter", "observer")} <= used
     assert "step 1 of 2: total" in done.stderr, "the observer is called"
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["losses"]["my-loss"]["raw"] > 0
 
 
-@pytest.mark.parametrize("kind", scaffold.KINDS)
+@pytest.mark.parametrize("kind", CHECKED)
 def test_what_is_generated_has_no_gap_left(folder: Path, kind: str) -> None:
     package = folder / f"ddkit-my-{kind}"
     texts = {path.relative_to(package): path.read_text() for path in package.rglob("*") if path.suffix in (".py", ".toml", ".md")}

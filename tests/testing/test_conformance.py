@@ -12,8 +12,8 @@ from PIL import Image
 
 from ddkit import testing
 from ddkit.components import registry
+from ddkit.components.kinds import CHECKED, DATA_KINDS, KINDS
 from ddkit.data.passed import passing
-from ddkit.testing import scaffold
 from tests.forks import forking
 
 # Kind and name, where FOLDER stands for a place that the test fills, with the options of a case: {} alone where one case is enough.
@@ -142,4 +142,4 @@ def test_it_passes_every_check(kind: str, name: str, options: dict[str, Any], fo
 def test_every_component_of_ddkit_and_every_kind_of_code_is_tested() -> None:
     own = {(p.kind, p.name) for p in registry.plugins() if p.first_party and p.kind in testing.SUITES}
     assert own - ELSEWHERE == {(kind, name.partition(":")[0]) for kind, name in CASES}
-    assert set(scaffold.KINDS) == set(testing.SUITES) == set(registry.GROUPS) - set(registry.DATA_KINDS)
+    assert set(CHECKED) == set(testing.SUITES) == set(KINDS) - set(DATA_KINDS)

@@ -11,22 +11,10 @@ from string import Template
 
 import ddkit
 from ddkit.components import registry
+from ddkit.components.kinds import CHECKED, KINDS
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import write_atomic
 from ddkit.text import suggestion
-
-USES = {
-    "loss": "ddkit distill --losses dm,$name --steps 20",
-    "initializer": "ddkit distill --init $name --steps 20",
-    "parametrization": "ddkit distill --set parametrization.use=$name --steps 20",
-    "augmenter": "ddkit distill --augment $name --steps 20",
-    "evaluator": "ddkit distill --evaluate $name --steps 20",
-    "model": "ddkit distill --model $name --steps 20",
-    "dataset": "ddkit distill --dataset $name --steps 20",
-    "exporter": "ddkit check exporter $name",
-    "observer": "ddkit distill --steps 20 --verbose",
-}
-KINDS = tuple(USES)
 
 
 def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
@@ -34,8 +22,8 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
 
     Raises FlagError for a kind or name that cannot be, RunFilesError where the folder is there already or cannot be written.
     """
-    if kind not in KINDS:
-        raise FlagError(f"There is no scaffold for a {kind}. {suggestion(kind, KINDS)}")
+    if kind not in CHECKED:
+        raise FlagError(f"There is no scaffold for a {kind}. {suggestion(kind, CHECKED)}")
     distribution, package = f"ddkit-{name}", f"ddkit_{name.replace('-', '_')}"
     class_name = "".join(part.capitalize() for part in name.split("-"))
     _check_name(kind, name, package, class_name)
@@ -43,9 +31,9 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise RunFilesError(f"{target} exists already. Name another folder with --out, or remove it.")
     values = {
-        "kind": kind, "name": name, "distribution": distribution, "package": package, "group": registry.GROUPS[kind],
+        "kind": kind, "name": name, "distribution": distribution, "package": package, "group": KINDS[kind].group,
         "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
-        "suite": f"{kind.title().replace('-', '')}Conformance", "use": Template(USES[kind]).substitute(name=name),
+        "suite": f"{kind.title().replace('-', '')}Conformance", "use": KINDS[kind].trial.replace("NAME", name),
         "ddkit_version": ".".join(ddkit.__version__.split(".")[:2]),
     }  # fmt: skip
     files = {

@@ -1,0 +1,79 @@
+"""The kinds of components: what a package announces, of which class it is, where a recipe has its options, and which commands use it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ddkit.components import base
+
+
+class Kind(NamedTuple):
+    """A kind of component. `base` None: files of a package, which are not imported, or for an observer a module with hooks.
+
+    `group` is the group of entry points, `paths` are the places of a component's options in a recipe, `uses` commands that use it, and
+    `trial` is the first command for a new one. NAME stands for the component's.
+    """
+
+    group: str
+    base: type[base.Component] | None = None
+    paths: tuple[str, ...] = ()
+    uses: tuple[str, ...] = ()
+    trial: str = ""
+
+    @property
+    def table(self) -> str:
+        """The table of a recipe that has the options, "" if there is none."""
+        return self.paths[0].partition(".")[0] if self.paths else ""
+
+
+KINDS = {
+    "loss": Kind(
+        "ddkit.losses", base.Loss, ("losses.NAME",),
+        ("ddkit distill --losses NAME", "ddkit distill --losses NAME:0.5 --ipc 1 --pipc 10"),
+        "ddkit distill --losses dm,NAME --steps 20",
+    ),
+    "loss-group": Kind(
+        "ddkit.recipes", uses=("ddkit distill --losses NAME", "ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"),
+    ),
+    "initializer": Kind(
+        "ddkit.initializers", base.Initializer, ("initializer",), ("ddkit distill --init NAME",), "ddkit distill --init NAME --steps 20",
+    ),
+    "parametrization": Kind(
+        "ddkit.parametrizations", base.Parametrization, ("parametrization",), ("ddkit distill --set parametrization.use=NAME",),
+        "ddkit distill --set parametrization.use=NAME --steps 20",
+    ),
+    "augmenter": Kind(
+        "ddkit.augmenters", base.Augmenter, ("augmenter", "views.VIEW", "train"), ("ddkit distill --augment NAME",),
+        "ddkit distill --augment NAME --steps 20",
+    ),
+    "evaluator": Kind(
+        "ddkit.evaluators", base.Evaluator, ("evaluators.NAME",),
+        ("ddkit distill --evaluate NAME", "ddkit evaluate my-run --evaluate NAME"), "ddkit distill --evaluate NAME --steps 20",
+    ),
+    "model": Kind(
+        "ddkit.models", base.Model, ("network", "teacher", "evaluators.accuracy.model_options"),
+        (
+            "ddkit distill --model NAME", "ddkit train --model NAME --out teacher.safetensors",
+            "ddkit evaluate my-run --model convnet,NAME",
+        ),
+        "ddkit distill --model NAME --steps 20",
+    ),
+    "dataset": Kind(
+        "ddkit.datasets", base.Dataset, ("data",),
+        (
+            "ddkit distill --dataset NAME", "ddkit train --dataset NAME --out teacher.safetensors",
+            "ddkit evaluate set.safetensors --dataset NAME",
+        ),
+        "ddkit distill --dataset NAME --steps 20",
+    ),
+    "exporter": Kind(
+        "ddkit.exporters", base.Exporter, (), ("ddkit export my-run --to NAME --out exported",), "ddkit check exporter NAME",
+    ),
+    "recipe": Kind("ddkit.recipes"),
+    "protocol": Kind("ddkit.protocols", uses=("ddkit distill --protocol NAME", "ddkit evaluate my-run --protocol NAME")),
+    "study": Kind("ddkit.studies", uses=("ddkit reproduce NAME --show", "ddkit reproduce NAME")),
+    "observer": Kind("ddkit.hooks", trial="ddkit distill --steps 20 --verbose"),
+}  # fmt: skip
+BASES = {name: kind.base for name, kind in KINDS.items() if kind.base is not None}
+CHECKED = (*BASES, "observer")  # kinds that have a conformance suite
+DATA_KINDS = tuple(name for name in KINDS if name not in CHECKED)  # TOML files of a package, located without importing it
