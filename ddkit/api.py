@@ -191,7 +191,7 @@ def resume(
         3
     """
     from ddkit.data.passed import passing
-    from ddkit.run import run
+    from ddkit.run import resuming, run
     from ddkit.run.directory import RunDirectory
 
     moved = {"--dataset": dataset if isinstance(dataset, str) else None, "--teacher": teacher}
@@ -200,7 +200,7 @@ def resume(
     with granted, passing(dataset), group(wanted=distributed) as ranks:
         place = run.Place(own_device(device), ranks, observers)
         with place.directory(lambda: RunDirectory.existing(Path(path)).take()) as directory:
-            return run.go_on(directory, place, steps=steps, moved=given)
+            return resuming.go_on(directory, place, steps=steps, moved=given)
 
 
 def train(

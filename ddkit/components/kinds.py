@@ -26,7 +26,7 @@ class Kind(NamedTuple):
         return self.paths[0].partition(".")[0] if self.paths else ""
 
 
-KINDS = {
+KINDS: dict[str, Kind] = {
     "loss": Kind(
         "ddkit.losses", base.Loss, ("losses.NAME",),
         ("ddkit distill --losses NAME", "ddkit distill --losses NAME:0.5 --ipc 1 --pipc 10"),
