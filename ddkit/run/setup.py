@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ddkit.components import plugin_file, registry
-from ddkit.components.base import Augmenter, Component, DataInfo, Dataset, Evaluator, Initializer, Model, Parametrization
+from ddkit.components.base import Augmenter, DataInfo, Dataset, Evaluator, Initializer, Model, Parametrization
 from ddkit.components.guard import blamed, called
 from ddkit.components.observers import Observers
 from ddkit.data.images import Normalisation, channel_statistics
-from ddkit.data.real import NoImages, RealData, check_classes, class_counts, colour, open_dataset
+from ddkit.data.real import NoImages, RealData, check_classes, colour, open_dataset
 from ddkit.data.whitening import Whitening, shared, whitening_of
 from ddkit.distributed import ALONE, Ranks
 from ddkit.engine.bank import Bank
@@ -28,22 +27,21 @@ from ddkit.engine.planning import ExecutionPlan
 from ddkit.engine.pool import Inner, NetworkPool
 from ddkit.engine.source import StepSource
 from ddkit.errors import InputError
-from ddkit.files import machine_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.compiling import get_ready
 from ddkit.nn.device import pick_device, products
 from ddkit.nn.expert_training import experts_of
 from ddkit.nn.experts import Experts, untrained
-from ddkit.nn.networks import batch_norms, build_network, modes_kept, network_tensors, no_second_derivative
+from ddkit.nn.networks import build_network, modes_kept
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
 from ddkit.recipes.resolve import evaluator_options, flattened
 from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
 from ddkit.run.artifact import stored_in_pixels
+from ddkit.run.checks import check_deterministic, check_epochs, check_memory, check_networks, check_room, check_training, check_whitened
 from ddkit.run.initial_set import initial_set
 from ddkit.run.resolved import plugins_used, resolved
-from ddkit.text import shown
 
 AUTOMATIC_TEACHER = "the automatic teacher"
 AUTOMATIC_EXPERTS = "the automatic experts"
@@ -73,7 +71,13 @@ class RunSetup:
         check_classes(self.dataset)
         ranks.check_classes(len(self.dataset.class_names))
         check_reduce(self.losses, ranks)
-        self._check_room()
+        start, makes = recipe.initializer, recipe.parametrization
+        self.initializer: Initializer = registry.create("initializer", start.use, start.options, where="initializer")
+        self.parametrization: Parametrization = registry.create("parametrization", makes.use, makes.options, where="parametrization")
+        self.ipc = recipe.ipc_of(self.dataset.class_names)
+        self.images_per_class = [self.parametrization.images_per_class(ipc) for ipc in self.ipc]
+        if not begun:
+            check_room(self)
         self.teacher: Teacher | None = None
         self.tested: Tested | None = None
         self.experts: Experts | None = None
@@ -82,7 +86,7 @@ class RunSetup:
         self.info: DataInfo = self.real.info
         with blamed("parametrization", self.parametrization, building=True):
             self.parametrization.check(self.info.shape)
-        self._check_memory()
+        check_memory(self)
         self._build_components()
         self.plugin_files = plugin_file.known()
         self.plugins_used = plugins_used(self)
@@ -100,34 +104,6 @@ class RunSetup:
     def _teacher_record(self) -> dict[str, Any]:
         """What the recipe's teacher file records, {} for a bare state dict; raises InputError naming a file that is unusable."""
         return read_teacher(Path(self.recipe.teacher.use))[1]
-
-    def _check_room(self) -> None:
-        """Raises InputError, before an image is opened, where the initializer cannot have its images."""
-        counts = class_counts(self.dataset.labels("train"), len(self.dataset.class_names))
-        limit = math.inf if self.recipe.pipc == "all" else self.recipe.pipc
-        available = {name: int(min(count, limit)) for name, count in zip(self.dataset.class_names, counts, strict=True)}
-        table = self.recipe.initializer
-        self.initializer: Initializer = registry.create("initializer", table.use, table.options, where="initializer")
-        makes = self.recipe.parametrization
-        self.parametrization: Parametrization = registry.create("parametrization", makes.use, makes.options, where="parametrization")
-        self.ipc = self.recipe.ipc_of(self.dataset.class_names)
-        self.images_per_class = [self.parametrization.images_per_class(ipc) for ipc in self.ipc]
-        for each in [] if self.begun else sorted(set(self.images_per_class)):
-            own = {name: available[name] for name, images in zip(available, self.images_per_class, strict=True) if images == each}
-            if table.reuse:
-                own = {name: max(count, self.initializer.needed(each)) if count else 0 for name, count in own.items()}
-            self.initializer.check(each, own)
-
-    def _check_memory(self) -> None:
-        """Raises InputError if the synthetic images, their gradient and Adam's two averages are larger than this machine's memory."""
-        images, memory = 4 * sum(self.counts(self.own_classes)) * math.prod(self.info.shape), machine_bytes()
-        if (4 * images if self.recipe.steps else images) > memory:
-            more = " Their updates need four times as much." if images <= memory else ""
-            raise InputError(
-                f"ipc = {shown(self.recipe.ipc)} makes {images / 2**30:,.0f} GiB of images, but this machine has "
-                f"{memory / 2**30:,.0f} GiB of memory.{more} Use a smaller ipc.",
-                "ipc",
-            )
 
     @property
     def own_classes(self) -> range:
@@ -175,56 +151,15 @@ class RunSetup:
         if self.evaluators:
             self.real.check_test_set()
         if recipe.engine.deterministic:
-            self._check_deterministic()
+            check_deterministic(self)
         self.decided = ExecutionPlan(
             recipe, self.requires, info, self.device, self.ranks, self.real.counts().values(),
-            images_per_class=self.images_per_class, network=lambda: self._probe("network", self.model),
-            teacher=self._teacher_probe,
+            images_per_class=self.images_per_class, network=lambda: self.probe("network", self.model),
+            teacher=self.teacher_probe,
         )  # fmt: skip
-        self._check_networks()
+        check_networks(self)
         if recipe.network.trained_on != "none" and self.decided.needs_network:
-            self._check_training()
-
-    def _check_training(self) -> None:
-        """Raises InputError if the pool's weights, and what their optimizers keep, are larger than this machine's memory, or if a batch of
-        one image is left that batch norm cannot take."""
-        table, memory, probe = self.recipe.network, machine_bytes(), build_network(self.model, self.info, 0, "probe")
-        copies = 1 + (2 if table.inner_optimizer != "sgd" else 1 if table.inner_momentum else 0)
-        each = copies * sum(value.nbytes for value in network_tensors(probe).values())
-        if table.pool > 1 and table.pool * each > memory:
-            raise InputError(
-                f"network.pool = {table.pool}: the networks need {table.pool * each / 2**30:,.0f} GiB, but this machine has "
-                f"{memory / 2**30:,.0f} GiB of memory. Use at most {memory // each // 2}.",
-                "network.pool",
-            )
-        images = len(self.real.labels) if table.trained_on == "real" else sum(self.images_per_class)
-        reached = not table.inner_steps or table.inner_steps * table.batch > images
-        if batch_norms(probe) and (table.batch == 1 or (images % table.batch == 1 and reached)):
-            try:
-                probe.train()(torch.zeros(1, *self.info.shape))
-            except ValueError as error:
-                raise InputError(
-                    f"network.batch = {table.batch}: the last batch of {images} images has one image, which batch norm cannot use "
-                    f"({error}). Use --set network.batch={table.batch + 1}.",
-                    "network.batch",
-                ) from None
-
-    def _check_deterministic(self) -> None:
-        """Raises InputError naming the components that cannot keep engine.deterministic on the run's device."""
-        named: list[tuple[str, Component]] = [
-            *((str(each), each.loss) for each in self.losses),
-            (called("augmenter", self.augmenter), self.augmenter),
-            *((f"{called('augmenter', view.augmenter)} of views.{name}", view.augmenter) for name, view in sorted(self.views.items())),
-            (called("model", self.model), self.model),
-        ]
-        kind = self.device.type
-        reasons = [f"{name}: {reason}" for name, component in named if (reason := component.nondeterministic(kind))]
-        if reasons:
-            raise InputError(
-                f"engine.deterministic (--deterministic): on {kind} these components cannot give the same bytes twice: "
-                f"{'; '.join(reasons)}. Use other components (for dsa, other operations), --device cpu, or leave --deterministic out.",
-                "engine.deterministic",
-            )
+            check_training(self)
 
     def _view(self, name: str) -> ViewSpec:
         table = self.recipe.views[name]
@@ -234,32 +169,16 @@ class RunSetup:
         options = table.options | ({} if table.compose is None else {"compose": table.compose})
         return ViewSpec(registry.create("augmenter", table.augmenter, options, data=self.info, where=f"views.{name}"), table.noise)
 
-    def _check_networks(self) -> None:
-        """Raises InputError, before a teacher is trained, where a loss cannot work with networks or teachers of the run's kind."""
-        probes = {"teacher": cache(self._teacher_probe), "network": cache(lambda: self._probe("network", self.model))}
-        for each in self.losses:
-            needed = {name: probe().to(self.device) for name, probe in probes.items() if getattr(each.requires, name)}
-            with each.blamed():
-                each.loss.check(network=needed.get("network"), teacher=needed.get("teacher"))
-            for name, probe in needed.items() if each.requires.second_order else ():
-                reason = no_second_derivative(probe, self.info)
-                if reason:
-                    raise InputError(
-                        f"The {each} needs second derivatives, but the {name} has none: {reason}. Use another --model, or "
-                        f"leave the loss out.{each.advice}",
-                        f"losses.{each.label}",
-                    )
-
-    def _teacher_probe(self) -> nn.Module:
+    def teacher_probe(self) -> nn.Module:
         """Returns a network of the teacher's kind: what its file records, else what the recipe says."""
         table = self.recipe.teacher
         record = {} if table.use == "auto" else self._teacher_record
         name, options = record.get("model", table.model), record.get("options", table.options)
-        return self._probe(
+        return self.probe(
             "teacher", registry.create("model", name, options, data=self.info, where="teacher"), record.get("input_shape")
         ).eval()
 
-    def _probe(self, whose: str, model: Model, made_for: Sequence[int] | None = None) -> nn.Module:
+    def probe(self, whose: str, model: Model, made_for: Sequence[int] | None = None) -> nn.Module:
         """Returns a network of `model`, made for images (C, H, W) if that is known; raises InputError if it does not take the data's."""
         probe = build_network(model, self.info, 0, "probe")
         with modes_kept(probe), torch.no_grad():
@@ -280,7 +199,7 @@ class RunSetup:
     def inputs(self) -> dict[str, str]:
         """The sha256 of what the result depends on beside recipe and code, by name: accessible images and labels, and the teacher."""
         found = {"the accessible data": self.real.digest()}
-        if self.teacher is not None and self._distils_with_teacher:
+        if self.teacher is not None and self.distils_with_teacher:
             name = AUTOMATIC_TEACHER if self.recipe.teacher.use == "auto" else f"{TEACHER_FILE}{Path(self.recipe.teacher.use).name}"
             found[name] = self.teacher.sha256 or ""
         if self.experts is not None:
@@ -289,10 +208,10 @@ class RunSetup:
 
     @property
     def needs_teacher(self) -> bool:
-        return self._distils_with_teacher or any(evaluator.requires.teacher for evaluator in self.evaluators.values())
+        return self.distils_with_teacher or any(evaluator.requires.teacher for evaluator in self.evaluators.values())
 
     @property
-    def _distils_with_teacher(self) -> bool:
+    def distils_with_teacher(self) -> bool:
         asked = [*self.requires, self.initializer.requires]
         labels = self.recipe.own_labels
         labelled = labels.kind == "teacher" or (labels.kind == "learned" and labels.init == "teacher")
@@ -336,39 +255,22 @@ class RunSetup:
             if self.teacher is None:
                 channels = self.info.channels
                 units = self.normalisation if len(self.real.labels) else Normalisation([0.5] * channels, [0.25] * channels)
-                self.teacher = Teacher(self._teacher_probe().to(self.device), mean=units.mean, std=units.std, whitening=units.whitening)
+                self.teacher = Teacher(self.teacher_probe().to(self.device), mean=units.mean, std=units.std, whitening=units.whitening)
                 return
         else:
             self.teacher = load_teacher(self.recipe.teacher, self.info, self.device)
-            self._check_whitened(self.teacher)
+            check_whitened(self, self.teacher)
         self.ranks.check_same("The teacher", self.teacher.sha256)
         self.tested = tested(self.teacher, self.real, self.device, self.recipe.teacher)
 
-    def _check_whitened(self, teacher: Teacher) -> None:
-        """Raises InputError where a teacher that takes part was trained on whitened images and the run's are plain, or the reverse."""
-        whiten, data = self.recipe.data.whiten, registry.split_name(self.recipe.data.use)[0]
-        if (teacher.whitening is not None) == whiten or not self._distils_with_teacher:
-            return
-        if whiten:
-            raise InputError(
-                f"data.whiten: the teacher {teacher.path} was trained on plain images, but the networks of this run see whitened images. "
-                f"Leave data.whiten out, or train a teacher on whitened images: ddkit train --dataset {data} --set data.whiten=true --out "
-                "FILE.",
-                "data.whiten",
-            )
-        raise InputError(
-            f"The teacher {teacher.path} was trained on whitened images, but those of this run are plain. Use --set data.whiten=true.",
-            "data.whiten",
-        )
-
     @property
-    def _draws_experts(self) -> bool:
+    def draws_experts(self) -> bool:
         """Whether the networks of the steps are experts."""
         return self.recipe.network.source == "experts" and self.decided.needs_network
 
     @property
     def needs_experts(self) -> bool:
-        return self._draws_experts or self._labelled_by_experts or any(requires.experts for requires in self.requires)
+        return self.draws_experts or self._labelled_by_experts or any(requires.experts for requires in self.requires)
 
     @property
     def _labelled_by_experts(self) -> bool:
@@ -380,10 +282,10 @@ class RunSetup:
         if not self.needs_experts:
             return
         recipe, channels = self.recipe, self.info.channels
-        units = self.normalisation if self.teacher is not None and self._distils_with_teacher else None
+        units = self.normalisation if self.teacher is not None and self.distils_with_teacher else None
         stand_in = untrained(self.model, self.info, recipe.experts, units or Normalisation([0.5] * channels, [0.25] * channels))
         if recipe.experts.use == "auto":
-            self._check_epochs(stand_in)  # before they are trained
+            check_epochs(self, stand_in)  # before they are trained
         self.experts = experts_of(
             recipe, self.real, self.model, self.device, self.watchers, units=units, ranks=self.ranks, train_it=train_it
         )
@@ -392,21 +294,8 @@ class RunSetup:
             if recipe.data.whiten and units is None and len(self.real.labels):
                 stand_in.normalisation = self.normalisation
         self.ranks.check_same("The experts", self.experts.digest)
-        self._check_epochs(self.experts)
+        check_epochs(self, self.experts)
         self._normalisation = self.experts.normalisation
-
-    def _check_epochs(self, experts: Experts) -> None:
-        """Raises InputError where the experts have no epochs such as networks or losses ask for."""
-        table = self.recipe.network
-        if self._draws_experts:
-            experts.rows(table.first, table.last)
-        if self._draws_experts and table.interpolate:
-            experts.rows(table.first, table.first, experts.span(table.first, table.last))
-        for each in self.losses:
-            with each.blamed():
-                draws = each.loss.expert_draws()
-            for span, first, last in draws:
-                experts.rows(first, last, span, f"losses.{each.label}")
 
     @property
     def normalisation(self) -> Normalisation:
@@ -416,7 +305,7 @@ class RunSetup:
         """
         if self._normalisation is not None:  # a cached_property holds a lock, and this waits for other parts of the run
             return self._normalisation
-        if self.teacher is not None and (self._distils_with_teacher or len(self.real.labels) == 0):
+        if self.teacher is not None and (self.distils_with_teacher or len(self.real.labels) == 0):
             self._normalisation = self.teacher.normalisation
         elif len(self.real.labels) == 0:
             raise InputError("With --pipc 0 the normalisation must come from a teacher. Add --teacher FILE.")
@@ -468,7 +357,7 @@ class RunSetup:
             draws=draws, model=self.model if self.decided.needs_network or self._labelled_by_experts else None,
             arithmetic=self.decided.arithmetic_of("network"), block=self.decided.block, size=table.pool, renew_every=table.renew_every,
             inner=_inner(table) if table.trained_on != "none" and self.decided.needs_network else None, experts=self.experts,
-            epochs=(table.first, table.last) if self._draws_experts else None, interpolate=table.interpolate, differentiate=differentiate,
+            epochs=(table.first, table.last) if self.draws_experts else None, interpolate=table.interpolate, differentiate=differentiate,
         )  # fmt: skip
         source = StepSource(draws=draws, networks=networks, teacher=self.teacher, twice=twice, labels=self.recipe.own_labels)
         return Engine(bank, source, self.losses, chunk=self.decided.chunk)
