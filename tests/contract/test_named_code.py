@@ -16,8 +16,8 @@ import ddkit
 from ddkit.api import resume
 from ddkit.components import trust
 from ddkit.files import write_tensors
+from ddkit.studies.crew import Crew
 from ddkit.studies.grid import Settings
-from ddkit.studies.runner import _Crew
 from tests.conftest import SMALL, Result, set_flags
 
 CLI = Callable[..., Result]
@@ -238,7 +238,7 @@ def test_what_the_user_named_runs_in_the_processes_of_a_study_and_nothing_else_d
 ) -> None:
     monkeypatch.setattr("ddkit.run.children.subprocess", forks)
     Path("files/evil.toml").write_text(LOSSES + RECIPES["network"])
-    crew = _Crew(Settings())
+    crew = Crew(Settings())
 
     def made() -> None:
         crew.run(crew.command, [["distill", "--recipe", "files/evil.toml", "--plan", "--json"]])

@@ -21,7 +21,7 @@ import pytest
 import ddkit
 from ddkit.files import read_tensors, write_tensors
 from ddkit.run.progress import ProgressLines
-from ddkit.studies.runner import _Told
+from ddkit.studies.crew import Told
 from tests.conftest import SMALL, SMALL_FLAGS, Result
 
 Cli = Callable[..., Result]
@@ -130,9 +130,9 @@ def test_progress_of_several_models_is_that_of_all_of_them(cli: Cli, monkeypatch
 
 def test_a_study_tells_which_sets_are_done_and_how_long_the_others_take(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, lines = Clock(), list[str]()
-    monkeypatch.setattr("ddkit.studies.runner.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr("ddkit.studies.crew.time", SimpleNamespace(monotonic=clock))
     watchers = SimpleNamespace(begin=lambda stage, line, *, done, total: lines.append(line))
-    told, task = _Told(3, watchers), SimpleNamespace(label="dm seed 0")  # type: ignore[arg-type]
+    told, task = Told(3, watchers), SimpleNamespace(label="dm seed 0")  # type: ignore[arg-type]
     for how in ("20.0 %", "failed: no", "21.0 %"):
         told.begun(task)  # type: ignore[arg-type]
         clock.now += 600

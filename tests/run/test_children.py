@@ -89,7 +89,7 @@ def test_a_child_ends_with_a_parent_that_is_killed(tmp_path: Path, parent: str) 
 
 def test_a_set_of_a_study_that_is_killed_ends_after_a_checkpoint(tmp_path: Path, forks: Any) -> None:
     words = f"distill --losses dm --steps 1000000 --evaluate none --out {tmp_path / 'run'} --set engine.compile=false".split()
-    study = f"from ddkit.studies.runner import _Crew, Settings\n_Crew(Settings()).command({words!r})"
+    study = f"from ddkit.studies.crew import Crew, Settings\nCrew(Settings()).command({words!r})"
     killed(forks.Popen([sys.executable, "-c", study], cwd=tmp_path), tmp_path / "run" / "metrics.jsonl")
     FolderLock(tmp_path / "run", wait=20).release()
     assert max(file.name for file in (tmp_path / "run" / "checkpoints").iterdir()) > "step-00000000.safetensors"

@@ -26,6 +26,7 @@ from ddkit.errors import DdkitError, InputError, Interrupted, RunFailed
 from ddkit.recipes.tables import parse_recipe
 from ddkit.run.manifest import write_manifest
 from ddkit.studies import grid, runner
+from ddkit.studies.crew import Crew, failure_of
 from ddkit.studies.sharding import share
 from ddkit.studies.study import Cell, chosen_cells, parse_study, published, read_study
 from tests.conftest import SMALL as SETTINGS
@@ -77,7 +78,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             command_line.main(given, prog_name="ddkit", standalone_mode=False)
         return printed.getvalue()
 
-    monkeypatch.setattr(runner._Crew, "command", command)
+    monkeypatch.setattr(Crew, "command", command)
     return seen
 
 
@@ -275,7 +276,7 @@ def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
     cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:3", "--seeds", 1)
-    made = runner._Crew.make
+    made = Crew.make
 
     def make(self: Any, task: grid.Task) -> float:
         if task.cell.system == "means":
@@ -285,7 +286,7 @@ def test_an_interruption_tells_what_is_kept_and_writes_what_is_known(
         return float(made(self, task))
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner._Crew, "make", make)
+        patch.setattr(Crew, "make", make)
         result = cli(*common)
     assert (result.code, result.out) == (130, "")
     assert "Interrupted. 1 of 3 evaluations are finished and kept in runs/study. The same command continues." in said(result.err)
@@ -393,7 +394,7 @@ def test_a_call_that_is_interrupted_before_the_first_set_writes_nothing(cli: CLI
     flags = ("reproduce", f"./{_study()}", *SMALL, "--cells", "1:3", "--systems", "dm", "--seeds", 1, "--out", "empty")
     Path("empty").mkdir()
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "_check_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(runner, "check_data", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert cli(*flags).code == 130
     assert list(Path("empty").iterdir()) == []
     assert cli(*flags).code == 0
@@ -456,7 +457,7 @@ def test_an_evaluation_by_hand_is_not_taken_for_the_studys(cli: CLI, commands: l
 
 
 def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
-    crew = runner._Crew(grid.Settings(jobs=2))
+    crew = Crew(grid.Settings(jobs=2))
     began = time.monotonic()
 
     def work(number: int) -> None:
@@ -478,7 +479,7 @@ def test_an_error_stops_the_sets_that_are_being_made(tmp_path: Path) -> None:
 def test_commands_keep_exit_codes_and_after_an_error_nothing_of_another_set_is_written(tmp_path: Path) -> None:
     (task,) = grid.planned(parse_study(tomllib.loads(STUDY)), [Cell(1, 3, "dm")], tmp_path, grid.Settings(seeds=1))
     task.path.parent.mkdir()
-    crew = runner._Crew(grid.Settings())
+    crew = Crew(grid.Settings())
     with pytest.raises(DdkitError, match="Name a finished run") as error:
         crew.command(["evaluate", str(tmp_path / "nothing"), "--dataset", "digits"])
     assert error.value.exit_code == 5
@@ -487,11 +488,11 @@ def test_commands_keep_exit_codes_and_after_an_error_nothing_of_another_set_is_w
         crew.make(task)
     assert list(task.path.parent.iterdir()) == []
     for code, kind in ((-11, RunFailed), (-9, RunFailed), (-2, Interrupted), (143, Interrupted)):
-        assert isinstance(runner._failure(code, "", ["distill"]), kind), "a crash is no interruption"
+        assert isinstance(failure_of(code, "", ["distill"]), kind), "a crash is no interruption"
 
 
 def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runner._Crew.command
+    real = Crew.command
 
     def failing(self: Any, arguments: Sequence[str]) -> str:
         if arguments[0] == "distill" and "pipc3" in str(arguments):
@@ -500,7 +501,7 @@ def test_a_set_that_fails_is_told_and_the_others_go_on(cli: CLI, commands: list[
             raise RunFailed("The teacher's probabilities are nan.")
         return real(self, arguments)
 
-    monkeypatch.setattr(runner._Crew, "command", failing)
+    monkeypatch.setattr(Crew, "command", failing)
     taught = "\n[systems.taught]\nrecipe = 'dm'\nlabels = 'soft'\n"  # the same sets as those of dm
     result = cli("reproduce", f"./{_study(STUDY + taught)}", *SMALL, "--systems", "dm,taught", "--seeds", 1)
     assert result.code == 1
@@ -538,7 +539,7 @@ def test_what_hinders_a_set_later_is_told_with_its_cell_and_no_other_set_starts(
     def command(self: Any, arguments: Sequence[str]) -> str:
         raise InputError("The data has an image that is none.")
 
-    monkeypatch.setattr(runner._Crew, "command", command)
+    monkeypatch.setattr(Crew, "command", command)
     result = cli("reproduce", f"./{_study()}", *SMALL[:-1], "--cells", "1:3")
     assert (result.code, result.out, result.err.count(" starts")) == (4, "", 1)
     assert "ddkit: DM ipc 1 pipc 3 seed 0: The data has an image that is none." in said(result.err)
