@@ -16,7 +16,8 @@ from ddkit.components.observers import Observers
 from ddkit.distributed import group, own_device
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of
-from ddkit.recipes.resolve import Part, check_effect, flattened, names, resolve
+from ddkit.recipes.resolve import Part, check_effect, names, resolve
+from ddkit.recipes.settings import flattened
 from ddkit.recipes.tables import NetworkTable, Recipe, own_keys, recipe_dict
 
 if TYPE_CHECKING:

@@ -176,7 +176,7 @@ def prepared(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _as_table(context: click.Context, option: click.Parameter, texts: Sequence[str]) -> dict[str, Any]:
     """Returns the paths and values of --set PATH=VALUE; if a path is given twice, the last value counts."""
-    from ddkit.recipes.resolve import parse_set
+    from ddkit.recipes.settings import parse_set
 
     table: dict[str, Any] = {}
     for path, value in map(parse_set, texts):

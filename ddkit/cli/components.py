@@ -237,7 +237,7 @@ def check(words: tuple[str, ...], sets: dict[str, Any], data_dir: str | None, as
         refuse_given(["data_dir"], f"the {plugin.kind} '{plugin.name}' downloads nothing.")
     if plugin.kind == "observer":
         refuse_given(["sets"], "an observer has no options.")
-    from ddkit.recipes.resolve import assign
+    from ddkit.recipes.settings import assign
 
     table: dict[str, Any] = {"evaluators": {name: {}}}  # any table of a recipe that holds a component's options
     for path, value in sets.items():

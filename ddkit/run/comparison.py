@@ -21,7 +21,7 @@ from ddkit.data.pictures import eight_bits
 from ddkit.errors import FlagError, RunFilesError
 from ddkit.files import check_out, check_writable, folders_of, path_part, write_atomic
 from ddkit.recipes.protocols import Protocol
-from ddkit.recipes.resolve import flattened
+from ddkit.recipes.settings import flattened
 from ddkit.run.artifact import Artifact, load
 from ddkit.run.directory import RunDirectory
 from ddkit.run.listing import is_run_folder, method_of, run_folders

@@ -31,7 +31,8 @@ from ddkit.files import json_bytes
 from ddkit.nn.automatic_teacher import automatic_teacher
 from ddkit.nn.device import pick_device
 from ddkit.nn.teacher import Teacher, load_teacher, tested
-from ddkit.recipes.resolve import Part, flattened, resolve
+from ddkit.recipes.resolve import Part, resolve
+from ddkit.recipes.settings import flattened
 from ddkit.recipes.tables import Recipe, parse_recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load

@@ -11,7 +11,7 @@ import torch
 
 from ddkit.errors import InputError, refuse_unused
 from ddkit.nn.teacher import Teacher
-from ddkit.recipes.resolve import flattened
+from ddkit.recipes.settings import flattened
 from ddkit.run.artifact import Artifact
 from ddkit.run.declared import Declared
 from ddkit.run.foreign import read, sets_in, state_in

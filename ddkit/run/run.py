@@ -28,7 +28,7 @@ from ddkit.engine.loop import Hooks, distill
 from ddkit.errors import Interrupted, RunFilesError
 from ddkit.files import write_json
 from ddkit.nn.device import products
-from ddkit.recipes.resolve import flattened
+from ddkit.recipes.settings import flattened
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run import warnings
 from ddkit.run.artifact import Artifact, load, made_with

@@ -36,7 +36,8 @@ from ddkit.nn.networks import build_network, modes_kept
 from ddkit.nn.second_order import ClassGradients, SecondOrder
 from ddkit.nn.teacher import Teacher, Tested, load_teacher, read_teacher, tested
 from ddkit.recipes.protocols import Schedule
-from ddkit.recipes.resolve import evaluator_options, flattened
+from ddkit.recipes.resolve import evaluator_options
+from ddkit.recipes.settings import flattened
 from ddkit.recipes.tables import NetworkTable, Recipe, recipe_dict
 from ddkit.run.artifact import stored_in_pixels
 from ddkit.run.checks import check_deterministic, check_epochs, check_memory, check_networks, check_room, check_training, check_whitened

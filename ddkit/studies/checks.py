@@ -14,7 +14,8 @@ from ddkit.data.real import open_dataset
 from ddkit.engine.losses import losses_of
 from ddkit.errors import DdkitError, InputError
 from ddkit.nn.teacher import read_teacher
-from ddkit.recipes.resolve import check_options, flattened, resolve
+from ddkit.recipes.resolve import check_options, resolve
+from ddkit.recipes.settings import flattened
 from ddkit.recipes.tables import Recipe
 from ddkit.studies.grid import REAL_IMAGES, Settings, Task
 from ddkit.studies.study import Study

@@ -15,7 +15,8 @@ from ddkit.components.base import Fraction
 from ddkit.components.options import fields
 from ddkit.errors import DdkitError, FlagError, InputError, RunFilesError
 from ddkit.files import path_part, read_with_digest, sha256, with_home
-from ddkit.recipes.resolve import flattened, read_protocol, resolve
+from ddkit.recipes.resolve import read_protocol, resolve
+from ddkit.recipes.settings import flattened
 from ddkit.recipes.tables import Recipe, recipe_dict
 from ddkit.run.manifest import MANIFEST, checked
 from ddkit.studies.study import MOST_SEEDS, Cell, Study, SystemTable

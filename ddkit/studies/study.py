@@ -11,7 +11,8 @@ import msgspec
 from ddkit.components.options import Option, parse_struct
 from ddkit.components.registry import NAME
 from ddkit.errors import InputError
-from ddkit.recipes.resolve import flattened, read_recipe, superseded
+from ddkit.recipes.resolve import read_recipe
+from ddkit.recipes.settings import flattened, superseded
 from ddkit.recipes.tables import Positive, Table
 from ddkit.text import doubles, suggestion
 

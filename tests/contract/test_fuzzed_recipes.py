@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import ddkit
 from ddkit import api
-from ddkit.recipes.resolve import parse_set, resolve
+from ddkit.recipes.resolve import resolve
+from ddkit.recipes.settings import parse_set
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, own_keys
 
 BASE: dict[str, Any] = tomllib.loads("""

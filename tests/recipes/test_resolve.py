@@ -16,7 +16,8 @@ import ddkit
 from ddkit import api
 from ddkit.components import registry
 from ddkit.errors import FlagError, InputError, PluginError
-from ddkit.recipes.resolve import assign, check_effect, described, parse_set, parse_toml, read_recipe, resolve, select_losses
+from ddkit.recipes.resolve import check_effect, described, parse_toml, read_recipe, resolve, select_losses
+from ddkit.recipes.settings import assign, parse_set
 from ddkit.recipes.tables import NAMED_TABLES, TABLES, PluginTable, Recipe, own_keys, parse_recipe, recipe_dict
 from tests.conftest import SMALL_FLAGS, Result
 

@@ -37,7 +37,7 @@ def test_a_deterministic_run_of_all_losses_works_on_the_cpu(cli: Cli) -> None:
 def _on_a_gpu(monkeypatch: pytest.MonkeyPatch, **given: Any) -> None:
     """Prepares a run as if its device were a GPU; nothing is computed there before the check."""
     monkeypatch.setattr("ddkit.run.setup.pick_device", lambda name: torch.device("cuda"))
-    monkeypatch.setattr("ddkit.run.setup.no_second_derivative", lambda *arguments, **more: "")
+    monkeypatch.setattr("ddkit.run.checks.no_second_derivative", lambda *arguments, **more: "")
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *arguments, **more: module)
     monkeypatch.setattr("ddkit.run.setup.ExecutionPlan", lambda *arguments, **more: SimpleNamespace(needs_network=True))
     sets = [("engine.deterministic", True), *given.pop("sets", [])]
