@@ -28,46 +28,60 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     "loss": Kind(
-        "ddkit.losses", base.Loss, ("losses.NAME",),
-        ("ddkit distill --losses NAME", "ddkit distill --losses NAME:0.5 --ipc 1 --pipc 10"),
-        "ddkit distill --losses dm,NAME --steps 20",
+        "ddkit.losses", base.Loss,
+        paths=("losses.NAME",),
+        uses=("ddkit distill --losses NAME", "ddkit distill --losses NAME:0.5 --ipc 1 --pipc 10"),
+        trial="ddkit distill --losses dm,NAME --steps 20",
     ),
-    "loss-group": Kind(
-        "ddkit.recipes", uses=("ddkit distill --losses NAME", "ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10"),
-    ),
+    "loss-group": Kind("ddkit.recipes", uses=("ddkit distill --losses NAME", "ddkit distill --losses dm,NAME:0.5 --ipc 1 --pipc 10")),
     "initializer": Kind(
-        "ddkit.initializers", base.Initializer, ("initializer",), ("ddkit distill --init NAME",), "ddkit distill --init NAME --steps 20",
+        "ddkit.initializers", base.Initializer,
+        paths=("initializer",),
+        uses=("ddkit distill --init NAME",),
+        trial="ddkit distill --init NAME --steps 20",
     ),
     "parametrization": Kind(
-        "ddkit.parametrizations", base.Parametrization, ("parametrization",), ("ddkit distill --set parametrization.use=NAME",),
-        "ddkit distill --set parametrization.use=NAME --steps 20",
+        "ddkit.parametrizations", base.Parametrization,
+        paths=("parametrization",),
+        uses=("ddkit distill --set parametrization.use=NAME",),
+        trial="ddkit distill --set parametrization.use=NAME --steps 20",
     ),
     "augmenter": Kind(
-        "ddkit.augmenters", base.Augmenter, ("augmenter", "views.VIEW", "train"), ("ddkit distill --augment NAME",),
-        "ddkit distill --augment NAME --steps 20",
+        "ddkit.augmenters", base.Augmenter,
+        paths=("augmenter", "views.VIEW", "train"),
+        uses=("ddkit distill --augment NAME",),
+        trial="ddkit distill --augment NAME --steps 20",
     ),
     "evaluator": Kind(
-        "ddkit.evaluators", base.Evaluator, ("evaluators.NAME",),
-        ("ddkit distill --evaluate NAME", "ddkit evaluate my-run --evaluate NAME"), "ddkit distill --evaluate NAME --steps 20",
+        "ddkit.evaluators", base.Evaluator,
+        paths=("evaluators.NAME",),
+        uses=("ddkit distill --evaluate NAME", "ddkit evaluate my-run --evaluate NAME"),
+        trial="ddkit distill --evaluate NAME --steps 20",
     ),
     "model": Kind(
-        "ddkit.models", base.Model, ("network", "teacher", "evaluators.accuracy.model_options"),
-        (
-            "ddkit distill --model NAME", "ddkit train --model NAME --out teacher.safetensors",
+        "ddkit.models", base.Model,
+        paths=("network", "teacher", "evaluators.accuracy.model_options"),
+        uses=(
+            "ddkit distill --model NAME",
+            "ddkit train --model NAME --out teacher.safetensors",
             "ddkit evaluate my-run --model convnet,NAME",
         ),
-        "ddkit distill --model NAME --steps 20",
+        trial="ddkit distill --model NAME --steps 20",
     ),
     "dataset": Kind(
-        "ddkit.datasets", base.Dataset, ("data",),
-        (
-            "ddkit distill --dataset NAME", "ddkit train --dataset NAME --out teacher.safetensors",
+        "ddkit.datasets", base.Dataset,
+        paths=("data",),
+        uses=(
+            "ddkit distill --dataset NAME",
+            "ddkit train --dataset NAME --out teacher.safetensors",
             "ddkit evaluate set.safetensors --dataset NAME",
         ),
-        "ddkit distill --dataset NAME --steps 20",
+        trial="ddkit distill --dataset NAME --steps 20",
     ),
     "exporter": Kind(
-        "ddkit.exporters", base.Exporter, (), ("ddkit export my-run --to NAME --out exported",), "ddkit check exporter NAME",
+        "ddkit.exporters", base.Exporter,
+        uses=("ddkit export my-run --to NAME --out exported",),
+        trial="ddkit check exporter NAME",
     ),
     "recipe": Kind("ddkit.recipes"),
     "protocol": Kind("ddkit.protocols", uses=("ddkit distill --protocol NAME", "ddkit evaluate my-run --protocol NAME")),
