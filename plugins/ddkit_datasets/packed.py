@@ -20,8 +20,8 @@ from typing import Any
 from PIL import Image
 
 import ddkit
+from ddkit_datasets.class_folders import SUFFIXES
 from ddkit_datasets.decoding import strict_pillow
-from ddkit_datasets.folder import SUFFIXES
 from ddkit_datasets.objects import Items, OfItems, numbered
 from ddkit_datasets.splits import TEST, TRAIN
 from ddkit_datasets.tables import LABEL, label_text

@@ -455,7 +455,7 @@ def test_folders_inside_of_a_class_belong_to_it_in_the_order_of_torchvision(tmp_
     )
     make(tmp_path, "a/.hidden/1.png", "a/@eaDir/1.png")
     theirs = [path for path, label in ImageFolder(str(tmp_path)).samples if label == 0 and "/." not in path and "@" not in path]
-    from ddkit_datasets.folder import walk
+    from ddkit_datasets.class_folders import walk
 
     assert walk(tmp_path / "a").names == [Path(path).relative_to(tmp_path / "a").as_posix() for path in theirs]
 
