@@ -561,7 +561,7 @@ def test_a_damaged_film_costs_no_run(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "film.safetensors" not in json.loads((tmp_path / "run" / "manifest.json").read_text())["files"]
 
 
-@pytest.mark.parametrize("place", ["directory.RunDirectory.write_recipe", "run.cut_metrics"])
+@pytest.mark.parametrize("place", ["directory.RunDirectory.write_recipe", "resuming.cut_metrics"])
 def test_a_prolongation_that_is_cut_off_has_no_manifest_and_goes_on_to_all_its_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
@@ -576,5 +576,5 @@ def test_a_prolongation_that_is_cut_off_has_no_manifest_and_goes_on_to_all_its_l
     with pytest.raises(ddkit.RunFilesError, match="stopped"):
         resume(tmp_path / "run", steps=7, device="cpu")
     monkeypatch.undo()
-    resume(tmp_path / "run", steps=None if place == "run.cut_metrics" else 7, device="cpu")
+    resume(tmp_path / "run", steps=None if place == "resuming.cut_metrics" else 7, device="cpu")
     assert result(tmp_path / "run")["metrics.jsonl"] == result(tmp_path / "whole")["metrics.jsonl"]
