@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -165,9 +166,9 @@ def _instead(name: str) -> str:
     """Returns what helps where `name` is no component: it may be a run, a recipe file, a kind, an option of some, or nearly a name."""
     from ddkit.run.manifest import MANIFEST
 
-    if Path(name, MANIFEST).is_file():
+    if os.path.isfile(os.path.join(name, MANIFEST)):  # Path.is_file fails on a long name
         return f"To look at a run or set: ddkit report {shlex.quote(name)}"
-    if name.endswith(".toml") and Path(name).is_file():
+    if name.endswith(".toml") and os.path.isfile(name):
         return f"To look at a recipe file: ddkit distill --plan --recipe {shlex.quote(name)}"
     short = name.rpartition("/")[2]
     with suppress(FlagError):
