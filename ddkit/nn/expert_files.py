@@ -7,7 +7,7 @@ and lists the files with their sha256. Each file carries the digest of the same 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -264,10 +264,10 @@ def recorded_accuracy(path: Path, settings: Settings) -> list[float | None] | No
         return None
 
 
-def write_manifest(folder: Path, settings: Settings, norm: Normalisation, count: int) -> None:
-    """Writes the manifest of a folder whose first `count` experts are finished."""
-    names = [file_of(number) for number in range(count)]
-    entries = [{"file": name, "sha256": sha256(folder / name), "accuracy": recorded_accuracy(folder / name, settings)} for name in names]
+def write_manifest(folder: Path, settings: Settings, norm: Normalisation, accuracies: Sequence[list[float | None] | None]) -> None:
+    """Writes the manifest of a folder whose first experts are finished, with their accuracies by epoch."""
+    named = {file_of(number): accuracy for number, accuracy in enumerate(accuracies)}
+    entries = [{"file": name, "sha256": sha256(folder / name), "accuracy": accuracy} for name, accuracy in named.items()]
     content = {"schema": SCHEMA, "settings": msgspec.to_builtins(settings), "mean": list(norm.mean), "std": list(norm.std)}
     if norm.whitening is not None:
         write_tensors(folder / WHITENING, norm.whitening.tensors, {"settings": settings.digest})

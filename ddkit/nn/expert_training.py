@@ -101,7 +101,7 @@ def train_experts(
     norm = normalisation_of(pixels, units) if isinstance(units, DataTable) else units
     images, labels = norm.lazily(pixels).to(device), labels.to(device)
     if left and not (folder / MANIFEST).exists():
-        write_manifest(folder, settings, norm, 0)  # so that it can go on after a kill
+        write_manifest(folder, settings, norm, [])  # so that it can go on after a kill
     module = build_network(model, info, seed, "expert", 0).to(device).eval()
     work = training_flops(module, info, images=len(images), epochs=settings.epochs) * len(left)
     made = decide_arithmetic("auto", "auto", device, work=work)
@@ -119,10 +119,11 @@ def train_experts(
             else:
                 redraw(module, model, info, seed, "expert", number)
         with nullcontext() if workers > 1 else drawn_from(seed, "expert's own draws", number):
-            trained = _fit(own, images, labels, settings, info, number, tell, {
+            weights, accuracy = _fit(own, images, labels, settings, info, number, tell, {
                 "forward": forward if workers == 1 else None, "precision": made.dtype, "channels_last": made.compile,
             })  # fmt: skip
-        write_expert(folder, settings, number, *trained)
+        write_expert(folder, settings, number, weights, accuracy)
+        there[number] = accuracy
 
     epochs = counted(settings.epochs, "epoch")
     text = f"Training {count} experts ({settings.model}, {epochs} on {len(labels):,} images)"
@@ -134,7 +135,7 @@ def train_experts(
             _side_by_side(left, train_one, workers, partial(_told, report, count - len(left), count))
     finally:
         torch.set_num_threads(threads)
-    write_manifest(folder, settings, norm, count)
+    write_manifest(folder, settings, norm, there)
 
 
 def _told(report: Report, before: int, count: int, reached: float) -> None:
