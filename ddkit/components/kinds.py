@@ -11,7 +11,7 @@ class Kind(NamedTuple):
     """A kind of component. `base` None: files of a package, which are not imported, or for an observer a module with hooks.
 
     `group` is the group of entry points, `paths` are the places of a component's options in a recipe, `uses` commands that use it, and
-    `trial` is the first command for a new one. NAME stands for the component's.
+    `trial` is the first command for a new one, if it is not the first of these in few steps. NAME stands for the component's.
     """
 
     group: str
@@ -24,6 +24,10 @@ class Kind(NamedTuple):
     def table(self) -> str:
         """The table of a recipe that has the options, "" if there is none."""
         return self.paths[0].partition(".")[0] if self.paths else ""
+
+    def tried(self, name: str) -> str:
+        """Returns the first command for a new component called `name`."""
+        return (self.trial or f"{self.uses[0]} --steps 20").replace("NAME", name)
 
 
 KINDS: dict[str, Kind] = {
@@ -38,25 +42,21 @@ KINDS: dict[str, Kind] = {
         "ddkit.initializers", base.Initializer,
         paths=("initializer",),
         uses=("ddkit distill --init NAME",),
-        trial="ddkit distill --init NAME --steps 20",
     ),
     "parametrization": Kind(
         "ddkit.parametrizations", base.Parametrization,
         paths=("parametrization",),
         uses=("ddkit distill --set parametrization.use=NAME",),
-        trial="ddkit distill --set parametrization.use=NAME --steps 20",
     ),
     "augmenter": Kind(
         "ddkit.augmenters", base.Augmenter,
         paths=("augmenter", "views.VIEW", "train"),
         uses=("ddkit distill --augment NAME",),
-        trial="ddkit distill --augment NAME --steps 20",
     ),
     "evaluator": Kind(
         "ddkit.evaluators", base.Evaluator,
         paths=("evaluators.NAME",),
         uses=("ddkit distill --evaluate NAME", "ddkit evaluate my-run --evaluate NAME"),
-        trial="ddkit distill --evaluate NAME --steps 20",
     ),
     "model": Kind(
         "ddkit.models", base.Model,
@@ -66,7 +66,6 @@ KINDS: dict[str, Kind] = {
             "ddkit train --model NAME --out teacher.safetensors",
             "ddkit evaluate my-run --model convnet,NAME",
         ),
-        trial="ddkit distill --model NAME --steps 20",
     ),
     "dataset": Kind(
         "ddkit.datasets", base.Dataset,
@@ -76,7 +75,6 @@ KINDS: dict[str, Kind] = {
             "ddkit train --dataset NAME --out teacher.safetensors",
             "ddkit evaluate set.safetensors --dataset NAME",
         ),
-        trial="ddkit distill --dataset NAME --steps 20",
     ),
     "exporter": Kind(
         "ddkit.exporters", base.Exporter,

@@ -84,7 +84,8 @@ def overriding(kind: type[msgspec.Struct], keys: Sequence[str], otherwise: str) 
         for name in keys:
             if name not in vars(owner):
                 owner.__annotations__[name] = fields(kind)[name].type | None
-                setattr(owner, name, Field(None, f"{_merged(schemas[name])['description']}; {otherwise}", {}, None))
+                help = "; ".join(filter(None, [_merged(schemas[name]).get("description", ""), otherwise]))
+                setattr(owner, name, Field(None, help, {}, None))
         return owner
 
     return declare

@@ -33,7 +33,7 @@ def new_package(kind: str, name: str, folder: Path | None = None) -> Path:
     values = {
         "kind": kind, "name": name, "distribution": distribution, "package": package, "group": KINDS[kind].group,
         "class_name": class_name, "value": package if kind == "observer" else f"{package}:{class_name}",
-        "suite": f"{kind.title().replace('-', '')}Conformance", "use": KINDS[kind].trial.replace("NAME", name),
+        "suite": f"{kind.title().replace('-', '')}Conformance", "use": KINDS[kind].tried(name),
         "ddkit_version": ".".join(ddkit.__version__.split(".")[:2]),
     }  # fmt: skip
     files = {
