@@ -67,7 +67,7 @@ def read(path: Path) -> tuple[Any, dict[str, Any]]:
     except IsADirectoryError:
         begin = f"ddkit distill --init {shlex.quote(f'file:{path}')} --losses dm --steps 0"
         raise InputError(
-            f"{path} is a folder, and an import reads files. If it contains class folders of images, a run of no step makes a set of them: "
+            f"{path} is a folder, and an import reads files. If it contains class folders of images, a run of 0 steps makes a set of them: "
             f"`{begin}`, with the --dataset, --ipc and --out of the set."
         ) from None
     except OSError as error:
